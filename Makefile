@@ -1,0 +1,45 @@
+# `make demo` and `make test` set up everything they need in .venv.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+STORE := .stores/stories
+export RAY_USAGE_STATS_ENABLED := 0
+
+.PHONY: setup demo serve test lint unit bench-transport clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(STORE): | setup
+	mkdir -p $(dir $(STORE))
+	$(BIN)/sage-moe extract stories $(STORE)
+
+# Streams one story through HTTP, Ray Serve, the router and two expert actors, prints a table, stops everything.
+demo: setup $(STORE)
+	@$(BIN)/python -m gateway.demo $(STORE)
+
+# Leaves the service running until Ctrl-C.
+serve: setup $(STORE)
+	@$(BIN)/sage-moe serve $(STORE) --actors 2 --served-model-name stories
+
+test: lint unit
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+unit: setup
+	$(BIN)/python -m pytest
+
+bench-transport: setup
+	$(BIN)/python benchmarks/bench_transport.py
+
+clean:
+	rm -rf .stores .mypy_cache .ruff_cache .pytest_cache .hypothesis

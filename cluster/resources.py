@@ -1,0 +1,126 @@
+"""What Ray's defaults get wrong for us, set in one place: CPUs, threads, queues, time-outs, environment.
+
+Ray would give every replica and actor a whole CPU (a 2-core node is then full before the first expert actor),
+derive thread counts from that, allow five requests at once and queue without bound. Pure values and one function
+that starts Ray; used by `cluster.supervisor`, `gateway.deployment` and `gateway.launch`.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+NAMESPACE = "sage-moe"
+SUPERVISOR_NAME = "supervisor"
+NO_CPUS = 0.0
+"""Scheduling weight of our actors and replicas: they share the cores by threads, not by Ray's bookkeeping."""
+
+
+@dataclass(frozen=True)
+class ThreadPlan:
+    """Torch threads of each kind of process on one machine."""
+
+    router: int
+    expert_actor: int
+
+
+def plan_threads(num_cores: int, num_actors: int) -> ThreadPlan:
+    """Share out the cores. The router waits while actors compute and the other way round, so each side may use
+    all cores; the actors of one machine compute at the same time and share them."""
+    return ThreadPlan(max(1, num_cores), max(1, num_cores // max(1, num_actors)))
+
+
+def process_environment(num_threads: int) -> dict[str, str]:
+    """Environment of a process that computes. Passive waiting, or idle threads would take the others' cores."""
+    threads = str(num_threads)
+    return {
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def ray_environment() -> dict[str, str]:
+    """Environment of Ray itself, set before it starts."""
+    return {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_SERVE_LOG_TO_STDERR": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def expert_actor_options(name: str, num_threads: int) -> dict[str, Any]:
+    """Ray options of an expert actor: outlives its creator, is never restarted by Ray, found by name."""
+    return _detached(name, num_threads) | {"max_restarts": 0, "max_concurrency": 4}
+
+
+def supervisor_options() -> dict[str, Any]:
+    """Ray options of the supervisor: Ray restarts it for ever, and it then adopts the actors it finds."""
+    return _detached(SUPERVISOR_NAME, 1) | {"max_restarts": -1, "max_concurrency": 16}
+
+
+def _detached(name: str, num_threads: int) -> dict[str, Any]:
+    return {
+        "name": name,
+        "namespace": NAMESPACE,
+        "lifetime": "detached",
+        "num_cpus": NO_CPUS,
+        "max_task_retries": 0,
+        "runtime_env": {"env_vars": process_environment(num_threads)},
+    }
+
+
+def router_deployment_options(num_threads: int) -> dict[str, Any]:
+    """Serve options of the router. Its own admission bounds the work; Serve's limit only has to stay out of the way."""
+    return _deployment(num_threads) | {"max_ongoing_requests": 2000, "max_queued_requests": 2000}
+
+
+def gateway_deployment_options(max_open_requests: int) -> dict[str, Any]:
+    """Serve options of the gateway. Beyond `max_open_requests` Serve itself answers 503."""
+    return _deployment(1) | {
+        "max_ongoing_requests": max_open_requests,
+        "max_queued_requests": max_open_requests,
+    }
+
+
+def _deployment(num_threads: int) -> dict[str, Any]:
+    return {
+        "num_replicas": 1,
+        "ray_actor_options": {
+            "num_cpus": NO_CPUS,
+            "runtime_env": {"env_vars": process_environment(num_threads)},
+        },
+        "graceful_shutdown_timeout_s": 600.0,
+        "graceful_shutdown_wait_loop_s": 0.5,
+        "health_check_period_s": 5.0,
+        "health_check_timeout_s": 30.0,
+    }
+
+
+def start_ray(address: str | None = None, num_cpus: int | None = None) -> None:
+    """Connect to the Ray at `address`, or start one for this process on loopback. Raises ConnectionError."""
+    import logging
+
+    os.environ.update({key: os.environ.get(key, value) for key, value in ray_environment().items()})
+    import ray
+
+    settings: dict[str, Any] = {
+        "namespace": NAMESPACE,
+        "log_to_driver": False,
+        "logging_level": logging.WARNING,
+        "configure_logging": True,
+    }
+    if address is not None:
+        ray.init(address=address, **settings)
+        return
+    ray.init(
+        num_cpus=num_cpus,
+        include_dashboard=False,
+        _node_ip_address="127.0.0.1",
+        object_store_memory=256 * 1024 * 1024,
+        **settings,
+    )

@@ -1,0 +1,102 @@
+"""The Ray shell of an expert worker: opens the store, computes calls that arrive on its socket, tells its state.
+
+Contains no decision. Created by `cluster.supervisor` only, each time with a new incarnation.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import os
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experts.numerics import calibrate
+from experts.store import ExpertStore
+from experts.transport import Endpoint, ExpertServer, ServiceInfo
+from experts.worker import DTYPES, ExpertWorker
+from extraction.manifest import ExpertKey
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ActorSpec:
+    """Everything an expert actor needs to start."""
+
+    name: str
+    incarnation: int
+    store_root: str
+    dtype: str
+    group: tuple[ExpertKey, ...]
+    width: int
+    expert_width: int
+    budget_bytes: int | None
+    num_threads: int
+    host: str
+    secret: bytes = field(repr=False)
+
+    def fingerprint(self) -> str:
+        """Equal for specs that compute the same for the same routers; leaves out the incarnation."""
+        facts = repr((self.store_root, self.dtype, self.group, self.budget_bytes)).encode()
+        return hmac.new(self.secret, facts, "sha256").hexdigest()
+
+
+class ExpertActor:
+    """One expert group behind a data-plane server."""
+
+    def __init__(self, spec: ActorSpec) -> None:
+        logging.basicConfig(level=logging.INFO)
+        torch.set_num_threads(spec.num_threads)
+        dtype = DTYPES[spec.dtype]
+        kernel = calibrate([(2 * spec.expert_width, spec.width), (spec.width, spec.expert_width)], dtype)
+        self._spec = spec
+        self._store = ExpertStore.open(Path(spec.store_root))
+        components = tuple(sorted({key.component for key in spec.group}))
+        self._worker = ExpertWorker(
+            self._store,
+            kernel,
+            dtype,
+            widths=dict.fromkeys(components, spec.width),
+            group=spec.group,
+            budget_bytes=spec.budget_bytes,
+        )
+        info = ServiceInfo(spec.width, dtype, self._worker.numerics_class, components)
+        self._server = ExpertServer(
+            self._worker.compute, info, secret=spec.secret, incarnation=spec.incarnation, host=spec.host
+        )
+        self._server.start()
+        # Requests do not wait for this: an expert that is not there yet is read when it is first asked for.
+        threading.Thread(target=self._worker.load_all, name="expert-warm-up", daemon=True).start()
+
+    def endpoint(self) -> Endpoint:
+        """Where the data plane listens; the answer also says that the actor is alive."""
+        return Endpoint(self._spec.name, self._spec.host, self._server.port, self._spec.incarnation)
+
+    def status(self) -> dict[str, Any]:
+        """Plain values for `sage-moe status` and metrics."""
+        worker = self._worker
+        return {
+            "name": self._spec.name,
+            "pid": os.getpid(),
+            "incarnation": self._spec.incarnation,
+            "group": len(self._spec.group),
+            "resident_experts": worker.num_resident,
+            "resident_bytes": worker.resident_bytes,
+            "budget_bytes": self._spec.budget_bytes,
+            "experts_used": len(worker.stats.experts_used),
+            "hits": worker.stats.hits,
+            "misses": worker.stats.misses,
+            "bytes_read": worker.stats.bytes_read,
+            "rows": worker.stats.rows,
+            "numerics_class": worker.numerics_class,
+            "fingerprint": self._spec.fingerprint(),
+        }
+
+    def stop(self) -> None:
+        self._server.stop()
+        self._store.close()

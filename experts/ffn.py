@@ -1,0 +1,97 @@
+"""The expert's arithmetic: gated projections of the rows that a call brings, for one or many experts.
+
+Pure functions over tensors. Rows of one expert are computed together and padded to the row kernel's multiple,
+so that a row's bits do not depend on how many rows came with it. Called by `experts.worker`, and by
+`router.backbone` for dense layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from experts.call import ExpertCall
+from experts.numerics import RowKernel, swiglu
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """One expert's projections as they lie in memory; gate and up are one matrix."""
+
+    gate_up_FD: Tensor
+    """(2F, D): the gate's rows, then the up projection's."""
+    down_DF: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.gate_up_FD.nbytes + self.down_DF.nbytes
+
+
+def view_expert(record: Tensor, dtype: torch.dtype, width: int) -> ExpertWeights:
+    """See an expert record (uint8, gate | up | down, each [out, in] row-major) as matrices; copies nothing.
+
+    width: model width D. Raises ValueError when the record's size is no multiple of three D-wide matrices.
+    """
+    values = record.view(dtype)
+    expert_width, rest = divmod(values.numel(), 3 * width)
+    if rest or not expert_width:
+        raise ValueError(
+            f"a record of {record.numel()} bytes does not hold three {dtype} matrices {width} wide"
+        )
+    split = 2 * expert_width * width
+    return ExpertWeights(
+        values[:split].view(2 * expert_width, width), values[split:].view(width, expert_width)
+    )
+
+
+def compute_experts(call: ExpertCall, weights: Sequence[ExpertWeights], kernel: RowKernel) -> Tensor:
+    """Apply each expert of the call to its rows. Returns (R, D) in the tokens' dtype, rows as in the call.
+
+    weights: one per entry of `call.experts`, in that order.
+    """
+    segments = _segments(call.counts, kernel)
+    source: list[int] = []
+    wanted: list[int] = []
+    first = 0
+    for (start, end), count in zip(segments, call.counts, strict=True):
+        rows = call.token_of_R[first : first + count]
+        source.extend(rows)
+        source.extend(rows[-1:] * (end - start - count))
+        wanted.extend(range(start, start + count))
+        first += count
+    x_PD = call.tokens_TD.index_select(0, torch.tensor(source, device=call.tokens_TD.device))
+    y_PD = compute_segments(x_PD, segments, weights)
+    if len(wanted) == len(source):
+        return y_PD
+    return y_PD.index_select(0, torch.tensor(wanted, device=y_PD.device))
+
+
+def compute_segments(
+    x_PD: Tensor, segments: Sequence[tuple[int, int]], weights: Sequence[ExpertWeights]
+) -> Tensor:
+    """Gated projections of consecutive row ranges, each with its own weights. (P, D) -> (P, D).
+
+    The segments' lengths must already be multiples of the row kernel's.
+    """
+    two_f = weights[0].gate_up_FD.shape[0]
+    gate_up_PF = x_PD.new_empty(x_PD.shape[0], two_f)
+    for (start, end), expert in zip(segments, weights, strict=True):
+        torch.mm(x_PD[start:end], expert.gate_up_FD.t(), out=gate_up_PF[start:end])
+    hidden_PF = swiglu(gate_up_PF)
+    y_PD = torch.empty_like(x_PD)
+    for (start, end), expert in zip(segments, weights, strict=True):
+        torch.mm(hidden_PF[start:end], expert.down_DF.t(), out=y_PD[start:end])
+    return y_PD
+
+
+def _segments(counts: Sequence[int], kernel: RowKernel) -> list[tuple[int, int]]:
+    segments = []
+    start = 0
+    for count in counts:
+        end = start + kernel.padded(count)
+        segments.append((start, end))
+        start = end
+    return segments

@@ -1,0 +1,109 @@
+"""What makes a row's result independent of its neighbours: the row kernel, and the self-test that proves it.
+
+Matrix libraries choose another kernel, with another order of summation, for a few rows than for many. Inside one
+numerics class every product of the model therefore goes through one `RowKernel`, which rounds the number of
+rows up to a multiple at which this machine's library was seen to give each row the same bits whatever stands
+beside it. `calibrate` finds that multiple when a process starts. docs/exactness.md is the contract.
+
+Does not promise anything across classes: another device, instruction set, dtype or library gives other bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from experts.errors import NotRowInvariant
+
+ROW_MULTIPLES = {
+    torch.float32: (8, 16, 32),
+    torch.bfloat16: (2, 4, 8, 16, 32),
+    torch.float16: (2, 4, 8, 16, 32),
+}
+"""Tried in this order; the first that passes is used. Lower ones are left out even where they pass a test: a single
+row takes a path of its own in every library, and float32 libraries share rows out to threads in eights."""
+REFERENCE_ROWS = 64
+TESTED_ROWS = (1, 2, 3, 5, 7, 8, 9, 16, 17, 31, 33, 40)
+MAX_TESTED_OUTPUTS = 16384
+"""A head of 152,064 outputs is tested on its first rows only, to keep the start short."""
+
+
+@dataclass(frozen=True)
+class RowKernel:
+    """Matrix products in which a row's bits do not depend on the other rows."""
+
+    row_multiple: int
+
+    def padded(self, num_rows: int) -> int:
+        """The number of rows that a buffer for `num_rows` must have."""
+        return -(-num_rows // self.row_multiple) * self.row_multiple
+
+    def linear(self, x_RI: Tensor, weight_OI: Tensor) -> Tensor:
+        """x @ weight.T for any number of rows. Returns (R, O), maybe a view of a padded buffer."""
+        num_rows = x_RI.shape[0]
+        missing = self.padded(num_rows) - num_rows
+        if missing:
+            x_RI = torch.cat((x_RI, x_RI[-1:].expand(missing, -1)))
+        return torch.mm(x_RI, weight_OI.t())[:num_rows]
+
+
+def swiglu(gate_up_RF: Tensor) -> Tensor:
+    """silu(gate) * up for rows that hold gate and up side by side. (R, 2F) -> (R, F), same dtype.
+
+    silu is written with exp, because PyTorch's own gives other bits in the last, not vectorised, elements of
+    a buffer than in the others, and which elements those are depends on the number of rows.
+    """
+    gate, up = gate_up_RF.chunk(2, dim=1)
+    gate = gate.float()
+    silu = gate / torch.exp(-gate).add_(1.0)
+    return silu.to(up.dtype).mul_(up)
+
+
+def instruction_set(device: torch.device) -> str:
+    """What selects the kernels on this device, as a short name."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"sm{major}{minor}"
+    return torch.backends.cpu.get_cpu_capability().lower()
+
+
+def numerics_class(device: torch.device, dtype: torch.dtype) -> str:
+    """Name of the set of machines and settings within which results are bitwise equal."""
+    name = str(dtype).removeprefix("torch.")
+    return f"{device.type}/{instruction_set(device)}/{name}/torch-{torch.__version__}/k1"
+
+
+def calibrate(
+    shapes: Sequence[tuple[int, int]], dtype: torch.dtype, device: torch.device | None = None
+) -> RowKernel:
+    """Find the smallest row multiple at which every (out, in) shape gives each row the same bits.
+
+    The bits to reproduce are those of a product with 64 rows. Raises NotRowInvariant when no multiple passes.
+    """
+    device = device or torch.device("cpu")
+    generator = torch.Generator().manual_seed(0)
+    multiples = ROW_MULTIPLES[dtype]
+    worst = 0
+    for outputs, inputs in sorted(set(shapes)):
+        outputs = min(outputs, MAX_TESTED_OUTPUTS)
+        weight = torch.randn(outputs, inputs, generator=generator).mul_(inputs**-0.5).to(device, dtype)
+        x = torch.randn(REFERENCE_ROWS, inputs, generator=generator).to(device, dtype)
+        reference = torch.mm(x, weight.t())
+        while worst < len(multiples):
+            if _is_invariant(RowKernel(multiples[worst]), x, weight, reference):
+                break
+            worst += 1
+        else:
+            raise NotRowInvariant(f"{outputs}x{inputs}", str(dtype))
+    return RowKernel(multiples[worst])
+
+
+def _is_invariant(kernel: RowKernel, x: Tensor, weight: Tensor, reference: Tensor) -> bool:
+    for num_rows in TESTED_ROWS:
+        first = REFERENCE_ROWS - num_rows  # the last rows, so that a row's place in the call changes too
+        if not torch.equal(kernel.linear(x[first:], weight), reference[first:]):
+            return False
+    return True

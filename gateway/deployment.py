@@ -1,0 +1,270 @@
+"""The Serve shells: the router deployment, the gateway deployment, and the client between them.
+
+Contain no decision. A request's way: `GatewayDeployment` (HTTP, one event loop) -> `ServeRouterClient` -> one
+small call to submit -> `RouterDeployment` -> engine thread; and back in one stream of events for all requests of
+the gateway.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from cluster.ray_directory import RayDirectory
+from cluster.resources import gateway_deployment_options, router_deployment_options
+from experts.directory import LocalDirectory
+from experts.store import ExpertStore
+from experts.worker import ExpertWorker
+from gateway.chat_template import ChatTemplate
+from gateway.errors import RouterBusy, RouterUnavailable
+from gateway.http_app import GatewaySettings, build_app
+from gateway.router_client import RouterHealth
+from gateway.tokenizer import TextTokenizer
+from router.errors import EngineStopped, QueueFull, RequestTooLong
+from router.loading import MODEL_COMPONENT, EngineOptions, LoadedEngine, load_engine
+from router.metrics import local_actor, render_metrics
+from router.model_config import read_model_config
+from router.request import GenerationRequest, TokenEvent
+from router.service import RouterService
+
+logger = logging.getLogger(__name__)
+
+APP_NAME = "sage-moe"
+ROUTER_NAME = "router"
+
+
+@dataclass(frozen=True)
+class DeploymentSpec:
+    """What both deployments need to know."""
+
+    store_root: str
+    model_name: str
+    num_actors: int
+    engine: EngineOptions
+    max_open_requests: int = 1024
+
+
+class RouterDeployment:
+    """One router replica: `RouterService` behind Serve."""
+
+    async def __init__(self, spec: DeploymentSpec) -> None:  # type: ignore[misc]  # Serve awaits it
+        self._spec = spec
+        self._directory: RayDirectory | None = None
+        self._service = RouterService(await asyncio.to_thread(self._load_engine))
+
+    def _load_engine(self) -> LoadedEngine:
+        store = ExpertStore.open(Path(self._spec.store_root))
+        if not self._spec.num_actors:
+            return load_engine(store, self._spec.engine, LocalDirectory)
+
+        def connect(worker: ExpertWorker) -> RayDirectory:
+            self._directory = RayDirectory(worker)
+            return self._directory
+
+        return load_engine(store, self._spec.engine, connect)
+
+    async def check_health(self) -> None:
+        """Called by Serve; raising makes it replace the replica."""
+        if not self._service.engine_thread.health().is_alive:
+            raise EngineStopped("its thread ended")
+
+    async def submit(self, gateway: str, request: GenerationRequest) -> None:
+        self._service.submit(gateway, request)
+
+    async def cancel_request(self, request_id: str) -> None:
+        self._service.cancel(request_id)
+
+    async def events(self, gateway: str) -> AsyncGenerator[tuple[TokenEvent, ...], None]:
+        async with contextlib.aclosing(self._service.events(gateway)) as stream:
+            async for events in stream:
+                yield events
+
+    async def health(self) -> RouterHealth:
+        health = await self._service.health()
+        return RouterHealth(health.is_ready, health.detail)
+
+    async def metrics(self) -> str:
+        return render_metrics(self._service, await self._actors())
+
+    async def status(self) -> dict[str, object]:
+        """Plain values: the router itself, its experts, the actors and nodes."""
+        service = self._service
+        loaded = service.loaded
+        engine = loaded.engine
+        health = service.engine_thread.health()
+        actors = await self._actors()
+        return {
+            "model": self._spec.model_name,
+            "router": {
+                "pid": os.getpid(),
+                "numerics_class": loaded.worker.numerics_class,
+                "row_multiple": loaded.kernel.row_multiple,
+                "backbone_bytes": engine.backbone.nbytes,
+                "kv_bytes": engine.pool.nbytes,
+                "experts": local_actor(service),
+                "expert_calls": asdict(loaded.directory.stats()),
+                "phase_seconds": dict(engine.stats.phase_seconds),
+                "steps": engine.stats.steps,
+            },
+            "actors": actors,
+            "nodes": await asyncio.to_thread(_nodes),
+            "requests": {
+                "running": health.num_running,
+                "waiting": health.num_waiting,
+                "generated_tokens": engine.stats.generated_tokens,
+                "prompt_tokens": engine.stats.prompt_tokens,
+            },
+        }
+
+    async def _actors(self) -> list[dict[str, Any]]:
+        if self._directory is None:
+            return []
+        try:
+            return await asyncio.to_thread(self._directory.actors)
+        except (ray.exceptions.RayError, TimeoutError) as error:
+            logger.warning("no status of the expert actors: %s", error)
+            return []
+
+
+class ServeRouterClient:
+    """`gateway.router_client.RouterClient` over a Serve handle: one event stream for all requests."""
+
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+        self._handle = handle
+        self._name = f"gateway-{uuid.uuid4().hex[:12]}"
+        self._queues: dict[str, asyncio.Queue[TokenEvent | None]] = {}
+        self._reader: asyncio.Task[None] | None = None
+        self._standing = asyncio.Event()
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
+        """See RouterClient.generate."""
+        await self._connect()
+        queue: asyncio.Queue[TokenEvent | None] = asyncio.Queue()
+        self._queues[request.request_id] = queue
+        is_done = False
+        try:
+            await self._submit(request)
+            while not is_done:
+                event = await queue.get()
+                if event is None:
+                    is_done = True
+                    raise RouterUnavailable("the router was lost")
+                is_done = event.finish_reason is not None
+                yield event
+        finally:
+            del self._queues[request.request_id]
+            if not is_done:
+                self._handle.cancel_request.remote(request.request_id)
+
+    async def health(self) -> RouterHealth:
+        try:
+            answer: RouterHealth = await asyncio.wait_for(_response(self._handle.health.remote()), 8.0)
+        except TimeoutError:
+            return RouterHealth(False, "the router does not answer")
+        except ray.exceptions.RayError as error:
+            return RouterHealth(False, type(error).__name__)
+        return answer
+
+    async def metrics(self) -> str:
+        return str(await self._ask(self._handle.metrics.remote()))
+
+    async def status(self) -> dict[str, object]:
+        return dict(await self._ask(self._handle.status.remote()))
+
+    async def _ask(self, response: Any) -> Any:
+        try:
+            return await _response(response)
+        except ray.exceptions.RayError as error:
+            raise RouterUnavailable(type(error).__name__) from error
+
+    async def _submit(self, request: GenerationRequest) -> None:
+        try:
+            await _response(self._handle.submit.remote(self._name, request))
+        except (ray.exceptions.RayTaskError, QueueFull, RequestTooLong, EngineStopped) as error:
+            cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+            if isinstance(cause, QueueFull):
+                raise RouterBusy(cause.retry_after_s) from error
+            raise RouterUnavailable(str(cause)) from error
+        except ray.exceptions.RayError as error:
+            raise RouterUnavailable(type(error).__name__) from error
+
+    async def _connect(self) -> None:
+        if self._reader is None or self._reader.done():
+            self._standing.clear()
+            self._reader = asyncio.get_running_loop().create_task(self._read())
+        try:
+            await asyncio.wait_for(self._standing.wait(), 30.0)
+        except TimeoutError as error:
+            raise RouterUnavailable("the router does not answer") from error
+
+    async def _read(self) -> None:
+        """Hand events to their requests until the stream breaks; then every open request is told."""
+        try:
+            async for events in self._handle.options(stream=True).events.remote(self._name):
+                self._standing.set()
+                for event in events:
+                    queue = self._queues.get(event.request_id)
+                    if queue is not None:
+                        queue.put_nowait(event)
+        except ray.exceptions.RayError as error:
+            logger.warning("the router's event stream broke: %s", type(error).__name__)
+        finally:
+            for queue in self._queues.values():
+                queue.put_nowait(None)
+
+
+async def _response(response: Any) -> Any:
+    return await response
+
+
+def build_gateway(spec: DeploymentSpec, handle: DeploymentHandle[Any]) -> FastAPI:
+    """The gateway's HTTP app over a router handle. Runs inside the gateway's replica."""
+    root = Path(spec.store_root)
+    store = ExpertStore.open(root)
+    config = read_model_config(store.component(MODEL_COMPONENT).config)
+    tokenizer = TextTokenizer.from_folder(root)
+    settings = GatewaySettings.from_manifest(
+        store.manifest, spec.model_name, config.max_position_embeddings, config.vocab_size, int(time.time())
+    )
+    store.close()
+    template = ChatTemplate.from_folder(root, tokenizer)
+    return build_app(settings, tokenizer, template, ServeRouterClient(handle))
+
+
+def build_application(spec: DeploymentSpec, num_threads: int) -> serve.Application:
+    """The Serve application: gateway in front, router behind."""
+
+    def build_app_in_replica() -> FastAPI:
+        return build_gateway(spec, serve.get_deployment_handle(ROUTER_NAME, app_name=APP_NAME))
+
+    router = serve.deployment(RouterDeployment, name=ROUTER_NAME)
+    gateway = serve.deployment(serve.ingress(build_app_in_replica)(), name="gateway")
+    router_app = router.options(**router_deployment_options(num_threads)).bind(spec)
+    return gateway.options(**gateway_deployment_options(spec.max_open_requests)).bind(router_app)
+
+
+def _nodes() -> list[dict[str, Any]]:
+    """The Ray nodes: name, address, state, CPUs."""
+    return [
+        {
+            "node": node["NodeID"][:12],
+            "address": node["NodeManagerAddress"],
+            "state": "alive" if node["Alive"] else "dead",
+            "cpus": node["Resources"].get("CPU", 0.0),
+            "gpus": node["Resources"].get("GPU", 0.0),
+        }
+        for node in ray.nodes()
+    ]

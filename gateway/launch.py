@@ -1,0 +1,117 @@
+"""Starts and stops the whole service: Ray, the supervisor with its expert actors, and the Serve application.
+
+Called by `sage-moe serve`. What it started, it stops, in the reverse order, whenever it is interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from experts.store import ExpertStore
+from router.loading import MODEL_COMPONENT, EngineOptions, stored_dtype
+from router.model_config import read_model_config
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ServiceOptions:
+    """What `sage-moe serve` was asked for."""
+
+    store_root: Path
+    model_name: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    num_actors: int = 0
+    dtype: str | None = None
+    ray_address: str | None = None
+
+
+@contextmanager
+def running_service(options: ServiceOptions) -> Iterator[None]:
+    """The service, ready to answer, for as long as the context lasts.
+
+    Raises what reading the store raises, ConfigUnsupported, ActorsNotStarted, or RuntimeError when Serve cannot
+    deploy (its message names the cause).
+    """
+    store = ExpertStore.open(options.store_root)
+    config = read_model_config(store.component(MODEL_COMPONENT).config)
+    dtype = options.dtype or stored_dtype(store)
+    store.close()
+
+    from cluster.resources import plan_threads, start_ray
+
+    threads = plan_threads(os.cpu_count() or 1, options.num_actors)
+    with ExitStack() as stack:
+        stack.callback(_stop_ray)
+        start_ray(options.ray_address)
+
+        import ray
+
+        from cluster.supervisor import ServiceSpec, start_supervisor, stop_supervisor
+
+        spec = ServiceSpec(
+            store_root=str(options.store_root.resolve()),
+            dtype=dtype,
+            width=config.hidden_size,
+            expert_width=config.expert_width,
+            num_actors=options.num_actors,
+            threads_per_actor=threads.expert_actor,
+            secret=secrets.token_bytes(32),
+        )
+        if options.num_actors:
+            stack.callback(stop_supervisor)
+            supervisor = start_supervisor(spec)
+            ray.get(supervisor.wait_ready.remote())
+        _deploy(options, dtype, threads.router, stack)
+        yield
+
+
+def _deploy(options: ServiceOptions, dtype: str, num_threads: int, stack: ExitStack) -> None:
+    from ray import serve
+    from ray.serve.config import HTTPOptions
+
+    from gateway.deployment import APP_NAME, DeploymentSpec, build_application
+
+    spec = DeploymentSpec(
+        str(options.store_root.resolve()),
+        options.model_name,
+        options.num_actors,
+        EngineOptions(dtype=dtype, num_threads=num_threads),
+    )
+    stack.callback(serve.shutdown)
+    serve.start(http_options=HTTPOptions(host=options.host, port=options.port, request_timeout_s=3600.0))
+    serve.run(build_application(spec, num_threads), name=APP_NAME, route_prefix="/")
+
+
+def _stop_ray() -> None:
+    import ray
+
+    if ray.is_initialized():
+        ray.shutdown()
+
+
+def wait_for_interrupt() -> None:
+    """Return on SIGINT or SIGTERM."""
+    stopped = threading.Event()
+
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        stopped.set()
+
+    previous: dict[int, Any] = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        while not stopped.wait(1.0):
+            pass
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

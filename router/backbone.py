@@ -1,0 +1,174 @@
+"""The decoder without its experts: embeddings, attention, norms, gates, dense layers, head.
+
+Computes one step for a batch of token rows that belong to any mix of sequences and positions. Every product
+goes through the row kernel, so a row's bits do not depend on the batch. Called by `router.engine`.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from experts.directory import ExpertDirectory
+from experts.ffn import compute_segments
+from experts.numerics import RowKernel
+from experts.store import ExpertStore
+from router.attention import ROW_MULTIPLE, attend
+from router.kv_cache import KvPool
+from router.model_config import ModelConfig
+from router.rope import RotaryEmbedding, rotate
+from router.step_batch import AttentionGroup, CacheSlots, StepBatch, StepOutput
+from router.weights import Layer, TensorLoader, load_layer
+
+
+class Backbone:
+    """Weights on one device, and the forward pass of a step."""
+
+    def __init__(
+        self,
+        store: ExpertStore,
+        component: str,
+        config: ModelConfig,
+        kernel: RowKernel,
+        directory: ExpertDirectory,
+        dtype: torch.dtype,
+    ) -> None:
+        """Reads every backbone tensor of the component. Raises WeightMismatch, or what reading the store raises."""
+        self.config, self.kernel, self.dtype = config, kernel, dtype
+        load = TensorLoader(store, component, dtype)
+        width = config.hidden_size
+        self.embeddings_VD = load("embed_tokens.weight", config.vocab_size, width)
+        self.layers = [
+            load_layer(load, index, component, config, kernel, directory)
+            for index in range(config.num_layers)
+        ]
+        self.norm_D = load("norm.weight", width)
+        self.head_VD = (
+            self.embeddings_VD if config.has_tied_head else load("lm_head.weight", config.vocab_size, width)
+        )
+        self.rope = RotaryEmbedding(config)
+        self.progressed_at = time.monotonic()
+        """When a layer was last finished; a step of a large model may take long without being stuck."""
+
+    @property
+    def nbytes(self) -> int:
+        """Resident bytes of the weights; a tied head counts once."""
+        tensors = [self.embeddings_VD, self.norm_D]
+        if not self.config.has_tied_head:
+            tensors.append(self.head_VD)
+        for layer in self.layers:
+            tensors += [layer.input_norm_D, layer.qkv_OD, layer.q_norm_d, layer.k_norm_d]
+            tensors += [layer.output_DO, layer.post_norm_D]
+            if layer.moe:
+                tensors.append(layer.moe.gate_ED)
+            if layer.dense:
+                tensors += [layer.dense.gate_up_FD, layer.dense.down_DF]
+        return sum(tensor.nbytes for tensor in tensors)
+
+    @torch.inference_mode()
+    def forward(self, batch: StepBatch, pool: KvPool) -> StepOutput:
+        """Run one step: reads and extends the KV cache of the batch's sequences.
+
+        Raises ExpertError when an expert could not be computed; the cache positions of this step are then
+        undefined and may be computed again.
+        """
+        num_tokens = batch.num_tokens
+        hidden_PD = self._embed(batch)
+        cos, sin = self.rope.tables(batch.positions_3T)
+        cache = CacheSlots(batch.spans)
+        captured: dict[int, Tensor] = {}
+        phases = {"attention": 0.0, "experts": 0.0, "head": 0.0}
+        for index, layer in enumerate(self.layers):
+            started = time.perf_counter()
+            normed_PD = self._norm(hidden_PD, layer.input_norm_D)
+            attended_TO = self._attention(index, layer, normed_PD, cos, sin, cache, pool)
+            hidden_PD = hidden_PD + self.kernel.linear(self._pad(attended_TO), layer.output_DO)
+            attended = time.perf_counter()
+            normed_PD = self._norm(hidden_PD, layer.post_norm_D)
+            hidden_PD = hidden_PD + self._feed_forward(layer, normed_PD, num_tokens, batch.trace)
+            phases["attention"] += attended - started
+            phases["experts"] += time.perf_counter() - attended
+            self.progressed_at = time.monotonic()
+            if index in batch.capture_layers:
+                captured[index] = hidden_PD[:num_tokens].clone()
+            for row, vector_D in batch.injections.get(index, {}).items():
+                hidden_PD[row] += vector_D.to(self.dtype)
+        started = time.perf_counter()
+        logits_LV = self._head(hidden_PD, batch.logit_rows)
+        phases["head"] = time.perf_counter() - started
+        return StepOutput(logits_LV, captured, phases)
+
+    def _head(self, hidden_PD: Tensor, rows: tuple[int, ...]) -> Tensor:
+        """Float32 logits of some rows; none of them is a chunk that does not reach its prompt's end."""
+        if not rows:
+            return hidden_PD.new_empty(0, self.config.vocab_size, dtype=torch.float32)
+        final_LD = self._norm(hidden_PD.index_select(0, torch.tensor(rows)), self.norm_D)
+        return self.kernel.linear(final_LD, self.head_VD).float()
+
+    def _embed(self, batch: StepBatch) -> Tensor:
+        hidden_TD = self.embeddings_VD.index_select(0, batch.token_ids_T)
+        for row, embedding_D in batch.embeddings.items():
+            hidden_TD[row] = embedding_D.to(self.dtype)
+        return self._pad(hidden_TD)
+
+    def _pad(self, rows_TD: Tensor) -> Tensor:
+        """Repeat the last row up to the row kernel's multiple, so that no product has to."""
+        missing = self.kernel.padded(rows_TD.shape[0]) - rows_TD.shape[0]
+        return torch.cat((rows_TD, rows_TD[-1:].expand(missing, -1))) if missing else rows_TD
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """RMSNorm over the last dimension, in float32; the weight is applied in the model's dtype."""
+        wide = x.float()
+        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.config.rms_norm_eps)
+        return (wide * scale).to(self.dtype) * weight
+
+    def _feed_forward(self, layer: Layer, normed_PD: Tensor, num_tokens: int, trace: str) -> Tensor:
+        if layer.moe is not None:
+            return self._pad(layer.moe.forward(normed_PD, num_tokens, trace).to(self.dtype))
+        assert layer.dense is not None
+        return compute_segments(normed_PD, [(0, normed_PD.shape[0])], [layer.dense])
+
+    def _attention(
+        self,
+        index: int,
+        layer: Layer,
+        normed_PD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: CacheSlots,
+        pool: KvPool,
+    ) -> Tensor:
+        """Returns (T, heads * head_dim) in the model's dtype."""
+        config = self.config
+        num_tokens = len(cache.blocks_T)
+        qkv = self.kernel.linear(normed_PD, layer.qkv_OD)[:num_tokens].view(num_tokens, -1, config.head_dim)
+        q, k, v = qkv.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=1)
+        q = rotate(self._norm(q, layer.q_norm_d).float(), cos, sin).mul_(config.head_dim**-0.5)
+        k = rotate(self._norm(k, layer.k_norm_d).float(), cos, sin).to(self.dtype)
+        pool.write(index, cache.blocks_T, cache.offsets_T, k, v)
+        attended = torch.empty_like(q)
+        for group in cache.groups:
+            keys, values = pool.gather(index, group.tables_SN)
+            attended[group.rows] = _attend_group(q[group.rows], keys, values, group, config)
+        return attended.to(self.dtype).flatten(1)
+
+
+def _attend_group(
+    q_RHd: Tensor, keys: Tensor, values: Tensor, group: AttentionGroup, config: ModelConfig
+) -> Tensor:
+    """Bring query rows into (sequence x kv head, rows) form, attend, and back. Returns (R, heads, head_dim)."""
+    num_sequences, count = group.limits_SC.shape
+    per_kv = config.num_heads // config.num_kv_heads
+    q = q_RHd.view(num_sequences, count, config.num_kv_heads, per_kv, config.head_dim)
+    q_BMd = q.transpose(1, 2).reshape(num_sequences * config.num_kv_heads, count * per_kv, config.head_dim)
+    limits = group.limits_SC.repeat_interleave(per_kv, dim=1).repeat_interleave(config.num_kv_heads, dim=0)
+    num_rows = q_BMd.shape[1]
+    missing = -num_rows % ROW_MULTIPLE
+    if missing:
+        q_BMd = torch.cat((q_BMd, q_BMd.new_zeros(q_BMd.shape[0], missing, config.head_dim)), dim=1)
+        limits = torch.cat((limits, limits[:, -1:].expand(-1, missing)), dim=1)
+    out = attend(q_BMd, keys, values, limits)[:, :num_rows]
+    out = out.reshape(num_sequences, config.num_kv_heads, count, per_kv, config.head_dim).transpose(1, 2)
+    return out.reshape(num_sequences * count, config.num_heads, config.head_dim)

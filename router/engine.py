@@ -1,0 +1,260 @@
+"""The engine: a batch of sequences that join and leave at any step.
+
+`Engine.step` is the system in a few lines: plan, make room, compute, sample. It knows nothing of threads, HTTP
+or Ray; `router.engine_thread` runs it. Sequences keep their keys and values in blocks; when blocks run out, the
+youngest is swapped to host memory, bit for bit, and computed again only where that memory is full too.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from experts.errors import ExpertError
+from router.backbone import Backbone
+from router.batcher import BatchLimits, Chunk, StepPlan, admission_positions, plan_step
+from router.errors import QueueFull, RequestTooLong
+from router.kv_cache import BlockAllocator, KvPool, blocks_for
+from router.request import FinishReason, GenerationRequest, TokenEvent
+from router.sampling import sample
+from router.sequence import NO_INPUTS, PromptInputs, Sequence
+from router.step_batch import Span, StepBatch
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class EngineStats:
+    """Counters since the start; read by status and metrics."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+    failed: int = 0
+    phase_seconds: dict[str, float] = field(default_factory=dict)
+    last_step_at: float = 0.0
+    """Monotonic clock."""
+
+
+class Engine:
+    """Runs steps over a backbone and a KV pool. Not safe for several threads."""
+
+    def __init__(
+        self, backbone: Backbone, pool: KvPool, limits: BatchLimits | None = None, *, swap_budget_bytes: int = 0
+    ) -> None:
+        self.backbone, self.pool = backbone, pool
+        self.limits = limits or BatchLimits()
+        self.stats = EngineStats()
+        self.allocator = BlockAllocator(pool.keys.shape[1])
+        self._swap_budget_bytes = swap_budget_bytes
+        self._swapped_bytes = 0
+        self._waiting: OrderedDict[str, Sequence] = OrderedDict()
+        self._running: OrderedDict[str, Sequence] = OrderedDict()
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def open_requests(self) -> list[str]:
+        """Ids of all requests that have not ended."""
+        return [*self._running, *self._waiting]
+
+    @property
+    def max_tokens_per_sequence(self) -> int:
+        """Prompt and answer together: the context, or the whole cache if that is smaller."""
+        capacity = (self.allocator.num_blocks - 1) * self.pool.keys.shape[3]
+        return min(self.backbone.config.max_position_embeddings, capacity)
+
+    def submit(self, request: GenerationRequest, inputs: PromptInputs = NO_INPUTS) -> None:
+        """Queue a request. Raises QueueFull or RequestTooLong; ValueError for an empty prompt or a used id."""
+        if request.request_id in self._waiting or request.request_id in self._running:
+            raise ValueError(f"request id {request.request_id!r} is in use")
+        if not request.prompt_ids or not all(
+            0 <= token < self.backbone.config.vocab_size for token in request.prompt_ids
+        ):
+            raise ValueError("the prompt is empty or holds ids outside the vocabulary")
+        if len(self._waiting) >= self.limits.max_waiting:
+            raise QueueFull(len(self._waiting), retry_after_s=1.0)
+        sequence = Sequence(request, inputs)
+        if sequence.max_total > self.max_tokens_per_sequence:
+            raise RequestTooLong(sequence.max_total, self.max_tokens_per_sequence)
+        self._waiting[sequence.name] = sequence
+
+    def cancel(self, request_id: str) -> bool:
+        """End a request and free its KV blocks at once. Returns False when it is not known (any more)."""
+        sequence = self._waiting.pop(request_id, None) or self._running.pop(request_id, None)
+        if sequence is None:
+            return False
+        self._release(sequence)
+        return True
+
+    def step(self) -> list[TokenEvent]:
+        """Compute one step for the sequences that fit. Returns what is new for each request."""
+        started = time.perf_counter()
+        plan = self._plan()
+        self._make_room(plan)
+        planned = time.perf_counter()
+        events = self._compute(plan.chunks) if plan.chunks else []
+        self.stats.steps += 1
+        self.stats.last_step_at = time.monotonic()
+        self._add_phase("plan", planned - started)
+        self._add_phase("step", time.perf_counter() - started)
+        return events
+
+    def _plan(self) -> StepPlan:
+        running = [s.facts(len(self.allocator.table(s.name))) for s in self._running.values()]
+        waiting = [s.facts(0) for s in self._waiting.values()]
+        return plan_step(running, waiting, self.allocator.num_free, self.limits)
+
+    def _make_room(self, plan: StepPlan) -> None:
+        for name in plan.preempt:
+            self._preempt(name)
+        for name in plan.admit:
+            sequence = self._waiting.pop(name)
+            reserve = self.limits.admission_reserve
+            self.allocator.allocate(name, admission_positions(sequence.facts(0), reserve))
+            if sequence.swapped is not None:
+                self.pool.swap_in(self.allocator.table(name), sequence.swapped)
+                self._swapped_bytes -= _nbytes(sequence.swapped)
+                sequence.swapped = None
+            self._running[name] = sequence
+        for chunk in plan.chunks:
+            self.allocator.extend(chunk.name, chunk.first + chunk.count)
+            self.pool.copy(self.allocator.unshare(chunk.name, chunk.first, chunk.first + chunk.count))
+
+    def _preempt(self, name: str) -> None:
+        """Take a running sequence's blocks; it goes to the front of the queue."""
+        sequence = self._running.pop(name)
+        table = self.allocator.table(name)[: blocks_for(sequence.num_computed)]
+        needed = len(table) * self.pool.nbytes // self.allocator.num_blocks
+        if self._swapped_bytes + needed <= self._swap_budget_bytes:
+            sequence.swapped = self.pool.swap_out(table)
+            self._swapped_bytes += _nbytes(sequence.swapped)
+        else:
+            sequence.num_computed = 0
+        self.allocator.free(name)
+        self._waiting[name] = sequence
+        self._waiting.move_to_end(name, last=False)
+        self.stats.preemptions += 1
+
+    def _compute(self, chunks: SequenceOf[Chunk]) -> list[TokenEvent]:
+        sequences = [self._running[chunk.name] for chunk in chunks]
+        batch, finishing = self._batch(chunks, sequences)
+        try:
+            output = self.backbone.forward(batch, self.pool)
+        except ExpertError as error:
+            logger.error("step failed, request %s and %d others end: %s", batch.trace, len(chunks) - 1, error)
+            return [self._fail(sequence, "an expert could not be computed") for sequence in sequences]
+        started = time.perf_counter()
+        self._hand_out(chunks, sequences, output.captured)
+        for phase, seconds in output.phase_seconds.items():
+            self._add_phase(phase, seconds)
+        for chunk, sequence in zip(chunks, sequences, strict=True):
+            sequence.num_computed += chunk.count
+            self.stats.prompt_tokens += max(
+                0, min(sequence.num_computed, len(sequence.request.prompt_ids)) - chunk.first
+            )
+        events = [
+            self._advance(sequence, logits)
+            for sequence, logits in zip(finishing, output.logits_LV, strict=True)
+        ]
+        self._add_phase("sampling", time.perf_counter() - started)
+        return events
+
+    def _batch(
+        self, chunks: SequenceOf[Chunk], sequences: SequenceOf[Sequence]
+    ) -> tuple[StepBatch, list[Sequence]]:
+        """The step's rows, and the sequences whose last known token is among them, in row order."""
+        spans, ids, positions, logit_rows, finishing = [], [], [], [], []
+        embeddings: dict[int, Tensor] = {}
+        injections: dict[int, dict[int, Tensor]] = {}
+        for chunk, sequence in zip(chunks, sequences, strict=True):
+            row = len(ids)
+            end = chunk.first + chunk.count
+            spans.append(Span(self.allocator.table(chunk.name), chunk.first, chunk.count))
+            ids.extend(sequence.tokens[chunk.first : end])
+            positions.append(sequence.positions(chunk.first, chunk.count))
+            for index, embedding in sequence.inputs.embeddings.items():
+                if chunk.first <= index < end:
+                    embeddings[row + index - chunk.first] = embedding
+            for layer, added in sequence.inputs.injections.items():
+                for index, vector in added.items():
+                    if chunk.first <= index < end:
+                        injections.setdefault(layer, {})[row + index - chunk.first] = vector
+            if end == len(sequence.tokens):
+                logit_rows.append(len(ids) - 1)
+                finishing.append(sequence)
+        capture = {layer for sequence in sequences for layer in sequence.inputs.capture_layers}
+        batch = StepBatch(
+            tuple(spans),
+            torch.tensor(ids),
+            torch.cat(positions, dim=1),
+            tuple(logit_rows),
+            embeddings,
+            injections,
+            tuple(sorted(capture)),
+            chunks[0].name[:64],
+        )
+        return batch, finishing
+
+    def _hand_out(
+        self, chunks: SequenceOf[Chunk], sequences: SequenceOf[Sequence], captured: dict[int, Tensor]
+    ) -> None:
+        row = 0
+        for chunk, sequence in zip(chunks, sequences, strict=True):
+            if sequence.inputs.on_capture is not None:
+                for layer in sequence.inputs.capture_layers:
+                    sequence.inputs.on_capture(layer, chunk.first, captured[layer][row : row + chunk.count])
+            row += chunk.count
+
+    def _advance(self, sequence: Sequence, logits_V: Tensor) -> TokenEvent:
+        """Draw the sequence's next token and end it where it must end."""
+        if not bool(torch.isfinite(logits_V).all()):
+            logger.error("request %s: non-finite logits", sequence.name)
+            return self._fail(sequence, "the model produced non-finite numbers")
+        token = sample(logits_V, sequence.request.sampling, sequence.num_generated)
+        sequence.tokens.append(token)
+        self.stats.generated_tokens += 1
+        reason = sequence.finish_after(token)
+        if reason is not None:
+            self._end(sequence)
+        return TokenEvent(sequence.name, (token,), reason)
+
+    def _fail(self, sequence: Sequence, message: str) -> TokenEvent:
+        self.pool.scrub(self.allocator.table(sequence.name))
+        self._end(sequence)
+        self.stats.failed += 1
+        reason: FinishReason = "error"
+        return TokenEvent(sequence.name, (), reason, message)
+
+    def _end(self, sequence: Sequence) -> None:
+        del self._running[sequence.name]
+        self._release(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        if self.allocator.holds(sequence.name):
+            self.allocator.free(sequence.name)
+        if sequence.swapped is not None:
+            self._swapped_bytes -= _nbytes(sequence.swapped)
+
+    def _add_phase(self, phase: str, seconds: float) -> None:
+        self.stats.phase_seconds[phase] = self.stats.phase_seconds.get(phase, 0.0) + seconds
+
+
+def _nbytes(saved: tuple[Tensor, Tensor]) -> int:
+    return saved[0].nbytes + saved[1].nbytes

@@ -1,0 +1,153 @@
+"""Runs an engine in a thread of its own and passes requests in and events out.
+
+Nothing of Torch runs on the caller's thread. `submit` and `cancel` may be called from any thread; the sink is
+called on the engine's thread and must return at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from router.engine import Engine
+from router.errors import EngineStopped, QueueFull, RequestTooLong, RouterError
+from router.request import GenerationRequest, TokenEvent
+from router.sequence import NO_INPUTS, PromptInputs
+
+logger = logging.getLogger(__name__)
+
+Sink = Callable[[Sequence[TokenEvent]], None]
+
+
+@dataclass(frozen=True)
+class EngineHealth:
+    """Facts for a readiness decision."""
+
+    is_alive: bool
+    has_work: bool
+    seconds_since_step: float
+    num_waiting: int
+    num_running: int
+
+
+@dataclass(frozen=True)
+class _Submit:
+    request: GenerationRequest
+    inputs: PromptInputs
+
+
+@dataclass(frozen=True)
+class _Cancel:
+    request_id: str
+
+
+class EngineThread:
+    """Owns an engine from `start` to `stop`."""
+
+    def __init__(self, engine: Engine, sink: Sink) -> None:
+        self.engine = engine
+        self._sink = sink
+        self._commands: queue.SimpleQueue[_Submit | _Cancel | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._num_submitted = 0
+        self._num_ended = 0
+        self._admission = threading.Lock()
+        self._failure: str | None = None
+        self._busy_since = time.monotonic()
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End after the step in progress; requests that are not done get no further event."""
+        self._commands.put(None)
+        self._thread.join()
+
+    @property
+    def num_open(self) -> int:
+        """Requests submitted and not ended."""
+        return self._num_submitted - self._num_ended
+
+    def submit(self, request: GenerationRequest, inputs: PromptInputs = NO_INPUTS) -> None:
+        """Queue a request; its events go to the sink.
+
+        Raises QueueFull, RequestTooLong or EngineStopped at once, on the caller's thread.
+        """
+        if self._failure is not None or not self._thread.is_alive():
+            raise EngineStopped(self._failure or "it was shut down")
+        total = len(request.prompt_ids) + request.sampling.max_tokens
+        if total > self.engine.max_tokens_per_sequence:
+            raise RequestTooLong(total, self.engine.max_tokens_per_sequence)
+        limits = self.engine.limits
+        with self._admission:
+            if self.num_open >= limits.max_waiting + limits.max_running:
+                raise QueueFull(self.num_open, retry_after_s=1.0)
+            if not self.num_open:
+                self._busy_since = time.monotonic()
+            self._num_submitted += 1
+        self._commands.put(_Submit(request, inputs))
+
+    def cancel(self, request_id: str) -> None:
+        """End a request before the next step; it gets a last event with reason "cancelled"."""
+        self._commands.put(_Cancel(request_id))
+
+    def health(self) -> EngineHealth:
+        engine = self.engine
+        since = max(engine.stats.last_step_at, self._busy_since)
+        return EngineHealth(
+            self._thread.is_alive() and self._failure is None,
+            self.num_open > 0,
+            time.monotonic() - since,
+            engine.num_waiting,
+            engine.num_running,
+        )
+
+    def _run(self) -> None:
+        try:
+            while self._drain():
+                self._emit(self.engine.step())
+        except Exception as error:  # noqa: BLE001 - the last line of defence: report it, then refuse all work
+            logger.exception("the engine failed")
+            self._failure = type(error).__name__
+            self._fail_all()
+
+    def _drain(self) -> bool:
+        """Carry out waiting commands; block while there is no work. Returns False when told to stop."""
+        while True:
+            try:
+                command = self._commands.get(block=not self.engine.has_work)
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
+            if isinstance(command, _Submit):
+                self._submit_now(command)
+            elif self.engine.cancel(command.request_id):
+                self._emit([TokenEvent(command.request_id, (), "cancelled")])
+
+    def _submit_now(self, command: _Submit) -> None:
+        try:
+            self.engine.submit(command.request, command.inputs)
+        except (RouterError, ValueError) as error:
+            self._emit([TokenEvent(command.request.request_id, (), "error", str(error))])
+
+    def _fail_all(self) -> None:
+        """Tell every open request that the engine is gone, those still in the command queue too."""
+        names = self.engine.open_requests()
+        while not self._commands.empty():
+            command = self._commands.get()
+            if isinstance(command, _Submit):
+                names.append(command.request.request_id)
+        self._emit([TokenEvent(name, (), "error", "the engine failed") for name in names])
+
+    def _emit(self, events: Sequence[TokenEvent]) -> None:
+        ended = sum(1 for event in events if event.finish_reason is not None)
+        if ended:
+            with self._admission:
+                self._num_ended += ended
+        if events:
+            self._sink(events)

@@ -1,0 +1,75 @@
+"""What can go wrong in the router. The gateway turns these into HTTP answers."""
+
+from __future__ import annotations
+
+
+class RouterError(Exception):
+    """Root of the router's errors."""
+
+
+class ConfigUnsupported(RouterError):
+    """The model's configuration is damaged or asks for what the backbone does not compute."""
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(key, reason)
+        self.key, self.reason = key, reason
+
+    def __str__(self) -> str:
+        return f"model configuration: {self.key}: {self.reason}"
+
+
+class WeightMismatch(RouterError):
+    """A backbone tensor does not have the shape that the configuration implies."""
+
+    def __init__(self, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+        super().__init__(name, shape, expected)
+        self.name, self.shape, self.expected = name, shape, expected
+
+    def __str__(self) -> str:
+        return (
+            f"backbone tensor {self.name} has shape {self.shape}, the configuration implies {self.expected}"
+        )
+
+
+class QueueFull(RouterError):
+    """The engine's waiting list is at its limit."""
+
+    def __init__(self, num_waiting: int, retry_after_s: float) -> None:
+        super().__init__(num_waiting, retry_after_s)
+        self.num_waiting, self.retry_after_s = num_waiting, retry_after_s
+
+    def __str__(self) -> str:
+        return f"{self.num_waiting} requests are waiting already; try again in {self.retry_after_s:.0f} s"
+
+
+class RequestTooLong(RouterError):
+    """A request can never fit: its tokens exceed the context or the whole KV cache."""
+
+    def __init__(self, num_tokens: int, limit: int) -> None:
+        super().__init__(num_tokens, limit)
+        self.num_tokens, self.limit = num_tokens, limit
+
+    def __str__(self) -> str:
+        return f"prompt and max_tokens come to {self.num_tokens} tokens; at most {self.limit} fit"
+
+
+class KvExhausted(RouterError):
+    """More KV blocks were asked for than are free."""
+
+    def __init__(self, needed: int, free: int) -> None:
+        super().__init__(needed, free)
+        self.needed, self.free = needed, free
+
+    def __str__(self) -> str:
+        return f"{self.needed} KV blocks needed, {self.free} free"
+
+
+class EngineStopped(RouterError):
+    """The engine's thread has ended; nothing more is computed."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"the engine has stopped: {self.reason}"

@@ -1,0 +1,115 @@
+"""From an expert store to an engine: reads the configuration, proves the numerics, loads the backbone.
+
+Called by `sage-moe generate` and by the router's service, so that both run the same engine.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from experts.directory import ExpertDirectory, LocalDirectory
+from experts.numerics import RowKernel
+from experts.store import ExpertStore
+from experts.worker import DTYPES, ExpertWorker
+from router.attention import BLOCK_POSITIONS
+from router.backbone import Backbone
+from router.batcher import BatchLimits
+from router.engine import Engine
+from router.errors import ConfigUnsupported
+from router.kv_cache import KvPool, blocks_for
+from router.model_config import ModelConfig, read_model_config
+from router.self_test import prove_row_invariance
+
+logger = logging.getLogger(__name__)
+
+MODEL_COMPONENT = "model"
+DEFAULT_KV_BUDGET_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What a user may choose about an engine."""
+
+    dtype: str | None = None
+    """`float32` or `bfloat16`; None means the dtype of the stored experts."""
+    kv_budget_bytes: int = DEFAULT_KV_BUDGET_BYTES
+    expert_budget_bytes: int | None = None
+    """Resident bytes of experts in this process; None means no bound."""
+    limits: BatchLimits = BatchLimits()
+    num_threads: int | None = None
+
+
+@dataclass(frozen=True)
+class LoadedEngine:
+    """An engine and what it was made from."""
+
+    engine: Engine
+    store: ExpertStore
+    worker: ExpertWorker
+    directory: ExpertDirectory
+    config: ModelConfig
+    kernel: RowKernel
+    dtype: torch.dtype
+
+    def close(self) -> None:
+        self.directory.close()
+        self.store.close()
+
+
+def stored_dtype(store: ExpertStore) -> str:
+    """The dtype in which most users want to compute: that of the stored experts."""
+    keys = store.keys()
+    return store.record(keys[0]).dtype if keys else "float32"
+
+
+def load_engine(
+    store: ExpertStore,
+    options: EngineOptions,
+    connect: Callable[[ExpertWorker], ExpertDirectory] = LocalDirectory,
+) -> LoadedEngine:
+    """connect: makes the way to the experts, given a worker for those that are computed here.
+
+    Raises ConfigUnsupported, WeightMismatch, NotRowInvariant, or what reading the store raises.
+    """
+    if options.num_threads is not None:
+        torch.set_num_threads(options.num_threads)
+    dtype_name = options.dtype or stored_dtype(store)
+    if dtype_name not in ("float32", "bfloat16"):
+        raise ConfigUnsupported("dtype", f"{dtype_name!r}; choose float32 or bfloat16")
+    dtype = DTYPES[dtype_name]
+    config = read_model_config(store.component(MODEL_COMPONENT).config)
+    kernel = prove_row_invariance(config, dtype)
+    worker = ExpertWorker(
+        store,
+        kernel,
+        dtype,
+        widths={MODEL_COMPONENT: config.hidden_size},
+        budget_bytes=options.expert_budget_bytes,
+    )
+    directory = connect(worker)
+    backbone = Backbone(store, MODEL_COMPONENT, config, kernel, directory, dtype)
+    pool = KvPool(config, num_kv_blocks(config, dtype, options), dtype)
+    engine = Engine(backbone, pool, options.limits, swap_budget_bytes=options.kv_budget_bytes)
+    logger.info(
+        "engine ready: %s, backbone %d bytes, KV %d bytes", worker.numerics_class, backbone.nbytes, pool.nbytes
+    )
+    return LoadedEngine(engine, store, worker, directory, config, kernel, dtype)
+
+
+def num_kv_blocks(config: ModelConfig, dtype: torch.dtype, options: EngineOptions) -> int:
+    """Blocks that fit the KV budget, but no more than all running sequences could fill.
+
+    Raises ConfigUnsupported when the budget does not hold one block beside the zero block.
+    """
+    block_bytes = KvPool.block_bytes(config, dtype)
+    affordable = options.kv_budget_bytes // block_bytes
+    if affordable < 2:
+        raise ConfigUnsupported(
+            "kv_budget", f"{options.kv_budget_bytes} bytes hold no {BLOCK_POSITIONS} positions of {block_bytes} bytes"
+        )
+    useful = options.limits.max_running * blocks_for(config.max_position_embeddings) + 1
+    return min(affordable, useful)

@@ -1,0 +1,98 @@
+"""The router's Prometheus metrics, collected from its own counters when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from router.service import RouterService
+
+PREFIX = "sage_moe_"
+
+
+def render_metrics(service: RouterService, actors: Iterable[Mapping[str, Any]]) -> str:
+    """Prometheus text. actors: one mapping an expert actor, as its `status` gives it."""
+    registry = CollectorRegistry()
+    registry.register(_Collector(service, list(actors)))  # type: ignore[arg-type]
+    return generate_latest(registry).decode()
+
+
+class _Collector:
+    """Turns counters into metric families once; prometheus_client calls `collect`."""
+
+    def __init__(self, service: RouterService, actors: list[Mapping[str, Any]]) -> None:
+        self._service, self._actors = service, actors
+
+    def collect(self) -> Iterable[Metric]:
+        yield from self._engine()
+        yield from self._experts()
+
+    def _engine(self) -> Iterable[Metric]:
+        engine = self._service.loaded.engine
+        stats = engine.stats
+        block_bytes = engine.pool.nbytes // engine.allocator.num_blocks
+        yield _gauge("requests_running", "Sequences in the batch.", engine.num_running)
+        yield _gauge("requests_waiting", "Sequences in the queue.", engine.num_waiting)
+        yield _gauge("kv_used_bytes", "KV cache in use.", engine.allocator.num_used * block_bytes)
+        yield _gauge("kv_total_bytes", "KV cache.", engine.pool.nbytes)
+        yield _gauge("backbone_bytes", "Weights of the backbone.", engine.backbone.nbytes)
+        yield _counter("steps", "Steps of the engine.", stats.steps)
+        yield _counter("engine_prompt_tokens", "Prompt tokens computed.", stats.prompt_tokens)
+        yield _counter("engine_generated_tokens", "Tokens generated.", stats.generated_tokens)
+        yield _counter("preemptions", "Sequences whose KV blocks were taken.", stats.preemptions)
+        yield _counter("requests_failed", "Requests ended by an error in the engine.", stats.failed)
+        phases = CounterMetricFamily(
+            PREFIX + "phase_seconds", "Time of the engine's steps by phase.", labels=["phase"]
+        )
+        for phase, seconds in stats.phase_seconds.items():
+            phases.add_metric([phase], seconds)
+        yield phases
+
+    def _experts(self) -> Iterable[Metric]:
+        way = self._service.loaded.directory.stats()
+        yield _counter("expert_local_rows", "Expert rows computed in the router.", way.local_rows)
+        yield _counter("expert_remote_rows", "Expert rows computed by actors.", way.remote_rows)
+        yield _counter("hop_seconds", "Time spent waiting for actors.", way.hop_seconds)
+        yield _counter("failovers", "Calls to lost actors, computed elsewhere.", way.failovers)
+        labels = ["actor", "node", "tier"]
+        resident = GaugeMetricFamily(PREFIX + "resident_bytes", "Expert bytes held.", labels=labels)
+        counters = {
+            key: CounterMetricFamily(PREFIX + name, text, labels=labels[:2])
+            for key, name, text in (
+                ("hits", "expert_hits", "Experts that were resident when needed."),
+                ("misses", "expert_misses", "Experts that had to be read."),
+                ("bytes_read", "expert_read_bytes", "Bytes of experts read."),
+            )
+        }
+        for actor in [local_actor(self._service), *self._actors]:
+            name, node = str(actor["name"]), str(actor.get("node", ""))
+            resident.add_metric([name, node, "resident"], actor.get("resident_bytes", 0))
+            for key, family in counters.items():
+                family.add_metric([name, node], actor.get(key, 0))
+        yield resident
+        yield from counters.values()
+
+
+def local_actor(service: RouterService) -> dict[str, Any]:
+    """The router's own experts, in the form of an expert actor's status."""
+    worker = service.loaded.worker
+    return {
+        "name": "router",
+        "resident_bytes": worker.resident_bytes,
+        "resident_experts": worker.num_resident,
+        "experts_used": len(worker.stats.experts_used),
+        "hits": worker.stats.hits,
+        "misses": worker.stats.misses,
+        "bytes_read": worker.stats.bytes_read,
+    }
+
+
+def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
+    return GaugeMetricFamily(PREFIX + name, text, value=value)
+
+
+def _counter(name: str, text: str, value: float) -> CounterMetricFamily:
+    return CounterMetricFamily(PREFIX + name, text, value=value)

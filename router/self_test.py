@@ -1,0 +1,60 @@
+"""Proves at start, on this machine, what docs/exactness.md promises of single kernels; raises where it cannot.
+
+The promise for whole steps is held by the test suite. Called by `router.loading`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from experts.errors import NotRowInvariant
+from experts.numerics import RowKernel, calibrate, swiglu
+from router.attention import BLOCK_POSITIONS, ROW_MULTIPLE, attend
+from router.model_config import ModelConfig
+
+
+def prove_row_invariance(config: ModelConfig, dtype: torch.dtype) -> RowKernel:
+    """The row kernel for this model. Raises NotRowInvariant naming the kernel that fails."""
+    kernel = calibrate(config.linear_shapes(), dtype)
+    _prove_attention(config.head_dim)
+    _prove_activation(config.expert_width, dtype)
+    _prove_norm(config.hidden_size)
+    return kernel
+
+
+def _prove_attention(head_dim: int) -> None:
+    """The same rows alone, among others, and with more (masked) key blocks."""
+    generator = torch.Generator().manual_seed(1)
+    num_rows, num_blocks = 8 * ROW_MULTIPLE, 5
+    q = torch.randn(2, num_rows, head_dim, generator=generator)
+    keys = torch.randn(2, num_blocks, BLOCK_POSITIONS, head_dim, generator=generator)
+    values = torch.randn(2, num_blocks, BLOCK_POSITIONS, head_dim, generator=generator)
+    limits = torch.arange(num_rows).expand(2, -1) + BLOCK_POSITIONS + 1
+    whole = attend(q, keys, values, limits)
+    for num_sets, first, count in ((1, 0, 8), (2, 8, 8), (1, 16, 24), (2, 40, 24)):
+        rows = slice(first, first + count)
+        needed = -(-int(limits[0, first + count - 1]) // BLOCK_POSITIONS)
+        part = attend(
+            q[:num_sets, rows], keys[:num_sets, :needed], values[:num_sets, :needed], limits[:num_sets, rows]
+        )
+        if not torch.equal(part, whole[:num_sets, rows]):
+            raise NotRowInvariant(f"attention with heads of {head_dim}", "float32")
+
+
+def _prove_activation(width: int, dtype: torch.dtype) -> None:
+    rows = torch.randn(33, 2 * width, generator=torch.Generator().manual_seed(2)).mul_(4).to(dtype)
+    whole = swiglu(rows)
+    for first, count in ((0, 1), (5, 2), (10, 7), (32, 1)):
+        if not torch.equal(swiglu(rows[first : first + count].clone()), whole[first : first + count]):
+            raise NotRowInvariant(f"activation of width {width}", str(dtype))
+
+
+def _prove_norm(width: int) -> None:
+    rows = torch.randn(33, width, generator=torch.Generator().manual_seed(3))
+    whole = torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + 1e-6)
+    for first, count in ((0, 1), (5, 2), (10, 7), (32, 1)):
+        part = rows[first : first + count].clone()
+        if not torch.equal(
+            torch.rsqrt(part.pow(2).mean(-1, keepdim=True) + 1e-6), whole[first : first + count]
+        ):
+            raise NotRowInvariant(f"norm of width {width}", "float32")

@@ -1,0 +1,157 @@
+"""The router as a service inside one process: an engine thread, and streams of events for gateways.
+
+All events of one gateway travel in one stream, and whatever a gateway has not taken yet is merged, so the cost of
+a message does not grow with the number of tokens or requests. Knows asyncio, nothing of Ray or HTTP. Called by
+`gateway.deployment`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
+
+from router.engine_thread import EngineThread
+from router.errors import RouterError
+from router.loading import LoadedEngine
+from router.request import GenerationRequest, SamplingParams, TokenEvent
+
+logger = logging.getLogger(__name__)
+
+WEDGED_AFTER_S = 5.0
+PROBE_TIMEOUT_S = 5.0
+PROBE_VALID_S = 2.0
+SEND_INTERVAL_S = 0.01
+"""Least time between two messages to a gateway; the first token of an idle stream never waits for it."""
+
+
+@dataclass(frozen=True)
+class ServiceHealth:
+    """Whether requests would be served now, and why not."""
+
+    is_ready: bool
+    detail: str
+
+
+class _Outbox:
+    """Events that a gateway has not taken yet, merged by request."""
+
+    def __init__(self) -> None:
+        self.pending: dict[str, TokenEvent] = {}
+        self.filled = asyncio.Event()
+        self.open_requests: set[str] = set()
+
+    def add(self, event: TokenEvent) -> None:
+        earlier = self.pending.get(event.request_id)
+        if earlier is not None:
+            event = replace(event, token_ids=earlier.token_ids + event.token_ids)
+        self.pending[event.request_id] = event
+        self.filled.set()
+
+
+class RouterService:
+    """Created and used on one event loop; the engine runs beside it."""
+
+    def __init__(self, loaded: LoadedEngine) -> None:
+        self.loaded = loaded
+        self._loop = asyncio.get_running_loop()
+        self._outboxes: dict[str, _Outbox] = {}
+        self._gateway_of: dict[str, str] = {}
+        self._probes: dict[str, asyncio.Future[TokenEvent]] = {}
+        self._probed_at = float("-inf")
+        self._num_probes = 0
+        self.engine_thread = EngineThread(loaded.engine, self._on_engine_events)
+        self.engine_thread.start()
+
+    def submit(self, gateway: str, request: GenerationRequest) -> None:
+        """Queue a request whose events go to `gateway`. Raises QueueFull, RequestTooLong, EngineStopped."""
+        self.engine_thread.submit(request)
+        outbox = self._outboxes.setdefault(gateway, _Outbox())
+        outbox.open_requests.add(request.request_id)
+        self._gateway_of[request.request_id] = gateway
+
+    def cancel(self, request_id: str) -> None:
+        """End a request before the next step and free its memory; unknown ids are ignored."""
+        if request_id in self._gateway_of:
+            self.engine_thread.cancel(request_id)
+
+    async def events(self, gateway: str) -> AsyncIterator[tuple[TokenEvent, ...]]:
+        """All events of a gateway's requests, merged into messages. Ends never; closing it cancels its requests."""
+        outbox = self._outboxes.setdefault(gateway, _Outbox())
+        try:
+            yield ()  # tells the gateway that its stream stands
+            while True:
+                await outbox.filled.wait()
+                outbox.filled.clear()
+                events, outbox.pending = tuple(outbox.pending.values()), {}
+                yield events
+                await asyncio.sleep(SEND_INTERVAL_S)
+        finally:
+            if outbox.open_requests:
+                logger.info("gateway %s left; cancelling its %d requests", gateway, len(outbox.open_requests))
+            for request_id in tuple(outbox.open_requests):
+                self.cancel(request_id)
+            self._outboxes.pop(gateway, None)
+
+    async def health(self) -> ServiceHealth:
+        """Ready while steps complete; when idle, a one-token probe is computed, at most every few seconds."""
+        facts = self.engine_thread.health()
+        if not facts.is_alive:
+            return ServiceHealth(False, "the engine has stopped")
+        progressed_s = min(facts.seconds_since_step, time.monotonic() - self.loaded.engine.backbone.progressed_at)
+        if facts.has_work:
+            if progressed_s <= WEDGED_AFTER_S:
+                return ServiceHealth(True, f"{facts.num_running} running, {facts.num_waiting} waiting")
+            return ServiceHealth(False, f"no progress for {progressed_s:.0f} s with work to do")
+        if time.monotonic() - self._probed_at <= PROBE_VALID_S:
+            return ServiceHealth(True, "idle")
+        return await self._probe()
+
+    def close(self) -> None:
+        self.engine_thread.stop()
+        self.loaded.close()
+
+    async def _probe(self) -> ServiceHealth:
+        self._num_probes += 1
+        name = f"probe-{self._num_probes}"
+        answered: asyncio.Future[TokenEvent] = self._loop.create_future()
+        self._probes[name] = answered
+        try:
+            self.engine_thread.submit(GenerationRequest(name, (0,), SamplingParams(max_tokens=1, temperature=0.0)))
+            event = await asyncio.wait_for(answered, PROBE_TIMEOUT_S)
+        except TimeoutError:
+            self.engine_thread.cancel(name)
+            return ServiceHealth(False, f"a probe took more than {PROBE_TIMEOUT_S:.0f} s")
+        except RouterError as error:
+            return ServiceHealth(False, str(error))
+        finally:
+            del self._probes[name]
+        if event.finish_reason == "error":
+            return ServiceHealth(False, event.error or "a probe failed")
+        self._probed_at = time.monotonic()
+        return ServiceHealth(True, "idle")
+
+    def _on_engine_events(self, events: Sequence[TokenEvent]) -> None:
+        """On the engine's thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._deliver, events)
+        except RuntimeError:
+            logger.info("the event loop has closed; %d events are dropped", len(events))
+
+    def _deliver(self, events: Sequence[TokenEvent]) -> None:
+        for event in events:
+            probe = self._probes.get(event.request_id)
+            if probe is not None:
+                if event.finish_reason is not None and not probe.done():
+                    probe.set_result(event)
+                continue
+            gateway = self._gateway_of.get(event.request_id)
+            outbox = self._outboxes.get(gateway) if gateway is not None else None
+            if event.finish_reason is not None:
+                self._gateway_of.pop(event.request_id, None)
+                if outbox is not None:
+                    outbox.open_requests.discard(event.request_id)
+            if outbox is not None:
+                outbox.add(event)

@@ -1,0 +1,49 @@
+"""Fixtures shared by several packages' tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from extraction.extract import extract
+from tests.checkpoints import write_tiny_qwen3_moe
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+REPOSITORY = Path(__file__).parent.parent
+STORIES = REPOSITORY / "models" / "stories-moe"
+
+
+@pytest.fixture(scope="session")
+def stories_checkpoint() -> Path:
+    """The bundled trained checkpoint."""
+    return STORIES
+
+
+@pytest.fixture(scope="session")
+def stories_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled checkpoint, extracted."""
+    root = tmp_path_factory.mktemp("stories") / "store"
+    extract(STORIES, root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random checkpoint with dense layers among its MoE layers."""
+    return write_tiny_qwen3_moe(
+        tmp_path_factory.mktemp("tiny") / "checkpoint",
+        dtype=torch.float32,
+        num_hidden_layers=3,
+        mlp_only_layers=[1],
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_store(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Path:
+    """The tiny checkpoint, extracted."""
+    root = tmp_path_factory.mktemp("tiny-store") / "store"
+    extract(tiny_checkpoint, root)
+    return root
