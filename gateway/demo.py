@@ -1,0 +1,166 @@
+"""`make demo`: starts the service with two expert actors, streams one story over HTTP, prints what it took.
+
+Runs `sage-moe serve` as a process of its own, as a user would, and ends it whatever happens. Prints to the
+terminal. Usage: python -m gateway.demo STORE
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any
+
+import httpx
+from rich.console import Console
+from rich.table import Table
+
+PROMPT = "Once upon a time there was a king who had three daughters, and the youngest"
+MAX_TOKENS = 160
+SEED = 7
+NUM_ACTORS = 2
+START_TIMEOUT_S = 180.0
+STOP_TIMEOUT_S = 60.0
+
+
+def main() -> int:
+    console = Console(highlight=False)
+    if len(sys.argv) != 2:
+        console.print("usage: python -m gateway.demo STORE")
+        return 2
+    url = f"http://127.0.0.1:{_free_port()}"
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with tempfile.TemporaryFile("w+") as log, _service(sys.argv[1], url, log) as process:
+            started = time.monotonic()
+            console.print(f"[dim]starting Ray, a router and {NUM_ACTORS} expert actors on {url} ...[/dim]")
+            if not _wait_ready(url, process):
+                console.print("[red]the service did not become ready; it said:[/red]")
+                log.seek(0)
+                console.print(log.read()[-4000:], markup=False)
+                return 1
+            console.print(f"[dim]ready after {time.monotonic() - started:.1f} s[/dim]\n")
+            timings = _stream_story(url)
+            status = httpx.get(f"{url}/sage/status", timeout=30.0).raise_for_status().json()
+            console.print()
+            console.print(_table(timings, status))
+    except KeyboardInterrupt:
+        console.print("\ninterrupted; everything was stopped")
+        return 130
+    return 0
+
+
+@contextmanager
+def _service(store: str, url: str, log: IO[str]) -> Iterator[subprocess.Popen[str]]:
+    """`sage-moe serve` in a session of its own, ended at the end: asked first, then killed with its children."""
+    port = url.rsplit(":", 1)[1]
+    command = [sys.executable, "-m", "gateway.cli", "serve", store, "--port", port, "--actors", str(NUM_ACTORS)]
+    command += ["--served-model-name", "stories"]
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, text=True, start_new_session=True
+    )
+    try:
+        yield process
+    finally:
+        previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        _stop(process)
+        signal.signal(signal.SIGINT, previous)
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait_ready(url: str, process: subprocess.Popen[str]) -> bool:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if httpx.get(f"{url}/ready", timeout=10.0).status_code == 200:
+                return True
+        except httpx.TransportError:
+            pass
+        time.sleep(0.2)
+    return False
+
+
+def _stream_story(url: str) -> dict[str, float]:
+    """Print the completion as it arrives. Returns seconds to the first token, tokens, and tokens per second."""
+    body = {
+        "model": "stories",
+        "prompt": PROMPT,
+        "max_tokens": MAX_TOKENS,
+        "seed": SEED,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    sys.stdout.write(PROMPT)
+    sys.stdout.flush()
+    sent = time.perf_counter()
+    first = last = 0.0
+    usage: dict[str, Any] = {}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=120.0) as response:
+        response.raise_for_status()
+        for line in response.iter_lines():
+            if not line.startswith("data: ") or line == "data: [DONE]":
+                continue
+            event = json.loads(line.removeprefix("data: "))
+            if "error" in event:
+                raise SystemExit(f"the service answered: {event['error']['message']}")
+            usage = event.get("usage") or usage
+            for choice in event["choices"]:
+                last = time.perf_counter()
+                first = first or last
+                sys.stdout.write(choice["text"])
+                sys.stdout.flush()
+    sys.stdout.write("\n")
+    tokens = float(usage["completion_tokens"])
+    return {"ttft_s": first - sent, "tokens": tokens, "tokens_per_s": (tokens - 1) / max(last - first, 1e-9)}
+
+
+def _table(timings: dict[str, float], status: dict[str, Any]) -> Table:
+    router, actors = status["router"], status["actors"]
+    table = Table(title="What it took", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    table.add_row("tokens", f"{timings['tokens']:.0f}")
+    table.add_row("time to first token", f"{timings['ttft_s'] * 1000:.0f} ms")
+    table.add_row("tokens per second", f"{timings['tokens_per_s']:.1f}")
+    table.add_section()
+    table.add_row("resident: backbone (router)", _mib(router["backbone_bytes"]))
+    table.add_row("resident: KV cache (router)", _mib(router["kv_bytes"]))
+    for actor in actors:
+        label = f"resident: {actor['resident_experts']} experts ({actor['name']}, pid {actor['pid']})"
+        table.add_row(label, _mib(actor["resident_bytes"]))
+    table.add_section()
+    used = sum(actor["experts_used"] for actor in actors)
+    table.add_row("experts used", f"{used} of {sum(actor['group'] for actor in actors)}")
+    table.add_row("expert rows computed by actors", f"{router['expert_calls']['remote_rows']}")
+    table.add_row("numerics class", router["numerics_class"])
+    return table
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.1f} MiB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""One generation in this process, without Ray and HTTP: what `sage-moe generate` runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experts.store import ExpertStore
+from extraction.manifest import Manifest
+from gateway.errors import GenerationFailed
+from gateway.tokenizer import TextTokenizer
+from router.loading import EngineOptions, LoadedEngine, load_engine
+from router.request import GenerationRequest, SamplingParams
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The result; `as_json` is what `--json` prints."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_token_ids: tuple[int, ...]
+    finish_reason: str
+    ttft_s: float
+    tokens_per_s: float
+    """Of the tokens after the first; 0 where there is only one."""
+    resident_bytes: dict[str, int]
+
+    def as_json(self) -> dict[str, Any]:
+        prompt, answer = len(self.prompt_token_ids), len(self.token_ids)
+        return {
+            "text": self.text,
+            "token_ids": list(self.token_ids),
+            "prompt_token_ids": list(self.prompt_token_ids),
+            "finish_reason": self.finish_reason,
+            "usage": {
+                "prompt_tokens": prompt,
+                "completion_tokens": answer,
+                "total_tokens": prompt + answer,
+            },
+            "timings": {"ttft_s": round(self.ttft_s, 6), "tokens_per_s": round(self.tokens_per_s, 3)},
+            "resident_bytes": self.resident_bytes,
+        }
+
+
+def eos_token_ids(manifest: Manifest) -> tuple[int, ...]:
+    """Ids that end an answer: the generation configuration's, else the model configuration's."""
+    for source in (manifest.generation_config, manifest.config):
+        value = source.get("eos_token_id")
+        if isinstance(value, int):
+            return (value,)
+        if isinstance(value, list) and value:
+            return tuple(int(token) for token in value)
+    return ()
+
+
+def default_sampling(generation_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Sampling that the checkpoint's authors recommend, where it says so; else temperature 1 without filters."""
+    if not generation_config.get("do_sample"):
+        return {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    return {
+        "temperature": float(generation_config.get("temperature", 1.0)),
+        "top_k": int(generation_config.get("top_k", 0)),
+        "top_p": float(generation_config.get("top_p", 1.0)),
+    }
+
+
+def generate(
+    root: Path,
+    prompt: str | tuple[int, ...],
+    sampling: Mapping[str, Any],
+    options: EngineOptions,
+    on_text: Callable[[str], None] = lambda text: None,
+) -> Generation:
+    """Generate one answer; `on_text` is called with each piece of text as it becomes stable.
+
+    sampling: fields of SamplingParams that were chosen; the checkpoint's recommendation fills in the others.
+    Raises GenerationFailed, or what loading the engine raises.
+    """
+    store = ExpertStore.open(root)
+    tokenizer = TextTokenizer.from_folder(root)
+    prompt_ids = tuple(tokenizer.encode(prompt)) if isinstance(prompt, str) else prompt
+    manifest = store.manifest
+    chosen = default_sampling(manifest.generation_config) | dict(sampling)
+    params = SamplingParams(stop_token_ids=eos_token_ids(manifest), **chosen)
+    loaded = load_engine(store, options)
+    try:
+        return _run(loaded, tokenizer, GenerationRequest("generate", prompt_ids, params), on_text)
+    finally:
+        loaded.close()
+
+
+def _run(
+    loaded: LoadedEngine, tokenizer: TextTokenizer, request: GenerationRequest, on_text: Callable[[str], None]
+) -> Generation:
+    started = time.perf_counter()
+    engine = loaded.engine
+    engine.submit(request)
+    decoder = tokenizer.incremental()
+    tokens: list[int] = []
+    pieces: list[str] = []
+    reason = ""
+    first_at = started
+    while not reason:
+        for event in engine.step():
+            if event.error:
+                raise GenerationFailed(event.error)
+            first_at = first_at if tokens else time.perf_counter()
+            tokens.extend(event.token_ids)
+            shown = [t for t in event.token_ids if t not in request.sampling.stop_token_ids]
+            pieces.append(decoder.push(shown))
+            on_text(pieces[-1])
+            reason = event.finish_reason or ""
+    ended = time.perf_counter()
+    pieces.append(decoder.flush())
+    on_text(pieces[-1])
+    return Generation(
+        "".join(pieces),
+        tuple(tokens),
+        request.prompt_ids,
+        reason,
+        first_at - started,
+        (len(tokens) - 1) / (ended - first_at) if len(tokens) > 1 else 0.0,
+        resident_bytes(loaded),
+    )
+
+
+def resident_bytes(loaded: LoadedEngine) -> dict[str, int]:
+    """What this process holds for the model, by kind."""
+    engine = loaded.engine
+    return {
+        "backbone": engine.backbone.nbytes,
+        "experts": loaded.worker.resident_bytes,
+        "kv_cache": engine.pool.nbytes,
+    }

@@ -1,0 +1,40 @@
+"""What `sage-moe status` prints for people; `--json` prints the service's answer as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+
+def render_status(status: Mapping[str, Any]) -> RenderableType:
+    """Tables of actors, nodes and requests."""
+    router, requests = status["router"], status["requests"]
+    actors = Table(title="Expert actors", title_justify="left")
+    for column in ("name", "pid", "node", "group", "state", "resident"):
+        actors.add_column(column, justify="right" if column in ("pid", "group", "resident") else "left")
+    own = router["experts"]
+    actors.add_row("router", str(router["pid"]), "", "", "ready", _mib(own["resident_bytes"]))
+    for actor in status["actors"]:
+        actors.add_row(
+            actor["name"],
+            str(actor.get("pid", "")),
+            str(actor.get("node", "")),
+            f"{actor['group']} experts",
+            actor["state"],
+            _mib(actor.get("resident_bytes", 0)),
+        )
+    nodes = Table(title="Nodes", title_justify="left")
+    for column in ("node", "address", "state", "cpus", "gpus"):
+        nodes.add_column(column)
+    for node in status["nodes"]:
+        nodes.add_row(node["node"], node["address"], node["state"], f"{node['cpus']:g}", f"{node['gpus']:g}")
+    memory = f"backbone {_mib(router['backbone_bytes'])}, KV cache {_mib(router['kv_bytes'])}"
+    line = f"Requests: {requests['running']} running, {requests['waiting']} waiting; {memory}"
+    return Group(f"{status['model']} ({router['numerics_class']})", actors, nodes, line)
+
+
+def _mib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**20:.1f} MiB"

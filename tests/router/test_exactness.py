@@ -1,0 +1,214 @@
+"""Holds the cells of docs/exactness.md: within a numerics class nothing but the request decides its bits.
+
+Every test compares with the same requests computed alone, in one chunk, with all experts resident in the router's
+process: tokens and every row of logits, bit for bit.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+
+from cluster.placement import split_experts
+from experts.numerics import calibrate
+from experts.remote_directory import RemoteDirectory, Roster
+from experts.store import ExpertStore
+from experts.transport import Endpoint, ExpertServer, ServiceInfo, TransportLimits
+from experts.worker import DTYPES, ExpertWorker
+from router.batcher import BatchLimits
+from router.kv_cache import KvPool
+from router.loading import EngineOptions
+from router.request import GenerationRequest, SamplingParams
+from tests.engines import Outcome, assert_same_bits, open_engine, run_to_end
+
+SECRET = b"a secret for tests, 32 bytes long"
+JOIN_AT = (0, 3, 1, 0, 7, 2, 2, 0)
+
+
+def _requests(vocab_size: int, max_prompt: int) -> list[GenerationRequest]:
+    """Prompts around block boundaries and of one token, greedy and sampled."""
+    chance = random.Random(11)
+    lengths = [n for n in (1, 3, 17, 63, 64, 65, 130, 200) if n <= max_prompt]
+    return [
+        GenerationRequest(
+            f"r{index}",
+            tuple(chance.randrange(vocab_size) for _ in range(length)),
+            SamplingParams(
+                max_tokens=(12, 30, 5, 20)[index % 4],
+                temperature=(0.0, 0.8, 1.0)[index % 3],
+                top_k=(0, 40)[index % 2],
+                seed=index,
+            ),
+        )
+        for index, length in enumerate(lengths)
+    ]
+
+
+@pytest.fixture(scope="module", params=["bfloat16", "float32"])
+def dtype(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module", params=["stories", "tiny"])
+def root(request: pytest.FixtureRequest, stories_store: Path, tiny_store: Path) -> Path:
+    return {"stories": stories_store, "tiny": tiny_store}[str(request.param)]
+
+
+@pytest.fixture(scope="module")
+def requests(root: Path) -> list[GenerationRequest]:
+    store = ExpertStore.open(root)
+    config = store.component("model").config
+    store.close()
+    return _requests(config["vocab_size"], min(200, config["max_position_embeddings"] - 30))
+
+
+@pytest.fixture(scope="module")
+def reference(root: Path, dtype: str, requests: list[GenerationRequest]) -> Outcome:
+    """Each request alone, its prompt in one chunk, experts in this process."""
+    loaded = open_engine(root, EngineOptions(dtype=dtype))
+    whole = Outcome()
+    for request in requests:
+        outcome = run_to_end(loaded, [request])
+        whole.tokens |= outcome.tokens
+        whole.logits |= outcome.logits
+    loaded.close()
+    return whole
+
+
+def _check(root: Path, options: EngineOptions, requests: list[GenerationRequest], reference: Outcome) -> int:
+    """Run batched under these options, compare, and return the number of preemptions."""
+    loaded = open_engine(root, options)
+    assert_same_bits(run_to_end(loaded, requests, JOIN_AT), reference)
+    loaded.close()
+    return loaded.engine.stats.preemptions
+
+
+def test_batched_equals_alone(
+    root: Path, dtype: str, requests: list[GenerationRequest], reference: Outcome
+) -> None:
+    _check(root, EngineOptions(dtype=dtype), requests, reference)
+
+
+@pytest.mark.parametrize("chunk", [5, 64])
+def test_chunked_prefill_equals_whole(
+    root: Path, dtype: str, requests: list[GenerationRequest], reference: Outcome, chunk: int
+) -> None:
+    limits = BatchLimits(max_batch_tokens=chunk)
+    _check(root, EngineOptions(dtype=dtype, limits=limits), requests, reference)
+
+
+@pytest.mark.parametrize("experts_in_budget", [1, 5])
+def test_any_expert_budget_equals_unlimited(
+    root: Path, dtype: str, requests: list[GenerationRequest], reference: Outcome, experts_in_budget: int
+) -> None:
+    store = ExpertStore.open(root)
+    record = store.record(store.keys()[0])
+    expert_bytes = record.nbytes // DTYPES[record.dtype].itemsize * DTYPES[dtype].itemsize
+    store.close()
+    budget = EngineOptions(dtype=dtype, expert_budget_bytes=experts_in_budget * expert_bytes)
+    _check(root, budget, requests, reference)
+
+
+@pytest.mark.parametrize("how", ["swap", "recompute"])
+def test_preemption_equals_undisturbed(
+    root: Path, dtype: str, requests: list[GenerationRequest], reference: Outcome, how: str
+) -> None:
+    loaded = open_engine(root, EngineOptions(dtype=dtype, limits=BatchLimits(admission_reserve=1)))
+    small = KvPool(loaded.config, 6, DTYPES[dtype])
+    engine = type(loaded.engine)(
+        loaded.engine.backbone,
+        small,
+        loaded.engine.limits,
+        swap_budget_bytes=small.nbytes if how == "swap" else 0,
+    )
+    object.__setattr__(loaded, "engine", engine)
+    assert_same_bits(run_to_end(loaded, requests, JOIN_AT), reference)
+    assert engine.stats.preemptions > 0
+    loaded.close()
+
+
+@pytest.fixture
+def serve_experts() -> Iterator[Callable[[Path, str, int], Roster]]:
+    """Starts expert servers in this process and gives the roster that lists them."""
+    with ExitStack() as stack:
+
+        def start(root: Path, dtype: str, num_actors: int) -> Roster:
+            store = ExpertStore.open(root)
+            stack.callback(store.close)
+            config = store.component("model").config
+            width, expert_width = config["hidden_size"], config["moe_intermediate_size"]
+            kernel = calibrate([(2 * expert_width, width), (width, expert_width)], DTYPES[dtype])
+            endpoints, owner = {}, {}
+            for index, group in enumerate(split_experts(store.keys(), num_actors)):
+                worker = ExpertWorker(store, kernel, DTYPES[dtype], widths={"model": width}, group=group)
+                info = ServiceInfo(width, DTYPES[dtype], worker.numerics_class, ("model",))
+                server = ExpertServer(worker.compute, info, secret=SECRET, incarnation=index + 1)
+                server.start()
+                stack.callback(server.stop)
+                name = f"experts-{index}"
+                endpoints[name] = Endpoint(name, "127.0.0.1", server.port, index + 1)
+                owner |= dict.fromkeys(group, name)
+            return Roster(1, endpoints, owner)
+
+        yield start
+
+
+@pytest.mark.parametrize("num_actors", [1, 2, 3])
+def test_remote_experts_equal_local(
+    root: Path,
+    dtype: str,
+    requests: list[GenerationRequest],
+    reference: Outcome,
+    serve_experts: Callable[[Path, str, int], Roster],
+    num_actors: int,
+) -> None:
+    roster = serve_experts(root, dtype, num_actors)
+    loaded = open_engine(
+        root, EngineOptions(dtype=dtype), lambda worker: RemoteDirectory(worker, roster, SECRET)
+    )
+    assert_same_bits(run_to_end(loaded, requests, JOIN_AT), reference)
+    stats = loaded.directory.stats()
+    loaded.close()
+    assert (stats.local_rows, stats.failovers) == (0, 0)
+    assert stats.remote_rows > 0
+
+
+def test_experts_partly_remote_and_partly_lost_equal_local(
+    root: Path,
+    dtype: str,
+    requests: list[GenerationRequest],
+    reference: Outcome,
+    serve_experts: Callable[[Path, str, int], Roster],
+) -> None:
+    """One of three actors was never reachable; its experts are computed in the router's process."""
+    roster = serve_experts(root, dtype, 3)
+    reachable = {name: endpoint for name, endpoint in roster.endpoints.items() if name != "experts-1"}
+    roster = Roster(1, reachable, roster.owner)
+    loaded = open_engine(
+        root,
+        EngineOptions(dtype=dtype),
+        lambda worker: RemoteDirectory(worker, roster, SECRET, limits=TransportLimits()),
+    )
+    assert_same_bits(run_to_end(loaded, requests, JOIN_AT), reference)
+    stats = loaded.directory.stats()
+    loaded.close()
+    assert stats.local_rows > 0 and stats.remote_rows > 0
+
+
+def test_resumed_request_continues_with_the_same_tokens(
+    root: Path, dtype: str, requests: list[GenerationRequest], reference: Outcome
+) -> None:
+    """The rest of an answer, asked for anew with the tokens already sent, as after the loss of a router."""
+    request = requests[1]
+    sent = tuple(reference.tokens[request.request_id][:11])
+    resumed = GenerationRequest(request.request_id, request.prompt_ids, request.sampling, sent)
+    loaded = open_engine(root, EngineOptions(dtype=dtype))
+    outcome = run_to_end(loaded, [resumed])
+    loaded.close()
+    assert list(sent) + outcome.tokens[request.request_id] == reference.tokens[request.request_id]
+    assert torch.equal(outcome.logits[request.request_id][0], reference.logits[request.request_id][11])
