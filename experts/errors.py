@@ -41,3 +41,76 @@ class NotRowInvariant(ExpertError):
 
     def __str__(self) -> str:
         return f"self-test failed: {self.kernel} in {self.dtype} gives a row other bits beside other rows"
+
+
+# Reaching experts over the wire
+
+
+class TransportError(ExpertError):
+    """Root of the data plane's errors."""
+
+
+class FrameFault(TransportError):
+    """The peer sent something that the wire format or this connection's agreement does not allow."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+class LinkLost(TransportError):
+    """A socket can carry no more frames. `is_orderly` when the peer left between two frames."""
+
+    def __init__(self, reason: str, is_orderly: bool = False) -> None:
+        super().__init__(reason, is_orderly)
+        self.reason, self.is_orderly = reason, is_orderly
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+class ConnectFailed(TransportError):
+    """Nobody answers at an expert actor's address."""
+
+    def __init__(self, name: str, address: str, reason: str) -> None:
+        super().__init__(name, address, reason)
+        self.name, self.address, self.reason = name, address, reason
+
+    def __str__(self) -> str:
+        return f"cannot connect to {self.name} at {self.address}: {self.reason}"
+
+
+class HandshakeRefused(TransportError):
+    """Somebody answers, but one side did not accept the other."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)
+        self.name, self.reason = name, reason
+
+    def __str__(self) -> str:
+        return f"no agreement with {self.name}: {self.reason}"
+
+
+class PeerLost(TransportError):
+    """The connection to an actor is closed; what was asked is not answered and never will be on it."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)
+        self.name, self.reason = name, reason
+
+    def __str__(self) -> str:
+        return f"connection to {self.name} lost: {self.reason}"
+
+
+class RemoteExpertError(TransportError):
+    """The actor could not compute a call. The connection is still good."""
+
+    def __init__(self, name: str, code: int, message: str) -> None:
+        super().__init__(name, code, message)
+        self.name, self.code, self.message = name, code, message
+
+    def __str__(self) -> str:
+        return f"{self.name} answered with error {self.code}: {self.message}"

@@ -140,22 +140,25 @@ class RemoteDirectory:
         shares = split_call(call, self._roster.owner, present)
         if list(shares) == [None]:
             return self._run_local(call)
-        started = {
-            name: self._start(connections[name], share) for name, share in shares.items() if name is not None
-        }
+        asked = {name: self._start(connections[name], share) for name, share in shares.items() if name is not None}
         results: list[tuple[Share, Tensor]] = []
-        if None in shares:
-            results.append((shares[None], self._run_local(shares[None].call)))
-        waiting_since = time.perf_counter()
-        for name, is_started in started.items():
-            assert name is not None
-            rows = self._finish(connections[name], shares[name]) if is_started else None
-            if rows is None:
-                self._failovers += 1
-                self._on_lost(name)
-                rows = self._run_local(shares[name].call)
-            results.append((shares[name], rows))
-        self._hop_seconds += time.perf_counter() - waiting_since
+        try:
+            if None in shares:
+                results.append((shares[None], self._run_local(shares[None].call)))
+            waiting_since = time.perf_counter()
+            for name, is_asked in list(asked.items()):
+                rows = self._finish(connections[name], shares[name]) if is_asked else None
+                del asked[name]
+                if rows is None:
+                    self._failovers += 1
+                    self._on_lost(name)
+                    rows = self._run_local(shares[name].call)
+                results.append((shares[name], rows))
+            self._hop_seconds += time.perf_counter() - waiting_since
+        finally:
+            # Only after an error: an answer that nobody waits for must not be taken for the next call's.
+            for name in asked:
+                connections[name].close()
         return _join(results, call.num_rows)
 
     def stats(self) -> DirectoryStats:

@@ -9,12 +9,11 @@ import logging
 import os
 import secrets
 import signal
-import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from experts.store import ExpertStore
@@ -52,7 +51,8 @@ def running_service(options: ServiceOptions) -> Iterator[None]:
     from cluster.resources import plan_threads, start_ray
 
     threads = plan_threads(os.cpu_count() or 1, options.num_actors)
-    with ExitStack() as stack:
+    stack = ExitStack()
+    try:
         stack.callback(_stop_ray)
         start_ray(options.ray_address)
 
@@ -75,6 +75,9 @@ def running_service(options: ServiceOptions) -> Iterator[None]:
             ray.get(supervisor.wait_ready.remote())
         _deploy(options, dtype, threads.router, stack)
         yield
+    finally:
+        with _undisturbed():
+            stack.close()
 
 
 def _deploy(options: ServiceOptions, dtype: str, num_threads: int, stack: ExitStack) -> None:
@@ -103,15 +106,30 @@ def _stop_ray() -> None:
 
 def wait_for_interrupt() -> None:
     """Return on SIGINT or SIGTERM."""
-    stopped = threading.Event()
-
-    def stop(_signal: int, _frame: FrameType | None) -> None:
-        stopped.set()
-
-    previous: dict[int, Any] = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        while not stopped.wait(1.0):
-            pass
+        while True:
+            time.sleep(3600.0)
+    except KeyboardInterrupt:
+        return
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Make SIGTERM end the process like SIGINT: by an exception, so that everything started is stopped."""
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Let no further interrupt cut the cleaning up short."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous: dict[signal.Signals, Any] = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

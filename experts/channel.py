@@ -1,0 +1,226 @@
+"""A connected socket that carries frames, for either end of the data plane: exact reads, whole writes, heartbeats.
+
+One thread at a time reads; any thread may send, end or ask. Reads wait in the kernel with a receive timeout of one
+heartbeat interval instead of polling before every read, which saves a system call a frame. Does not look into
+bodies, and knows nothing of calls. Used by `experts.handshake` and `experts.transport`.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+import struct
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+
+from experts.errors import FrameFault, LinkLost
+from experts.frame import HEADER_BYTES, Header, decode_header
+
+SHORTEST_WAIT_S = 0.001
+"""A socket timeout of zero would mean no timeout."""
+
+
+@dataclass(frozen=True)
+class TransportLimits:
+    """Bounds and clocks of the data plane. The ends need not agree on them, except for the heartbeat interval."""
+
+    max_rows_per_frame: int = 1024
+    """Output rows, and token rows, of one frame; larger calls are split, so that none holds an actor for long."""
+    max_width: int = 65536
+    heartbeat_interval_s: float = 0.25
+    heartbeat_misses: int = 4
+    """A peer that sends nothing for so many intervals is taken for lost."""
+    connect_timeout_s: float = 3.0
+    handshake_timeout_s: float = 5.0
+    call_timeout_s: float = 30.0
+    idle_timeout_s: float = 10.0
+    """A server closes a connection on which it hears nothing, heartbeats included, for this long."""
+    max_unproven: int = 16
+    """Connections at once that have not proved the secret; one more and the oldest of them is closed."""
+    max_connections: int = 64
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value}, must be above 0")
+
+    @property
+    def silence_s(self) -> float:
+        return self.heartbeat_interval_s * self.heartbeat_misses
+
+
+class Channel:
+    """Owns one connected socket."""
+
+    def __init__(self, connected: socket.socket, limits: TransportLimits) -> None:
+        self._socket = connected
+        self._tick_s = limits.heartbeat_interval_s
+        self._stall_s = limits.silence_s
+        self._header = bytearray(HEADER_BYTES)
+        self._header_view = memoryview(self._header)
+        self._header_filled = 0
+        self._sending = threading.Lock()
+        self._ending = threading.Lock()
+        self._is_closed = False
+        self._end_reason: str | None = None
+        self._receive_wait_s = -1.0
+        self.heard_at_s = time.monotonic()
+        connected.settimeout(None)
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(self._tick_s))
+
+    def receive_header(self, deadline_s: float, silence_s: float) -> Header:
+        """Wait for the next frame's header. The clock of silence restarts here: nobody listened before.
+
+        deadline_s: on the monotonic clock. Raises LinkLost (closed, silent or late) or FrameFault.
+        """
+        self.heard_at_s = time.monotonic()
+        while self._header_filled < HEADER_BYTES:
+            self._header_filled += self._receive_some(
+                self._header_view[self._header_filled :], deadline_s, silence_s, self._header_filled == 0
+            )
+        self._header_filled = 0
+        return decode_header(self._header)
+
+    def receive_body(self, *views: memoryview, deadline_s: float, silence_s: float) -> None:
+        """Fill flat byte views with what follows a header. Raises LinkLost."""
+        for view in views:
+            filled = 0
+            while filled < len(view):
+                filled += self._receive_some(view[filled:], deadline_s, silence_s, False)
+
+    def poll_header(self) -> Header | None:
+        """A header that has arrived already, or None. Never waits. Raises LinkLost or FrameFault."""
+        room = self._header_view[self._header_filled :]
+        try:
+            count = self._socket.recv_into(room, 0, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            raise self._lost(error) from error
+        if count == 0:
+            raise self._closed(is_orderly=self._header_filled == 0)
+        self.heard_at_s = time.monotonic()
+        self._header_filled += count
+        if self._header_filled < HEADER_BYTES:
+            return None
+        self._header_filled = 0
+        return decode_header(self._header)
+
+    def send(self, *parts: bytes | memoryview, deadline_s: float) -> None:
+        """Send a whole frame given as flat byte parts. Raises LinkLost, after which the frame is cut in two."""
+        with self._sending:
+            if self._is_closed:
+                raise self._closed(is_orderly=False)
+            try:
+                sent = self._socket.sendmsg(parts)
+            except BlockingIOError:
+                sent = 0
+            except OSError as error:
+                raise self._lost(error) from error
+            if sent != sum(map(len, parts)):
+                self._send_rest(parts, sent, deadline_s)
+
+    def send_short(self, frame: bytes) -> None:
+        """Send a heartbeat or goodbye without waiting; leave it out when another frame is on its way."""
+        if not self._sending.acquire(blocking=False):
+            return
+        try:
+            if not self._is_closed and self._socket.send(frame, socket.MSG_DONTWAIT) < len(frame):
+                # Half a frame is out and the rest would have to wait: the stream is of no more use.
+                self.end("the peer stopped reading")
+        except BlockingIOError:
+            pass  # the peer has unread frames enough to know that we live
+        except OSError as error:
+            self.end(str(error))
+        finally:
+            self._sending.release()
+
+    def end(self, reason: str) -> None:
+        """Stop traffic both ways; a thread that waits in this channel raises LinkLost(reason). Any thread may call."""
+        with self._ending:
+            if self._end_reason is None:
+                self._end_reason = reason
+            if not self._is_closed:
+                with suppress(OSError):  # the peer may have ended it first
+                    self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Release the socket. Only for the thread that reads, so that no other one's read can meet a reused number."""
+        self.end("closed here")
+        with self._sending, self._ending:
+            self._is_closed = True
+            self._socket.close()
+
+    def _receive_some(self, view: memoryview, deadline_s: float, silence_s: float, is_between_frames: bool) -> int:
+        """Wait at most one tick for bytes; returns how many came, maybe none."""
+        self._set_receive_wait(deadline_s)
+        try:
+            count = self._socket.recv_into(view, 0, socket.MSG_WAITALL)
+        except BlockingIOError:
+            now_s = time.monotonic()
+            if now_s >= deadline_s:
+                raise LinkLost("the deadline passed") from None
+            if now_s - self.heard_at_s >= silence_s:
+                raise LinkLost(f"nothing heard for {now_s - self.heard_at_s:.2f} s") from None
+            return 0
+        except OSError as error:
+            raise self._lost(error) from error
+        if count == 0:
+            raise self._closed(is_orderly=is_between_frames)
+        self.heard_at_s = time.monotonic()
+        if self.heard_at_s >= deadline_s and count < len(view):
+            raise LinkLost("the deadline passed")  # else a peer that sends byte by byte would never meet it
+        return count
+
+    def _set_receive_wait(self, deadline_s: float) -> None:
+        wait_s = min(self._tick_s, max(deadline_s - time.monotonic(), SHORTEST_WAIT_S))
+        if wait_s != self._receive_wait_s:
+            try:
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(wait_s))
+            except OSError as error:
+                raise self._lost(error) from error
+            self._receive_wait_s = wait_s
+
+    def _send_rest(self, parts: tuple[bytes | memoryview, ...], sent: int, deadline_s: float) -> None:
+        rest = [memoryview(part) for part in parts]
+        moved_at_s = time.monotonic()
+        while True:
+            while rest and sent >= len(rest[0]):
+                sent -= len(rest.pop(0))
+            if not rest:
+                return
+            rest[0] = rest[0][sent:]
+            now_s = time.monotonic()
+            if now_s >= deadline_s or now_s - moved_at_s >= self._stall_s:
+                raise LinkLost("the peer does not read what is sent to it")
+            try:
+                sent = self._socket.sendmsg(rest)
+                moved_at_s = time.monotonic()
+            except BlockingIOError:
+                sent = 0
+            except OSError as error:
+                raise self._lost(error) from error
+
+    def _closed(self, is_orderly: bool) -> LinkLost:
+        if self._end_reason is not None:
+            return LinkLost(self._end_reason)
+        if is_orderly:
+            return LinkLost("closed by the peer", True)
+        return LinkLost("closed by the peer in the middle of a frame")
+
+    def _lost(self, error: OSError) -> LinkLost:
+        return LinkLost(self._end_reason or error.strerror or str(error))
+
+
+def expect_kind(header: Header, kind: int) -> None:
+    """Raises FrameFault when the frame is of another kind."""
+    if header.kind != kind:
+        raise FrameFault(f"frame of kind {header.kind} instead of {kind}")
+
+
+def _timeval(seconds: float) -> bytes:
+    whole = int(seconds)
+    return struct.pack("@ll", whole, int((seconds - whole) * 1_000_000))

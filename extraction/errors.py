@@ -1,0 +1,97 @@
+"""What can go wrong with checkpoints and stores. Every message is one line that a user can act on."""
+
+from __future__ import annotations
+
+
+class ExtractionError(Exception):
+    """Root of the extraction's errors."""
+
+
+class CheckpointDamaged(ExtractionError):
+    """A file of a checkpoint or store is missing, cut short, or contradicts itself."""
+
+    def __init__(self, file: str, reason: str) -> None:
+        super().__init__(file, reason)
+        self.file, self.reason = file, reason
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.reason}"
+
+
+class TensorsMissing(ExtractionError):
+    """The checkpoint lacks tensors that its configuration implies."""
+
+    def __init__(self, names: tuple[str, ...], total: int) -> None:
+        super().__init__(names, total)
+        self.names, self.total = names, total
+
+    def __str__(self) -> str:
+        more = f" and {self.total - len(self.names)} more" if self.total > len(self.names) else ""
+        return f"the checkpoint is incomplete, {self.total} tensors are missing: {', '.join(self.names)}{more}"
+
+
+class TensorUnexpected(ExtractionError):
+    """A tensor's name, shape or dtype is not what the family and configuration imply."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)
+        self.name, self.reason = name, reason
+
+    def __str__(self) -> str:
+        return f"tensor {self.name}: {self.reason}"
+
+
+class FamilyUnknown(ExtractionError):
+    """No layout is known for this model type."""
+
+    def __init__(self, model_type: str, known: tuple[str, ...]) -> None:
+        super().__init__(model_type, known)
+        self.model_type, self.known = model_type, known
+
+    def __str__(self) -> str:
+        return f"model type {self.model_type!r} is not supported; known: {', '.join(self.known)}"
+
+
+class PathRefused(ExtractionError):
+    """A path leads out of its folder or is not a regular file."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+class DestinationOccupied(ExtractionError):
+    """DEST exists already."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.path = path
+
+    def __str__(self) -> str:
+        return f"{self.path} exists already; choose another name or remove it"
+
+
+class DiskFull(ExtractionError):
+    """The store does not fit on the disk."""
+
+    def __init__(self, path: str, needed: int, free: int) -> None:
+        super().__init__(path, needed, free)
+        self.path, self.needed, self.free = path, needed, free
+
+    def __str__(self) -> str:
+        missing = max(0, self.needed - self.free)
+        return f"{self.path}: the disk is full; {self.needed} bytes needed, {self.free} free, {missing} missing"
+
+
+class ManifestInvalid(ExtractionError):
+    """A store's manifest or index cannot be used."""
+
+    def __init__(self, file: str, reason: str) -> None:
+        super().__init__(file, reason)
+        self.file, self.reason = file, reason
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.reason}"

@@ -1,0 +1,102 @@
+"""What can go wrong in the gateway, and its HTTP shape. The only package that knows HTTP codes."""
+
+from __future__ import annotations
+
+import math
+
+
+class GatewayError(Exception):
+    """Root of the gateway's errors."""
+
+
+class ApiError(GatewayError):
+    """A request gets this answer. Every field is shown to the client, so none may hold internals."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        type: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(status, message, type, param, code, retry_after_s)
+        self.status, self.message, self.type = status, message, type
+        self.param, self.code, self.retry_after_s = param, code, retry_after_s
+
+    def __str__(self) -> str:
+        return f"{self.status} {self.type}: {self.message}"
+
+    def body(self) -> dict[str, object]:
+        """The answer in OpenAI's shape."""
+        fields = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return {"error": fields}
+
+    def headers(self) -> dict[str, str]:
+        if self.retry_after_s is None:
+            return {}
+        return {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
+
+
+class RouterBusy(GatewayError):
+    """The router's queue is full."""
+
+    def __init__(self, retry_after_s: float) -> None:
+        super().__init__(retry_after_s)
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return f"the router's queue is full; try again in {self.retry_after_s:.0f} s"
+
+
+class RouterUnavailable(GatewayError):
+    """The router cannot take or finish a request. `detail` is for logs; clients get a fixed text."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail)
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"the router is unavailable: {self.detail}"
+
+
+class GenerationFailed(GatewayError):
+    """The router gave up on one request. `reason` is the router's own text, safe to show."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"generation failed: {self.reason}"
+
+
+class ClientGone(GatewayError):
+    """The client closed its connection; nobody reads the answer."""
+
+
+class ModelFileInvalid(GatewayError):
+    """A tokenizer, chat template or generation config of a model cannot be used."""
+
+    def __init__(self, file: str, reason: str) -> None:
+        super().__init__(file, reason)
+        self.file, self.reason = file, reason
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.reason}"
+
+
+def to_api_error(error: GatewayError) -> ApiError:
+    """The answer that a client gets for an error of the gateway or the router."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, RouterBusy):
+        message = "The service has too many requests waiting. Please try again later."
+        return ApiError(429, message, "rate_limit_error", None, "queue_full", error.retry_after_s)
+    if isinstance(error, RouterUnavailable):
+        message = "The model is not available at the moment. Please try again later."
+        return ApiError(503, message, "server_error", None, "unavailable", 1.0)
+    if isinstance(error, GenerationFailed):
+        return ApiError(500, f"Generation failed: {error.reason}", "server_error", None, "generation_failed")
+    return ApiError(500, "Internal error.", "server_error", None, "internal_error")

@@ -1,0 +1,41 @@
+"""What the gateway needs from a router. `gateway.deployment` implements it over Ray Serve, tests with a fake."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from router.request import GenerationRequest, TokenEvent
+
+
+@dataclass(frozen=True)
+class RouterHealth:
+    """Whether the router would serve a request now, and why not."""
+
+    is_ready: bool
+    detail: str
+
+
+class RouterClient(Protocol):
+    """One router, seen from the gateway's event loop."""
+
+    def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
+        """Events of one request until one with a finish reason; an async generator.
+
+        `request.request_id` is unique among all open requests. Closing the generator early (`aclose`, or
+        cancelling the task that awaits it) cancels the request in the router. The first iteration raises
+        RouterBusy or RouterUnavailable when the request is not taken; later ones RouterUnavailable when the
+        router is lost.
+        """
+        ...
+
+    async def health(self) -> RouterHealth: ...
+
+    async def metrics(self) -> str:
+        """Prometheus text of the router and its expert actors. Raises RouterUnavailable."""
+        ...
+
+    async def status(self) -> dict[str, object]:
+        """Plain JSON values. Raises RouterUnavailable."""
+        ...

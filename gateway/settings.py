@@ -1,0 +1,118 @@
+"""What the HTTP app is told about the served model, and the limits on what clients send.
+
+Composed once, from a store's manifest, by `gateway.deployment`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from gateway.errors import ModelFileInvalid
+
+GENERATION_CONFIG = "generation_config.json"
+
+
+class ModelFacts(Protocol):
+    """The part of a store's manifest that is read here."""
+
+    @property
+    def config(self) -> dict[str, object]: ...
+
+    @property
+    def generation_config(self) -> dict[str, object]: ...
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """Values for what a request leaves out. OpenAI's, unless the checkpoint's generation config sets its own."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
+@dataclass(frozen=True)
+class RequestLimits:
+    """Checked while a request is being read, before anything is built from it."""
+
+    max_body_bytes: int = 8 * 1024 * 1024
+    max_header_bytes: int = 16 * 1024
+    """Names and values of all headers, the path and the query together."""
+    max_json_depth: int = 32
+    max_json_values: int = 500_000
+    """Array and object members in one body; bounds what a small body can grow to in memory."""
+
+
+@dataclass(frozen=True)
+class GatewaySettings:
+    """Everything the HTTP app knows that is not behaviour."""
+
+    model_name: str
+    created: int
+    """Unix time in seconds, as `/v1/models` reports it."""
+    context_length: int
+    """Most tokens of prompt and answer together."""
+    vocab_size: int
+    eos_token_ids: tuple[int, ...] = ()
+    default_sampling: SamplingDefaults = SamplingDefaults()
+    limits: RequestLimits = RequestLimits()
+    default_completion_tokens: int = 16
+    """`max_tokens` of /v1/completions when absent; chat then uses the rest of the context."""
+    system_fingerprint: str | None = None
+
+    @classmethod
+    def from_manifest(
+        cls, manifest: ModelFacts, model_name: str, context_length: int, vocab_size: int, created: int
+    ) -> GatewaySettings:
+        """Raises ModelFileInvalid when the generation config holds values that cannot be used."""
+        generation = manifest.generation_config
+        eos = generation.get("eos_token_id")
+        if eos is None:
+            eos = manifest.config.get("eos_token_id")
+        facts = repr((sorted(manifest.config.items()), sorted(generation.items())))
+        return cls(
+            model_name,
+            created,
+            context_length,
+            vocab_size,
+            _eos_token_ids(eos, vocab_size),
+            read_sampling_defaults(generation),
+            system_fingerprint=f"fp_{hashlib.sha256(facts.encode()).hexdigest()[:10]}",
+        )
+
+
+def read_sampling_defaults(generation: Mapping[str, object]) -> SamplingDefaults:
+    """The checkpoint's recommended sampling. `do_sample: false` is a default of training scripts rather than
+    advice to chat greedily, so it leaves OpenAI's values in place."""
+    if generation.get("do_sample") is False:
+        return SamplingDefaults()
+    return SamplingDefaults(
+        temperature=_number(generation, "temperature", 1.0, 0.0, 2.0),
+        top_k=int(_number(generation, "top_k", 0, 0, 2**31)),
+        top_p=_number(generation, "top_p", 1.0, 0.0, 1.0),
+        min_p=_number(generation, "min_p", 0.0, 0.0, 1.0),
+    )
+
+
+def _number(config: Mapping[str, object], name: str, default: float, low: float, high: float) -> float:
+    value = config.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ModelFileInvalid(GENERATION_CONFIG, f"{name} is not a number")
+    if not low <= value <= high:
+        raise ModelFileInvalid(GENERATION_CONFIG, f"{name} is {value}, outside {low:g} to {high:g}")
+    return value
+
+
+def _eos_token_ids(value: object, vocab_size: int) -> tuple[int, ...]:
+    ids = value if isinstance(value, list | tuple) else () if value is None else (value,)
+    for token_id in ids:
+        if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
+            raise ModelFileInvalid(GENERATION_CONFIG, f"eos_token_id is not an id below {vocab_size}")
+    return tuple(dict.fromkeys(ids))

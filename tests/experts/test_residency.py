@@ -1,0 +1,76 @@
+"""The byte budget's books."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from experts.errors import BudgetTooSmall
+from experts.residency import Residency
+from extraction.manifest import ExpertKey
+
+
+def _keys(*numbers: int) -> list[ExpertKey]:
+    return [ExpertKey("model", 0, number) for number in numbers]
+
+
+def test_least_recently_used_goes_first() -> None:
+    residency = Residency(30)
+    for number in (1, 2, 3):
+        residency.admit(_keys(number), [10])
+    residency.admit(_keys(1), [10])
+    exchange = residency.admit(_keys(4), [10])
+    assert exchange.evict == tuple(_keys(2))
+    assert exchange.load == tuple(_keys(4))
+
+
+def test_a_wave_never_evicts_its_own_members() -> None:
+    residency = Residency(30)
+    residency.admit(_keys(1, 2, 3), [10, 10, 10])
+    exchange = residency.admit(_keys(1, 4, 5), [10, 10, 10])
+    assert set(exchange.evict) == set(_keys(2, 3))
+
+
+def test_no_budget_keeps_everything_in_one_wave() -> None:
+    residency = Residency(None)
+    assert residency.waves([5, 6, 7]) == [range(3)]
+    assert residency.admit(_keys(1, 2), [5, 6]).evict == ()
+
+
+def test_waves_cover_everything_in_order_within_the_budget() -> None:
+    sizes = [4, 4, 4, 9, 1, 10]
+    waves = Residency(10).waves(sizes)
+    assert [index for wave in waves for index in wave] == list(range(6))
+    assert all(sum(sizes[index] for index in wave) <= 10 for wave in waves)
+
+
+def test_budget_below_one_expert_is_refused_with_both_numbers() -> None:
+    with pytest.raises(BudgetTooSmall, match="budget of 10 bytes is below one expert \\(11 bytes\\)"):
+        Residency(10).waves([11])
+
+
+def test_forgotten_expert_frees_its_bytes() -> None:
+    residency = Residency(20)
+    residency.admit(_keys(1, 2), [10, 10])
+    residency.forget(_keys(1)[0])
+    assert residency.resident_bytes == 10
+    assert residency.admit(_keys(3), [10]).evict == ()
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_random_use_never_exceeds_the_budget(seed: int) -> None:
+    chance = random.Random(seed)
+    residency = Residency(100)
+    held: dict[ExpertKey, int] = {}
+    for _ in range(300):
+        keys = _keys(*sorted(chance.sample(range(30), chance.randint(1, 8))))
+        sizes = [5 + key.expert for key in keys]
+        for wave in residency.waves(sizes):
+            part, part_sizes = keys[wave.start : wave.stop], sizes[wave.start : wave.stop]
+            exchange = residency.admit(part, part_sizes)
+            for key in exchange.evict:
+                del held[key]
+            held |= {key: 5 + key.expert for key in exchange.load}
+            assert set(part) <= set(held)
+            assert residency.resident_bytes == sum(held.values()) <= 100
