@@ -43,6 +43,42 @@ class NotRowInvariant(ExpertError):
         return f"self-test failed: {self.kernel} in {self.dtype} gives a row other bits beside other rows"
 
 
+# Reading experts from a store
+
+
+class UnknownExpert(ExpertError):
+    """The store has no such expert."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.key = key
+
+    def __str__(self) -> str:
+        return f"the store has no expert {self.key}"
+
+
+class StoreDamaged(ExpertError):
+    """A file of the store is missing, cut short, altered, or contradicts the manifest."""
+
+    def __init__(self, file: str, reason: str) -> None:
+        super().__init__(file, reason)
+        self.file, self.reason = file, reason
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.reason}"
+
+
+class ExpertCorrupt(ExpertError):
+    """An expert's bytes are not those that were extracted."""
+
+    def __init__(self, key: str, file: str, offset: int, reason: str) -> None:
+        super().__init__(key, file, offset, reason)
+        self.key, self.file, self.offset, self.reason = key, file, offset, reason
+
+    def __str__(self) -> str:
+        return f"expert {self.key} in {self.file} at offset {self.offset}: {self.reason}"
+
+
 # Reaching experts over the wire
 
 

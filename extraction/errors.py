@@ -27,7 +27,9 @@ class TensorsMissing(ExtractionError):
 
     def __str__(self) -> str:
         more = f" and {self.total - len(self.names)} more" if self.total > len(self.names) else ""
-        return f"the checkpoint is incomplete, {self.total} tensors are missing: {', '.join(self.names)}{more}"
+        return (
+            f"the checkpoint is incomplete, {self.total} tensors are missing: {', '.join(self.names)}{more}"
+        )
 
 
 class TensorUnexpected(ExtractionError):
@@ -83,7 +85,9 @@ class DiskFull(ExtractionError):
 
     def __str__(self) -> str:
         missing = max(0, self.needed - self.free)
-        return f"{self.path}: the disk is full; {self.needed} bytes needed, {self.free} free, {missing} missing"
+        return (
+            f"{self.path}: the disk is full; {self.needed} bytes needed, {self.free} free, {missing} missing"
+        )
 
 
 class ManifestInvalid(ExtractionError):

@@ -14,6 +14,9 @@ from typing import Any
 from extraction.errors import FamilyUnknown, ManifestInvalid, TensorUnexpected
 from extraction.manifest import ROLES, ExpertKey
 
+MAX_EXPERTS = 1 << 18
+"""Of all layers; ten times the largest published model. Bounds what a hostile configuration can make us allocate."""
+
 
 @dataclass(frozen=True)
 class ExpertTensor:
@@ -92,6 +95,10 @@ def _qwen3_moe(config: Mapping[str, Any]) -> Layout:
     width, layers = _size(config, "hidden_size"), _size(config, "num_hidden_layers")
     experts = _size(config, "num_local_experts" if "num_local_experts" in config else "num_experts")
     expert_width = _size(config, "moe_intermediate_size")
+    if layers * experts > MAX_EXPERTS:
+        raise ManifestInvalid(
+            "config.json", f"{layers} layers of {experts} experts are more than {MAX_EXPERTS}"
+        )
     moe_layers = [layer for layer in range(layers) if _is_moe(config, layer)]
     return Layout(
         family="qwen3_moe",
@@ -107,7 +114,9 @@ def _qwen3_moe(config: Mapping[str, Any]) -> Layout:
             "up": (expert_width, width),
             "down": (width, expert_width),
         },
-        experts=frozenset(ExpertKey("model", layer, expert) for layer in moe_layers for expert in range(experts)),
+        experts=frozenset(
+            ExpertKey("model", layer, expert) for layer in moe_layers for expert in range(experts)
+        ),
         backbone_shapes=_decoder_shapes(config, set(moe_layers), experts),
     )
 
@@ -115,7 +124,9 @@ def _qwen3_moe(config: Mapping[str, Any]) -> Layout:
 _FAMILIES = {"qwen3_moe": _qwen3_moe}
 
 
-def _decoder_shapes(config: Mapping[str, Any], moe_layers: set[int], experts: int) -> dict[str, tuple[int, ...]]:
+def _decoder_shapes(
+    config: Mapping[str, Any], moe_layers: set[int], experts: int
+) -> dict[str, tuple[int, ...]]:
     width, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
     kv_heads = _size(config, "num_key_value_heads", heads)
     head_dim = _size(config, "head_dim", max(1, width // heads))

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from extraction.errors import ManifestInvalid
 from extraction.files import read_small_file
 
-FORMAT_VERSION = 1
+FORMAT_VERSION: Literal[1] = 1
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "experts.parquet"
 MAX_MANIFEST_BYTES = 256 * 1024 * 1024
@@ -168,7 +168,9 @@ def read_manifest(root: Path) -> Manifest:
     try:
         version = json.loads(raw).get("format_version")
         if version != FORMAT_VERSION:
-            raise ManifestInvalid(MANIFEST_NAME, f"format version {version!r}; this program reads {FORMAT_VERSION}")
+            raise ManifestInvalid(
+                MANIFEST_NAME, f"format version {version!r}; this program reads {FORMAT_VERSION}"
+            )
         return Manifest.model_validate_json(raw)
     except ValidationError as error:
         first = error.errors()[0]
@@ -186,6 +188,14 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
 def store_hash(root: Path) -> str:
     """SHA-256 of the manifest, in hex: it names the store, since the manifest holds all other hashes."""
     return hashlib.sha256(read_small_file(root / MANIFEST_NAME, MAX_MANIFEST_BYTES)).hexdigest()
+
+
+def check_files(root: Path, manifest: Manifest) -> None:
+    """Raises ManifestInvalid when a file that the store holds whole is not the one that was written."""
+    for name, entry in manifest.files.items():
+        raw = read_small_file(root / name, MAX_MANIFEST_BYTES)
+        if len(raw) != entry.nbytes or hashlib.sha256(raw).hexdigest() != entry.sha256:
+            raise ManifestInvalid(name, "does not match the hash in the manifest")
 
 
 def write_expert_index(root: Path, records: Iterable[ExpertRecord]) -> FileEntry:
@@ -212,12 +222,10 @@ def write_expert_index(root: Path, records: Iterable[ExpertRecord]) -> FileEntry
 
 def read_expert_index(root: Path, manifest: Manifest) -> dict[ExpertKey, ExpertRecord]:
     """All records by key. Hash and schema are checked before a row is read. Raises ManifestInvalid."""
-    entry = manifest.files.get(INDEX_NAME)
-    if entry is None:
+    if INDEX_NAME not in manifest.files:
         raise ManifestInvalid(MANIFEST_NAME, f"does not list {INDEX_NAME}")
+    check_files(root, manifest.model_copy(update={"files": {INDEX_NAME: manifest.files[INDEX_NAME]}}))
     raw = read_small_file(root / INDEX_NAME, MAX_MANIFEST_BYTES)
-    if len(raw) != entry.nbytes or hashlib.sha256(raw).hexdigest() != entry.sha256:
-        raise ManifestInvalid(INDEX_NAME, "does not match the hash in the manifest")
     try:
         reader = pq.ParquetFile(pa.BufferReader(raw), arrow_extensions_enabled=False)
         schema = reader.schema_arrow.remove_metadata()

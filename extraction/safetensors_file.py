@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from extraction.errors import CheckpointDamaged
+from extraction.manifest import Dtype
 
 MAX_HEADER_BYTES = 100_000_000
 ALIGNMENT = 4096
-DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+DTYPES: dict[str, Dtype] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 """Safetensors dtype -> ours."""
 CODES = {name: code for code, name in DTYPES.items()}
 _ITEM_BITS = {
@@ -45,7 +46,9 @@ def read_header(descriptor: int, file: str) -> dict[str, TensorHeader]:
         raise CheckpointDamaged(file, f"is cut short: {size} bytes, no header")
     (length,) = struct.unpack("<Q", prefix)
     if length > MAX_HEADER_BYTES or 8 + length > size:
-        raise CheckpointDamaged(file, f"is cut short or no safetensors file: header of {length} bytes in {size}")
+        raise CheckpointDamaged(
+            file, f"is cut short or no safetensors file: header of {length} bytes in {size}"
+        )
     try:
         table = json.loads(os.pread(descriptor, length, 8))
     except (ValueError, RecursionError) as error:
@@ -65,10 +68,14 @@ def _tensor(name: str, entry: Any, data_start: int, file: str) -> TensorHeader:
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointDamaged(file, f"tensor {name[:200]!r} has a damaged or unknown entry") from error
     numbers = [begin, end, *(shape if isinstance(shape, list) else [None])]
-    if not all(isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in numbers):
+    if not all(
+        isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in numbers
+    ):
         raise CheckpointDamaged(file, f"tensor {name[:200]!r} has a shape or offset that is no whole number")
     if math.prod(shape) * bits != (end - begin) * 8:
-        raise CheckpointDamaged(file, f"tensor {name[:200]!r}: {end - begin} bytes do not hold {code} {shape}")
+        raise CheckpointDamaged(
+            file, f"tensor {name[:200]!r}: {end - begin} bytes do not hold {code} {shape}"
+        )
     return TensorHeader(name, code, tuple(shape), data_start + begin, end - begin)
 
 

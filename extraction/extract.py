@@ -1,0 +1,261 @@
+"""Turns a checkpoint into an expert store: `sage-moe extract`.
+
+Copies shard bytes through one small buffer; never holds a tensor. The store is written under a temporary name
+beside its destination, synced, and renamed at the end, so that a final name always means a whole store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+from extraction.atomic_folder import atomic_folder
+from extraction.errors import CheckpointDamaged, DestinationOccupied
+from extraction.files import open_inside
+from extraction.manifest import (
+    FORMAT_VERSION,
+    INDEX_NAME,
+    ROLES,
+    Component,
+    ExpertKey,
+    ExpertRecord,
+    FileEntry,
+    Manifest,
+    RecordPart,
+    TensorEntry,
+    write_expert_index,
+    write_manifest,
+)
+from extraction.plan import ExtractionPlan, SourceTensor, plan_extraction
+from extraction.safetensors_file import ALIGNMENT, write_header
+
+COPY_BUFFER_BYTES = 8 * 1024 * 1024
+MANIFEST_ALLOWANCE_BYTES = 16 * 1024 * 1024
+"""Headroom for manifest, index, headers and padding beyond the weights."""
+
+Progress = Callable[[int, int], None]
+"""Called with bytes done and bytes in all."""
+
+
+@dataclass(frozen=True)
+class ExtractionReport:
+    """What was written."""
+
+    root: Path
+    kind: str
+    num_layers: int
+    num_experts: int
+    weight_bytes: int
+
+
+def extract(
+    source: Path, dest: Path, *, index_only: bool = False, progress: Progress | None = None
+) -> ExtractionReport:
+    """Write the store of the checkpoint `source` to `dest`, which must not exist.
+
+    index_only copies no weights: the store then points into the original shards, which must stay where they are.
+    Raises an ExtractionError; whatever is raised, nothing is left behind.
+    """
+    if os.path.lexists(dest):
+        raise DestinationOccupied(str(dest))
+    plan = plan_extraction(source)
+    kind: Literal["copied", "indexed"] = "indexed" if index_only else "copied"
+    needed = MANIFEST_ALLOWANCE_BYTES + sum(map(len, plan.small_files.values()))
+    needed += 0 if index_only else plan.weight_bytes
+    with atomic_folder(dest, needed) as root:
+        if index_only:
+            components, records = _index_in_place(plan)
+        else:
+            components, records = _copy_weights(plan, root, _Meter(plan.weight_bytes, progress))
+        _write_descriptions(plan, root, components, records, kind)
+    layers = {key.layer for key in plan.experts}
+    return ExtractionReport(dest, kind, len(layers), len(plan.experts), plan.weight_bytes)
+
+
+@dataclass
+class _Meter:
+    """Counts copied bytes for whoever watches."""
+
+    total_bytes: int
+    progress: Progress | None
+    done_bytes: int = 0
+
+    def add(self, nbytes: int) -> None:
+        self.done_bytes += nbytes
+        if self.progress is not None:
+            self.progress(self.done_bytes, self.total_bytes)
+
+
+@dataclass
+class _Shards:
+    """Open descriptors of the source's shards."""
+
+    source: Path
+    _open: dict[str, int] = field(default_factory=dict)
+
+    def chunks(self, tensor: SourceTensor) -> Iterator[bytes]:
+        """The tensor's bytes, at most COPY_BUFFER_BYTES at a time."""
+        if tensor.file not in self._open:
+            self._open[tensor.file] = open_inside(self.source, tensor.file)
+        descriptor = self._open[tensor.file]
+        position, end = tensor.header.offset, tensor.header.offset + tensor.header.nbytes
+        while position < end:
+            chunk = os.pread(descriptor, min(COPY_BUFFER_BYTES, end - position), position)
+            if not chunk:
+                raise CheckpointDamaged(tensor.file, f"is cut short inside tensor {tensor.header.name!r}")
+            position += len(chunk)
+            yield chunk
+
+    def close(self) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+
+
+def _copy_weights(
+    plan: ExtractionPlan, root: Path, meter: _Meter
+) -> tuple[tuple[Component, ...], list[ExpertRecord]]:
+    shards = _Shards(plan.source)
+    try:
+        tensors = _write_backbone(plan, root, shards, meter)
+        records = []
+        for layer in sorted({key.layer for key in plan.experts}):
+            records += _write_layer(plan, layer, root, shards, meter)
+    finally:
+        shards.close()
+    return (_component(plan, tensors),), records
+
+
+def _write_backbone(plan: ExtractionPlan, root: Path, shards: _Shards, meter: _Meter) -> list[TensorEntry]:
+    file = f"backbone/{plan.layout.component}.safetensors"
+    header = write_header(
+        [(name, t.header.code, t.header.shape, t.header.nbytes) for name, t in plan.backbone.items()]
+    )
+    entries, offset = [], len(header)
+    with _create(root / file) as out:
+        out.write(header)
+        for name, tensor in plan.backbone.items():
+            digest = _copy(out, [tensor], shards, meter)
+            entries.append(_tensor_entry(name, tensor, file, offset, digest))
+            offset += tensor.header.nbytes
+    return entries
+
+
+def _write_layer(
+    plan: ExtractionPlan, layer: int, root: Path, shards: _Shards, meter: _Meter
+) -> list[ExpertRecord]:
+    """One file: records of gate, up and down back to back, each record aligned by an explicit padding tensor."""
+    file = f"experts/{plan.layout.component}-layer-{layer:04d}.safetensors"
+    experts = {key: parts for key, parts in plan.experts.items() if key.layer == layer}
+    table: list[tuple[str, str, tuple[int, ...], int]] = []
+    gaps, position = [], 0
+    for key, parts in experts.items():
+        gaps.append(-position % ALIGNMENT)
+        if gaps[-1]:
+            table.append((f"padding.{key.expert}", "U8", (gaps[-1],), gaps[-1]))
+        for role, part in zip(ROLES, parts, strict=True):
+            name = f"layers.{layer}.experts.{key.expert}.{role}"
+            table.append((name, part.header.code, part.header.shape, part.header.nbytes))
+        position += gaps[-1] + sum(part.header.nbytes for part in parts)
+    header = write_header(table)
+    records, offset = [], len(header)
+    with _create(root / file) as out:
+        out.write(header)
+        for gap, (key, parts) in zip(gaps, experts.items(), strict=True):
+            out.write(bytes(gap))
+            offset += gap
+            digest = _copy(out, parts, shards, meter)
+            records.append(_record(key, parts, [file] * 3, _ends(offset, parts), digest))
+            offset += sum(part.header.nbytes for part in parts)
+    return records
+
+
+def _ends(offset: int, parts: tuple[SourceTensor, ...]) -> list[int]:
+    """Offsets of parts that lie back to back from `offset` on."""
+    offsets = []
+    for part in parts:
+        offsets.append(offset)
+        offset += part.header.nbytes
+    return offsets
+
+
+def _index_in_place(plan: ExtractionPlan) -> tuple[tuple[Component, ...], list[ExpertRecord]]:
+    records = [
+        _record(key, parts, [part.file for part in parts], [part.header.offset for part in parts], None)
+        for key, parts in plan.experts.items()
+    ]
+    tensors = [_tensor_entry(name, t, t.file, t.header.offset, None) for name, t in plan.backbone.items()]
+    return (_component(plan, tensors),), records
+
+
+def _component(plan: ExtractionPlan, tensors: list[TensorEntry]) -> Component:
+    return Component(name=plan.layout.component, config=dict(plan.layout.config), tensors=tuple(tensors))
+
+
+def _record(
+    key: ExpertKey, parts: tuple[SourceTensor, ...], files: list[str], offsets: list[int], digest: str | None
+) -> ExpertRecord:
+    gate, up, down = (
+        RecordPart(role, file, offset, part.header.nbytes)
+        for role, part, file, offset in zip(ROLES, parts, files, offsets, strict=True)
+    )
+    return ExpertRecord(key, parts[0].dtype, digest, (gate, up, down))
+
+
+def _tensor_entry(name: str, tensor: SourceTensor, file: str, offset: int, digest: str | None) -> TensorEntry:
+    return TensorEntry(
+        name=name,
+        source=tensor.header.name,
+        file=file,
+        dtype=tensor.dtype,
+        shape=tensor.header.shape,
+        offset=offset,
+        nbytes=tensor.header.nbytes,
+        sha256=digest,
+    )
+
+
+def _write_descriptions(
+    plan: ExtractionPlan,
+    root: Path,
+    components: tuple[Component, ...],
+    records: list[ExpertRecord],
+    kind: Literal["copied", "indexed"],
+) -> None:
+    files = {}
+    for name, content in plan.small_files.items():
+        (root / name).write_bytes(content)
+        files[name] = FileEntry(nbytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    files[INDEX_NAME] = write_expert_index(root, records)
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        family=plan.layout.family,
+        kind=kind,
+        source_root=str(plan.source.resolve()) if kind == "indexed" else None,
+        config=plan.config,
+        generation_config=plan.generation_config,
+        components=components,
+        files=files,
+    )
+    write_manifest(root, manifest)
+
+
+def _copy(
+    out: BinaryIO, parts: list[SourceTensor] | tuple[SourceTensor, ...], shards: _Shards, meter: _Meter
+) -> str:
+    """Append the parts' bytes; their SHA-256 in hex."""
+    digest = hashlib.sha256()
+    for part in parts:
+        for chunk in shards.chunks(part):
+            out.write(chunk)
+            digest.update(chunk)
+            meter.add(len(chunk))
+    return digest.hexdigest()
+
+
+def _create(path: Path) -> BinaryIO:
+    path.parent.mkdir(exist_ok=True)
+    return open(path, "xb", buffering=1 << 20)

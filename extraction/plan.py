@@ -1,0 +1,185 @@
+"""What an extraction will do, decided and checked before a byte is copied.
+
+Reads the configuration and the headers of all shards, places every tensor by the family's layout, and refuses what
+is missing, doubled or of another shape. An expert's three projections may lie in different shards.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from extraction.errors import CheckpointDamaged, PathRefused, TensorsMissing, TensorUnexpected
+from extraction.files import open_inside, read_small_file
+from extraction.layouts import BackboneTensor, ExpertTensor, Layout, layout_for
+from extraction.manifest import ROLES, Dtype, ExpertKey, check_relative
+from extraction.safetensors_file import DTYPES, TensorHeader, read_header
+
+SHARD_INDEX = "model.safetensors.index.json"
+SINGLE_SHARD = "model.safetensors"
+MAX_SMALL_FILE_BYTES = 64 * 1024 * 1024
+SMALL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+MAX_NAMES_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """A tensor of the checkpoint and the shard that holds it."""
+
+    file: str
+    header: TensorHeader
+
+    @property
+    def dtype(self) -> Dtype:
+        return DTYPES[self.header.code]
+
+
+@dataclass(frozen=True)
+class ExtractionPlan:
+    """All that a store will hold, and where it comes from."""
+
+    source: Path
+    layout: Layout
+    config: dict[str, Any]
+    generation_config: dict[str, Any]
+    experts: Mapping[ExpertKey, tuple[SourceTensor, SourceTensor, SourceTensor]]
+    """Gate, up and down of each expert, sorted by key."""
+    backbone: Mapping[str, SourceTensor]
+    """By canonical name, sorted."""
+    small_files: Mapping[str, bytes]
+
+    @property
+    def weight_bytes(self) -> int:
+        parts = [part for expert in self.experts.values() for part in expert]
+        return sum(part.header.nbytes for part in (*parts, *self.backbone.values()))
+
+
+def plan_extraction(source: Path) -> ExtractionPlan:
+    """Raises CheckpointDamaged, TensorsMissing, TensorUnexpected, FamilyUnknown, ManifestInvalid or PathRefused."""
+    if not source.is_dir():
+        raise CheckpointDamaged(str(source), "is no checkpoint folder")
+    small_files = _read_small_files(source)
+    config = _read_json(small_files, "config.json", required=True)
+    layout = layout_for(config)
+    placed = _place(layout, _read_shards(source))
+    missing = layout.expected() - placed.keys()
+    if missing:
+        names = sorted(layout.published_name(tensor) for tensor in missing)
+        raise TensorsMissing(tuple(names[:MAX_NAMES_SHOWN]), len(names))
+    experts = {key: _expert(placed, key) for key in sorted(layout.experts)}
+    backbone = {t.name: source for t, source in placed.items() if isinstance(t, BackboneTensor)}
+    return ExtractionPlan(
+        source,
+        layout,
+        config,
+        _read_json(small_files, "generation_config.json", required=False),
+        experts,
+        dict(sorted(backbone.items())),
+        small_files,
+    )
+
+
+def _read_small_files(source: Path) -> dict[str, bytes]:
+    present = [name for name in SMALL_FILES if os.path.lexists(source / name)]
+    return {name: read_small_file(source / name, MAX_SMALL_FILE_BYTES) for name in present}
+
+
+def _read_json(files: Mapping[str, bytes], name: str, required: bool) -> dict[str, Any]:
+    if name not in files:
+        if required:
+            raise CheckpointDamaged(name, "is missing")
+        return {}
+    return _parse_object(files[name], name)
+
+
+def _parse_object(raw: bytes, name: str) -> dict[str, Any]:
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointDamaged(name, "is no JSON") from error
+    if not isinstance(value, dict):
+        raise CheckpointDamaged(name, "is no JSON object")
+    return value
+
+
+def _read_shards(source: Path) -> dict[str, SourceTensor]:
+    """Headers of all shards by published name. Every name that the shard index promises is there."""
+    promised = _read_shard_index(source)
+    files = sorted(set(promised.values())) if promised else [SINGLE_SHARD]
+    tensors: dict[str, SourceTensor] = {}
+    for file in files:
+        for name, header in _read_shard(source, file).items():
+            if name in tensors:
+                raise CheckpointDamaged(file, f"tensor {name[:200]!r} is also in {tensors[name].file}")
+            tensors[name] = SourceTensor(file, header)
+    absent = sorted(
+        name for name, file in promised.items() if name not in tensors or tensors[name].file != file
+    )
+    if absent:
+        raise TensorsMissing(tuple(absent[:MAX_NAMES_SHOWN]), len(absent))
+    return tensors
+
+
+def _read_shard_index(source: Path) -> dict[str, str]:
+    """Tensor name -> shard; empty where the checkpoint is one file."""
+    if not os.path.lexists(source / SHARD_INDEX):
+        return {}
+    table = _parse_object(read_small_file(source / SHARD_INDEX, MAX_SMALL_FILE_BYTES), SHARD_INDEX)
+    weight_map = table.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointDamaged(SHARD_INDEX, "has no weight_map from names to files")
+    for file in set(weight_map.values()):
+        try:
+            check_relative(file)
+        except ValueError as error:
+            raise PathRefused(file, f"named in {SHARD_INDEX}, leads out of its folder") from error
+    return weight_map
+
+
+def _read_shard(source: Path, file: str) -> dict[str, TensorHeader]:
+    descriptor = open_inside(source, file)
+    try:
+        return read_header(descriptor, file)
+    finally:
+        os.close(descriptor)
+
+
+def _place(
+    layout: Layout, tensors: Mapping[str, SourceTensor]
+) -> dict[ExpertTensor | BackboneTensor, SourceTensor]:
+    placed: dict[ExpertTensor | BackboneTensor, SourceTensor] = {}
+    for name, tensor in tensors.items():
+        if layout.is_ignored(name):
+            continue
+        place = layout.place(name, tensor.header.shape)
+        if tensor.header.code not in DTYPES:
+            raise TensorUnexpected(name, f"has dtype {tensor.header.code}; supported: {', '.join(DTYPES)}")
+        if place in placed:
+            raise TensorUnexpected(name, "means the same as another tensor")
+        placed[place] = tensor
+    return placed
+
+
+def _expert(
+    placed: Mapping[ExpertTensor | BackboneTensor, SourceTensor], key: ExpertKey
+) -> tuple[SourceTensor, SourceTensor, SourceTensor]:
+    gate, up, down = (placed[ExpertTensor(key, role)] for role in ROLES)
+    if not gate.dtype == up.dtype == down.dtype:
+        raise TensorUnexpected(
+            up.header.name, f"an expert's projections differ in dtype: {gate.dtype}, {up.dtype}, {down.dtype}"
+        )
+    return gate, up, down
