@@ -76,6 +76,17 @@ class ClientGone(GatewayError):
     """The client closed its connection; nobody reads the answer."""
 
 
+class StoreNotFound(GatewayError):
+    """What a user named is neither a store nor a checkpoint nor a bundled model."""
+
+    def __init__(self, source: str, bundled: tuple[str, ...]) -> None:
+        super().__init__(source, bundled)
+        self.source, self.bundled = source, bundled
+
+    def __str__(self) -> str:
+        return f"{self.source} is no store or checkpoint folder; bundled models: {', '.join(self.bundled)}"
+
+
 class ModelFileInvalid(GatewayError):
     """A tokenizer, chat template or generation config of a model cannot be used."""
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from experts.store import ExpertStore
-from extraction.manifest import Manifest
 from gateway.errors import GenerationFailed
+from gateway.settings import read_eos_token_ids, read_sampling_defaults
 from gateway.tokenizer import TextTokenizer
 from router.loading import EngineOptions, LoadedEngine, load_engine
 from router.request import GenerationRequest, SamplingParams
@@ -46,28 +46,6 @@ class Generation:
         }
 
 
-def eos_token_ids(manifest: Manifest) -> tuple[int, ...]:
-    """Ids that end an answer: the generation configuration's, else the model configuration's."""
-    for source in (manifest.generation_config, manifest.config):
-        value = source.get("eos_token_id")
-        if isinstance(value, int):
-            return (value,)
-        if isinstance(value, list) and value:
-            return tuple(int(token) for token in value)
-    return ()
-
-
-def default_sampling(generation_config: Mapping[str, Any]) -> dict[str, Any]:
-    """Sampling that the checkpoint's authors recommend, where it says so; else temperature 1 without filters."""
-    if not generation_config.get("do_sample"):
-        return {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    return {
-        "temperature": float(generation_config.get("temperature", 1.0)),
-        "top_k": int(generation_config.get("top_k", 0)),
-        "top_p": float(generation_config.get("top_p", 1.0)),
-    }
-
-
 def generate(
     root: Path,
     prompt: str | tuple[int, ...],
@@ -84,9 +62,10 @@ def generate(
     tokenizer = TextTokenizer.from_folder(root)
     prompt_ids = tuple(tokenizer.encode(prompt)) if isinstance(prompt, str) else prompt
     manifest = store.manifest
-    chosen = default_sampling(manifest.generation_config) | dict(sampling)
-    params = SamplingParams(stop_token_ids=eos_token_ids(manifest), **chosen)
+    facts = asdict(read_sampling_defaults(manifest.generation_config))
     loaded = load_engine(store, options)
+    eos = read_eos_token_ids(manifest, loaded.config.vocab_size)
+    params = SamplingParams(stop_token_ids=eos, **(facts | dict(sampling)))
     try:
         return _run(loaded, tokenizer, GenerationRequest("generate", prompt_ids, params), on_text)
     finally:
@@ -99,7 +78,7 @@ def _run(
     started = time.perf_counter()
     engine = loaded.engine
     engine.submit(request)
-    decoder = tokenizer.incremental()
+    decoder = tokenizer.detokenizer()
     tokens: list[int] = []
     pieces: list[str] = []
     reason = ""
@@ -111,7 +90,7 @@ def _run(
             first_at = first_at if tokens else time.perf_counter()
             tokens.extend(event.token_ids)
             shown = [t for t in event.token_ids if t not in request.sampling.stop_token_ids]
-            pieces.append(decoder.push(shown))
+            pieces.append("".join(map(decoder.push, shown)))
             on_text(pieces[-1])
             reason = event.finish_reason or ""
     ended = time.perf_counter()

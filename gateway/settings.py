@@ -71,16 +71,13 @@ class GatewaySettings:
     ) -> GatewaySettings:
         """Raises ModelFileInvalid when the generation config holds values that cannot be used."""
         generation = manifest.generation_config
-        eos = generation.get("eos_token_id")
-        if eos is None:
-            eos = manifest.config.get("eos_token_id")
         facts = repr((sorted(manifest.config.items()), sorted(generation.items())))
         return cls(
             model_name,
             created,
             context_length,
             vocab_size,
-            _eos_token_ids(eos, vocab_size),
+            read_eos_token_ids(manifest, vocab_size),
             read_sampling_defaults(generation),
             system_fingerprint=f"fp_{hashlib.sha256(facts.encode()).hexdigest()[:10]}",
         )
@@ -110,7 +107,11 @@ def _number(config: Mapping[str, object], name: str, default: float, low: float,
     return value
 
 
-def _eos_token_ids(value: object, vocab_size: int) -> tuple[int, ...]:
+def read_eos_token_ids(manifest: ModelFacts, vocab_size: int) -> tuple[int, ...]:
+    """Ids that end an answer: the generation config's, else the model config's. Raises ModelFileInvalid."""
+    value = manifest.generation_config.get("eos_token_id")
+    if value is None:
+        value = manifest.config.get("eos_token_id")
     ids = value if isinstance(value, list | tuple) else () if value is None else (value,)
     for token_id in ids:
         if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab_size:

@@ -1,0 +1,254 @@
+"""The command `sage-moe`. Parses and prints; the work is elsewhere. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
+
+import typer
+
+from cluster.errors import ClusterError
+from experts.errors import ExpertError
+from extraction.errors import ExtractionError
+from gateway.errors import GatewayError
+from router.errors import RouterError
+
+if TYPE_CHECKING:
+    from extraction.extract import Progress
+
+app = typer.Typer(
+    name="sage-moe",
+    help="Serve Mixture-of-Experts models whose experts do not fit where you want to run them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+StoreArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="STORE",
+        help="An expert store, a checkpoint folder, or the name of a bundled model (stories).",
+    ),
+]
+DtypeOption = Annotated[
+    Optional[str],  # noqa: UP045 - typer reads the annotation at run time
+    typer.Option(help="float32 or bfloat16; default: as stored."),
+]
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+def main() -> None:
+    """Entry point. Errors that a user can act on are one line and exit code 1."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ExtractionError, ExpertError, RouterError, ClusterError, GatewayError) as error:
+        _fail(str(error))
+
+
+def _fail(message: str) -> NoReturn:
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    sys.exit(1)
+
+
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        try:
+            typer.echo(f"sage-moe {version('sage-moe')}")
+        except PackageNotFoundError:
+            typer.echo("sage-moe (not installed)")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    """Options of all commands."""
+
+
+@app.command()
+def extract(
+    source: Annotated[str, typer.Argument(help="A checkpoint folder, or the name of a bundled model.")],
+    dest: Annotated[Path, typer.Argument(help="The store to write; must not exist.")],
+    index_only: Annotated[
+        bool, typer.Option("--index-only", help="Copy no weights: point into the original shards.")
+    ] = False,
+) -> None:
+    """Split a checkpoint into an expert store."""
+    from extraction.extract import extract as run
+    from gateway.store_source import resolve_checkpoint
+
+    with _progress_bar() as progress:
+        report = run(resolve_checkpoint(source), dest, index_only=index_only, progress=progress)
+    done = "copied" if report.kind == "copied" else "indexed in place"
+    typer.echo(
+        f"{report.root}: {report.num_experts} experts in {report.num_layers} layers, "
+        f"{report.weight_bytes / 2**20:.1f} MiB of weights {done}"
+    )
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Progress | None]:
+    """A bar with rate and remaining time on stderr; nothing when that is no terminal."""
+    from rich import progress
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    columns = (
+        progress.BarColumn(),
+        progress.DownloadColumn(binary_units=True),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@app.command()
+def inspect(
+    store: StoreArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show what a store holds and how much memory it takes."""
+    from rich.console import Console
+
+    from extraction.summary import summarize
+    from gateway.inspect_view import render_summary
+    from gateway.store_source import resolve_store
+
+    summary = summarize(resolve_store(store))
+    if as_json:
+        typer.echo(json.dumps(summary.as_json(), indent=2))
+    else:
+        Console(highlight=False).print(render_summary(summary))
+
+
+@app.command()
+def generate(
+    store: StoreArgument,
+    prompt: Annotated[Optional[str], typer.Option(help="Text to continue.")] = None,  # noqa: UP045
+    prompt_ids: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="ID,ID,...", help="Token ids to continue, instead of --prompt."),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 64,
+    temperature: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(min=0.0, max=2.0, help="0 is greedy; default: the checkpoint's."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling noise.")] = 0,
+    dtype: DtypeOption = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Print the text as it is generated.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Generate once in this process, without Ray."""
+    if stream and as_json:
+        raise typer.BadParameter("choose one of --stream and --json")
+    chosen_prompt = _chosen_prompt(prompt, prompt_ids)
+
+    from gateway.generate import generate as run
+    from gateway.store_source import resolve_store
+    from router.loading import EngineOptions
+
+    sampling: dict[str, Any] = {"max_tokens": max_tokens, "seed": seed}
+    if temperature is not None:
+        sampling["temperature"] = temperature
+    show = _write_at_once if stream else _keep_quiet
+    result = run(resolve_store(store), chosen_prompt, sampling, EngineOptions(dtype=dtype), show)
+    if as_json:
+        typer.echo(json.dumps(result.as_json(), ensure_ascii=False))
+    else:
+        typer.echo("" if stream else result.text)
+
+
+def _chosen_prompt(prompt: str | None, prompt_ids: str | None) -> str | tuple[int, ...]:
+    if (prompt is None) == (prompt_ids is None):
+        raise typer.BadParameter("give exactly one of --prompt and --prompt-ids")
+    if prompt is not None:
+        return prompt
+    try:
+        return tuple(int(part) for part in str(prompt_ids).split(","))
+    except ValueError as error:
+        raise typer.BadParameter("--prompt-ids takes whole numbers separated by commas") from error
+
+
+def _write_at_once(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _keep_quiet(_text: str) -> None:
+    """For answers that are printed at the end."""
+
+
+@app.command()
+def serve(
+    store: StoreArgument,
+    host: Annotated[str, typer.Option(help="Address to bind.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    actors: Annotated[
+        int,
+        typer.Option(min=0, max=64, help="Expert actors; 0 computes all experts in the router's process."),
+    ] = 0,
+    dtype: DtypeOption = None,
+    served_model_name: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Name in the API; default: the store's."),
+    ] = None,
+) -> None:
+    """Serve a store over HTTP until interrupted."""
+    from gateway.launch import ServiceOptions, interruptible, running_service, wait_for_interrupt
+    from gateway.store_source import model_name, resolve_store
+
+    name = served_model_name or model_name(store)
+    options = ServiceOptions(resolve_store(store), name, host, port, actors, dtype)
+    with interruptible():
+        try:
+            with running_service(options):
+                typer.echo(f"{name} is served at http://{host}:{port}/v1 (Ctrl-C stops it)")
+                wait_for_interrupt()
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+
+@app.command()
+def status(
+    url: Annotated[str, typer.Option(help="Where the service answers.")] = DEFAULT_URL,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show actors, nodes and requests of a running service."""
+    import httpx
+    from rich.console import Console
+
+    from gateway.status_view import render_status
+
+    try:
+        answer = httpx.get(f"{url.rstrip('/')}/sage/status", timeout=15.0).raise_for_status().json()
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        _fail(f"no service answers at {url}: {error}")
+    if as_json:
+        typer.echo(json.dumps(answer, indent=2))
+    else:
+        Console(highlight=False).print(render_status(answer))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""What `sage-moe inspect` prints for people; `--json` prints the summary as it is."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from extraction.summary import StoreSummary
+
+
+def render_summary(summary: StoreSummary) -> RenderableType:
+    """Whole-process totals first, then bytes by component."""
+    moe = f"{summary.num_moe_layers} of {summary.num_layers} layers with {summary.experts_per_layer} experts"
+    lines = [
+        f"{summary.store}  ({summary.family}, {summary.kind}, {summary.dtype})",
+        f"{moe}, {summary.experts_per_token} per token; "
+        f"{summary.num_experts} experts of {_size(summary.expert_bytes)}",
+        "",
+    ]
+    totals = Table(title="Weights of the whole process, by experts resident per layer", title_justify="left")
+    for column in ("state", "experts", "expert weights", "whole process", "saved"):
+        totals.add_column(column, justify="left" if column == "state" else "right")
+    for total in summary.totals:
+        totals.add_row(
+            total.state,
+            str(total.experts_per_layer),
+            _size(total.expert_bytes),
+            _size(total.total_bytes),
+            f"{total.reduction:.1%}",
+        )
+    table = Table(title=f"All experts against {summary.experts_per_token} per layer", title_justify="left")
+    for column in ("component", "monolithic", "selective", "saved"):
+        table.add_column(column, justify="left" if column == "component" else "right")
+    for row in summary.memory_table:
+        cells = (_size(row.monolithic_bytes), _size(row.selective_bytes), f"{row.reduction:.1%}")
+        table.add_row(row.component, *cells)
+    note = "Weights only; the KV cache and buffers come on top. Output is the same at any residency."
+    return Group(*lines, totals, "", table, note)
+
+
+def _size(num_bytes: int) -> str:
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:.1f} {unit}"
+    return f"{num_bytes} B"
