@@ -131,7 +131,7 @@ class Supervisor:
         if spec.num_actors == 0:
             return []
         store = ExpertStore.open(Path(spec.store_root))
-        groups = split_experts(store.keys(), spec.num_actors)
+        groups = split_experts(store.expert_keys(), spec.num_actors)
         store.close()
         return [
             ActorSpec(
@@ -189,11 +189,11 @@ class Supervisor:
     def _adopt(self, member: _Member) -> bool:
         """Take over an actor of this name that answers; end one that does not, or is not ours."""
         try:
-            handle = ray.get_actor(member.spec.name, namespace=NAMESPACE)
+            handle: Any = ray.get_actor(member.spec.name, namespace=NAMESPACE)
         except ValueError:
             return False
         try:
-            status = ray.get(handle.status.remote(), timeout=ANSWER_TIMEOUT_S)
+            status: dict[str, Any] = ray.get(handle.status.remote(), timeout=ANSWER_TIMEOUT_S)
             if status["fingerprint"] == member.spec.fingerprint():
                 member.handle = handle
                 member.spec = replace(member.spec, incarnation=status["incarnation"])

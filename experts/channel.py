@@ -154,7 +154,9 @@ class Channel:
             self._is_closed = True
             self._socket.close()
 
-    def _receive_some(self, view: memoryview, deadline_s: float, silence_s: float, is_between_frames: bool) -> int:
+    def _receive_some(
+        self, view: memoryview, deadline_s: float, silence_s: float, is_between_frames: bool
+    ) -> int:
         """Wait at most one tick for bytes; returns how many came, maybe none."""
         self._set_receive_wait(deadline_s)
         try:

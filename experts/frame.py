@@ -177,7 +177,9 @@ def map_bytes(header: Header) -> int:
 def check_call(header: Header, agreed: Agreement, sequence: int) -> None:
     """Raises FrameFault unless this header may begin call number `sequence`; nothing is allocated before."""
     if not (1 <= header.num_rows <= agreed.max_rows and 1 <= header.num_tokens <= agreed.max_rows):
-        raise FrameFault(f"{header.num_tokens} tokens, {header.num_rows} rows; allowed are 1 to {agreed.max_rows}")
+        raise FrameFault(
+            f"{header.num_tokens} tokens, {header.num_rows} rows; allowed are 1 to {agreed.max_rows}"
+        )
     if not 1 <= header.num_experts <= header.num_rows:
         raise FrameFault(f"{header.num_experts} experts for {header.num_rows} rows")
     if header.component >= len(agreed.components):
@@ -256,7 +258,7 @@ def check_error(header: Header, agreed: Agreement, sequence: int) -> None:
     check_exact(header, expected)
 
 
-def split_call(call: ExpertCall, max_rows: int) -> Iterator[ExpertCall]:
+def split_by_rows(call: ExpertCall, max_rows: int) -> Iterator[ExpertCall]:
     """Cut a call, in row order, into calls of at most `max_rows` rows and tokens.
 
     The parts' rows, put one after another, are the whole call's rows. Parts carry only the tokens that they need.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hmac
 import json
+import math
 import secrets
 import struct
 from dataclasses import dataclass
@@ -89,9 +90,10 @@ def introduce(
 
 def hear_out(channel: Channel, secret: bytes, deadline_s: float) -> Stranger:
     """The actor's side up to the router's proof. Raises LinkLost or FrameFault; the peer is then told nothing."""
-    header = channel.receive_header(deadline_s, deadline_s)
+    header = channel.receive_header(deadline_s, math.inf)
     expect_kind(header, Kind.HELLO)
-    peer_nonce = _receive_rest(channel, header, Header(Kind.HELLO), NONCE_BYTES, deadline_s)
+    hello = Header(Kind.HELLO, incarnation=header.incarnation)
+    peer_nonce = _receive_rest(channel, header, hello, NONCE_BYTES, deadline_s)
     own_nonce = secrets.token_bytes(NONCE_BYTES)
     _send(channel, Header(Kind.CHALLENGE), own_nonce, deadline_s)
     expected = Header(Kind.PROOF, incarnation=header.incarnation)
@@ -102,7 +104,9 @@ def hear_out(channel: Channel, secret: bytes, deadline_s: float) -> Stranger:
     return Stranger(header.incarnation, nonces)
 
 
-def welcome(channel: Channel, secret: bytes, stranger: Stranger, info: ServiceInfo, max_rows: int, deadline_s: float) -> None:
+def welcome(
+    channel: Channel, secret: bytes, stranger: Stranger, info: ServiceInfo, max_rows: int, deadline_s: float
+) -> None:
     """End the actor's side: prove the secret in turn and announce the service."""
     body = _encode_info(info, max_rows)
     proof = prove(secret, ACTOR, stranger.incarnation, stranger.nonces, body)
@@ -129,5 +133,53 @@ def _send(channel: Channel, header: Header, body: bytes, deadline_s: float) -> N
 
 
 def _receive(channel: Channel, expected: Header, body_bytes: int, deadline_s: float) -> bytes:
-    header = channel.receive_header(deadline_s, deadline_s)
+    header = channel.receive_header(deadline_s, math.inf)
     return _receive_rest(channel, header, expected, body_bytes, deadline_s)
+
+
+def _receive_rest(
+    channel: Channel, header: Header, expected: Header, body_bytes: int, deadline_s: float
+) -> bytes:
+    check_exact(header, expected._replace(body_bytes=body_bytes))
+    return _receive_body(channel, body_bytes, deadline_s)
+
+
+def _receive_body(channel: Channel, body_bytes: int, deadline_s: float) -> bytes:
+    body = bytearray(body_bytes)
+    channel.receive_body(memoryview(body), deadline_s=deadline_s, silence_s=math.inf)
+    return bytes(body)
+
+
+def _encode_info(info: ServiceInfo, max_rows: int) -> bytes:
+    facts = {
+        "width": info.width,
+        "dtype": str(info.dtype).removeprefix("torch."),
+        "numerics_class": info.numerics_class,
+        "components": list(info.components),
+        "max_rows": max_rows,
+    }
+    body = json.dumps(facts).encode()
+    if len(body) > MAX_INFO_BYTES:
+        raise ValueError(f"description of the service of {len(body)} bytes, at most {MAX_INFO_BYTES}")
+    return body
+
+
+def _decode_info(body: bytes, incarnation: int, limits: TransportLimits) -> tuple[ServiceInfo, Agreement]:
+    """Raises FrameFault; the sender has proved the secret, but it may still be another version of this program."""
+    try:
+        facts = json.loads(body)
+        width, max_rows = facts["width"], facts["max_rows"]
+        dtype, numerics_class = _DTYPES_BY_NAME[facts["dtype"]], facts["numerics_class"]
+        components = tuple(facts["components"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise FrameFault("welcome without a usable description of the service") from error
+    if not (_is_count(width, limits.max_width) and _is_count(max_rows, 2**32 - 1)):
+        raise FrameFault(f"welcome with width {width!r} and at most {max_rows!r} rows")
+    if not components or not all(isinstance(name, str) for name in (*components, numerics_class)):
+        raise FrameFault("welcome with components or a numerics class that are no names")
+    info = ServiceInfo(width, dtype, numerics_class, components)
+    return info, Agreement(incarnation, width, dtype, components, min(max_rows, limits.max_rows_per_frame))
+
+
+def _is_count(value: object, highest: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= highest

@@ -43,7 +43,9 @@ class Share:
     rows: tuple[int, ...]
 
 
-def split_call(call: ExpertCall, owner: Mapping[ExpertKey, str], present: frozenset[str]) -> dict[str | None, Share]:
+def split_by_owner(
+    call: ExpertCall, owner: Mapping[ExpertKey, str], present: frozenset[str]
+) -> dict[str | None, Share]:
     """Cut a call by owner; None stands for this process. Each share carries only the tokens that it needs."""
     groups: dict[str | None, list[int]] = {}
     for index, expert in enumerate(call.experts):
@@ -127,20 +129,20 @@ class RemoteDirectory:
                 if roster.endpoints.get(name) != link.endpoint or not link.is_open:
                     connections.pop(name).close()
             for name, endpoint in roster.endpoints.items():
-                if name not in connections:
-                    link = self._connect(endpoint)
-                    if link is not None:
-                        connections[name] = link
+                if name not in connections and (new := self._connect(endpoint)) is not None:
+                    connections[name] = new
             self._roster, self._connections = roster, connections
 
     def run(self, call: ExpertCall) -> Tensor:
         """See ExpertDirectory.run."""
         connections = self._connections
         present = frozenset(name for name, link in connections.items() if link.is_open)
-        shares = split_call(call, self._roster.owner, present)
+        shares = split_by_owner(call, self._roster.owner, present)
         if list(shares) == [None]:
             return self._run_local(call)
-        asked = {name: self._start(connections[name], share) for name, share in shares.items() if name is not None}
+        asked = {
+            name: self._start(connections[name], share) for name, share in shares.items() if name is not None
+        }
         results: list[tuple[Share, Tensor]] = []
         try:
             if None in shares:

@@ -74,7 +74,7 @@ class ExpertStore:
                 return component
         raise StoreDamaged(str(self.root), f"has no component {name!r}")
 
-    def keys(self, component: str | None = None) -> tuple[ExpertKey, ...]:
+    def expert_keys(self, component: str | None = None) -> tuple[ExpertKey, ...]:
         """Sorted by component, layer, expert."""
         return tuple(sorted(key for key in self._index if component in (None, key.component)))
 

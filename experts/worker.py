@@ -89,7 +89,7 @@ class ExpertWorker:
 
     def load_all(self) -> None:
         """Read as much of the group as the budget holds, so that the first requests find it."""
-        for key in self._store.keys():
+        for key in self._store.expert_keys():
             if self._group is not None and key not in self._group:
                 continue
             with self._lock:

@@ -27,6 +27,10 @@ MAX_MANIFEST_BYTES = 256 * 1024 * 1024
 ROLES = ("gate", "up", "down")
 ITEM_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
+ARROW_SCHEMA_KEY = b"ARROW:schema"
+"""Key in a Parquet footer whose value can name extension types. Reading such a footer runs the code of any type of
+that name that is registered in the process, and some unpickle what the file holds: an index has none."""
+
 Dtype = Literal["bfloat16", "float16", "float32"]
 
 
@@ -215,7 +219,8 @@ def write_expert_index(root: Path, records: Iterable[ExpertRecord]) -> FileEntry
         for record in sorted(records, key=lambda record: record.key)
     ]
     path = root / INDEX_NAME
-    pq.write_table(pa.Table.from_pylist(rows, schema=INDEX_SCHEMA), path, compression="zstd")
+    table = pa.Table.from_pylist(rows, schema=INDEX_SCHEMA)
+    pq.write_table(table, path, compression="zstd", store_schema=False)
     raw = path.read_bytes()
     return FileEntry(nbytes=len(raw), sha256=hashlib.sha256(raw).hexdigest())
 
@@ -226,6 +231,10 @@ def read_expert_index(root: Path, manifest: Manifest) -> dict[ExpertKey, ExpertR
         raise ManifestInvalid(MANIFEST_NAME, f"does not list {INDEX_NAME}")
     check_files(root, manifest.model_copy(update={"files": {INDEX_NAME: manifest.files[INDEX_NAME]}}))
     raw = read_small_file(root / INDEX_NAME, MAX_MANIFEST_BYTES)
+    if ARROW_SCHEMA_KEY in raw:
+        raise ManifestInvalid(
+            INDEX_NAME, "has other columns than an index of experts: it brings an Arrow schema"
+        )
     try:
         reader = pq.ParquetFile(pa.BufferReader(raw), arrow_extensions_enabled=False)
         schema = reader.schema_arrow.remove_metadata()

@@ -61,7 +61,17 @@ def main() -> int:
 def _service(store: str, url: str, log: IO[str]) -> Iterator[subprocess.Popen[str]]:
     """`sage-moe serve` in a session of its own, ended at the end: asked first, then killed with its children."""
     port = url.rsplit(":", 1)[1]
-    command = [sys.executable, "-m", "gateway.cli", "serve", store, "--port", port, "--actors", str(NUM_ACTORS)]
+    command = [
+        sys.executable,
+        "-m",
+        "gateway.cli",
+        "serve",
+        store,
+        "--port",
+        port,
+        "--actors",
+        str(NUM_ACTORS),
+    ]
     command += ["--served-model-name", "stories"]
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, text=True, start_new_session=True

@@ -8,12 +8,12 @@ the gateway.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ class RouterDeployment:
         self._service.cancel(request_id)
 
     async def events(self, gateway: str) -> AsyncGenerator[tuple[TokenEvent, ...], None]:
-        async with contextlib.aclosing(self._service.events(gateway)) as stream:
+        async with aclosing(self._service.events(gateway)) as stream:
             async for events in stream:
                 yield events
 
@@ -213,7 +213,8 @@ class ServeRouterClient:
     async def _read(self) -> None:
         """Hand events to their requests until the stream breaks; then every open request is told."""
         try:
-            async for events in self._handle.options(stream=True).events.remote(self._name):
+            stream: Any = self._handle.options(stream=True).events.remote(self._name)
+            async for events in stream:
                 self._standing.set()
                 for event in events:
                     queue = self._queues.get(event.request_id)
@@ -250,14 +251,17 @@ def build_application(spec: DeploymentSpec, num_threads: int) -> serve.Applicati
     def build_app_in_replica() -> FastAPI:
         return build_gateway(spec, serve.get_deployment_handle(ROUTER_NAME, app_name=APP_NAME))
 
-    router = serve.deployment(RouterDeployment, name=ROUTER_NAME)
-    gateway = serve.deployment(serve.ingress(build_app_in_replica)(), name="gateway")
-    router_app = router.options(**router_deployment_options(num_threads)).bind(spec)
-    return gateway.options(**gateway_deployment_options(spec.max_open_requests)).bind(router_app)
+    deployment: Any = serve.deployment  # its overloads lose the type of what it returns
+    router = deployment(RouterDeployment, name=ROUTER_NAME, **router_deployment_options(num_threads))
+    options = gateway_deployment_options(spec.max_open_requests)
+    gateway = deployment(serve.ingress(build_app_in_replica)(), name="gateway", **options)
+    app: serve.Application = gateway.bind(router.bind(spec))
+    return app
 
 
 def _nodes() -> list[dict[str, Any]]:
     """The Ray nodes: name, address, state, CPUs."""
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     return [
         {
             "node": node["NodeID"][:12],
@@ -266,5 +270,5 @@ def _nodes() -> list[dict[str, Any]]:
             "cpus": node["Resources"].get("CPU", 0.0),
             "gpus": node["Resources"].get("GPU", 0.0),
         }
-        for node in ray.nodes()
+        for node in nodes
     ]

@@ -127,7 +127,9 @@ def interruptible() -> Iterator[None]:
 def _undisturbed() -> Iterator[None]:
     """Let no further interrupt cut the cleaning up short."""
     numbers = (signal.SIGINT, signal.SIGTERM)
-    previous: dict[signal.Signals, Any] = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    previous: dict[signal.Signals, Any] = {
+        number: signal.signal(number, signal.SIG_IGN) for number in numbers
+    }
     try:
         yield
     finally:

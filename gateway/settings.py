@@ -44,8 +44,8 @@ class RequestLimits:
     max_header_bytes: int = 16 * 1024
     """Names and values of all headers, the path and the query together."""
     max_json_depth: int = 32
-    max_json_values: int = 500_000
-    """Array and object members in one body; bounds what a small body can grow to in memory."""
+    max_json_marks: int = 500_000
+    """Strings, brackets and commas in one body; bounds what a small body can grow to in memory."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ class GatewaySettings:
     default_completion_tokens: int = 16
     """`max_tokens` of /v1/completions when absent; chat then uses the rest of the context."""
     system_fingerprint: str | None = None
+    is_request_id_sent: bool = True
+    """False where the server in front adds the header x-request-id to answers itself, as Ray Serve does."""
 
     @classmethod
     def from_manifest(

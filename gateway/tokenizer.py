@@ -41,7 +41,9 @@ class TextTokenizer:
         self._token_bytes = read_token_bytes(tokenizer) if self._is_byte_level else None
         self._longest_token = max(map(len, tokenizer.get_vocab(with_added_tokens=True)), default=1)
         longer = sorted({t for t in self.special_tokens.values() if len(t) > 1}, key=len, reverse=True)
-        self._special_start = re.compile(f"(?=(?:{'|'.join(map(re.escape, longer))})).", re.S) if longer else None
+        self._special_start = (
+            re.compile(f"(?=(?:{'|'.join(map(re.escape, longer))})).", re.S) if longer else None
+        )
 
     @classmethod
     def from_folder(cls, path: Path) -> TextTokenizer:

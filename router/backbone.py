@@ -144,7 +144,7 @@ class Backbone:
         config = self.config
         num_tokens = len(cache.blocks_T)
         qkv = self.kernel.linear(normed_PD, layer.qkv_OD)[:num_tokens].view(num_tokens, -1, config.head_dim)
-        q, k, v = qkv.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=1)
+        q, k, v = torch.split(qkv, [config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
         q = rotate(self._norm(q, layer.q_norm_d).float(), cos, sin).mul_(config.head_dim**-0.5)
         k = rotate(self._norm(k, layer.k_norm_d).float(), cos, sin).to(self.dtype)
         pool.write(index, cache.blocks_T, cache.offsets_T, k, v)

@@ -19,7 +19,7 @@ from torch import Tensor
 from experts.errors import ExpertError
 from router.backbone import Backbone
 from router.batcher import BatchLimits, Chunk, StepPlan, admission_positions, plan_step
-from router.errors import QueueFull, RequestTooLong
+from router.errors import PromptInvalid, QueueFull, RequestTooLong
 from router.kv_cache import BlockAllocator, KvPool, blocks_for
 from router.request import FinishReason, GenerationRequest, TokenEvent
 from router.sampling import sample
@@ -47,7 +47,12 @@ class Engine:
     """Runs steps over a backbone and a KV pool. Not safe for several threads."""
 
     def __init__(
-        self, backbone: Backbone, pool: KvPool, limits: BatchLimits | None = None, *, swap_budget_bytes: int = 0
+        self,
+        backbone: Backbone,
+        pool: KvPool,
+        limits: BatchLimits | None = None,
+        *,
+        swap_budget_bytes: int = 0,
     ) -> None:
         self.backbone, self.pool = backbone, pool
         self.limits = limits or BatchLimits()
@@ -81,13 +86,10 @@ class Engine:
         return min(self.backbone.config.max_position_embeddings, capacity)
 
     def submit(self, request: GenerationRequest, inputs: PromptInputs = NO_INPUTS) -> None:
-        """Queue a request. Raises QueueFull or RequestTooLong; ValueError for an empty prompt or a used id."""
+        """Queue a request. Raises QueueFull, RequestTooLong or PromptInvalid; ValueError for a used id."""
         if request.request_id in self._waiting or request.request_id in self._running:
             raise ValueError(f"request id {request.request_id!r} is in use")
-        if not request.prompt_ids or not all(
-            0 <= token < self.backbone.config.vocab_size for token in request.prompt_ids
-        ):
-            raise ValueError("the prompt is empty or holds ids outside the vocabulary")
+        _check_prompt(request.prompt_ids, self.backbone.config.vocab_size)
         if len(self._waiting) >= self.limits.max_waiting:
             raise QueueFull(len(self._waiting), retry_after_s=1.0)
         sequence = Sequence(request, inputs)
@@ -180,7 +182,9 @@ class Engine:
         self, chunks: SequenceOf[Chunk], sequences: SequenceOf[Sequence]
     ) -> tuple[StepBatch, list[Sequence]]:
         """The step's rows, and the sequences whose last known token is among them, in row order."""
-        spans, ids, positions, logit_rows, finishing = [], [], [], [], []
+        spans, positions, finishing = [], [], []
+        ids: list[int] = []
+        logit_rows: list[int] = []
         embeddings: dict[int, Tensor] = {}
         injections: dict[int, dict[int, Tensor]] = {}
         for chunk, sequence in zip(chunks, sequences, strict=True):
@@ -254,6 +258,14 @@ class Engine:
 
     def _add_phase(self, phase: str, seconds: float) -> None:
         self.stats.phase_seconds[phase] = self.stats.phase_seconds.get(phase, 0.0) + seconds
+
+
+def _check_prompt(prompt_ids: SequenceOf[int], vocab_size: int) -> None:
+    if not prompt_ids:
+        raise PromptInvalid("it has no tokens")
+    outside = next((token for token in prompt_ids if not 0 <= token < vocab_size), None)
+    if outside is not None:
+        raise PromptInvalid(f"token id {outside} is outside the vocabulary of {vocab_size}")
 
 
 def _nbytes(saved: tuple[Tensor, Tensor]) -> int:

@@ -110,7 +110,7 @@ class EngineThread:
         try:
             while self._drain():
                 self._emit(self.engine.step())
-        except Exception as error:  # noqa: BLE001 - the last line of defence: report it, then refuse all work
+        except Exception as error:  # the last line of defence: report it, then refuse all work
             logger.exception("the engine failed")
             self._failure = type(error).__name__
             self._fail_all()

@@ -53,6 +53,17 @@ class RequestTooLong(RouterError):
         return f"prompt and max_tokens come to {self.num_tokens} tokens; at most {self.limit} fit"
 
 
+class PromptInvalid(RouterError):
+    """The prompt is empty, or holds ids that the model does not know."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"the prompt cannot be computed: {self.reason}"
+
+
 class KvExhausted(RouterError):
     """More KV blocks were asked for than are free."""
 

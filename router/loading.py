@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -39,7 +39,7 @@ class EngineOptions:
     kv_budget_bytes: int = DEFAULT_KV_BUDGET_BYTES
     expert_budget_bytes: int | None = None
     """Resident bytes of experts in this process; None means no bound."""
-    limits: BatchLimits = BatchLimits()
+    limits: BatchLimits = field(default_factory=BatchLimits)
     num_threads: int | None = None
 
 
@@ -62,7 +62,7 @@ class LoadedEngine:
 
 def stored_dtype(store: ExpertStore) -> str:
     """The dtype in which most users want to compute: that of the stored experts."""
-    keys = store.keys()
+    keys = store.expert_keys()
     return store.record(keys[0]).dtype if keys else "float32"
 
 
@@ -95,7 +95,10 @@ def load_engine(
     pool = KvPool(config, num_kv_blocks(config, dtype, options), dtype)
     engine = Engine(backbone, pool, options.limits, swap_budget_bytes=options.kv_budget_bytes)
     logger.info(
-        "engine ready: %s, backbone %d bytes, KV %d bytes", worker.numerics_class, backbone.nbytes, pool.nbytes
+        "engine ready: %s, backbone %d bytes, KV %d bytes",
+        worker.numerics_class,
+        backbone.nbytes,
+        pool.nbytes,
     )
     return LoadedEngine(engine, store, worker, directory, config, kernel, dtype)
 
@@ -109,7 +112,8 @@ def num_kv_blocks(config: ModelConfig, dtype: torch.dtype, options: EngineOption
     affordable = options.kv_budget_bytes // block_bytes
     if affordable < 2:
         raise ConfigUnsupported(
-            "kv_budget", f"{options.kv_budget_bytes} bytes hold no {BLOCK_POSITIONS} positions of {block_bytes} bytes"
+            "kv_budget",
+            f"{options.kv_budget_bytes} bytes hold no {BLOCK_POSITIONS} positions of {block_bytes} bytes",
         )
     useful = options.limits.max_running * blocks_for(config.max_position_embeddings) + 1
     return min(affordable, useful)

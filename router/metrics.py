@@ -16,7 +16,7 @@ PREFIX = "sage_moe_"
 def render_metrics(service: RouterService, actors: Iterable[Mapping[str, Any]]) -> str:
     """Prometheus text. actors: one mapping an expert actor, as its `status` gives it."""
     registry = CollectorRegistry()
-    registry.register(_Collector(service, list(actors)))  # type: ignore[arg-type]
+    registry.register(_Collector(service, list(actors)))
     return generate_latest(registry).decode()
 
 

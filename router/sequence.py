@@ -65,7 +65,9 @@ class Sequence:
         if given is None:
             return plain
         num_given = max(0, min(given.shape[1] - first, count))
-        return torch.cat((given[:, first : first + num_given], plain[:, num_given:] + self._position_shift), dim=1)
+        return torch.cat(
+            (given[:, first : first + num_given], plain[:, num_given:] + self._position_shift), dim=1
+        )
 
     def finish_after(self, token: int) -> FinishReason | None:
         """Why the sequence ends once `token` was appended, if it does."""

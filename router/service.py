@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
 
 from router.engine_thread import EngineThread
@@ -77,7 +77,7 @@ class RouterService:
         if request_id in self._gateway_of:
             self.engine_thread.cancel(request_id)
 
-    async def events(self, gateway: str) -> AsyncIterator[tuple[TokenEvent, ...]]:
+    async def events(self, gateway: str) -> AsyncGenerator[tuple[TokenEvent, ...], None]:
         """All events of a gateway's requests, merged into messages. Ends never; closing it cancels its requests."""
         outbox = self._outboxes.setdefault(gateway, _Outbox())
         try:
@@ -100,7 +100,9 @@ class RouterService:
         facts = self.engine_thread.health()
         if not facts.is_alive:
             return ServiceHealth(False, "the engine has stopped")
-        progressed_s = min(facts.seconds_since_step, time.monotonic() - self.loaded.engine.backbone.progressed_at)
+        progressed_s = min(
+            facts.seconds_since_step, time.monotonic() - self.loaded.engine.backbone.progressed_at
+        )
         if facts.has_work:
             if progressed_s <= WEDGED_AFTER_S:
                 return ServiceHealth(True, f"{facts.num_running} running, {facts.num_waiting} waiting")
@@ -119,7 +121,9 @@ class RouterService:
         answered: asyncio.Future[TokenEvent] = self._loop.create_future()
         self._probes[name] = answered
         try:
-            self.engine_thread.submit(GenerationRequest(name, (0,), SamplingParams(max_tokens=1, temperature=0.0)))
+            self.engine_thread.submit(
+                GenerationRequest(name, (0,), SamplingParams(max_tokens=1, temperature=0.0))
+            )
             event = await asyncio.wait_for(answered, PROBE_TIMEOUT_S)
         except TimeoutError:
             self.engine_thread.cancel(name)

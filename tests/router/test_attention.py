@@ -41,7 +41,8 @@ def test_masked_blocks_behind_the_limit_change_no_bit() -> None:
     q, keys, values, _ = _case(2, 8, 9, 32)
     limits = torch.full((2, 8), 2 * BLOCK_POSITIONS + 5)
     assert torch.equal(
-        attend(q, keys, values, limits), attend(q, keys[:, :3].contiguous(), values[:, :3].contiguous(), limits)
+        attend(q, keys, values, limits),
+        attend(q, keys[:, :3].contiguous(), values[:, :3].contiguous(), limits),
     )
 
 

@@ -29,7 +29,9 @@ def test_combine_undoes_dispatch() -> None:
     routing = route_native(logits, 3, True)
     dispatched = dispatch("model", 0, tokens, routing)
     scale = torch.randn(8)
-    experts_of_rows = [e for e, n in zip(dispatched.call.experts, dispatched.call.counts, strict=True) for _ in range(n)]
+    experts_of_rows = [
+        e for e, n in zip(dispatched.call.experts, dispatched.call.counts, strict=True) for _ in range(n)
+    ]
     rows = tokens[list(dispatched.call.token_of_R)] * scale[experts_of_rows].unsqueeze(1)
     expected = torch.zeros(9, 4)
     for token in range(9):
@@ -47,7 +49,8 @@ def test_a_token_combines_to_the_same_bits_in_any_batch() -> None:
     alone_routing = route_native(logits[5:6], 4, False)
     alone = dispatch("model", 0, tokens[5:6], alone_routing)
     slots = [
-        whole.row_of_slot[5 * 4 + routing.experts_TK[5].tolist().index(expert)].item() for expert in alone.call.experts
+        whole.row_of_slot[5 * 4 + routing.experts_TK[5].tolist().index(expert)].item()
+        for expert in alone.call.experts
     ]
     assert torch.equal(combine(alone, rows[slots])[0], combine(whole, rows)[5])
 

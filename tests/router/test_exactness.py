@@ -107,7 +107,7 @@ def test_any_expert_budget_equals_unlimited(
     root: Path, dtype: str, requests: list[GenerationRequest], reference: Outcome, experts_in_budget: int
 ) -> None:
     store = ExpertStore.open(root)
-    record = store.record(store.keys()[0])
+    record = store.record(store.expert_keys()[0])
     expert_bytes = record.nbytes // DTYPES[record.dtype].itemsize * DTYPES[dtype].itemsize
     store.close()
     budget = EngineOptions(dtype=dtype, expert_budget_bytes=experts_in_budget * expert_bytes)
@@ -119,7 +119,7 @@ def test_preemption_equals_undisturbed(
     root: Path, dtype: str, requests: list[GenerationRequest], reference: Outcome, how: str
 ) -> None:
     loaded = open_engine(root, EngineOptions(dtype=dtype, limits=BatchLimits(admission_reserve=1)))
-    small = KvPool(loaded.config, 6, DTYPES[dtype])
+    small = KvPool(loaded.config, 5, DTYPES[dtype])
     engine = type(loaded.engine)(
         loaded.engine.backbone,
         small,
@@ -144,7 +144,7 @@ def serve_experts() -> Iterator[Callable[[Path, str, int], Roster]]:
             width, expert_width = config["hidden_size"], config["moe_intermediate_size"]
             kernel = calibrate([(2 * expert_width, width), (width, expert_width)], DTYPES[dtype])
             endpoints, owner = {}, {}
-            for index, group in enumerate(split_experts(store.keys(), num_actors)):
+            for index, group in enumerate(split_experts(store.expert_keys(), num_actors)):
                 worker = ExpertWorker(store, kernel, DTYPES[dtype], widths={"model": width}, group=group)
                 info = ServiceInfo(width, DTYPES[dtype], worker.numerics_class, ("model",))
                 server = ExpertServer(worker.compute, info, secret=SECRET, incarnation=index + 1)

@@ -19,7 +19,9 @@ def test_zero_temperature_takes_the_best() -> None:
 
 def test_noise_depends_on_seed_choice_and_position_only() -> None:
     assert uniform_noise(1, 2, 3) == uniform_noise(1, 2, 3)
-    values = {uniform_noise(seed, choice, pos) for seed in (0, 2**64 - 1) for choice in (0, 1) for pos in (0, 9)}
+    values = {
+        uniform_noise(seed, choice, pos) for seed in (0, 2**64 - 1) for choice in (0, 1) for pos in (0, 9)
+    }
     assert len(values) == 8
     assert all(0.0 <= value < 1.0 for value in values)
 

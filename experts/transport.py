@@ -1,0 +1,418 @@
+"""Both ends of the data plane: `ExpertConnection` in a router, `ExpertServer` in an expert actor.
+
+A connection carries one call at a time, answered in order; calls with more rows than a frame may hold travel in
+parts. Heartbeats go both ways from threads of their own, so that a peer that hangs or is cut off is noticed while
+nobody computes. Whatever a peer sends that the wire format does not allow closes its connection, with one line in
+the log, and nothing else. Called by `experts.remote_directory` and `experts.actor`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from experts.call import ExpertCall
+from experts.channel import Channel, TransportLimits
+from experts.errors import (
+    BudgetTooSmall,
+    ConnectFailed,
+    ExpertError,
+    FrameFault,
+    HandshakeRefused,
+    LinkLost,
+    NotInGroup,
+    PeerLost,
+    RemoteExpertError,
+)
+from experts.frame import (
+    Agreement,
+    ErrorCode,
+    Header,
+    Kind,
+    check_call,
+    check_error,
+    check_exact,
+    decode_call,
+    encode_call,
+    encode_error,
+    encode_header,
+    map_bytes,
+    rows_header,
+    split_by_rows,
+)
+from experts.handshake import ServiceInfo, check_secret, hear_out, introduce, refuse, welcome
+
+__all__ = ["Endpoint", "ExpertConnection", "ExpertServer", "ServiceInfo", "TransportLimits"]
+
+logger = logging.getLogger(__name__)
+
+Compute = Callable[[ExpertCall], Tensor]
+"""Returns the call's (R, D) rows in its tokens' dtype. Raises ExpertError."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where one life of an expert actor listens."""
+
+    name: str
+    host: str
+    port: int
+    incarnation: int
+
+    @property
+    def address(self) -> str:
+        return f"{self.host}:{self.port}"
+
+
+class ExpertConnection:
+    """A router's end. `start` and `finish` belong to one thread; `tend` and `close` to any."""
+
+    def __init__(self, endpoint: Endpoint, *, secret: bytes, limits: TransportLimits | None = None) -> None:
+        """Connect and agree. Raises ConnectFailed or HandshakeRefused; ValueError when the secret is too short."""
+        check_secret(secret)
+        self.endpoint = endpoint
+        self._limits = limits or TransportLimits()
+        self._channel = _connect(endpoint, self._limits)
+        deadline_s = time.monotonic() + self._limits.handshake_timeout_s
+        try:
+            self.info, self._agreed = introduce(
+                self._channel, secret, endpoint.incarnation, self._limits, deadline_s
+            )
+        except (LinkLost, FrameFault) as error:
+            self._channel.close()
+            raise HandshakeRefused(endpoint.name, str(error)) from error
+        self._heartbeat = _short_frame(Kind.HEARTBEAT, self._agreed)
+        self._reading = threading.RLock()
+        """Held from `start` to `finish`, and by whoever else looks at what arrived."""
+        self._is_open = True
+        self._is_asked = False
+        self._sequence = 0
+        self._unsent: deque[ExpertCall] = deque()
+        self._num_rows_due = 0
+        self._timeout_s = self._deadline_s = math.inf
+
+    @property
+    def is_open(self) -> bool:
+        return self._is_open
+
+    def start(self, call: ExpertCall, *, timeout_s: float) -> None:
+        """Send a call, or its first part; `finish` must follow. timeout_s: for each part's answer.
+
+        Raises PeerLost; ValueError when the call does not fit what was agreed, and then nothing was sent.
+        """
+        self._reading.acquire()
+        try:
+            self._unsent = deque(split_by_rows(call, self._agreed.max_rows))
+            self._timeout_s = timeout_s
+            self._send_part()
+            self._is_asked = True
+        except (LinkLost, FrameFault) as error:
+            raise self._lost(error) from error
+        finally:
+            if not self._is_asked:
+                self._reading.release()
+
+    def finish(self) -> Tensor:
+        """The rows of the call that was started. Raises PeerLost, or RemoteExpertError (the connection stays good)."""
+        assert self._is_asked, "no call was started"
+        try:
+            parts = [self._receive_rows()]
+            while self._unsent:
+                self._send_part()
+                parts.append(self._receive_rows())
+        except (LinkLost, FrameFault) as error:
+            raise self._lost(error) from error
+        finally:
+            self._is_asked = False
+            self._unsent.clear()
+            self._reading.release()
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def tend(self) -> bool:
+        """Send a heartbeat, and take in the peer's unless a call is waiting. Returns whether the peer is there."""
+        if not self._is_open:
+            return False
+        self._channel.send_short(self._heartbeat)
+        if self._reading.acquire(blocking=False):
+            try:
+                self._hear_heartbeats()
+            except (LinkLost, FrameFault) as error:
+                logger.warning("%s", self._lost(error))
+            finally:
+                self._reading.release()
+        return self._is_open
+
+    def close(self) -> None:
+        """End the connection. A call that waits on another thread raises PeerLost there."""
+        was_open, self._is_open = self._is_open, False
+        if was_open:
+            self._channel.send_short(_short_frame(Kind.GOODBYE, self._agreed))
+        self._channel.end("closed here")
+        if self._reading.acquire(blocking=False):
+            self._channel.close()
+            self._reading.release()
+            if self._is_asked:  # by this same thread, or the lock would not have been free
+                self._is_asked = False
+                self._reading.release()
+
+    def _send_part(self) -> None:
+        if not self._is_open:
+            raise LinkLost("closed here")
+        part = self._unsent.popleft()
+        tokens_TD = part.tokens_TD.contiguous()
+        head = encode_call(part, self._agreed, self._sequence + 1, round(self._timeout_s * 1e6))
+        self._sequence += 1
+        self._num_rows_due = part.num_rows
+        self._deadline_s = time.monotonic() + self._timeout_s
+        self._channel.send(head, _bytes_of(tokens_TD), deadline_s=self._deadline_s)
+
+    def _receive_rows(self) -> Tensor:
+        expected = rows_header(self._agreed, self._sequence, self._num_rows_due)
+        header = self._next_header()
+        while header.kind == Kind.HEARTBEAT:
+            header = self._next_header()
+        if header.kind == Kind.ERROR:
+            raise self._remote_error(header)
+        check_exact(header, expected)
+        rows_RD = torch.empty(self._num_rows_due, self._agreed.width, dtype=self._agreed.dtype)
+        self._receive(_bytes_of(rows_RD))
+        return rows_RD
+
+    def _next_header(self) -> Header:
+        header = self._channel.receive_header(self._deadline_s, self._limits.silence_s)
+        _check_short(header, self._agreed)
+        return header
+
+    def _remote_error(self, header: Header) -> RemoteExpertError:
+        check_error(header, self._agreed, self._sequence)
+        message = bytearray(header.body_bytes)
+        self._receive(memoryview(message))
+        return RemoteExpertError(self.endpoint.name, header.error_code, message.decode("utf-8", "replace"))
+
+    def _receive(self, view: memoryview) -> None:
+        self._channel.receive_body(view, deadline_s=self._deadline_s, silence_s=self._limits.silence_s)
+
+    def _hear_heartbeats(self) -> None:
+        if self._is_asked or not self._is_open:
+            return
+        while (header := self._channel.poll_header()) is not None:
+            _check_short(header, self._agreed)
+            if header.kind != Kind.HEARTBEAT:
+                raise FrameFault(f"frame of kind {header.kind} although nothing was asked")
+        silent_s = time.monotonic() - self._channel.heard_at_s
+        if silent_s >= self._limits.silence_s:
+            raise LinkLost(f"nothing heard for {silent_s:.2f} s")
+
+    def _lost(self, error: LinkLost | FrameFault) -> PeerLost:
+        self._is_open = False
+        self._channel.close()
+        return PeerLost(self.endpoint.name, str(error))
+
+
+class ExpertServer:
+    """An actor's end: listens, lets in who knows the secret, computes calls, one thread a connection."""
+
+    def __init__(
+        self,
+        compute: Compute,
+        info: ServiceInfo,
+        *,
+        secret: bytes,
+        incarnation: int,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        limits: TransportLimits | None = None,
+    ) -> None:
+        """Binds at once (port 0: a free one), listens from `start` on. Raises OSError, or ValueError for the secret."""
+        check_secret(secret)
+        self._compute, self._info, self._secret = compute, info, secret
+        self._limits = limits or TransportLimits()
+        max_rows = self._limits.max_rows_per_frame
+        self._agreed = Agreement(incarnation, info.width, info.dtype, info.components, max_rows)
+        self._listener = socket.create_server((host, port), backlog=128)
+        self.port: int = self._listener.getsockname()[1]
+        self._members = threading.Lock()
+        self._unproven: dict[Channel, None] = {}
+        self._proven: dict[Channel, None] = {}
+        self._closing = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._accept, name="expert-accept", daemon=True),
+            threading.Thread(target=self._send_heartbeats, name="expert-heartbeat", daemon=True),
+        ]
+
+    @property
+    def num_connections(self) -> int:
+        """Connections that proved the secret."""
+        return len(self._proven)
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Close the port and all connections; calls in progress are not answered."""
+        self._closing.set()
+        with suppress(
+            OSError
+        ):  # never connected sockets refuse it on some systems; it wakes `accept` on Linux
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        goodbye = _short_frame(Kind.GOODBYE, self._agreed)
+        with self._members:
+            for channel in self._proven:
+                channel.send_short(goodbye)
+            for channel in (*self._proven, *self._unproven):
+                channel.end("the server stops")
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(timeout=5.0)
+
+    def _accept(self) -> None:
+        while not self._closing.is_set():
+            try:
+                connected, (host, port, *_) = self._listener.accept()
+            except OSError as error:
+                if not self._closing.is_set():
+                    logger.warning("cannot accept a connection: %s", error)
+                    self._closing.wait(0.1)  # out of descriptors, most likely: give others time to close
+                continue
+            self._admit(connected, f"{host}:{port}")
+
+    def _admit(self, connected: socket.socket, peer: str) -> None:
+        try:
+            channel = Channel(connected, self._limits)
+        except OSError as error:  # it has gone already
+            logger.warning("connection from %s ended: %s", peer, error)
+            connected.close()
+            return
+        with self._members:
+            if len(self._unproven) >= self._limits.max_unproven:
+                next(iter(self._unproven)).end("it took too long to prove the secret, and others are waiting")
+            self._unproven[channel] = None
+        threading.Thread(
+            target=self._attend, args=(channel, peer), name=f"expert-peer-{peer}", daemon=True
+        ).start()
+
+    def _attend(self, channel: Channel, peer: str) -> None:
+        """A connection's whole life."""
+        try:
+            if self._let_in(channel, peer):
+                self._serve(channel)
+        except LinkLost as loss:
+            if not loss.is_orderly and not self._closing.is_set():
+                logger.warning("connection from %s closed: %s", peer, loss)
+        except FrameFault as fault:
+            logger.warning("connection from %s refused: %s", peer, fault)
+        finally:
+            with self._members:
+                self._unproven.pop(channel, None)
+                self._proven.pop(channel, None)
+            channel.close()
+
+    def _let_in(self, channel: Channel, peer: str) -> bool:
+        deadline_s = time.monotonic() + self._limits.handshake_timeout_s
+        stranger = hear_out(channel, self._secret, deadline_s)
+        with self._members:
+            del self._unproven[channel]
+            is_busy = len(self._proven) >= self._limits.max_connections
+        if stranger.incarnation != self._agreed.incarnation or is_busy:
+            code = ErrorCode.BUSY if is_busy else ErrorCode.WRONG_INCARNATION
+            refuse(channel, code, deadline_s)
+            logger.warning("connection from %s refused: %s", peer, code.name.lower().replace("_", " "))
+            return False
+        welcome(channel, self._secret, stranger, self._info, self._agreed.max_rows, deadline_s)
+        with self._members:
+            self._proven[channel] = None
+        return True
+
+    def _serve(self, channel: Channel) -> None:
+        """Answer calls until the peer leaves."""
+        sequence = 0
+        maps = bytearray(self._agreed.max_map_bytes)
+        while True:
+            header = channel.receive_header(math.inf, self._limits.idle_timeout_s)
+            _check_short(header, self._agreed)
+            if header.kind == Kind.HEARTBEAT:
+                continue
+            sequence += 1
+            check_call(header, self._agreed, sequence)
+            deadline_s = time.monotonic() + header.deadline_us / 1e6
+            call = self._receive_call(channel, header, memoryview(maps), deadline_s)
+            self._answer(channel, call, sequence, deadline_s)
+
+    def _receive_call(
+        self, channel: Channel, header: Header, maps: memoryview, deadline_s: float
+    ) -> ExpertCall:
+        maps = maps[: map_bytes(header)]
+        tokens_TD = torch.empty(header.num_tokens, header.width, dtype=self._agreed.dtype)
+        silence_s = self._limits.silence_s
+        channel.receive_body(maps, _bytes_of(tokens_TD), deadline_s=deadline_s, silence_s=silence_s)
+        return decode_call(header, maps, self._agreed, tokens_TD)
+
+    def _answer(self, channel: Channel, call: ExpertCall, sequence: int, deadline_s: float) -> None:
+        try:
+            rows_RD = self._compute(call).contiguous()
+        except ExpertError as error:
+            logger.warning("request %s, layer %d: %s", call.request_id, call.layer, error)
+            channel.send(
+                encode_error(self._agreed, sequence, _code_of(error), str(error)), deadline_s=deadline_s
+            )
+            return
+        except Exception:  # a bug here must not end the actor; the router computes elsewhere
+            logger.exception("request %s, layer %d: the call failed", call.request_id, call.layer)
+            error_frame = encode_error(self._agreed, sequence, ErrorCode.INTERNAL, "the call failed")
+            channel.send(error_frame, deadline_s=deadline_s)
+            return
+        if time.monotonic() >= deadline_s:
+            raise LinkLost("a call was not done by its deadline")
+        head = encode_header(rows_header(self._agreed, sequence, call.num_rows))
+        channel.send(head, _bytes_of(rows_RD), deadline_s=deadline_s)
+
+    def _send_heartbeats(self) -> None:
+        heartbeat = _short_frame(Kind.HEARTBEAT, self._agreed)
+        while not self._closing.wait(self._limits.heartbeat_interval_s):
+            with self._members:
+                for channel in self._proven:
+                    channel.send_short(heartbeat)
+
+
+def _connect(endpoint: Endpoint, limits: TransportLimits) -> Channel:
+    try:
+        connected = socket.create_connection((endpoint.host, endpoint.port), limits.connect_timeout_s)
+        return Channel(connected, limits)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConnectFailed(endpoint.name, endpoint.address, reason) from error
+
+
+def _short_frame(kind: Kind, agreed: Agreement) -> bytes:
+    return encode_header(Header(kind, incarnation=agreed.incarnation))
+
+
+def _check_short(header: Header, agreed: Agreement) -> None:
+    """Heartbeats must be exactly that; a goodbye raises LinkLost. Other frames are the caller's to check."""
+    if header.kind in (Kind.HEARTBEAT, Kind.GOODBYE):
+        check_exact(header, Header(header.kind, incarnation=agreed.incarnation))
+        if header.kind == Kind.GOODBYE:
+            raise LinkLost("the peer said goodbye", True)
+
+
+def _code_of(error: ExpertError) -> ErrorCode:
+    if isinstance(error, NotInGroup):
+        return ErrorCode.NOT_IN_GROUP
+    return ErrorCode.BUDGET_TOO_SMALL if isinstance(error, BudgetTooSmall) else ErrorCode.EXPERT
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, flat."""
+    return tensor.view(torch.uint8).view(-1).numpy().data

@@ -1,0 +1,121 @@
+"""The commands that need no service, as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROMPT = "Once upon a time there was"
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def _run(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "gateway.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"SAGE_MOE_CACHE": str(cache), "COLUMNS": "120"},
+    )
+
+
+def _json(result: subprocess.CompletedProcess[str]) -> dict[str, object]:
+    assert result.returncode == 0, result.stderr
+    value = json.loads(result.stdout)
+    assert isinstance(value, dict)
+    return value
+
+
+def test_extract_then_inspect_shows_the_whole_process_first(cache: Path, tmp_path: Path) -> None:
+    extracted = _run(cache, "extract", "stories", str(tmp_path / "store"))
+    assert (extracted.returncode, extracted.stderr) == (0, "")
+    assert "384 experts in 6 layers, 31.1 MiB of weights copied" in extracted.stdout
+    shown = _run(cache, "inspect", str(tmp_path / "store")).stdout
+    assert shown.index("whole process") < shown.index("embeddings")
+    assert "FOCUS (k=8, native)" in shown
+    again = _run(cache, "extract", "stories", str(tmp_path / "store"))
+    assert again.returncode == 1
+    assert again.stderr.startswith("error: ")
+    assert "exists already" in again.stderr
+    assert again.stderr.count("\n") == 1
+
+
+def test_inspect_json_is_one_object(cache: Path) -> None:
+    summary = _json(_run(cache, "inspect", "stories", "--json"))
+    assert summary["num_experts"] == 384
+
+
+def test_missing_store_is_one_line_and_exit_code_1(cache: Path) -> None:
+    result = _run(cache, "inspect", "no/such/store")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert (
+        result.stderr
+        == "error: no/such/store is no store or checkpoint folder; bundled models: stories, stories-moe\n"
+    )
+
+
+def test_damaged_store_is_one_line(cache: Path, stories_store: Path, tmp_path: Path) -> None:
+    store = Path(shutil.copytree(stories_store, tmp_path / "store"))
+    (store / "manifest.json").write_text("{}")
+    result = _run(cache, "generate", str(store), "--prompt", "x")
+    assert result.returncode == 1
+    assert "format version None; this program reads 1" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_generate_by_text_by_ids_and_from_a_store_agree(cache: Path, stories_store: Path) -> None:
+    options = ("--max-tokens", "24", "--temperature", "0", "--json")
+    by_text = _json(_run(cache, "generate", "stories", "--prompt", PROMPT, *options))
+    ids = ",".join(str(token) for token in by_text["prompt_token_ids"])  # type: ignore[attr-defined]
+    by_ids = _json(_run(cache, "generate", str(stories_store), "--prompt-ids", ids, *options))
+    for field in ("text", "token_ids", "finish_reason", "usage"):
+        assert by_text[field] == by_ids[field]
+    assert by_text["usage"] == {
+        "prompt_tokens": len(by_text["prompt_token_ids"]),  # type: ignore[arg-type]
+        "completion_tokens": 24,
+        "total_tokens": len(by_text["prompt_token_ids"]) + 24,  # type: ignore[arg-type]
+    }
+    assert set(by_text) >= {"timings", "resident_bytes"}
+    streamed = _run(cache, "generate", "stories", "--prompt", PROMPT, "--stream", *options[:-1])
+    assert streamed.stdout == f"{by_text['text']}\n"
+
+
+def test_same_seed_gives_the_same_sample(cache: Path) -> None:
+    runs = [
+        _json(_run(cache, "generate", "stories", "--prompt", PROMPT, "--seed", seed, "--json"))["token_ids"]
+        for seed in ("3", "3", "4")
+    ]
+    assert runs[0] == runs[1] != runs[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ((), 2, "exactly one of --prompt and --prompt-ids"),
+        (("--prompt", "a", "--prompt-ids", "1"), 2, "exactly one of"),
+        (("--prompt-ids", "1,x"), 2, "whole numbers"),
+        (("--prompt-ids", "1,99999"), 1, "99999"),
+        (("--prompt", ""), 1, "prompt"),
+        (("--prompt", "a", "--max-tokens", "0"), 2, "max-tokens"),
+        (("--prompt", "a", "--max-tokens", "100000"), 1, "at most 2048 fit"),
+        (("--prompt", "a", "--temperature", "nan"), 2, "temperature"),
+        (("--prompt", "a", "--dtype", "int8"), 1, "float32 or bfloat16"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(
+    cache: Path, arguments: tuple[str, ...], code: int, message: str
+) -> None:
+    result = _run(cache, "generate", "stories", *arguments)
+    assert result.returncode == code, result.stderr
+    assert message in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,185 @@
+"""Requests are checked field by field and nothing that matters is ignored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from gateway.errors import ApiError
+from gateway.openai_types import MAX_MESSAGES, ChatRequest, CompletionRequest, read_request
+
+COMPLETION = {"model": "m", "prompt": "hello"}
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
+
+
+def _refusal(kind: type[CompletionRequest | ChatRequest], body: dict[str, Any]) -> ApiError:
+    with pytest.raises(ApiError) as caught:
+        read_request(kind, body)
+    assert caught.value.status == 400
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [("a", "a"), (["a"], "a"), ([1, 2], [1, 2]), ([[1, 2]], [1, 2])],
+)
+def test_prompt_forms_read_as_one_prompt(prompt: Any, expected: Any) -> None:
+    assert read_request(CompletionRequest, {**COMPLETION, "prompt": prompt}).prompt == expected
+
+
+@pytest.mark.parametrize("prompt", [["a", "b"], [[1], [2]], ["a", [1]]])
+def test_several_prompts_are_refused_as_not_supported(prompt: Any) -> None:
+    error = _refusal(CompletionRequest, {**COMPLETION, "prompt": prompt})
+    assert error.param == "prompt"
+    assert "not supported yet" in error.message
+
+
+@pytest.mark.parametrize("prompt", [None, 5, "", [], [[]], [True], [1.5], [1, "a"], [[1, None]], {"a": 1}])
+def test_malformed_prompt_is_refused(prompt: Any) -> None:
+    assert _refusal(CompletionRequest, {**COMPLETION, "prompt": prompt}).param == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "hint"),
+    [
+        ("model", 5, "a string"),
+        ("max_tokens", 0, "from 1"),
+        ("max_tokens", 2**31, "from 1"),
+        ("max_tokens", 10**4000, "from 1"),
+        ("max_tokens", "5", "from 1"),
+        ("max_tokens", True, "from 1"),
+        ("max_tokens", 1.5, "from 1"),
+        ("temperature", -0.1, "from 0 to 2"),
+        ("temperature", 2.1, "from 0 to 2"),
+        ("temperature", float("inf"), "from 0 to 2"),
+        ("temperature", "1", "from 0 to 2"),
+        ("temperature", False, "from 0 to 2"),
+        ("top_p", 1.01, "from 0 to 1"),
+        ("top_k", -1, "from 0"),
+        ("min_p", 2, "from 0 to 1"),
+        ("seed", 2**64, "64 bits"),
+        ("seed", -(2**63) - 1, "64 bits"),
+        ("n", 2, "supported so far"),
+        ("n", 0, "supported so far"),
+        ("stream", "yes", "true or false"),
+        ("stream_options", [], "an object"),
+        ("stop", "", "1 to 4 strings"),
+        ("stop", ["a"] * 5, "1 to 4 strings"),
+        ("stop", ["a", 5], "1 to 4 strings"),
+        ("stop", "x" * 257, "1 to 256 characters"),
+        ("stop", {"a": 1}, "1 to 4 strings"),
+        ("sage", 5, "empty"),
+    ],
+)
+def test_value_out_of_range_names_field_and_range(field: str, value: Any, hint: str) -> None:
+    error = _refusal(CompletionRequest, {**COMPLETION, field: value})
+    assert error.param == field
+    assert hint in error.message
+    assert len(error.message) < 200
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_tokens", 1),
+        ("temperature", 0),
+        ("temperature", 2.0),
+        ("top_p", 1),
+        ("seed", -(2**63)),
+        ("seed", 2**64 - 1),
+        ("n", 1),
+        ("stop", "a"),
+        ("stop", ["a", "b", "c", "d"]),
+        ("stop", None),
+        ("sage", {}),
+        ("sage", None),
+        ("user", "somebody"),
+        ("metadata", {"a": "b"}),
+        ("store", True),
+        ("logit_bias", {}),
+        ("presence_penalty", 0),
+        ("frequency_penalty", 0.0),
+        ("logprobs", None),
+        ("echo", False),
+        ("best_of", 1),
+    ],
+)
+def test_values_at_the_edge_and_harmless_fields_are_accepted(field: str, value: Any) -> None:
+    read_request(CompletionRequest, {**COMPLETION, field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("logprobs", 0),
+        ("logprobs", True),
+        ("top_logprobs", 2),
+        ("logit_bias", {"5": 1}),
+        ("presence_penalty", 0.5),
+        ("frequency_penalty", False),
+        ("tools", [{"type": "function"}]),
+        ("tool_choice", "required"),
+        ("response_format", {"type": "json_object"}),
+        ("modalities", ["text", "audio"]),
+        ("functions", [{}]),
+    ],
+)
+def test_field_that_would_change_the_answer_is_refused(field: str, value: Any) -> None:
+    error = _refusal(ChatRequest, {**CHAT, field: value})
+    assert error.param == field
+    assert "not supported" in error.message
+
+
+@pytest.mark.parametrize("kind", [CompletionRequest, ChatRequest])
+def test_missing_field_is_named(kind: type[CompletionRequest | ChatRequest]) -> None:
+    assert (
+        _refusal(kind, {"prompt": "a", "messages": CHAT["messages"]}).message
+        == "Missing required field model."
+    )
+
+
+def test_unknown_sage_option_is_refused() -> None:
+    error = _refusal(CompletionRequest, {**COMPLETION, "sage": {"effort": "wake"}})
+    assert error.param == "sage.effort"
+
+
+def test_stream_options_without_stream_are_refused() -> None:
+    body = {**COMPLETION, "stream_options": {"include_usage": True}}
+    assert _refusal(CompletionRequest, body).param == "stream_options"
+    request = read_request(CompletionRequest, {**body, "stream": True})
+    assert request.stream_options is not None and request.stream_options.include_usage
+
+
+@pytest.mark.parametrize(
+    ("messages", "param"),
+    [
+        ([], "messages"),
+        ("hi", "messages"),
+        ([{"role": "user", "content": "x"}] * (MAX_MESSAGES + 1), "messages"),
+        (["hi"], "messages.0"),
+        ([{"role": "user"}], "messages.0.content"),
+        ([{"role": "user", "content": None}], "messages.0.content"),
+        ([{"content": "hi"}], "messages.0.role"),
+        ([{"role": "tool", "content": "hi"}], "messages.0.role"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "messages.0.content"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "messages.0.content"),
+        ([{"role": "user", "content": ["hi"]}], "messages.0.content"),
+        ([{"role": "assistant", "content": "a", "tool_calls": [{"id": "1"}]}], "messages.0.tool_calls"),
+    ],
+)
+def test_malformed_messages_are_refused_where_they_are(messages: Any, param: str) -> None:
+    error = _refusal(ChatRequest, {**CHAT, "messages": messages})
+    assert error.param == param
+    assert len(error.message) < 200
+
+
+def test_text_parts_become_one_text() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    request = read_request(ChatRequest, {**CHAT, "messages": [{"role": "user", "content": parts}]})
+    assert request.messages[0].content == "a\nb"
+
+
+def test_both_token_limits_exclude_each_other() -> None:
+    body = {**CHAT, "max_tokens": 5, "max_completion_tokens": 5}
+    assert _refusal(ChatRequest, body).param == "max_completion_tokens"
