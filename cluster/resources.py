@@ -11,6 +11,8 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from experts.numerics import useful_threads
+
 NAMESPACE = "sage-moe"
 SUPERVISOR_NAME = "supervisor"
 NO_CPUS = 0.0
@@ -25,10 +27,14 @@ class ThreadPlan:
     expert_actor: int
 
 
-def plan_threads(num_cores: int, num_actors: int) -> ThreadPlan:
+def plan_threads(num_cores: int, num_actors: int, expert_elements: int) -> ThreadPlan:
     """Share out the cores. The router waits while actors compute and the other way round, so each side may use
-    all cores; the actors of one machine compute at the same time and share them."""
-    return ThreadPlan(max(1, num_cores), max(1, num_cores // max(1, num_actors)))
+    all cores; the actors of one machine compute at the same time and share them.
+
+    expert_elements: of one expert's largest matrix; see `useful_threads`.
+    """
+    per_actor = max(1, num_cores // max(1, num_actors))
+    return ThreadPlan(useful_threads(num_cores, expert_elements), useful_threads(per_actor, expert_elements))
 
 
 def process_environment(num_threads: int) -> dict[str, str]:

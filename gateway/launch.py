@@ -6,7 +6,6 @@ Called by `sage-moe serve`. What it started, it stops, in the reverse order, whe
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 import signal
 import time
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experts.numerics import num_cores
 from experts.store import ExpertStore
 from router.loading import MODEL_COMPONENT, EngineOptions, stored_dtype
 from router.model_config import read_model_config
@@ -50,7 +50,7 @@ def running_service(options: ServiceOptions) -> Iterator[None]:
 
     from cluster.resources import plan_threads, start_ray
 
-    threads = plan_threads(os.cpu_count() or 1, options.num_actors)
+    threads = plan_threads(num_cores(), options.num_actors, config.expert_elements)
     stack = ExitStack()
     try:
         stack.callback(_stop_ray)

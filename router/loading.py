@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from experts.directory import ExpertDirectory, LocalDirectory
-from experts.numerics import RowKernel
+from experts.numerics import RowKernel, num_cores, useful_threads
 from experts.store import ExpertStore
 from experts.worker import DTYPES, ExpertWorker
 from router.attention import BLOCK_POSITIONS
@@ -41,6 +41,7 @@ class EngineOptions:
     """Resident bytes of experts in this process; None means no bound."""
     limits: BatchLimits = field(default_factory=BatchLimits)
     num_threads: int | None = None
+    """Torch threads of the process; None means what suits machine and model."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +76,12 @@ def load_engine(
 
     Raises ConfigUnsupported, WeightMismatch, NotRowInvariant, or what reading the store raises.
     """
-    if options.num_threads is not None:
-        torch.set_num_threads(options.num_threads)
     dtype_name = options.dtype or stored_dtype(store)
     if dtype_name not in ("float32", "bfloat16"):
         raise ConfigUnsupported("dtype", f"{dtype_name!r}; choose float32 or bfloat16")
     dtype = DTYPES[dtype_name]
     config = read_model_config(store.component(MODEL_COMPONENT).config)
+    torch.set_num_threads(options.num_threads or useful_threads(num_cores(), config.expert_elements))
     kernel = prove_row_invariance(config, dtype)
     worker = ExpertWorker(
         store,

@@ -39,6 +39,11 @@ class ModelConfig:
         """Keys and values of all layers that one position adds to the cache."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
+    @property
+    def expert_elements(self) -> int:
+        """Of the largest matrix that one expert's rows are multiplied with."""
+        return 2 * self.expert_width * self.hidden_size
+
     def linear_shapes(self) -> list[tuple[int, int]]:
         """(out, in) of every matrix product of the model, for the self-test."""
         width, kv_width = self.hidden_size, self.num_kv_heads * self.head_dim
