@@ -15,6 +15,9 @@ from experts.numerics import useful_threads
 
 NAMESPACE = "sage-moe"
 SUPERVISOR_NAME = "supervisor"
+LOCAL_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
+"""For a Ray that serves this machine alone. The first is how Ray is told, on any system, to use the loopback address
+in place of the machine's own: its ports are then closed to others."""
 NO_CPUS = 0.0
 """Scheduling weight of our actors and replicas: they share the cores by threads, not by Ray's bookkeeping."""
 
@@ -111,7 +114,8 @@ def start_ray(address: str | None = None, num_cpus: int | None = None) -> None:
     """Connect to the Ray at `address`, or start one for this process on loopback. Raises ConnectionError."""
     import logging
 
-    os.environ.update({key: os.environ.get(key, value) for key, value in ray_environment().items()})
+    defaults = ray_environment() | (LOCAL_ONLY if address is None else {})
+    os.environ.update({key: os.environ.get(key, value) for key, value in defaults.items()})
     import ray
 
     settings: dict[str, Any] = {
@@ -126,7 +130,6 @@ def start_ray(address: str | None = None, num_cpus: int | None = None) -> None:
     ray.init(
         num_cpus=num_cpus,
         include_dashboard=False,
-        _node_ip_address="127.0.0.1",
         object_store_memory=256 * 1024 * 1024,
         **settings,
     )

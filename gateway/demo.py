@@ -22,6 +22,8 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
+from cluster.processes import descendants, end_processes
+
 PROMPT = "Once upon a time there was a king who had three daughters, and the youngest"
 MAX_TOKENS = 160
 SEED = 7
@@ -90,8 +92,10 @@ def _stop(process: subprocess.Popen[str]) -> None:
         try:
             process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
+            everything = descendants()
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+            end_processes(everything, grace_s=0.0)
 
 
 def _free_port() -> int:

@@ -116,6 +116,7 @@ class RouterDeployment:
                 "kv_bytes": engine.pool.nbytes,
                 "experts": local_actor(service),
                 "expert_calls": asdict(loaded.directory.stats()),
+                "connected_actors": len(self._directory.remote.connected()) if self._directory else 0,
                 "phase_seconds": dict(engine.stats.phase_seconds),
                 "steps": engine.stats.steps,
             },
@@ -151,11 +152,11 @@ class ServeRouterClient:
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
         """See RouterClient.generate."""
-        await self._connect()
         queue: asyncio.Queue[TokenEvent | None] = asyncio.Queue()
         self._queues[request.request_id] = queue
         is_done = False
         try:
+            await self._connect()
             await self._submit(request)
             while not is_done:
                 event = await queue.get()
@@ -211,20 +212,25 @@ class ServeRouterClient:
             raise RouterUnavailable("the router does not answer") from error
 
     async def _read(self) -> None:
-        """Hand events to their requests until the stream breaks; then every open request is told."""
+        """Hand events to their requests while there are any. When a stream breaks, every open request is told."""
         try:
-            stream: Any = self._handle.options(stream=True).events.remote(self._name)
-            async for events in stream:
-                self._standing.set()
-                for event in events:
-                    queue = self._queues.get(event.request_id)
-                    if queue is not None:
-                        queue.put_nowait(event)
+            while self._queues:
+                await self._read_stream()
         except ray.exceptions.RayError as error:
             logger.warning("the router's event stream broke: %s", type(error).__name__)
         finally:
             for queue in self._queues.values():
                 queue.put_nowait(None)
+
+    async def _read_stream(self) -> None:
+        """Until the router ends it, which it does when it has none of our requests."""
+        stream: Any = self._handle.options(stream=True).events.remote(self._name)
+        async for events in stream:
+            self._standing.set()
+            for event in events:
+                queue = self._queues.get(event.request_id)
+                if queue is not None:
+                    queue.put_nowait(event)
 
 
 async def _response(response: Any) -> Any:

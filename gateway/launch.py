@@ -22,6 +22,9 @@ from router.model_config import read_model_config
 
 logger = logging.getLogger(__name__)
 
+RAY_GRACE_S = 2.0
+"""How long Ray's processes may take to go by themselves."""
+
 
 @dataclass(frozen=True)
 class ServiceOptions:
@@ -34,6 +37,9 @@ class ServiceOptions:
     num_actors: int = 0
     dtype: str | None = None
     ray_address: str | None = None
+    """An existing Ray; None starts one for this service."""
+    num_cpus: int | None = None
+    """What a Ray that is started counts as its CPUs; None means the machine's."""
 
 
 @contextmanager
@@ -54,7 +60,7 @@ def running_service(options: ServiceOptions) -> Iterator[None]:
     stack = ExitStack()
     try:
         stack.callback(_stop_ray)
-        start_ray(options.ray_address)
+        start_ray(options.ray_address, options.num_cpus)
 
         import ray
 
@@ -100,8 +106,11 @@ def _deploy(options: ServiceOptions, dtype: str, num_threads: int, stack: ExitSt
 def _stop_ray() -> None:
     import ray
 
-    if ray.is_initialized():
-        ray.shutdown()
+    from cluster.processes import descendants, end_processes
+
+    started = descendants()
+    ray.shutdown()
+    end_processes(started, RAY_GRACE_S)
 
 
 def wait_for_interrupt() -> None:
@@ -115,18 +124,21 @@ def wait_for_interrupt() -> None:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Make SIGTERM end the process like SIGINT: by an exception, so that everything started is stopped."""
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Make SIGTERM and a closed terminal end the process like Ctrl-C: by an exception, so that everything started
+    is stopped."""
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    previous = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
     """Let no further interrupt cut the cleaning up short."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     previous: dict[signal.Signals, Any] = {
         number: signal.signal(number, signal.SIG_IGN) for number in numbers
     }

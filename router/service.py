@@ -27,6 +27,10 @@ SEND_INTERVAL_S = 0.01
 """Least time between two messages to a gateway; the first token of an idle stream never waits for it."""
 
 
+STREAM_IDLE_S = 1.0
+"""How long a gateway's stream stays open without requests."""
+
+
 @dataclass(frozen=True)
 class ServiceHealth:
     """Whether requests would be served now, and why not."""
@@ -78,13 +82,18 @@ class RouterService:
             self.engine_thread.cancel(request_id)
 
     async def events(self, gateway: str) -> AsyncGenerator[tuple[TokenEvent, ...], None]:
-        """All events of a gateway's requests, merged into messages. Ends never; closing it cancels its requests."""
+        """All events of a gateway's requests, merged into messages. Closing it cancels its requests.
+
+        Ends by itself after a while without requests, so that a router that is told to stop can: the gateway asks
+        for a new stream when it has a request.
+        """
         outbox = self._outboxes.setdefault(gateway, _Outbox())
         try:
             yield ()  # tells the gateway that its stream stands
-            while True:
-                await outbox.filled.wait()
+            while await _is_filled(outbox.filled, STREAM_IDLE_S) or outbox.open_requests:
                 outbox.filled.clear()
+                if not outbox.pending:
+                    continue
                 events, outbox.pending = tuple(outbox.pending.values()), {}
                 yield events
                 await asyncio.sleep(SEND_INTERVAL_S)
@@ -159,3 +168,11 @@ class RouterService:
                     outbox.open_requests.discard(event.request_id)
             if outbox is not None:
                 outbox.add(event)
+
+
+async def _is_filled(event: asyncio.Event, timeout_s: float) -> bool:
+    try:
+        await asyncio.wait_for(event.wait(), timeout_s)
+    except TimeoutError:
+        return False
+    return True

@@ -1,0 +1,218 @@
+"""The whole service on a Ray with two CPUs: HTTP, Serve, the router and two expert actors, as users meet it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from gateway.generate import generate
+from gateway.launch import ServiceOptions, running_service
+from router.loading import EngineOptions
+
+pytestmark = pytest.mark.ray
+
+MODEL = "stories"
+PROMPT = "Once upon a time there was a king who had three daughters"
+GREEDY: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "temperature": 0, "max_tokens": 48}
+RECOVERY_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Service:
+    url: str
+
+    def status(self) -> Any:
+        return httpx.get(f"{self.url}/sage/status", timeout=30.0).raise_for_status().json()
+
+    def post(self, body: dict[str, Any], path: str = "/v1/completions") -> httpx.Response:
+        return httpx.post(f"{self.url}{path}", json=body, timeout=60.0)
+
+
+@pytest.fixture(scope="module")
+def service(stories_store: Path) -> Iterator[Service]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = ServiceOptions(stories_store, MODEL, port=port, num_actors=2, num_cpus=2)
+    with running_service(options):
+        yield Service(f"http://127.0.0.1:{port}")
+
+
+@pytest.fixture(scope="module")
+def expected(stories_store: Path) -> Callable[..., str]:
+    """The text that the same engine writes in this process, without Ray, HTTP or actors."""
+
+    def text(max_tokens: int, **sampling: Any) -> str:
+        chosen = {"temperature": 0.0, "max_tokens": max_tokens} | sampling
+        return generate(stories_store, PROMPT, chosen, EngineOptions()).text
+
+    return text
+
+
+def _wait_until(is_reached: Callable[[], bool], timeout_s: float = RECOVERY_TIMEOUT_S) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not is_reached():
+        assert time.monotonic() < deadline, "not reached in time"
+        time.sleep(0.1)
+
+
+def _stream_text(service: Service, body: dict[str, Any], on_chunk: Callable[[int], None]) -> str:
+    """The streamed text; on_chunk is called with the number of each chunk as it arrives."""
+    pieces: list[str] = []
+    request = body | {"stream": True}
+    with httpx.stream("POST", f"{service.url}/v1/completions", json=request, timeout=60.0) as response:
+        for line in response.raise_for_status().iter_lines():
+            if line.startswith("data: {"):
+                event = json.loads(line.removeprefix("data: "))
+                assert "error" not in event, event
+                pieces += [choice["text"] for choice in event["choices"]]
+                on_chunk(len(pieces))
+    return "".join(pieces)
+
+
+def test_actors_router_and_gateway_all_start_on_two_cpus(service: Service) -> None:
+    status = service.status()
+    assert [actor["name"] for actor in status["actors"]] == ["experts-0", "experts-1"]
+    for actor in status["actors"]:
+        assert actor.keys() >= {"name", "pid", "node", "group", "state", "resident_bytes"}
+        assert actor["state"] == "ready"
+    pids = {status["router"]["pid"], *(actor["pid"] for actor in status["actors"]), os.getpid()}
+    assert len(pids) == 4
+    assert [node["cpus"] for node in status["nodes"]] == [2.0]
+
+
+def test_official_client_gets_exactly_the_text_of_a_local_run(
+    service: Service, expected: Callable[..., str]
+) -> None:
+    client = openai.OpenAI(base_url=f"{service.url}/v1", api_key="unused", max_retries=0)
+    assert [model.id for model in client.models.list()] == [MODEL]
+    plain = client.completions.create(**GREEDY)
+    assert plain.choices[0].text == expected(48)
+    assert plain.choices[0].finish_reason == "length"
+    assert plain.usage is not None
+    assert plain.usage.completion_tokens == 48
+    streamed = list(
+        client.completions.create(**GREEDY, stream=True, stream_options={"include_usage": True})
+    )
+    assert "".join(choice.text for chunk in streamed for choice in chunk.choices) == expected(48)
+    assert streamed[-1].usage == plain.usage
+    sampled = client.completions.create(**GREEDY | {"temperature": 0.9}, seed=5, extra_body={"top_k": 40})
+    assert sampled.choices[0].text == expected(48, temperature=0.9, seed=5, top_k=40)
+
+
+def test_official_client_chats_plain_and_streamed(service: Service) -> None:
+    client = openai.OpenAI(base_url=f"{service.url}/v1", api_key="unused", max_retries=0)
+    question: Any = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": PROMPT}],
+        "max_tokens": 24,
+        "temperature": 0,
+    }
+    plain = client.chat.completions.create(**question)
+    streamed = list(client.chat.completions.create(**question, stream=True))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in streamed)
+    assert text == plain.choices[0].message.content
+    assert text
+    assert streamed[-1].choices[0].finish_reason == plain.choices[0].finish_reason == "length"
+
+
+def test_many_requests_at_once_get_the_answers_they_get_alone(service: Service) -> None:
+    bodies = [GREEDY | {"prompt": f"{number} wolves", "max_tokens": 12, "seed": number} for number in range(16)]
+    alone = [service.post(body).json()["choices"][0]["text"] for body in bodies]
+
+    async def together() -> list[str]:
+        async with httpx.AsyncClient(timeout=60.0) as client:
+            calls = [client.post(f"{service.url}/v1/completions", json=body) for body in bodies]
+            return [answer.json()["choices"][0]["text"] for answer in await asyncio.gather(*calls)]
+
+    assert asyncio.run(together()) == alone
+
+
+def test_bad_request_names_the_field_and_its_range(service: Service) -> None:
+    answer = service.post(GREEDY | {"temperature": 7})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["param"] == "temperature"
+    assert "from 0 to 2" in error["message"]
+    assert len(answer.headers.get_list("x-request-id")) == 1
+
+
+def test_client_that_leaves_frees_its_memory_and_stops_its_computation(service: Service) -> None:
+    body = GREEDY | {"max_tokens": 1500, "stream": True}
+    with httpx.stream("POST", f"{service.url}/v1/completions", json=body, timeout=60.0) as response:
+        next(response.iter_lines())
+        assert service.status()["requests"]["running"] == 1
+    _wait_until(lambda: service.status()["requests"]["running"] == 0, 10.0)
+    before = service.status()["requests"]["generated_tokens"]
+    time.sleep(0.5)
+    assert service.status()["requests"]["generated_tokens"] == before
+    assert _metric(service, "sage_moe_kv_used_bytes") == 0
+
+
+def _metric(service: Service, name: str) -> float:
+    text = httpx.get(f"{service.url}/metrics", timeout=30.0).raise_for_status().text
+    samples = [s.value for family in text_string_to_metric_families(text) for s in family.samples if s.name == name]
+    assert samples, f"no metric {name}"
+    return sum(samples)
+
+
+def test_metrics_name_tokens_memory_and_hops(service: Service) -> None:
+    before = _metric(service, "sage_moe_completion_tokens_total")
+    service.post(GREEDY | {"max_tokens": 7})
+    assert _metric(service, "sage_moe_completion_tokens_total") == before + 7
+    assert _metric(service, "sage_moe_expert_remote_rows_total") > 0
+    assert _metric(service, "sage_moe_hop_seconds_total") > 0
+    assert _metric(service, "sage_moe_resident_bytes") > 0
+    assert _metric(service, "sage_moe_time_to_first_token_seconds_count") > 0
+
+
+def test_service_is_ready_when_idle_and_under_load(service: Service) -> None:
+    assert httpx.get(f"{service.url}/ready", timeout=30.0).status_code == 200
+    load = threading.Thread(target=service.post, args=(GREEDY | {"max_tokens": 300},))
+    load.start()
+    answers = [httpx.get(f"{service.url}/ready", timeout=30.0) for _ in range(10)]
+    load.join()
+    assert [answer.status_code for answer in answers] == [200] * 10
+
+
+@pytest.mark.chaos
+def test_actor_killed_in_mid_answer_changes_no_token_and_comes_back(
+    service: Service, expected: Callable[..., str]
+) -> None:
+    victim = service.status()["actors"][0]
+
+    def kill_at_tenth(num_chunks: int) -> None:
+        if num_chunks == 10:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(victim["pid"], signal.SIGKILL)
+
+    text = _stream_text(service, GREEDY | {"max_tokens": 120}, kill_at_tenth)
+    assert text == expected(120)
+    assert service.status()["router"]["expert_calls"]["failovers"] > 0
+    _wait_until(lambda: _has_recovered(service, victim))
+    rows_before = service.status()["router"]["expert_calls"]["local_rows"]
+    assert service.post(GREEDY).json()["choices"][0]["text"] == expected(48)
+    assert service.status()["router"]["expert_calls"]["local_rows"] == rows_before
+
+
+def _has_recovered(service: Service, victim: dict[str, Any]) -> bool:
+    """A new process answers under the victim's name, and the router is connected to both actors again."""
+    actors = {actor["name"]: actor for actor in service.status()["actors"]}
+    again = actors[victim["name"]]
+    is_new = again["state"] == "ready" and again.get("pid") not in (None, victim["pid"])
+    return bool(is_new and service.status()["router"]["connected_actors"] == len(actors))
