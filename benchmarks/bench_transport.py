@@ -36,7 +36,9 @@ GOAL_US = 60.0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=20, help="blocks of each contender")
     parser.add_argument("--keep", action="store_true", help="keep the result under benchmarks/results")
     options = parser.parse_args()

@@ -1,4 +1,7 @@
-"""Ends what Ray leaves running: its agents outlive a stopped Ray by minutes. Called by `gateway.launch` and the demo."""
+"""Ends what Ray leaves running: its agents outlive a stopped Ray by minutes.
+
+Called by `gateway.launch` and `gateway.demo`.
+"""
 
 from __future__ import annotations
 

@@ -8,13 +8,14 @@ the gateway.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import os
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import aclosing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,13 @@ class ServeRouterClient:
         finally:
             del self._queues[request.request_id]
             if not is_done:
-                self._handle.cancel_request.remote(request.request_id)
+                _detached(self._cancel(request.request_id))
+
+    async def _cancel(self, request_id: str) -> None:
+        try:
+            await _response(self._handle.cancel_request.remote(request_id))
+        except ray.exceptions.RayError as error:
+            logger.warning("request %s is not cancelled: %s", request_id, type(error).__name__)
 
     async def health(self) -> RouterHealth:
         try:
@@ -205,7 +212,7 @@ class ServeRouterClient:
     async def _connect(self) -> None:
         if self._reader is None or self._reader.done():
             self._standing.clear()
-            self._reader = asyncio.get_running_loop().create_task(self._read())
+            self._reader = _detached(self._read())
         try:
             await asyncio.wait_for(self._standing.wait(), 30.0)
         except TimeoutError as error:
@@ -237,15 +244,28 @@ async def _response(response: Any) -> Any:
     return await response
 
 
+_running: set[asyncio.Task[None]] = set()
+"""The event loop itself keeps only weak references."""
+
+
+def _detached(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    """Run work that must outlive the request that began it: Serve ends whatever a request's context has called when
+    the request's client leaves."""
+    task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
+    _running.add(task)
+    task.add_done_callback(_running.discard)
+    return task
+
+
 def build_gateway(spec: DeploymentSpec, handle: DeploymentHandle[Any]) -> FastAPI:
     """The gateway's HTTP app over a router handle. Runs inside the gateway's replica."""
     root = Path(spec.store_root)
     store = ExpertStore.open(root)
     config = read_model_config(store.component(MODEL_COMPONENT).config)
     tokenizer = TextTokenizer.from_folder(root)
-    settings = GatewaySettings.from_manifest(
-        store.manifest, spec.model_name, config.max_position_embeddings, config.vocab_size, int(time.time())
-    )
+    facts = (spec.model_name, config.max_position_embeddings, config.vocab_size, int(time.time()))
+    settings = GatewaySettings.from_manifest(store.manifest, *facts)
+    settings = replace(settings, is_request_id_sent=False)  # Serve's proxy sends it
     store.close()
     template = ChatTemplate.from_folder(root, tokenizer)
     return build_app(settings, tokenizer, template, ServeRouterClient(handle))

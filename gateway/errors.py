@@ -87,6 +87,28 @@ class StoreNotFound(GatewayError):
         return f"{self.source} is no store or checkpoint folder; bundled models: {', '.join(self.bundled)}"
 
 
+class PortTaken(GatewayError):
+    """Somebody else listens where the service was to listen."""
+
+    def __init__(self, host: str, port: int) -> None:
+        super().__init__(host, port)
+        self.host, self.port = host, port
+
+    def __str__(self) -> str:
+        return f"port {self.port} of {self.host} is in use; choose another with --port"
+
+
+class AddressUnusable(GatewayError):
+    """The address to listen on is none of this machine's."""
+
+    def __init__(self, host: str, reason: str) -> None:
+        super().__init__(host, reason)
+        self.host, self.reason = host, reason
+
+    def __str__(self) -> str:
+        return f"cannot listen on {self.host}: {self.reason}"
+
+
 class ModelFileInvalid(GatewayError):
     """A tokenizer, chat template or generation config of a model cannot be used."""
 

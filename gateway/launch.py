@@ -5,18 +5,22 @@ Called by `sage-moe serve`. What it started, it stops, in the reverse order, whe
 
 from __future__ import annotations
 
+import errno
+import io
 import logging
 import secrets
 import signal
+import socket
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from experts.numerics import num_cores
 from experts.store import ExpertStore
+from gateway.errors import AddressUnusable, PortTaken
 from router.loading import MODEL_COMPONENT, EngineOptions, stored_dtype
 from router.model_config import read_model_config
 
@@ -46,9 +50,10 @@ class ServiceOptions:
 def running_service(options: ServiceOptions) -> Iterator[None]:
     """The service, ready to answer, for as long as the context lasts.
 
-    Raises what reading the store raises, ConfigUnsupported, ActorsNotStarted, or RuntimeError when Serve cannot
-    deploy (its message names the cause).
+    Raises PortTaken or AddressUnusable, what reading the store raises, ConfigUnsupported, ActorsNotStarted, or
+    RuntimeError when Serve cannot deploy (its message names the cause).
     """
+    _check_address(options.host, options.port)
     store = ExpertStore.open(options.store_root)
     config = read_model_config(store.component(MODEL_COMPONENT).config)
     dtype = options.dtype or stored_dtype(store)
@@ -61,6 +66,7 @@ def running_service(options: ServiceOptions) -> Iterator[None]:
     try:
         stack.callback(_stop_ray)
         start_ray(options.ray_address, options.num_cpus)
+        stack.enter_context(interruptible())  # again: Ray has put its own handler in place
 
         import ray
 
@@ -98,9 +104,26 @@ def _deploy(options: ServiceOptions, dtype: str, num_threads: int, stack: ExitSt
         options.num_actors,
         EngineOptions(dtype=dtype, num_threads=num_threads),
     )
-    stack.callback(serve.shutdown)
+    stack.callback(_quietly, serve.shutdown)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(http_options=HTTPOptions(host=options.host, port=options.port, request_timeout_s=3600.0))
     serve.run(build_application(spec, num_threads), name=APP_NAME, route_prefix="/")
+
+
+def _check_address(host: str, port: int) -> None:
+    """Ray Serve would only say so after half a minute, in a log. Raises PortTaken or AddressUnusable."""
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise PortTaken(host, port) from error
+        raise AddressUnusable(host, error.strerror or str(error)) from error
+
+
+def _quietly(stop: Callable[[], None]) -> None:
+    """Ray prints that its own tasks fail while it is stopped; a user would take that for an error."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        stop()
 
 
 def _stop_ray() -> None:
@@ -109,7 +132,7 @@ def _stop_ray() -> None:
     from cluster.processes import descendants, end_processes
 
     started = descendants()
-    ray.shutdown()
+    _quietly(ray.shutdown)
     end_processes(started, RAY_GRACE_S)
 
 

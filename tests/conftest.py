@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -47,3 +49,17 @@ def tiny_store(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) 
     root = tmp_path_factory.mktemp("tiny-store") / "store"
     extract(tiny_checkpoint, root)
     return root
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port of the loopback address that nobody listens on now."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    """A port of the loopback address that somebody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield int(listener.getsockname()[1])

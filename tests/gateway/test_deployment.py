@@ -106,9 +106,7 @@ def test_official_client_gets_exactly_the_text_of_a_local_run(
     assert plain.choices[0].finish_reason == "length"
     assert plain.usage is not None
     assert plain.usage.completion_tokens == 48
-    streamed = list(
-        client.completions.create(**GREEDY, stream=True, stream_options={"include_usage": True})
-    )
+    streamed = list(client.completions.create(**GREEDY, stream=True, stream_options={"include_usage": True}))
     assert "".join(choice.text for chunk in streamed for choice in chunk.choices) == expected(48)
     assert streamed[-1].usage == plain.usage
     sampled = client.completions.create(**GREEDY | {"temperature": 0.9}, seed=5, extra_body={"top_k": 40})
@@ -132,7 +130,9 @@ def test_official_client_chats_plain_and_streamed(service: Service) -> None:
 
 
 def test_many_requests_at_once_get_the_answers_they_get_alone(service: Service) -> None:
-    bodies = [GREEDY | {"prompt": f"{number} wolves", "max_tokens": 12, "seed": number} for number in range(16)]
+    bodies = [
+        GREEDY | {"prompt": f"{number} wolves", "max_tokens": 12, "seed": number} for number in range(16)
+    ]
     alone = [service.post(body).json()["choices"][0]["text"] for body in bodies]
 
     async def together() -> list[str]:
@@ -155,7 +155,8 @@ def test_bad_request_names_the_field_and_its_range(service: Service) -> None:
 def test_client_that_leaves_frees_its_memory_and_stops_its_computation(service: Service) -> None:
     body = GREEDY | {"max_tokens": 1500, "stream": True}
     with httpx.stream("POST", f"{service.url}/v1/completions", json=body, timeout=60.0) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # kept: to forget it would close the connection
+        next(lines)
         assert service.status()["requests"]["running"] == 1
     _wait_until(lambda: service.status()["requests"]["running"] == 0, 10.0)
     before = service.status()["requests"]["generated_tokens"]
@@ -166,7 +167,9 @@ def test_client_that_leaves_frees_its_memory_and_stops_its_computation(service: 
 
 def _metric(service: Service, name: str) -> float:
     text = httpx.get(f"{service.url}/metrics", timeout=30.0).raise_for_status().text
-    samples = [s.value for family in text_string_to_metric_families(text) for s in family.samples if s.name == name]
+    samples = [
+        s.value for family in text_string_to_metric_families(text) for s in family.samples if s.name == name
+    ]
     assert samples, f"no metric {name}"
     return sum(samples)
 

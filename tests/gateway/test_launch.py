@@ -1,0 +1,95 @@
+"""Commands that start the service are stopped at any moment, and nothing of it stays behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+
+pytestmark = pytest.mark.ray
+
+REPOSITORY = Path(__file__).parent.parent.parent
+STOP_TIMEOUT_S = 60.0
+
+
+def _start(*arguments: str) -> subprocess.Popen[str]:
+    """A command as a terminal starts it: in a group of its own, so that a Ctrl-C can be sent to all of it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", *arguments],
+        cwd=REPOSITORY,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def _interrupt(
+    process: subprocess.Popen[str], number: int = signal.SIGINT
+) -> tuple[str, list[psutil.Process]]:
+    """Signal the command's group. Returns what it printed, and those of its processes that are left."""
+    started = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, number)
+    output, _ = process.communicate(timeout=STOP_TIMEOUT_S)
+    return output, _left(started)
+
+
+def _left(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
+    return [process for process in processes if process.is_running() and process.status() != "zombie"]
+
+
+@pytest.mark.parametrize("after_s", [1.0, 6.0])
+def test_interrupt_while_starting_leaves_no_process(
+    stories_store: Path, free_port: int, after_s: float
+) -> None:
+    process = _start("gateway.cli", "serve", str(stories_store), "--port", str(free_port), "--actors", "2")
+    time.sleep(after_s)
+    output, left = _interrupt(process)
+    assert process.returncode == 130, output
+    assert not left
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_served_until_told_to_stop_and_then_gone(stories_store: Path, free_port: int, number: int) -> None:
+    process = _start("gateway.cli", "serve", str(stories_store), "--port", str(free_port))
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert f"is served at http://127.0.0.1:{free_port}/v1" in line
+    output, left = _interrupt(process, number)
+    assert process.returncode == 0, output
+    assert not left
+    assert "Traceback" not in output
+
+
+def test_port_that_is_taken_is_one_line(stories_store: Path, taken_port: int) -> None:
+    process = _start("gateway.cli", "serve", str(stories_store), "--port", str(taken_port))
+    output, _ = process.communicate(timeout=STOP_TIMEOUT_S)
+    assert process.returncode == 1
+    assert output == f"error: port {taken_port} of 127.0.0.1 is in use; choose another with --port\n"
+
+
+def test_demo_prints_a_story_and_what_it_took(stories_store: Path) -> None:
+    process = _start("gateway.demo", str(stories_store))
+    output, _ = process.communicate(timeout=150.0)
+    assert process.returncode == 0, output
+    assert "Once upon a time there was a king" in output
+    for row in ("time to first token", "tokens per second", "experts-1", "experts used"):
+        assert row in output
+
+
+@pytest.mark.parametrize("after_s", [0.3, 9.0])
+def test_interrupted_demo_leaves_no_process(stories_store: Path, after_s: float) -> None:
+    process = _start("gateway.demo", str(stories_store))
+    time.sleep(after_s)
+    _, left = _interrupt(process)
+    assert process.returncode == 130
+    assert not left
