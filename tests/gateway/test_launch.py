@@ -35,9 +35,12 @@ def _start(*arguments: str) -> subprocess.Popen[str]:
 def _interrupt(
     process: subprocess.Popen[str], number: int = signal.SIGINT
 ) -> tuple[str, list[psutil.Process]]:
-    """Signal the command's group. Returns what it printed, and those of its processes that are left."""
+    """Ctrl-C, or a signal to the command alone. Returns what it printed, and those of its processes that are left."""
     started = psutil.Process(process.pid).children(recursive=True)
-    os.killpg(process.pid, number)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        os.kill(process.pid, number)
     output, _ = process.communicate(timeout=STOP_TIMEOUT_S)
     return output, _left(started)
 
@@ -58,7 +61,7 @@ def test_interrupt_while_starting_leaves_no_process(
     assert "Traceback" not in output
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_served_until_told_to_stop_and_then_gone(stories_store: Path, free_port: int, number: int) -> None:
     process = _start("gateway.cli", "serve", str(stories_store), "--port", str(free_port))
     assert process.stdout is not None
@@ -86,10 +89,9 @@ def test_demo_prints_a_story_and_what_it_took(stories_store: Path) -> None:
         assert row in output
 
 
-@pytest.mark.parametrize("after_s", [0.3, 9.0])
-def test_interrupted_demo_leaves_no_process(stories_store: Path, after_s: float) -> None:
+def test_interrupted_demo_leaves_no_process(stories_store: Path) -> None:
     process = _start("gateway.demo", str(stories_store))
-    time.sleep(after_s)
+    time.sleep(7.0)
     _, left = _interrupt(process)
     assert process.returncode == 130
     assert not left
