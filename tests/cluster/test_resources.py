@@ -1,0 +1,70 @@
+"""What is set in place of Ray's defaults, and the example cluster file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+from cluster.resources import (
+    expert_actor_options,
+    gateway_deployment_options,
+    plan_threads,
+    router_deployment_options,
+    supervisor_options,
+)
+
+LARGE_EXPERT = 2 * 768 * 2048
+SMALL_EXPERT = 2 * 48 * 256
+
+
+@pytest.mark.parametrize(
+    ("cores", "actors", "elements", "router", "actor"),
+    [
+        (2, 0, LARGE_EXPERT, 2, 2),
+        (2, 2, LARGE_EXPERT, 2, 1),
+        (16, 2, LARGE_EXPERT, 16, 8),
+        (2, 5, LARGE_EXPERT, 2, 1),
+        (16, 2, SMALL_EXPERT, 1, 1),
+    ],
+)
+def test_cores_are_shared_out_and_small_experts_get_one_thread(
+    cores: int, actors: int, elements: int, router: int, actor: int
+) -> None:
+    plan = plan_threads(cores, actors, elements)
+    assert (plan.router, plan.expert_actor) == (router, actor)
+
+
+def test_nothing_of_ours_takes_a_whole_cpu() -> None:
+    deployments = (router_deployment_options(2), gateway_deployment_options(64))
+    options = [deployment["ray_actor_options"] for deployment in deployments]
+    options += [expert_actor_options("experts-0", 1), supervisor_options()]
+    assert [option["num_cpus"] for option in options] == [0.0] * 4
+
+
+def test_actors_outlive_their_creator_and_only_the_supervisor_is_restarted_by_ray() -> None:
+    for options, restarts in ((expert_actor_options("experts-0", 1), 0), (supervisor_options(), -1)):
+        assert (options["lifetime"], options["namespace"]) == ("detached", "sage-moe")
+        assert options["max_restarts"] == restarts
+
+
+def test_queues_are_bounded() -> None:
+    for options in (router_deployment_options(2), gateway_deployment_options(64)):
+        assert 0 < options["max_ongoing_requests"] < 10_000
+        assert 0 < options["max_queued_requests"] < 10_000
+
+
+def test_processes_wait_passively_with_the_threads_they_were_given() -> None:
+    environment = expert_actor_options("experts-0", 3)["runtime_env"]["env_vars"]
+    assert (environment["OMP_NUM_THREADS"], environment["OMP_WAIT_POLICY"]) == ("3", "PASSIVE")
+
+
+def test_example_cluster_file_fits_ray_s_schema() -> None:
+    repository = Path(__file__).parent.parent.parent
+    cluster = yaml.safe_load((repository / "ray_cluster.yaml").read_text(encoding="utf-8"))
+    validate_config(prepare_config(cluster))
+    starts = " ".join(cluster["head_start_ray_commands"] + cluster["worker_start_ray_commands"])
+    assert starts.count("RAY_AUTH_MODE=token") == 2
+    assert "--dashboard-host=127.0.0.1" in starts

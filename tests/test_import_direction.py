@@ -1,0 +1,56 @@
+"""Imports point one way: extraction <- experts <- router <- cluster <- gateway."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGES = ("extraction", "experts", "router", "cluster", "gateway")
+REPOSITORY = Path(__file__).parent.parent
+RAY_SHELLS = {
+    "experts/actor.py",
+    "cluster/resources.py",
+    "cluster/supervisor.py",
+    "cluster/ray_directory.py",
+    "gateway/deployment.py",
+    "gateway/launch.py",
+}
+
+
+def _imported(path: Path) -> Iterator[str]:
+    """Top-level names of all imports of a file, those inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            yield str(node.module).split(".")[0]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_package_imports_only_itself_and_those_below(package: str) -> None:
+    allowed = set(PACKAGES[: PACKAGES.index(package) + 1])
+    files = sorted((REPOSITORY / package).glob("**/*.py"))
+    assert files
+    for path in files:
+        ours = {name for name in _imported(path) if name in (*PACKAGES, "tests", "benchmarks")}
+        assert ours <= allowed, f"{path.name} imports {sorted(ours - allowed)}"
+
+
+def test_ray_appears_only_in_its_shells() -> None:
+    users = {
+        str(path.relative_to(REPOSITORY))
+        for package in PACKAGES
+        for path in (REPOSITORY / package).glob("**/*.py")
+        if "ray" in set(_imported(path))
+    }
+    assert users <= RAY_SHELLS
+
+
+def test_package_never_imports_the_reference_implementation() -> None:
+    for package in PACKAGES:
+        for path in (REPOSITORY / package).glob("**/*.py"):
+            assert "transformers" not in set(_imported(path)), path
