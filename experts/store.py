@@ -1,14 +1,14 @@
 """Reads an expert store: one expert in one read, every byte checked before it is used the first time.
 
 Nothing of the store is trusted: paths stay inside its folder, sizes are checked, hashes are compared at the first
-load of each record. Records of an index over original shards carry no hash; theirs is recorded at the first load and
-compared from then on. Safe for several threads. Used by `experts.worker` and `router.weights`.
+load of each record. An index over original shards carries no hashes: there the places must be those of tensors in
+the shard's own header, and hashes are recorded at the first load and compared from then on. Safe for several threads.
+Used by `experts.worker` and `router.weights`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import threading
 from pathlib import Path
@@ -26,12 +26,12 @@ from extraction.manifest import (
     ExpertKey,
     ExpertRecord,
     Manifest,
-    TensorEntry,
     check_files,
     read_expert_index,
     read_manifest,
     store_hash,
 )
+from extraction.safetensors_file import CODES, TensorHeader, read_header
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -51,6 +51,8 @@ class ExpertStore:
             for tensor in component.tensors
         }
         self._descriptors: dict[str, int] = {}
+        self._headers: dict[str, dict[tuple[int, int], TensorHeader]] = {}
+        """Tensors of open original shards by offset and size."""
         self._verified: set[ExpertKey] = set()
         self._recorded = HashLog(root)
         self._lock = threading.Lock()
@@ -100,10 +102,15 @@ class ExpertStore:
         entry = self._tensors.get((component, name))
         if entry is None:
             raise StoreDamaged(str(self.root), f"has no tensor {name!r} in component {component!r}")
+        if not self._holds(entry.file, entry.offset, entry.nbytes):
+            raise StoreDamaged(entry.file, f"is cut short inside tensor {name!r} at offset {entry.offset}")
+        self._check_indexed(entry.file, entry.offset, entry.nbytes, entry.dtype)
         raw = torch.empty(entry.nbytes, dtype=torch.uint8)
         if not self._read_into(entry.file, entry.offset, raw):
             raise StoreDamaged(entry.file, f"is cut short inside tensor {name!r} at offset {entry.offset}")
-        if entry.sha256 is not None and _sha256(raw) != entry.sha256:
+        digest = _sha256(raw)
+        expected = entry.sha256 or self._recorded.expect(f"{component} {name}", digest)
+        if digest != expected:
             raise StoreDamaged(entry.file, f"tensor {name!r} at offset {entry.offset} was altered")
         return raw.view(TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
 
@@ -112,10 +119,16 @@ class ExpertStore:
             for descriptor in self._descriptors.values():
                 os.close(descriptor)
             self._descriptors.clear()
+            self._headers.clear()
 
     def _read_checked(self, record: ExpertRecord) -> Tensor:
-        raw = torch.empty(record.nbytes, dtype=torch.uint8)
         first = record.parts[0]
+        for part in record.parts:
+            # Before anything of that size is allocated.
+            if not self._holds(part.file, part.offset, part.nbytes):
+                raise ExpertCorrupt(str(tuple(record.key)), part.file, part.offset, "the file is cut short")
+            self._check_indexed(part.file, part.offset, part.nbytes, record.dtype)
+        raw = torch.empty(record.nbytes, dtype=torch.uint8)
         position = 0
         for file, offset, nbytes in _reads(record):
             if not self._read_into(file, offset, raw[position : position + nbytes]):
@@ -123,13 +136,28 @@ class ExpertStore:
             position += nbytes
         if record.key not in self._verified:
             digest = _sha256(raw)
-            expected = record.sha256 or self._recorded.expect(record.key, digest)
+            component, layer, expert = record.key
+            expected = record.sha256 or self._recorded.expect(f"{component} {layer} {expert}", digest)
             if digest != expected:
                 raise ExpertCorrupt(
                     str(tuple(record.key)), first.file, first.offset, "the bytes were altered"
                 )
             self._verified.add(record.key)
         return raw
+
+    def _holds(self, file: str, offset: int, nbytes: int) -> bool:
+        return offset + nbytes <= os.fstat(self._descriptor(file)).st_size
+
+    def _check_indexed(self, file: str, offset: int, nbytes: int, dtype: str) -> None:
+        """An original shard may have been replaced by another since it was indexed. Raises StoreDamaged."""
+        if self.manifest.kind == "copied":
+            return
+        tensor = self._headers[file].get((offset, nbytes))
+        if tensor is None or tensor.code != CODES[dtype]:
+            raise StoreDamaged(
+                file,
+                f"has no {dtype} tensor of {nbytes} bytes at offset {offset}: it is not what was indexed",
+            )
 
     def _read_into(self, file: str, offset: int, raw: Tensor) -> bool:
         """Fill `raw` from the file. False when the file ends before."""
@@ -149,10 +177,21 @@ class ExpertStore:
         with self._lock:
             if file not in self._descriptors:
                 try:
-                    self._descriptors[file] = open_inside(self._weights_root, file)
+                    self._descriptors[file] = self._open(file)
                 except ExtractionError as error:
                     raise StoreDamaged(str(self._weights_root), str(error)) from error
             return self._descriptors[file]
+
+    def _open(self, file: str) -> int:
+        descriptor = open_inside(self._weights_root, file)
+        if self.manifest.kind == "indexed":
+            try:
+                header = read_header(descriptor, file)
+            except ExtractionError:
+                os.close(descriptor)
+                raise
+            self._headers[file] = {(tensor.offset, tensor.nbytes): tensor for tensor in header.values()}
+        return descriptor
 
 
 def _reads(record: ExpertRecord) -> list[tuple[str, int, int]]:
@@ -167,36 +206,22 @@ def _sha256(raw: Tensor) -> str:
 
 
 def _check_complete(root: Path, manifest: Manifest, index: dict[ExpertKey, ExpertRecord]) -> None:
-    """Every layer has experts 0 to E-1, E is the same everywhere, and sizes agree."""
+    """In each component every layer has experts 0 to E-1, E is the same everywhere, and sizes agree."""
+    unknown = {key.component for key in index} - {component.name for component in manifest.components}
+    if unknown:
+        raise StoreDamaged(str(root), f"lists experts of unknown components {sorted(unknown)}")
     for component in manifest.components:
         layers: dict[int, list[int]] = {}
-        for key in index:
+        sizes = set()
+        for key, record in index.items():
             if key.component == component.name:
                 layers.setdefault(key.layer, []).append(key.expert)
+                sizes.add(record.nbytes // ITEM_SIZES[record.dtype])
         counts = {len(experts) for experts in layers.values()}
         for layer, experts in layers.items():
             if len(counts) > 1 or sorted(experts) != list(range(len(experts))):
                 raise StoreDamaged(
                     str(root), f"lacks experts in layer {layer} of component {component.name!r}"
                 )
-        for tensor in component.tensors:
-            _check_size(root, tensor)
-    if len({record.nbytes // ITEM_SIZES[record.dtype] for record in index.values()}) > len(
-        manifest.components
-    ):
-        raise StoreDamaged(str(root), "has experts of different sizes in one component")
-    if (manifest.kind == "indexed") != (manifest.source_root is not None):
-        raise StoreDamaged(str(root), "names no folder of original shards, or one that it does not use")
-    unknown = {key.component for key in index} - {component.name for component in manifest.components}
-    if unknown:
-        raise StoreDamaged(str(root), f"lists experts of unknown components {sorted(unknown)}")
-
-
-def _check_size(root: Path, tensor: TensorEntry) -> None:
-    if (
-        math.prod(tensor.shape) * ITEM_SIZES[tensor.dtype] != tensor.nbytes
-        or min(tensor.shape, default=1) < 0
-    ):
-        raise StoreDamaged(
-            str(root), f"tensor {tensor.name!r}: {tensor.nbytes} bytes do not hold {tensor.shape}"
-        )
+        if len(sizes) > 1:
+            raise StoreDamaged(str(root), f"has experts of different sizes in component {component.name!r}")

@@ -2,9 +2,31 @@
 
 from __future__ import annotations
 
+MAX_MESSAGE_CHARS = 1000
+
+
+def one_line(text: str) -> str:
+    """The text with its control characters escaped and its middle left out where it is too long.
+
+    Messages quote names that others chose: none may break the line, move the cursor, or flood the terminal.
+    """
+    if len(text) > MAX_MESSAGE_CHARS:
+        half = MAX_MESSAGE_CHARS // 2
+        text = f"{text[:half]} ... {text[-half:]}"
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in text
+    )
+
 
 class ExtractionError(Exception):
-    """Root of the extraction's errors."""
+    """Root of the extraction's errors. `text` is the message, `str` the message as one safe line."""
+
+    def text(self) -> str:
+        return super().__str__()
+
+    def __str__(self) -> str:
+        return one_line(self.text())
 
 
 class CheckpointDamaged(ExtractionError):
@@ -14,7 +36,7 @@ class CheckpointDamaged(ExtractionError):
         super().__init__(file, reason)
         self.file, self.reason = file, reason
 
-    def __str__(self) -> str:
+    def text(self) -> str:
         return f"{self.file}: {self.reason}"
 
 
@@ -25,11 +47,10 @@ class TensorsMissing(ExtractionError):
         super().__init__(names, total)
         self.names, self.total = names, total
 
-    def __str__(self) -> str:
+    def text(self) -> str:
         more = f" and {self.total - len(self.names)} more" if self.total > len(self.names) else ""
-        return (
-            f"the checkpoint is incomplete, {self.total} tensors are missing: {', '.join(self.names)}{more}"
-        )
+        count = "1 tensor is" if self.total == 1 else f"{self.total} tensors are"
+        return f"the checkpoint is incomplete, {count} missing: {', '.join(self.names)}{more}"
 
 
 class TensorUnexpected(ExtractionError):
@@ -39,7 +60,7 @@ class TensorUnexpected(ExtractionError):
         super().__init__(name, reason)
         self.name, self.reason = name, reason
 
-    def __str__(self) -> str:
+    def text(self) -> str:
         return f"tensor {self.name}: {self.reason}"
 
 
@@ -50,7 +71,7 @@ class FamilyUnknown(ExtractionError):
         super().__init__(model_type, known)
         self.model_type, self.known = model_type, known
 
-    def __str__(self) -> str:
+    def text(self) -> str:
         return f"model type {self.model_type!r} is not supported; known: {', '.join(self.known)}"
 
 
@@ -61,7 +82,7 @@ class PathRefused(ExtractionError):
         super().__init__(path, reason)
         self.path, self.reason = path, reason
 
-    def __str__(self) -> str:
+    def text(self) -> str:
         return f"{self.path}: {self.reason}"
 
 
@@ -72,7 +93,7 @@ class DestinationOccupied(ExtractionError):
         super().__init__(path)
         self.path = path
 
-    def __str__(self) -> str:
+    def text(self) -> str:
         return f"{self.path} exists already; choose another name or remove it"
 
 
@@ -83,7 +104,7 @@ class DiskFull(ExtractionError):
         super().__init__(path, needed, free)
         self.path, self.needed, self.free = path, needed, free
 
-    def __str__(self) -> str:
+    def text(self) -> str:
         missing = max(0, self.needed - self.free)
         return (
             f"{self.path}: the disk is full; {self.needed} bytes needed, {self.free} free, {missing} missing"
@@ -97,5 +118,5 @@ class ManifestInvalid(ExtractionError):
         super().__init__(file, reason)
         self.file, self.reason = file, reason
 
-    def __str__(self) -> str:
+    def text(self) -> str:
         return f"{self.file}: {self.reason}"

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from extraction.atomic_folder import atomic_folder
-from extraction.errors import CheckpointDamaged, DestinationOccupied
+from extraction.atomic_folder import atomic_folder, check_vacant
+from extraction.errors import CheckpointDamaged, PathRefused
 from extraction.files import open_inside
 from extraction.manifest import (
     FORMAT_VERSION,
@@ -34,8 +34,11 @@ from extraction.plan import ExtractionPlan, SourceTensor, plan_extraction
 from extraction.safetensors_file import ALIGNMENT, write_header
 
 COPY_BUFFER_BYTES = 8 * 1024 * 1024
-MANIFEST_ALLOWANCE_BYTES = 16 * 1024 * 1024
-"""Headroom for manifest, index, headers and padding beyond the weights."""
+MAX_OPEN_SHARDS = 64
+BYTES_PER_ROW = 512
+"""Most that a tensor takes in a header, or an expert in the index."""
+BYTES_PER_TENSOR = 2048
+"""Most that a backbone tensor takes in the manifest."""
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
@@ -60,13 +63,12 @@ def extract(
     index_only copies no weights: the store then points into the original shards, which must stay where they are.
     Raises an ExtractionError; whatever is raised, nothing is left behind.
     """
-    if os.path.lexists(dest):
-        raise DestinationOccupied(str(dest))
+    check_vacant(dest)
     plan = plan_extraction(source)
+    if index_only:
+        _check_nameable(source)
     kind: Literal["copied", "indexed"] = "indexed" if index_only else "copied"
-    needed = MANIFEST_ALLOWANCE_BYTES + sum(map(len, plan.small_files.values()))
-    needed += 0 if index_only else plan.weight_bytes
-    with atomic_folder(dest, needed) as root:
+    with atomic_folder(dest, space_needed(plan, kind)) as root:
         if index_only:
             components, records = _index_in_place(plan)
         else:
@@ -74,6 +76,29 @@ def extract(
         _write_descriptions(plan, root, components, records, kind)
     layers = {key.layer for key in plan.experts}
     return ExtractionReport(dest, kind, len(layers), len(plan.experts), plan.weight_bytes)
+
+
+def _check_nameable(source: Path) -> None:
+    """The manifest of an index holds the folder's name, as JSON text."""
+    try:
+        str(source.resolve()).encode()
+    except UnicodeEncodeError as error:
+        raise PathRefused(str(source), "cannot be indexed: its name is no UTF-8") from error
+
+
+def space_needed(plan: ExtractionPlan, kind: Literal["copied", "indexed"]) -> int:
+    """Bytes of disk that the store takes at most, all files rounded up to whole blocks."""
+    small = sum(map(len, plan.small_files.values()))
+    # The manifest holds the configuration twice, indented.
+    described = 8 * len(plan.small_files["config.json"]) + BYTES_PER_TENSOR * len(plan.backbone)
+    indexed = small + described + BYTES_PER_ROW * len(plan.experts)
+    num_files = len(plan.small_files) + 8
+    if kind == "indexed":
+        return indexed + ALIGNMENT * num_files
+    num_files += len({key.layer for key in plan.experts}) * 2
+    padding = sum(-sum(part.header.nbytes for part in parts) % ALIGNMENT for parts in plan.experts.values())
+    headers = BYTES_PER_ROW * (4 * len(plan.experts) + len(plan.backbone))
+    return indexed + plan.weight_bytes + padding + headers + ALIGNMENT * num_files
 
 
 @dataclass
@@ -99,12 +124,14 @@ class _Shards:
 
     def chunks(self, tensor: SourceTensor) -> Iterator[bytes]:
         """The tensor's bytes, at most COPY_BUFFER_BYTES at a time."""
-        if tensor.file not in self._open:
-            self._open[tensor.file] = open_inside(self.source, tensor.file)
-        descriptor = self._open[tensor.file]
+        descriptor = self._descriptor(tensor.file)
         position, end = tensor.header.offset, tensor.header.offset + tensor.header.nbytes
         while position < end:
-            chunk = os.pread(descriptor, min(COPY_BUFFER_BYTES, end - position), position)
+            try:
+                chunk = os.pread(descriptor, min(COPY_BUFFER_BYTES, end - position), position)
+            except OSError as error:
+                reason = f"cannot be read at offset {position}: {error.strerror}"
+                raise CheckpointDamaged(tensor.file, reason) from error
             if not chunk:
                 raise CheckpointDamaged(tensor.file, f"is cut short inside tensor {tensor.header.name!r}")
             position += len(chunk)
@@ -113,6 +140,14 @@ class _Shards:
     def close(self) -> None:
         for descriptor in self._open.values():
             os.close(descriptor)
+        self._open.clear()
+
+    def _descriptor(self, file: str) -> int:
+        if file not in self._open:
+            if len(self._open) >= MAX_OPEN_SHARDS:
+                self.close()
+            self._open[file] = open_inside(self.source, file)
+        return self._open[file]
 
 
 def _copy_weights(

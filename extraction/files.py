@@ -16,8 +16,8 @@ def open_inside(root: Path, relative: str) -> int:
     Links are followed only while they stay inside `root`, or inside the `blobs` folder of a hub cache
     (`snapshots/REVISION/file -> ../../blobs/HASH`). Raises PathRefused or CheckpointDamaged.
     """
-    resolved_root = root.resolve()
     try:
+        resolved_root = root.resolve()
         target = (resolved_root / relative).resolve(strict=True)
     except FileNotFoundError as error:
         raise CheckpointDamaged(relative, "is missing") from error
@@ -44,13 +44,19 @@ def open_regular(path: Path) -> int:
     return descriptor
 
 
-def read_small_file(path: Path, max_bytes: int) -> bytes:
-    """The whole content. Raises PathRefused when it is no regular file or larger than `max_bytes`."""
-    descriptor = open_inside(path.parent, path.name)
-    with os.fdopen(descriptor, "rb") as file:
-        content = file.read(max_bytes + 1)
+def read_small_file(root: Path, relative: str, max_bytes: int) -> bytes:
+    """The whole content of a file below `root`.
+
+    Raises PathRefused when it is no regular file there or larger than `max_bytes`, CheckpointDamaged when missing.
+    """
+    descriptor = open_inside(root, relative)
+    try:
+        with os.fdopen(descriptor, "rb") as file:
+            content = file.read(max_bytes + 1)
+    except OSError as error:
+        raise PathRefused(relative, f"cannot be read: {error.strerror}") from error
     if len(content) > max_bytes:
-        raise PathRefused(path.name, f"is larger than {max_bytes} bytes")
+        raise PathRefused(relative, f"is larger than {max_bytes} bytes")
     return content
 
 

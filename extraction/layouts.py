@@ -16,6 +16,9 @@ from extraction.manifest import ROLES, ExpertKey
 
 MAX_EXPERTS = 1 << 18
 """Of all layers; ten times the largest published model. Bounds what a hostile configuration can make us allocate."""
+MAX_LAYERS = 4096
+_NUMBER = "0|[1-9][0-9]{0,5}"
+"""One spelling a number: neither leading zeros nor other scripts' digits."""
 
 
 @dataclass(frozen=True)
@@ -99,13 +102,18 @@ def _qwen3_moe(config: Mapping[str, Any]) -> Layout:
         raise ManifestInvalid(
             "config.json", f"{layers} layers of {experts} experts are more than {MAX_EXPERTS}"
         )
-    moe_layers = [layer for layer in range(layers) if _is_moe(config, layer)]
+    if layers > MAX_LAYERS:
+        raise ManifestInvalid("config.json", f"{layers} layers are more than {MAX_LAYERS}")
+    per_token = _size(config, "num_experts_per_tok")
+    if per_token > experts:
+        raise ManifestInvalid("config.json", f"num_experts_per_tok: {per_token} of {experts} experts")
+    moe_layers = _moe_layers(config, layers)
     return Layout(
         family="qwen3_moe",
         component="model",
         config=config,
         expert_pattern=re.compile(
-            r"model\.layers\.(?P<layer>\d{1,5})\.mlp\.experts\.(?P<expert>\d{1,5})\.(?P<role>gate|up|down)_proj\.weight"
+            rf"model\.layers\.(?P<layer>{_NUMBER})\.mlp\.experts\.(?P<expert>{_NUMBER})\.(?P<role>gate|up|down)_proj\.weight"
         ),
         role_of={role: role for role in ROLES},
         backbone_prefix="model.",
@@ -132,7 +140,7 @@ def _decoder_shapes(
     head_dim = _size(config, "head_dim", max(1, width // heads))
     vocab = _size(config, "vocab_size")
     shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (vocab, width), "norm.weight": (width,)}
-    if not config.get("tie_word_embeddings", False):
+    if not _flag(config, "tie_word_embeddings"):
         shapes["lm_head.weight"] = (vocab, width)
     for layer in range(_size(config, "num_hidden_layers")):
         prefix = f"layers.{layer}."
@@ -158,11 +166,13 @@ def _decoder_shapes(
     return shapes
 
 
-def _is_moe(config: Mapping[str, Any], layer: int) -> bool:
-    step = config.get("decoder_sparse_step", 1)
-    if not isinstance(step, int) or step < 1:
-        raise ManifestInvalid("config.json", f"decoder_sparse_step: {step!r} is not a whole number from 1")
-    return layer not in (config.get("mlp_only_layers") or ()) and (layer + 1) % step == 0
+def _moe_layers(config: Mapping[str, Any], layers: int) -> list[int]:
+    step = _size(config, "decoder_sparse_step", 1)
+    dense = config.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
+        raise ManifestInvalid("config.json", f"mlp_only_layers: {dense!r} is no list of whole numbers")
+    chosen = set(range(layers)) - set(dense)
+    return [layer for layer in sorted(chosen) if (layer + 1) % step == 0]
 
 
 def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
@@ -171,6 +181,13 @@ def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> in
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1 << 24:
         raise ManifestInvalid("config.json", f"{key}: {value!r} is not a whole number from 1 to {1 << 24}")
     return value
+
+
+def _flag(config: Mapping[str, Any], key: str) -> bool:
+    value = config.get(key)
+    if value not in (None, False, True):
+        raise ManifestInvalid("config.json", f"{key}: {value!r} is neither true nor false")
+    return bool(value)
 
 
 def _check_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:

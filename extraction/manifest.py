@@ -7,15 +7,18 @@ schema, version, ranges, and that every path stays inside its folder. Read by `e
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from extraction.errors import ManifestInvalid
 from extraction.files import read_small_file
@@ -24,6 +27,9 @@ FORMAT_VERSION: Literal[1] = 1
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "experts.parquet"
 MAX_MANIFEST_BYTES = 256 * 1024 * 1024
+MAX_INDEX_ROWS = 1 << 20
+MAX_FILE_BYTES = 1 << 60
+"""Of a file that offsets point into; keeps sums of offsets and sizes within 64 bits."""
 ROLES = ("gate", "up", "down")
 ITEM_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -32,6 +38,11 @@ ARROW_SCHEMA_KEY = b"ARROW:schema"
 that name that is registered in the process, and some unpickle what the file holds: an index has none."""
 
 Dtype = Literal["bfloat16", "float16", "float32"]
+SHA256_PATTERN = "[0-9a-f]{64}"
+NAME_PATTERN = "[A-Za-z0-9_.-]{1,256}"
+Name = Annotated[str, Field(pattern=f"^{NAME_PATTERN}$")]
+MAX_PATH_CHARS = 1024
+Sha256 = Annotated[str, Field(pattern=f"^{SHA256_PATTERN}$")]
 
 
 class ExpertKey(NamedTuple):
@@ -81,26 +92,32 @@ class _Model(BaseModel):
 class TensorEntry(_Model):
     """A backbone tensor under its canonical name, and where its bytes are."""
 
-    name: str
+    name: Name
     source: str
     """Its name in the checkpoint."""
     file: str
     dtype: Dtype
-    shape: tuple[int, ...]
-    offset: int = Field(ge=0)
-    nbytes: int = Field(ge=0)
-    sha256: str | None
+    shape: tuple[Annotated[int, Field(ge=0, le=MAX_FILE_BYTES)], ...] = Field(max_length=16)
+    offset: int = Field(ge=0, le=MAX_FILE_BYTES)
+    nbytes: int = Field(ge=0, le=MAX_FILE_BYTES)
+    sha256: Sha256 | None
 
     @field_validator("file")
     @classmethod
     def _stays_inside(cls, value: str) -> str:
         return check_relative(value)
 
+    @model_validator(mode="after")
+    def _fills_its_shape(self) -> Self:
+        if math.prod(self.shape) * ITEM_SIZES[self.dtype] != self.nbytes:
+            raise ValueError(f"tensor {self.name!r}: {self.nbytes} bytes do not hold {self.shape}")
+        return self
+
 
 class Component(_Model):
     """One decoder of the model with its own layers and experts."""
 
-    name: str
+    name: Name
     config: dict[str, Any]
     tensors: tuple[TensorEntry, ...]
 
@@ -109,7 +126,7 @@ class FileEntry(_Model):
     """A file that the store holds whole."""
 
     nbytes: int = Field(ge=0)
-    sha256: str
+    sha256: Sha256
 
 
 class Manifest(_Model):
@@ -131,6 +148,21 @@ class Manifest(_Model):
         for name in value:
             check_relative(name)
         return value
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        if (self.kind == "indexed") != (self.source_root is not None):
+            raise ValueError("names no folder of original shards, or one that it does not use")
+        if self.source_root is not None and not PurePosixPath(self.source_root).is_absolute():
+            raise ValueError(f"source_root {self.source_root[:200]!r} is no absolute path")
+        if len({component.name for component in self.components}) != len(self.components):
+            raise ValueError("names a component twice")
+        for component in self.components:
+            if len({tensor.name for tensor in component.tensors}) != len(component.tensors):
+                raise ValueError(f"names a tensor of component {component.name!r} twice")
+            if self.kind == "copied" and any(tensor.sha256 is None for tensor in component.tensors):
+                raise ValueError("has a copied tensor without a hash")
+        return self
 
 
 INDEX_SCHEMA = pa.schema(
@@ -163,12 +195,14 @@ def check_relative(path: str) -> str:
     pure = PurePosixPath(path)
     if not path or pure.is_absolute() or ".." in pure.parts or "\\" in path or "\0" in path:
         raise ValueError(f"path {path!r} leads out of its folder")
+    if not path.isprintable() or len(path) > MAX_PATH_CHARS:
+        raise ValueError(f"path {path!r} is too long or has control characters")
     return path
 
 
 def read_manifest(root: Path) -> Manifest:
     """Raises ManifestInvalid, or PathRefused when it is no regular file."""
-    raw = read_small_file(root / MANIFEST_NAME, MAX_MANIFEST_BYTES)
+    raw = read_small_file(root, MANIFEST_NAME, MAX_MANIFEST_BYTES)
     try:
         version = json.loads(raw).get("format_version")
         if version != FORMAT_VERSION:
@@ -178,8 +212,8 @@ def read_manifest(root: Path) -> Manifest:
         return Manifest.model_validate_json(raw)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ManifestInvalid(MANIFEST_NAME, f"{where}: {first['msg']}") from error
+        where = ".".join(str(part)[:200] for part in first["loc"])
+        raise ManifestInvalid(MANIFEST_NAME, f"{where}: {first['msg']}".lstrip(": ")) from error
     except (ValueError, AttributeError, RecursionError) as error:
         raise ManifestInvalid(MANIFEST_NAME, "is not a JSON object of a store") from error
 
@@ -191,13 +225,13 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
 
 def store_hash(root: Path) -> str:
     """SHA-256 of the manifest, in hex: it names the store, since the manifest holds all other hashes."""
-    return hashlib.sha256(read_small_file(root / MANIFEST_NAME, MAX_MANIFEST_BYTES)).hexdigest()
+    return hashlib.sha256(read_small_file(root, MANIFEST_NAME, MAX_MANIFEST_BYTES)).hexdigest()
 
 
 def check_files(root: Path, manifest: Manifest) -> None:
     """Raises ManifestInvalid when a file that the store holds whole is not the one that was written."""
     for name, entry in manifest.files.items():
-        raw = read_small_file(root / name, MAX_MANIFEST_BYTES)
+        raw = read_small_file(root, name, MAX_MANIFEST_BYTES)
         if len(raw) != entry.nbytes or hashlib.sha256(raw).hexdigest() != entry.sha256:
             raise ManifestInvalid(name, "does not match the hash in the manifest")
 
@@ -218,10 +252,11 @@ def write_expert_index(root: Path, records: Iterable[ExpertRecord]) -> FileEntry
         }
         for record in sorted(records, key=lambda record: record.key)
     ]
-    path = root / INDEX_NAME
     table = pa.Table.from_pylist(rows, schema=INDEX_SCHEMA)
-    pq.write_table(table, path, compression="zstd", store_schema=False)
-    raw = path.read_bytes()
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd", store_schema=False)
+    raw = buffer.getvalue()
+    (root / INDEX_NAME).write_bytes(raw)
     return FileEntry(nbytes=len(raw), sha256=hashlib.sha256(raw).hexdigest())
 
 
@@ -230,37 +265,61 @@ def read_expert_index(root: Path, manifest: Manifest) -> dict[ExpertKey, ExpertR
     if INDEX_NAME not in manifest.files:
         raise ManifestInvalid(MANIFEST_NAME, f"does not list {INDEX_NAME}")
     check_files(root, manifest.model_copy(update={"files": {INDEX_NAME: manifest.files[INDEX_NAME]}}))
-    raw = read_small_file(root / INDEX_NAME, MAX_MANIFEST_BYTES)
+    raw = read_small_file(root, INDEX_NAME, MAX_MANIFEST_BYTES)
     if ARROW_SCHEMA_KEY in raw:
         raise ManifestInvalid(
             INDEX_NAME, "has other columns than an index of experts: it brings an Arrow schema"
         )
     try:
-        reader = pq.ParquetFile(pa.BufferReader(raw), arrow_extensions_enabled=False)
-        schema = reader.schema_arrow.remove_metadata()
-        if not schema.equals(INDEX_SCHEMA):
-            raise ManifestInvalid(INDEX_NAME, "has other columns than an index of experts")
-        rows = reader.read().to_pylist()
-        records = [_record(row) for row in rows]
-    except (pa.ArrowException, ValueError, TypeError) as error:
-        raise ManifestInvalid(INDEX_NAME, f"cannot be read: {str(error).splitlines()[0]}") from error
+        rows = _rows(raw)
+        records = [_record(row, manifest.kind) for row in rows]
+    except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError) as error:
+        raise ManifestInvalid(INDEX_NAME, f"cannot be read: {error}") from error
     index = {record.key: record for record in records}
     if len(index) != len(records):
         raise ManifestInvalid(INDEX_NAME, "lists an expert twice")
     return index
 
 
-def _record(row: dict[str, Any]) -> ExpertRecord:
+def _rows(raw: bytes) -> list[dict[str, Any]]:
+    """Raises ManifestInvalid, or what pyarrow raises."""
+    reader = pq.ParquetFile(pa.BufferReader(raw), arrow_extensions_enabled=False)
+    schema = reader.schema_arrow.remove_metadata()
+    if not schema.equals(INDEX_SCHEMA):
+        raise ManifestInvalid(INDEX_NAME, "has other columns than an index of experts")
+    # A few bytes can stand for billions of equal rows.
+    groups = [reader.metadata.row_group(number) for number in range(reader.num_row_groups)]
+    num_values = max(
+        (group.column(column).num_values for group in groups for column in range(group.num_columns)),
+        default=0,
+    )
+    if reader.metadata.num_rows > MAX_INDEX_ROWS or num_values > len(ROLES) * MAX_INDEX_ROWS:
+        raise ManifestInvalid(INDEX_NAME, f"has more than {MAX_INDEX_ROWS} rows")
+    # A short command can end while pyarrow still starts its threads, and then aborts at exit.
+    rows: list[dict[str, Any]] = reader.read(use_threads=False).to_pylist()
+    return rows
+
+
+def _record(row: dict[str, Any], kind: str) -> ExpertRecord:
     """Raises ValueError for what no extraction writes."""
     key = ExpertKey(row["component"], row["layer"], row["expert"])
     parts = tuple(
         RecordPart(part["role"], check_relative(part["file"]), part["offset"], part["nbytes"])
         for part in row["parts"]
     )
+    if not re.fullmatch(NAME_PATTERN, key.component) or key.layer < 0 or key.expert < 0:
+        raise ValueError(f"expert {key} has a damaged component's name or a negative number")
     if row["dtype"] not in ITEM_SIZES or tuple(part.role for part in parts) != ROLES:
         raise ValueError(f"expert {key} has dtype {row['dtype']!r} or parts other than {ROLES}")
     if any(part.offset < 0 or part.nbytes <= 0 for part in parts):
         raise ValueError(f"expert {key} has a part with a negative offset or no bytes")
-    if len({part.nbytes for part in parts}) != 1:
-        raise ValueError(f"expert {key} has parts of different sizes")
+    if any(part.offset > MAX_FILE_BYTES or part.nbytes > MAX_FILE_BYTES for part in parts):
+        raise ValueError(f"expert {key} has a part beyond {MAX_FILE_BYTES} bytes")
+    if len({part.nbytes for part in parts}) != 1 or parts[0].nbytes % ITEM_SIZES[row["dtype"]]:
+        raise ValueError(f"expert {key} has parts of different sizes or of no whole number of values")
+    if row["sha256"] is None:
+        if kind == "copied":
+            raise ValueError(f"expert {key} is copied without a hash")
+    elif not re.fullmatch(SHA256_PATTERN, row["sha256"]):
+        raise ValueError(f"expert {key} has a hash that is none")
     return ExpertRecord(key, row["dtype"], row["sha256"], (parts[0], parts[1], parts[2]))

@@ -6,7 +6,7 @@ is missing, doubled or of another shape. An expert's three projections may lie i
 
 from __future__ import annotations
 
-import json
+import errno
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from extraction.files import open_inside, read_small_file
 from extraction.layouts import BackboneTensor, ExpertTensor, Layout, layout_for
 from extraction.manifest import ROLES, Dtype, ExpertKey, check_relative
 from extraction.safetensors_file import DTYPES, TensorHeader, read_header
+from extraction.strict_json import parse_object
 
 SHARD_INDEX = "model.safetensors.index.json"
 SINGLE_SHARD = "model.safetensors"
@@ -70,8 +71,10 @@ class ExtractionPlan:
 
 def plan_extraction(source: Path) -> ExtractionPlan:
     """Raises CheckpointDamaged, TensorsMissing, TensorUnexpected, FamilyUnknown, ManifestInvalid or PathRefused."""
-    if not source.is_dir():
+    if not os.path.isdir(source):
         raise CheckpointDamaged(str(source), "is no checkpoint folder")
+    if not os.access(source, os.R_OK | os.X_OK):
+        raise PathRefused(str(source), os.strerror(errno.EACCES))
     small_files = _read_small_files(source)
     config = _read_json(small_files, "config.json", required=True)
     layout = layout_for(config)
@@ -95,7 +98,12 @@ def plan_extraction(source: Path) -> ExtractionPlan:
 
 def _read_small_files(source: Path) -> dict[str, bytes]:
     present = [name for name in SMALL_FILES if os.path.lexists(source / name)]
-    return {name: read_small_file(source / name, MAX_SMALL_FILE_BYTES) for name in present}
+    files = {name: read_small_file(source, name, MAX_SMALL_FILE_BYTES) for name in present}
+    for name, content in files.items():
+        if name.endswith(".json"):
+            # Serving would fail on it, long after the checkpoint is gone.
+            parse_object(content, name)
+    return files
 
 
 def _read_json(files: Mapping[str, bytes], name: str, required: bool) -> dict[str, Any]:
@@ -103,17 +111,7 @@ def _read_json(files: Mapping[str, bytes], name: str, required: bool) -> dict[st
         if required:
             raise CheckpointDamaged(name, "is missing")
         return {}
-    return _parse_object(files[name], name)
-
-
-def _parse_object(raw: bytes, name: str) -> dict[str, Any]:
-    try:
-        value = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointDamaged(name, "is no JSON") from error
-    if not isinstance(value, dict):
-        raise CheckpointDamaged(name, "is no JSON object")
-    return value
+    return parse_object(files[name], name)
 
 
 def _read_shards(source: Path) -> dict[str, SourceTensor]:
@@ -138,7 +136,9 @@ def _read_shard_index(source: Path) -> dict[str, str]:
     """Tensor name -> shard; empty where the checkpoint is one file."""
     if not os.path.lexists(source / SHARD_INDEX):
         return {}
-    table = _parse_object(read_small_file(source / SHARD_INDEX, MAX_SMALL_FILE_BYTES), SHARD_INDEX)
+    table = parse_object(
+        read_small_file(source, SHARD_INDEX, MAX_SMALL_FILE_BYTES), SHARD_INDEX, has_unique_keys=True
+    )
     weight_map = table.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointDamaged(SHARD_INDEX, "has no weight_map from names to files")
@@ -146,7 +146,7 @@ def _read_shard_index(source: Path) -> dict[str, str]:
         try:
             check_relative(file)
         except ValueError as error:
-            raise PathRefused(file, f"named in {SHARD_INDEX}, leads out of its folder") from error
+            raise PathRefused(SHARD_INDEX, str(error)) from error
     return weight_map
 
 

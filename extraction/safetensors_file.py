@@ -15,12 +15,15 @@ from typing import Any
 
 from extraction.errors import CheckpointDamaged
 from extraction.manifest import Dtype
+from extraction.strict_json import parse_object
 
 MAX_HEADER_BYTES = 100_000_000
+MAX_DIMENSIONS = 16
+MAX_NUMBER = 1 << 60
 ALIGNMENT = 4096
 DTYPES: dict[str, Dtype] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 """Safetensors dtype -> ours."""
-CODES = {name: code for code, name in DTYPES.items()}
+CODES: dict[str, str] = {name: code for code, name in DTYPES.items()}
 _ITEM_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16,
     "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "F64": 64, "I64": 64, "U64": 64, "C64": 64,
@@ -41,7 +44,7 @@ class TensorHeader:
 def read_header(descriptor: int, file: str) -> dict[str, TensorHeader]:
     """All tensors of an open safetensors file. `file` is for messages. Raises CheckpointDamaged."""
     size = os.fstat(descriptor).st_size
-    prefix = os.pread(descriptor, 8, 0)
+    prefix = _pread(descriptor, 8, 0, file)
     if len(prefix) < 8:
         raise CheckpointDamaged(file, f"is cut short: {size} bytes, no header")
     (length,) = struct.unpack("<Q", prefix)
@@ -49,16 +52,19 @@ def read_header(descriptor: int, file: str) -> dict[str, TensorHeader]:
         raise CheckpointDamaged(
             file, f"is cut short or no safetensors file: header of {length} bytes in {size}"
         )
-    try:
-        table = json.loads(os.pread(descriptor, length, 8))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointDamaged(file, "has a header that is no JSON") from error
-    if not isinstance(table, dict):
-        raise CheckpointDamaged(file, "has a header that is no JSON object")
+    raw = _pread(descriptor, length, 8, file)
+    table = parse_object(raw, file, what="has a header that ", has_unique_keys=True)
     table.pop("__metadata__", None)
     tensors = [_tensor(name, entry, 8 + length, file) for name, entry in table.items()]
     _check_layout(tensors, 8 + length, size, file)
     return {tensor.name: tensor for tensor in tensors}
+
+
+def _pread(descriptor: int, nbytes: int, offset: int, file: str) -> bytes:
+    try:
+        return os.pread(descriptor, nbytes, offset)
+    except OSError as error:
+        raise CheckpointDamaged(file, f"cannot be read at offset {offset}: {error.strerror}") from error
 
 
 def _tensor(name: str, entry: Any, data_start: int, file: str) -> TensorHeader:
@@ -67,10 +73,9 @@ def _tensor(name: str, entry: Any, data_start: int, file: str) -> TensorHeader:
         bits = _ITEM_BITS[code]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointDamaged(file, f"tensor {name[:200]!r} has a damaged or unknown entry") from error
-    numbers = [begin, end, *(shape if isinstance(shape, list) else [None])]
-    if not all(
-        isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in numbers
-    ):
+    is_shape = isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS
+    numbers = [begin, end, *(shape if is_shape else [None])]
+    if not all(type(number) is int and 0 <= number <= MAX_NUMBER for number in numbers):
         raise CheckpointDamaged(file, f"tensor {name[:200]!r} has a shape or offset that is no whole number")
     if math.prod(shape) * bits != (end - begin) * 8:
         raise CheckpointDamaged(

@@ -5,16 +5,17 @@ Counts weights only: KV cache and buffers come on top and are the engine's to re
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from extraction.errors import ManifestInvalid
+from extraction.layouts import MAX_LAYERS
 from extraction.manifest import (
+    INDEX_NAME,
     MANIFEST_NAME,
     Component,
-    ExpertKey,
     ExpertRecord,
     read_expert_index,
     read_manifest,
@@ -61,7 +62,7 @@ class StoreSummary:
     experts_per_token: int
     num_experts: int
     expert_bytes: int
-    """Of one expert."""
+    """Of one expert; of the largest where dtypes differ."""
     totals: tuple[ResidencyTotal, ...]
     bytes_by_component: Mapping[str, int]
     memory_table: tuple[MemoryRow, ...]
@@ -74,43 +75,51 @@ def summarize(root: Path) -> StoreSummary:
     """Raises ManifestInvalid or PathRefused."""
     manifest = read_manifest(root)
     index = read_expert_index(root, manifest)
-    if not index:
+    if not index or not manifest.components:
         raise ManifestInvalid(MANIFEST_NAME, "the store has no experts")
     component = manifest.components[0]
-    records = {key: record for key, record in index.items() if key.component == component.name}
-    layers = _experts_by_layer(records)
+    records = [record for key, record in sorted(index.items()) if key.component == component.name]
+    if not records:
+        raise ManifestInvalid(INDEX_NAME, f"has no experts of component {component.name!r}")
+    layers = _sizes_by_layer(records)
+    experts = max(map(len, layers.values()))
     backbone = _backbone_bytes(component)
-    per_token = _per_token(component, max(layers.values()))
-    one = next(iter(records.values()))
+    per_token = _number(component, "num_experts_per_tok", experts)
     return StoreSummary(
         store=str(root),
         hash=store_hash(root),
         family=manifest.family,
         kind=manifest.kind,
-        dtype=one.dtype,
-        num_layers=int(component.config["num_hidden_layers"]),
+        dtype=", ".join(sorted({record.dtype for record in records})),
+        num_layers=_number(component, "num_hidden_layers", MAX_LAYERS),
         num_moe_layers=len(layers),
-        experts_per_layer=max(layers.values()),
+        experts_per_layer=experts,
         experts_per_token=per_token,
         num_experts=len(records),
-        expert_bytes=one.nbytes,
-        totals=_totals(layers, per_token, one.nbytes, sum(backbone.values())),
-        bytes_by_component=backbone | {"experts": sum(record.nbytes for record in records.values())},
-        memory_table=_memory_table(backbone, layers, per_token, one.nbytes),
+        expert_bytes=max(record.nbytes for record in records),
+        totals=_totals(layers, per_token, sum(backbone.values())),
+        bytes_by_component=backbone | {"experts": _resident_bytes(layers, experts)},
+        memory_table=_memory_table(backbone, layers, per_token),
     )
 
 
-def _experts_by_layer(records: Mapping[ExpertKey, ExpertRecord]) -> dict[int, int]:
-    layers: dict[int, int] = {}
-    for key in records:
-        layers[key.layer] = layers.get(key.layer, 0) + 1
-    return layers
+def _sizes_by_layer(records: Iterable[ExpertRecord]) -> dict[int, list[int]]:
+    """Bytes of each layer's experts, largest first: experts of other dtypes have other sizes."""
+    layers: dict[int, list[int]] = {}
+    for record in records:
+        layers.setdefault(record.key.layer, []).append(record.nbytes)
+    return {layer: sorted(sizes, reverse=True) for layer, sizes in layers.items()}
 
 
-def _per_token(component: Component, experts: int) -> int:
-    value = component.config.get("num_experts_per_tok")
-    if not isinstance(value, int) or not 1 <= value <= experts:
-        raise ManifestInvalid(MANIFEST_NAME, f"num_experts_per_tok: {value!r} is not from 1 to {experts}")
+def _resident_bytes(layers: Mapping[int, list[int]], kept: int) -> int:
+    """Of the `kept` largest experts of each layer: what must fit whichever are chosen."""
+    return sum(sum(sizes[:kept]) for sizes in layers.values())
+
+
+def _number(component: Component, name: str, largest: int) -> int:
+    value = component.config.get(name)
+    if type(value) is not int or not 1 <= value <= largest:
+        raise ManifestInvalid(MANIFEST_NAME, f"{name}: {value!r} is not from 1 to {largest}")
     return value
 
 
@@ -134,11 +143,11 @@ def _kind(name: str) -> str:
 
 
 def _totals(
-    layers: Mapping[int, int], per_token: int, expert_bytes: int, backbone_bytes: int
+    layers: Mapping[int, list[int]], per_token: int, backbone_bytes: int
 ) -> tuple[ResidencyTotal, ...]:
     """At half, one and two times the experts per token, and with all of them; least memory first."""
-    experts = max(layers.values())
-    whole = backbone_bytes + sum(layers.values()) * expert_bytes
+    experts = max(map(len, layers.values()))
+    whole = backbone_bytes + _resident_bytes(layers, experts)
     half, double = max(1, per_token // 2), min(experts, 2 * per_token)
     states = {
         half: f"WAKE (k={half}, reduced)",
@@ -147,23 +156,23 @@ def _totals(
     }
     rows = []
     for kept, state in [*sorted(states.items()), (experts, "all experts")]:
-        resident = sum(min(kept, count) for count in layers.values()) * expert_bytes
+        resident = _resident_bytes(layers, kept)
         total = backbone_bytes + resident
         rows.append(ResidencyTotal(state, kept, resident, total, 1 - total / whole))
     return tuple(rows)
 
 
 def _memory_table(
-    backbone: Mapping[str, int], layers: Mapping[int, int], per_token: int, expert_bytes: int
+    backbone: Mapping[str, int], layers: Mapping[int, list[int]], per_token: int
 ) -> tuple[MemoryRow, ...]:
     """The whole process first, then its parts, then one layer's experts alone."""
-    everything = sum(layers.values()) * expert_bytes
-    selective = sum(min(per_token, count) for count in layers.values()) * expert_bytes
-    fixed = sum(backbone.values())
     first = min(layers)
+    everything, selective = (
+        _resident_bytes(layers, kept) for kept in (max(map(len, layers.values())), per_token)
+    )
+    fixed = sum(backbone.values())
     rows = [("whole process", fixed + everything, fixed + selective)]
     rows += [(kind, nbytes, nbytes) for kind, nbytes in backbone.items() if nbytes]
     rows.append((f"experts, {len(layers)} layers", everything, selective))
-    one_layer = layers[first] * expert_bytes, min(per_token, layers[first]) * expert_bytes
-    rows.append((f"of which layer {first}", *one_layer))
+    rows.append((f"of which layer {first}", sum(layers[first]), sum(layers[first][:per_token])))
     return tuple(MemoryRow(name, all_of_it, kept, 1 - kept / all_of_it) for name, all_of_it, kept in rows)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
+from extraction.errors import one_line
 from extraction.summary import StoreSummary
 
 
 def render_summary(summary: StoreSummary) -> RenderableType:
     """Whole-process totals first, then bytes by component."""
     moe = f"{summary.num_moe_layers} of {summary.num_layers} layers with {summary.experts_per_layer} experts"
-    lines = [
-        f"{summary.store}  ({summary.family}, {summary.kind}, {summary.dtype})",
+    # Not as strings, in which rich takes [words] of a path or a manifest for markup.
+    lines: list[RenderableType] = [
+        Text(one_line(f"{summary.store}  ({summary.family}, {summary.kind}, {summary.dtype})")),
         f"{moe}, {summary.experts_per_token} per token; "
         f"{summary.num_experts} experts of {_size(summary.expert_bytes)}",
         "",

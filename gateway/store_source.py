@@ -10,12 +10,14 @@ import hashlib
 import os
 from pathlib import Path
 
-from extraction.errors import DestinationOccupied
+from extraction.errors import DestinationOccupied, PathRefused
 from extraction.extract import extract
 from extraction.manifest import FORMAT_VERSION, MANIFEST_NAME
 from gateway.errors import StoreNotFound
 
 CACHE_VARIABLE = "SAGE_MOE_CACHE"
+MAX_NAME_CHARS = 50
+"""Of the checkpoint's name in its index's; file systems allow 255 bytes in all."""
 
 
 def bundled_models() -> dict[str, Path]:
@@ -31,29 +33,30 @@ def bundled_models() -> dict[str, Path]:
 def resolve_checkpoint(source: str) -> Path:
     """The folder that SOURCE names; a folder of that name goes before a bundled model."""
     path = Path(source)
-    return path if path.is_dir() else bundled_models().get(source, path)
+    return path if os.path.isdir(path) else bundled_models().get(source, path)
 
 
 def model_name(source: str) -> str:
     """What a served STORE is called where the user gave it no name."""
-    return Path(source).resolve().name if Path(source).is_dir() else source
+    return Path(source).resolve().name if os.path.isdir(source) else source
 
 
 def resolve_store(source: str, *, cache_dir: Path | None = None) -> Path:
     """A store's folder. Raises StoreNotFound, or what indexing a checkpoint raises."""
     path = resolve_checkpoint(source)
-    if (path / MANIFEST_NAME).is_file():
+    if os.path.lexists(path / MANIFEST_NAME):
         return path
-    if not (path / "config.json").is_file():
+    if not os.path.lexists(path / "config.json"):
         raise StoreNotFound(source, tuple(sorted(bundled_models())))
     checkpoint = path.resolve()
-    root = (cache_dir or _cache_dir()) / "indexes" / f"{checkpoint.name}-{_fingerprint(checkpoint)}"
-    if not (root / MANIFEST_NAME).is_file():
+    name = f"{checkpoint.name[:MAX_NAME_CHARS]}-{_fingerprint(checkpoint)}"
+    root = (cache_dir or _cache_dir()) / "indexes" / name
+    if not os.path.isfile(root / MANIFEST_NAME):
         try:
             extract(checkpoint, root, index_only=True)
         except DestinationOccupied:
             # Another process has just made the same index.
-            if not (root / MANIFEST_NAME).is_file():
+            if not os.path.isfile(root / MANIFEST_NAME):
                 raise
     return root
 
@@ -61,14 +64,22 @@ def resolve_store(source: str, *, cache_dir: Path | None = None) -> Path:
 def _cache_dir() -> Path:
     if chosen := os.environ.get(CACHE_VARIABLE):
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sage-moe"
+    if cache := os.environ.get("XDG_CACHE_HOME"):
+        return Path(cache) / "sage-moe"
+    try:
+        return Path.home() / ".cache" / "sage-moe"
+    except RuntimeError as error:
+        raise PathRefused("~", f"is no home folder to keep an index in; set {CACHE_VARIABLE}") from error
 
 
 def _fingerprint(checkpoint: Path) -> str:
     """Of the folder's path and its files' names, sizes and times."""
     facts = [str(FORMAT_VERSION), str(checkpoint)]
-    for path in sorted(checkpoint.iterdir()):
-        if path.suffix in (".safetensors", ".json", ".txt", ".jinja") and path.is_file():
-            stat = path.stat()
-            facts.append(f"{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}")
+    try:
+        for path in sorted(checkpoint.iterdir()):
+            if path.suffix in (".safetensors", ".json", ".txt", ".jinja") and path.is_file():
+                stat = path.stat()
+                facts.append(f"{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}")
+    except OSError as error:
+        raise PathRefused(str(error.filename or checkpoint), error.strerror or "cannot be read") from error
     return hashlib.sha256("\n".join(facts).encode("utf-8", "surrogateescape")).hexdigest()[:16]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import threading
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from experts.errors import ExpertCorrupt, ExpertError, StoreDamaged, UnknownExpert
 from experts.hash_log import LOG_NAME
@@ -157,6 +159,98 @@ def test_index_over_shards_notices_a_change_after_the_first_load(indexed: Path) 
 def test_index_survives_a_damaged_hash_log(indexed: Path) -> None:
     (indexed / LOG_NAME).write_bytes(b"model 2 5 12\nnonsense\n\xff\xfe")
     assert ExpertStore.open(indexed).read_expert(KEY).numel()
+
+
+def test_line_after_a_cut_one_is_kept(indexed: Path) -> None:
+    """The next process must compare with what this one read, although another crashed while it wrote."""
+    (indexed / LOG_NAME).write_bytes(b"model 2 5 12")
+    ExpertStore.open(indexed).read_expert(KEY)
+    part = ExpertStore.open(indexed).record(KEY).parts[0]
+    _flip(indexed.parent / "checkpoint" / part.file, part.offset)
+    with pytest.raises(ExpertCorrupt, match="altered"):
+        ExpertStore.open(indexed).read_expert(KEY)
+
+
+def test_backbone_over_shards_notices_a_change_after_the_first_load(indexed: Path) -> None:
+    store = ExpertStore.open(indexed)
+    entry = store.component("model").tensors[0]
+    store.read_tensor("model", entry.name)
+    _flip(indexed.parent / "checkpoint" / entry.file, entry.offset)
+    with pytest.raises(StoreDamaged, match=f"{entry.name}.* was altered"):
+        ExpertStore.open(indexed).read_tensor("model", entry.name)
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_hash_log_that_is_no_file_is_refused(indexed: Path, kind: str) -> None:
+    log = indexed / LOG_NAME
+    if kind == "link":
+        (indexed.parent / "outside").write_text("")
+        log.symlink_to(indexed.parent / "outside")
+    elif kind == "pipe":
+        os.mkfifo(log)
+    else:
+        log.mkdir()
+    with pytest.raises(StoreDamaged, match=LOG_NAME):
+        ExpertStore.open(indexed).read_expert(KEY)
+
+
+def test_hash_log_of_several_threads_has_one_line_an_expert(indexed: Path) -> None:
+    store = ExpertStore.open(indexed)
+
+    def read_all() -> None:
+        for key in store.expert_keys():
+            store.read_expert(key)
+
+    threads = [threading.Thread(target=read_all) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    lines = (indexed / LOG_NAME).read_text().splitlines()
+    assert len(lines) == len(set(lines)) == len(store.expert_keys())
+
+
+def test_shard_replaced_before_the_first_load_is_refused(indexed: Path) -> None:
+    """Same names and sizes in another order: every offset of the index now means another tensor."""
+    shard = indexed.parent / "checkpoint/model.safetensors"
+    tensors = load_file(shard)
+    extra = {"a": torch.zeros(100)}
+    save_file(extra | tensors, shard)
+    store = ExpertStore.open(indexed)
+    with pytest.raises(StoreDamaged, match="not what was indexed"):
+        store.read_expert(KEY)
+    with pytest.raises(StoreDamaged, match="not what was indexed"):
+        store.read_tensor("model", "norm.weight")
+
+
+def test_shard_of_another_dtype_is_refused(indexed: Path) -> None:
+    shard = indexed.parent / "checkpoint/model.safetensors"
+    raw = shard.read_bytes()
+    shard.write_bytes(raw.replace(b'"F32"', b'"I32"'))
+    with pytest.raises(StoreDamaged, match="has no float32 tensor"):
+        ExpertStore.open(indexed).read_expert(KEY)
+
+
+def test_truncated_shard_of_an_index_is_refused(indexed: Path) -> None:
+    shard = indexed.parent / "checkpoint/model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(StoreDamaged, match="cut short"):
+        ExpertStore.open(indexed).read_expert(KEY)
+
+
+def test_size_beyond_the_file_is_refused_before_it_is_allocated(copied: Path) -> None:
+    table = json.loads((copied / MANIFEST_NAME).read_text())
+    table["components"][0]["tensors"][0].update(shape=[1 << 50], nbytes=4 << 50)
+    (copied / MANIFEST_NAME).write_text(json.dumps(table))
+    store = ExpertStore.open(copied)
+    with pytest.raises(StoreDamaged, match="cut short"):
+        store.read_tensor("model", table["components"][0]["tensors"][0]["name"])
+
+
+def test_link_that_leads_to_itself_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(StoreDamaged):
+        ExpertStore.open(tmp_path / "loop")
 
 
 def test_index_without_its_shards_says_so(indexed: Path) -> None:

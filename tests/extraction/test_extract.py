@@ -25,33 +25,11 @@ from extraction.errors import (
     FamilyUnknown,
     PathRefused,
     TensorsMissing,
+    TensorUnexpected,
 )
-from extraction.extract import extract
+from extraction.extract import extract, space_needed
 from extraction.manifest import ROLES, read_expert_index, read_manifest
-from extraction.plan import SHARD_INDEX
-from tests.checkpoints import write_tiny_qwen3_moe
-
-
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint in many shards, so that some expert's projections lie in different ones."""
-    root = write_tiny_qwen3_moe(tmp_path_factory.mktemp("sharded") / "checkpoint", shard_size="20KB")
-    weight_map = json.loads((root / SHARD_INDEX).read_text())["weight_map"]
-    homes = {
-        (layer, expert): {
-            weight_map[f"model.layers.{layer}.mlp.experts.{expert}.{role}_proj.weight"] for role in ROLES
-        }
-        for layer in range(2)
-        for expert in range(8)
-    }
-    assert any(len(files) > 1 for files in homes.values()), "no expert straddles two shards"
-    return root
-
-
-@pytest.fixture
-def copy(sharded: Path, tmp_path: Path) -> Path:
-    """The sharded checkpoint, to be damaged."""
-    return Path(shutil.copytree(sharded, tmp_path / "checkpoint"))
+from extraction.plan import SHARD_INDEX, plan_extraction
 
 
 def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -148,13 +126,12 @@ def _refused(copy: Path, kind: type[ExtractionError], *words: str) -> None:
     assert "\n" not in message
     for word in words:
         assert word in message
-    assert not dest.exists()
-    assert not dest.parent.exists() or not list(dest.parent.iterdir())
+    assert not dest.parent.exists()
 
 
 def test_missing_expert_is_named(copy: Path) -> None:
     _without_tensor(copy, "model.layers.1.mlp.experts.3.up_proj.weight")
-    _refused(copy, TensorsMissing, "layer 1 expert 3 up", "1 tensors are missing")
+    _refused(copy, TensorsMissing, "layer 1 expert 3 up", "1 tensor is missing")
 
 
 def test_missing_shard_is_named(copy: Path) -> None:
@@ -238,4 +215,173 @@ def test_interrupt_leaves_nothing(copy: Path, tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         extract(copy, tmp_path / "out" / "store", progress=interrupt)
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("index_only", [False, True])
+def test_destination_inside_the_source_is_a_store_like_any_other(copy: Path, index_only: bool) -> None:
+    before = sorted(os.listdir(copy))
+    extract(copy, copy / "stores/one", index_only=index_only)
+    assert len(ExpertStore.open(copy / "stores/one").expert_keys()) == 16
+    assert sorted(os.listdir(copy)) == sorted([*before, "stores"])
+    assert os.listdir(copy / "stores") == ["one"]
+
+
+def test_part_of_the_shards_is_refused_by_the_first_that_is_missing(copy: Path) -> None:
+    shards = sorted(copy.glob("*.safetensors"))
+    for shard in shards[3:]:
+        shard.unlink()
+    _refused(copy, CheckpointDamaged, shards[3].name, "is missing")
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", SHARD_INDEX]
+)
+@pytest.mark.parametrize("kind", ["empty", "pipe", "folder", "link out", "deep"])
+def test_description_that_is_none_is_refused_by_name(copy: Path, name: str, kind: str) -> None:
+    path = copy / name
+    path.unlink()
+    if kind == "empty":
+        path.touch()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "deep":
+        path.write_text('{"a": ' + "[" * 300 + "]" * 300 + "}")
+    else:
+        path.symlink_to("/etc/hostname")
+    _refused(copy, ExtractionError, name)
+
+
+def test_empty_shard_is_refused_by_name(copy: Path) -> None:
+    _first_shard(copy).write_bytes(b"")
+    _refused(copy, CheckpointDamaged, _first_shard(copy).name, "0 bytes")
+
+
+def test_expert_of_mixed_dtypes_is_refused(copy: Path) -> None:
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    shard = copy / json.loads((copy / SHARD_INDEX).read_text())["weight_map"][name]
+    tensors = load_file(shard)
+    save_file(tensors | {name: tensors[name].to(torch.bfloat16)}, shard)
+    _refused(copy, TensorUnexpected, name, "differ in dtype")
+
+
+def test_dtype_that_no_kernel_has_is_refused(copy: Path) -> None:
+    shard = _first_shard(copy)
+    tensors = load_file(shard)
+    name = min(tensors)
+    save_file(tensors | {name: tensors[name].to(torch.float64)}, shard)
+    _refused(copy, TensorUnexpected, name, "F64")
+
+
+def test_backbone_of_another_dtype_than_the_experts_is_kept_as_it_is(sharded: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(sharded, tmp_path / "checkpoint"))
+    for shard in copy.glob("*.safetensors"):
+        tensors = load_file(shard)
+        save_file({n: t.half() if ".experts." in n else t.bfloat16() for n, t in tensors.items()}, shard)
+    source = _tensors(copy)
+    extract(copy, tmp_path / "store")
+    store = ExpertStore.open(tmp_path / "store")
+    assert {store.record(key).dtype for key in store.expert_keys()} == {"float16"}
+    for entry in store.component("model").tensors:
+        assert torch.equal(store.read_tensor("model", entry.name), source[entry.source])
+
+
+def test_weird_names_are_quoted_on_one_line(copy: Path) -> None:
+    weird = "a\n\x1b[2J\u202e" + "x" * 10_000
+    shard = _first_shard(copy)
+    _edit_json(copy / SHARD_INDEX, lambda table: table["weight_map"].update({weird: shard.name}))  # type: ignore[attr-defined]
+    _refused(copy, TensorsMissing, r"a\n\x1b[2J\u202ex")
+    save_file(load_file(shard) | {weird: torch.zeros(1)}, shard)
+    _refused(copy, TensorUnexpected, r"a\n\x1b[2J\u202ex", "is not known in family qwen3_moe")
+
+
+@pytest.mark.parametrize("path", ["a\nb.safetensors", "\x1b[2J.safetensors", "x" * 5000, "\ud800", "a\0b"])
+def test_weird_shard_names_are_quoted_on_one_line(copy: Path, path: str) -> None:
+    _edit_json(copy / SHARD_INDEX, lambda table: table["weight_map"].update({"lm_head.weight": path}))  # type: ignore[attr-defined]
+    _refused(copy, ExtractionError, SHARD_INDEX)
+
+
+def test_shards_in_a_folder_below_are_read(copy: Path, tmp_path: Path) -> None:
+    (copy / "part").mkdir()
+    shard = _first_shard(copy)
+    shard.rename(copy / "part" / shard.name)
+    table = json.loads((copy / SHARD_INDEX).read_text())
+    for name, file in table["weight_map"].items():
+        if file == shard.name:
+            table["weight_map"][name] = f"part/{file}"
+    (copy / SHARD_INDEX).write_text(json.dumps(table))
+    assert extract(copy, tmp_path / "store").num_experts == 16
+
+
+def test_read_error_names_the_shard_and_not_the_destination(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pread, first = os.pread, _first_shard(copy)
+
+    def fail_late(descriptor: int, nbytes: int, offset: int) -> bytes:
+        if offset > 8 and os.path.samestat(os.fstat(descriptor), first.stat()):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return pread(descriptor, nbytes, offset)
+
+    monkeypatch.setattr(os, "pread", fail_late)
+    _refused(copy, CheckpointDamaged, first.name, "cannot be read at offset", "Input/output error")
+
+
+def test_folder_that_may_not_be_read_is_not_called_incomplete(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    _refused(copy, PathRefused, str(copy), "Permission denied")
+
+
+def test_few_of_many_shards_are_open_at_a_time(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("extraction.extract.MAX_OPEN_SHARDS", 2)
+    most = 0
+
+    def count(done: int, total: int) -> None:
+        nonlocal most
+        links = [path for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+        most = max(most, sum(os.path.realpath(path).startswith(str(copy)) for path in links))
+
+    assert len(list(copy.glob("*.safetensors"))) > 4
+    assert extract(copy, tmp_path / "store", progress=count).num_experts == 16
+    assert most <= 2
+
+
+def test_disk_that_is_full_in_any_phase_leaves_nothing(
+    copy: Path, mount_disk: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the first weights to the manifest, on a disk that really is full."""
+    disk = mount_disk("size=16k")
+    free_bytes = atomic_folder.free_bytes
+    outcomes = []
+    for size_kib in [*range(16, 900, 90), *range(640, 760, 10)]:
+        mount_disk(f"remount,size={size_kib}k")
+        answers = [1 << 40]
+        monkeypatch.setattr(
+            atomic_folder, "free_bytes", lambda path, a=answers: a.pop() if a else free_bytes(path)
+        )
+        try:
+            extract(copy, disk / "store")
+        except DiskFull as error:
+            outcomes.append(False)
+            assert error.needed > error.free
+            assert os.listdir(disk) == []
+        else:
+            outcomes.append(True)
+            assert len(ExpertStore.open(disk / "store").expert_keys()) == 16
+            shutil.rmtree(disk / "store")
+    assert {True, False} == set(outcomes)
+
+
+def test_space_that_is_asked_for_is_enough_and_not_much_more(sharded: Path, tmp_path: Path) -> None:
+    for kind in ("copied", "indexed"):
+        root = tmp_path / kind
+        extract(sharded, root, index_only=kind == "indexed")
+        needed = space_needed(plan_extraction(sharded), kind)  # type: ignore[arg-type]
+        taken = sum(path.stat().st_size for path in root.rglob("*"))
+        assert taken <= needed < taken + (1 << 20)

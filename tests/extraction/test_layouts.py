@@ -37,6 +37,8 @@ def test_backbone_tensor_loses_the_leading_model() -> None:
         ("model.layers.0.mlp.gate.bias", (8,)),
         ("model.norm.weight", (65,)),
         ("something.else", (1,)),
+        ("model.layers.01.mlp.experts.7.down_proj.weight", (64, 24)),
+        ("model.layers.1.mlp.experts.٧.down_proj.weight", (64, 24)),
     ],
 )
 def test_tensor_that_the_configuration_does_not_imply_is_refused(name: str, shape: tuple[int, ...]) -> None:
@@ -77,6 +79,15 @@ def test_unknown_family_lists_the_known_ones() -> None:
         {"num_experts": True},
         {"num_hidden_layers": 10**6, "num_experts": 10**6},
         {"decoder_sparse_step": 0},
+        {"decoder_sparse_step": "2"},
+        {"num_hidden_layers": 1 << 17, "num_experts": 2},
+        {"num_experts_per_tok": None},
+        {"num_experts_per_tok": 9},
+        {"mlp_only_layers": 5},
+        {"mlp_only_layers": "ab"},
+        {"mlp_only_layers": [[1]]},
+        {"tie_word_embeddings": "false"},
+        {"intermediate_size": 0, "mlp_only_layers": [0]},
     ],
 )
 def test_damaged_configuration_is_refused_before_anything_is_built(damage: dict[str, Any]) -> None:

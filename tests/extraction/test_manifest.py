@@ -13,8 +13,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from extraction import manifest
 from extraction.errors import ExtractionError, ManifestInvalid, PathRefused
-from extraction.manifest import INDEX_NAME, INDEX_SCHEMA, MANIFEST_NAME, read_expert_index, read_manifest
+from extraction.manifest import (
+    INDEX_NAME,
+    INDEX_SCHEMA,
+    MANIFEST_NAME,
+    check_files,
+    read_expert_index,
+    read_manifest,
+)
 
 
 @pytest.fixture
@@ -34,13 +42,13 @@ def _replace_index(store: Path, table: pa.Table, *, with_arrow_schema: bool = Fa
     pq.write_table(table, store / INDEX_NAME, store_schema=with_arrow_schema)
     raw = (store / INDEX_NAME).read_bytes()
     entry = {"nbytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
-    _edit(store, lambda manifest: manifest["files"].update({INDEX_NAME: entry}))
+    _edit(store, lambda table: table["files"].update({INDEX_NAME: entry}))
 
 
 def test_manifest_round_trips(store: Path) -> None:
-    manifest = read_manifest(store)
-    assert (manifest.family, manifest.kind, manifest.source_root) == ("qwen3_moe", "copied", None)
-    assert len(read_expert_index(store, manifest)) == 16
+    read = read_manifest(store)
+    assert (read.family, read.kind, read.source_root) == ("qwen3_moe", "copied", None)
+    assert len(read_expert_index(store, read)) == 16
 
 
 @pytest.mark.parametrize(
@@ -51,15 +59,31 @@ def test_manifest_round_trips(store: Path) -> None:
         (lambda m: m.pop("family"), "family"),
         (lambda m: m["components"][0]["tensors"][0].update(file="../x"), "leads out"),
         (lambda m: m["components"][0]["tensors"][0].update(offset=-1), "offset"),
-        (lambda m: m["files"].update({"/etc/passwd": {"nbytes": 1, "sha256": ""}}), "leads out"),
+        (lambda m: m["components"][0]["tensors"][0].update(offset=1 << 63), "offset"),
+        (lambda m: m["components"][0]["tensors"][0].update(shape=[1 << 40]), "do not hold"),
+        (lambda m: m["components"][0]["tensors"][0].update(shape=[1 << 59] * 1000), "shape"),
+        (lambda m: m["components"][0]["tensors"][0].update(shape=[-2, -4]), "shape"),
+        (lambda m: m["components"][0]["tensors"][0].update(sha256=None), "without a hash"),
+        (lambda m: m["components"][0]["tensors"][0].update(sha256=""), "sha256"),
+        (lambda m: m["components"][0]["tensors"][0].update(file="a\x1b[31m"), "control characters"),
+        (lambda m: m["components"][0]["tensors"][0].update(file="a" * 2000), "too long"),
+        (lambda m: m["components"][0]["tensors"].append(m["components"][0]["tensors"][0]), "twice"),
+        (lambda m: m["components"].append(m["components"][0]), "a component twice"),
+        (lambda m: m["components"][0].update(name="x y"), "name"),
+        (lambda m: m.update(source_root="/tmp"), "does not use"),
+        (lambda m: m.update(kind="indexed"), "names no folder"),
+        (lambda m: m.update(kind="indexed", source_root="relative"), "no absolute path"),
+        (lambda m: m.update({"x\n\x1b" * 1000: 1}), "Extra inputs"),
+        (lambda m: m["files"].update({"/etc/passwd": {"nbytes": 1, "sha256": "0" * 64}}), "leads out"),
     ],
 )
 def test_manifest_that_no_extraction_writes_is_refused(
     store: Path, edit: Callable[[dict[str, Any]], Any], reason: str
 ) -> None:
     _edit(store, edit)
-    with pytest.raises(ManifestInvalid, match=reason):
+    with pytest.raises(ManifestInvalid, match=reason) as caught:
         read_manifest(store)
+    assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe", b"[" * 100_000])
@@ -74,6 +98,17 @@ def test_manifest_that_is_a_link_out_is_refused(store: Path, tmp_path: Path) -> 
     (store / MANIFEST_NAME).symlink_to(tmp_path / "elsewhere.json")
     with pytest.raises(PathRefused):
         read_manifest(store)
+
+
+def test_listed_file_behind_a_folder_that_links_out_is_refused(store: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "secret").write_bytes(b"secret")
+    (store / "folder").symlink_to(outside)
+    entry = {"nbytes": 6, "sha256": hashlib.sha256(b"secret").hexdigest()}
+    _edit(store, lambda table: table["files"].update({"folder/secret": entry}))
+    with pytest.raises(PathRefused, match="leads out"):
+        check_files(store, read_manifest(store))
 
 
 def test_altered_index_is_refused_before_it_is_parsed(store: Path) -> None:
@@ -117,6 +152,16 @@ def test_index_with_an_extension_type_is_refused(store: Path) -> None:
         lambda row: row["parts"][0].update(file="../../etc/passwd"),
         lambda row: row["parts"][0].update(offset=-4096),
         lambda row: row["parts"][0].update(nbytes=1 << 62),
+        lambda row: [part.update(nbytes=1 << 62) for part in row["parts"]],
+        lambda row: [part.update(nbytes=3) for part in row["parts"]],
+        lambda row: row["parts"][0].update(offset=(1 << 63) - 1),
+        lambda row: row["parts"][0].update(file="a\nb"),
+        lambda row: row.update(layer=-1),
+        lambda row: row.update(expert=-1),
+        lambda row: row.update(component="x" * 5000),
+        lambda row: row.update(sha256=None),
+        lambda row: row.update(sha256=""),
+        lambda row: row.update(parts=[None, None, None]),
         lambda row: row["parts"].pop(),
         lambda row: row["parts"].reverse(),
     ],
@@ -129,6 +174,30 @@ def test_index_row_that_no_extraction_writes_is_refused(
     _replace_index(store, pa.Table.from_pylist(rows, schema=INDEX_SCHEMA))
     with pytest.raises(ExtractionError):
         read_expert_index(store, read_manifest(store))
+
+
+def test_few_bytes_that_stand_for_very_many_rows_are_refused(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal rows take hardly any space in the file, and all of it in memory."""
+    monkeypatch.setattr(manifest, "MAX_INDEX_ROWS", 10_000)
+    table = pq.read_table(store / INDEX_NAME)
+    _replace_index(store, pa.concat_tables([table.slice(0, 1)] * 10_001).combine_chunks())
+    assert (store / INDEX_NAME).stat().st_size < 1 << 16
+    with pytest.raises(ManifestInvalid, match="more than"):
+        read_expert_index(store, read_manifest(store))
+
+
+@pytest.mark.parametrize("offset", [60, 200, 500])
+def test_damaged_page_with_a_fitting_hash_is_refused_not_a_crash(store: Path, offset: int) -> None:
+    raw = bytearray((store / INDEX_NAME).read_bytes())
+    raw[offset : offset + 40] = bytes(40)
+    (store / INDEX_NAME).write_bytes(raw)
+    entry = {"nbytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    _edit(store, lambda table: table["files"].update({INDEX_NAME: entry}))
+    with pytest.raises(ManifestInvalid) as caught:
+        read_expert_index(store, read_manifest(store))
+    assert str(caught.value).isprintable()
 
 
 def test_index_that_lists_an_expert_twice_is_refused(store: Path) -> None:

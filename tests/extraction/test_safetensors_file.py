@@ -55,6 +55,12 @@ def _entry(begin: int, end: int, shape: list[object] | None = None, dtype: str =
     return {"dtype": dtype, "shape": [end - begin] if shape is None else shape, "data_offsets": [begin, end]}
 
 
+def _repeated() -> bytes:
+    """The same name with two meanings."""
+    text = b'{"a": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}, "a": 7}'
+    return struct.pack("<Q", len(text)) + text + b"abcd"
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -71,6 +77,11 @@ def _entry(begin: int, end: int, shape: list[object] | None = None, dtype: str =
         (_file({"a": _entry(0, 4, [True, 4])}, b"abcd"), "no whole number"),
         (_file({"a": _entry(0, 4, dtype="PICKLE")}, b"abcd"), "unknown entry"),
         (_file({"a": 7}, b""), "unknown entry"),
+        (_file({"a": _entry(0, 4, [1] * 17 + [4])}, b"abcd"), "no whole number"),
+        (_file({"a": _entry(0, 4, [10**4000] * 50)}, b"abcd"), "no whole number"),
+        (_file({"a": _entry(1 << 64, (1 << 64) + 4, [4])}, b"abcd"), "no whole number"),
+        (_repeated(), "names 'a' twice"),
+        (_file({"\ud800": _entry(0, 0)}, b""), "surrogate"),
         (_file({"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1, 2]}}, b"a"), "unknown entry"),
     ],
 )
