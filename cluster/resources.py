@@ -103,6 +103,7 @@ def _deployment(num_threads: int) -> dict[str, Any]:
             "num_cpus": NO_CPUS,
             "runtime_env": {"env_vars": process_environment(num_threads)},
         },
+        "max_constructor_retry_count": 1,
         "graceful_shutdown_timeout_s": 600.0,
         "graceful_shutdown_wait_loop_s": 0.5,
         "health_check_period_s": 5.0,

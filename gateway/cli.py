@@ -15,7 +15,7 @@ import typer
 
 from cluster.errors import ClusterError
 from experts.errors import ExpertError
-from extraction.errors import ExtractionError
+from extraction.errors import ExtractionError, one_line
 from gateway.errors import GatewayError
 from router.errors import RouterError
 
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    sys.stderr.write(f"error: {one_line(message)}\n")
     sys.exit(1)
 
 

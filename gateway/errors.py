@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 
 class GatewayError(Exception):
@@ -107,6 +108,20 @@ class AddressUnusable(GatewayError):
 
     def __str__(self) -> str:
         return f"cannot listen on {self.host}: {self.reason}"
+
+
+class DeploymentFailed(GatewayError):
+    """Ray Serve could not start the router or the gateway. `reason` is Serve's text with the replica's stack."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        """The last lines say what was raised; those before are Ray's way there."""
+        lines = [line.strip() for line in self.reason.splitlines() if line.strip()]
+        raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception|[a-z]\w*\.errors\.\w+): ", line)]
+        return f"the service could not be deployed: {(raised or lines or ['no reason given'])[-1]}"
 
 
 class ModelFileInvalid(GatewayError):

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.errors import ClusterError
 from experts.numerics import num_cores
 from experts.store import ExpertStore
-from gateway.errors import AddressUnusable, PortTaken
+from gateway.errors import AddressUnusable, DeploymentFailed, PortTaken
 from router.loading import MODEL_COMPONENT, EngineOptions, stored_dtype
 from router.model_config import read_model_config
 
@@ -51,7 +52,7 @@ def running_service(options: ServiceOptions) -> Iterator[None]:
     """The service, ready to answer, for as long as the context lasts.
 
     Raises PortTaken or AddressUnusable, what reading the store raises, ConfigUnsupported, ActorsNotStarted, or
-    RuntimeError when Serve cannot deploy (its message names the cause).
+    DeploymentFailed.
     """
     _check_address(options.host, options.port)
     store = ExpertStore.open(options.store_root)
@@ -68,8 +69,6 @@ def running_service(options: ServiceOptions) -> Iterator[None]:
         start_ray(options.ray_address, options.num_cpus)
         stack.enter_context(interruptible())  # again: Ray has put its own handler in place
 
-        import ray
-
         from cluster.supervisor import ServiceSpec, start_supervisor, stop_supervisor
 
         spec = ServiceSpec(
@@ -83,13 +82,22 @@ def running_service(options: ServiceOptions) -> Iterator[None]:
         )
         if options.num_actors:
             stack.callback(stop_supervisor)
-            supervisor = start_supervisor(spec)
-            ray.get(supervisor.wait_ready.remote())
+            _wait_for_actors(start_supervisor(spec))
         _deploy(options, dtype, threads.router, stack)
         yield
     finally:
         with _undisturbed():
             stack.close()
+
+
+def _wait_for_actors(supervisor: Any) -> None:
+    import ray
+
+    try:
+        ray.get(supervisor.wait_ready.remote())
+    except ray.exceptions.RayTaskError as error:
+        # Ray's error carries the supervisor's stack; what it raised is the message for the user.
+        raise (error.cause if isinstance(error.cause, ClusterError) else error) from error
 
 
 def _deploy(options: ServiceOptions, dtype: str, num_threads: int, stack: ExitStack) -> None:
@@ -107,7 +115,12 @@ def _deploy(options: ServiceOptions, dtype: str, num_threads: int, stack: ExitSt
     stack.callback(_quietly, serve.shutdown)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(http_options=HTTPOptions(host=options.host, port=options.port, request_timeout_s=3600.0))
-    serve.run(build_application(spec, num_threads), name=APP_NAME, route_prefix="/")
+    try:
+        serve.run(build_application(spec, num_threads), name=APP_NAME, route_prefix="/")
+    except RuntimeError as error:
+        deployments = serve.status().applications[APP_NAME].deployments.values()
+        reasons = [deployment.message for deployment in deployments if deployment.message]
+        raise DeploymentFailed(reasons[0] if reasons else str(error)) from error
 
 
 def _check_address(host: str, port: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,3 +96,19 @@ def test_interrupted_demo_leaves_no_process(stories_store: Path) -> None:
     _, left = _interrupt(process)
     assert process.returncode == 130
     assert not left
+
+
+def test_service_that_cannot_be_deployed_says_why_in_one_line(
+    stories_store: Path, tmp_path: Path, free_port: int
+) -> None:
+    store = Path(shutil.copytree(stories_store, tmp_path / "store"))
+    weights = store / "backbone" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    process = _start("gateway.cli", "serve", str(store), "--port", str(free_port))
+    output, _ = process.communicate(timeout=STOP_TIMEOUT_S)
+    assert process.returncode == 1
+    assert output.startswith("error: the service could not be deployed: ")
+    assert "was altered" in output
+    assert output.count("\n") == 1
