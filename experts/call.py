@@ -43,6 +43,8 @@ class ExpertCall:
             raise ValueError(f"{len(self.experts)} experts but {len(self.counts)} counts")
         if any(low >= high for low, high in zip(self.experts, self.experts[1:], strict=False)):
             raise ValueError("experts are not distinct and ascending")
+        if not self.counts:
+            raise ValueError("the call asks for no rows")
         if any(count < 1 for count in self.counts) or sum(self.counts) != self.num_rows:
             raise ValueError(f"counts {self.counts} do not cover {self.num_rows} rows")
         num_tokens = self.tokens_TD.shape[0]

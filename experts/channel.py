@@ -34,7 +34,6 @@ class TransportLimits:
     """A peer that sends nothing for so many intervals is taken for lost."""
     connect_timeout_s: float = 3.0
     handshake_timeout_s: float = 5.0
-    call_timeout_s: float = 30.0
     idle_timeout_s: float = 10.0
     """A server closes a connection on which it hears nothing, heartbeats included, for this long."""
     max_unproven: int = 16
@@ -45,6 +44,10 @@ class TransportLimits:
         for name, value in vars(self).items():
             if not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}, must be above 0")
+        if self.heartbeat_interval_s < SHORTEST_WAIT_S:
+            raise ValueError(
+                f"heartbeat_interval_s is {self.heartbeat_interval_s}, at least {SHORTEST_WAIT_S}"
+            )
 
     @property
     def silence_s(self) -> float:
@@ -121,7 +124,12 @@ class Channel:
             except OSError as error:
                 raise self._lost(error) from error
             if sent != sum(map(len, parts)):
-                self._send_rest(parts, sent, deadline_s)
+                try:
+                    self._send_rest(parts, sent, deadline_s)
+                except LinkLost as loss:
+                    # Before another thread may send: its heartbeat would be taken for the rest of this frame.
+                    self.end(loss.reason)
+                    raise
 
     def send_short(self, frame: bytes) -> None:
         """Send a heartbeat or goodbye without waiting; leave it out when another frame is on its way."""
@@ -134,7 +142,7 @@ class Channel:
         except BlockingIOError:
             pass  # the peer has unread frames enough to know that we live
         except OSError as error:
-            self.end(str(error))
+            self.end(error.strerror or str(error))
         finally:
             self._sending.release()
 

@@ -104,13 +104,10 @@ def hear_out(channel: Channel, secret: bytes, deadline_s: float) -> Stranger:
     return Stranger(header.incarnation, nonces)
 
 
-def welcome(
-    channel: Channel, secret: bytes, stranger: Stranger, info: ServiceInfo, max_rows: int, deadline_s: float
-) -> None:
-    """End the actor's side: prove the secret in turn and announce the service."""
-    body = _encode_info(info, max_rows)
-    proof = prove(secret, ACTOR, stranger.incarnation, stranger.nonces, body)
-    _send(channel, Header(Kind.WELCOME, incarnation=stranger.incarnation), proof + body, deadline_s)
+def welcome(channel: Channel, secret: bytes, stranger: Stranger, info: bytes, deadline_s: float) -> None:
+    """End the actor's side: prove the secret in turn and announce the service. info: from `encode_info`."""
+    proof = prove(secret, ACTOR, stranger.incarnation, stranger.nonces, info)
+    _send(channel, Header(Kind.WELCOME, incarnation=stranger.incarnation), proof + info, deadline_s)
 
 
 def refuse(channel: Channel, code: ErrorCode, deadline_s: float) -> None:
@@ -150,7 +147,8 @@ def _receive_body(channel: Channel, body_bytes: int, deadline_s: float) -> bytes
     return bytes(body)
 
 
-def _encode_info(info: ServiceInfo, max_rows: int) -> bytes:
+def encode_info(info: ServiceInfo, max_rows: int) -> bytes:
+    """What a welcome announces. Raises ValueError when it says too much for one."""
     facts = {
         "width": info.width,
         "dtype": str(info.dtype).removeprefix("torch."),
@@ -170,15 +168,21 @@ def _decode_info(body: bytes, incarnation: int, limits: TransportLimits) -> tupl
         facts = json.loads(body)
         width, max_rows = facts["width"], facts["max_rows"]
         dtype, numerics_class = _DTYPES_BY_NAME[facts["dtype"]], facts["numerics_class"]
-        components = tuple(facts["components"])
-    except (ValueError, KeyError, TypeError) as error:
+        components = facts["components"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise FrameFault("welcome without a usable description of the service") from error
     if not (_is_count(width, limits.max_width) and _is_count(max_rows, 2**32 - 1)):
         raise FrameFault(f"welcome with width {width!r} and at most {max_rows!r} rows")
-    if not components or not all(isinstance(name, str) for name in (*components, numerics_class)):
+    if not isinstance(components, list) or not components:
+        raise FrameFault("welcome without components")
+    if not all(isinstance(name, str) for name in (*components, numerics_class)):
         raise FrameFault("welcome with components or a numerics class that are no names")
-    info = ServiceInfo(width, dtype, numerics_class, components)
-    return info, Agreement(incarnation, width, dtype, components, min(max_rows, limits.max_rows_per_frame))
+    info = ServiceInfo(width, dtype, numerics_class, tuple(components))
+    try:
+        max_rows = min(max_rows, limits.max_rows_per_frame)
+        return info, Agreement(incarnation, width, dtype, info.components, max_rows)
+    except ValueError as error:
+        raise FrameFault(f"welcome with what a frame cannot hold: {error}") from error
 
 
 def _is_count(value: object, highest: int) -> bool:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch import Tensor
 from experts.call import ExpertCall
 from experts.directory import DirectoryStats
 from experts.errors import TransportError
-from experts.transport import Endpoint, ExpertConnection, TransportLimits
+from experts.transport import Endpoint, ExpertConnection, ServiceInfo, TransportLimits
 from experts.worker import ExpertWorker
 from extraction.manifest import ExpertKey
 
@@ -79,8 +80,15 @@ def _share(call: ExpertCall, indices: list[int], starts: list[int]) -> Share:
     return Share(part, tuple(rows))
 
 
+class _View(NamedTuple):
+    """What a call reads once: every owner that has a connection announced all components that it owns."""
+
+    owner: Mapping[ExpertKey, str]
+    connections: Mapping[str, ExpertConnection]
+
+
 class RemoteDirectory:
-    """Long-lived connections to the actors of a roster, tended by a thread of its own."""
+    """Long-lived connections to the actors of a roster, tended by a thread of its own. Any thread may call."""
 
     def __init__(
         self,
@@ -92,14 +100,20 @@ class RemoteDirectory:
         call_timeout_s: float = 30.0,
         on_lost: Callable[[str], None] = lambda name: None,
     ) -> None:
-        """local: computes what no actor does. on_lost: called with an actor's name when its connection failed."""
+        """local: computes what no actor does.
+
+        on_lost: called with an actor's name when its connection failed, maybe more than once, on the thread that
+        noticed. It must neither wait nor raise.
+        """
         self._local = local
         self._secret = secret
         self._limits = limits or TransportLimits()
         self._call_timeout_s = call_timeout_s
         self._on_lost = on_lost
-        self._connections: dict[str, ExpertConnection] = {}
-        self._roster = Roster(-1, {}, {})
+        self._view = _View({}, {})
+        self._roster_version = -1
+        self._refused: frozenset[Endpoint] = frozenset()
+        """Actors that cannot compute what is wanted of them; not asked again in the same incarnation."""
         self._changes = threading.Lock()
         self._local_rows = self._remote_rows = self._failovers = 0
         self._hop_seconds = 0.0
@@ -114,53 +128,67 @@ class RemoteDirectory:
 
     def connected(self) -> frozenset[str]:
         """Names of the actors that calls can go to now."""
-        return frozenset(name for name, link in list(self._connections.items()) if link.is_open)
+        return frozenset(name for name, link in self._view.connections.items() if link.is_open)
 
     def update(self, roster: Roster) -> None:
         """Follow a newer roster: connect to actors that are new or restarted, drop those that are gone.
 
-        An actor that cannot be reached is left out, and its experts are computed here. Any thread may call.
+        An actor that cannot be reached, or does not fit the worker in this process, is left out, and its experts
+        are computed here.
         """
         with self._changes:
-            if roster.version < self._roster.version:
+            if self._closing.is_set() or roster.version < self._roster_version:
                 return
-            connections = dict(self._connections)
-            for name, link in list(connections.items()):
-                if roster.endpoints.get(name) != link.endpoint or not link.is_open:
-                    connections.pop(name).close()
+            self._roster_version = roster.version
+            self._refused = self._refused.intersection(roster.endpoints.values())
+            components = _components_by_owner(roster.owner)
+            before = self._view.connections
+            kept = {
+                name: link
+                for name, link in before.items()
+                if link.is_open
+                and roster.endpoints.get(name) == link.endpoint
+                and self._is_fit(link.endpoint, link.info, components.get(name, frozenset()))
+            }
+            self._view = _View(roster.owner, kept)
+            for name, link in before.items():
+                if name not in kept:
+                    link.close()
             for name, endpoint in roster.endpoints.items():
-                if name not in connections and (new := self._connect(endpoint)) is not None:
-                    connections[name] = new
-            self._roster, self._connections = roster, connections
+                if name not in kept and endpoint not in self._refused and not self._closing.is_set():
+                    self._add(name, endpoint, components.get(name, frozenset()))
 
     def run(self, call: ExpertCall) -> Tensor:
         """See ExpertDirectory.run."""
-        connections = self._connections
+        owner, connections = self._view
         present = frozenset(name for name, link in connections.items() if link.is_open)
-        shares = split_by_owner(call, self._roster.owner, present)
-        if list(shares) == [None]:
+        shares = split_by_owner(call, owner, present)
+        if not shares or list(shares) == [None]:
             return self._run_local(call)
-        asked = {
-            name: self._start(connections[name], share) for name, share in shares.items() if name is not None
-        }
         results: list[tuple[Share, Tensor]] = []
+        asked: list[str] = []
+        failed: list[str] = []
         try:
+            # By name, since a connection is held until its answer: two threads in two orders would wait for ever.
+            for name in sorted(name for name in shares if name is not None):
+                (asked if self._start(connections[name], shares[name]) else failed).append(name)
             if None in shares:
                 results.append((shares[None], self._run_local(shares[None].call)))
-            waiting_since = time.perf_counter()
-            for name, is_asked in list(asked.items()):
-                rows = self._finish(connections[name], shares[name]) if is_asked else None
-                del asked[name]
+            while asked:
+                rows = self._finish(connections[asked[0]], shares[asked[0]])
+                name = asked.pop(0)
                 if rows is None:
-                    self._failovers += 1
-                    self._on_lost(name)
-                    rows = self._run_local(shares[name].call)
-                results.append((shares[name], rows))
-            self._hop_seconds += time.perf_counter() - waiting_since
+                    failed.append(name)
+                else:
+                    results.append((shares[name], rows))
         finally:
             # Only after an error: an answer that nobody waits for must not be taken for the next call's.
             for name in asked:
                 connections[name].close()
+        for name in failed:
+            self._failovers += 1
+            self._report(name, connections[name])
+            results.append((shares[name], self._run_local(shares[name].call)))
         return _join(results, call.num_rows)
 
     def stats(self) -> DirectoryStats:
@@ -170,16 +198,21 @@ class RemoteDirectory:
         self._closing.set()
         self._tender.join()
         with self._changes:
-            for link in self._connections.values():
+            _, connections = self._view
+            self._view = _View({}, {})
+            for link in connections.values():
                 link.close()
-            self._connections = {}
 
-    def _connect(self, endpoint: Endpoint) -> ExpertConnection | None:
+    def _add(self, name: str, endpoint: Endpoint, components: frozenset[str]) -> None:
+        """Connect to an actor; calls and heartbeats go there from now on."""
         try:
             link = ExpertConnection(endpoint, secret=self._secret, limits=self._limits)
         except TransportError as error:
             logger.warning("cannot reach expert actor %s: %s", endpoint.name, error)
-            return None
+            return
+        if not self._is_fit(endpoint, link.info, components):
+            link.close()
+            return
         if link.info.numerics_class != self._local.numerics_class:
             logger.warning(
                 "expert actor %s computes in another numerics class (%s, here %s): results are not bitwise equal",
@@ -187,7 +220,26 @@ class RemoteDirectory:
                 link.info.numerics_class,
                 self._local.numerics_class,
             )
-        return link
+        owner, connections = self._view
+        self._view = _View(owner, {**connections, name: link})
+
+    def _is_fit(self, endpoint: Endpoint, info: ServiceInfo, components: frozenset[str]) -> bool:
+        """Whether an actor computes the components that it owns as this process does; says so when it does not."""
+        widths = self._local._widths
+        reasons = [f"has no component {name!r}" for name in sorted(components.difference(info.components))]
+        if info.dtype != self._local.dtype:
+            reasons.append(f"computes in {info.dtype}, here {self._local.dtype}")
+        for name in info.components:
+            if widths.get(name) != info.width:
+                reasons.append(f"has component {name!r} of width {info.width}, here {widths.get(name)}")
+        if reasons:
+            logger.warning(
+                "expert actor %s is refused, its experts are computed here: it %s",
+                endpoint.name,
+                "; ".join(reasons),
+            )
+            self._refused |= {endpoint}
+        return not reasons
 
     def _run_local(self, call: ExpertCall) -> Tensor:
         self._local_rows += call.num_rows
@@ -202,19 +254,32 @@ class RemoteDirectory:
         return True
 
     def _finish(self, link: ExpertConnection, share: Share) -> Tensor | None:
+        waiting_since = time.perf_counter()
         try:
             rows = link.finish()
         except TransportError as error:
             logger.warning("expert actor %s did not answer, computing here: %s", link.endpoint.name, error)
             return None
+        finally:
+            self._hop_seconds += time.perf_counter() - waiting_since
         self._remote_rows += share.call.num_rows
         return rows
 
     def _tend(self) -> None:
         while not self._closing.wait(self._limits.heartbeat_interval_s):
-            for name, link in list(self._connections.items()):
+            for name, link in self._view.connections.items():
                 if link.is_open and not link.tend():
-                    self._on_lost(name)
+                    self._report(name, link)
+
+    def _report(self, name: str, link: ExpertConnection) -> None:
+        """Tell of a lost connection, but not of one that still stands or that was closed here on purpose."""
+        if not link.is_open and self._view.connections.get(name) is link:
+            self._on_lost(name)
+
+
+def _components_by_owner(owner: Mapping[ExpertKey, str]) -> dict[str, frozenset[str]]:
+    pairs = {(name, key.component) for key, name in owner.items()}
+    return {name: frozenset(component for of, component in pairs if of == name) for name, _ in pairs}
 
 
 def _join(results: list[tuple[Share, Tensor]], num_rows: int) -> Tensor:

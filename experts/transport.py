@@ -35,6 +35,7 @@ from experts.errors import (
     RemoteExpertError,
 )
 from experts.frame import (
+    MAX_DEADLINE_US,
     Agreement,
     ErrorCode,
     Header,
@@ -50,7 +51,16 @@ from experts.frame import (
     rows_header,
     split_by_rows,
 )
-from experts.handshake import ServiceInfo, check_secret, hear_out, introduce, refuse, welcome
+from experts.handshake import (
+    ServiceInfo,
+    Stranger,
+    check_secret,
+    encode_info,
+    hear_out,
+    introduce,
+    refuse,
+    welcome,
+)
 
 __all__ = ["Endpoint", "ExpertConnection", "ExpertServer", "ServiceInfo", "TransportLimits"]
 
@@ -100,6 +110,7 @@ class ExpertConnection:
         self._unsent: deque[ExpertCall] = deque()
         self._num_rows_due = 0
         self._timeout_s = self._deadline_s = math.inf
+        self._timeout_us = 0
 
     @property
     def is_open(self) -> bool:
@@ -110,17 +121,20 @@ class ExpertConnection:
 
         Raises PeerLost; ValueError when the call does not fit what was agreed, and then nothing was sent.
         """
+        if not timeout_s > 0:
+            raise ValueError(f"a call cannot be answered within {timeout_s} s")
         self._reading.acquire()
         try:
             self._unsent = deque(split_by_rows(call, self._agreed.max_rows))
             self._timeout_s = timeout_s
+            self._timeout_us = max(1, round(min(timeout_s * 1e6, MAX_DEADLINE_US)))
             self._send_part()
             self._is_asked = True
         except (LinkLost, FrameFault) as error:
             raise self._lost(error) from error
         finally:
             if not self._is_asked:
-                self._reading.release()
+                self._stop_reading()
 
     def finish(self) -> Tensor:
         """The rows of the call that was started. Raises PeerLost, or RemoteExpertError (the connection stays good)."""
@@ -135,7 +149,7 @@ class ExpertConnection:
         finally:
             self._is_asked = False
             self._unsent.clear()
-            self._reading.release()
+            self._stop_reading()
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def tend(self) -> bool:
@@ -149,7 +163,7 @@ class ExpertConnection:
             except (LinkLost, FrameFault) as error:
                 logger.warning("%s", self._lost(error))
             finally:
-                self._reading.release()
+                self._stop_reading()
         return self._is_open
 
     def close(self) -> None:
@@ -160,17 +174,24 @@ class ExpertConnection:
         self._channel.end("closed here")
         if self._reading.acquire(blocking=False):
             self._channel.close()
-            self._reading.release()
             if self._is_asked:  # by this same thread, or the lock would not have been free
                 self._is_asked = False
                 self._reading.release()
+            self._reading.release()
+
+    def _stop_reading(self) -> None:
+        """Let go of the lock; if `close` was called meanwhile and could not have it, the socket is released here."""
+        self._reading.release()
+        if not self._is_open and self._reading.acquire(blocking=False):
+            self._channel.close()
+            self._reading.release()
 
     def _send_part(self) -> None:
         if not self._is_open:
             raise LinkLost("closed here")
         part = self._unsent.popleft()
         tokens_TD = part.tokens_TD.contiguous()
-        head = encode_call(part, self._agreed, self._sequence + 1, round(self._timeout_s * 1e6))
+        head = encode_call(part, self._agreed, self._sequence + 1, self._timeout_us)
         self._sequence += 1
         self._num_rows_due = part.num_rows
         self._deadline_s = time.monotonic() + self._timeout_s
@@ -180,6 +201,8 @@ class ExpertConnection:
         expected = rows_header(self._agreed, self._sequence, self._num_rows_due)
         header = self._next_header()
         while header.kind == Kind.HEARTBEAT:
+            if time.monotonic() >= self._deadline_s:  # heartbeats without a pause would put it off for ever
+                raise LinkLost("the deadline passed")
             header = self._next_header()
         if header.kind == Kind.ERROR:
             raise self._remote_error(header)
@@ -233,17 +256,22 @@ class ExpertServer:
         port: int = 0,
         limits: TransportLimits | None = None,
     ) -> None:
-        """Binds at once (port 0: a free one), listens from `start` on. Raises OSError, or ValueError for the secret."""
+        """Binds at once (port 0: a free one), lets peers in from `start` on.
+
+        Raises OSError; ValueError for the secret, or for an info that cannot be announced.
+        """
         check_secret(secret)
-        self._compute, self._info, self._secret = compute, info, secret
+        self._compute, self._secret = compute, secret
         self._limits = limits or TransportLimits()
         max_rows = self._limits.max_rows_per_frame
         self._agreed = Agreement(incarnation, info.width, info.dtype, info.components, max_rows)
+        self._announcement = encode_info(info, max_rows)
         self._listener = socket.create_server((host, port), backlog=128)
         self.port: int = self._listener.getsockname()[1]
         self._members = threading.Lock()
         self._unproven: dict[Channel, None] = {}
-        self._proven: dict[Channel, None] = {}
+        self._proven: dict[Channel, bool] = {}
+        """Whether the peer was welcomed, before which it expects no other frame."""
         self._closing = threading.Event()
         self._threads = [
             threading.Thread(target=self._accept, name="expert-accept", daemon=True),
@@ -269,8 +297,7 @@ class ExpertServer:
         self._listener.close()
         goodbye = _short_frame(Kind.GOODBYE, self._agreed)
         with self._members:
-            for channel in self._proven:
-                channel.send_short(goodbye)
+            self._tell_welcomed(goodbye)
             for channel in (*self._proven, *self._unproven):
                 channel.end("the server stops")
         for thread in self._threads:
@@ -296,12 +323,22 @@ class ExpertServer:
             connected.close()
             return
         with self._members:
+            if self._closing.is_set():  # `stop` ends only those that it finds here
+                channel.close()
+                return
             if len(self._unproven) >= self._limits.max_unproven:
-                next(iter(self._unproven)).end("it took too long to prove the secret, and others are waiting")
+                oldest = next(iter(self._unproven))
+                del self._unproven[oldest]  # at once: its thread may take a while to notice
+                oldest.end("it took too long to prove the secret, and others are waiting")
             self._unproven[channel] = None
-        threading.Thread(
+        thread = threading.Thread(
             target=self._attend, args=(channel, peer), name=f"expert-peer-{peer}", daemon=True
-        ).start()
+        )
+        try:
+            thread.start()
+        except RuntimeError as error:  # no more threads: must not end the one that accepts
+            logger.warning("connection from %s refused: %s", peer, error)
+            self._forget(channel)
 
     def _attend(self, channel: Channel, peer: str) -> None:
         """A connection's whole life."""
@@ -314,26 +351,39 @@ class ExpertServer:
         except FrameFault as fault:
             logger.warning("connection from %s refused: %s", peer, fault)
         finally:
-            with self._members:
-                self._unproven.pop(channel, None)
-                self._proven.pop(channel, None)
-            channel.close()
+            self._forget(channel)
 
     def _let_in(self, channel: Channel, peer: str) -> bool:
         deadline_s = time.monotonic() + self._limits.handshake_timeout_s
         stranger = hear_out(channel, self._secret, deadline_s)
-        with self._members:
-            del self._unproven[channel]
-            is_busy = len(self._proven) >= self._limits.max_connections
-        if stranger.incarnation != self._agreed.incarnation or is_busy:
-            code = ErrorCode.BUSY if is_busy else ErrorCode.WRONG_INCARNATION
+        code = self._enrol(channel, stranger)
+        if code is not None:
             refuse(channel, code, deadline_s)
             logger.warning("connection from %s refused: %s", peer, code.name.lower().replace("_", " "))
             return False
-        welcome(channel, self._secret, stranger, self._info, self._agreed.max_rows, deadline_s)
+        welcome(channel, self._secret, stranger, self._announcement, deadline_s)
         with self._members:
-            self._proven[channel] = None
+            self._proven[channel] = True
         return True
+
+    def _enrol(self, channel: Channel, stranger: Stranger) -> ErrorCode | None:
+        """Count a peer that proved the secret among the connections, or say why not."""
+        with self._members:
+            self._unproven.pop(channel, None)
+            if self._closing.is_set():
+                raise LinkLost("the server stops")
+            if stranger.incarnation != self._agreed.incarnation:
+                return ErrorCode.WRONG_INCARNATION
+            if len(self._proven) >= self._limits.max_connections:
+                return ErrorCode.BUSY
+            self._proven[channel] = False
+            return None
+
+    def _forget(self, channel: Channel) -> None:
+        with self._members:
+            self._unproven.pop(channel, None)
+            self._proven.pop(channel, None)
+        channel.close()
 
     def _serve(self, channel: Channel) -> None:
         """Answer calls until the peer leaves."""
@@ -360,36 +410,43 @@ class ExpertServer:
         return decode_call(header, maps, self._agreed, tokens_TD)
 
     def _answer(self, channel: Channel, call: ExpertCall, sequence: int, deadline_s: float) -> None:
+        answer: tuple[bytes | memoryview, ...]
         try:
             rows_RD = self._compute(call).contiguous()
+            if rows_RD.shape != (call.num_rows, self._agreed.width) or rows_RD.dtype != self._agreed.dtype:
+                raise ValueError(f"rows {tuple(rows_RD.shape)} in {rows_RD.dtype} for {call.num_rows} asked")
+            head = encode_header(rows_header(self._agreed, sequence, call.num_rows))
+            answer = head, _bytes_of(rows_RD)
         except ExpertError as error:
             logger.warning("request %s, layer %d: %s", call.request_id, call.layer, error)
-            channel.send(
-                encode_error(self._agreed, sequence, _code_of(error), str(error)), deadline_s=deadline_s
-            )
-            return
+            answer = (encode_error(self._agreed, sequence, _code_of(error), str(error)),)
         except Exception:  # a bug here must not end the actor; the router computes elsewhere
             logger.exception("request %s, layer %d: the call failed", call.request_id, call.layer)
-            error_frame = encode_error(self._agreed, sequence, ErrorCode.INTERNAL, "the call failed")
-            channel.send(error_frame, deadline_s=deadline_s)
-            return
+            answer = (encode_error(self._agreed, sequence, ErrorCode.INTERNAL, "the call failed"),)
         if time.monotonic() >= deadline_s:
             raise LinkLost("a call was not done by its deadline")
-        head = encode_header(rows_header(self._agreed, sequence, call.num_rows))
-        channel.send(head, _bytes_of(rows_RD), deadline_s=deadline_s)
+        channel.send(*answer, deadline_s=deadline_s)
 
     def _send_heartbeats(self) -> None:
         heartbeat = _short_frame(Kind.HEARTBEAT, self._agreed)
         while not self._closing.wait(self._limits.heartbeat_interval_s):
             with self._members:
-                for channel in self._proven:
-                    channel.send_short(heartbeat)
+                self._tell_welcomed(heartbeat)
+
+    def _tell_welcomed(self, frame: bytes) -> None:
+        for channel, is_welcomed in self._proven.items():
+            if is_welcomed:
+                channel.send_short(frame)
 
 
 def _connect(endpoint: Endpoint, limits: TransportLimits) -> Channel:
     try:
         connected = socket.create_connection((endpoint.host, endpoint.port), limits.connect_timeout_s)
-        return Channel(connected, limits)
+        try:
+            return Channel(connected, limits)
+        except OSError:
+            connected.close()
+            raise
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConnectFailed(endpoint.name, endpoint.address, reason) from error
@@ -415,4 +472,4 @@ def _code_of(error: ExpertError) -> ErrorCode:
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, flat."""
-    return tensor.view(torch.uint8).view(-1).numpy().data
+    return tensor.view(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,157 @@
+"""The row kernel, its calibration, and the names of numerics classes."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from experts.errors import NotRowInvariant
+from experts.numerics import (
+    MANY_ROWS,
+    REFERENCE_ROWS,
+    ROW_MULTIPLES,
+    SMALL_MATRIX_ELEMENTS,
+    TESTED_ROWS,
+    RowKernel,
+    calibrate,
+    num_cores,
+    numerics_class,
+    one_thread,
+    swiglu,
+    useful_threads,
+)
+
+DTYPES = [torch.float32, torch.bfloat16]
+SHAPES = [(48, 64), (64, 24), (517, 52), (1536, 256), (60, 768)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_have_the_same_bits_beside_any_number_of_rows_and_by_any_threads(
+    dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    outputs, inputs = shape
+    kernel = calibrate([shape], dtype)
+    generator = torch.Generator().manual_seed(outputs)
+    weight = (torch.randn(outputs, inputs, generator=generator) * inputs**-0.5).to(dtype)
+    x = torch.randn(700, inputs, generator=generator).to(dtype)
+    with one_thread():
+        whole = kernel.linear(x, weight)
+    for first, count in ((0, 1), (699, 1), (3, 2), (10, 5), (64, 64), (100, 65), (77, 200), (188, 512)):
+        rows = slice(first, first + count)
+        assert torch.equal(kernel.linear(x[rows], weight), whole[rows])
+    torch.testing.assert_close(whole.double(), x.double() @ weight.double().T, rtol=0.02, atol=0.02)
+
+
+def test_padded_is_the_next_multiple() -> None:
+    assert [RowKernel(8).padded(count) for count in (1, 7, 8, 9, 16)] == [8, 8, 8, 16, 16]
+
+
+@pytest.mark.parametrize("dtype", list(ROW_MULTIPLES))
+def test_a_single_row_is_never_computed_by_itself(dtype: torch.dtype) -> None:
+    """A product with one row takes a path of its own in every library, even where a test does not show it."""
+    assert min(ROW_MULTIPLES[dtype]) >= 2
+    assert calibrate([(8, 8)], dtype).row_multiple in ROW_MULTIPLES[dtype]
+
+
+def test_calibration_takes_the_multiple_that_suits_every_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One shape that needs 32 rows decides for all."""
+    mm = torch.mm
+
+    def demanding(x: torch.Tensor, weight_IO: torch.Tensor) -> torch.Tensor:
+        return mm(x, weight_IO) * (1 + 1e-6 * (weight_IO.shape[1] == 24 and x.shape[0] % 32 > 0))
+
+    monkeypatch.setattr(torch, "mm", demanding)
+    assert calibrate([(16, 64)], torch.float32).row_multiple == 8
+    assert calibrate([(16, 64), (24, 64), (40, 64)], torch.float32).row_multiple == 32
+
+
+@pytest.mark.parametrize("rows", [REFERENCE_ROWS + 1, MANY_ROWS])
+def test_kernel_that_changes_only_for_many_rows_is_refused(
+    monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    mm = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda x, weight: mm(x, weight) * (1 + 1e-6 * (x.shape[0] >= rows)))
+    with pytest.raises(NotRowInvariant, match="16x64"):
+        calibrate([(16, 64)], torch.float32)
+
+
+def test_kernel_that_depends_on_threads_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    mm = torch.mm
+    monkeypatch.setattr(
+        torch, "mm", lambda x, weight: mm(x, weight) * (1 + 1e-6 * (torch.get_num_threads() > 1))
+    )
+    try:
+        with pytest.raises(NotRowInvariant):
+            calibrate([(16, 64)], torch.float32)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_one_thread_gives_the_threads_back_after_an_error() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(KeyError), one_thread():
+            assert torch.get_num_threads() == 1
+            raise KeyError
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_tested_rows_cover_every_padding_of_every_multiple() -> None:
+    for multiples in ROW_MULTIPLES.values():
+        for multiple in multiples:
+            assert any(rows % multiple for rows in TESTED_ROWS)
+            assert any(rows > multiple for rows in TESTED_ROWS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 19, 24, 768])
+def test_swiglu_gives_a_row_the_same_bits_alone(dtype: torch.dtype, width: int) -> None:
+    rows = (torch.randn(129, 2 * width, generator=torch.Generator().manual_seed(width)) * 5).to(dtype)
+    whole = swiglu(rows)
+    for first, count in ((0, 1), (128, 1), (5, 3), (40, 64)):
+        assert torch.equal(swiglu(rows[first : first + count].clone()), whole[first : first + count])
+
+
+def test_swiglu_in_bfloat16_rounds_the_activation_and_then_the_product() -> None:
+    """As the published model does; rounding once at the end would differ in every third element."""
+    rows = (torch.randn(64, 48, generator=torch.Generator().manual_seed(0)) * 3).bfloat16()
+    gate, up = rows.chunk(2, dim=1)
+    published = torch.nn.functional.silu(gate) * up
+    agreeing = (swiglu(rows) == published).float().mean()
+    rounded_once = (torch.nn.functional.silu(gate.float()) * up.float()).bfloat16()
+    assert agreeing > 0.99
+    assert (rounded_once == published).float().mean() < agreeing
+
+
+def test_swiglu_leaves_its_input_as_it_was() -> None:
+    rows = torch.randn(4, 48)
+    before = rows.clone()
+    swiglu(rows)
+    assert torch.equal(rows, before)
+
+
+def test_class_names_what_decides_the_bits() -> None:
+    name = numerics_class(torch.device("cpu"), torch.bfloat16)
+    device, instructions, dtype, library, _ = name.split("/")
+    assert (device, dtype) == ("cpu", "bfloat16")
+    assert instructions == torch.backends.cpu.get_cpu_capability().lower()
+    assert torch.__version__ in library
+    assert name != numerics_class(torch.device("cpu"), torch.float32)
+
+
+def test_small_experts_are_computed_by_one_thread() -> None:
+    assert useful_threads(8, SMALL_MATRIX_ELEMENTS - 1) == 1
+    assert useful_threads(8, SMALL_MATRIX_ELEMENTS) == 8
+    assert useful_threads(0, SMALL_MATRIX_ELEMENTS) == 1
+
+
+def test_cores_are_those_that_the_process_may_use() -> None:
+    assert num_cores() == len(os.sched_getaffinity(0))
