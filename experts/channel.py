@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from experts.errors import FrameFault, LinkLost
 from experts.frame import HEADER_BYTES, Header, decode_header
 
+READ_AHEAD_BYTES = 64 * 1024
 SHORTEST_WAIT_S = 0.001
 """A socket timeout of zero would mean no timeout."""
 
@@ -61,9 +62,11 @@ class Channel:
         self._socket = connected
         self._tick_s = limits.heartbeat_interval_s
         self._stall_s = limits.silence_s
-        self._header = bytearray(HEADER_BYTES)
-        self._header_view = memoryview(self._header)
-        self._header_filled = 0
+        self._ahead = bytearray(READ_AHEAD_BYTES)
+        """Bytes from `_taken` to `_filled` have arrived and were not asked for yet: one system call brings a header
+        and, where it is small, what follows."""
+        self._ahead_view = memoryview(self._ahead)
+        self._taken = self._filled = 0
         self._sending = threading.Lock()
         self._ending = threading.Lock()
         self._is_closed = False
@@ -80,37 +83,49 @@ class Channel:
         deadline_s: on the monotonic clock. Raises LinkLost (closed, silent or late) or FrameFault.
         """
         self.heard_at_s = time.monotonic()
-        while self._header_filled < HEADER_BYTES:
-            self._header_filled += self._receive_some(
-                self._header_view[self._header_filled :], deadline_s, silence_s, self._header_filled == 0
-            )
-        self._header_filled = 0
-        return decode_header(self._header)
+        while (header := self._take_header()) is None:
+            room = self._ahead_view[self._filled :]
+            needed = HEADER_BYTES - self._filled
+            self._filled += self._receive_some(room, needed, 0, deadline_s, silence_s)
+        return header
 
     def receive_body(self, *views: memoryview, deadline_s: float, silence_s: float) -> None:
         """Fill flat byte views with what follows a header. Raises LinkLost."""
         for view in views:
-            filled = 0
+            filled = min(len(view), self._filled - self._taken)
+            view[:filled] = self._ahead_view[self._taken : self._taken + filled]
+            self._taken += filled
             while filled < len(view):
-                filled += self._receive_some(view[filled:], deadline_s, silence_s, False)
+                rest = view[filled:]
+                filled += self._receive_some(rest, len(rest), socket.MSG_WAITALL, deadline_s, silence_s)
 
     def poll_header(self) -> Header | None:
         """A header that has arrived already, or None. Never waits. Raises LinkLost or FrameFault."""
-        room = self._header_view[self._header_filled :]
+        header = self._take_header()
+        if header is not None:
+            return header
         try:
-            count = self._socket.recv_into(room, 0, socket.MSG_DONTWAIT)
+            count = self._socket.recv_into(self._ahead_view[self._filled :], 0, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return None
         except OSError as error:
             raise self._lost(error) from error
         if count == 0:
-            raise self._closed(is_orderly=self._header_filled == 0)
+            raise self._closed(is_orderly=self._filled == 0)
         self.heard_at_s = time.monotonic()
-        self._header_filled += count
-        if self._header_filled < HEADER_BYTES:
-            return None
-        self._header_filled = 0
-        return decode_header(self._header)
+        self._filled += count
+        return self._take_header()
+
+    def _take_header(self) -> Header | None:
+        """The next header among the bytes that were read ahead, if it is whole; else those move to the front."""
+        taken, held = self._taken, self._filled - self._taken
+        if held >= HEADER_BYTES:
+            self._taken = taken + HEADER_BYTES
+            return decode_header(self._ahead_view[taken : self._taken])
+        if taken:
+            self._ahead[:held] = self._ahead[taken : self._filled]
+            self._taken, self._filled = 0, held
+        return None
 
     def send(self, *parts: bytes | memoryview, deadline_s: float) -> None:
         """Send a whole frame given as flat byte parts. Raises LinkLost, after which the frame is cut in two."""
@@ -163,12 +178,12 @@ class Channel:
             self._socket.close()
 
     def _receive_some(
-        self, view: memoryview, deadline_s: float, silence_s: float, is_between_frames: bool
+        self, view: memoryview, needed: int, flags: int, deadline_s: float, silence_s: float
     ) -> int:
-        """Wait at most one tick for bytes; returns how many came, maybe none."""
+        """Wait at most one tick for bytes; returns how many came, maybe none. needed: how many are waited for."""
         self._set_receive_wait(deadline_s)
         try:
-            count = self._socket.recv_into(view, 0, socket.MSG_WAITALL)
+            count = self._socket.recv_into(view, 0, flags)
         except BlockingIOError:
             now_s = time.monotonic()
             if now_s >= deadline_s:
@@ -179,9 +194,9 @@ class Channel:
         except OSError as error:
             raise self._lost(error) from error
         if count == 0:
-            raise self._closed(is_orderly=is_between_frames)
+            raise self._closed(is_orderly=needed == HEADER_BYTES and flags == 0)
         self.heard_at_s = time.monotonic()
-        if self.heard_at_s >= deadline_s and count < len(view):
+        if self.heard_at_s >= deadline_s and count < needed:
             raise LinkLost("the deadline passed")  # else a peer that sends byte by byte would never meet it
         return count
 

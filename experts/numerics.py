@@ -29,6 +29,10 @@ ROW_MULTIPLES = {
 row takes a path of its own in every library, and float32 libraries share rows out to threads in eights."""
 REFERENCE_ROWS = 64
 TESTED_ROWS = (1, 2, 3, 5, 7, 8, 9, 16, 17, 31, 33, 40)
+MANY_ROWS = 512
+"""A prompt's chunk. Libraries cut so many rows into blocks that few rows never see."""
+MANY_ROWS_OUTPUTS = 4096
+"""Tested with many rows, of each matrix."""
 MAX_TESTED_OUTPUTS = 16384
 """A head of 152,064 outputs is tested on its first rows only, to keep the start short."""
 
@@ -112,7 +116,7 @@ def calibrate(
         outputs = min(outputs, MAX_TESTED_OUTPUTS)
         weight = torch.randn(outputs, inputs, generator=generator).mul_(inputs**-0.5).to(device, dtype)
         x = torch.randn(REFERENCE_ROWS, inputs, generator=generator).to(device, dtype)
-        with _one_thread():
+        with one_thread():
             reference = torch.mm(x, weight.t())
         while worst < len(multiples):
             if _is_invariant(RowKernel(multiples[worst]), x, weight, reference):
@@ -124,7 +128,8 @@ def calibrate(
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
+    """Compute with one thread inside: the bits that any number of threads must reproduce."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -138,4 +143,6 @@ def _is_invariant(kernel: RowKernel, x: Tensor, weight: Tensor, reference: Tenso
         first = REFERENCE_ROWS - num_rows  # the last rows, so that a row's place in the call changes too
         if not torch.equal(kernel.linear(x[first:], weight), reference[first:]):
             return False
-    return True
+    repeats = MANY_ROWS // REFERENCE_ROWS
+    many = kernel.linear(x.repeat(repeats, 1), weight[:MANY_ROWS_OUTPUTS])
+    return torch.equal(many, reference[:, :MANY_ROWS_OUTPUTS].repeat(repeats, 1))

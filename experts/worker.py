@@ -49,7 +49,7 @@ class ExpertWorker:
         group: Collection[ExpertKey] | None = None,
         budget_bytes: int | None = None,
     ) -> None:
-        """widths: model width D of each component. group: the experts it answers for; None means all."""
+        """widths: model width D of each component. group: the experts it answers for; None means all of these."""
         self.dtype = dtype
         self.numerics_class = numerics_class(torch.device("cpu"), dtype)
         self.stats = WorkerStats()
@@ -75,10 +75,9 @@ class ExpertWorker:
         Raises NotInGroup, UnknownExpert, BudgetTooSmall, or what reading the store raises.
         """
         keys = [ExpertKey(call.component, call.layer, expert) for expert in call.experts]
-        if self._group is not None:
-            for key in keys:
-                if key not in self._group:
-                    raise NotInGroup(str(key))
+        for key in keys:
+            if not self._answers_for(key):
+                raise NotInGroup(str(tuple(key)))
         sizes = [self._loaded_bytes(key) for key in keys]
         with self._lock:
             waves = self._residency.waves(sizes)
@@ -90,7 +89,7 @@ class ExpertWorker:
     def load_all(self) -> None:
         """Read as much of the group as the budget holds, so that the first requests find it."""
         for key in self._store.expert_keys():
-            if self._group is not None and key not in self._group:
+            if not self._answers_for(key):
                 continue
             with self._lock:
                 nbytes = self._loaded_bytes(key)
@@ -98,6 +97,9 @@ class ExpertWorker:
                 if budget is not None and self._residency.resident_bytes + nbytes > budget:
                     return
                 self._make_resident([key], [nbytes])
+
+    def _answers_for(self, key: ExpertKey) -> bool:
+        return key.component in self._widths and (self._group is None or key in self._group)
 
     def _compute_wave(self, call: ExpertCall, wave: range, keys: list[ExpertKey], sizes: list[int]) -> Tensor:
         wave_keys = keys[wave.start : wave.stop]

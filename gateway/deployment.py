@@ -30,11 +30,11 @@ from experts.directory import LocalDirectory
 from experts.store import ExpertStore
 from experts.worker import ExpertWorker
 from gateway.chat_template import ChatTemplate
-from gateway.errors import RouterBusy, RouterUnavailable
+from gateway.errors import ApiError, GatewayError, RouterBusy, RouterUnavailable
 from gateway.http_app import GatewaySettings, build_app
 from gateway.router_client import RouterHealth
 from gateway.tokenizer import TextTokenizer
-from router.errors import EngineStopped, QueueFull, RequestTooLong
+from router.errors import EngineStopped, QueueFull, RequestTooLong, RouterError, StreamMissing
 from router.loading import MODEL_COMPONENT, EngineOptions, LoadedEngine, load_engine
 from router.metrics import local_actor, render_metrics
 from router.model_config import read_model_config
@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 
 APP_NAME = "sage-moe"
 ROUTER_NAME = "router"
+STREAM_RETRIES, STREAM_RETRY_S = 40, 0.05
+"""How often and when a request is offered again to a router that has just ended our idle stream."""
 
 
 @dataclass(frozen=True)
@@ -199,15 +201,20 @@ class ServeRouterClient:
             raise RouterUnavailable(type(error).__name__) from error
 
     async def _submit(self, request: GenerationRequest) -> None:
-        try:
-            await _response(self._handle.submit.remote(self._name, request))
-        except (ray.exceptions.RayTaskError, QueueFull, RequestTooLong, EngineStopped) as error:
-            cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
-            if isinstance(cause, QueueFull):
-                raise RouterBusy(cause.retry_after_s) from error
-            raise RouterUnavailable(str(cause)) from error
-        except ray.exceptions.RayError as error:
-            raise RouterUnavailable(type(error).__name__) from error
+        """Raises what the router's refusal means to a client."""
+        for _ in range(STREAM_RETRIES):
+            try:
+                await _response(self._handle.submit.remote(self._name, request))
+                return
+            except (ray.exceptions.RayTaskError, RouterError) as error:
+                cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+                if not isinstance(cause, StreamMissing):
+                    raise _refusal(cause) from error
+            except ray.exceptions.RayError as error:
+                raise RouterUnavailable(type(error).__name__) from error
+            # The router has just ended our idle stream; the reader opens another.
+            await asyncio.sleep(STREAM_RETRY_S)
+        raise RouterUnavailable("it has no stream of ours")
 
     async def _connect(self) -> None:
         if self._reader is None or self._reader.done():
@@ -238,6 +245,14 @@ class ServeRouterClient:
                 queue = self._queues.get(event.request_id)
                 if queue is not None:
                     queue.put_nowait(event)
+
+
+def _refusal(cause: Exception) -> GatewayError:
+    if isinstance(cause, QueueFull):
+        return RouterBusy(cause.retry_after_s)
+    if isinstance(cause, RequestTooLong):
+        return ApiError(400, f"Not enough memory for this request: {cause}.", code="context_length_exceeded")
+    return RouterUnavailable(str(cause))
 
 
 async def _response(response: Any) -> Any:

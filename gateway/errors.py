@@ -120,7 +120,9 @@ class DeploymentFailed(GatewayError):
     def __str__(self) -> str:
         """The last lines say what was raised; those before are Ray's way there."""
         lines = [line.strip() for line in self.reason.splitlines() if line.strip()]
-        raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception|[a-z]\w*\.errors\.\w+): ", line)]
+        raised = [
+            line for line in lines if re.match(r"[\w.]*(Error|Exception|[a-z]\w*\.errors\.\w+): ", line)
+        ]
         return f"the service could not be deployed: {(raised or lines or ['no reason given'])[-1]}"
 
 

@@ -21,8 +21,13 @@ class BatchLimits:
     """Token rows in a step. Also the longest chunk of a prompt."""
     max_running: int = 64
     max_waiting: int = 256
+    """Open requests beyond `max_running`; one more is refused."""
     admission_reserve: int = 256
     """Positions beyond its known tokens for which a sequence must find blocks when it is admitted."""
+
+    @property
+    def max_open(self) -> int:
+        return self.max_running + self.max_waiting
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,11 @@ class Engine:
     def num_running(self) -> int:
         return len(self._running)
 
+    @property
+    def swapped_bytes(self) -> int:
+        """Host memory that preempted sequences hold."""
+        return self._swapped_bytes
+
     def open_requests(self) -> list[str]:
         """Ids of all requests that have not ended."""
         return [*self._running, *self._waiting]
@@ -89,9 +94,12 @@ class Engine:
         """Queue a request. Raises QueueFull, RequestTooLong or PromptInvalid; ValueError for a used id."""
         if request.request_id in self._waiting or request.request_id in self._running:
             raise ValueError(f"request id {request.request_id!r} is in use")
-        _check_prompt(request.prompt_ids, self.backbone.config.vocab_size)
-        if len(self._waiting) >= self.limits.max_waiting:
-            raise QueueFull(len(self._waiting), retry_after_s=1.0)
+        config = self.backbone.config
+        _check_prompt(request, config.vocab_size)
+        inputs.validate(len(request.prompt_ids), config.num_layers, config.hidden_size)
+        num_open = len(self._waiting) + len(self._running)
+        if num_open >= self.limits.max_open:
+            raise QueueFull(num_open, retry_after_s=1.0)
         sequence = Sequence(request, inputs)
         if sequence.max_total > self.max_tokens_per_sequence:
             raise RequestTooLong(sequence.max_total, self.max_tokens_per_sequence)
@@ -144,12 +152,12 @@ class Engine:
         sequence = self._running.pop(name)
         table = self.allocator.table(name)[: blocks_for(sequence.num_computed)]
         needed = len(table) * self.pool.nbytes // self.allocator.num_blocks
-        if self._swapped_bytes + needed <= self._swap_budget_bytes:
+        if table and self._swapped_bytes + needed <= self._swap_budget_bytes:
             sequence.swapped = self.pool.swap_out(table)
             self._swapped_bytes += _nbytes(sequence.swapped)
         else:
             sequence.num_computed = 0
-        self.allocator.free(name)
+        self._free_blocks(sequence, must_scrub=not sequence.has_drawn)
         self._waiting[name] = sequence
         self._waiting.move_to_end(name, last=False)
         self.stats.preemptions += 1
@@ -240,7 +248,7 @@ class Engine:
         return TokenEvent(sequence.name, (token,), reason)
 
     def _fail(self, sequence: Sequence, message: str) -> TokenEvent:
-        self.pool.scrub(self.allocator.table(sequence.name))
+        self._free_blocks(sequence, must_scrub=True)
         self._end(sequence)
         self.stats.failed += 1
         reason: FinishReason = "error"
@@ -252,20 +260,29 @@ class Engine:
 
     def _release(self, sequence: Sequence) -> None:
         if self.allocator.holds(sequence.name):
-            self.allocator.free(sequence.name)
+            self._free_blocks(sequence, must_scrub=not sequence.has_drawn)
         if sequence.swapped is not None:
             self._swapped_bytes -= _nbytes(sequence.swapped)
+
+    def _free_blocks(self, sequence: Sequence, *, must_scrub: bool) -> None:
+        freed = self.allocator.free(sequence.name)
+        if must_scrub:
+            self.pool.scrub(freed)
 
     def _add_phase(self, phase: str, seconds: float) -> None:
         self.stats.phase_seconds[phase] = self.stats.phase_seconds.get(phase, 0.0) + seconds
 
 
-def _check_prompt(prompt_ids: SequenceOf[int], vocab_size: int) -> None:
-    if not prompt_ids:
+def _check_prompt(request: GenerationRequest, vocab_size: int) -> None:
+    if not request.prompt_ids:
         raise PromptInvalid("it has no tokens")
-    outside = next((token for token in prompt_ids if not 0 <= token < vocab_size), None)
+    known = (*request.prompt_ids, *request.generated_ids)
+    outside = next((token for token in known if not 0 <= token < vocab_size), None)
     if outside is not None:
         raise PromptInvalid(f"token id {outside} is outside the vocabulary of {vocab_size}")
+    num_generated, max_tokens = len(request.generated_ids), request.sampling.max_tokens
+    if num_generated >= max_tokens:
+        raise PromptInvalid(f"max_tokens of {max_tokens} leaves nothing to generate after {num_generated}")
 
 
 def _nbytes(saved: tuple[Tensor, Tensor]) -> int:

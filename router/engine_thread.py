@@ -53,9 +53,9 @@ class EngineThread:
         self._sink = sink
         self._commands: queue.SimpleQueue[_Submit | _Cancel | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._num_submitted = 0
-        self._num_ended = 0
+        self._open: set[str] = set()
         self._admission = threading.Lock()
+        """Guards `_open` and `_failure`, so that no request slips in after the last have been told of a failure."""
         self._failure: str | None = None
         self._busy_since = time.monotonic()
 
@@ -64,32 +64,35 @@ class EngineThread:
 
     def stop(self) -> None:
         """End after the step in progress; requests that are not done get no further event."""
+        with self._admission:
+            self._failure = self._failure or "it was shut down"
         self._commands.put(None)
         self._thread.join()
 
     @property
     def num_open(self) -> int:
         """Requests submitted and not ended."""
-        return self._num_submitted - self._num_ended
+        return len(self._open)
 
     def submit(self, request: GenerationRequest, inputs: PromptInputs = NO_INPUTS) -> None:
         """Queue a request; its events go to the sink.
 
-        Raises QueueFull, RequestTooLong or EngineStopped at once, on the caller's thread.
+        Raises QueueFull, RequestTooLong or EngineStopped at once, on the caller's thread; ValueError for a used id.
         """
-        if self._failure is not None or not self._thread.is_alive():
-            raise EngineStopped(self._failure or "it was shut down")
         total = len(request.prompt_ids) + request.sampling.max_tokens
         if total > self.engine.max_tokens_per_sequence:
             raise RequestTooLong(total, self.engine.max_tokens_per_sequence)
-        limits = self.engine.limits
         with self._admission:
-            if self.num_open >= limits.max_waiting + limits.max_running:
+            if self._failure is not None or not self._thread.is_alive():
+                raise EngineStopped(self._failure or "it was not started")
+            if request.request_id in self._open:
+                raise ValueError(f"request id {request.request_id!r} is in use")
+            if self.num_open >= self.engine.limits.max_open:
                 raise QueueFull(self.num_open, retry_after_s=1.0)
-            if not self.num_open:
+            if not self._open:
                 self._busy_since = time.monotonic()
-            self._num_submitted += 1
-        self._commands.put(_Submit(request, inputs))
+            self._open.add(request.request_id)
+            self._commands.put(_Submit(request, inputs))
 
     def cancel(self, request_id: str) -> None:
         """End a request before the next step; it gets a last event with reason "cancelled"."""
@@ -112,8 +115,7 @@ class EngineThread:
                 self._emit(self.engine.step())
         except Exception as error:  # the last line of defence: report it, then refuse all work
             logger.exception("the engine failed")
-            self._failure = type(error).__name__
-            self._fail_all()
+            self._fail_all(type(error).__name__)
 
     def _drain(self) -> bool:
         """Carry out waiting commands; block while there is no work. Returns False when told to stop."""
@@ -135,19 +137,17 @@ class EngineThread:
         except (RouterError, ValueError) as error:
             self._emit([TokenEvent(command.request.request_id, (), "error", str(error))])
 
-    def _fail_all(self) -> None:
-        """Tell every open request that the engine is gone, those still in the command queue too."""
-        names = self.engine.open_requests()
-        while not self._commands.empty():
-            command = self._commands.get()
-            if isinstance(command, _Submit):
-                names.append(command.request.request_id)
+    def _fail_all(self, failure: str) -> None:
+        """Refuse all work from now on, and tell every open request, those still in the command queue too."""
+        with self._admission:
+            self._failure = failure
+            names = sorted(self._open)
         self._emit([TokenEvent(name, (), "error", "the engine failed") for name in names])
 
     def _emit(self, events: Sequence[TokenEvent]) -> None:
-        ended = sum(1 for event in events if event.finish_reason is not None)
+        ended = [event.request_id for event in events if event.finish_reason is not None]
         if ended:
             with self._admission:
-                self._num_ended += ended
+                self._open.difference_update(ended)
         if events:
             self._sink(events)

@@ -32,14 +32,14 @@ class WeightMismatch(RouterError):
 
 
 class QueueFull(RouterError):
-    """The engine's waiting list is at its limit."""
+    """As many requests are open as the engine takes."""
 
-    def __init__(self, num_waiting: int, retry_after_s: float) -> None:
-        super().__init__(num_waiting, retry_after_s)
-        self.num_waiting, self.retry_after_s = num_waiting, retry_after_s
+    def __init__(self, num_open: int, retry_after_s: float) -> None:
+        super().__init__(num_open, retry_after_s)
+        self.num_open, self.retry_after_s = num_open, retry_after_s
 
     def __str__(self) -> str:
-        return f"{self.num_waiting} requests are waiting already; try again in {self.retry_after_s:.0f} s"
+        return f"{self.num_open} requests are open already; try again in {self.retry_after_s:.0f} s"
 
 
 class RequestTooLong(RouterError):
@@ -73,6 +73,17 @@ class KvExhausted(RouterError):
 
     def __str__(self) -> str:
         return f"{self.needed} KV blocks needed, {self.free} free"
+
+
+class StreamMissing(RouterError):
+    """A gateway sent a request without an event stream that could carry the answer."""
+
+    def __init__(self, gateway: str) -> None:
+        super().__init__(gateway)
+        self.gateway = gateway
+
+    def __str__(self) -> str:
+        return f"{self.gateway} has no event stream"
 
 
 class EngineStopped(RouterError):

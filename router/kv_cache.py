@@ -90,12 +90,14 @@ class BlockAllocator:
             table[index] = target
         return copies
 
-    def free(self, sequence: str) -> None:
-        """Give up a sequence's blocks; those that nobody else holds can be handed out again."""
-        for block in self._tables.pop(sequence):
+    def free(self, sequence: str) -> tuple[int, ...]:
+        """Give up a sequence's blocks. Returns those that nobody else holds; they can be handed out again."""
+        table = self._tables.pop(sequence)
+        for block in table:
             self._holders[block] -= 1
-            if not self._holders[block]:
-                self._free.append(block)
+        freed = tuple(block for block in table if not self._holders[block])
+        self._free.extend(freed)
+        return freed
 
     def check(self) -> None:
         """Raises AssertionError with the numbers when the books do not add up. For tests and debugging."""
@@ -164,7 +166,7 @@ class KvPool:
         self.values[:, index] = values.to(self.values.device)
 
     def scrub(self, table: Sequence[int]) -> None:
-        """Zero blocks that held non-finite numbers; a masked NaN would still poison whoever gets them next."""
+        """Zero blocks that may hold non-finite numbers; a masked NaN would still poison whoever gets them next."""
         for block in table:
             self.keys[:, block] = 0
             self.values[:, block] = 0

@@ -134,6 +134,8 @@ def _mrope_section(rope: Mapping[str, Any], head_dim: int) -> tuple[int, ...] | 
         return None
     if len(section) != 3 or sum(section) != head_dim // 2:
         raise ConfigUnsupported("mrope_section", f"{section} does not share out {head_dim // 2} frequencies")
+    if not rope.get("mrope_interleaved", rope.get("interleaved", True)):
+        raise ConfigUnsupported("mrope_interleaved", "only interleaved sections are computed")
     return tuple(int(part) for part in section)
 
 

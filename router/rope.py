@@ -37,6 +37,6 @@ def _rows(num_frequencies: int, section: tuple[int, ...] | None) -> list[int]:
     """0, 1 or 2 for each frequency: interleaved as time, height, width while a section lasts, then time."""
     rows = [0] * num_frequencies
     for row in (1, 2):
-        for index in range(row, 3 * section[row] if section else 0, 3):
+        for index in range(row, min(3 * section[row], num_frequencies) if section else 0, 3):
             rows[index] = row
     return rows

@@ -25,7 +25,9 @@ def sample(logits_V: Tensor, params: SamplingParams, position: int) -> int:
     """
     if params.temperature == 0.0:
         return int(logits_V.argmax())
-    scaled = logits_V.double() / params.temperature
+    # Shifted first: a tiny temperature would make an infinity of the best.
+    wide = logits_V.double()
+    scaled = (wide - wide.max()) / params.temperature
     uniform = uniform_noise(params.seed, params.choice, position)
     if not params.top_k and params.top_p >= 1.0 and params.min_p <= 0.0:
         return _draw(torch.softmax(scaled, dim=-1), uniform)

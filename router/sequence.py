@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from router.batcher import SequenceFacts
+from router.errors import PromptInvalid
 from router.request import FinishReason, GenerationRequest
 
 
@@ -25,6 +26,22 @@ class PromptInputs:
     capture_layers: tuple[int, ...] = ()
     on_capture: Callable[[int, int, Tensor], None] | None = None
     """Called with (layer, first index, (count, D) hidden states) for every computed piece."""
+
+    def validate(self, num_prompt: int, num_layers: int, width: int) -> None:
+        """Raises PromptInvalid when something lies outside the prompt or the model, or has another width."""
+        if self.positions_3P is not None and tuple(self.positions_3P.shape) != (3, num_prompt):
+            raise PromptInvalid(
+                f"positions of shape {tuple(self.positions_3P.shape)} for {num_prompt} tokens"
+            )
+        layers = {*self.capture_layers, *self.injections}
+        if any(not 0 <= layer < num_layers for layer in layers):
+            raise PromptInvalid(f"layers {sorted(layers)} are not all among the model's {num_layers}")
+        for rows in (self.embeddings, *self.injections.values()):
+            for index, vector in rows.items():
+                if not 0 <= index < num_prompt or tuple(vector.shape) != (width,):
+                    raise PromptInvalid(
+                        f"an input of shape {tuple(vector.shape)} at index {index} of {num_prompt} tokens"
+                    )
 
 
 NO_INPUTS = PromptInputs()
@@ -50,6 +67,11 @@ class Sequence:
     @property
     def num_generated(self) -> int:
         return len(self.tokens) - len(self.request.prompt_ids)
+
+    @property
+    def has_drawn(self) -> bool:
+        """Whether a token was drawn here: its logits were finite, and so is the cache that they were made of."""
+        return self.num_generated > len(self.request.generated_ids)
 
     @property
     def max_total(self) -> int:

@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
 
 from router.engine_thread import EngineThread
-from router.errors import RouterError
+from router.errors import RouterError, StreamMissing
 from router.loading import LoadedEngine
 from router.request import GenerationRequest, SamplingParams, TokenEvent
 
@@ -40,7 +40,7 @@ class ServiceHealth:
 
 
 class _Outbox:
-    """Events that a gateway has not taken yet, merged by request."""
+    """Events that one stream of a gateway has not taken yet, merged by request."""
 
     def __init__(self) -> None:
         self.pending: dict[str, TokenEvent] = {}
@@ -62,7 +62,9 @@ class RouterService:
         self.loaded = loaded
         self._loop = asyncio.get_running_loop()
         self._outboxes: dict[str, _Outbox] = {}
-        self._gateway_of: dict[str, str] = {}
+        """Of each gateway's newest stream."""
+        self._outbox_of: dict[str, _Outbox] = {}
+        """By request: a gateway that opens a new stream must not get the old one's events in it."""
         self._probes: dict[str, asyncio.Future[TokenEvent]] = {}
         self._probed_at = float("-inf")
         self._num_probes = 0
@@ -70,15 +72,20 @@ class RouterService:
         self.engine_thread.start()
 
     def submit(self, gateway: str, request: GenerationRequest) -> None:
-        """Queue a request whose events go to `gateway`. Raises QueueFull, RequestTooLong, EngineStopped."""
+        """Queue a request whose events go to the stream that `gateway` has open.
+
+        Raises StreamMissing, QueueFull, RequestTooLong or EngineStopped; ValueError for a used id.
+        """
+        outbox = self._outboxes.get(gateway)
+        if outbox is None:
+            raise StreamMissing(gateway)
         self.engine_thread.submit(request)
-        outbox = self._outboxes.setdefault(gateway, _Outbox())
         outbox.open_requests.add(request.request_id)
-        self._gateway_of[request.request_id] = gateway
+        self._outbox_of[request.request_id] = outbox
 
     def cancel(self, request_id: str) -> None:
         """End a request before the next step and free its memory; unknown ids are ignored."""
-        if request_id in self._gateway_of:
+        if request_id in self._outbox_of:
             self.engine_thread.cancel(request_id)
 
     async def events(self, gateway: str) -> AsyncGenerator[tuple[TokenEvent, ...], None]:
@@ -87,7 +94,7 @@ class RouterService:
         Ends by itself after a while without requests, so that a router that is told to stop can: the gateway asks
         for a new stream when it has a request.
         """
-        outbox = self._outboxes.setdefault(gateway, _Outbox())
+        self._outboxes[gateway] = outbox = _Outbox()
         try:
             yield ()  # tells the gateway that its stream stands
             while await _is_filled(outbox.filled, STREAM_IDLE_S) or outbox.open_requests:
@@ -102,7 +109,8 @@ class RouterService:
                 logger.info("gateway %s left; cancelling its %d requests", gateway, len(outbox.open_requests))
             for request_id in tuple(outbox.open_requests):
                 self.cancel(request_id)
-            self._outboxes.pop(gateway, None)
+            if self._outboxes.get(gateway) is outbox:
+                del self._outboxes[gateway]
 
     async def health(self) -> ServiceHealth:
         """Ready while steps complete; when idle, a one-token probe is computed, at most every few seconds."""
@@ -160,14 +168,13 @@ class RouterService:
                 if event.finish_reason is not None and not probe.done():
                     probe.set_result(event)
                 continue
-            gateway = self._gateway_of.get(event.request_id)
-            outbox = self._outboxes.get(gateway) if gateway is not None else None
+            outbox = self._outbox_of.get(event.request_id)
+            if outbox is None:
+                continue
             if event.finish_reason is not None:
-                self._gateway_of.pop(event.request_id, None)
-                if outbox is not None:
-                    outbox.open_requests.discard(event.request_id)
-            if outbox is not None:
-                outbox.add(event)
+                del self._outbox_of[event.request_id]
+                outbox.open_requests.discard(event.request_id)
+            outbox.add(event)
 
 
 async def _is_filled(event: asyncio.Event, timeout_s: float) -> bool:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 
 from experts.directory import ExpertDirectory, LocalDirectory
 from experts.store import ExpertStore
 from experts.worker import ExpertWorker
+from router import loading
+from router.batcher import BatchLimits
 from router.engine import Engine
-from router.loading import EngineOptions, LoadedEngine, load_engine
+from router.kv_cache import KvPool
+from router.loading import EngineOptions, LoadedEngine
 from router.request import GenerationRequest, TokenEvent
 from router.sequence import Sequence as EngineSequence
 
 MAX_STEPS = 5000
+KV_BUDGET_BYTES = 1 << 24
 
 
 @dataclass
@@ -28,29 +35,51 @@ class Outcome:
     reasons: dict[str, str] = field(default_factory=dict)
 
 
+_prove_once = functools.cache(loading.prove_row_invariance)
+
+
 def open_engine(
     root: Path,
     options: EngineOptions,
     connect: Callable[[ExpertWorker], ExpertDirectory] = LocalDirectory,
 ) -> LoadedEngine:
-    return load_engine(ExpertStore.open(root), options, connect)
+    """The KV cache is small, and the self-test runs once for each configuration: both take time at every start."""
+    options = replace(options, kv_budget_bytes=KV_BUDGET_BYTES)
+    with mock.patch.object(loading, "prove_row_invariance", _prove_once):
+        return loading.load_engine(ExpertStore.open(root), options, connect)
 
 
 class RecordingEngine(Engine):
-    """Keeps the logits from which each token was drawn."""
+    """Keeps what every request got, and the logits from which each token was drawn."""
 
     outcome: Outcome
+
+    def step(self) -> list[TokenEvent]:
+        events = super().step()
+        for event in events:
+            self.outcome.tokens.setdefault(event.request_id, []).extend(event.token_ids)
+            if event.finish_reason is not None:
+                self.outcome.reasons[event.request_id] = event.finish_reason
+        return events
 
     def _advance(self, sequence: EngineSequence, logits_V: torch.Tensor) -> TokenEvent:
         self.outcome.logits.setdefault(sequence.name, []).append(logits_V.clone())
         return super()._advance(sequence, logits_V)
 
 
-def run_to_end(
-    loaded: LoadedEngine, requests: Sequence[GenerationRequest], join_at: Sequence[int] = ()
-) -> Outcome:
+def small_engine(
+    loaded: LoadedEngine, num_blocks: int, limits: BatchLimits | None = None, *, num_swap_blocks: int = 0
+) -> RecordingEngine:
+    """Another engine over the same backbone. num_blocks: KV blocks that its sequences can hold."""
+    pool = KvPool(loaded.config, num_blocks + 1, loaded.dtype)
+    swap_budget_bytes = num_swap_blocks * KvPool.block_bytes(loaded.config, loaded.dtype)
+    engine = RecordingEngine(loaded.engine.backbone, pool, limits, swap_budget_bytes=swap_budget_bytes)
+    engine.outcome = Outcome()
+    return engine
+
+
+def run_to_end(engine: Engine, requests: Sequence[GenerationRequest], join_at: Sequence[int] = ()) -> Outcome:
     """Generate all requests; request i joins before step join_at[i] (0 where not given)."""
-    engine = loaded.engine
     engine.__class__ = RecordingEngine
     assert isinstance(engine, RecordingEngine)
     engine.outcome = outcome = Outcome()
@@ -60,14 +89,16 @@ def run_to_end(
             engine.submit(entry[1])
             waiting.remove(entry)
         if not engine.has_work and not waiting:
-            engine.allocator.check()
-            assert engine.allocator.num_used == 0, "an ended request left KV blocks behind"
+            assert_nothing_held(engine)
             return outcome
-        for event in engine.step():
-            outcome.tokens.setdefault(event.request_id, []).extend(event.token_ids)
-            if event.finish_reason is not None:
-                outcome.reasons[event.request_id] = event.finish_reason
+        engine.step()
     raise AssertionError(f"not done after {MAX_STEPS} steps")
+
+
+def assert_nothing_held(engine: Engine) -> None:
+    engine.allocator.check()
+    assert engine.allocator.num_used == 0, "an ended request left KV blocks behind"
+    assert engine.swapped_bytes == 0
 
 
 def assert_same_bits(outcome: Outcome, reference: Outcome) -> None:
@@ -75,3 +106,24 @@ def assert_same_bits(outcome: Outcome, reference: Outcome) -> None:
     assert outcome.tokens == reference.tokens
     for name, rows in reference.logits.items():
         assert torch.equal(torch.stack(outcome.logits[name]), torch.stack(rows)), f"logits of {name} differ"
+
+
+class GatedEngine(RecordingEngine):
+    """A step waits for its gate and fails when told to; stands for a slow, stuck or broken engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        """Computes as `engine` does, with a small KV cache of its own."""
+        pool = KvPool(engine.backbone.config, 9, engine.pool.keys.dtype)
+        super().__init__(engine.backbone, pool, engine.limits)
+        self.outcome = Outcome()
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Event()
+        self.failure: Exception | None = None
+
+    def step(self) -> list[TokenEvent]:
+        self.entered.set()
+        assert self.gate.wait(30), "the test never opened the gate"
+        if self.failure is not None:
+            raise self.failure
+        return super().step()

@@ -147,7 +147,7 @@ def test_polling_takes_only_what_is_there() -> None:
         assert channel.poll_header() is None
         frame = heartbeat()
         far.sendall(frame[:30])
-        assert eventually(lambda: channel.poll_header() is None and channel._header_filled == 30)
+        assert eventually(lambda: channel.poll_header() is None and channel._filled == 30)
         far.sendall(frame[30:] + frame)
         assert eventually(lambda: channel.poll_header() is not None)
         assert channel.receive_header(_soon(), SOON_S) == decode_header(frame)
@@ -161,7 +161,7 @@ def test_header_begun_by_polling_is_ended_by_waiting() -> None:
     with raw_pair() as (channel, far):
         frame = heartbeat()
         far.sendall(frame[:30])
-        assert eventually(lambda: channel.poll_header() is None and channel._header_filled == 30)
+        assert eventually(lambda: channel.poll_header() is None and channel._filled == 30)
         far.sendall(frame[30:])
         assert channel.receive_header(_soon(), SOON_S) == decode_header(frame)
 

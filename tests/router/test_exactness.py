@@ -21,10 +21,9 @@ from experts.store import ExpertStore
 from experts.transport import Endpoint, ExpertServer, ServiceInfo, TransportLimits
 from experts.worker import DTYPES, ExpertWorker
 from router.batcher import BatchLimits
-from router.kv_cache import KvPool
 from router.loading import EngineOptions
 from router.request import GenerationRequest, SamplingParams
-from tests.engines import Outcome, assert_same_bits, open_engine, run_to_end
+from tests.engines import Outcome, assert_same_bits, open_engine, run_to_end, small_engine
 
 SECRET = b"a secret for tests, 32 bytes long"
 JOIN_AT = (0, 3, 1, 0, 7, 2, 2, 0)
@@ -39,7 +38,7 @@ def _requests(vocab_size: int, max_prompt: int) -> list[GenerationRequest]:
             f"r{index}",
             tuple(chance.randrange(vocab_size) for _ in range(length)),
             SamplingParams(
-                max_tokens=(12, 30, 5, 20)[index % 4],
+                max_tokens=(8, 16, 3, 12)[index % 4],
                 temperature=(0.0, 0.8, 1.0)[index % 3],
                 top_k=(0, 40)[index % 2],
                 seed=index,
@@ -73,19 +72,18 @@ def reference(root: Path, dtype: str, requests: list[GenerationRequest]) -> Outc
     loaded = open_engine(root, EngineOptions(dtype=dtype))
     whole = Outcome()
     for request in requests:
-        outcome = run_to_end(loaded, [request])
+        outcome = run_to_end(loaded.engine, [request])
         whole.tokens |= outcome.tokens
         whole.logits |= outcome.logits
     loaded.close()
     return whole
 
 
-def _check(root: Path, options: EngineOptions, requests: list[GenerationRequest], reference: Outcome) -> int:
-    """Run batched under these options, compare, and return the number of preemptions."""
+def _check(root: Path, options: EngineOptions, requests: list[GenerationRequest], reference: Outcome) -> None:
+    """Run batched under these options and compare."""
     loaded = open_engine(root, options)
-    assert_same_bits(run_to_end(loaded, requests, JOIN_AT), reference)
+    assert_same_bits(run_to_end(loaded.engine, requests, JOIN_AT), reference)
     loaded.close()
-    return loaded.engine.stats.preemptions
 
 
 def test_batched_equals_alone(
@@ -118,18 +116,13 @@ def test_any_expert_budget_equals_unlimited(
 def test_preemption_equals_undisturbed(
     root: Path, dtype: str, requests: list[GenerationRequest], reference: Outcome, how: str
 ) -> None:
-    loaded = open_engine(root, EngineOptions(dtype=dtype, limits=BatchLimits(admission_reserve=1)))
-    small = KvPool(loaded.config, 5, DTYPES[dtype])
-    engine = type(loaded.engine)(
-        loaded.engine.backbone,
-        small,
-        loaded.engine.limits,
-        swap_budget_bytes=small.nbytes if how == "swap" else 0,
-    )
-    object.__setattr__(loaded, "engine", engine)
-    assert_same_bits(run_to_end(loaded, requests, JOIN_AT), reference)
-    assert engine.stats.preemptions > 0
+    """All at once, with so few blocks that growing sequences push out the youngest."""
+    loaded = open_engine(root, EngineOptions(dtype=dtype))
+    limits = BatchLimits(admission_reserve=1)
+    engine = small_engine(loaded, 4, limits, num_swap_blocks=5 if how == "swap" else 0)
+    assert_same_bits(run_to_end(engine, requests), reference)
     loaded.close()
+    assert engine.stats.preemptions > 0
 
 
 @pytest.fixture
@@ -171,7 +164,7 @@ def test_remote_experts_equal_local(
     loaded = open_engine(
         root, EngineOptions(dtype=dtype), lambda worker: RemoteDirectory(worker, roster, SECRET)
     )
-    assert_same_bits(run_to_end(loaded, requests, JOIN_AT), reference)
+    assert_same_bits(run_to_end(loaded.engine, requests, JOIN_AT), reference)
     stats = loaded.directory.stats()
     loaded.close()
     assert (stats.local_rows, stats.failovers) == (0, 0)
@@ -194,7 +187,7 @@ def test_experts_partly_remote_and_partly_lost_equal_local(
         EngineOptions(dtype=dtype),
         lambda worker: RemoteDirectory(worker, roster, SECRET, limits=TransportLimits()),
     )
-    assert_same_bits(run_to_end(loaded, requests, JOIN_AT), reference)
+    assert_same_bits(run_to_end(loaded.engine, requests, JOIN_AT), reference)
     stats = loaded.directory.stats()
     loaded.close()
     assert stats.local_rows > 0 and stats.remote_rows > 0
@@ -208,7 +201,7 @@ def test_resumed_request_continues_with_the_same_tokens(
     sent = tuple(reference.tokens[request.request_id][:11])
     resumed = GenerationRequest(request.request_id, request.prompt_ids, request.sampling, sent)
     loaded = open_engine(root, EngineOptions(dtype=dtype))
-    outcome = run_to_end(loaded, [resumed])
+    outcome = run_to_end(loaded.engine, [resumed])
     loaded.close()
     assert list(sent) + outcome.tokens[request.request_id] == reference.tokens[request.request_id]
     assert torch.equal(outcome.logits[request.request_id][0], reference.logits[request.request_id][11])

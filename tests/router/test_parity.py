@@ -58,7 +58,7 @@ def _assert_parity(store: Path, checkpoint: Path, prompt: tuple[int, ...]) -> No
     tokens, logits = _reference(checkpoint, prompt)
     loaded = open_engine(store, EngineOptions(dtype="float32"))
     request = GenerationRequest("r", prompt, SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0))
-    outcome = run_to_end(loaded, [request])
+    outcome = run_to_end(loaded.engine, [request])
     loaded.close()
     assert outcome.tokens["r"] == tokens
     worst = (torch.stack(outcome.logits["r"]) - logits).abs().max() / logits.abs().max()

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from router.request import SamplingParams
-from router.sampling import sample, uniform_noise
+from router.sampling import PREFILTER, sample, uniform_noise
 
 
 def _logits(size: int = 50, seed: int = 0) -> torch.Tensor:
@@ -70,3 +78,79 @@ def test_min_p_is_relative_to_the_best() -> None:
 def test_nucleus_of_a_flat_large_vocabulary_is_not_cut_by_the_prefilter() -> None:
     logits = torch.zeros(5000)
     assert max(_support(SamplingParams(top_p=0.99, seed=2), logits, 500)) > 2000
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=0.6, top_k=7, top_p=0.9, min_p=0.05),
+        SamplingParams(temperature=1.7, top_p=0.7, min_p=0.1),
+        SamplingParams(temperature=1.3, top_k=12, min_p=0.2),
+        SamplingParams(temperature=2.0, top_k=30, top_p=0.5),
+        SamplingParams(temperature=0.3, min_p=1.0),
+        SamplingParams(top_p=0.0),
+        SamplingParams(top_k=100),
+    ],
+)
+def test_filters_keep_what_transformers_keeps(params: SamplingParams) -> None:
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(params.temperature)])
+    if params.top_k:
+        warpers.append(TopKLogitsWarper(params.top_k))
+    if params.top_p < 1.0:
+        warpers.append(TopPLogitsWarper(params.top_p))
+    if params.min_p:
+        warpers.append(MinPLogitsWarper(params.min_p))
+    for seed in range(3):
+        logits = _logits(40, seed)
+        published = torch.softmax(warpers(torch.zeros(1, 1), logits.unsqueeze(0))[0], 0)
+        drawn = [sample(logits, params, position) for position in range(1500)]
+        observed = torch.bincount(torch.tensor(drawn), minlength=40) / 1500
+        assert set(drawn) <= set(published.nonzero().flatten().tolist())
+        torch.testing.assert_close(observed, published, atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-310, 1e-300, 1e-12, 1e-3])
+@pytest.mark.parametrize("scale", [1.0, 1e30])
+def test_temperature_near_zero_takes_the_best(temperature: float, scale: float) -> None:
+    logits = _logits(2000) * scale
+    for filters in ({}, {"top_p": 0.5}, {"top_k": 5}, {"min_p": 0.1}):
+        params = SamplingParams(temperature=temperature, **filters)  # type: ignore[arg-type]
+        assert {sample(logits, params, position) for position in range(5)} == {int(logits.argmax())}
+
+
+def test_best_of_equals_is_the_first() -> None:
+    """As argmax takes it in transformers; bfloat16 heads make equal logits often."""
+    logits = torch.zeros(40000)
+    logits[[7, 35001]] = 2.0
+    assert sample(logits, SamplingParams(temperature=0.0), 0) == 7
+
+
+@pytest.mark.parametrize("size", [PREFILTER - 1, PREFILTER, PREFILTER + 1])
+@pytest.mark.parametrize("top_p", [0.5, 0.999, 1 - 1e-9])
+def test_nucleus_is_the_same_on_both_sides_of_the_prefilter(size: int, top_p: float) -> None:
+    """A token of no weight more does not change what is drawn."""
+    logits = torch.full((PREFILTER + 1,), -1e4)
+    logits[: PREFILTER - 1] = _logits(PREFILTER - 1)
+    params = SamplingParams(top_p=top_p, seed=4)
+    for position in range(200):
+        assert sample(logits[:size], params, position) == sample(logits, params, position)
+
+
+def test_number_of_threads_changes_no_token() -> None:
+    logits = _logits(40000)
+    before = torch.get_num_threads()
+    drawn = []
+    try:
+        for num_threads in (1, 2):
+            torch.set_num_threads(num_threads)
+            for params in (SamplingParams(), SamplingParams(top_p=0.95), SamplingParams(min_p=0.01)):
+                drawn.append([sample(logits, params, position) for position in range(6)])
+    finally:
+        torch.set_num_threads(before)
+    assert drawn[:3] == drawn[3:]
+
+
+def test_token_of_no_probability_is_never_drawn() -> None:
+    logits = torch.full((300,), -1e30)
+    logits[150] = 3e38
+    assert _support(SamplingParams(), logits, 200) == {150}

@@ -1,0 +1,185 @@
+"""What does exactness cost in a decode step, against the same step with the library's own kernels?
+
+A slice of Qwen3-30B-A3B (full width, a few layers, random weights, bfloat16) decodes one token for 1, 4 and 16
+sequences with 300 positions in the cache. "exact" is the engine as it serves. "free" computes the same step without
+the constraints of docs/exactness.md: no padding of rows, the library's attention over the whole cache in bfloat16, its
+own silu, and a batched combine. Both use the same weights, caches and routing code, and alternate step by step.
+
+Usage: python -m benchmarks.bench_exactness [--layers N] [--steps N] [--keep]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.random_store import QWEN3_30B_A3B, RandomStore
+from benchmarks.report import finish, spread
+from experts.call import ExpertCall
+from experts.directory import LocalDirectory
+from experts.ffn import ExpertWeights
+from experts.numerics import RowKernel, num_cores
+from experts.worker import ExpertWorker
+from extraction.manifest import ExpertKey
+from router.backbone import Backbone
+from router.dispatch import dispatch
+from router.kv_cache import KvPool, blocks_for
+from router.model_config import read_model_config
+from router.moe_block import MoeBlock
+from router.rope import rotate
+from router.self_test import prove_row_invariance
+from router.step_batch import CacheSlots, Span, StepBatch
+from router.weights import Layer
+
+CONTEXT = 300
+BATCHES = (1, 4, 16)
+GOAL = 1.05
+
+
+class FreeWorker(LocalDirectory):
+    """The library's own products and activation for each expert's rows, however many they are."""
+
+    def run(self, call: ExpertCall) -> Tensor:
+        rows_RD = call.tokens_TD[list(call.token_of_R)]
+        out, first = torch.empty_like(rows_RD), 0
+        for expert, count in zip(call.experts, call.counts, strict=True):
+            weights = self._weights(ExpertKey(call.component, call.layer, expert))
+            gate, up = F.linear(rows_RD[first : first + count], weights.gate_up_FD).chunk(2, dim=1)
+            out[first : first + count] = F.linear(F.silu(gate) * up, weights.down_DF)
+            first += count
+        return out
+
+    def _weights(self, key: ExpertKey) -> ExpertWeights:
+        return self.worker._weights[key]
+
+
+@dataclass(frozen=True)
+class FreeMoeBlock(MoeBlock):
+    """The same routing; combines by one batched product."""
+
+    def forward(self, hidden_PD: Tensor, num_tokens: int, trace: str = "") -> Tensor:
+        routing = self.route(hidden_PD, num_tokens)
+        dispatched = dispatch(self.component, self.layer, hidden_PD[:num_tokens], routing, trace)
+        rows_RD = self.directory.run(dispatched.call)
+        slots_TKD = rows_RD[dispatched.row_of_slot].view(*routing.weights_TK.shape, -1)
+        return torch.bmm(routing.weights_TK.to(slots_TKD.dtype).unsqueeze(1), slots_TKD).squeeze(1)
+
+
+class FreeBackbone(Backbone):
+    """Attention by the library, sequence by sequence, as it would be called for one-token queries."""
+
+    def _attention(
+        self,
+        index: int,
+        layer: Layer,
+        normed_PD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: CacheSlots,
+        pool: KvPool,
+    ) -> Tensor:
+        config = self.config
+        num_tokens = len(cache.blocks_T)
+        qkv = self.kernel.linear(normed_PD, layer.qkv_OD)[:num_tokens].view(num_tokens, -1, config.head_dim)
+        q, k, v = torch.split(qkv, [config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
+        q = rotate(self._norm(q, layer.q_norm_d).float(), cos, sin).to(self.dtype)
+        k = rotate(self._norm(k, layer.k_norm_d).float(), cos, sin).to(self.dtype)
+        pool.write(index, cache.blocks_T, cache.offsets_T, k, v)
+        attended = torch.empty_like(q)
+        for group in cache.groups:
+            tables, limits = group.tables_SN, group.limits_SC
+            for row, table, limit in zip(group.rows.tolist(), tables, limits[:, 0].tolist(), strict=True):
+                keys, values = (
+                    p[index][table].transpose(0, 1).flatten(1, 2)[:, :limit] for p in (pool.keys, pool.values)
+                )
+                out = F.scaled_dot_product_attention(
+                    q[row].unsqueeze(1).unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), enable_gqa=True
+                )
+                attended[row] = out[0, :, 0]
+        return attended.flatten(1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=60, help="counted steps of each contender and batch")
+    parser.add_argument("--keep", action="store_true", help="keep the result under benchmarks/results")
+    options = parser.parse_args()
+    torch.set_num_threads(num_cores())
+    torch.manual_seed(0)
+    exact, free, pool, row_multiple = _contenders(options.layers)
+    results = {}
+    for num_sequences in BATCHES:
+        samples = _measure(exact, free, pool, num_sequences, options.steps)
+        ratio = spread([a / b for a, b in zip(samples["exact"], samples["free"], strict=True)])
+        results[f"{num_sequences} sequences"] = {
+            "exact_ms": spread(samples["exact"]),
+            "free_ms": spread(samples["free"]),
+            "ratio": ratio,
+        }
+        print(
+            f"{num_sequences:3} sequences: exact {spread(samples['exact'])['median']:7.1f} ms, "
+            f"free {spread(samples['free'])['median']:7.1f} ms, ratio {ratio['median']:.3f} "
+            f"({ratio['p5']:.3f} to {ratio['p95']:.3f}); goal at most {GOAL}"
+        )
+    config = {"layers": options.layers, "context": CONTEXT, "row_multiple": row_multiple, "dtype": "bfloat16"}
+    finish("bench_exactness", config, results, is_kept=options.keep)
+
+
+def _contenders(num_layers: int) -> tuple[Backbone, FreeBackbone, KvPool, int]:
+    config_json = QWEN3_30B_A3B | {"num_hidden_layers": num_layers}
+    store = RandomStore(config_json, torch.bfloat16)
+    config = read_model_config(config_json)
+    kernel = prove_row_invariance(config, torch.bfloat16)
+    worker = ExpertWorker(store, kernel, torch.bfloat16, widths={"model": config.hidden_size})
+    worker.load_all()
+    exact = Backbone(store, "model", config, kernel, LocalDirectory(worker), torch.bfloat16)
+    free = FreeBackbone.__new__(FreeBackbone)
+    free.__dict__.update(exact.__dict__)
+    free.kernel = RowKernel(1)
+    free.layers = [
+        replace(
+            layer,
+            moe=FreeMoeBlock(**(vars(layer.moe) | {"directory": FreeWorker(worker), "kernel": free.kernel})),
+        )
+        for layer in exact.layers
+    ]
+    num_blocks = 1 + max(BATCHES) * blocks_for(CONTEXT + 1)
+    pool = KvPool(config, num_blocks, torch.bfloat16)
+    pool.keys.normal_()
+    pool.values.normal_()
+    return exact, free, pool, kernel.row_multiple
+
+
+def _measure(
+    exact: Backbone, free: Backbone, pool: KvPool, num_sequences: int, num_steps: int
+) -> dict[str, list[float]]:
+    """Milliseconds of each step; a fifth more steps come first and are not counted."""
+    samples: dict[str, list[float]] = {"exact": [], "free": []}
+    per_sequence = blocks_for(CONTEXT + 1)
+    tables = [range(1 + i * per_sequence, 1 + (i + 1) * per_sequence) for i in range(num_sequences)]
+    spans = tuple(Span(tuple(table), CONTEXT, 1) for table in tables)
+    positions = torch.full((3, num_sequences), CONTEXT)
+    for step in range(num_steps + num_steps // 5):
+        ids = torch.randint(0, exact.config.vocab_size, (num_sequences,))
+        batch = StepBatch(spans, ids, positions, tuple(range(num_sequences)))
+        contenders: Sequence[tuple[str, Backbone]] = [("exact", exact), ("free", free)]
+        for name, backbone in contenders if step % 2 else contenders[::-1]:
+            started = perf_counter()
+            backbone.forward(batch, pool)
+            elapsed_ms = (perf_counter() - started) * 1e3
+            if step >= num_steps // 5:
+                samples[name].append(elapsed_ms)
+    return samples
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,435 @@
+"""The engine's life: joining, leaving, running out of memory, failing, and what a prompt may bring beside ids."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from experts.call import ExpertCall
+from experts.directory import LocalDirectory
+from experts.errors import ExpertCorrupt
+from experts.worker import ExpertWorker
+from router.attention import BLOCK_POSITIONS
+from router.batcher import BatchLimits
+from router.errors import PromptInvalid, QueueFull, RequestTooLong
+from router.kv_cache import BlockAllocator, KvPool
+from router.loading import EngineOptions, LoadedEngine
+from router.request import GenerationRequest, SamplingParams
+from router.sequence import PromptInputs
+from router.step_batch import Span, StepBatch
+from tests.engines import (
+    Outcome,
+    RecordingEngine,
+    assert_nothing_held,
+    assert_same_bits,
+    open_engine,
+    run_to_end,
+    small_engine,
+)
+
+WIDTH = 64
+SMALL_STEPS = BatchLimits(max_batch_tokens=16, admission_reserve=1)
+
+
+class FaultyDirectory(LocalDirectory):
+    """Fails the call with this number, counted down; negative never."""
+
+    calls_to_failure = -1
+
+    def run(self, call: ExpertCall) -> torch.Tensor:
+        self.calls_to_failure -= 1
+        if self.calls_to_failure == 0:
+            raise ExpertCorrupt("('model', 0, 3)", "experts.bin", 64, "the bytes were altered")
+        return super().run(call)
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_store: Path) -> Iterator[LoadedEngine]:
+    def connect(worker: ExpertWorker) -> FaultyDirectory:
+        return FaultyDirectory(worker)
+
+    loaded = open_engine(tiny_store, EngineOptions(dtype="float32"), connect)
+    yield loaded
+    loaded.close()
+
+
+def _request(name: str, length: int, max_tokens: int = 8, **sampling: object) -> GenerationRequest:
+    """A prompt that depends on name and length only. Sampled, so that wrong logits show in the tokens."""
+    chance = random.Random(f"{name} {length}")
+    params = {"temperature": 1.0, "seed": length, "max_tokens": max_tokens} | sampling
+    prompt = tuple(chance.randrange(500) for _ in range(length))
+    return GenerationRequest(name, prompt, SamplingParams(**params))  # type: ignore[arg-type]
+
+
+def _alone(loaded: LoadedEngine, *requests: GenerationRequest) -> Outcome:
+    """Each request by itself, without any pressure."""
+    whole = Outcome()
+    for request in requests:
+        outcome = run_to_end(small_engine(loaded, 8), [request])
+        whole.tokens |= outcome.tokens
+        whole.logits |= outcome.logits
+    return whole
+
+
+def _finish(engine: RecordingEngine) -> Outcome:
+    for _ in range(2000):
+        if not engine.has_work:
+            assert_nothing_held(engine)
+            return engine.outcome
+        engine.step()
+        engine.allocator.check()
+    raise AssertionError("not done")
+
+
+def _swap_out_youngest(loaded: LoadedEngine) -> tuple[RecordingEngine, GenerationRequest]:
+    """Step until the younger of two sequences lies in host memory. Returns the engine and the older's request."""
+    engine = small_engine(loaded, 3, BatchLimits(admission_reserve=1), num_swap_blocks=2)
+    old = _request("old", BLOCK_POSITIONS - 3, 12)
+    for request in (old, _request("victim", BLOCK_POSITIONS - 4, 40)):
+        engine.submit(request)
+    while not engine.swapped_bytes:
+        engine.step()
+    return engine, old
+
+
+@pytest.mark.parametrize("phase", ["waiting", "prefill", "decode"])
+def test_cancelled_request_frees_its_blocks_and_disturbs_nobody(loaded: LoadedEngine, phase: str) -> None:
+    engine = small_engine(loaded, 8, SMALL_STEPS)
+    other, victim = _request("other", 5, 20), _request("victim", 70, 30)
+    engine.submit(other)
+    engine.submit(victim)
+    for _ in range({"waiting": 0, "prefill": 2, "decode": 9}[phase]):
+        engine.step()
+    drawn = len(engine.outcome.tokens.get("victim", ()))
+    assert (drawn > 0) == (phase == "decode")
+    assert engine.cancel("victim")
+    engine.allocator.check()
+    assert not engine.allocator.holds("victim")
+    assert not engine.cancel("victim")
+    _finish(engine)
+    engine.outcome.tokens.pop("victim", None)
+    assert_same_bits(engine.outcome, _alone(loaded, other))
+
+
+def test_cancelled_swapped_request_frees_host_memory(loaded: LoadedEngine) -> None:
+    engine, old = _swap_out_youngest(loaded)
+    assert engine.cancel("victim")
+    assert engine.swapped_bytes == 0
+    _finish(engine)
+    engine.outcome.tokens.pop("victim")
+    assert_same_bits(engine.outcome, _alone(loaded, old))
+
+
+def test_swapped_request_comes_back_where_it_was(loaded: LoadedEngine) -> None:
+    engine, old = _swap_out_youngest(loaded)
+    _finish(engine)
+    assert_same_bits(engine.outcome, _alone(loaded, old, _request("victim", BLOCK_POSITIONS - 4, 40)))
+    assert engine.stats.prompt_tokens == 2 * BLOCK_POSITIONS - 7, "nothing was computed twice"
+
+
+def test_sequence_preempted_before_its_first_chunk_starts_over(loaded: LoadedEngine) -> None:
+    """It holds blocks but no keys yet, because older sequences took the whole step."""
+    engine = small_engine(loaded, 3, BatchLimits(max_batch_tokens=1, admission_reserve=1), num_swap_blocks=3)
+    requests = [_request("old", 1, 2 * BLOCK_POSITIONS), _request("young", BLOCK_POSITIONS + 6, 4)]
+    outcome = run_to_end(engine, requests)
+    assert engine.stats.preemptions == 1
+    assert_same_bits(outcome, _alone(loaded, *requests))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_sequences_that_join_and_leave_at_any_step_get_their_own_bits(
+    loaded: LoadedEngine, seed: int
+) -> None:
+    chance = random.Random(seed)
+    limits = BatchLimits(chance.choice((3, 16, 64)), max_running=4, admission_reserve=chance.choice((1, 64)))
+    engine = small_engine(loaded, 5, limits, num_swap_blocks=chance.choice((0, 2, 9)))
+    requests = [
+        _request(f"s{number}", chance.randint(1, 140), chance.randint(1, 40), top_k=number % 3)
+        for number in range(12)
+    ]
+    cancelled = set()
+    for request in requests:
+        engine.submit(request)
+        for _ in range(chance.randint(0, 9)):
+            engine.step()
+            engine.allocator.check()
+        victim = chance.choice(requests).request_id
+        if chance.random() < 0.3 and engine.cancel(victim):
+            cancelled.add(victim)
+    _finish(engine)
+    kept = [request for request in requests if request.request_id not in cancelled]
+    for name in cancelled:
+        engine.outcome.tokens.pop(name, None)
+    assert set(engine.outcome.reasons) == {request.request_id for request in kept}
+    assert_same_bits(engine.outcome, _alone(loaded, *kept))
+
+
+def _faulty(loaded: LoadedEngine) -> FaultyDirectory:
+    assert isinstance(loaded.directory, FaultyDirectory)
+    return loaded.directory
+
+
+@pytest.mark.parametrize("failing_call", [1, 2])
+def test_expert_error_ends_the_requests_of_its_step_only(loaded: LoadedEngine, failing_call: int) -> None:
+    """The second MoE layer fails as the first does: its step has by then written keys of the first."""
+    engine = small_engine(loaded, 6, BatchLimits(max_batch_tokens=16, max_running=2, admission_reserve=1))
+    engine.submit(_request("first", 40))
+    engine.step()
+    engine.submit(_request("unborn", 9))  # admitted, but the first one's chunk fills the step
+    engine.submit(_request("waiting", 20))
+    _faulty(loaded).calls_to_failure = failing_call
+    events = engine.step()
+    assert [(event.request_id, event.finish_reason) for event in events] == [("first", "error")]
+    assert events[0].error is not None
+    assert "experts.bin" not in events[0].error
+    assert engine.stats.failed == 1
+    outcome = _finish(engine)
+    del outcome.tokens["first"]
+    assert_same_bits(outcome, _alone(loaded, _request("unborn", 9), _request("waiting", 20)))
+    assert not engine.pool.keys.isnan().any()
+
+
+def test_blocks_of_a_failed_request_are_scrubbed(loaded: LoadedEngine) -> None:
+    engine = small_engine(loaded, 2)
+    engine.submit(_request("first", 40))
+    _faulty(loaded).calls_to_failure = 2
+    assert engine.step()[0].finish_reason == "error"
+    assert not engine.pool.keys.any()
+    assert not engine.pool.values.any()
+
+
+def _poisoned(length: int, index: int) -> tuple[GenerationRequest, PromptInputs]:
+    return _request("poisoned", length), PromptInputs({index: torch.full((WIDTH,), float("nan"))})
+
+
+def test_non_finite_logits_end_their_request_only(loaded: LoadedEngine) -> None:
+    engine = small_engine(loaded, 4)
+    healthy = _request("healthy", 11)
+    engine.submit(healthy)
+    engine.submit(*_poisoned(30, 4))
+    assert _finish(engine).reasons == {"healthy": "length", "poisoned": "error"}
+    for name in ("tokens", "logits"):
+        getattr(engine.outcome, name).pop("poisoned", None)
+    assert_same_bits(engine.outcome, _alone(loaded, healthy))
+
+
+def test_non_finite_keys_of_a_cancelled_prompt_do_not_reach_the_next_request(loaded: LoadedEngine) -> None:
+    """No logits were computed yet, so nobody has noticed."""
+    engine = small_engine(loaded, 2, SMALL_STEPS)
+    engine.submit(*_poisoned(100, 4))
+    engine.step()
+    engine.cancel("poisoned")
+    healthy = _request("healthy", BLOCK_POSITIONS + 6, 4)  # takes both blocks and writes part of each
+    engine.submit(healthy)
+    assert_same_bits(_finish(engine), _alone(loaded, healthy))
+
+
+def test_non_finite_keys_of_a_preempted_prompt_do_not_reach_other_requests(loaded: LoadedEngine) -> None:
+    engine = small_engine(loaded, 3, SMALL_STEPS, num_swap_blocks=3)
+    healthy = _request("healthy", BLOCK_POSITIONS - 6, 40)
+    engine.submit(healthy)
+    for _ in range(4):
+        engine.step()
+    engine.submit(*_poisoned(2 * BLOCK_POSITIONS - 2, 0))
+    outcome = _finish(engine)
+    assert engine.stats.preemptions == 1
+    assert outcome.reasons["poisoned"] == "error"
+    del outcome.tokens["poisoned"], outcome.logits["poisoned"]
+    assert_same_bits(outcome, _alone(loaded, healthy))
+
+
+def test_stop_id_ends_the_answer_and_is_reported(loaded: LoadedEngine) -> None:
+    tokens = _alone(loaded, _request("r", 9, 12)).tokens["r"]
+    stop = tokens[5]
+    outcome = run_to_end(small_engine(loaded, 2), [_request("r", 9, 12, stop_token_ids=(stop, 511))])
+    assert outcome.tokens["r"] == tokens[: tokens.index(stop) + 1]
+    assert outcome.reasons["r"] == "stop"
+
+
+def test_answer_has_exactly_max_tokens(loaded: LoadedEngine) -> None:
+    for max_tokens in (1, 2, 7):
+        outcome = run_to_end(small_engine(loaded, 2), [_request("r", 9, max_tokens)])
+        assert len(outcome.tokens["r"]) == max_tokens
+        assert outcome.reasons["r"] == "length"
+
+
+def test_request_may_fill_the_context_and_not_one_token_more(loaded: LoadedEngine) -> None:
+    context = loaded.config.max_position_embeddings
+    engine = small_engine(loaded, 9)
+    with pytest.raises(RequestTooLong, match=f"{context + 1} tokens; at most {context} fit"):
+        engine.submit(_request("long", context - 3, 4))
+    outcome = run_to_end(engine, [_request("full", context - 4, 4)])
+    assert len(outcome.tokens["full"]) == 4
+
+
+def test_single_sequence_may_fill_the_whole_cache_and_not_one_token_more(loaded: LoadedEngine) -> None:
+    engine = small_engine(loaded, 2, BatchLimits(admission_reserve=1))
+    whole = 2 * BLOCK_POSITIONS
+    with pytest.raises(RequestTooLong, match=f"at most {whole} fit"):
+        engine.submit(_request("long", whole - 9, 10))
+    request = _request("full", BLOCK_POSITIONS - 1, BLOCK_POSITIONS + 1)
+    assert_same_bits(run_to_end(engine, [request]), _alone(loaded, request))
+    assert engine.stats.preemptions == 0
+
+
+def test_one_request_more_than_may_be_open_is_refused(loaded: LoadedEngine) -> None:
+    engine = small_engine(loaded, 4, BatchLimits(max_running=2, max_waiting=3))
+    for number in range(5):
+        engine.submit(_request(f"r{number}", 3))
+    with pytest.raises(QueueFull, match="5 requests are open already"):
+        engine.submit(_request("r5", 3))
+    engine.cancel("r4")
+    engine.submit(_request("r5", 3))
+    assert len(_finish(engine).reasons) == 5
+
+
+def test_used_id_is_refused(loaded: LoadedEngine) -> None:
+    engine = small_engine(loaded, 2)
+    engine.submit(_request("r", 3))
+    with pytest.raises(ValueError, match="'r' is in use"):
+        engine.submit(_request("r", 4))
+
+
+@pytest.mark.parametrize(
+    ("request_", "reason"),
+    [
+        (GenerationRequest("r", ()), "no tokens"),
+        (GenerationRequest("r", (1, 512)), "token id 512"),
+        (GenerationRequest("r", (-1,)), "token id -1"),
+        (GenerationRequest("r", (1,), generated_ids=(600,)), "token id 600"),
+        (GenerationRequest("r", (1,), SamplingParams(max_tokens=2), (5, 6)), "leaves nothing"),
+    ],
+)
+def test_prompt_that_cannot_be_computed_is_refused(
+    loaded: LoadedEngine, request_: GenerationRequest, reason: str
+) -> None:
+    with pytest.raises(PromptInvalid, match=reason):
+        small_engine(loaded, 2).submit(request_)
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        PromptInputs({5: torch.zeros(WIDTH)}),
+        PromptInputs({0: torch.zeros(WIDTH + 1)}),
+        PromptInputs(positions_3P=torch.zeros(3, 4, dtype=torch.int64)),
+        PromptInputs(injections={3: {0: torch.zeros(WIDTH)}}),
+        PromptInputs(injections={0: {-1: torch.zeros(WIDTH)}}),
+        PromptInputs(capture_layers=(3,)),
+    ],
+)
+def test_inputs_outside_prompt_or_model_are_refused(loaded: LoadedEngine, inputs: PromptInputs) -> None:
+    with pytest.raises(PromptInvalid):
+        small_engine(loaded, 2).submit(_request("r", 5), inputs)
+
+
+def _with_inputs(
+    loaded: LoadedEngine, request: GenerationRequest, inputs: PromptInputs, limits: BatchLimits | None = None
+) -> Outcome:
+    engine = small_engine(loaded, 8, limits)
+    engine.submit(_request("neighbour", 7))
+    engine.submit(request, inputs)
+    outcome = _finish(engine)
+    del outcome.tokens["neighbour"], outcome.logits["neighbour"]
+    return outcome
+
+
+def test_embeddings_in_place_of_ids_equal_the_ids_own(loaded: LoadedEngine) -> None:
+    request = _request("r", 80)
+    table = loaded.engine.backbone.embeddings_VD
+    inputs = PromptInputs({index: table[request.prompt_ids[index]] for index in (0, 15, 16, 40, 79)})
+    masked = tuple(0 if i in inputs.embeddings else token for i, token in enumerate(request.prompt_ids))
+    changed = GenerationRequest("r", masked, request.sampling)
+    for limits in (None, SMALL_STEPS):
+        assert_same_bits(_with_inputs(loaded, changed, inputs, limits), _alone(loaded, request))
+
+
+def test_three_equal_position_rows_equal_the_default(loaded: LoadedEngine) -> None:
+    request = _request("r", 80)
+    inputs = PromptInputs(positions_3P=torch.arange(80).expand(3, -1))
+    for limits in (None, SMALL_STEPS):
+        assert_same_bits(_with_inputs(loaded, request, inputs, limits), _alone(loaded, request))
+
+
+def test_captured_states_and_injections_do_not_depend_on_chunks(loaded: LoadedEngine) -> None:
+    request = _request("r", 70, 3)
+    added = {0: {3: torch.ones(WIDTH), 66: -torch.ones(WIDTH)}, 1: {16: torch.full((WIDTH,), 0.5)}}
+
+    def run(limits: BatchLimits | None) -> tuple[Outcome, torch.Tensor]:
+        seen = torch.full((2, 72, WIDTH), float("nan"))
+
+        def keep(layer: int, first: int, hidden: torch.Tensor) -> None:
+            seen[layer // 2, first : first + len(hidden)] = hidden
+
+        inputs = PromptInputs(injections=added, capture_layers=(0, 2), on_capture=keep)
+        return _with_inputs(loaded, request, inputs, limits), seen
+
+    whole, seen = run(None)
+    chunked, seen_in_chunks = run(SMALL_STEPS)
+    assert_same_bits(chunked, whole)
+    assert not seen.isnan().any()
+    assert torch.equal(seen_in_chunks, seen)
+    assert not torch.equal(whole.logits["r"][0], _alone(loaded, request).logits["r"][0])
+
+
+def test_resumed_prompt_with_positions_continues_behind_the_largest(loaded: LoadedEngine) -> None:
+    """The answer's positions go on from the largest given one, whether tokens were sent before or not."""
+    request = _request("r", 20, 10)
+    inputs = PromptInputs(positions_3P=torch.arange(20).expand(3, -1) // 2)
+    whole = _with_inputs(loaded, request, inputs)
+    sent = tuple(whole.tokens["r"][:4])
+    resumed = _with_inputs(loaded, GenerationRequest("r", request.prompt_ids, request.sampling, sent), inputs)
+    spelled_out = PromptInputs(
+        positions_3P=torch.tensor([*(i // 2 for i in range(20)), *range(10, 14)]).expand(3, -1)
+    )
+    as_prompt = _with_inputs(loaded, GenerationRequest("r", (*request.prompt_ids, *sent)), spelled_out)
+    assert torch.equal(as_prompt.logits["r"][0], whole.logits["r"][4])
+    assert list(sent) + resumed.tokens["r"] == whole.tokens["r"]
+    assert torch.equal(torch.stack(resumed.logits["r"]), torch.stack(whole.logits["r"][4:]))
+
+
+def test_sequences_forked_from_one_prompt_equal_separate_ones(loaded: LoadedEngine) -> None:
+    """The prompt's blocks are shared; only the block that is written to is copied."""
+    backbone = loaded.engine.backbone
+    prompt = _request("r", BLOCK_POSITIONS + 20).prompt_ids
+    pool, allocator = KvPool(loaded.config, 6, loaded.dtype), BlockAllocator(6)
+
+    def step(pool: KvPool, spans: list[Span], ids: list[int]) -> torch.Tensor:
+        rows = tuple(sum(span.count for span in spans[: i + 1]) - 1 for i in range(len(spans)))
+        positions = torch.cat([torch.arange(s.first, s.first + s.count) for s in spans]).expand(3, -1)
+        return backbone.forward(StepBatch(tuple(spans), torch.tensor(ids), positions, rows), pool).logits_LV
+
+    allocator.allocate("parent", len(prompt))
+    step(pool, [Span(allocator.table("parent"), 0, len(prompt))], list(prompt))
+    names, nexts = ["parent", "a", "b"], [5, 6, 7]
+    for child in names[1:]:
+        allocator.fork("parent", child)
+    for name in names:
+        allocator.extend(name, len(prompt) + 1)
+        pool.copy(allocator.unshare(name, len(prompt), len(prompt) + 1))
+    assert allocator.num_used == 4, "one shared block and a last one each"
+    spans = [Span(allocator.table(name), len(prompt), 1) for name in names]
+    forked = step(pool, spans, nexts)
+    for index, token in enumerate(nexts):
+        fresh = KvPool(loaded.config, 3, loaded.dtype)
+        span = Span((2, 1), 0, len(prompt) + 1)
+        assert torch.equal(step(fresh, [span], [*prompt, token])[0], forked[index])
+    assert len(allocator.free("parent")) == 1, "the shared block is still held"
+    allocator.check()
+
+
+def test_hundreds_of_requests_leave_nothing_behind(loaded: LoadedEngine) -> None:
+    engine = small_engine(loaded, 4, BatchLimits(max_running=4, admission_reserve=1), num_swap_blocks=2)
+    for number in range(400):
+        engine.submit(_request(f"r{number}", 1 + number % 5, 1 + number % 2))
+        if number % 7 == 0:
+            engine.cancel(f"r{number}")
+        engine.step()
+        engine.outcome = Outcome()
+    _finish(engine)
+    held = {name: value for name, value in vars(engine).items() if isinstance(value, dict | list | set)}
+    assert not any(held.values()), held

@@ -1,0 +1,113 @@
+"""The router's Prometheus text, read by the official parser."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+from router.loading import EngineOptions, LoadedEngine
+from router.metrics import PREFIX, local_actor, render_metrics
+from router.request import GenerationRequest, SamplingParams
+from router.service import RouterService
+from tests.engines import open_engine, run_to_end, small_engine
+
+ACTOR = {
+    "name": "experts-0",
+    "node": 'a "node"',
+    "resident_bytes": 7,
+    "hits": 3,
+    "misses": 2,
+    "bytes_read": 9,
+}
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_store: Path) -> Iterator[LoadedEngine]:
+    loaded = open_engine(tiny_store, EngineOptions(dtype="float32"))
+    yield loaded
+    loaded.close()
+
+
+@pytest.fixture(scope="module")
+def families(loaded: LoadedEngine) -> dict[str, Metric]:
+    """After one request of 5 prompt and 3 generated tokens."""
+    engine = small_engine(loaded, 4)
+    run_to_end(engine, [GenerationRequest("r", (1, 2, 3, 4, 5), SamplingParams(max_tokens=3))])
+
+    async def render() -> str:
+        service = RouterService(replace(loaded, engine=engine))
+        try:
+            return render_metrics(service, [ACTOR])
+        finally:
+            service.engine_thread.stop()
+
+    text = asyncio.run(render())
+    parsed = list(text_string_to_metric_families(text))
+    assert len({family.name for family in parsed}) == len(parsed), "a family appears twice"
+    return {family.name: family for family in parsed}
+
+
+def _value(families: dict[str, Metric], name: str, **labels: str) -> float:
+    samples = families[PREFIX + name].samples
+    values = [sample.value for sample in samples if sample.labels == labels]
+    assert len(values) == 1, samples
+    return values[0]
+
+
+def test_every_family_is_ours_explained_and_of_a_known_type(families: dict[str, Metric]) -> None:
+    for name, family in families.items():
+        assert name.startswith(PREFIX)
+        assert family.documentation.endswith(".")
+        assert family.type in ("counter", "gauge")
+        assert family.samples
+        for sample in family.samples:
+            assert sample.name == name + ("_total" if family.type == "counter" else "")
+            assert sample.value >= 0
+
+
+def test_counts_are_those_of_the_work_done(families: dict[str, Metric], loaded: LoadedEngine) -> None:
+    assert _value(families, "steps") == 3
+    assert _value(families, "engine_prompt_tokens") == 5
+    assert _value(families, "engine_generated_tokens") == 3
+    assert _value(families, "requests_failed") == 0
+    assert _value(families, "kv_used_bytes") == 0
+    assert _value(families, "kv_total_bytes") == 5 * _block_bytes(loaded)
+    assert _value(families, "backbone_bytes") == loaded.engine.backbone.nbytes
+    # 5 + 2 computed positions, 2 experts each, in 2 of 3 layers.
+    assert _value(families, "expert_local_rows") == 28
+    assert _value(families, "expert_remote_rows") == 0
+
+
+def _block_bytes(loaded: LoadedEngine) -> int:
+    return loaded.engine.pool.nbytes // loaded.engine.allocator.num_blocks
+
+
+def test_actors_and_the_routers_own_experts_have_one_line_each(families: dict[str, Metric]) -> None:
+    where = {"actor": "experts-0", "node": 'a "node"'}
+    assert _value(families, "resident_bytes", **where, tier="resident") == 7
+    assert _value(families, "expert_hits", **where) == 3
+    assert _value(families, "expert_misses", **where) == 2
+    assert _value(families, "expert_read_bytes", **where) == 9
+    assert _value(families, "expert_misses", actor="router", node="") > 0
+
+
+def test_phases_of_a_step_are_timed(families: dict[str, Metric]) -> None:
+    phases = {sample.labels["phase"] for sample in families[PREFIX + "phase_seconds"].samples}
+    assert phases == {"plan", "step", "attention", "experts", "head", "sampling"}
+
+
+def test_local_experts_are_told_like_an_actors(loaded: LoadedEngine) -> None:
+    async def status() -> dict[str, object]:
+        service = RouterService(replace(loaded, engine=small_engine(loaded, 1)))
+        service.engine_thread.stop()
+        return local_actor(service)
+
+    told = asyncio.run(status())
+    assert told["resident_bytes"] == loaded.worker.resident_bytes
+    assert told["name"] == "router"

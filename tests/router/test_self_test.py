@@ -1,0 +1,87 @@
+"""The proof at start: it accepts this machine and refuses kernels whose rows depend on their neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from experts.errors import NotRowInvariant
+from experts.numerics import ROW_MULTIPLES, RowKernel, swiglu
+from router import self_test
+from router.attention import attend
+from router.self_test import prove_row_invariance
+from tests.router.configs import tiny_config
+
+
+def _refusal(dtype: torch.dtype = torch.float32) -> str:
+    with pytest.raises(NotRowInvariant) as refused:
+        prove_row_invariance(tiny_config(), dtype)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [12, 16, 128])
+def test_this_machine_passes(dtype: torch.dtype, head_dim: int) -> None:
+    kernel = prove_row_invariance(tiny_config(head_dim=head_dim), dtype)
+    assert kernel.row_multiple in ROW_MULTIPLES[dtype]
+
+
+def _after(kernel: Callable[..., Tensor], changes: Callable[[Tensor], float]) -> Callable[..., Tensor]:
+    """The kernel, with an error that depends on the shape of its first argument."""
+
+    def variant(first: Tensor, *others: Tensor) -> Tensor:
+        return kernel(first, *others) * (1 + changes(first))
+
+    return variant
+
+
+def test_attention_that_varies_with_batch_or_rows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for changes in (lambda q: 1e-6 * q.shape[0], lambda q: 1e-6 * (q.shape[1] <= 8)):
+        monkeypatch.setattr(self_test, "attend", _after(attend, changes))
+        assert "attention with heads of 16 in float32" in _refusal()
+
+
+def test_attention_that_varies_with_threads_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    by_threads = _after(attend, lambda q: 1e-6 * (torch.get_num_threads() == 1))
+    monkeypatch.setattr(self_test, "attend", by_threads)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert "attention with heads of 16 in float32" in _refusal()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_attention_that_varies_with_masked_blocks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def variant(q: Tensor, keys: Tensor, values: Tensor, limits: Tensor) -> Tensor:
+        return attend(q, keys, values, limits) + keys.shape[1] * 1e-6
+
+    monkeypatch.setattr(self_test, "attend", variant)
+    assert "attention" in _refusal()
+
+
+def test_activation_that_varies_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(self_test, "swiglu", _after(swiglu, lambda rows: 0.01 * (rows.shape[0] == 1)))
+    assert "activation of width 24 in torch.bfloat16" in _refusal(torch.bfloat16)
+
+
+def test_norm_that_varies_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "rsqrt", _after(torch.rsqrt, lambda rows: 1e-6 * (rows.shape[0] > 9)))
+    assert "norm of width 64" in _refusal()
+
+
+@pytest.mark.parametrize("from_rows", [2, 41, 100])
+def test_products_that_vary_with_the_number_of_rows_are_refused(
+    monkeypatch: pytest.MonkeyPatch, from_rows: int
+) -> None:
+    """Also where only a long chunk of a prompt would show it."""
+    linear = RowKernel.linear
+
+    def variant(self: RowKernel, x: Tensor, weight: Tensor) -> Tensor:
+        return linear(self, x, weight) * (1 + 1e-6 * (x.shape[0] >= from_rows))
+
+    monkeypatch.setattr(RowKernel, "linear", variant)
+    assert "in torch.float32 gives a row other bits" in _refusal()

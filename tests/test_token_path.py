@@ -1,0 +1,146 @@
+"""A token's way from HTTP to an expert and back, in one process and without Ray: every stage is the real one.
+
+What Ray adds (processes, placement, supervision) is in tests/gateway/test_deployment.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from cluster.placement import split_experts
+from experts.numerics import calibrate
+from experts.remote_directory import RemoteDirectory, Roster
+from experts.store import ExpertStore
+from experts.transport import Endpoint, ExpertServer, ServiceInfo
+from experts.worker import DTYPES, ExpertWorker
+from gateway.chat_template import ChatTemplate
+from gateway.generate import generate
+from gateway.http_app import build_app
+from gateway.router_client import RouterHealth
+from gateway.settings import GatewaySettings
+from gateway.tokenizer import TextTokenizer
+from router.loading import EngineOptions, load_engine, stored_dtype
+from router.request import GenerationRequest, TokenEvent
+from router.service import RouterService
+
+MODEL = "stories"
+PROMPT = "There was once a miller who"
+SECRET = b"a secret for tests, 32 bytes long"
+README = Path(__file__).parent.parent / "README.md"
+
+
+class OneProcessClient:
+    """The gateway's client, with a call in place of Serve's handle."""
+
+    def __init__(self, service: RouterService) -> None:
+        self._service = service
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
+        """See RouterClient.generate; one stream a request, since here a stream costs nothing."""
+        stream = self._service.events(request.request_id)
+        async for _ in stream:
+            break
+        self._service.submit(request.request_id, request)
+        async for events in stream:
+            for event in events:
+                yield event
+                if event.finish_reason is not None:
+                    await stream.aclose()
+                    return
+
+    async def health(self) -> RouterHealth:
+        health = await self._service.health()
+        return RouterHealth(health.is_ready, health.detail)
+
+    async def metrics(self) -> str:
+        return ""
+
+    async def status(self) -> dict[str, object]:
+        return {}
+
+
+@pytest.fixture
+def roster(stories_store: Path) -> Iterator[Roster]:
+    """Two expert groups, each behind a socket as in an actor."""
+    with ExitStack() as stack:
+        store = ExpertStore.open(stories_store)
+        stack.callback(store.close)
+        config = store.component("model").config
+        width, expert_width = config["hidden_size"], config["moe_intermediate_size"]
+        dtype = DTYPES[stored_dtype(store)]
+        kernel = calibrate([(2 * expert_width, width), (width, expert_width)], dtype)
+        endpoints, owner = {}, {}
+        for number, group in enumerate(split_experts(store.expert_keys(), 2)):
+            name = f"experts-{number}"
+            worker = ExpertWorker(store, kernel, dtype, widths={"model": width}, group=group)
+            info = ServiceInfo(width, dtype, worker.numerics_class, ("model",))
+            server = ExpertServer(worker.compute, info, secret=SECRET, incarnation=1)
+            server.start()
+            stack.callback(server.stop)
+            endpoints[name] = Endpoint(name, "127.0.0.1", server.port, 1)
+            owner |= dict.fromkeys(group, name)
+        yield Roster(1, endpoints, owner)
+
+
+async def _ask(store_root: Path, roster: Roster, body: dict[str, Any]) -> tuple[httpx.Response, int]:
+    """The answer to a completion, and how many expert rows crossed a socket for it."""
+    store = ExpertStore.open(store_root)
+    loaded = load_engine(store, EngineOptions(), lambda worker: RemoteDirectory(worker, roster, SECRET))
+    service = RouterService(loaded)
+    tokenizer = TextTokenizer.from_folder(store_root)
+    facts = (MODEL, loaded.config.max_position_embeddings, loaded.config.vocab_size, 1)
+    settings = GatewaySettings.from_manifest(store.manifest, *facts)
+    app = build_app(
+        settings, tokenizer, ChatTemplate.from_folder(store_root, tokenizer), OneProcessClient(service)
+    )
+    try:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+            answer = await client.post("/v1/completions", json=body)
+    finally:
+        service.close()
+    return answer, loaded.directory.stats().remote_rows
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_token_travels_from_http_to_expert_and_back(
+    stories_store: Path, roster: Roster, is_streamed: bool
+) -> None:
+    body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 20, "seed": 3, "stream": is_streamed}
+    answer, remote_rows = asyncio.run(_ask(stories_store, roster, body))
+    assert answer.status_code == 200, answer.text
+    local = generate(stories_store, PROMPT, {"max_tokens": 20, "seed": 3}, EngineOptions())
+    assert _text(answer, is_streamed) == local.text
+    positions = (
+        len(local.prompt_token_ids) + len(local.token_ids) - 1
+    )  # the last token is not computed further
+    assert remote_rows == positions * 6 * 8  # layers, experts per token
+
+
+def _text(answer: httpx.Response, is_streamed: bool) -> str:
+    if not is_streamed:
+        return str(answer.json()["choices"][0]["text"])
+    lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: {")]
+    return "".join(choice["text"] for line in lines for choice in json.loads(line)["choices"])
+
+
+def test_readme_follows_the_token_through_files_that_exist() -> None:
+    """The section names each file of the way, in order; a renamed file must be renamed there too."""
+    section = README.read_text(encoding="utf-8").split("## A token's way")[1].split("\n## ")[0]
+    files = [
+        word.strip("`")
+        for word in section.split()
+        if word.startswith("`") and word.strip("`,.;:)").endswith(".py")
+    ]
+    files = [file.strip("`,.;:()") for file in files]
+    assert len(files) >= 10
+    for file in files:
+        assert (README.parent / file).is_file(), f"README names {file}"
