@@ -13,6 +13,7 @@ from cluster.supervisor import find_supervisor
 from experts.call import ExpertCall
 from experts.directory import DirectoryStats
 from experts.remote_directory import RemoteDirectory
+from experts.transport import TransportLimits
 from experts.worker import ExpertWorker
 
 logger = logging.getLogger(__name__)
@@ -27,13 +28,15 @@ class RayDirectory:
     def __init__(self, local: ExpertWorker) -> None:
         """local: computes what no actor does. Raises SupervisorMissing."""
         self._supervisor = find_supervisor()
-        secret, roster = ray.get(
-            [self._supervisor.secret.remote(), self._supervisor.roster.remote()], timeout=ANSWER_TIMEOUT_S
-        )
+        supervisor = self._supervisor
+        asked = [supervisor.secret.remote(), supervisor.spin_s.remote(), supervisor.roster.remote()]
+        secret, spin_s, roster = ray.get(asked, timeout=ANSWER_TIMEOUT_S)
         self._wake = threading.Event()
         self._closing = threading.Event()
         self._lost: set[str] = set()
-        self.remote = RemoteDirectory(local, roster, secret, on_lost=self._report_lost)
+        self.remote = RemoteDirectory(
+            local, roster, secret, limits=TransportLimits(spin_s=spin_s), on_lost=self._report_lost
+        )
         self._follower = threading.Thread(target=self._follow, name="roster", daemon=True)
         self._follower.start()
 

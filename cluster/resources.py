@@ -18,6 +18,7 @@ SUPERVISOR_NAME = "supervisor"
 LOCAL_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
 """For a Ray that serves this machine alone. The first is how Ray is told, on any system, to use the loopback address
 in place of the machine's own: its ports are then closed to others."""
+SPIN_S = 0.0001
 NO_CPUS = 0.0
 """Scheduling weight of our actors and replicas: they share the cores by threads, not by Ray's bookkeeping."""
 
@@ -38,6 +39,11 @@ def plan_threads(num_cores: int, num_actors: int, expert_elements: int) -> Threa
     """
     per_actor = max(1, num_cores // max(1, num_actors))
     return ThreadPlan(useful_threads(num_cores, expert_elements), useful_threads(per_actor, expert_elements))
+
+
+def plan_spin_s(num_cores: int, num_actors: int) -> float:
+    """How long the data plane's readers look before they sleep: only where router and actors have a core each."""
+    return SPIN_S if num_cores > num_actors > 0 else 0.0
 
 
 def process_environment(num_threads: int) -> dict[str, str]:

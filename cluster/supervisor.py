@@ -44,6 +44,8 @@ class ServiceSpec:
     threads_per_actor: int
     budget_bytes: int | None = None
     host: str = "127.0.0.1"
+    spin_s: float = 0.0
+    """See `TransportLimits`; actors and routers use the same."""
     secret: bytes = field(default=b"", repr=False)
 
 
@@ -75,6 +77,10 @@ class Supervisor:
     def secret(self) -> bytes:
         """The data plane's secret, for routers of this Ray cluster."""
         return self._spec.secret
+
+    def spin_s(self) -> float:
+        """How long a router's connections look for an answer before they sleep."""
+        return self._spec.spin_s
 
     def roster(self) -> Roster:
         """Who is where now."""
@@ -145,6 +151,7 @@ class Supervisor:
                 spec.budget_bytes,
                 spec.threads_per_actor,
                 spec.host,
+                spec.spin_s,
                 spec.secret,
             )
             for index, group in enumerate(groups)

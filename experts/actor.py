@@ -17,7 +17,7 @@ import torch
 
 from experts.numerics import calibrate
 from experts.store import ExpertStore
-from experts.transport import Endpoint, ExpertServer, ServiceInfo
+from experts.transport import Endpoint, ExpertServer, ServiceInfo, TransportLimits
 from experts.worker import DTYPES, ExpertWorker
 from extraction.manifest import ExpertKey
 
@@ -38,6 +38,7 @@ class ActorSpec:
     budget_bytes: int | None
     num_threads: int
     host: str
+    spin_s: float
     secret: bytes = field(repr=False)
 
     def fingerprint(self) -> str:
@@ -67,7 +68,12 @@ class ExpertActor:
         )
         info = ServiceInfo(spec.width, dtype, self._worker.numerics_class, components)
         self._server = ExpertServer(
-            self._worker.compute, info, secret=spec.secret, incarnation=spec.incarnation, host=spec.host
+            self._worker.compute,
+            info,
+            secret=spec.secret,
+            incarnation=spec.incarnation,
+            host=spec.host,
+            limits=TransportLimits(spin_s=spec.spin_s),
         )
         self._server.start()
         # Requests do not wait for this: an expert that is not there yet is read when it is first asked for.

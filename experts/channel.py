@@ -19,6 +19,7 @@ from experts.errors import FrameFault, LinkLost
 from experts.frame import HEADER_BYTES, Header, decode_header
 
 READ_AHEAD_BYTES = 64 * 1024
+NO_BODY = memoryview(b"")
 SHORTEST_WAIT_S = 0.001
 """A socket timeout of zero would mean no timeout."""
 
@@ -33,6 +34,9 @@ class TransportLimits:
     heartbeat_interval_s: float = 0.25
     heartbeat_misses: int = 4
     """A peer that sends nothing for so many intervals is taken for lost."""
+    spin_s: float = 0.0
+    """How long a reader looks for bytes before it sleeps. Waking takes a thread longer than a small frame travels, and
+    on a machine with a core for each process nobody else wants the time."""
     connect_timeout_s: float = 3.0
     handshake_timeout_s: float = 5.0
     idle_timeout_s: float = 10.0
@@ -43,7 +47,7 @@ class TransportLimits:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not 0 < value < math.inf:
+            if not 0 < value < math.inf and not (name == "spin_s" and value == 0):
                 raise ValueError(f"{name} is {value}, must be above 0")
         if self.heartbeat_interval_s < SHORTEST_WAIT_S:
             raise ValueError(
@@ -62,6 +66,7 @@ class Channel:
         self._socket = connected
         self._tick_s = limits.heartbeat_interval_s
         self._stall_s = limits.silence_s
+        self._spin_s = limits.spin_s
         self._ahead = bytearray(READ_AHEAD_BYTES)
         """Bytes from `_taken` to `_filled` have arrived and were not asked for yet: one system call brings a header
         and, where it is small, what follows."""
@@ -127,20 +132,20 @@ class Channel:
             self._taken, self._filled = 0, held
         return None
 
-    def send(self, *parts: bytes | memoryview, deadline_s: float) -> None:
-        """Send a whole frame given as flat byte parts. Raises LinkLost, after which the frame is cut in two."""
+    def send(self, head: bytes, body: memoryview = NO_BODY, *, deadline_s: float) -> None:
+        """Send a whole frame; body: contiguous, of bytes. Raises LinkLost, after which the frame is cut in two."""
         with self._sending:
             if self._is_closed:
                 raise self._closed(is_orderly=False)
             try:
-                sent = self._socket.sendmsg(parts)
+                sent = self._socket.sendmsg((head, body))
             except BlockingIOError:
                 sent = 0
             except OSError as error:
                 raise self._lost(error) from error
-            if sent != sum(map(len, parts)):
+            if sent != len(head) + body.nbytes:
                 try:
-                    self._send_rest(parts, sent, deadline_s)
+                    self._send_rest([memoryview(head), body.cast("B")], sent, deadline_s)
                 except LinkLost as loss:
                     # Before another thread may send: its heartbeat would be taken for the rest of this frame.
                     self.end(loss.reason)
@@ -181,9 +186,11 @@ class Channel:
         self, view: memoryview, needed: int, flags: int, deadline_s: float, silence_s: float
     ) -> int:
         """Wait at most one tick for bytes; returns how many came, maybe none. needed: how many are waited for."""
-        self._set_receive_wait(deadline_s)
         try:
-            count = self._socket.recv_into(view, 0, flags)
+            count = self._spin(view) if self._spin_s else 0
+            if not count:
+                self._set_receive_wait(deadline_s)
+                count = self._socket.recv_into(view, 0, flags)
         except BlockingIOError:
             now_s = time.monotonic()
             if now_s >= deadline_s:
@@ -200,6 +207,18 @@ class Channel:
             raise LinkLost("the deadline passed")  # else a peer that sends byte by byte would never meet it
         return count
 
+    def _spin(self, view: memoryview) -> int:
+        """Look for bytes again and again for a while. 0: none came, or the stream has ended or is broken."""
+        receive, until_s = self._socket.recv_into, time.monotonic() + self._spin_s
+        while time.monotonic() < until_s:
+            try:
+                return receive(view, 0, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                continue
+            except OSError:
+                return 0
+        return 0
+
     def _set_receive_wait(self, deadline_s: float) -> None:
         wait_s = min(self._tick_s, max(deadline_s - time.monotonic(), SHORTEST_WAIT_S))
         if wait_s != self._receive_wait_s:
@@ -209,8 +228,7 @@ class Channel:
                 raise self._lost(error) from error
             self._receive_wait_s = wait_s
 
-    def _send_rest(self, parts: tuple[bytes | memoryview, ...], sent: int, deadline_s: float) -> None:
-        rest = [memoryview(part) for part in parts]
+    def _send_rest(self, rest: list[memoryview], sent: int, deadline_s: float) -> None:
         moved_at_s = time.monotonic()
         while True:
             while rest and sent >= len(rest[0]):

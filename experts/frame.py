@@ -11,6 +11,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from functools import cached_property
 from operator import lt
 from typing import NamedTuple
 
@@ -96,11 +97,15 @@ class Agreement:
         if self.max_map_bytes + self.max_rows * self.row_bytes > MAX_BODY_BYTES:
             raise ValueError(f"{self.max_rows} rows of {self.row_bytes} bytes are too many for one frame")
 
-    @property
+    @cached_property
+    def dtype_code(self) -> int:
+        return DTYPE_CODES[self.dtype]
+
+    @cached_property
     def row_bytes(self) -> int:
         return self.width * self.dtype.itemsize
 
-    @property
+    @cached_property
     def max_map_bytes(self) -> int:
         """Of a call's body before its activations: at most as many experts as rows."""
         return 12 * self.max_rows + MAX_TRACE_BYTES
@@ -152,7 +157,7 @@ def encode_call(call: ExpertCall, agreed: Agreement, sequence: int, deadline_us:
     maps = (*call.experts, *call.counts, *call.token_of_R)
     header = Header(
         Kind.CALL,
-        DTYPE_CODES[agreed.dtype],
+        agreed.dtype_code,
         len(trace),
         agreed.components.index(call.component),
         0,
@@ -193,7 +198,7 @@ def check_call(header: Header, agreed: Agreement, sequence: int) -> None:
         raise FrameFault("call without a deadline")
     expected = Header(  # rather than _replace, which takes three times as long
         Kind.CALL,
-        DTYPE_CODES[agreed.dtype],
+        agreed.dtype_code,
         header.trace_bytes,
         header.component,
         0,
@@ -230,7 +235,7 @@ def rows_header(agreed: Agreement, sequence: int, num_rows: int) -> Header:
     """The only header that may begin the answer to a call of `num_rows` rows."""
     return Header(
         Kind.ROWS,
-        DTYPE_CODES[agreed.dtype],
+        agreed.dtype_code,
         incarnation=agreed.incarnation,
         sequence=sequence,
         num_rows=num_rows,

@@ -60,7 +60,7 @@ def running_service(options: ServiceOptions) -> Iterator[None]:
     dtype = options.dtype or stored_dtype(store)
     store.close()
 
-    from cluster.resources import plan_threads, start_ray
+    from cluster.resources import plan_spin_s, plan_threads, start_ray
 
     threads = plan_threads(num_cores(), options.num_actors, config.expert_elements)
     stack = ExitStack()
@@ -78,6 +78,7 @@ def running_service(options: ServiceOptions) -> Iterator[None]:
             expert_width=config.expert_width,
             num_actors=options.num_actors,
             threads_per_actor=threads.expert_actor,
+            spin_s=plan_spin_s(num_cores(), options.num_actors),
             secret=secrets.token_bytes(32),
         )
         if options.num_actors:

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -180,7 +181,7 @@ def test_peer_that_does_not_read_is_given_up_after_the_silence() -> None:
     with raw_pair() as (channel, _):
         started_s = time.monotonic()
         with pytest.raises(LinkLost, match="does not read"):
-            channel.send(bytes(64), bytes(64 << 20), deadline_s=math.inf)
+            channel.send(bytes(64), memoryview(bytes(64 << 20)), deadline_s=math.inf)
         assert time.monotonic() - started_s < QUICK.silence_s + QUICK.heartbeat_interval_s + SLACK_S
 
 
@@ -201,7 +202,9 @@ def test_nothing_follows_a_frame_that_was_cut() -> None:
 def test_slow_reader_gets_everything() -> None:
     body = bytes(range(256)) * (1 << 15)
     with raw_pair() as (channel, far):
-        thread = threading.Thread(target=lambda: channel.send(body[:100], body[100:], deadline_s=_soon()))
+        thread = threading.Thread(
+            target=lambda: channel.send(body[:100], memoryview(body)[100:], deadline_s=_soon())
+        )
         thread.start()
         received = bytearray()
         while len(received) < len(body):
@@ -286,3 +289,26 @@ def test_closing_twice_and_using_after_is_safe() -> None:
             with pytest.raises(LinkLost, match="closed here"):
                 read()
         assert _read_all(far) == b""
+
+
+@pytest.mark.parametrize("spin_s", [0.0, 0.05])
+def test_spinning_reader_gets_what_a_sleeping_one_gets(spin_s: float) -> None:
+    body = bytes(range(256)) * 1024
+    frame = encode_header(Header(Kind.CALL, sequence=1, body_bytes=len(body))) + body
+    with raw_pair(replace(QUICK, spin_s=spin_s)) as (channel, far):
+        sender = threading.Thread(target=_send_in_pieces, args=(far, frame))
+        sender.start()
+        header = channel.receive_header(_soon(), SOON_S)
+        received = memoryview(bytearray(header.body_bytes))
+        channel.receive_body(received, deadline_s=_soon(), silence_s=SOON_S)
+        sender.join()
+        assert received == body
+        far.close()
+        with pytest.raises(LinkLost, match="closed by the peer"):
+            channel.receive_header(_soon(), SOON_S)
+
+
+def _send_in_pieces(far: socket.socket, frame: bytes) -> None:
+    for first in range(0, len(frame), 100_000):
+        time.sleep(0.01)
+        far.sendall(frame[first : first + 100_000])
