@@ -153,16 +153,16 @@ def _stream_story(url: str) -> dict[str, float]:
 def _table(timings: dict[str, float], status: dict[str, Any]) -> Table:
     router, actors = status["router"], status["actors"]
     table = Table(title="What it took", show_header=False, title_justify="left")
-    table.add_column(style="bold")
-    table.add_column(justify="right")
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
     table.add_row("tokens", f"{timings['tokens']:.0f}")
     table.add_row("time to first token", f"{timings['ttft_s'] * 1000:.0f} ms")
     table.add_row("tokens per second", f"{timings['tokens_per_s']:.1f}")
     table.add_section()
-    table.add_row("resident: backbone (router)", _mib(router["backbone_bytes"]))
-    table.add_row("resident: KV cache (router)", _mib(router["kv_bytes"]))
+    table.add_row("resident: backbone, in the router", _mib(router["backbone_bytes"]))
+    table.add_row("resident: KV cache, in the router", _mib(router["kv_bytes"]))
     for actor in actors:
-        label = f"resident: {actor['resident_experts']} experts ({actor['name']}, pid {actor['pid']})"
+        label = f"resident: {actor['resident_experts']} experts, in {actor['name']}"
         table.add_row(label, _mib(actor["resident_bytes"]))
     table.add_section()
     used = sum(actor["experts_used"] for actor in actors)
