@@ -39,7 +39,7 @@ unit: setup
 	$(BIN)/python -m pytest
 
 bench-transport: setup
-	$(BIN)/python benchmarks/bench_transport.py
+	$(BIN)/python -m benchmarks.bench_transport
 
 clean:
 	rm -rf .stores .mypy_cache .ruff_cache .pytest_cache .hypothesis

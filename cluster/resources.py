@@ -15,9 +15,10 @@ from experts.numerics import useful_threads
 
 NAMESPACE = "sage-moe"
 SUPERVISOR_NAME = "supervisor"
-LOCAL_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
-"""For a Ray that serves this machine alone. The first is how Ray is told, on any system, to use the loopback address
-in place of the machine's own: its ports are then closed to others."""
+LOCAL_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""For a Ray that serves this machine alone: this is how Ray is told, on any system, to use the loopback address in
+place of the machine's own, so that its ports are closed to others. Ray reads it when it is first imported. Token
+authentication is on by Ray's own default for a Ray that is started here."""
 SPIN_S = 0.0001
 NO_CPUS = 0.0
 """Scheduling weight of our actors and replicas: they share the cores by threads, not by Ray's bookkeeping."""

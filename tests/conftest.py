@@ -9,11 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
+from cluster.resources import LOCAL_ONLY, ray_environment
 from extraction.extract import extract
 from tests.checkpoints import write_tiny_qwen3_moe
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.update(ray_environment() | LOCAL_ONLY)  # before anything imports Ray
+settings.register_profile("unhurried", deadline=None)  # a busy machine is no failure
+settings.load_profile("unhurried")
 REPOSITORY = Path(__file__).parent.parent
 STORIES = REPOSITORY / "models" / "stories-moe"
 

@@ -8,6 +8,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +20,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import ray
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.generate import generate
@@ -94,6 +97,21 @@ def test_actors_router_and_gateway_all_start_on_two_cpus(service: Service) -> No
     pids = {status["router"]["pid"], *(actor["pid"] for actor in status["actors"]), os.getpid()}
     assert len(pids) == 4
     assert [node["cpus"] for node in status["nodes"]] == [2.0]
+
+
+def test_ray_is_closed_to_who_does_not_know_its_token_or_comes_from_elsewhere(service: Service) -> None:
+    address = ray.get_runtime_context().gcs_address
+    assert address.startswith("127.0.0.1:")
+    stranger = "import sys, ray._raylet as r; r.GcsClient(address=sys.argv[1]).get_all_node_info(timeout=5)"
+    outcome = subprocess.run(
+        [sys.executable, "-c", stranger, address],
+        env=os.environ | {"RAY_AUTH_MODE": "disabled"},
+        capture_output=True,
+        text=True,
+        timeout=60.0,
+    )
+    assert outcome.returncode != 0
+    assert "InvalidAuthToken" in outcome.stderr
 
 
 def test_official_client_gets_exactly_the_text_of_a_local_run(
