@@ -46,16 +46,24 @@ def _interrupt(
     return output, _left(started)
 
 
+def _wait_for_children(process: subprocess.Popen[str], count: int) -> None:
+    """Until the command has started so many processes below it."""
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    while len(psutil.Process(process.pid).children(recursive=True)) < count:
+        assert process.poll() is None and time.monotonic() < deadline, "not started in time"
+        time.sleep(0.05)
+
+
 def _left(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
     return [process for process in processes if process.is_running() and process.status() != "zombie"]
 
 
-@pytest.mark.parametrize("after_s", [1.0, 6.0])
+@pytest.mark.parametrize("num_processes", [1, 6])
 def test_interrupt_while_starting_leaves_no_process(
-    stories_store: Path, free_port: int, after_s: float
+    stories_store: Path, free_port: int, num_processes: int
 ) -> None:
     process = _start("gateway.cli", "serve", str(stories_store), "--port", str(free_port), "--actors", "2")
-    time.sleep(after_s)
+    _wait_for_children(process, num_processes)
     output, left = _interrupt(process)
     assert process.returncode == 130, output
     assert not left
@@ -92,7 +100,7 @@ def test_demo_prints_a_story_and_what_it_took(stories_store: Path) -> None:
 
 def test_interrupted_demo_leaves_no_process(stories_store: Path) -> None:
     process = _start("gateway.demo", str(stories_store))
-    time.sleep(7.0)
+    _wait_for_children(process, 8)
     _, left = _interrupt(process)
     assert process.returncode == 130
     assert not left
