@@ -16,6 +16,7 @@ import typer
 from cluster.errors import ClusterError
 from experts.errors import ExpertError
 from extraction.errors import ExtractionError, one_line
+from gateway.batch_command import batch
 from gateway.errors import GatewayError
 from router.errors import RouterError
 
@@ -227,6 +228,9 @@ def serve(
                 wait_for_interrupt()
         except KeyboardInterrupt:
             sys.exit(130)
+
+
+app.command()(batch)
 
 
 @app.command()
