@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 STORE := .stores/stories
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: setup demo serve test lint unit bench-transport clean
+.PHONY: setup demo serve test lint unit chaos bench-transport clean
 
 setup: $(STAMP)
 
@@ -37,6 +37,10 @@ lint: setup
 
 unit: setup
 	$(BIN)/python -m pytest
+
+# Kills things for minutes; `make test` has the quick ones.
+chaos: setup
+	$(BIN)/python -m pytest -m "chaos or slow"
 
 bench-transport: setup
 	$(BIN)/python -m benchmarks.bench_transport

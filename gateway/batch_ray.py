@@ -33,7 +33,7 @@ from router.errors import RouterError
 RAY_GRACE_S = 2.0
 EVENT = "event"
 NODE_LABEL = "ray.io/node-id"
-NO_RESTARTS = {"max_restarts": 0, "max_task_retries": 0}
+NO_RESTARTS: dict[str, Any] = {"max_restarts": 0, "max_task_retries": 0}
 """A row that ends the process would end it again, and the same command goes on from what is written."""
 
 

@@ -51,6 +51,8 @@ class RowsEnded:
     """Progress: so many more rows have ended, some of them in parts that are not written yet."""
 
     num_rows: int
+    seconds: float
+    """Since the report before, or the start."""
 
 
 class BatchEngine(Protocol):
@@ -229,9 +231,10 @@ class PartsRun:
             yield self._folder.write_part(part, [rows[i] for i in sorted(rows)], self._numerics_class)
 
     def _report(self) -> RowsEnded:
-        ended, self._num_ended = self._num_ended, 0
-        self._reported_at = self._clock()
-        return RowsEnded(ended)
+        now = self._clock()
+        report = RowsEnded(self._num_ended, now - self._reported_at)
+        self._num_ended, self._reported_at = 0, now
+        return report
 
     def _check_class(self, summary: PartSummary) -> None:
         if summary.numerics_class != self._numerics_class:

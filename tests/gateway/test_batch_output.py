@@ -85,7 +85,7 @@ def test_damaged_or_exchanged_part_is_refused_at_the_end(tmp_path: Path, content
         folder.write_part(PARTS[0], ROWS, "class")
         other = (tmp_path / PARTS[0].file).read_bytes()
         (tmp_path / PARTS[1].file).write_bytes(other if content is None else content)
-        with pytest.raises(BatchOutputRefused, match="part-000001.parquet: is not as it was written"):
+        with pytest.raises(BatchOutputRefused, match=r"part-000001\.parquet: is not as it was written"):
             folder.write_manifest(JOB, PARTS)
         assert not folder.is_complete
 
