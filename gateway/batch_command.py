@@ -67,8 +67,12 @@ def batch(
     defaults = RowDefaults(seed, max_tokens, temperature)
     name = served_model_name or model_name(store)
     options = BatchOptions(resolve_store(store), name, input, output, dtype, defaults)
-    with interruptible(), _progress() as show:
-        report = run_batch(options, partial(compute_with_ray, ray_address), show)
+    try:
+        with interruptible(), _progress() as show:
+            report = run_batch(options, partial(compute_with_ray, ray_address), show)
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; the same command goes on with what {output} has", err=True)
+        raise
     if report.ignored_columns:
         typer.echo(f"columns without a meaning here: {', '.join(report.ignored_columns)}", err=True)
     typer.echo(
