@@ -75,6 +75,17 @@ class FamilyUnknown(ExtractionError):
         return f"model type {self.model_type!r} is not supported; known: {', '.join(self.known)}"
 
 
+class ConfigInvalid(ExtractionError):
+    """A checkpoint's configuration lacks a key, or has a value that no model has."""
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(key, reason)
+        self.key, self.reason = key, reason
+
+    def text(self) -> str:
+        return f"config.json: {self.key}: {self.reason}"
+
+
 class PathRefused(ExtractionError):
     """A path leads out of its folder or is not a regular file."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -30,7 +30,7 @@ from extraction.manifest import (
     write_expert_index,
     write_manifest,
 )
-from extraction.plan import ExtractionPlan, SourceTensor, plan_extraction
+from extraction.plan import ExpertParts, ExtractionPlan, PlannedComponent, SourceTensor, plan_extraction
 from extraction.safetensors_file import ALIGNMENT, write_header
 
 COPY_BUFFER_BYTES = 8 * 1024 * 1024
@@ -74,7 +74,7 @@ def extract(
         else:
             components, records = _copy_weights(plan, root, _Meter(plan.weight_bytes, progress))
         _write_descriptions(plan, root, components, records, kind)
-    layers = {key.layer for key in plan.experts}
+    layers = {(key.component, key.layer) for key in plan.experts}
     return ExtractionReport(dest, kind, len(layers), len(plan.experts), plan.weight_bytes)
 
 
@@ -90,14 +90,14 @@ def space_needed(plan: ExtractionPlan, kind: Literal["copied", "indexed"]) -> in
     """Bytes of disk that the store takes at most, all files rounded up to whole blocks."""
     small = sum(map(len, plan.small_files.values()))
     # The manifest holds the configuration twice, indented.
-    described = 8 * len(plan.small_files["config.json"]) + BYTES_PER_TENSOR * len(plan.backbone)
+    described = 8 * len(plan.small_files["config.json"]) + BYTES_PER_TENSOR * plan.num_backbone_tensors
     indexed = small + described + BYTES_PER_ROW * len(plan.experts)
-    num_files = len(plan.small_files) + 8
+    num_files = len(plan.small_files) + len(plan.components) + 8
     if kind == "indexed":
         return indexed + ALIGNMENT * num_files
-    num_files += len({key.layer for key in plan.experts}) * 2
-    padding = sum(-sum(part.header.nbytes for part in parts) % ALIGNMENT for parts in plan.experts.values())
-    headers = BYTES_PER_ROW * (4 * len(plan.experts) + len(plan.backbone))
+    num_files += len({(key.component, key.layer) for key in plan.experts}) * 2
+    padding = sum(-sum(part.nbytes for part in parts) % ALIGNMENT for parts in plan.experts.values())
+    headers = BYTES_PER_ROW * (4 * len(plan.experts) + plan.num_backbone_tensors)
     return indexed + plan.weight_bytes + padding + headers + ALIGNMENT * num_files
 
 
@@ -125,7 +125,7 @@ class _Shards:
     def chunks(self, tensor: SourceTensor) -> Iterator[bytes]:
         """The tensor's bytes, at most COPY_BUFFER_BYTES at a time."""
         descriptor = self._descriptor(tensor.file)
-        position, end = tensor.header.offset, tensor.header.offset + tensor.header.nbytes
+        position, end = tensor.offset, tensor.offset + tensor.nbytes
         while position < end:
             try:
                 chunk = os.pread(descriptor, min(COPY_BUFFER_BYTES, end - position), position)
@@ -133,7 +133,7 @@ class _Shards:
                 reason = f"cannot be read at offset {position}: {error.strerror}"
                 raise CheckpointDamaged(tensor.file, reason) from error
             if not chunk:
-                raise CheckpointDamaged(tensor.file, f"is cut short inside tensor {tensor.header.name!r}")
+                raise CheckpointDamaged(tensor.file, f"is cut short inside tensor {tensor.name!r}")
             position += len(chunk)
             yield chunk
 
@@ -155,36 +155,40 @@ def _copy_weights(
 ) -> tuple[tuple[Component, ...], list[ExpertRecord]]:
     shards = _Shards(plan.source)
     try:
-        tensors = _write_backbone(plan, root, shards, meter)
+        components = tuple(_write_backbone(part, root, shards, meter) for part in plan.components)
         records = []
-        for layer in sorted({key.layer for key in plan.experts}):
-            records += _write_layer(plan, layer, root, shards, meter)
+        for (component, layer), experts in _by_layer(plan).items():
+            file = f"experts/{component}-layer-{layer:04d}.safetensors"
+            records += _write_layer(file, experts, root, shards, meter)
     finally:
         shards.close()
-    return (_component(plan, tensors),), records
+    return components, records
 
 
-def _write_backbone(plan: ExtractionPlan, root: Path, shards: _Shards, meter: _Meter) -> list[TensorEntry]:
-    file = f"backbone/{plan.layout.component}.safetensors"
-    header = write_header(
-        [(name, t.header.code, t.header.shape, t.header.nbytes) for name, t in plan.backbone.items()]
-    )
+def _by_layer(plan: ExtractionPlan) -> dict[tuple[str, int], dict[ExpertKey, ExpertParts]]:
+    layers: dict[tuple[str, int], dict[ExpertKey, ExpertParts]] = {}
+    for key, parts in plan.experts.items():
+        layers.setdefault((key.component, key.layer), {})[key] = parts
+    return layers
+
+
+def _write_backbone(part: PlannedComponent, root: Path, shards: _Shards, meter: _Meter) -> Component:
+    file = f"backbone/{part.name}.safetensors"
+    header = write_header([(name, t.header.code, t.shape, t.nbytes) for name, t in part.backbone.items()])
     entries, offset = [], len(header)
     with _create(root / file) as out:
         out.write(header)
-        for name, tensor in plan.backbone.items():
+        for name, tensor in part.backbone.items():
             digest = _copy(out, [tensor], shards, meter)
             entries.append(_tensor_entry(name, tensor, file, offset, digest))
-            offset += tensor.header.nbytes
-    return entries
+            offset += tensor.nbytes
+    return _component(part, entries)
 
 
 def _write_layer(
-    plan: ExtractionPlan, layer: int, root: Path, shards: _Shards, meter: _Meter
+    file: str, experts: Mapping[ExpertKey, ExpertParts], root: Path, shards: _Shards, meter: _Meter
 ) -> list[ExpertRecord]:
     """One file: records of gate, up and down back to back, each record aligned by an explicit padding tensor."""
-    file = f"experts/{plan.layout.component}-layer-{layer:04d}.safetensors"
-    experts = {key: parts for key, parts in plan.experts.items() if key.layer == layer}
     table: list[tuple[str, str, tuple[int, ...], int]] = []
     gaps, position = [], 0
     for key, parts in experts.items():
@@ -192,9 +196,9 @@ def _write_layer(
         if gaps[-1]:
             table.append((f"padding.{key.expert}", "U8", (gaps[-1],), gaps[-1]))
         for role, part in zip(ROLES, parts, strict=True):
-            name = f"layers.{layer}.experts.{key.expert}.{role}"
-            table.append((name, part.header.code, part.header.shape, part.header.nbytes))
-        position += gaps[-1] + sum(part.header.nbytes for part in parts)
+            name = f"layers.{key.layer}.experts.{key.expert}.{role}"
+            table.append((name, part.header.code, part.shape, part.nbytes))
+        position += gaps[-1] + sum(part.nbytes for part in parts)
     header = write_header(table)
     records, offset = [], len(header)
     with _create(root / file) as out:
@@ -204,37 +208,42 @@ def _write_layer(
             offset += gap
             digest = _copy(out, parts, shards, meter)
             records.append(_record(key, parts, [file] * 3, _ends(offset, parts), digest))
-            offset += sum(part.header.nbytes for part in parts)
+            offset += sum(part.nbytes for part in parts)
     return records
 
 
-def _ends(offset: int, parts: tuple[SourceTensor, ...]) -> list[int]:
+def _ends(offset: int, parts: ExpertParts) -> list[int]:
     """Offsets of parts that lie back to back from `offset` on."""
     offsets = []
     for part in parts:
         offsets.append(offset)
-        offset += part.header.nbytes
+        offset += part.nbytes
     return offsets
 
 
 def _index_in_place(plan: ExtractionPlan) -> tuple[tuple[Component, ...], list[ExpertRecord]]:
     records = [
-        _record(key, parts, [part.file for part in parts], [part.header.offset for part in parts], None)
+        _record(key, parts, [part.file for part in parts], [part.offset for part in parts], None)
         for key, parts in plan.experts.items()
     ]
-    tensors = [_tensor_entry(name, t, t.file, t.header.offset, None) for name, t in plan.backbone.items()]
-    return (_component(plan, tensors),), records
+    components = tuple(
+        _component(
+            part, [_tensor_entry(name, t, t.file, t.offset, None) for name, t in part.backbone.items()]
+        )
+        for part in plan.components
+    )
+    return components, records
 
 
-def _component(plan: ExtractionPlan, tensors: list[TensorEntry]) -> Component:
-    return Component(name=plan.layout.component, config=dict(plan.layout.config), tensors=tuple(tensors))
+def _component(part: PlannedComponent, tensors: list[TensorEntry]) -> Component:
+    return Component(name=part.name, config=dict(part.config), tensors=tuple(tensors))
 
 
 def _record(
-    key: ExpertKey, parts: tuple[SourceTensor, ...], files: list[str], offsets: list[int], digest: str | None
+    key: ExpertKey, parts: ExpertParts, files: list[str], offsets: list[int], digest: str | None
 ) -> ExpertRecord:
     gate, up, down = (
-        RecordPart(role, file, offset, part.header.nbytes)
+        RecordPart(role, file, offset, part.nbytes)
         for role, part, file, offset in zip(ROLES, parts, files, offsets, strict=True)
     )
     return ExpertRecord(key, parts[0].dtype, digest, (gate, up, down))
@@ -243,12 +252,12 @@ def _record(
 def _tensor_entry(name: str, tensor: SourceTensor, file: str, offset: int, digest: str | None) -> TensorEntry:
     return TensorEntry(
         name=name,
-        source=tensor.header.name,
+        source=tensor.name,
         file=file,
         dtype=tensor.dtype,
-        shape=tensor.header.shape,
+        shape=tensor.shape,
         offset=offset,
-        nbytes=tensor.header.nbytes,
+        nbytes=tensor.nbytes,
         sha256=digest,
     )
 
@@ -267,7 +276,7 @@ def _write_descriptions(
     files[INDEX_NAME] = write_expert_index(root, records)
     manifest = Manifest(
         format_version=FORMAT_VERSION,
-        family=plan.layout.family,
+        family=plan.family,
         kind=kind,
         source_root=str(plan.source.resolve()) if kind == "indexed" else None,
         config=plan.config,
@@ -278,9 +287,7 @@ def _write_descriptions(
     write_manifest(root, manifest)
 
 
-def _copy(
-    out: BinaryIO, parts: list[SourceTensor] | tuple[SourceTensor, ...], shards: _Shards, meter: _Meter
-) -> str:
+def _copy(out: BinaryIO, parts: Sequence[SourceTensor], shards: _Shards, meter: _Meter) -> str:
     """Append the parts' bytes; their SHA-256 in hex."""
     digest = hashlib.sha256()
     for part in parts:

@@ -115,7 +115,7 @@ class TensorEntry(_Model):
 
 
 class Component(_Model):
-    """One decoder of the model with its own layers and experts."""
+    """One part of the model: a decoder, mostly with experts of its own, or what is carried as it is."""
 
     name: Name
     config: dict[str, Any]
@@ -140,7 +140,15 @@ class Manifest(_Model):
     config: dict[str, Any]
     generation_config: dict[str, Any]
     components: tuple[Component, ...]
+    """The decoder that answers text comes first."""
     files: dict[str, FileEntry]
+
+    @property
+    def served(self) -> Component:
+        """The decoder that answers text. Raises ManifestInvalid when the store has no component."""
+        if not self.components:
+            raise ManifestInvalid(MANIFEST_NAME, "the store has no experts: it lists no component")
+        return self.components[0]
 
     @field_validator("files")
     @classmethod
