@@ -221,6 +221,7 @@ class Engine:
             injections,
             tuple(sorted(capture)),
             chunks[0].name[:64],
+            torch.cat([s.text_lengths(c.first, c.count) for c, s in zip(chunks, sequences, strict=True)]),
         )
         return batch, finishing
 

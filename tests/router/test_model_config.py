@@ -29,7 +29,10 @@ def test_dense_layers_are_found_by_list_and_by_step() -> None:
         ("num_key_value_heads", 3),
         ("head_dim", 15),
         ("hidden_act", "gelu"),
-        ("attention_bias", True),
+        ("attention_bias", "yes"),
+        ("model_type", "gpt2"),
+        ("rms_norm_eps", 0),
+        ("mlp_only_layers", "ab"),
         ("num_experts_per_tok", 9),
         ("decoder_sparse_step", 0),
         ("num_hidden_layers", 1 << 30),
@@ -42,5 +45,7 @@ def test_what_is_not_computed_is_refused_by_name(key: str, value: object) -> Non
 
 
 def test_unknown_rope_type_is_refused() -> None:
-    with pytest.raises(ConfigUnsupported, match="yarn"):
-        tiny_config(rope_parameters={"rope_type": "yarn", "factor": 4.0})
+    with pytest.raises(
+        ConfigUnsupported, match="'longrope'; computed are default, linear, dynamic, yarn, llama3"
+    ):
+        tiny_config(rope_parameters={"rope_type": "longrope", "factor": 4.0})

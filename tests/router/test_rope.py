@@ -130,7 +130,7 @@ def thinker(tiny_checkpoint: Path, tiny_store: Path) -> Iterator[Thinker]:
     backbone = Backbone(
         loaded.store,
         "model",
-        replace(loaded.config, mrope_section=SECTION, rope_theta=10000.0),
+        replace(loaded.config, rope=replace(loaded.config.rope, mrope_section=SECTION, theta=10000.0)),
         loaded.kernel,
         loaded.directory,
         loaded.dtype,
