@@ -76,6 +76,8 @@ def write_tiny(
         for parameter_name, parameter in model.named_parameters():
             if "norm" in parameter_name or parameter_name.endswith("bias"):
                 parameter.add_(torch.randn_like(parameter) * 0.2)
+            elif parameter_name.startswith("talker.") and parameter.dim() > 1:
+                parameter.normal_(0, 0.2)  # the published program leaves some of them as memory was
     limit = {} if shard_size is None else {"max_shard_size": shard_size}
     model.save_pretrained(path, save_original_format=not is_stacked, **limit)
     write_byte_tokenizer(path)
@@ -117,12 +119,22 @@ def _omni_config(text: dict[str, Any]) -> dict[str, Any]:
         | {
             "text_config": {"rope_parameters": rope} | text,
             "audio_config": {
-                "num_mel_bins": 128, "encoder_layers": 1, "encoder_attention_heads": 2,
-                "encoder_ffn_dim": 32, "d_model": 16, "output_dim": width, "downsample_hidden_size": 4,
+                "num_mel_bins": 128,
+                "encoder_layers": 1,
+                "encoder_attention_heads": 2,
+                "encoder_ffn_dim": 32,
+                "d_model": 16,
+                "output_dim": width,
+                "downsample_hidden_size": 4,
             },
             "vision_config": {
-                "depth": 3, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2,
-                "patch_size": 4, "out_hidden_size": width, "num_position_embeddings": 16,
+                "depth": 3,
+                "hidden_size": 16,
+                "intermediate_size": 32,
+                "num_heads": 2,
+                "patch_size": 4,
+                "out_hidden_size": width,
+                "num_position_embeddings": 16,
                 "deepstack_visual_indexes": [0, 1],
             },
         },
@@ -131,13 +143,24 @@ def _omni_config(text: dict[str, Any]) -> dict[str, Any]:
         | {
             "text_config": talker_text,
             "code_predictor_config": predictor,
-            "accept_hidden_layer": 1, "num_code_groups": 4, "thinker_hidden_size": width,
-            "spatial_merge_size": 2, "speaker_id": {"chelsie": 120},
+            "accept_hidden_layer": 1,
+            "num_code_groups": 4,
+            "thinker_hidden_size": width,
+            "spatial_merge_size": 2,
+            "speaker_id": {"chelsie": 120},
         },
         "code2wav_config": {
-            "codebook_size": 64, "num_quantizers": 4, "hidden_size": 16, "intermediate_size": 32,
-            "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "decoder_dim": 16,
-            "upsample_rates": [2, 2], "upsampling_ratios": [2], "sliding_window": 8,
+            "codebook_size": 64,
+            "num_quantizers": 4,
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "decoder_dim": 16,
+            "upsample_rates": [2, 2],
+            "upsampling_ratios": [2],
+            "sliding_window": 8,
         },
     }
 
