@@ -6,10 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 
+from experts.directory import LocalDirectory
+from experts.store import ExpertStore
+from experts.worker import ExpertWorker
 from extraction.extract import extract
+from router.backbone import Backbone
+from router.kv_cache import KvPool
+from router.model_config import read_model_config
+from router.request import GenerationRequest, SamplingParams
+from router.self_test import prove_row_invariance
 from tests.checkpoints import FAMILIES, write_tiny
-from tests.reference import NUM_TOKENS, assert_parity, random_prompt
+from tests.engines import RecordingEngine, run_to_end
+from tests.reference import NUM_TOKENS, RELATIVE_TOLERANCE, assert_parity, random_prompt
 
 PROMPT_TOKENS = 37
 FEW_TOKENS = 12
@@ -90,3 +101,31 @@ def test_rope_beyond_the_original_context_agrees_with_transformers(
     longest = 128 if kind == "llama3" else ORIGINAL_CONTEXT
     overrides = {"rope_parameters": rope, "max_position_embeddings": longest}
     _check(tmp_path, "mixtral", prompt_tokens, 24, overrides)
+
+
+def test_talker_s_decoder_agrees_with_transformers(tmp_path: Path) -> None:
+    """It is not served yet; its shared expert, codec embedding and head are read from the store by the same names."""
+    checkpoint = write_tiny("qwen3_omni_moe", tmp_path / "checkpoint")
+    extract(checkpoint, tmp_path / "store")
+    prompt = random_prompt(PROMPT_TOKENS)
+    whole = transformers.Qwen3OmniMoeForConditionalGeneration.from_pretrained(
+        checkpoint, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    )
+    talker = whole.eval().talker
+    with torch.no_grad():
+        positions = torch.arange(PROMPT_TOKENS).expand(3, 1, -1)
+        embedded = talker.model.codec_embedding(torch.tensor([prompt]))
+        hidden = talker.model(inputs_embeds=embedded, position_ids=positions).last_hidden_state
+        expected = talker.codec_head(hidden)[0, -1]
+    store = ExpertStore.open(tmp_path / "store")
+    config = read_model_config(store.component("talker").config)
+    kernel = prove_row_invariance(config, torch.float32)
+    directory = LocalDirectory(
+        ExpertWorker(store, kernel, torch.float32, widths={"talker": config.hidden_size})
+    )
+    backbone = Backbone(store, "talker", config, kernel, directory, torch.float32)
+    engine = RecordingEngine(backbone, KvPool(config, 3, torch.float32))
+    request = GenerationRequest("r", prompt, SamplingParams(max_tokens=1, temperature=0.0))
+    (logits,) = run_to_end(engine, [request]).logits["r"]
+    store.close()
+    assert (logits - expected).abs().max() / expected.abs().max() < RELATIVE_TOLERANCE

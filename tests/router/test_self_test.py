@@ -30,6 +30,41 @@ def test_this_machine_passes(dtype: torch.dtype, head_dim: int) -> None:
     assert kernel.row_multiple in ROW_MULTIPLES[dtype]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_this_machine_passes_with_every_switch(dtype: torch.dtype) -> None:
+    config = tiny_config(
+        model_type="qwen2_moe",
+        shared_expert_intermediate_size=56,
+        use_sliding_window=True,
+        sliding_window=100,
+        mlp_only_layers=[1],
+    )
+    assert prove_row_invariance(config, dtype).row_multiple in ROW_MULTIPLES[dtype]
+
+
+def test_norm_over_the_whole_width_is_proved(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(model_type="olmoe", num_attention_heads=6)
+    mean = torch.Tensor.mean
+
+    def vary(rows: Tensor, *others: Any, **named: Any) -> Tensor:
+        return mean(rows, *others, **named) * (1 + 1e-6 * (rows.shape[0] > 9 and rows.shape[1] == 96))
+
+    monkeypatch.setattr(torch.Tensor, "mean", vary)
+    with pytest.raises(NotRowInvariant, match="norm of width 96"):
+        prove_row_invariance(config, torch.float32)
+
+
+def test_window_that_varies_with_the_batch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def variant(q: Tensor, keys: Tensor, values: Tensor, limits: Tensor, window: int | None) -> Tensor:
+        error = 0.0 if window is None else 1e-6 * q.shape[0]
+        return attend(q, keys, values, limits, window) * (1 + error)
+
+    monkeypatch.setattr(self_test, "attend", variant)
+    prove_row_invariance(tiny_config(), torch.float32)
+    with pytest.raises(NotRowInvariant, match="attention with heads of 16"):
+        prove_row_invariance(tiny_config(use_sliding_window=True, sliding_window=9), torch.float32)
+
+
 def _after(kernel: Callable[..., Tensor], changes: Callable[[Tensor], float]) -> Callable[..., Tensor]:
     """The kernel, with an error that depends on the shape of its first argument."""
 
