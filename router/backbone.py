@@ -121,7 +121,7 @@ class Backbone:
         if layer.moe is not None:
             return self._pad(layer.moe.forward(normed_PD, num_tokens, trace).to(self.dtype))
         assert layer.dense is not None
-        return compute_segments(normed_PD, [(0, normed_PD.shape[0])], [layer.dense])
+        return compute_segments(normed_PD, [(0, normed_PD.shape[0])], [layer.dense], self.kernel)
 
     def _attention(
         self,
