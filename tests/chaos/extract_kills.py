@@ -62,8 +62,9 @@ def kill_extractions(checkpoint: Path, folder: Path, kills: int, seed: int) -> O
     sizes = [source_bytes(step.pieces) for step in layout.steps]
     dest, reached = folder / "store", 0
     while outcome.kills < kills:
-        target = int(chance.uniform(0, 1.2 * sum(sizes)))
-        run = _run(checkpoint, dest, target, chance, sum(sizes))
+        target = reached + int(chance.uniform(-0.2, 0.3) * sum(sizes))
+        is_free = target > 1.1 * sum(sizes)
+        run = _run(checkpoint, dest, None if is_free else target, chance, sum(sizes))
         outcome.kills += run.is_killed
         if run.has_copied:
             rework = reached - run.resumed_bytes
