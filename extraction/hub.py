@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ _HUB_ID = re.compile(rf"(?P<repo>{_PART}/{_PART})(?:@(?P<revision>[A-Za-z0-9][A-
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 MAX_SHARDS = 4096
 NUM_CONNECTIONS = 4
+RETRIES_AFTER_S = (0.5, 2.0)
 HEADER_GUESS_BYTES = 1 << 16
 """Asked for at first; a longer header takes a second request."""
 
@@ -207,7 +209,16 @@ def _write_outline(remote: RemoteCheckpoint, shard: str, folder: Path) -> None:
 
 
 def _fetch_start(remote: RemoteCheckpoint, shard: str, num_bytes: int) -> bytes:
-    """The first bytes of a file; no more is read, whatever the hub sends."""
+    """The first bytes of a file; no more is read, whatever the hub sends. Raises HubRefused."""
+    for wait_s in RETRIES_AFTER_S:
+        try:
+            return _fetch_start_once(remote, shard, num_bytes)
+        except HubRefused:
+            time.sleep(wait_s)
+    return _fetch_start_once(remote, shard, num_bytes)
+
+
+def _fetch_start_once(remote: RemoteCheckpoint, shard: str, num_bytes: int) -> bytes:
     from huggingface_hub import get_session, hf_hub_url
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 

@@ -24,7 +24,9 @@ class Hub:
     models: dict[str, Path]
     url: str = ""
     cuts: dict[str, list[int]] = field(default_factory=dict)
-    """File -> after how many bytes each of the next large answers ends, in order."""
+    """File -> after how many bytes each of the next answers ends, in order. Spares requests for a start alone."""
+    start_cuts: dict[str, list[int]] = field(default_factory=dict)
+    """The same for requests that ask for a file's start alone."""
     sizes: dict[str, int] = field(default_factory=dict)
     """File -> a size to tell instead of the true one."""
     extra: tuple[str, ...] = ()
@@ -127,13 +129,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(end - start))
         self.end_headers()
         if self.command == "GET":
-            self._send(name, raw[start:end])
+            is_start = asked is not None and bool(asked[2])
+            self._send(name, raw[start:end], (self.hub.start_cuts if is_start else self.hub.cuts).get(name))
         return None
 
-    def _send(self, name: str, body: bytes) -> None:
-        cuts = self.hub.cuts.get(name)
-        is_cut = bool(cuts) and len(body) > cuts[0]
-        if is_cut:
+    def _send(self, name: str, body: bytes, cuts: list[int] | None) -> None:
+        is_cut = bool(cuts)
+        if cuts:
             body = body[: cuts.pop(0)]
         self.wfile.write(body)
         with self.hub.lock:

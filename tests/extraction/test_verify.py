@@ -95,7 +95,9 @@ def _rewrite(store: Path, change: Callable[[list], list]) -> None:  # type: igno
 def test_expert_that_the_store_lacks_is_named(store: Path, sharded: Path) -> None:
     """What a reader of the store alone cannot see: the last expert of every layer is gone."""
     _rewrite(store, lambda records: [record for record in records if record.key.expert != 7])
-    with pytest.raises(StoreDiffers, match=r"layers\.0\.mlp\.experts\.7\.gate_proj\.weight: experts\.parquet"):
+    with pytest.raises(
+        StoreDiffers, match=r"layers\.0\.mlp\.experts\.7\.gate_proj\.weight: experts\.parquet"
+    ):
         verify(store, sharded)
 
 
