@@ -36,10 +36,12 @@ lint: setup
 	$(BIN)/mypy
 
 unit: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile -m "not ray and not slow"
+	$(BIN)/python -m pytest -m "ray and not slow"
 
 # Kills things for minutes; `make test` has the quick ones.
 chaos: setup
+	$(BIN)/python -m tests.chaos.extract_kills --kills 100 models/stories-moe
 	$(BIN)/python -m pytest -m "chaos or slow"
 
 bench-transport: setup

@@ -62,11 +62,12 @@ def batch(
     from gateway.batch_plan import RowDefaults
     from gateway.batch_ray import compute_with_ray
     from gateway.launch import interruptible
-    from gateway.store_source import model_name, resolve_store
+    from gateway.store_source import model_name, resolve_runnable
 
     defaults = RowDefaults(seed, max_tokens, temperature)
     name = served_model_name or model_name(store)
-    options = BatchOptions(resolve_store(store), name, input, output, dtype, defaults)
+    root = resolve_runnable(store, announce=lambda line: typer.echo(line, err=True))
+    options = BatchOptions(root, name, input, output, dtype, defaults)
     try:
         with interruptible(), _progress() as show:
             report = run_batch(options, partial(compute_with_ray, ray_address), show)
