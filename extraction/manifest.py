@@ -129,6 +129,21 @@ class FileEntry(_Model):
     sha256: Sha256
 
 
+class LeftOut(_Model):
+    """What a partial store lacks of its checkpoint. Readers that run the model refuse such a store."""
+
+    components: tuple[Name, ...]
+    """Whole ones, sorted."""
+    layers: dict[Name, tuple[Annotated[int, Field(ge=0)], ...]]
+    """Of components that are there: the layers that are not, sorted; experts and backbone tensors."""
+
+    @model_validator(mode="after")
+    def _leaves_something_out(self) -> Self:
+        if not self.components and not any(self.layers.values()):
+            raise ValueError("leaves nothing out")
+        return self
+
+
 class Manifest(_Model):
     """What `manifest.json` holds."""
 
@@ -137,6 +152,8 @@ class Manifest(_Model):
     kind: Literal["copied", "indexed"]
     source_root: str | None
     """Absolute folder of the original shards; only in an index over them."""
+    left_out: LeftOut | None
+    """None in a store that holds the whole model."""
     config: dict[str, Any]
     generation_config: dict[str, Any]
     components: tuple[Component, ...]

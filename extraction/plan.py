@@ -163,7 +163,7 @@ def _read_json(files: Mapping[str, bytes], name: str, required: bool) -> dict[st
 
 def _read_shards(source: Path) -> dict[str, SourceTensor]:
     """Headers of all shards by published name. Every name that the shard index promises is there."""
-    promised = _read_shard_index(source)
+    promised = read_shard_index(source)
     files = sorted(set(promised.values())) if promised else [SINGLE_SHARD]
     tensors: dict[str, SourceTensor] = {}
     for file in files:
@@ -179,8 +179,8 @@ def _read_shards(source: Path) -> dict[str, SourceTensor]:
     return tensors
 
 
-def _read_shard_index(source: Path) -> dict[str, str]:
-    """Tensor name -> shard; empty where the checkpoint is one file."""
+def read_shard_index(source: Path) -> dict[str, str]:
+    """Tensor name -> shard; empty where the checkpoint is one file. Raises CheckpointDamaged or PathRefused."""
     if not os.path.lexists(source / SHARD_INDEX):
         return {}
     table = parse_object(

@@ -18,6 +18,7 @@ from extraction.manifest import (
     Component,
     ExpertKey,
     ExpertRecord,
+    Manifest,
     read_expert_index,
     read_manifest,
     store_hash,
@@ -82,6 +83,8 @@ class StoreSummary:
     memory_table: tuple[MemoryRow, ...]
     components: tuple[ComponentRow, ...]
     """All of the store."""
+    left_out: Mapping[str, Any] | None
+    """Components, and layers by component, that a partial store lacks; None in a whole one."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -91,7 +94,7 @@ def summarize(root: Path) -> StoreSummary:
     """Raises ManifestInvalid or PathRefused."""
     manifest = read_manifest(root)
     index = read_expert_index(root, manifest)
-    component = manifest.served
+    component = _shown(manifest, index)
     records = _records(index, component)
     if not records:
         raise ManifestInvalid(INDEX_NAME, f"has no experts of component {component.name!r}")
@@ -115,7 +118,15 @@ def summarize(root: Path) -> StoreSummary:
         bytes_by_component=backbone | {"experts": _resident_bytes(layers, experts)},
         memory_table=_memory_table(backbone, layers, per_token),
         components=tuple(_row(part, index, part is component) for part in manifest.components),
+        left_out=None if manifest.left_out is None else manifest.left_out.model_dump(mode="json"),
     )
+
+
+def _shown(manifest: Manifest, index: Mapping[ExpertKey, ExpertRecord]) -> Component:
+    """The decoder that is served; where a partial store leaves it out, the first one with experts."""
+    names = {key.component for key in index}
+    with_experts = [component for component in manifest.components if component.name in names]
+    return with_experts[0] if manifest.left_out is not None and with_experts else manifest.served
 
 
 def _records(index: Mapping[ExpertKey, ExpertRecord], component: Component) -> list[ExpertRecord]:

@@ -16,6 +16,7 @@ def render_summary(summary: StoreSummary) -> RenderableType:
     # Not as strings, in which rich takes [words] of a path or a manifest for markup.
     lines: list[RenderableType] = [
         Text(one_line(f"{summary.store}  ({summary.family}, {summary.kind}, {summary.dtype})")),
+        *_partial(summary),
         f"{moe}, {summary.experts_per_token} per token; "
         f"{summary.num_experts} experts of {_size(summary.expert_bytes)}",
         "",
@@ -41,6 +42,25 @@ def render_summary(summary: StoreSummary) -> RenderableType:
     if len(summary.components) > 1:
         return Group(*lines, totals, "", table, "", _components(summary), note)
     return Group(*lines, totals, "", table, note)
+
+
+def _partial(summary: StoreSummary) -> list[RenderableType]:
+    if summary.left_out is None:
+        return []
+    layers = (f"layers {_ranges(numbers)} of {name}" for name, numbers in summary.left_out["layers"].items())
+    parts = ", ".join([*summary.left_out["components"], *layers])
+    return [Text(one_line(f"PARTIAL, cannot be served; left out: {parts}"))]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """`0-3,8`, from sorted numbers."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _components(summary: StoreSummary) -> Table:
