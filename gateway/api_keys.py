@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import os
 import re
-import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from gateway.errors import ApiError, KeysRefused
+from gateway.text_file import read_text_file
 
 KEYS_VARIABLE = "SAGE_MOE_API_KEYS"
 """Keys separated by commas or spaces. The service takes all of them, a client sends the first."""
@@ -25,7 +24,6 @@ MAX_FILE_BYTES = 1024 * 1024
 OPEN_PATH = "/health"
 _KEY = re.compile(r"[!-+\--~]+")
 """Visible ASCII without the comma, which separates keys in the variable."""
-_FOR_OTHERS = stat.S_IRWXO
 _SEPARATORS = re.compile(r"[,\s]+")
 
 
@@ -118,9 +116,12 @@ def bearer_headers(key: str | None) -> dict[str, str]:
 def read_key_file(path: str) -> list[str]:
     """One key a line; blank lines and lines that begin with # are left out.
 
-    Raises KeysRefused when the file cannot be read, others may read or change it, or it holds no keys.
+    Raises FileUnusable when it cannot be read; KeysRefused when everybody may read or change it, or it has no keys.
     """
-    lines = read_private_text(path, MAX_FILE_BYTES).splitlines()
+    file = read_text_file(path, MAX_FILE_BYTES)
+    if not file.is_private:
+        raise KeysRefused(path, f"can be read or changed by everybody; run: chmod 600 {path}")
+    lines = file.text.splitlines()
     keys = [
         _checked(line.strip(), f"{path}: line {number}")
         for number, line in enumerate(lines, start=1)
@@ -129,28 +130,6 @@ def read_key_file(path: str) -> list[str]:
     if not keys:
         raise KeysRefused(path, "holds no keys; write one a line")
     return keys
-
-
-def read_private_text(path: str, max_bytes: int) -> str:
-    """A small regular file that only its owner, and perhaps a group, may read. Raises KeysRefused."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "no such path"
-        raise KeysRefused(path, f"cannot be read: {reason}") from error
-    with open(descriptor, "rb") as file:
-        facts = os.fstat(file.fileno())
-        if not stat.S_ISREG(facts.st_mode):
-            raise KeysRefused(path, "is no regular file")
-        if facts.st_mode & _FOR_OTHERS:
-            raise KeysRefused(path, f"can be read or changed by everybody; run: chmod 600 {path}")
-        content = file.read(max_bytes + 1)
-    if len(content) > max_bytes:
-        raise KeysRefused(path, f"is larger than {max_bytes} bytes")
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise KeysRefused(path, "is not UTF-8") from error
 
 
 def _checked(key: str, source: str) -> str:

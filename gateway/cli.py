@@ -17,6 +17,7 @@ import typer
 from cluster.errors import ClusterError
 from experts.errors import ExpertError
 from extraction.errors import ExtractionError, one_line
+from gateway.chat_command import chat
 from gateway.errors import GatewayError
 from gateway.serve_command import serve
 from router.errors import RouterError
@@ -184,7 +185,7 @@ def generate(
     if as_json:
         typer.echo(json.dumps(result.as_json(), ensure_ascii=False))
     else:
-        typer.echo("" if stream else result.text)
+        typer.echo("" if stream else _for_output(result.text))
 
 
 def _chosen_prompt(prompt: str | None, prompt_ids: str | None) -> str | tuple[int, ...]:
@@ -199,8 +200,15 @@ def _chosen_prompt(prompt: str | None, prompt_ids: str | None) -> str | tuple[in
 
 
 def _write_at_once(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(_for_output(text))
     sys.stdout.flush()
+
+
+def _for_output(text: str) -> str:
+    """A model's text without what would move a terminal's cursor; to a file or pipe, as it is."""
+    from gateway.terminal_text import safe_text
+
+    return safe_text(text) if sys.stdout.isatty() else text
 
 
 def _keep_quiet(_text: str) -> None:
@@ -208,6 +216,7 @@ def _keep_quiet(_text: str) -> None:
 
 
 app.command()(serve)
+app.command()(chat)
 
 
 @app.command()

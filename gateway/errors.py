@@ -77,6 +77,17 @@ class GenerationFailed(GatewayError):
         return f"generation failed: {self.reason}"
 
 
+class ChatFailed(GatewayError):
+    """A chat got no answer. `reason` may quote a server."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return self.reason
+
+
 class ClientGone(GatewayError):
     """The client closed its connection; nobody reads the answer."""
 
@@ -103,8 +114,8 @@ class OptionInvalid(GatewayError):
         return f"{self.name} {self.reason}"
 
 
-class ConfigFileInvalid(GatewayError):
-    """The config file is not the YAML that is expected."""
+class FileUnusable(GatewayError):
+    """A file that a user named cannot be read, or is not what it should be."""
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(path, reason)

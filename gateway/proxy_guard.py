@@ -12,6 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import socket
+import struct
 from typing import Any
 
 from starlette.middleware import Middleware
@@ -107,9 +110,14 @@ def _error(status: int, retry_after_s: float | None) -> ApiError:
 def _abort(send: Any) -> None:
     """Closing would first wait until the client has taken what is buffered, which it does not do. uvicorn's `send`
     is a method of the object that holds the transport; elsewhere nothing is found and the error closes."""
-    transport = getattr(getattr(send, "__self__", None), "transport", None)
-    if isinstance(transport, asyncio.Transport):
-        transport.abort()
+    transport: Any = getattr(getattr(send, "__self__", None), "transport", None)
+    if not hasattr(transport, "abort"):
+        return
+    connection = transport.get_extra_info("socket")
+    if connection is not None:  # let go of what the system has buffered, too
+        with socket.socket(fileno=os.dup(connection.fileno())) as same:
+            same.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()
 
 
 async def _receive_nothing() -> Message:

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from gateway.errors import KeysRefused
-
 if TYPE_CHECKING:
     from gateway.service_options import ServiceOptions
 
@@ -99,13 +97,11 @@ def serve(
 
 def _gather(store: str, given: dict[str, Any], config: Path | None) -> ServiceOptions:
     from gateway.api_keys import KEYS_VARIABLE, KeyRing, keys_of_environment, keys_of_option, read_key_file
-    from gateway.config_file import is_private, read_config
+    from gateway.config_file import read_config
     from gateway.service_options import compose_options, merge_values
     from gateway.store_source import model_name, resolve_store
 
     file = read_config(config) if config else {}
-    if config and "api-key" in file and not is_private(config):
-        raise KeysRefused(str(config), f"holds a key and can be read by everybody; run: chmod 600 {config}")
     values = merge_values(given, file, str(config))
     keys = [key for option in values.api_key for key in keys_of_option(option)]
     keys += [key for path in values.api_key_file for key in read_key_file(path)]
