@@ -68,8 +68,14 @@ def _backend(
     if model is not None or api_key is not None:
         raise typer.BadParameter("--model and --api-key go with a URL")
     from gateway.chat_local import open_store
-    from gateway.store_source import model_name, resolve_store
+    from gateway.store_source import model_name, resolve_runnable
     from router.loading import EngineOptions
 
-    with open_store(resolve_store(target), model_name(target), sampling, EngineOptions(dtype=dtype)) as local:
+    with open_store(
+        resolve_runnable(target, announce=_announce), model_name(target), sampling, EngineOptions(dtype=dtype)
+    ) as local:
         yield local
+
+
+def _announce(line: str) -> None:
+    typer.echo(line, err=True)

@@ -23,7 +23,7 @@ from gateway.bind_address import BindAddress, check_bind, check_free, resolve_bi
 from gateway.errors import DeploymentFailed, OptionInvalid
 from gateway.service_options import ServiceOptions
 from router.batcher import BatchLimits
-from router.loading import MODEL_COMPONENT, EngineOptions, stored_dtype
+from router.loading import EngineOptions, stored_dtype
 from router.model_config import ModelConfig, read_model_config
 
 __all__ = ["ServiceOptions", "describe_plan", "interruptible", "running_service", "wait_for_interrupt"]
@@ -95,7 +95,7 @@ def _read_model(options: ServiceOptions) -> tuple[ModelConfig, str]:
     """The model's configuration and the dtype to compute in. Raises OptionInvalid for a context it does not have."""
     store = ExpertStore.open(options.store_root)
     try:
-        config = read_model_config(store.component(MODEL_COMPONENT).config)
+        config = read_model_config(store.served.config)
         dtype = options.dtype or stored_dtype(store)
     finally:
         store.close()

@@ -99,7 +99,7 @@ def _gather(store: str, given: dict[str, Any], config: Path | None) -> ServiceOp
     from gateway.api_keys import KEYS_VARIABLE, KeyRing, keys_of_environment, keys_of_option, read_key_file
     from gateway.config_file import read_config
     from gateway.service_options import compose_options, merge_values
-    from gateway.store_source import model_name, resolve_store
+    from gateway.store_source import model_name, resolve_runnable
 
     file = read_config(config) if config else {}
     values = merge_values(given, file, str(config))
@@ -107,7 +107,9 @@ def _gather(store: str, given: dict[str, Any], config: Path | None) -> ServiceOp
     keys += [key for path in values.api_key_file for key in read_key_file(path)]
     keys += keys_of_environment(os.environ)
     os.environ.pop(KEYS_VARIABLE, None)  # Ray's processes would inherit it
-    return compose_options(values, resolve_store(store), model_name(store), KeyRing.of(keys))
+    return compose_options(
+        values, resolve_runnable(store, announce=_announce), model_name(store), KeyRing.of(keys)
+    )
 
 
 def _move_keys_out_of_sight(keys: Sequence[str]) -> None:
@@ -161,3 +163,7 @@ def _serve(options: ServiceOptions) -> None:
                 wait_for_interrupt()
         except KeyboardInterrupt:
             sys.exit(130)
+
+
+def _announce(line: str) -> None:
+    typer.echo(line, err=True)
