@@ -8,6 +8,7 @@ that starts Ray; used by `cluster.supervisor`, `gateway.deployment` and `gateway
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,6 +129,9 @@ def start_ray(address: str | None = None, num_cpus: int | None = None) -> None:
     import logging
 
     defaults = ray_environment() | (LOCAL_ONLY if address is None else {})
+    if address is None and "ray" not in sys.modules:
+        # What Ray would decide itself, with a warning; once it is imported, it takes a change for a mistake.
+        defaults |= {"RAY_AUTH_MODE": "token"}
     os.environ.update({key: os.environ.get(key, value) for key, value in defaults.items()})
     import ray
 
