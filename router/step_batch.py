@@ -44,6 +44,8 @@ class StepBatch:
     capture_layers: tuple[int, ...] = ()
     """Layers whose output hidden states, before any injection, are handed out."""
     trace: str = ""
+    scored_rows: tuple[int, ...] = ()
+    """Rows whose final hidden state is handed out, for logits of prompt positions."""
 
     @property
     def num_tokens(self) -> int:
@@ -58,6 +60,8 @@ class StepOutput:
     """Layer -> (T, D)."""
     phase_seconds: dict[str, float]
     """Wall time by phase: attention, experts, head."""
+    scored_RD: Tensor
+    """Hidden states before the last norm, one row per entry of `scored_rows`, for `Backbone.logits`."""
 
 
 @dataclass(frozen=True)
