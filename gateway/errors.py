@@ -137,6 +137,17 @@ class ModelFileInvalid(GatewayError):
         return f"{self.file}: {self.reason}"
 
 
+class TemplateStuck(GatewayError):
+    """A chat template was not rendered within its limits of time and memory."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"the chat template was not rendered: {self.reason}"
+
+
 def to_api_error(error: GatewayError) -> ApiError:
     """The answer that a client gets for an error of the gateway or the router."""
     if isinstance(error, ApiError):

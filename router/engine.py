@@ -359,7 +359,7 @@ def _check_prompt(request: GenerationRequest, vocab_size: int) -> None:
     if any(not 0 <= token < vocab_size for token in named):
         raise PromptInvalid(f"a stop token or bias is outside the vocabulary of {vocab_size}")
     num_generated, max_tokens = len(request.generated_ids), request.sampling.max_tokens
-    is_prompt_all = max_tokens == 0 and not num_generated and request.num_prompt_logprobs is not None
+    is_prompt_all = max_tokens == 0 and not num_generated
     if num_generated >= max_tokens and not is_prompt_all:
         raise PromptInvalid(f"max_tokens of {max_tokens} leaves nothing to generate after {num_generated}")
 

@@ -60,7 +60,8 @@ class RecordingEngine(Engine):
         events = super().step()
         for event in events:
             self.outcome.tokens.setdefault(event.request_id, []).extend(event.token_ids)
-            self.outcome.logprobs.setdefault(event.request_id, []).extend(event.logprobs)
+            if event.logprobs:
+                self.outcome.logprobs.setdefault(event.request_id, []).extend(event.logprobs)
             if event.prompt_logprobs:
                 assert event.request_id not in self.outcome.prompt_logprobs, "sent twice"
                 self.outcome.prompt_logprobs[event.request_id] = event.prompt_logprobs

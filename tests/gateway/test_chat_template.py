@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from gateway import chat_template
 from gateway.chat_template import ChatTemplate
 from gateway.errors import ApiError, ModelFileInvalid
 from gateway.openai_types import Message
+from gateway.template_renderer import RenderLimits
 from tests.gateway.fake_router import STORIES, stories_tokenizer
 
 TOKENIZER = stories_tokenizer()
@@ -143,12 +143,11 @@ def test_internals_of_python_are_undefined_to_a_template(source: str) -> None:
     assert _template(source).render(_user("x")) == ""
 
 
-def test_endless_output_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_template, "MAX_RENDERED_CHARS", 1000)
+def test_endless_output_is_cut() -> None:
+    source = "{% for i in range(90000) %}{% for j in range(90000) %}xxxxxxxxxx{% endfor %}{% endfor %}"
+    template = ChatTemplate(source, TOKENIZER, {}, RenderLimits(max_chars=1000))
     with pytest.raises(ApiError) as caught:
-        _template(
-            "{% for i in range(90000) %}{% for j in range(90000) %}xxxxxxxxxx{% endfor %}{% endfor %}"
-        ).render(_user("x"))
+        template.render(_user("x"))
     assert caught.value.code == "context_length_exceeded"
 
 
