@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -51,13 +53,17 @@ class OneProcessClient:
 
 @asynccontextmanager
 async def http_service(
-    root: Path, loaded: LoadedEngine, tokenizer: TextTokenizer, template: ChatTemplate | None = None
+    root: Path,
+    loaded: LoadedEngine,
+    tokenizer: TextTokenizer,
+    template: ChatTemplate | None = None,
+    **changes: Any,
 ) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of the app over this engine, which is used by nobody else meanwhile."""
+    """A client of the app over this engine, which is used by nobody else meanwhile. changes: of the settings."""
     service = RouterService(loaded)
     store = ExpertStore.open(root)
     facts = ("stories", loaded.config.max_position_embeddings, loaded.config.vocab_size, 1)
-    settings = GatewaySettings.from_manifest(store.manifest, *facts)
+    settings = replace(GatewaySettings.from_manifest(store.manifest, *facts), **changes)
     store.close()
     template = template or ChatTemplate.from_folder(root, tokenizer)
     app = build_app(settings, tokenizer, template, OneProcessClient(service))
