@@ -35,10 +35,11 @@ class RandomStore(ExpertStore):
     """Answers like an opened store. Every expert has memory of its own, so that reading it costs what it costs."""
 
     def __init__(self, config: dict[str, Any], dtype: torch.dtype) -> None:
-        self._layout = layout_for(config)
+        (self._layout,) = layout_for(config).components
+        assert self._layout.decoder is not None
         self._dtype = dtype
         self._generator = torch.Generator().manual_seed(0)
-        expert_width, width = self._layout.expert_shapes["gate"]
+        expert_width, width = self._layout.decoder.expert_shape("gate")
         self._part_bytes = expert_width * width * dtype.itemsize
         self._experts = {key: self._random(3 * expert_width, width) for key in sorted(self._layout.experts)}
 

@@ -8,6 +8,7 @@ Used by `experts.worker` and `router.weights`.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import os
 import threading
@@ -51,8 +52,8 @@ class ExpertStore:
             for tensor in component.tensors
         }
         self._descriptors: dict[str, int] = {}
-        self._headers: dict[str, dict[tuple[int, int], TensorHeader]] = {}
-        """Tensors of open original shards by offset and size."""
+        self._headers: dict[str, list[TensorHeader]] = {}
+        """Tensors of open original shards, by offset."""
         self._verified: set[ExpertKey] = set()
         self._recorded = HashLog(root)
         self._lock = threading.Lock()
@@ -69,6 +70,14 @@ class ExpertStore:
             raise StoreDamaged(str(root), str(error)) from error
         _check_complete(root, manifest, index)
         return cls(root, manifest, manifest_hash, index)
+
+    @property
+    def served(self) -> Component:
+        """The decoder that answers text. Raises StoreDamaged when the store has none."""
+        try:
+            return self.manifest.served
+        except ExtractionError as error:
+            raise StoreDamaged(str(self.root), str(error)) from error
 
     def component(self, name: str) -> Component:
         for component in self.manifest.components:
@@ -152,12 +161,27 @@ class ExpertStore:
         """An original shard may have been replaced by another since it was indexed. Raises StoreDamaged."""
         if self.manifest.kind == "copied":
             return
-        tensor = self._headers[file].get((offset, nbytes))
+        tensor = self._tensor_at(file, offset, nbytes)
         if tensor is None or tensor.code != CODES[dtype]:
             raise StoreDamaged(
                 file,
                 f"has no {dtype} tensor of {nbytes} bytes at offset {offset}: it is not what was indexed",
             )
+
+    def _tensor_at(self, file: str, offset: int, nbytes: int) -> TensorHeader | None:
+        """The tensor that these bytes are, or the stack of equal matrices (three dimensions) that they are one of."""
+        tensors = self._headers[file]
+        index = bisect.bisect_right(tensors, offset, key=lambda tensor: tensor.offset) - 1
+        while index >= 0 and not tensors[index].nbytes:
+            index -= 1
+        if index < 0:
+            return None
+        tensor = tensors[index]
+        skipped = offset - tensor.offset
+        if (skipped, nbytes) == (0, tensor.nbytes):
+            return tensor
+        is_stack = len(tensor.shape) == 3 and not skipped % nbytes and not tensor.nbytes % nbytes
+        return tensor if is_stack and skipped + nbytes <= tensor.nbytes else None
 
     def _read_into(self, file: str, offset: int, raw: Tensor) -> bool:
         """Fill `raw` from the file. False when the file ends before."""
@@ -190,7 +214,7 @@ class ExpertStore:
             except ExtractionError:
                 os.close(descriptor)
                 raise
-            self._headers[file] = {(tensor.offset, tensor.nbytes): tensor for tensor in header.values()}
+            self._headers[file] = sorted(header.values(), key=lambda tensor: (tensor.offset, tensor.nbytes))
         return descriptor
 
 

@@ -75,6 +75,17 @@ class FamilyUnknown(ExtractionError):
         return f"model type {self.model_type!r} is not supported; known: {', '.join(self.known)}"
 
 
+class ConfigInvalid(ExtractionError):
+    """A checkpoint's configuration lacks a key, or has a value that no model has."""
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(key, reason)
+        self.key, self.reason = key, reason
+
+    def text(self) -> str:
+        return f"config.json: {self.key}: {self.reason}"
+
+
 class PathRefused(ExtractionError):
     """A path leads out of its folder or is not a regular file."""
 
@@ -120,3 +131,36 @@ class ManifestInvalid(ExtractionError):
 
     def text(self) -> str:
         return f"{self.file}: {self.reason}"
+
+
+class HubRefused(ExtractionError):
+    """A model hub does not give what a name stands for."""
+
+    def __init__(self, hub_id: str, reason: str) -> None:
+        super().__init__(hub_id, reason)
+        self.hub_id, self.reason = hub_id, reason
+
+    def text(self) -> str:
+        return f"{self.hub_id} {self.reason}"
+
+
+class OptionRefused(ExtractionError):
+    """An option asks for what this checkpoint or store does not have."""
+
+    def __init__(self, option: str, reason: str) -> None:
+        super().__init__(option, reason)
+        self.option, self.reason = option, reason
+
+    def text(self) -> str:
+        return f"{self.option}: {self.reason}"
+
+
+class StoreDiffers(ExtractionError):
+    """A store does not hold what its checkpoint does. Names the first difference."""
+
+    def __init__(self, tensor: str, file: str, offset: int, reason: str) -> None:
+        super().__init__(tensor, file, offset, reason)
+        self.tensor, self.file, self.offset, self.reason = tensor, file, offset, reason
+
+    def text(self) -> str:
+        return f"tensor {self.tensor}: {self.file} at offset {self.offset}: {self.reason}"

@@ -1,29 +1,32 @@
 """Turns a checkpoint into an expert store: `sage-moe extract`.
 
-Copies shard bytes through one small buffer; never holds a tensor. The store is written under a temporary name
-beside its destination, synced, and renamed at the end, so that a final name always means a whole store.
+Never holds a tensor. The store is written in a hidden workspace beside its destination, synced, and renamed at the end,
+so that a final name always means a finished store. A run that was killed leaves its workspace to the next one of the
+same source and options, which continues behind the last finished step.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 from extraction.atomic_folder import atomic_folder, check_vacant
-from extraction.errors import CheckpointDamaged, PathRefused
-from extraction.files import open_inside
+from extraction.copying import Copier, Meter, Progress
+from extraction.errors import HubRefused, OptionRefused, PathRefused
+from extraction.journal import Journal, is_journal_of
 from extraction.manifest import (
     FORMAT_VERSION,
     INDEX_NAME,
     ROLES,
     Component,
-    ExpertKey,
+    Dtype,
     ExpertRecord,
     FileEntry,
+    LeftOut,
     Manifest,
     RecordPart,
     TensorEntry,
@@ -31,17 +34,15 @@ from extraction.manifest import (
     write_manifest,
 )
 from extraction.plan import ExtractionPlan, SourceTensor, plan_extraction
-from extraction.safetensors_file import ALIGNMENT, write_header
+from extraction.safetensors_file import ALIGNMENT
+from extraction.selection import Selection, select
+from extraction.shards import FolderShards, ShardSupply
+from extraction.store_files import StoreFiles, describe, lay_out, source_bytes
 
-COPY_BUFFER_BYTES = 8 * 1024 * 1024
-MAX_OPEN_SHARDS = 64
 BYTES_PER_ROW = 512
-"""Most that a tensor takes in a header, or an expert in the index."""
+"""Most that an expert takes in the index, or a step's owner in the journal."""
 BYTES_PER_TENSOR = 2048
 """Most that a backbone tensor takes in the manifest."""
-
-Progress = Callable[[int, int], None]
-"""Called with bytes done and bytes in all."""
 
 
 @dataclass(frozen=True)
@@ -53,29 +54,94 @@ class ExtractionReport:
     num_layers: int
     num_experts: int
     weight_bytes: int
+    """Of the source."""
+    left_out: LeftOut | None
+    resumed_bytes: int
+    """Of these, what a killed run had done already."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """An extraction, decided and checked."""
+
+    plan: ExtractionPlan
+    left_out: LeftOut | None
+    layout: StoreFiles | None
+    """None where no weights are copied."""
+
+    @property
+    def kind(self) -> Literal["copied", "indexed"]:
+        return "indexed" if self.layout is None else "copied"
+
+    @property
+    def space_needed(self) -> int:
+        """Bytes of disk that the store takes at most, all files rounded up to whole blocks."""
+        plan = self.plan
+        small = sum(map(len, plan.small_files.values()))
+        # The manifest holds the configuration twice, indented.
+        described = 8 * len(plan.small_files["config.json"]) + BYTES_PER_TENSOR * plan.num_backbone_tensors
+        indexed = small + described + BYTES_PER_ROW * len(plan.experts)
+        num_files = len(plan.small_files) + len(plan.components) + 8
+        if self.layout is None:
+            return indexed + ALIGNMENT * num_files
+        journal = BYTES_PER_ROW * len(self.layout.owners)
+        num_files += 2 * len(self.layout.files)
+        return indexed + journal + self.layout.nbytes + ALIGNMENT * num_files
 
 
 def extract(
-    source: Path, dest: Path, *, index_only: bool = False, progress: Progress | None = None
+    source: Path,
+    dest: Path,
+    *,
+    index_only: bool = False,
+    selection: Selection | None = None,
+    dtype: Dtype | None = None,
+    progress: Progress | None = None,
+    shards: ShardSupply | None = None,
 ) -> ExtractionReport:
     """Write the store of the checkpoint `source` to `dest`, which must not exist.
 
     index_only copies no weights: the store then points into the original shards, which must stay where they are.
-    Raises an ExtractionError; whatever is raised, nothing is left behind.
+    selection: of layers and components; a store that lacks some is partial and says so. dtype: of all weights in the
+    store; None keeps each as it is. shards: where weights are read from instead of `source`, which then needs headers.
+    Raises an ExtractionError; whatever is raised, nothing is left behind, except for what a supply of shards that
+    failed needs to go on.
     """
     check_vacant(dest)
-    plan = plan_extraction(source)
-    if index_only:
+    job = prepare(source, index_only=index_only, selection=selection, dtype=dtype)
+    if job.layout is None:
         _check_nameable(source)
-    kind: Literal["copied", "indexed"] = "indexed" if index_only else "copied"
-    with atomic_folder(dest, space_needed(plan, kind)) as root:
-        if index_only:
-            components, records = _index_in_place(plan)
+    supply = shards or FolderShards(source)
+    key = _fingerprint(job, supply)
+    resumed = 0
+    with atomic_folder(
+        dest,
+        job.space_needed + supply.peak_bytes,
+        can_continue=lambda workspace: is_journal_of(workspace, key),
+        kept_on=(HubRefused,),
+    ) as root:
+        supply.use(root.parent)
+        if job.layout is None:
+            components, records = _index_in_place(job.plan)
         else:
-            components, records = _copy_weights(plan, root, _Meter(plan.weight_bytes, progress))
-        _write_descriptions(plan, root, components, records, kind)
-    layers = {key.layer for key in plan.experts}
-    return ExtractionReport(dest, kind, len(layers), len(plan.experts), plan.weight_bytes)
+            digests, resumed = _copy_weights(job.layout, root, supply, key, progress)
+            components, records = describe(job.plan, job.layout, digests)
+        _write_descriptions(job, root, components, records)
+    layers = {(key.component, key.layer) for key in job.plan.experts}
+    weight_bytes = job.plan.weight_bytes
+    return ExtractionReport(
+        dest, job.kind, len(layers), len(job.plan.experts), weight_bytes, job.left_out, resumed
+    )
+
+
+def prepare(
+    source: Path, *, index_only: bool = False, selection: Selection | None = None, dtype: Dtype | None = None
+) -> Job:
+    """Read headers and descriptions; decide what goes where. Raises an ExtractionError."""
+    if index_only and dtype is not None:
+        raise OptionRefused("--dtype", "an index points to the weights as they are; leave out --index-only")
+    plan, left_out = select(plan_extraction(source), selection or Selection())
+    return Job(plan, left_out, None if index_only else lay_out(plan, dtype))
 
 
 def _check_nameable(source: Path) -> None:
@@ -86,180 +152,104 @@ def _check_nameable(source: Path) -> None:
         raise PathRefused(str(source), "cannot be indexed: its name is no UTF-8") from error
 
 
-def space_needed(plan: ExtractionPlan, kind: Literal["copied", "indexed"]) -> int:
-    """Bytes of disk that the store takes at most, all files rounded up to whole blocks."""
-    small = sum(map(len, plan.small_files.values()))
-    # The manifest holds the configuration twice, indented.
-    described = 8 * len(plan.small_files["config.json"]) + BYTES_PER_TENSOR * len(plan.backbone)
-    indexed = small + described + BYTES_PER_ROW * len(plan.experts)
-    num_files = len(plan.small_files) + 8
-    if kind == "indexed":
-        return indexed + ALIGNMENT * num_files
-    num_files += len({key.layer for key in plan.experts}) * 2
-    padding = sum(-sum(part.header.nbytes for part in parts) % ALIGNMENT for parts in plan.experts.values())
-    headers = BYTES_PER_ROW * (4 * len(plan.experts) + len(plan.backbone))
-    return indexed + plan.weight_bytes + padding + headers + ALIGNMENT * num_files
-
-
-@dataclass
-class _Meter:
-    """Counts copied bytes for whoever watches."""
-
-    total_bytes: int
-    progress: Progress | None
-    done_bytes: int = 0
-
-    def add(self, nbytes: int) -> None:
-        self.done_bytes += nbytes
-        if self.progress is not None:
-            self.progress(self.done_bytes, self.total_bytes)
-
-
-@dataclass
-class _Shards:
-    """Open descriptors of the source's shards."""
-
-    source: Path
-    _open: dict[str, int] = field(default_factory=dict)
-
-    def chunks(self, tensor: SourceTensor) -> Iterator[bytes]:
-        """The tensor's bytes, at most COPY_BUFFER_BYTES at a time."""
-        descriptor = self._descriptor(tensor.file)
-        position, end = tensor.header.offset, tensor.header.offset + tensor.header.nbytes
-        while position < end:
-            try:
-                chunk = os.pread(descriptor, min(COPY_BUFFER_BYTES, end - position), position)
-            except OSError as error:
-                reason = f"cannot be read at offset {position}: {error.strerror}"
-                raise CheckpointDamaged(tensor.file, reason) from error
-            if not chunk:
-                raise CheckpointDamaged(tensor.file, f"is cut short inside tensor {tensor.header.name!r}")
-            position += len(chunk)
-            yield chunk
-
-    def close(self) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
-        self._open.clear()
-
-    def _descriptor(self, file: str) -> int:
-        if file not in self._open:
-            if len(self._open) >= MAX_OPEN_SHARDS:
-                self.close()
-            self._open[file] = open_inside(self.source, file)
-        return self._open[file]
+def _fingerprint(job: Job, shards: ShardSupply) -> str:
+    """Of all that decides about a byte of the store: two runs with the same one write the same."""
+    digest = hashlib.sha256()
+    if job.layout is None:
+        return digest.hexdigest()
+    facts = {
+        "version": FORMAT_VERSION,
+        "shards": shards.identity(job.layout.shards),
+        "small_files": {n: hashlib.sha256(raw).hexdigest() for n, raw in job.plan.small_files.items()},
+        "files": {name: file.nbytes for name, file in job.layout.files.items()},
+        "left_out": job.left_out and job.left_out.model_dump(mode="json"),
+    }
+    digest.update(json.dumps(facts, sort_keys=True).encode())
+    for pieces in job.layout.owners.values():
+        for piece in pieces:
+            digest.update(repr(piece).encode())
+    return digest.hexdigest()
 
 
 def _copy_weights(
-    plan: ExtractionPlan, root: Path, meter: _Meter
-) -> tuple[tuple[Component, ...], list[ExpertRecord]]:
-    shards = _Shards(plan.source)
+    layout: StoreFiles, root: Path, shards: ShardSupply, key: str, progress: Progress | None
+) -> tuple[dict[str, str], int]:
+    """Returns the digests of all owners, and how many bytes of the source were there already."""
+    workspace = root.parent
+    journal = Journal(workspace, key)
+    resumed = 0
     try:
-        tensors = _write_backbone(plan, root, shards, meter)
-        records = []
-        for layer in sorted({key.layer for key in plan.experts}):
-            records += _write_layer(plan, layer, root, shards, meter)
+        total = sum(source_bytes(step.pieces) for step in layout.steps)
+        with Copier(root, shards, Meter(total, progress)) as copier:
+            for file in layout.files.values():
+                copier.prepare(file)
+            for index, step in enumerate(layout.steps):
+                if step.name in journal.done and copier.is_done(step, journal.done[step.name]):
+                    resumed += source_bytes(step.pieces)
+                else:
+                    journal.add(step.name, copier.copy(step))
+                is_last = step is layout.steps[-1] or layout.steps[index + 1].shard != step.shard
+                if is_last and shards.discards:
+                    copier.wait_until_synced()
+                    shards.release(step.shard)
+            return _digests(layout, journal, copier), resumed
     finally:
-        shards.close()
-    return (_component(plan, tensors),), records
+        journal.close()
 
 
-def _write_backbone(plan: ExtractionPlan, root: Path, shards: _Shards, meter: _Meter) -> list[TensorEntry]:
-    file = f"backbone/{plan.layout.component}.safetensors"
-    header = write_header(
-        [(name, t.header.code, t.header.shape, t.header.nbytes) for name, t in plan.backbone.items()]
-    )
-    entries, offset = [], len(header)
-    with _create(root / file) as out:
-        out.write(header)
-        for name, tensor in plan.backbone.items():
-            digest = _copy(out, [tensor], shards, meter)
-            entries.append(_tensor_entry(name, tensor, file, offset, digest))
-            offset += tensor.header.nbytes
-    return entries
-
-
-def _write_layer(
-    plan: ExtractionPlan, layer: int, root: Path, shards: _Shards, meter: _Meter
-) -> list[ExpertRecord]:
-    """One file: records of gate, up and down back to back, each record aligned by an explicit padding tensor."""
-    file = f"experts/{plan.layout.component}-layer-{layer:04d}.safetensors"
-    experts = {key: parts for key, parts in plan.experts.items() if key.layer == layer}
-    table: list[tuple[str, str, tuple[int, ...], int]] = []
-    gaps, position = [], 0
-    for key, parts in experts.items():
-        gaps.append(-position % ALIGNMENT)
-        if gaps[-1]:
-            table.append((f"padding.{key.expert}", "U8", (gaps[-1],), gaps[-1]))
-        for role, part in zip(ROLES, parts, strict=True):
-            name = f"layers.{layer}.experts.{key.expert}.{role}"
-            table.append((name, part.header.code, part.header.shape, part.header.nbytes))
-        position += gaps[-1] + sum(part.header.nbytes for part in parts)
-    header = write_header(table)
-    records, offset = [], len(header)
-    with _create(root / file) as out:
-        out.write(header)
-        for gap, (key, parts) in zip(gaps, experts.items(), strict=True):
-            out.write(bytes(gap))
-            offset += gap
-            digest = _copy(out, parts, shards, meter)
-            records.append(_record(key, parts, [file] * 3, _ends(offset, parts), digest))
-            offset += sum(part.header.nbytes for part in parts)
-    return records
-
-
-def _ends(offset: int, parts: tuple[SourceTensor, ...]) -> list[int]:
-    """Offsets of parts that lie back to back from `offset` on."""
-    offsets = []
-    for part in parts:
-        offsets.append(offset)
-        offset += part.header.nbytes
-    return offsets
+def _digests(layout: StoreFiles, journal: Journal, copier: Copier) -> dict[str, str]:
+    """Those of the journal, and for owners that came from several shards those of all their bytes."""
+    digests: dict[str, str] = {}
+    straddling = {}
+    num_pieces: dict[tuple[str, str], int] = {}
+    for step in layout.steps:
+        for piece in step.pieces:
+            num_pieces[step.name, piece.owner] = num_pieces.get((step.name, piece.owner), 0) + 1
+    for step in layout.steps:
+        for owner, digest in journal.done[step.name].items():
+            if num_pieces[step.name, owner] == len(layout.owners[owner]):
+                digests[owner] = digest
+            else:
+                straddling[owner] = layout.owners[owner]
+    return digests | copier.digest(straddling)
 
 
 def _index_in_place(plan: ExtractionPlan) -> tuple[tuple[Component, ...], list[ExpertRecord]]:
-    records = [
-        _record(key, parts, [part.file for part in parts], [part.header.offset for part in parts], None)
-        for key, parts in plan.experts.items()
-    ]
-    tensors = [_tensor_entry(name, t, t.file, t.header.offset, None) for name, t in plan.backbone.items()]
-    return (_component(plan, tensors),), records
-
-
-def _component(plan: ExtractionPlan, tensors: list[TensorEntry]) -> Component:
-    return Component(name=plan.layout.component, config=dict(plan.layout.config), tensors=tuple(tensors))
-
-
-def _record(
-    key: ExpertKey, parts: tuple[SourceTensor, ...], files: list[str], offsets: list[int], digest: str | None
-) -> ExpertRecord:
-    gate, up, down = (
-        RecordPart(role, file, offset, part.header.nbytes)
-        for role, part, file, offset in zip(ROLES, parts, files, offsets, strict=True)
+    records = []
+    for key, parts in plan.experts.items():
+        gate, up, down = (
+            RecordPart(role, part.file, part.offset, part.nbytes)
+            for role, part in zip(ROLES, parts, strict=True)
+        )
+        records.append(ExpertRecord(key, parts[0].dtype, None, (gate, up, down)))
+    components = tuple(
+        Component(
+            name=part.name,
+            config=dict(part.config),
+            tensors=tuple(_entry(name, tensor) for name, tensor in part.backbone.items()),
+        )
+        for part in plan.components
     )
-    return ExpertRecord(key, parts[0].dtype, digest, (gate, up, down))
+    return components, records
 
 
-def _tensor_entry(name: str, tensor: SourceTensor, file: str, offset: int, digest: str | None) -> TensorEntry:
+def _entry(name: str, tensor: SourceTensor) -> TensorEntry:
     return TensorEntry(
         name=name,
-        source=tensor.header.name,
-        file=file,
+        source=tensor.name,
+        file=tensor.file,
         dtype=tensor.dtype,
-        shape=tensor.header.shape,
-        offset=offset,
-        nbytes=tensor.header.nbytes,
-        sha256=digest,
+        shape=tensor.shape,
+        offset=tensor.offset,
+        nbytes=tensor.nbytes,
+        sha256=None,
     )
 
 
 def _write_descriptions(
-    plan: ExtractionPlan,
-    root: Path,
-    components: tuple[Component, ...],
-    records: list[ExpertRecord],
-    kind: Literal["copied", "indexed"],
+    job: Job, root: Path, components: tuple[Component, ...], records: Sequence[ExpertRecord]
 ) -> None:
+    plan = job.plan
     files = {}
     for name, content in plan.small_files.items():
         (root / name).write_bytes(content)
@@ -267,30 +257,13 @@ def _write_descriptions(
     files[INDEX_NAME] = write_expert_index(root, records)
     manifest = Manifest(
         format_version=FORMAT_VERSION,
-        family=plan.layout.family,
-        kind=kind,
-        source_root=str(plan.source.resolve()) if kind == "indexed" else None,
+        family=plan.family,
+        kind=job.kind,
+        source_root=str(plan.source.resolve()) if job.kind == "indexed" else None,
+        left_out=job.left_out,
         config=plan.config,
         generation_config=plan.generation_config,
         components=components,
         files=files,
     )
     write_manifest(root, manifest)
-
-
-def _copy(
-    out: BinaryIO, parts: list[SourceTensor] | tuple[SourceTensor, ...], shards: _Shards, meter: _Meter
-) -> str:
-    """Append the parts' bytes; their SHA-256 in hex."""
-    digest = hashlib.sha256()
-    for part in parts:
-        for chunk in shards.chunks(part):
-            out.write(chunk)
-            digest.update(chunk)
-            meter.add(len(chunk))
-    return digest.hexdigest()
-
-
-def _create(path: Path) -> BinaryIO:
-    path.parent.mkdir(exist_ok=True)
-    return open(path, "xb", buffering=1 << 20)

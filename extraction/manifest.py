@@ -115,7 +115,7 @@ class TensorEntry(_Model):
 
 
 class Component(_Model):
-    """One decoder of the model with its own layers and experts."""
+    """One part of the model: a decoder, mostly with experts of its own, or what is carried as it is."""
 
     name: Name
     config: dict[str, Any]
@@ -129,6 +129,21 @@ class FileEntry(_Model):
     sha256: Sha256
 
 
+class LeftOut(_Model):
+    """What a partial store lacks of its checkpoint. Readers that run the model refuse such a store."""
+
+    components: tuple[Name, ...]
+    """Whole ones, sorted."""
+    layers: dict[Name, tuple[Annotated[int, Field(ge=0)], ...]]
+    """Of components that are there: the layers that are not, sorted; experts and backbone tensors."""
+
+    @model_validator(mode="after")
+    def _leaves_something_out(self) -> Self:
+        if not self.components and not any(self.layers.values()):
+            raise ValueError("leaves nothing out")
+        return self
+
+
 class Manifest(_Model):
     """What `manifest.json` holds."""
 
@@ -137,10 +152,20 @@ class Manifest(_Model):
     kind: Literal["copied", "indexed"]
     source_root: str | None
     """Absolute folder of the original shards; only in an index over them."""
+    left_out: LeftOut | None
+    """None in a store that holds the whole model."""
     config: dict[str, Any]
     generation_config: dict[str, Any]
     components: tuple[Component, ...]
+    """The decoder that answers text comes first."""
     files: dict[str, FileEntry]
+
+    @property
+    def served(self) -> Component:
+        """The decoder that answers text. Raises ManifestInvalid when the store has no component."""
+        if not self.components:
+            raise ManifestInvalid(MANIFEST_NAME, "the store has no experts: it lists no component")
+        return self.components[0]
 
     @field_validator("files")
     @classmethod

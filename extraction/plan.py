@@ -7,18 +7,21 @@ is missing, doubled or of another shape. An expert's three projections may lie i
 from __future__ import annotations
 
 import errno
+import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from extraction.component_layout import BackboneTensor, ExpertTensor, TensorSlice
 from extraction.errors import CheckpointDamaged, PathRefused, TensorsMissing, TensorUnexpected
 from extraction.files import open_inside, read_small_file
-from extraction.layouts import BackboneTensor, ExpertTensor, Layout, layout_for
-from extraction.manifest import ROLES, Dtype, ExpertKey, check_relative
+from extraction.layouts import Layout, layout_for
+from extraction.manifest import ITEM_SIZES, ROLES, Dtype, ExpertKey, check_relative
 from extraction.safetensors_file import DTYPES, TensorHeader, read_header
 from extraction.strict_json import parse_object
+from extraction.tokenizer_file import TOKENIZER_FILE, built_tokenizer
 
 SHARD_INDEX = "model.safetensors.index.json"
 SINGLE_SHARD = "model.safetensors"
@@ -30,23 +33,65 @@ SMALL_FILES = (
     "tokenizer_config.json",
     "vocab.json",
     "merges.txt",
+    "added_tokens.json",
     "special_tokens_map.json",
     "chat_template.jinja",
     "chat_template.json",
 )
 MAX_NAMES_SHOWN = 5
 
+Place = ExpertTensor | BackboneTensor
+
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """A tensor of the checkpoint and the shard that holds it."""
+    """A tensor of the checkpoint, or a slice of a stacked one, and the shard that holds it."""
 
     file: str
     header: TensorHeader
+    """Of the published tensor, whole."""
+    slice: TensorSlice | None = None
+    """The part of it that is meant; None means all of it."""
+
+    @property
+    def name(self) -> str:
+        """Published name; several slices share one."""
+        return self.header.name
 
     @property
     def dtype(self) -> Dtype:
         return DTYPES[self.header.code]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.header.shape if self.slice is None else self.slice.shape
+
+    @property
+    def offset(self) -> int:
+        """Of the first byte, from the start of the file."""
+        if self.slice is None:
+            return self.header.offset
+        return self.header.offset + self.slice.first_element * ITEM_SIZES[self.dtype]
+
+    @property
+    def nbytes(self) -> int:
+        if self.slice is None:
+            return self.header.nbytes
+        return math.prod(self.slice.shape) * ITEM_SIZES[self.dtype]
+
+
+ExpertParts = tuple[SourceTensor, SourceTensor, SourceTensor]
+"""Gate, up and down of one expert."""
+
+
+@dataclass(frozen=True)
+class PlannedComponent:
+    """One component's configuration and backbone."""
+
+    name: str
+    config: Mapping[str, Any]
+    backbone: Mapping[str, SourceTensor]
+    """By canonical name, sorted."""
 
 
 @dataclass(frozen=True)
@@ -54,23 +99,27 @@ class ExtractionPlan:
     """All that a store will hold, and where it comes from."""
 
     source: Path
-    layout: Layout
+    family: str
     config: dict[str, Any]
     generation_config: dict[str, Any]
-    experts: Mapping[ExpertKey, tuple[SourceTensor, SourceTensor, SourceTensor]]
-    """Gate, up and down of each expert, sorted by key."""
-    backbone: Mapping[str, SourceTensor]
-    """By canonical name, sorted."""
+    components: tuple[PlannedComponent, ...]
+    """The decoder that the store serves comes first."""
+    experts: Mapping[ExpertKey, ExpertParts]
+    """Sorted by key, those of all components."""
     small_files: Mapping[str, bytes]
 
     @property
+    def num_backbone_tensors(self) -> int:
+        return sum(len(component.backbone) for component in self.components)
+
+    @property
     def weight_bytes(self) -> int:
-        parts = [part for expert in self.experts.values() for part in expert]
-        return sum(part.header.nbytes for part in (*parts, *self.backbone.values()))
+        experts = sum(part.nbytes for parts in self.experts.values() for part in parts)
+        return experts + sum(t.nbytes for component in self.components for t in component.backbone.values())
 
 
 def plan_extraction(source: Path) -> ExtractionPlan:
-    """Raises CheckpointDamaged, TensorsMissing, TensorUnexpected, FamilyUnknown, ManifestInvalid or PathRefused."""
+    """Raises CheckpointDamaged, TensorsMissing, TensorUnexpected, FamilyUnknown, ConfigInvalid or PathRefused."""
     if not os.path.isdir(source):
         raise CheckpointDamaged(str(source), "is no checkpoint folder")
     if not os.access(source, os.R_OK | os.X_OK):
@@ -78,20 +127,18 @@ def plan_extraction(source: Path) -> ExtractionPlan:
     small_files = _read_small_files(source)
     config = _read_json(small_files, "config.json", required=True)
     layout = layout_for(config)
+    tokenizer = built_tokenizer(small_files, layout.family)
+    if tokenizer is not None:
+        small_files[TOKENIZER_FILE] = tokenizer
     placed = _place(layout, _read_shards(source))
-    missing = layout.expected() - placed.keys()
-    if missing:
-        names = sorted(layout.published_name(tensor) for tensor in missing)
-        raise TensorsMissing(tuple(names[:MAX_NAMES_SHOWN]), len(names))
-    experts = {key: _expert(placed, key) for key in sorted(layout.experts)}
-    backbone = {t.name: source for t, source in placed.items() if isinstance(t, BackboneTensor)}
+    _check_complete(layout, placed)
     return ExtractionPlan(
         source,
-        layout,
+        layout.family,
         config,
         _read_json(small_files, "generation_config.json", required=False),
-        experts,
-        dict(sorted(backbone.items())),
+        _components(layout, placed),
+        {key: _expert(placed, key) for key in sorted(layout.experts)},
         small_files,
     )
 
@@ -116,7 +163,7 @@ def _read_json(files: Mapping[str, bytes], name: str, required: bool) -> dict[st
 
 def _read_shards(source: Path) -> dict[str, SourceTensor]:
     """Headers of all shards by published name. Every name that the shard index promises is there."""
-    promised = _read_shard_index(source)
+    promised = read_shard_index(source)
     files = sorted(set(promised.values())) if promised else [SINGLE_SHARD]
     tensors: dict[str, SourceTensor] = {}
     for file in files:
@@ -132,8 +179,8 @@ def _read_shards(source: Path) -> dict[str, SourceTensor]:
     return tensors
 
 
-def _read_shard_index(source: Path) -> dict[str, str]:
-    """Tensor name -> shard; empty where the checkpoint is one file."""
+def read_shard_index(source: Path) -> dict[str, str]:
+    """Tensor name -> shard; empty where the checkpoint is one file. Raises CheckpointDamaged or PathRefused."""
     if not os.path.lexists(source / SHARD_INDEX):
         return {}
     table = parse_object(
@@ -158,28 +205,45 @@ def _read_shard(source: Path, file: str) -> dict[str, TensorHeader]:
         os.close(descriptor)
 
 
-def _place(
-    layout: Layout, tensors: Mapping[str, SourceTensor]
-) -> dict[ExpertTensor | BackboneTensor, SourceTensor]:
-    placed: dict[ExpertTensor | BackboneTensor, SourceTensor] = {}
+def _place(layout: Layout, tensors: Mapping[str, SourceTensor]) -> dict[Place, SourceTensor]:
+    placed: dict[Place, SourceTensor] = {}
     for name, tensor in tensors.items():
         if layout.is_ignored(name):
             continue
-        place = layout.place(name, tensor.header.shape)
+        placements = layout.place(name, tensor.header.shape)
         if tensor.header.code not in DTYPES:
             raise TensorUnexpected(name, f"has dtype {tensor.header.code}; supported: {', '.join(DTYPES)}")
-        if place in placed:
-            raise TensorUnexpected(name, "means the same as another tensor")
-        placed[place] = tensor
+        for placement in placements:
+            if placement.place in placed:
+                raise TensorUnexpected(name, f"means the same as {placed[placement.place].name}")
+            placed[placement.place] = replace(tensor, slice=placement.slice)
     return placed
 
 
-def _expert(
-    placed: Mapping[ExpertTensor | BackboneTensor, SourceTensor], key: ExpertKey
-) -> tuple[SourceTensor, SourceTensor, SourceTensor]:
+def _check_complete(layout: Layout, placed: Mapping[Place, SourceTensor]) -> None:
+    """Raises TensorsMissing. Of a component that is carried as it is, nothing more than its presence is known."""
+    missing = [layout.reported_name(tensor) for tensor in layout.expected() - placed.keys()]
+    present = {place.component for place in placed if isinstance(place, BackboneTensor)}
+    missing += [f"{part.prefixes[0]}*" for part in layout.components if part.name not in present]
+    if missing:
+        raise TensorsMissing(tuple(sorted(missing)[:MAX_NAMES_SHOWN]), len(missing))
+
+
+def _components(layout: Layout, placed: Mapping[Place, SourceTensor]) -> tuple[PlannedComponent, ...]:
+    backbones: dict[str, dict[str, SourceTensor]] = {part.name: {} for part in layout.components}
+    for place, tensor in placed.items():
+        if isinstance(place, BackboneTensor):
+            backbones[place.component][place.name] = tensor
+    return tuple(
+        PlannedComponent(part.name, part.config, dict(sorted(backbones[part.name].items())))
+        for part in layout.components
+    )
+
+
+def _expert(placed: Mapping[Place, SourceTensor], key: ExpertKey) -> ExpertParts:
     gate, up, down = (placed[ExpertTensor(key, role)] for role in ROLES)
     if not gate.dtype == up.dtype == down.dtype:
         raise TensorUnexpected(
-            up.header.name, f"an expert's projections differ in dtype: {gate.dtype}, {up.dtype}, {down.dtype}"
+            up.name, f"an expert's projections differ in dtype: {gate.dtype}, {up.dtype}, {down.dtype}"
         )
     return gate, up, down

@@ -10,19 +10,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from extraction.decoder_config import MAX_LAYERS
 from extraction.errors import ManifestInvalid
-from extraction.layouts import MAX_LAYERS
 from extraction.manifest import (
     INDEX_NAME,
     MANIFEST_NAME,
     Component,
+    ExpertKey,
     ExpertRecord,
+    Manifest,
     read_expert_index,
     read_manifest,
     store_hash,
 )
 
-KINDS = ("embeddings", "attention", "norms", "gates", "dense", "head")
+KINDS = ("embeddings", "attention", "norms", "gates", "dense", "shared", "head")
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,21 @@ class MemoryRow:
 
 
 @dataclass(frozen=True)
+class ComponentRow:
+    """One component of the store, whole."""
+
+    name: str
+    is_served: bool
+    num_moe_layers: int
+    num_experts: int
+    backbone_bytes: int
+    expert_bytes: int
+    """Of all its experts."""
+
+
+@dataclass(frozen=True)
 class StoreSummary:
-    """The object that `--json` prints; keys are stable."""
+    """The object that `--json` prints; keys are stable. Where not said otherwise, of the decoder that is served."""
 
     store: str
     hash: str
@@ -66,6 +81,10 @@ class StoreSummary:
     totals: tuple[ResidencyTotal, ...]
     bytes_by_component: Mapping[str, int]
     memory_table: tuple[MemoryRow, ...]
+    components: tuple[ComponentRow, ...]
+    """All of the store."""
+    left_out: Mapping[str, Any] | None
+    """Components, and layers by component, that a partial store lacks; None in a whole one."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -75,10 +94,8 @@ def summarize(root: Path) -> StoreSummary:
     """Raises ManifestInvalid or PathRefused."""
     manifest = read_manifest(root)
     index = read_expert_index(root, manifest)
-    if not index or not manifest.components:
-        raise ManifestInvalid(MANIFEST_NAME, "the store has no experts")
-    component = manifest.components[0]
-    records = [record for key, record in sorted(index.items()) if key.component == component.name]
+    component = _shown(manifest, index)
+    records = _records(index, component)
     if not records:
         raise ManifestInvalid(INDEX_NAME, f"has no experts of component {component.name!r}")
     layers = _sizes_by_layer(records)
@@ -100,6 +117,31 @@ def summarize(root: Path) -> StoreSummary:
         totals=_totals(layers, per_token, sum(backbone.values())),
         bytes_by_component=backbone | {"experts": _resident_bytes(layers, experts)},
         memory_table=_memory_table(backbone, layers, per_token),
+        components=tuple(_row(part, index, part is component) for part in manifest.components),
+        left_out=None if manifest.left_out is None else manifest.left_out.model_dump(mode="json"),
+    )
+
+
+def _shown(manifest: Manifest, index: Mapping[ExpertKey, ExpertRecord]) -> Component:
+    """The decoder that is served; where a partial store leaves it out, the first one with experts."""
+    names = {key.component for key in index}
+    with_experts = [component for component in manifest.components if component.name in names]
+    return with_experts[0] if manifest.left_out is not None and with_experts else manifest.served
+
+
+def _records(index: Mapping[ExpertKey, ExpertRecord], component: Component) -> list[ExpertRecord]:
+    return [record for key, record in sorted(index.items()) if key.component == component.name]
+
+
+def _row(component: Component, index: Mapping[ExpertKey, ExpertRecord], is_served: bool) -> ComponentRow:
+    records = _records(index, component)
+    return ComponentRow(
+        component.name,
+        is_served,
+        num_moe_layers=len({record.key.layer for record in records}),
+        num_experts=len(records),
+        backbone_bytes=sum(tensor.nbytes for tensor in component.tensors),
+        expert_bytes=sum(record.nbytes for record in records),
     )
 
 
@@ -139,6 +181,8 @@ def _kind(name: str) -> str:
         return "norms"
     if name.endswith(".mlp.gate.weight"):
         return "gates"
+    if ".mlp.shared_expert" in name:
+        return "shared"
     return "attention" if ".self_attn." in name else "dense"
 
 

@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
+from typing import Annotated, Any, NoReturn, Optional
 
 import typer
 
@@ -17,10 +14,8 @@ from cluster.errors import ClusterError
 from experts.errors import ExpertError
 from extraction.errors import ExtractionError, one_line
 from gateway.errors import GatewayError
+from gateway.extract_command import extract
 from router.errors import RouterError
-
-if TYPE_CHECKING:
-    from extraction.extract import Progress
 
 app = typer.Typer(
     name="sage-moe",
@@ -35,7 +30,7 @@ StoreArgument = Annotated[
     str,
     typer.Argument(
         metavar="STORE",
-        help="An expert store, a checkpoint folder, or the name of a bundled model (stories).",
+        help="An expert store, a checkpoint folder, the name of a bundled model (stories), or a hub id.",
     ),
 ]
 DtypeOption = Annotated[
@@ -80,46 +75,7 @@ def _options(
     """Options of all commands."""
 
 
-@app.command()
-def extract(
-    source: Annotated[str, typer.Argument(help="A checkpoint folder, or the name of a bundled model.")],
-    dest: Annotated[Path, typer.Argument(help="The store to write; must not exist.")],
-    index_only: Annotated[
-        bool, typer.Option("--index-only", help="Copy no weights: point into the original shards.")
-    ] = False,
-) -> None:
-    """Split a checkpoint into an expert store."""
-    from extraction.extract import extract as run
-    from gateway.store_source import resolve_checkpoint
-
-    with _progress_bar() as progress:
-        report = run(resolve_checkpoint(source), dest, index_only=index_only, progress=progress)
-    done = "copied" if report.kind == "copied" else "indexed in place"
-    typer.echo(
-        f"{report.root}: {report.num_experts} experts in {report.num_layers} layers, "
-        f"{report.weight_bytes / 2**20:.1f} MiB of weights {done}"
-    )
-
-
-@contextmanager
-def _progress_bar() -> Iterator[Progress | None]:
-    """A bar with rate and remaining time on stderr; nothing when that is no terminal."""
-    from rich import progress
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield None
-        return
-    columns = (
-        progress.BarColumn(),
-        progress.DownloadColumn(binary_units=True),
-        progress.TransferSpeedColumn(),
-        progress.TimeRemainingColumn(),
-    )
-    with progress.Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+app.command()(extract)
 
 
 @app.command()
@@ -165,14 +121,16 @@ def generate(
     chosen_prompt = _chosen_prompt(prompt, prompt_ids)
 
     from gateway.generate import generate as run
-    from gateway.store_source import resolve_store
+    from gateway.store_source import resolve_runnable
     from router.loading import EngineOptions
 
     sampling: dict[str, Any] = {"max_tokens": max_tokens, "seed": seed}
     if temperature is not None:
         sampling["temperature"] = temperature
     show = _write_at_once if stream else _keep_quiet
-    result = run(resolve_store(store), chosen_prompt, sampling, EngineOptions(dtype=dtype), show)
+    result = run(
+        resolve_runnable(store, announce=_announce), chosen_prompt, sampling, EngineOptions(dtype=dtype), show
+    )
     if as_json:
         typer.echo(json.dumps(result.as_json(), ensure_ascii=False))
     else:
@@ -193,6 +151,10 @@ def _chosen_prompt(prompt: str | None, prompt_ids: str | None) -> str | tuple[in
 def _write_at_once(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def _announce(line: str) -> None:
+    typer.echo(line, err=True)
 
 
 def _keep_quiet(_text: str) -> None:
@@ -216,10 +178,11 @@ def serve(
 ) -> None:
     """Serve a store over HTTP until interrupted."""
     from gateway.launch import ServiceOptions, interruptible, running_service, wait_for_interrupt
-    from gateway.store_source import model_name, resolve_store
+    from gateway.store_source import model_name, resolve_runnable
 
     name = served_model_name or model_name(store)
-    options = ServiceOptions(resolve_store(store), name, host, port, actors, dtype)
+    root = resolve_runnable(store, announce=_announce)
+    options = ServiceOptions(root, name, host, port, actors, dtype)
     with interruptible():
         try:
             with running_service(options):

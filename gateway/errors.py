@@ -88,6 +88,19 @@ class StoreNotFound(GatewayError):
         return f"{self.source} is no store or checkpoint folder; bundled models: {', '.join(self.bundled)}"
 
 
+class StorePartial(GatewayError):
+    """A store leaves out parts of its model, so that it cannot compute a token."""
+
+    def __init__(self, root: str, left_out: str) -> None:
+        super().__init__(root, left_out)
+        self.root, self.left_out = root, left_out
+
+    def __str__(self) -> str:
+        return (
+            f"{self.root} is a partial store without {self.left_out}; extract all of the checkpoint to run it"
+        )
+
+
 class PortTaken(GatewayError):
     """Somebody else listens where the service was to listen."""
 

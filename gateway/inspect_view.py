@@ -11,11 +11,12 @@ from extraction.summary import StoreSummary
 
 
 def render_summary(summary: StoreSummary) -> RenderableType:
-    """Whole-process totals first, then bytes by component."""
+    """Whole-process totals first, then bytes by part; of a store with several components, also those."""
     moe = f"{summary.num_moe_layers} of {summary.num_layers} layers with {summary.experts_per_layer} experts"
     # Not as strings, in which rich takes [words] of a path or a manifest for markup.
     lines: list[RenderableType] = [
         Text(one_line(f"{summary.store}  ({summary.family}, {summary.kind}, {summary.dtype})")),
+        *_partial(summary),
         f"{moe}, {summary.experts_per_token} per token; "
         f"{summary.num_experts} experts of {_size(summary.expert_bytes)}",
         "",
@@ -38,7 +39,40 @@ def render_summary(summary: StoreSummary) -> RenderableType:
         cells = (_size(row.monolithic_bytes), _size(row.selective_bytes), f"{row.reduction:.1%}")
         table.add_row(row.component, *cells)
     note = "Weights only; the KV cache and buffers come on top. Output is the same at any residency."
+    if len(summary.components) > 1:
+        return Group(*lines, totals, "", table, "", _components(summary), note)
     return Group(*lines, totals, "", table, note)
+
+
+def _partial(summary: StoreSummary) -> list[RenderableType]:
+    if summary.left_out is None:
+        return []
+    layers = (f"layers {_ranges(numbers)} of {name}" for name, numbers in summary.left_out["layers"].items())
+    parts = ", ".join([*summary.left_out["components"], *layers])
+    return [Text(one_line(f"PARTIAL, cannot be served; left out: {parts}"))]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """`0-3,8`, from sorted numbers."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def _components(summary: StoreSummary) -> Table:
+    """Everything that the store holds; the tables above are about the first row."""
+    table = Table(title="Components of the store", title_justify="left")
+    for column in ("component", "MoE layers", "experts", "expert weights", "other weights"):
+        table.add_column(column, justify="left" if column == "component" else "right")
+    for part in summary.components:
+        name = f"{part.name} (served)" if part.is_served else part.name
+        sizes = (_size(part.expert_bytes), _size(part.backbone_bytes))
+        table.add_row(Text(name), str(part.num_moe_layers), str(part.num_experts), *sizes)
+    return table
 
 
 def _size(num_bytes: int) -> str:

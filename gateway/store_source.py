@@ -1,4 +1,4 @@
-"""From what a user types as STORE to a store folder: a store, a checkpoint folder, or a bundled model's name.
+"""From what a user types as STORE to a store folder: a store, a checkpoint folder, a bundled model's name, or a hub id.
 
 A checkpoint is indexed in place; the index lies in the user's cache folder and is made anew when a file of the
 checkpoint changes. Called by the commands.
@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from extraction.errors import DestinationOccupied, PathRefused
 from extraction.extract import extract
-from extraction.manifest import FORMAT_VERSION, MANIFEST_NAME
-from gateway.errors import StoreNotFound
+from extraction.hub import HubId, parse_hub_id
+from extraction.manifest import FORMAT_VERSION, MANIFEST_NAME, read_manifest
+from gateway.errors import StoreNotFound, StorePartial
 
 CACHE_VARIABLE = "SAGE_MOE_CACHE"
 MAX_NAME_CHARS = 50
@@ -36,9 +38,34 @@ def resolve_checkpoint(source: str) -> Path:
     return path if os.path.isdir(path) else bundled_models().get(source, path)
 
 
+def hub_id_of(source: str) -> HubId | None:
+    """The model on the hub that SOURCE names. Whatever is here goes before it: paths, then bundled models."""
+    if os.path.lexists(source) or source in bundled_models():
+        return None
+    return parse_hub_id(source)
+
+
 def model_name(source: str) -> str:
     """What a served STORE is called where the user gave it no name."""
     return Path(source).resolve().name if os.path.isdir(source) else source
+
+
+def resolve_runnable(source: str, *, announce: Callable[[str], None]) -> Path:
+    """A whole store's folder, also from a hub id: its checkpoint is downloaded, and indexed where it then lies.
+
+    announce is called before a download. Raises StorePartial, StoreNotFound, or what downloading and indexing raise.
+    """
+    hub_id = hub_id_of(source)
+    if hub_id is not None:
+        from extraction.hub_extract import hub_snapshot
+
+        source = str(hub_snapshot(hub_id, announce=announce))
+    root = resolve_store(source)
+    left_out = read_manifest(root).left_out
+    if left_out is not None:
+        parts = [*left_out.components, *(f"{len(n)} layers of {name}" for name, n in left_out.layers.items())]
+        raise StorePartial(str(root), ", ".join(parts))
+    return root
 
 
 def resolve_store(source: str, *, cache_dir: Path | None = None) -> Path:

@@ -19,20 +19,21 @@ from experts.store import ExpertStore
 from extraction.errors import PathRefused
 from extraction.extract import extract
 from extraction.layouts import layout_for
+from extraction.manifest import ROLES
 from extraction.safetensors_file import write_header
 from gateway.store_source import resolve_store
 from tests.checkpoints import SIZES
 from tests.conftest import REPOSITORY
 
 SLOW = """
-import time, extraction.extract, gateway.cli
+import os, time, extraction.copying, gateway.cli
 def wait(meter, nbytes):
-    print("copying", flush=True)
-    time.sleep(60)
-extraction.extract._Meter.add = wait
+    os.write(1, b"copying" + os.linesep.encode())
+    time.sleep(0.1)
+extraction.copying.Meter.add = wait
 gateway.cli.main()
 """
-"""The command, waiting for ever after the first bytes."""
+"""The command, waiting after each tensor: more than a minute in all."""
 
 BELIEVES_IN_SPACE = """
 import extraction.atomic_folder, gateway.cli
@@ -218,14 +219,16 @@ def test_extraction_of_a_large_checkpoint_takes_little_memory(tiny_checkpoint: P
 
 def _write_zeros(source: Path, sizes: dict[str, int]) -> None:
     config = SIZES | sizes | {"model_type": "qwen3_moe", "num_hidden_layers": 1}
-    layout = layout_for(config)
+    (layout,) = layout_for(config).components
+    assert layout.decoder is not None
     shapes = {
         f"model.{name}": shape for name, shape in layout.backbone_shapes.items() if name != "lm_head.weight"
     }
     shapes["lm_head.weight"] = layout.backbone_shapes["lm_head.weight"]
     for key in layout.experts:
-        for role, shape in layout.expert_shapes.items():
-            shapes[f"model.layers.{key.layer}.mlp.experts.{key.expert}.{role}_proj.weight"] = shape
+        for role in ROLES:
+            name = f"model.layers.{key.layer}.mlp.experts.{key.expert}.{role}_proj.weight"
+            shapes[name] = layout.decoder.expert_shape(role)
     table = [(name, "BF16", shape, 2 * math.prod(shape)) for name, shape in shapes.items()]
     header = write_header(table)
     with open(source / "model.safetensors", "wb") as file:

@@ -19,7 +19,7 @@ from tests.gateway.fake_router import stories_tokenizer
 from tests.gateway.test_chat_template import CHATML
 from tests.one_process import http_service
 
-NUM_REQUESTS = 2000
+NUM_REQUESTS = 1200
 AT_ONCE = 50
 CONTEXT_LENGTH = 40
 """Short, so that a request whose limit was taken away ends soon."""

@@ -1,0 +1,189 @@
+"""Proves that a store holds a checkpoint: every tensor bit for bit, or converted as recorded, and all experts.
+
+Reads everything, both sides; holds nothing but buffers. Trusts neither the store's index nor its hashes: places come
+from the manifest and the index, what must be at them from the checkpoint. `sage-moe extract SOURCE STORE --verify`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from extraction.copying import BUFFER_BYTES, Meter, Progress, num_threads, read_chunks
+from extraction.dtypes import convert
+from extraction.errors import ManifestInvalid, StoreDiffers
+from extraction.files import open_inside
+from extraction.manifest import (
+    INDEX_NAME,
+    ITEM_SIZES,
+    MANIFEST_NAME,
+    ROLES,
+    ExpertKey,
+    ExpertRecord,
+    LeftOut,
+    Manifest,
+    check_files,
+    read_expert_index,
+    read_manifest,
+)
+from extraction.plan import ExtractionPlan, SourceTensor, plan_extraction
+from extraction.selection import without
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was found equal."""
+
+    num_experts: int
+    num_backbone_tensors: int
+    weight_bytes: int
+    """Of the checkpoint."""
+    left_out: LeftOut | None
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Bytes of the checkpoint and of the store that must be the same values."""
+
+    source: SourceTensor
+    file: str
+    offset: int
+    nbytes: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class _Owner:
+    """What the store hashes together."""
+
+    pairs: tuple[_Pair, ...]
+    sha256: str | None
+
+
+def verify(store: Path, source: Path, *, progress: Progress | None = None) -> VerifyReport:
+    """Raises StoreDiffers for the first difference, or another ExtractionError for what cannot be read."""
+    manifest = read_manifest(store)
+    check_files(store, manifest)
+    index = read_expert_index(store, manifest)
+    plan = without(plan_extraction(source), manifest.left_out)
+    _check_descriptions(plan, manifest)
+    owners = [*_backbone(plan, manifest), *_experts(plan, index)]
+    weights = Path(manifest.source_root) if manifest.source_root else store
+    meter = Meter(plan.weight_bytes, progress)
+    with ThreadPoolExecutor(num_threads(), thread_name_prefix="verify") as pool:
+        futures = [pool.submit(_compare, owner, source, weights, meter) for owner in owners]
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+    return VerifyReport(len(plan.experts), plan.num_backbone_tensors, plan.weight_bytes, manifest.left_out)
+
+
+def _check_descriptions(plan: ExtractionPlan, manifest: Manifest) -> None:
+    for name, content in plan.small_files.items():
+        entry = manifest.files.get(name)
+        if entry is None or entry.sha256 != hashlib.sha256(content).hexdigest():
+            raise ManifestInvalid(name, "is another one than the checkpoint's")
+    ours, theirs = [part.name for part in manifest.components], [part.name for part in plan.components]
+    if ours != theirs:
+        raise ManifestInvalid(MANIFEST_NAME, f"has components {ours}, the checkpoint has {theirs}")
+
+
+def _backbone(plan: ExtractionPlan, manifest: Manifest) -> Iterator[_Owner]:
+    for part, component in zip(plan.components, manifest.components, strict=True):
+        entries = {entry.name: entry for entry in component.tensors}
+        surplus = entries.keys() - part.backbone.keys()
+        if surplus:
+            entry = entries[min(surplus)]
+            raise StoreDiffers(entry.name, entry.file, entry.offset, "the checkpoint has no such tensor")
+        for name, tensor in part.backbone.items():
+            found = entries.get(name)
+            if found is None:
+                raise _absent(tensor, MANIFEST_NAME)
+            if found.shape != tensor.shape or found.source != tensor.name:
+                reason = f"is kept as {found.source} of shape {list(found.shape)}, not {list(tensor.shape)}"
+                raise StoreDiffers(tensor.name, found.file, found.offset, reason)
+            yield _Owner((_Pair(tensor, found.file, found.offset, found.nbytes, found.dtype),), found.sha256)
+
+
+def _experts(plan: ExtractionPlan, index: Mapping[ExpertKey, ExpertRecord]) -> Iterator[_Owner]:
+    surplus = index.keys() - plan.experts.keys()
+    if surplus:
+        part = index[min(surplus)].parts[0]
+        name = " ".join(map(str, min(surplus)))
+        raise StoreDiffers(name, part.file, part.offset, "the checkpoint has no such expert")
+    for key, tensors in plan.experts.items():
+        record = index.get(key)
+        if record is None:
+            raise _absent(tensors[0], INDEX_NAME)
+        pairs = tuple(
+            _Pair(tensor, part.file, part.offset, part.nbytes, record.dtype)
+            for _, tensor, part in zip(ROLES, tensors, record.parts, strict=True)
+        )
+        yield _Owner(pairs, record.sha256)
+
+
+def _absent(tensor: SourceTensor, file: str) -> StoreDiffers:
+    reason = f"has no entry for it; the checkpoint has it in {tensor.file} at offset {tensor.offset}"
+    return StoreDiffers(tensor.name, file, 0, reason)
+
+
+def _compare(owner: _Owner, source: Path, weights: Path, meter: Meter) -> None:
+    digest = hashlib.sha256()
+    for pair in owner.pairs:
+        _compare_pair(pair, source, weights, digest.update)
+        meter.add(pair.source.nbytes)
+    if owner.sha256 is not None and digest.hexdigest() != owner.sha256:
+        first = owner.pairs[0]
+        raise StoreDiffers(
+            first.source.name, first.file, first.offset, "the bytes are right, the recorded hash is not"
+        )
+
+
+def _compare_pair(pair: _Pair, source: Path, weights: Path, update: Callable[[memoryview], None]) -> None:
+    tensor = pair.source
+    expected_bytes = tensor.nbytes // ITEM_SIZES[tensor.dtype] * ITEM_SIZES[pair.dtype]
+    if pair.nbytes != expected_bytes:
+        reason = f"has {pair.nbytes} bytes there, {expected_bytes} expected"
+        raise StoreDiffers(tensor.name, pair.file, pair.offset, reason)
+    original = open_inside(source, tensor.file)
+    try:
+        kept = open_inside(weights, pair.file)
+        try:
+            _compare_bytes(pair, original, kept, update)
+        finally:
+            os.close(kept)
+    finally:
+        os.close(original)
+
+
+def _compare_bytes(pair: _Pair, original: int, kept: int, update: Callable[[memoryview], None]) -> None:
+    tensor, position = pair.source, pair.offset
+    buffer = bytearray(BUFFER_BYTES)
+    kept_buffer = bytearray(BUFFER_BYTES // ITEM_SIZES[tensor.dtype] * ITEM_SIZES[pair.dtype])
+    theirs = read_chunks(original, tensor.file, tensor.offset, tensor.nbytes, tensor.name, buffer)
+    ours = read_chunks(kept, pair.file, pair.offset, pair.nbytes, tensor.name, kept_buffer)
+    for chunk, found in zip(theirs, ours, strict=True):
+        try:
+            expected = convert(chunk, tensor.dtype, pair.dtype)
+        except OverflowError as error:
+            reason = f"values of {tensor.file} are beyond the range of {error}"
+            raise StoreDiffers(tensor.name, pair.file, position, reason) from error
+        first = _first_difference(expected, found)
+        if first is not None:
+            reason = f"differs from {tensor.file}, whose tensor starts at offset {tensor.offset}"
+            raise StoreDiffers(tensor.name, pair.file, position + first, reason)
+        update(found)
+        position += len(found)
+
+
+def _first_difference(expected: memoryview, found: memoryview) -> int | None:
+    import numpy as np
+
+    differs = np.frombuffer(expected, np.uint8) != np.frombuffer(found, np.uint8)
+    return int(differs.argmax()) if differs.any() else None
