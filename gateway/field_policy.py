@@ -53,6 +53,19 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "logits_processors": (None, []),
 }
 """Fields that would change the answer, with the values that ask for nothing."""
+UNSUPPORTED_IN_COMPLETION: Mapping[str, tuple[object, ...]] = {
+    "messages": (None,),
+    "max_completion_tokens": (None,),
+    "top_logprobs": (None,),
+    "chat_template": (None,),
+}
+"""Fields of chats."""
+UNSUPPORTED_IN_CHAT: Mapping[str, tuple[object, ...]] = {
+    "prompt": (None,),
+    "echo": (None, False),
+    "best_of": (None, 1),
+}
+"""Fields of completions."""
 UNSUPPORTED_IN_MESSAGE: Mapping[str, tuple[object, ...]] = {
     "tool_calls": (None, []),
     "function_call": (None,),
@@ -74,18 +87,20 @@ HARMLESS = frozenset(
 """OpenAI's bookkeeping."""
 
 
-def refuse_unsupported(body: Mapping[str, Any], table: Mapping[str, tuple[object, ...]], prefix: str) -> None:
+def refuse_unsupported(
+    body: Mapping[str, Any], table: Mapping[str, tuple[object, ...]], prefix: str = "", where: str = "yet"
+) -> None:
     """Raises ApiError 400 that names the field."""
     for name, neutral in table.items():
         value = body.get(name)
         if not any(type(value) is type(accepted) and value == accepted for accepted in neutral):
-            message = f"{prefix}{name} is not supported yet."
+            message = f"{prefix}{name} is not supported {where}."
             raise ApiError(400, message, param=prefix + name, code="unsupported_parameter")
 
 
 def ignored_fields(body: Mapping[str, Any], declared: Iterable[str]) -> list[str]:
     """Fields of a checked body that have no effect, in their order."""
-    known = {*declared, *UNSUPPORTED, *HARMLESS}
+    known = {*declared, *UNSUPPORTED, *UNSUPPORTED_IN_COMPLETION, *UNSUPPORTED_IN_CHAT, *HARMLESS}
     return [name for name in body if name not in known]
 
 

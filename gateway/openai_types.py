@@ -12,7 +12,14 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationErr
 from pydantic_core import ErrorDetails
 
 from gateway.errors import ApiError
-from gateway.field_policy import UNSUPPORTED, UNSUPPORTED_IN_MESSAGE, ignored_fields, refuse_unsupported
+from gateway.field_policy import (
+    UNSUPPORTED,
+    UNSUPPORTED_IN_CHAT,
+    UNSUPPORTED_IN_COMPLETION,
+    UNSUPPORTED_IN_MESSAGE,
+    ignored_fields,
+    refuse_unsupported,
+)
 from gateway.openai_fields import (
     MAX_CHOICES,
     Prompt,
@@ -143,12 +150,14 @@ def read_request(kind: type[RequestT], body: dict[str, Any]) -> RequestT:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         raise _refusal(kind, first) from error
-    refuse_unsupported(body, UNSUPPORTED, "")
+    refuse_unsupported(body, UNSUPPORTED)
     if isinstance(request, ChatRequest):
+        refuse_unsupported(body, UNSUPPORTED_IN_CHAT, where="in a chat")
         for position, message in enumerate(body["messages"]):
             refuse_unsupported(message, UNSUPPORTED_IN_MESSAGE, f"messages.{position}.")
         _check_chat(request)
     if isinstance(request, CompletionRequest):
+        refuse_unsupported(body, UNSUPPORTED_IN_COMPLETION, where="in a completion")
         _check_completion(request)
     if request.stream_options is not None and not request.stream:
         raise ApiError(400, "stream_options is only allowed when stream is true.", param="stream_options")

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gateway.errors import TemplateStuck
+from gateway.errors import RendererBusy, TemplateStuck
 from gateway.template_process import LENGTH
 
 SCRIPT = Path(__file__).with_name("template_process.py")
@@ -57,10 +57,10 @@ class TemplateRenderer:
             return self._start()
 
     def render(self, name: str, variables: Mapping[str, Any]) -> dict[str, str]:
-        """What `template_process.render` answers. Raises TemplateStuck when a limit was broken, or when renderings
-        of others did not leave time."""
+        """What `template_process.render` answers. Raises TemplateStuck when a limit was broken, RendererBusy when
+        renderings of others did not leave time."""
         if not self._lock.acquire(timeout=self.limits.timeout_s):
-            raise TemplateStuck("others are being rendered")
+            raise RendererBusy
         try:
             if self._process is None:
                 self._start()

@@ -19,7 +19,7 @@ from tests.gateway.fake_router import stories_tokenizer
 from tests.gateway.test_chat_template import CHATML
 from tests.one_process import http_service
 
-NUM_REQUESTS = 1200
+NUM_REQUESTS = 2000
 AT_ONCE = 50
 CONTEXT_LENGTH = 40
 """Short, so that a request whose limit was taken away ends soon."""
@@ -139,7 +139,7 @@ def test_damaged_requests_get_an_answer_or_a_refusal_and_disturb_nobody(stories_
     async def run() -> tuple[Counter[str], list[Any]]:
         chance = random.Random(20)
         template = ChatTemplate(CHATML, TOKENIZER, {})
-        loaded = open_engine(stories_store, EngineOptions())
+        loaded = open_engine(stories_store, EngineOptions(dtype="float32"))
         kinds: Counter[str] = Counter()
         neighbours = []
         changes = {"context_length": CONTEXT_LENGTH}

@@ -278,3 +278,23 @@ def test_absurd_values_are_refused_at_once() -> None:
         error = _refusal(CompletionRequest, {**COMPLETION, **change})
         assert time.process_time() - started < 0.05
         assert error.param == next(iter(change)) and len(error.message) < 200
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "field", "value"),
+    [
+        (ChatRequest, CHAT, "echo", True),
+        (ChatRequest, CHAT, "best_of", 2),
+        (ChatRequest, CHAT, "prompt", "a"),
+        (CompletionRequest, COMPLETION, "top_logprobs", 3),
+        (CompletionRequest, COMPLETION, "max_completion_tokens", 3),
+        (CompletionRequest, COMPLETION, "chat_template", "a"),
+    ],
+)
+def test_field_of_the_other_endpoint_is_refused(
+    kind: type[CompletionRequest | ChatRequest], body: dict[str, Any], field: str, value: Any
+) -> None:
+    error = _refusal(kind, {**body, field: value})
+    assert (error.param, error.code) == (field, "unsupported_parameter")
+    read_request(kind, {**body, field: None})
+    assert ignored_in(kind, {**body, field: None}) == []

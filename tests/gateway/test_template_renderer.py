@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from gateway.errors import TemplateStuck
+from gateway.errors import RendererBusy, TemplateStuck, to_api_error
 from gateway.template_process import LENGTH
 from gateway.template_renderer import RenderLimits, TemplateRenderer
 
@@ -141,3 +141,11 @@ def test_threads_share_one_process(start: Start) -> None:
         thread.join()
     assert answers == {i: {"text": str(i)} for i in range(20)}
     assert _process_id(renderer) == pid
+
+
+def test_rendering_behind_a_slow_one_is_told_to_come_again(start: Start) -> None:
+    renderer = start(loop=LOOP, kind="a")
+    with renderer._lock, pytest.raises(RendererBusy) as caught:
+        renderer.render("kind", {})
+    assert to_api_error(caught.value).status == 503
+    assert renderer.render("kind", {}) == {"text": "a"}
