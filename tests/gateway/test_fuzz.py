@@ -15,11 +15,12 @@ import httpx
 from gateway.chat_template import ChatTemplate
 from router.loading import EngineOptions
 from tests.engines import open_engine
-from tests.gateway.fake_router import stories_tokenizer
+from tests.gateway.fake_router import FakeRouter, app_over, http_client, script, stories_tokenizer
 from tests.gateway.test_chat_template import CHATML
 from tests.one_process import http_service
 
-NUM_REQUESTS = 2000
+NUM_SCRIPTED, NUM_COMPUTED = 3000, 300
+"""Requests to an app over a scripted router, and to one over a real engine."""
 AT_ONCE = 50
 CONTEXT_LENGTH = 40
 """Short, so that a request whose limit was taken away ends soon."""
@@ -135,33 +136,48 @@ def _check(sent: bytes, response: httpx.Response) -> str:
     return "refused"
 
 
-def test_damaged_requests_get_an_answer_or_a_refusal_and_disturb_nobody(stories_store: Path) -> None:
+async def _send(client: httpx.AsyncClient, chance: random.Random, count: int, kinds: Counter[str]) -> None:
+    async def send_one() -> None:
+        path, content = _mutated(chance)
+        kinds[_check(content, await client.post(path, content=content))] += 1
+
+    await asyncio.gather(*(send_one() for _ in range(count)))
+
+
+def test_damaged_requests_are_answered_or_refused() -> None:
+    async def run() -> Counter[str]:
+        kinds: Counter[str] = Counter()
+        chance = random.Random(21)
+        async with http_client(app_over(FakeRouter(script([500, 600], "length")))) as client:
+            for _ in range(0, NUM_SCRIPTED, AT_ONCE):
+                await _send(client, chance, AT_ONCE, kinds)
+        return kinds
+
+    kinds = asyncio.run(run())
+    assert all(count > NUM_SCRIPTED // 30 for count in kinds.values()) and len(kinds) == 3, kinds
+
+
+def test_damaged_requests_disturb_no_neighbour(stories_store: Path) -> None:
     async def run() -> tuple[Counter[str], list[Any]]:
+        kinds: Counter[str] = Counter()
         chance = random.Random(20)
         template = ChatTemplate(CHATML, TOKENIZER, {})
         loaded = open_engine(stories_store, EngineOptions(dtype="float32"))
-        kinds: Counter[str] = Counter()
         neighbours = []
         changes = {"context_length": CONTEXT_LENGTH}
         async with http_service(stories_store, loaded, TOKENIZER, template, **changes) as client:
 
-            async def neighbour() -> None:
+            async def ask_neighbour() -> None:
                 answer = (await client.post("/v1/completions", json=NEIGHBOUR)).json()
                 neighbours.append(answer["choices"])
 
-            async def damaged() -> None:
-                path, content = _mutated(chance)
-                response = await client.post(path, content=content)
-                kinds[_check(content, response)] += 1
-
-            await neighbour()
-            for first in range(0, NUM_REQUESTS, AT_ONCE):
-                beside = [neighbour()] if first % 500 == 0 else []
-                await asyncio.gather(*(damaged() for _ in range(AT_ONCE)), *beside)
+            await ask_neighbour()
+            for _ in range(0, NUM_COMPUTED, AT_ONCE):
+                await asyncio.gather(_send(client, chance, AT_ONCE, kinds), ask_neighbour())
         template.close()
         loaded.close()
         return kinds, neighbours
 
     kinds, neighbours = asyncio.run(run())
-    assert all(count > NUM_REQUESTS // 20 for count in kinds.values()) and len(kinds) == 3, kinds
+    assert all(count > NUM_COMPUTED // 30 for count in kinds.values()) and len(kinds) == 3, kinds
     assert all(choices == neighbours[0] for choices in neighbours)

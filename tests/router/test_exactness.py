@@ -228,7 +228,9 @@ def test_remote_experts_equal_local(
 ) -> None:
     roster = serve_experts(root, dtype, num_actors)
     loaded = open_engine(
-        root, EngineOptions(dtype=dtype), lambda worker: RemoteDirectory(worker, roster, SECRET, limits=PATIENT)
+        root,
+        EngineOptions(dtype=dtype),
+        lambda worker: RemoteDirectory(worker, roster, SECRET, limits=PATIENT),
     )
     assert_same_bits(run_to_end(loaded.engine, requests, JOIN_AT), reference)
     stats = loaded.directory.stats()
