@@ -212,6 +212,21 @@ class ModelFileInvalid(GatewayError):
         return f"{self.file}: {self.reason}"
 
 
+class TemplateStuck(GatewayError):
+    """A chat template was not rendered within its limits of time and memory."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"the chat template was not rendered: {self.reason}"
+
+
+class RendererBusy(GatewayError):
+    """Other conversations took the time in which a chat template was to be rendered."""
+
+
 def to_api_error(error: GatewayError) -> ApiError:
     """The answer that a client gets for an error of the gateway or the router."""
     if isinstance(error, ApiError):
@@ -219,6 +234,9 @@ def to_api_error(error: GatewayError) -> ApiError:
     if isinstance(error, RouterBusy):
         message = "The service has too many requests waiting. Please try again later."
         return ApiError(429, message, "rate_limit_error", None, "queue_full", error.retry_after_s)
+    if isinstance(error, RendererBusy):
+        message = "Too many conversations are being prepared. Please try again later."
+        return ApiError(503, message, "server_error", None, "unavailable", 1.0)
     if isinstance(error, RouterUnavailable):
         message = "The model is not available at the moment. Please try again later."
         return ApiError(503, message, "server_error", None, "unavailable", 1.0)
