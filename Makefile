@@ -36,7 +36,8 @@ lint: setup
 	$(BIN)/mypy
 
 unit: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile -m "not ray"
+	$(BIN)/python -m pytest -m ray
 
 # Kills an extraction a hundred times; `make test` does it a dozen times.
 chaos: setup

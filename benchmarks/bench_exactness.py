@@ -1,11 +1,11 @@
 """What does exactness cost in a decode step, against the same step with the library's own kernels?
 
-A slice of Qwen3-30B-A3B (full width, a few layers, random weights, bfloat16) decodes one token for 1, 4 and 16
-sequences with 300 positions in the cache. "exact" is the engine as it serves. "free" computes the same step without
-the constraints of docs/exactness.md: no padding of rows, the library's attention over the whole cache in bfloat16, its
-own silu, and a batched combine. Both use the same weights, caches and routing code, and alternate step by step.
+A slice of Qwen3-30B-A3B (full width, a few layers, random weights) decodes one token for 1, 4 and 16 sequences with
+300 positions in the cache. "exact" is the engine as it serves. "free" computes the same step without the constraints of
+docs/exactness.md: the library's own products without padding, its attention over the whole cache in the model's dtype,
+its own silu, and a batched combine. Both use the same weights, caches and routing code, and alternate step by step.
 
-Usage: python -m benchmarks.bench_exactness [--layers N] [--steps N] [--keep]
+Usage: python -m benchmarks.bench_exactness [--layers N] [--steps N] [--dtype float32] [--keep]
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from experts.call import ExpertCall
 from experts.directory import LocalDirectory
 from experts.ffn import ExpertWeights
 from experts.numerics import RowKernel, num_cores
-from experts.worker import ExpertWorker
+from experts.worker import DTYPES, ExpertWorker
 from extraction.manifest import ExpertKey
 from router.backbone import Backbone
 from router.dispatch import dispatch
@@ -111,11 +111,12 @@ def main() -> None:
     )
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--steps", type=int, default=60, help="counted steps of each contender and batch")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--keep", action="store_true", help="keep the result under benchmarks/results")
     options = parser.parse_args()
     torch.set_num_threads(num_cores())
     torch.manual_seed(0)
-    exact, free, pool, row_multiple = _contenders(options.layers)
+    exact, free, pool, row_multiple = _contenders(options.layers, DTYPES[options.dtype])
     results = {}
     for num_sequences in BATCHES:
         samples = _measure(exact, free, pool, num_sequences, options.steps)
@@ -130,18 +131,23 @@ def main() -> None:
             f"free {spread(samples['free'])['median']:7.1f} ms, ratio {ratio['median']:.3f} "
             f"({ratio['p5']:.3f} to {ratio['p95']:.3f}); goal at most {GOAL}"
         )
-    config = {"layers": options.layers, "context": CONTEXT, "row_multiple": row_multiple, "dtype": "bfloat16"}
-    finish("bench_exactness", config, results, is_kept=options.keep)
+    config = {
+        "layers": options.layers,
+        "context": CONTEXT,
+        "row_multiple": row_multiple,
+        "dtype": options.dtype,
+    }
+    finish(f"bench_exactness_{options.dtype}", config, results, is_kept=options.keep)
 
 
-def _contenders(num_layers: int) -> tuple[Backbone, FreeBackbone, KvPool, int]:
+def _contenders(num_layers: int, dtype: torch.dtype) -> tuple[Backbone, FreeBackbone, KvPool, int]:
     config_json = QWEN3_30B_A3B | {"num_hidden_layers": num_layers}
-    store = RandomStore(config_json, torch.bfloat16)
+    store = RandomStore(config_json, dtype)
     config = read_model_config(config_json)
-    kernel = prove_row_invariance(config, torch.bfloat16)
-    worker = ExpertWorker(store, kernel, torch.bfloat16, widths={"model": config.hidden_size})
+    kernel = prove_row_invariance(config, dtype)
+    worker = ExpertWorker(store, kernel, dtype, widths={"model": config.hidden_size})
     worker.load_all()
-    exact = Backbone(store, "model", config, kernel, LocalDirectory(worker), torch.bfloat16)
+    exact = Backbone(store, "model", config, kernel, LocalDirectory(worker), dtype)
     free = FreeBackbone.__new__(FreeBackbone)
     free.__dict__.update(exact.__dict__)
     free.kernel = RowKernel(1)
@@ -153,7 +159,7 @@ def _contenders(num_layers: int) -> tuple[Backbone, FreeBackbone, KvPool, int]:
         for layer in exact.layers
     ]
     num_blocks = 1 + max(BATCHES) * blocks_for(CONTEXT + 1)
-    pool = KvPool(config, num_blocks, torch.bfloat16)
+    pool = KvPool(config, num_blocks, dtype)
     pool.keys.normal_()
     pool.values.normal_()
     return exact, free, pool, kernel.row_multiple

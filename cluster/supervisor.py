@@ -137,7 +137,7 @@ class Supervisor:
         if spec.num_actors == 0:
             return []
         store = ExpertStore.open(Path(spec.store_root))
-        groups = split_experts(store.expert_keys(), spec.num_actors)
+        groups = split_experts(store.expert_keys(store.served.name), spec.num_actors)
         store.close()
         return [
             ActorSpec(

@@ -63,14 +63,14 @@ def compute_experts(call: ExpertCall, weights: Sequence[ExpertWeights], kernel: 
         wanted.extend(range(start, start + count))
         first += count
     x_PD = call.tokens_TD.index_select(0, torch.tensor(source, device=call.tokens_TD.device))
-    y_PD = compute_segments(x_PD, segments, weights)
+    y_PD = compute_segments(x_PD, segments, weights, kernel)
     if len(wanted) == len(source):
         return y_PD
     return y_PD.index_select(0, torch.tensor(wanted, device=y_PD.device))
 
 
 def compute_segments(
-    x_PD: Tensor, segments: Sequence[tuple[int, int]], weights: Sequence[ExpertWeights]
+    x_PD: Tensor, segments: Sequence[tuple[int, int]], weights: Sequence[ExpertWeights], kernel: RowKernel
 ) -> Tensor:
     """Gated projections of consecutive row ranges, each with its own weights. (P, D) -> (P, D).
 
@@ -79,11 +79,11 @@ def compute_segments(
     two_f = weights[0].gate_up_FD.shape[0]
     gate_up_PF = x_PD.new_empty(x_PD.shape[0], two_f)
     for (start, end), expert in zip(segments, weights, strict=True):
-        torch.mm(x_PD[start:end], expert.gate_up_FD.t(), out=gate_up_PF[start:end])
+        kernel.multiply(x_PD[start:end], expert.gate_up_FD, gate_up_PF[start:end])
     hidden_PF = swiglu(gate_up_PF)
     y_PD = torch.empty_like(x_PD)
     for (start, end), expert in zip(segments, weights, strict=True):
-        torch.mm(hidden_PF[start:end], expert.down_DF.t(), out=y_PD[start:end])
+        kernel.multiply(hidden_PF[start:end], expert.down_DF, y_PD[start:end])
     return y_PD
 
 

@@ -51,7 +51,7 @@ class ExpertWorker:
     ) -> None:
         """widths: model width D of each component. group: the experts it answers for; None means all of these."""
         self.dtype = dtype
-        self.numerics_class = numerics_class(torch.device("cpu"), dtype)
+        self.numerics_class = numerics_class(torch.device("cpu"), dtype, kernel)
         self.stats = WorkerStats()
         self._store = store
         self._kernel = kernel

@@ -38,13 +38,16 @@ class DecoderTraits:
     """By `mlp_only_layers` and `decoder_sparse_step`."""
     normalises_top_k: bool | None = None
     """None means as `norm_topk_prob` says."""
+    window: Literal["never", "if_set", "if_used", "by_layer"] = "never"
+    """Which layers have a sliding window: none; all where `sliding_window` is set; all where `use_sliding_window` says
+    so; or then those of `layer_types`, else every other one below `max_window_layers`."""
     default_norm_topk_prob: bool = False
     default_rms_norm_eps: float = 1e-6
     default_rope_theta: float = 10000.0
 
 
 TRAITS: Mapping[str, DecoderTraits] = {
-    "qwen3_moe": DecoderTraits(qk_norm="per_head", can_have_dense_layers=True),
+    "qwen3_moe": DecoderTraits(qk_norm="per_head", can_have_dense_layers=True, window="if_used"),
     "qwen3_omni_moe_text": DecoderTraits(
         qk_norm="per_head", can_have_dense_layers=True, default_norm_topk_prob=True
     ),
@@ -54,6 +57,7 @@ TRAITS: Mapping[str, DecoderTraits] = {
         has_output_bias=False,
         has_shared_expert=True,
         can_have_dense_layers=True,
+        window="by_layer",
     ),
     "olmoe": DecoderTraits(
         qk_norm="whole_width", expert_width_key="intermediate_size", default_rms_norm_eps=1e-5
@@ -62,6 +66,7 @@ TRAITS: Mapping[str, DecoderTraits] = {
         qkv_bias=None,
         expert_width_key="intermediate_size",
         normalises_top_k=True,
+        window="if_set",
         default_rms_norm_eps=1e-5,
         default_rope_theta=1e6,
     ),

@@ -21,6 +21,7 @@ from extraction.layouts import Layout, layout_for
 from extraction.manifest import ITEM_SIZES, ROLES, Dtype, ExpertKey, check_relative
 from extraction.safetensors_file import DTYPES, TensorHeader, read_header
 from extraction.strict_json import parse_object
+from extraction.tokenizer_file import TOKENIZER_FILE, built_tokenizer
 
 SHARD_INDEX = "model.safetensors.index.json"
 SINGLE_SHARD = "model.safetensors"
@@ -32,6 +33,7 @@ SMALL_FILES = (
     "tokenizer_config.json",
     "vocab.json",
     "merges.txt",
+    "added_tokens.json",
     "special_tokens_map.json",
     "chat_template.jinja",
     "chat_template.json",
@@ -125,6 +127,9 @@ def plan_extraction(source: Path) -> ExtractionPlan:
     small_files = _read_small_files(source)
     config = _read_json(small_files, "config.json", required=True)
     layout = layout_for(config)
+    tokenizer = built_tokenizer(small_files, layout.family)
+    if tokenizer is not None:
+        small_files[TOKENIZER_FILE] = tokenizer
     placed = _place(layout, _read_shards(source))
     _check_complete(layout, placed)
     return ExtractionPlan(

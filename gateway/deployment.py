@@ -35,7 +35,7 @@ from gateway.http_app import GatewaySettings, build_app
 from gateway.router_client import RouterHealth
 from gateway.tokenizer import TextTokenizer
 from router.errors import EngineStopped, QueueFull, RequestTooLong, RouterError, StreamMissing
-from router.loading import MODEL_COMPONENT, EngineOptions, LoadedEngine, load_engine
+from router.loading import EngineOptions, LoadedEngine, load_engine
 from router.metrics import local_actor, render_metrics
 from router.model_config import read_model_config
 from router.request import GenerationRequest, TokenEvent
@@ -276,7 +276,7 @@ def build_gateway(spec: DeploymentSpec, handle: DeploymentHandle[Any]) -> FastAP
     """The gateway's HTTP app over a router handle. Runs inside the gateway's replica."""
     root = Path(spec.store_root)
     store = ExpertStore.open(root)
-    config = read_model_config(store.component(MODEL_COMPONENT).config)
+    config = read_model_config(store.served.config)
     tokenizer = TextTokenizer.from_folder(root)
     facts = (spec.model_name, config.max_position_embeddings, config.vocab_size, int(time.time()))
     settings = GatewaySettings.from_manifest(store.manifest, *facts)

@@ -22,7 +22,7 @@ from cluster.errors import ClusterError
 from experts.numerics import num_cores
 from experts.store import ExpertStore
 from gateway.errors import AddressUnusable, DeploymentFailed, PortTaken
-from router.loading import MODEL_COMPONENT, EngineOptions, stored_dtype
+from router.loading import EngineOptions, stored_dtype
 from router.model_config import read_model_config
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def running_service(options: ServiceOptions) -> Iterator[None]:
     """
     _check_address(options.host, options.port)
     store = ExpertStore.open(options.store_root)
-    config = read_model_config(store.component(MODEL_COMPONENT).config)
+    config = read_model_config(store.served.config)
     dtype = options.dtype or stored_dtype(store)
     store.close()
 

@@ -110,10 +110,14 @@ def _number(config: Mapping[str, object], name: str, default: float, low: float,
 
 
 def read_eos_token_ids(manifest: ModelFacts, vocab_size: int) -> tuple[int, ...]:
-    """Ids that end an answer: the generation config's, else the model config's. Raises ModelFileInvalid."""
+    """Ids that end an answer: the generation config's, else the model config's. Raises ModelFileInvalid.
+
+    Qwen3-Omni names none, only the token that ends a turn.
+    """
     value = manifest.generation_config.get("eos_token_id")
-    if value is None:
-        value = manifest.config.get("eos_token_id")
+    for key in ("eos_token_id", "im_end_token_id"):
+        if value is None:
+            value = manifest.config.get(key)
     ids = value if isinstance(value, list | tuple) else () if value is None else (value,)
     for token_id in ids:
         if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab_size:

@@ -18,18 +18,21 @@ MAX_SCORE_ELEMENTS = 1 << 21
 """Queries are cut into pieces so that one piece's scores take about 8 MiB. Does not change any bit."""
 
 
-def attend(q_BMd: Tensor, keys_BNpd: Tensor, values_BNpd: Tensor, limits_BM: Tensor) -> Tensor:
+def attend(
+    q_BMd: Tensor, keys_BNpd: Tensor, values_BNpd: Tensor, limits_BM: Tensor, window: int | None = None
+) -> Tensor:
     """Softmax attention of B independent sets of M query rows over N key blocks each.
 
     q_BMd: float32, already scaled; M a multiple of ROW_MULTIPLE. keys_BNpd, values_BNpd: float32, p =
-    BLOCK_POSITIONS. limits_BM: int64, row (b, m) sees the keys at positions below its limit, which is at least 1.
+    BLOCK_POSITIONS. limits_BM: int64, row (b, m) sees the keys at positions below its limit, which is at least 1;
+    with a window, only the last that many of them.
     Returns (B, M, d) float32.
     """
     num_sets, num_rows, _ = q_BMd.shape
     keys_per_row = num_sets * keys_BNpd.shape[1] * BLOCK_POSITIONS
     step = max(1, MAX_SCORE_ELEMENTS // keys_per_row // ROW_MULTIPLE) * ROW_MULTIPLE
     if step >= num_rows:
-        return _attend_rows(q_BMd, keys_BNpd, values_BNpd, limits_BM)
+        return _attend_rows(q_BMd, keys_BNpd, values_BNpd, limits_BM, window)
     pieces = []
     for start in range(0, num_rows, step):
         rows = slice(start, min(start + step, num_rows))
@@ -37,13 +40,19 @@ def attend(q_BMd: Tensor, keys_BNpd: Tensor, values_BNpd: Tensor, limits_BM: Ten
         num_blocks = -(-int(limits_BM[:, rows].max()) // BLOCK_POSITIONS)
         pieces.append(
             _attend_rows(
-                q_BMd[:, rows], keys_BNpd[:, :num_blocks], values_BNpd[:, :num_blocks], limits_BM[:, rows]
+                q_BMd[:, rows],
+                keys_BNpd[:, :num_blocks],
+                values_BNpd[:, :num_blocks],
+                limits_BM[:, rows],
+                window,
             )
         )
     return torch.cat(pieces, dim=1)
 
 
-def _attend_rows(q_BMd: Tensor, keys_BNpd: Tensor, values_BNpd: Tensor, limits_BM: Tensor) -> Tensor:
+def _attend_rows(
+    q_BMd: Tensor, keys_BNpd: Tensor, values_BNpd: Tensor, limits_BM: Tensor, window: int | None
+) -> Tensor:
     num_sets, num_rows, head_dim = q_BMd.shape
     num_blocks = keys_BNpd.shape[1]
     per_block = (num_sets * num_blocks, -1, head_dim)
@@ -54,6 +63,9 @@ def _attend_rows(q_BMd: Tensor, keys_BNpd: Tensor, values_BNpd: Tensor, limits_B
         1, num_blocks, 1, BLOCK_POSITIONS
     )
     scores_BNMp.masked_fill_(positions_Np >= limits_BM[:, None, :, None], float("-inf"))
+    if window is not None:
+        # Blocks before the window stay in the tree as zeros: leaving them out would move the others in it.
+        scores_BNMp.masked_fill_(positions_Np < limits_BM[:, None, :, None] - window, float("-inf"))
     largest_BM = scores_BNMp.amax(dim=(1, 3))
     weights_BNMp = scores_BNMp.sub_(largest_BM[:, None, :, None]).exp_()
     totals_BNM = weights_BNMp.sum(dim=3)

@@ -58,14 +58,7 @@ class Backbone:
         tensors = [self.embeddings_VD, self.norm_D]
         if not self.config.has_tied_head:
             tensors.append(self.head_VD)
-        for layer in self.layers:
-            tensors += [layer.input_norm_D, layer.qkv_OD, layer.q_norm_d, layer.k_norm_d]
-            tensors += [layer.output_DO, layer.post_norm_D]
-            if layer.moe:
-                tensors.append(layer.moe.gate_ED)
-            if layer.dense:
-                tensors += [layer.dense.gate_up_FD, layer.dense.down_DF]
-        return sum(tensor.nbytes for tensor in tensors)
+        return sum(tensor.nbytes for tensor in tensors) + sum(layer.nbytes for layer in self.layers)
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch, pool: KvPool) -> StepOutput:
@@ -76,7 +69,7 @@ class Backbone:
         """
         num_tokens = batch.num_tokens
         hidden_PD = self._embed(batch)
-        cos, sin = self.rope.tables(batch.positions_3T)
+        cos, sin = self.rope.tables(batch.positions_3T, batch.lengths_T)
         cache = CacheSlots(batch.spans)
         captured: dict[int, Tensor] = {}
         phases = {"attention": 0.0, "experts": 0.0, "head": 0.0}
@@ -84,7 +77,7 @@ class Backbone:
             started = time.perf_counter()
             normed_PD = self._norm(hidden_PD, layer.input_norm_D)
             attended_TO = self._attention(index, layer, normed_PD, cos, sin, cache, pool)
-            hidden_PD = hidden_PD + self.kernel.linear(self._pad(attended_TO), layer.output_DO)
+            hidden_PD = hidden_PD + self._output(attended_TO, layer)
             attended = time.perf_counter()
             normed_PD = self._norm(hidden_PD, layer.post_norm_D)
             hidden_PD = hidden_PD + self._feed_forward(layer, normed_PD, num_tokens, batch.trace)
@@ -128,7 +121,7 @@ class Backbone:
         if layer.moe is not None:
             return self._pad(layer.moe.forward(normed_PD, num_tokens, trace).to(self.dtype))
         assert layer.dense is not None
-        return compute_segments(normed_PD, [(0, normed_PD.shape[0])], [layer.dense])
+        return compute_segments(normed_PD, [(0, normed_PD.shape[0])], [layer.dense], self.kernel)
 
     def _attention(
         self,
@@ -143,20 +136,51 @@ class Backbone:
         """Returns (T, heads * head_dim) in the model's dtype."""
         config = self.config
         num_tokens = len(cache.blocks_T)
-        qkv = self.kernel.linear(normed_PD, layer.qkv_OD)[:num_tokens].view(num_tokens, -1, config.head_dim)
-        q, k, v = torch.split(qkv, [config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
-        q = rotate(self._norm(q, layer.q_norm_d).float(), cos, sin).mul_(config.head_dim**-0.5)
-        k = rotate(self._norm(k, layer.k_norm_d).float(), cos, sin).to(self.dtype)
+        q, k, v = self._queries_keys_values(layer, normed_PD, num_tokens)
+        q = rotate(q.float(), cos, sin).mul_(config.head_dim**-0.5)
+        k = rotate(k.float(), cos, sin).to(self.dtype)
         pool.write(index, cache.blocks_T, cache.offsets_T, k, v)
         attended = torch.empty_like(q)
         for group in cache.groups:
             keys, values = pool.gather(index, group.tables_SN)
-            attended[group.rows] = _attend_group(q[group.rows], keys, values, group, config)
+            attended[group.rows] = _attend_group(
+                q[group.rows], keys, values, group, config, config.window(index)
+            )
         return attended.to(self.dtype).flatten(1)
+
+    def _queries_keys_values(
+        self, layer: Layer, normed_PD: Tensor, num_tokens: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the first `num_tokens` rows, before rotation: (T, heads, head_dim) each, in the model's dtype."""
+        config = self.config
+        qkv_TO = self.kernel.linear(normed_PD, layer.qkv_OD)[:num_tokens]
+        if layer.qkv_bias_O is not None:
+            qkv_TO = qkv_TO + layer.qkv_bias_O
+        qkv = qkv_TO.view(num_tokens, -1, config.head_dim)
+        q, k, v = torch.split(qkv, [config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            if config.qk_norm == "whole_width":
+                q = self._norm(q.flatten(1), layer.q_norm).view(q.shape)
+                k = self._norm(k.flatten(1), layer.k_norm).view(k.shape)
+            else:
+                q, k = self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)
+        if config.clip_qkv is not None:
+            q, k, v = (part.clamp(-config.clip_qkv, config.clip_qkv) for part in (q, k, v))
+        return q, k, v
+
+    def _output(self, attended_TO: Tensor, layer: Layer) -> Tensor:
+        """The attention's output projection of padded rows, (P, D)."""
+        output_PD = self.kernel.linear(self._pad(attended_TO), layer.output_DO)
+        return output_PD if layer.output_bias_D is None else output_PD + layer.output_bias_D
 
 
 def _attend_group(
-    q_RHd: Tensor, keys: Tensor, values: Tensor, group: AttentionGroup, config: ModelConfig
+    q_RHd: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    group: AttentionGroup,
+    config: ModelConfig,
+    window: int | None,
 ) -> Tensor:
     """Bring query rows into (sequence x kv head, rows) form, attend, and back. Returns (R, heads, head_dim)."""
     num_sequences, count = group.limits_SC.shape
@@ -169,6 +193,6 @@ def _attend_group(
     if missing:
         q_BMd = torch.cat((q_BMd, q_BMd.new_zeros(q_BMd.shape[0], missing, config.head_dim)), dim=1)
         limits = torch.cat((limits, limits[:, -1:].expand(-1, missing)), dim=1)
-    out = attend(q_BMd, keys, values, limits)[:, :num_rows]
+    out = attend(q_BMd, keys, values, limits, window)[:, :num_rows]
     out = out.reshape(num_sequences, config.num_kv_heads, count, per_kv, config.head_dim).transpose(1, 2)
     return out.reshape(num_sequences * count, config.num_heads, config.head_dim)

@@ -211,6 +211,11 @@ class Engine:
             if end == len(sequence.tokens):
                 logit_rows.append(len(ids) - 1)
                 finishing.append(sequence)
+        lengths = None
+        if self.backbone.config.rope.depends_on_length:
+            lengths = torch.cat(
+                [s.text_lengths(c.first, c.count) for c, s in zip(chunks, sequences, strict=True)]
+            )
         capture = {layer for sequence in sequences for layer in sequence.inputs.capture_layers}
         batch = StepBatch(
             tuple(spans),
@@ -221,6 +226,7 @@ class Engine:
             injections,
             tuple(sorted(capture)),
             chunks[0].name[:64],
+            lengths,
         )
         return batch, finishing
 

@@ -26,7 +26,6 @@ from router.self_test import prove_row_invariance
 
 logger = logging.getLogger(__name__)
 
-MODEL_COMPONENT = "model"
 DEFAULT_KV_BUDGET_BYTES = 1 << 30
 
 
@@ -62,8 +61,8 @@ class LoadedEngine:
 
 
 def stored_dtype(store: ExpertStore) -> str:
-    """The dtype in which most users want to compute: that of the stored experts."""
-    keys = store.expert_keys()
+    """The dtype in which most users want to compute: that of the served decoder's experts."""
+    keys = store.expert_keys(store.served.name)
     return store.record(keys[0]).dtype if keys else "float32"
 
 
@@ -80,18 +79,19 @@ def load_engine(
     if dtype_name not in ("float32", "bfloat16"):
         raise ConfigUnsupported("dtype", f"{dtype_name!r}; choose float32 or bfloat16")
     dtype = DTYPES[dtype_name]
-    config = read_model_config(store.component(MODEL_COMPONENT).config)
+    component = store.served
+    config = read_model_config(component.config)
     torch.set_num_threads(options.num_threads or useful_threads(num_cores(), config.expert_elements))
     kernel = prove_row_invariance(config, dtype)
     worker = ExpertWorker(
         store,
         kernel,
         dtype,
-        widths={MODEL_COMPONENT: config.hidden_size},
+        widths={component.name: config.hidden_size},
         budget_bytes=options.expert_budget_bytes,
     )
     directory = connect(worker)
-    backbone = Backbone(store, MODEL_COMPONENT, config, kernel, directory, dtype)
+    backbone = Backbone(store, component.name, config, kernel, directory, dtype)
     pool = KvPool(config, num_kv_blocks(config, dtype, options), dtype)
     engine = Engine(backbone, pool, options.limits, swap_budget_bytes=options.kv_budget_bytes)
     logger.info(

@@ -1,20 +1,36 @@
-"""The decoder's shape, read from a component's configuration in the manifest. Plain data, checked once.
+"""What the backbone computes, read from a component's configuration in the manifest. Plain data, checked once.
 
-Accepts the spellings of published checkpoints and of newer `transformers` versions alike.
+Sizes and most switches are those from which the store's tensors follow (`extraction.decoder_config`); here come the
+ones that only the computation needs. Accepts the spellings of published checkpoints and of newer `transformers` alike.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from extraction.decoder_config import (
+    DecoderShape,
+    DecoderTraits,
+    QkNorm,
+    read_decoder,
+    read_flag,
+    read_size,
+    read_traits,
+)
+from extraction.errors import ConfigInvalid
 from router.errors import ConfigUnsupported
+from router.rope_config import RopeConfig, context_of, read_rope
+
+SHARED_GATE_ROWS = 8
+"""A matrix of one output takes a path of its own in every library; zero rows make it an ordinary one."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What the backbone needs to know. Names follow the published configuration keys."""
+    """What the backbone needs to know. Names follow the published configuration keys where there is one."""
 
     vocab_size: int
     hidden_size: int
@@ -23,125 +39,148 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     rms_norm_eps: float
-    rope_theta: float
-    mrope_section: tuple[int, ...] | None
+    rope: RopeConfig
     max_position_embeddings: int
+    """Positions that are served, those that a RoPE scaling adds included."""
+    qk_norm: QkNorm
+    has_qkv_bias: bool
+    has_output_bias: bool
+    clip_qkv: float | None
+    """Bound of the absolute values of queries, keys and values; None means none."""
+    sliding_window: int | None
+    """How many positions, its own included, a row sees in `windowed_layers`; elsewhere all before it."""
+    windowed_layers: frozenset[int]
     num_experts: int
     experts_per_token: int
     normalise_top_k: bool
     moe_layers: frozenset[int]
     expert_width: int
-    dense_width: int
+    shared_width: int | None
+    dense_width: int | None
     has_tied_head: bool
+
+    @property
+    def q_width(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        return self.num_kv_heads * self.head_dim
 
     @property
     def kv_elements_per_position(self) -> int:
         """Keys and values of all layers that one position adds to the cache."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+        return 2 * self.num_layers * self.kv_width
 
     @property
     def expert_elements(self) -> int:
         """Of the largest matrix that one expert's rows are multiplied with."""
         return 2 * self.expert_width * self.hidden_size
 
+    def window(self, layer: int) -> int | None:
+        """How many positions a row of this layer sees; None means all before it."""
+        return self.sliding_window if layer in self.windowed_layers else None
+
+    def gated_widths(self) -> list[int]:
+        """Inner widths of all gated projections: experts, shared experts, dense layers."""
+        routed = self.expert_width if self.moe_layers else None
+        shared = self.shared_width if self.moe_layers else None
+        return [width for width in (routed, shared, self.dense_width) if width is not None]
+
+    def norm_widths(self) -> list[int]:
+        """Of everything that a norm is taken over."""
+        by_kind = {
+            "none": [],
+            "per_head": [self.head_dim],
+            "whole_width": [self.q_width, self.kv_width],
+        }
+        return [self.hidden_size, *by_kind[self.qk_norm]]
+
     def linear_shapes(self) -> list[tuple[int, int]]:
         """(out, in) of every matrix product of the model, for the self-test."""
-        width, kv_width = self.hidden_size, self.num_kv_heads * self.head_dim
-        q_width = self.num_heads * self.head_dim
+        width = self.hidden_size
         shapes = [
-            (q_width + 2 * kv_width, width),
-            (width, q_width),
+            (self.q_width + 2 * self.kv_width, width),
+            (width, self.q_width),
             (self.vocab_size, width),
         ]
         if self.moe_layers:
-            shapes += [
-                (self.num_experts, width),
-                (2 * self.expert_width, width),
-                (width, self.expert_width),
-            ]
-        if len(self.moe_layers) < self.num_layers:
-            shapes += [(2 * self.dense_width, width), (width, self.dense_width)]
+            shapes.append((self.num_experts, width))
+            if self.shared_width is not None:
+                shapes.append((SHARED_GATE_ROWS, width))
+        for inner in self.gated_widths():
+            shapes += [(2 * inner, width), (width, inner)]
         return shapes
 
 
 def read_model_config(config: Mapping[str, Any]) -> ModelConfig:
     """Raises ConfigUnsupported when a key is missing, out of range, or asks for what is not computed here."""
-    rope = _rope(config)
-    num_layers = _positive(config, "num_hidden_layers")
-    hidden_size = _positive(config, "hidden_size")
-    num_heads = _positive(config, "num_attention_heads")
-    num_kv_heads = _positive(config, "num_key_value_heads", num_heads)
-    if num_heads % num_kv_heads:
-        raise ConfigUnsupported("num_key_value_heads", f"{num_kv_heads} does not divide {num_heads} heads")
-    head_dim = _positive(config, "head_dim", max(1, hidden_size // num_heads))
-    if head_dim % 2:
-        raise ConfigUnsupported("head_dim", f"{head_dim} is odd")
-    if config.get("hidden_act", "silu") != "silu":
-        raise ConfigUnsupported("hidden_act", f"{config['hidden_act']!r}; only 'silu' is computed")
-    if config.get("attention_bias"):
-        raise ConfigUnsupported("attention_bias", "biases in attention are not computed")
-    if config.get("use_sliding_window") and config.get("sliding_window"):
-        raise ConfigUnsupported("sliding_window", "windowed attention is not computed")
-    experts_key = "num_local_experts" if "num_local_experts" in config else "num_experts"
-    num_experts = _positive(config, experts_key)
-    top_k = _positive(config, "num_experts_per_tok")
-    if top_k > num_experts:
-        raise ConfigUnsupported("num_experts_per_tok", f"{top_k} of {num_experts} experts")
+    try:
+        traits = read_traits(config)
+        decoder = read_decoder(config)
+        normalises = traits.normalises_top_k
+        if normalises is None:
+            normalises = read_flag(config, "norm_topk_prob", traits.default_norm_topk_prob)
+        max_position = read_size(config, "max_position_embeddings", 32768)
+        windowed = _windowed_layers(config, traits, decoder.num_layers)
+        window = read_size(config, "sliding_window") if windowed else None
+    except ConfigInvalid as error:
+        raise ConfigUnsupported(error.key, error.reason) from error
+    _check_computed(config, decoder)
+    rope = read_rope(config, decoder.head_dim, max_position, traits.default_rope_theta)
     return ModelConfig(
-        vocab_size=_positive(config, "vocab_size"),
-        hidden_size=hidden_size,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        rope_theta=float(rope.get("rope_theta", 10000.0)),
-        mrope_section=_mrope_section(rope, head_dim),
-        max_position_embeddings=_positive(config, "max_position_embeddings", 32768),
-        num_experts=num_experts,
-        experts_per_token=top_k,
-        normalise_top_k=bool(config.get("norm_topk_prob", False)),
-        moe_layers=_moe_layers(config, num_layers),
-        expert_width=_positive(config, "moe_intermediate_size"),
-        dense_width=_positive(config, "intermediate_size", 1),
-        has_tied_head=bool(config.get("tie_word_embeddings", False)),
+        **vars(decoder),
+        rms_norm_eps=_positive_number(config, "rms_norm_eps", traits.default_rms_norm_eps),
+        rope=rope,
+        max_position_embeddings=context_of(rope, max_position),
+        clip_qkv=_positive_number(config, "clip_qkv") if config.get("clip_qkv") is not None else None,
+        sliding_window=window,
+        windowed_layers=windowed,
+        normalise_top_k=normalises,
     )
 
 
-def _positive(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+def _check_computed(config: Mapping[str, Any], decoder: DecoderShape) -> None:
+    if decoder.num_heads % decoder.num_kv_heads:
+        raise ConfigUnsupported(
+            "num_key_value_heads", f"{decoder.num_kv_heads} does not divide {decoder.num_heads} heads"
+        )
+    if decoder.head_dim % 2:
+        raise ConfigUnsupported("head_dim", f"{decoder.head_dim} is odd")
+    if config.get("hidden_act", "silu") != "silu":
+        raise ConfigUnsupported("hidden_act", f"{config['hidden_act']!r}; only 'silu' is computed")
+
+
+def _windowed_layers(config: Mapping[str, Any], traits: DecoderTraits, num_layers: int) -> frozenset[int]:
+    """Layers that see only a window. Raises ConfigInvalid."""
+    everywhere = frozenset(range(num_layers))
+    if traits.window == "never":
+        return frozenset()
+    if traits.window == "if_set":
+        return everywhere if config.get("sliding_window") is not None else frozenset()
+    if not read_flag(config, "use_sliding_window") or config.get("sliding_window") is None:
+        return frozenset()
+    if traits.window == "if_used":
+        return everywhere
+    kinds = config.get("layer_types")
+    if kinds is None:
+        bound = config.get("max_window_layers")
+        bound = num_layers if bound is None else bound
+        if type(bound) is not int or bound < 0:
+            raise ConfigInvalid("max_window_layers", f"{bound!r} is not a whole number from 0")
+        return frozenset(range(0, min(bound, num_layers), 2))
+    if not isinstance(kinds, list) or len(kinds) != num_layers:
+        raise ConfigInvalid("layer_types", f"is no list of {num_layers} kinds")
+    unknown = {str(kind) for kind in kinds} - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise ConfigInvalid("layer_types", f"{sorted(unknown)} are not computed")
+    return frozenset(layer for layer, kind in enumerate(kinds) if kind == "sliding_attention")
+
+
+def _positive_number(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
     value = config.get(key)
-    if value is None:
-        value = default
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1 << 24:
-        raise ConfigUnsupported(key, f"{value!r} is not a whole number from 1 to {1 << 24}")
-    return value
-
-
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """RoPE parameters from `rope_parameters`, or from `rope_theta` with `rope_scaling`."""
-    rope = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
-    if "rope_theta" not in rope and config.get("rope_theta") is not None:
-        rope["rope_theta"] = config["rope_theta"]
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ConfigUnsupported("rope_type", f"{kind!r}; only 'default' is computed")
-    return rope
-
-
-def _mrope_section(rope: Mapping[str, Any], head_dim: int) -> tuple[int, ...] | None:
-    section = rope.get("mrope_section")
-    if section is None:
-        return None
-    if len(section) != 3 or sum(section) != head_dim // 2:
-        raise ConfigUnsupported("mrope_section", f"{section} does not share out {head_dim // 2} frequencies")
-    if not rope.get("mrope_interleaved", rope.get("interleaved", True)):
-        raise ConfigUnsupported("mrope_interleaved", "only interleaved sections are computed")
-    return tuple(int(part) for part in section)
-
-
-def _moe_layers(config: Mapping[str, Any], num_layers: int) -> frozenset[int]:
-    step = config.get("decoder_sparse_step", 1)
-    dense = set(config.get("mlp_only_layers") or ())
-    if not isinstance(step, int) or step < 1:
-        raise ConfigUnsupported("decoder_sparse_step", f"{step!r} is not a whole number from 1")
-    return frozenset(n for n in range(num_layers) if n not in dense and (n + 1) % step == 0)
+    value = default if value is None else value
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value <= 0:  # type: ignore[arg-type, operator]
+        raise ConfigUnsupported(key, f"{value!r} is not a positive number")
+    return float(value)  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ from experts.numerics import RowKernel
 from router.dispatch import combine, dispatch
 from router.model_config import ModelConfig
 from router.scoring import Routing, route_native
+from router.shared_expert import SharedExpert
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,13 @@ class MoeBlock:
     config: ModelConfig
     kernel: RowKernel
     directory: ExpertDirectory
+    shared: SharedExpert | None = None
+    """The expert that every token passes."""
+
+    @property
+    def nbytes(self) -> int:
+        """Resident bytes of what is computed here."""
+        return self.gate_ED.nbytes + (self.shared.nbytes if self.shared is not None else 0)
 
     def route(self, hidden_PD: Tensor, num_tokens: int) -> Routing:
         """Choose experts for the first `num_tokens` rows; the rest is padding."""
@@ -33,4 +41,7 @@ class MoeBlock:
         """(P, D) normalised rows, of which the first `num_tokens` are real -> (num_tokens, D) float32."""
         routing = self.route(hidden_PD, num_tokens)
         dispatched = dispatch(self.component, self.layer, hidden_PD[:num_tokens], routing, trace)
-        return combine(dispatched, self.directory.run(dispatched.call))
+        routed_TD = combine(dispatched, self.directory.run(dispatched.call))
+        if self.shared is None:
+            return routed_TD
+        return routed_TD + self.shared.forward(hidden_PD, num_tokens)

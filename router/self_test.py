@@ -12,17 +12,24 @@ from experts.numerics import RowKernel, calibrate, one_thread, swiglu
 from router.attention import BLOCK_POSITIONS, ROW_MULTIPLE, attend
 from router.model_config import ModelConfig
 
+PROVED_WINDOW = BLOCK_POSITIONS - 3
+"""Short enough that whole blocks lie before it."""
+
 
 def prove_row_invariance(config: ModelConfig, dtype: torch.dtype) -> RowKernel:
     """The row kernel for this model. Raises NotRowInvariant naming the kernel that fails."""
     kernel = calibrate(config.linear_shapes(), dtype)
-    _prove_attention(config.head_dim)
-    _prove_activation(config.expert_width, dtype)
-    _prove_norm(config.hidden_size)
+    _prove_attention(config.head_dim, None)
+    if config.windowed_layers:
+        _prove_attention(config.head_dim, PROVED_WINDOW)
+    for width in dict.fromkeys(config.gated_widths()):
+        _prove_activation(width, dtype)
+    for width in dict.fromkeys(config.norm_widths()):
+        _prove_norm(width)
     return kernel
 
 
-def _prove_attention(head_dim: int) -> None:
+def _prove_attention(head_dim: int, window: int | None) -> None:
     """The same rows alone, among others, with more (masked) key blocks, by one thread and by all."""
     generator = torch.Generator().manual_seed(1)
     num_rows, num_blocks = 8 * ROW_MULTIPLE, 5
@@ -32,12 +39,16 @@ def _prove_attention(head_dim: int) -> None:
     # The first rows see one block only: a single small product may take a path of its own in the library.
     limits = (torch.arange(num_rows) * 2 + BLOCK_POSITIONS - 15).expand(2, -1)
     with one_thread():
-        whole = attend(q, keys, values, limits)
+        whole = attend(q, keys, values, limits, window)
     for num_sets, first, count in ((1, 0, 8), (2, 0, 64), (2, 8, 8), (1, 16, 24), (2, 40, 24)):
         rows = slice(first, first + count)
         needed = -(-int(limits[0, first + count - 1]) // BLOCK_POSITIONS)
         part = attend(
-            q[:num_sets, rows], keys[:num_sets, :needed], values[:num_sets, :needed], limits[:num_sets, rows]
+            q[:num_sets, rows],
+            keys[:num_sets, :needed],
+            values[:num_sets, :needed],
+            limits[:num_sets, rows],
+            window,
         )
         if not torch.equal(part, whole[:num_sets, rows]):
             raise NotRowInvariant(f"attention with heads of {head_dim}", "float32")

@@ -91,6 +91,11 @@ class Sequence:
             (given[:, first : first + num_given], plain[:, num_given:] + self._position_shift), dim=1
         )
 
+    def text_lengths(self, first: int, count: int) -> Tensor:
+        """(count,) for each token the longer of the prompt and the text up to it: a function of the request alone,
+        whatever the prompt was cut into."""
+        return torch.arange(first + 1, first + count + 1).clamp_(min=len(self.request.prompt_ids))
+
     def finish_after(self, token: int) -> FinishReason | None:
         """Why the sequence ends once `token` was appended, if it does."""
         if token in self.request.sampling.stop_token_ids:

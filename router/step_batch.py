@@ -44,6 +44,8 @@ class StepBatch:
     capture_layers: tuple[int, ...] = ()
     """Layers whose output hidden states, before any injection, are handed out."""
     trace: str = ""
+    lengths_T: Tensor | None = None
+    """int64, for each row the longer of its sequence's prompt and the text up to it; see `RopeConfig`."""
 
     @property
     def num_tokens(self) -> int:

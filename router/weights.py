@@ -14,20 +14,35 @@ from experts.store import ExpertStore
 from router.errors import WeightMismatch
 from router.model_config import ModelConfig
 from router.moe_block import MoeBlock
+from router.shared_expert import SharedExpert, padded_gate
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Weights of one decoder layer; `moe` or `dense` is set."""
+    """Weights of one decoder layer; `moe` or `dense` is set. What a family does not have is None."""
 
     input_norm_D: Tensor
     qkv_OD: Tensor
-    q_norm_d: Tensor
-    k_norm_d: Tensor
+    qkv_bias_O: Tensor | None
+    q_norm: Tensor | None
+    """(head_dim,) or, over the whole width, (heads * head_dim,)."""
+    k_norm: Tensor | None
     output_DO: Tensor
+    output_bias_D: Tensor | None
     post_norm_D: Tensor
     moe: MoeBlock | None
     dense: ExpertWeights | None
+
+    @property
+    def nbytes(self) -> int:
+        """Resident bytes, without the experts."""
+        tensors = (
+            *(self.input_norm_D, self.qkv_OD, self.qkv_bias_O, self.q_norm, self.k_norm),
+            *(self.output_DO, self.output_bias_D, self.post_norm_D),
+        )
+        gate = self.moe.nbytes if self.moe is not None else 0
+        dense = self.dense.nbytes if self.dense is not None else 0
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None) + gate + dense
 
 
 class TensorLoader:
@@ -52,32 +67,54 @@ def load_layer(
     directory: ExpertDirectory,
 ) -> Layer:
     prefix = f"layers.{index}."
-    width, kv_width = config.hidden_size, config.num_kv_heads * config.head_dim
-    q_width = config.num_heads * config.head_dim
+    width, q_width, kv_width = config.hidden_size, config.q_width, config.kv_width
     attention = prefix + "self_attn."
     moe = dense = None
     if index in config.moe_layers:
         gate = load(prefix + "mlp.gate.weight", config.num_experts, width)
-        moe = MoeBlock(component, index, gate, config, kernel, directory)
+        shared = _load_shared(load, prefix + "mlp.", config, kernel)
+        moe = MoeBlock(component, index, gate, config, kernel, directory, shared)
     else:
-        gate = load(prefix + "mlp.gate_proj.weight", config.dense_width, width)
-        up = load(prefix + "mlp.up_proj.weight", config.dense_width, width)
-        dense = ExpertWeights(
-            torch.cat((gate, up)), load(prefix + "mlp.down_proj.weight", width, config.dense_width)
-        )
+        assert config.dense_width is not None
+        dense = _load_gated(load, prefix + "mlp.", config.dense_width, width)
+    is_per_head = config.qk_norm == "per_head"
+    norms = {
+        "q": config.head_dim if is_per_head else q_width,
+        "k": config.head_dim if is_per_head else kv_width,
+    }
+    q_norm, k_norm = (
+        load(f"{attention}{name}_norm.weight", size) if config.qk_norm != "none" else None
+        for name, size in norms.items()
+    )
+    outputs = {"q": q_width, "k": kv_width, "v": kv_width}
     return Layer(
         input_norm_D=load(prefix + "input_layernorm.weight", width),
         qkv_OD=torch.cat(
-            (
-                load(attention + "q_proj.weight", q_width, width),
-                load(attention + "k_proj.weight", kv_width, width),
-                load(attention + "v_proj.weight", kv_width, width),
-            )
+            [load(f"{attention}{name}_proj.weight", size, width) for name, size in outputs.items()]
         ),
-        q_norm_d=load(attention + "q_norm.weight", config.head_dim),
-        k_norm_d=load(attention + "k_norm.weight", config.head_dim),
+        qkv_bias_O=torch.cat([load(f"{attention}{name}_proj.bias", size) for name, size in outputs.items()])
+        if config.has_qkv_bias
+        else None,
+        q_norm=q_norm,
+        k_norm=k_norm,
         output_DO=load(attention + "o_proj.weight", width, q_width),
+        output_bias_D=load(attention + "o_proj.bias", width) if config.has_output_bias else None,
         post_norm_D=load(prefix + "post_attention_layernorm.weight", width),
         moe=moe,
         dense=dense,
     )
+
+
+def _load_gated(load: TensorLoader, prefix: str, inner: int, width: int) -> ExpertWeights:
+    gate, up = (load(f"{prefix}{name}_proj.weight", inner, width) for name in ("gate", "up"))
+    return ExpertWeights(torch.cat((gate, up)), load(prefix + "down_proj.weight", width, inner))
+
+
+def _load_shared(
+    load: TensorLoader, prefix: str, config: ModelConfig, kernel: RowKernel
+) -> SharedExpert | None:
+    if config.shared_width is None:
+        return None
+    gate_1D = load(prefix + "shared_expert_gate.weight", 1, config.hidden_size)
+    weights = _load_gated(load, prefix + "shared_expert.", config.shared_width, config.hidden_size)
+    return SharedExpert(weights, padded_gate(gate_1D), kernel)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from experts.errors import NotRowInvariant
 from experts.numerics import (
+    CANDIDATES,
     MANY_ROWS,
     REFERENCE_ROWS,
-    ROW_MULTIPLES,
     SMALL_MATRIX_ELEMENTS,
     TESTED_ROWS,
     RowKernel,
@@ -49,31 +50,50 @@ def test_padded_is_the_next_multiple() -> None:
     assert [RowKernel(8).padded(count) for count in (1, 7, 8, 9, 16)] == [8, 8, 8, 16, 16]
 
 
-@pytest.mark.parametrize("dtype", list(ROW_MULTIPLES))
+@pytest.mark.parametrize("dtype", list(CANDIDATES))
 def test_a_single_row_is_never_computed_by_itself(dtype: torch.dtype) -> None:
     """A product with one row takes a path of its own in every library, even where a test does not show it."""
-    assert min(ROW_MULTIPLES[dtype]) >= 2
-    assert calibrate([(8, 8)], dtype).row_multiple in ROW_MULTIPLES[dtype]
+    assert min(multiple for _, multiple in CANDIDATES[dtype]) >= 2
+    kernel = calibrate([(8, 8)], dtype)
+    assert (kernel.product, kernel.row_multiple) in CANDIDATES[dtype]
+
+
+def _spoil(
+    monkeypatch: pytest.MonkeyPatch, is_spoilt: Callable[[RowKernel, torch.Tensor, torch.Tensor], bool]
+) -> None:
+    """Let products come out a little wrong where a library might take another path."""
+    multiply = RowKernel.multiply
+
+    def spoilt(
+        kernel: RowKernel, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return multiply(kernel, x, weight, out) * (1 + 1e-6 * is_spoilt(kernel, x, weight))
+
+    monkeypatch.setattr(RowKernel, "multiply", spoilt)
 
 
 def test_calibration_takes_the_multiple_that_suits_every_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     """One shape that needs 32 rows decides for all."""
-    mm = torch.mm
-
-    def demanding(x: torch.Tensor, weight_IO: torch.Tensor) -> torch.Tensor:
-        return mm(x, weight_IO) * (1 + 1e-6 * (weight_IO.shape[1] == 24 and x.shape[0] % 32 > 0))
-
-    monkeypatch.setattr(torch, "mm", demanding)
-    assert calibrate([(16, 64)], torch.float32).row_multiple == 8
+    _spoil(monkeypatch, lambda kernel, x, weight: weight.shape[0] == 24 and x.shape[0] % 32 > 0)
+    assert calibrate([(16, 64)], torch.float32).row_multiple < 32
     assert calibrate([(16, 64), (24, 64), (40, 64)], torch.float32).row_multiple == 32
+
+
+def test_calibration_takes_another_product_where_one_never_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    _spoil(monkeypatch, lambda kernel, x, weight: kernel.product == "onednn" and x.shape[0] < 64)
+    assert calibrate([(16, 64)], torch.float32).product == "mm"
+
+
+def test_calibration_does_without_an_operator_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert calibrate([(16, 64)], torch.float32).product == "mm"
 
 
 @pytest.mark.parametrize("rows", [REFERENCE_ROWS + 1, MANY_ROWS])
 def test_kernel_that_changes_only_for_many_rows_is_refused(
     monkeypatch: pytest.MonkeyPatch, rows: int
 ) -> None:
-    mm = torch.mm
-    monkeypatch.setattr(torch, "mm", lambda x, weight: mm(x, weight) * (1 + 1e-6 * (x.shape[0] >= rows)))
+    _spoil(monkeypatch, lambda kernel, x, weight: x.shape[0] >= rows)
     with pytest.raises(NotRowInvariant, match="16x64"):
         calibrate([(16, 64)], torch.float32)
 
@@ -81,10 +101,7 @@ def test_kernel_that_changes_only_for_many_rows_is_refused(
 def test_kernel_that_depends_on_threads_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    mm = torch.mm
-    monkeypatch.setattr(
-        torch, "mm", lambda x, weight: mm(x, weight) * (1 + 1e-6 * (torch.get_num_threads() > 1))
-    )
+    _spoil(monkeypatch, lambda kernel, x, weight: torch.get_num_threads() > 1)
     try:
         with pytest.raises(NotRowInvariant):
             calibrate([(16, 64)], torch.float32)
@@ -105,8 +122,8 @@ def test_one_thread_gives_the_threads_back_after_an_error() -> None:
 
 
 def test_tested_rows_cover_every_padding_of_every_multiple() -> None:
-    for multiples in ROW_MULTIPLES.values():
-        for multiple in multiples:
+    for candidates in CANDIDATES.values():
+        for _, multiple in candidates:
             assert any(rows % multiple for rows in TESTED_ROWS)
             assert any(rows > multiple for rows in TESTED_ROWS)
 
@@ -139,12 +156,18 @@ def test_swiglu_leaves_its_input_as_it_was() -> None:
 
 
 def test_class_names_what_decides_the_bits() -> None:
-    name = numerics_class(torch.device("cpu"), torch.bfloat16)
-    device, instructions, dtype, library, _ = name.split("/")
+    cpu, kernel = torch.device("cpu"), RowKernel(2)
+    name = numerics_class(cpu, torch.bfloat16, kernel)
+    device, instructions, dtype, library, product = name.split("/")
     assert (device, dtype) == ("cpu", "bfloat16")
     assert instructions == torch.backends.cpu.get_cpu_capability().lower()
     assert torch.__version__ in library
-    assert name != numerics_class(torch.device("cpu"), torch.float32)
+    assert product.startswith("mm")
+    others = {
+        numerics_class(cpu, torch.float32, kernel),
+        numerics_class(cpu, torch.float32, RowKernel(2, "onednn")),
+    }
+    assert len(others | {name}) == 3
 
 
 def test_small_experts_are_computed_by_one_thread() -> None:

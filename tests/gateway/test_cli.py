@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import pytest
+
+from gateway.cli import main
 
 PROMPT = "Once upon a time there was"
 
@@ -19,17 +25,48 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def _run(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "gateway.cli", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | {"SAGE_MOE_CACHE": str(cache), "COLUMNS": "120"},
-    )
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left behind."""
+
+    returncode: int
+    stdout: str
+    stderr: str
 
 
-def _json(result: subprocess.CompletedProcess[str]) -> dict[str, object]:
+def _run(cache: Path, *arguments: str) -> Outcome:
+    """The command in this process: a new one would spend seconds on importing PyTorch."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    environment = {"SAGE_MOE_CACHE": str(cache), "COLUMNS": "120"}
+    with (
+        mock.patch.dict(os.environ, environment),
+        mock.patch.object(sys, "argv", ["sage-moe", *arguments]),
+        redirect_stdout(stdout),
+        redirect_stderr(stderr),
+    ):
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(bool(end.code))
+    return Outcome(code, stdout.getvalue(), stderr.getvalue())
+
+
+def test_command_runs_as_a_process_of_its_own(cache: Path) -> None:
+    """By the entry point and by the module, with what it prints on the right streams."""
+    environment = os.environ | {"SAGE_MOE_CACHE": str(cache)}
+    arguments = ["generate", "stories", "--prompt", PROMPT, "--max-tokens", "8", "--temperature", "0"]
+    by_module = [sys.executable, "-m", "gateway.cli", *arguments]
+    by_entry_point = [str(Path(sys.executable).with_name("sage-moe")), *arguments]
+    outcomes = [
+        subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=True)
+        for command in (by_module, by_entry_point)
+    ]
+    expected = _run(cache, *arguments).stdout
+    assert [(outcome.stdout, outcome.stderr) for outcome in outcomes] == [(expected, "")] * 2
+
+
+def _json(result: Outcome) -> dict[str, object]:
     assert result.returncode == 0, result.stderr
     value = json.loads(result.stdout)
     assert isinstance(value, dict)

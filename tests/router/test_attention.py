@@ -37,6 +37,40 @@ def test_rows_computed_alone_have_the_same_bits(head_dim: int) -> None:
         assert torch.equal(part[0], whole[1, first : first + 8])
 
 
+@pytest.mark.parametrize("window", [1, 7, BLOCK_POSITIONS, 100, 10_000])
+@pytest.mark.parametrize("num_blocks", [1, 3, 6])
+def test_window_agrees_with_plain_attention(num_blocks: int, window: int) -> None:
+    q, keys, values, limits = _case(2, 16, num_blocks, 16)
+    out = attend(q, keys, values, limits, window)
+    scores = q.double() @ keys.flatten(1, 2).double().transpose(1, 2)
+    positions, ends = torch.arange(num_blocks * BLOCK_POSITIONS), limits.unsqueeze(-1)
+    visible = (positions < ends) & (positions >= ends - window)
+    reference = scores.masked_fill(~visible, float("-inf")).softmax(-1) @ values.flatten(1, 2).double()
+    torch.testing.assert_close(out.double(), reference, rtol=1e-5, atol=1e-5)
+
+
+def test_windowed_rows_have_the_same_bits_alone_and_before_more_blocks() -> None:
+    q, keys, values, limits = _case(3, 64, 6, 16)
+    window = BLOCK_POSITIONS + 3
+    whole = attend(q, keys, values, limits, window)
+    for first in range(0, 64, 8):
+        rows = slice(first, first + 8)
+        num_blocks = -(-int(limits[1:2, rows].max()) // BLOCK_POSITIONS)
+        part = attend(
+            q[1:2, rows], keys[1:2, :num_blocks], values[1:2, :num_blocks], limits[1:2, rows], window
+        )
+        assert torch.equal(part[0], whole[1, rows])
+
+
+def test_what_lies_before_the_window_changes_no_bit() -> None:
+    q, keys, values, _ = _case(1, 8, 4, 16)
+    limits = torch.full((1, 8), 3 * BLOCK_POSITIONS + 9)
+    window = BLOCK_POSITIONS
+    before = attend(q, keys, values, limits, window)
+    keys[:, :2], values[:, :2] = 3.0, -7.0
+    assert torch.equal(attend(q, keys, values, limits, window), before)
+
+
 def test_masked_blocks_behind_the_limit_change_no_bit() -> None:
     q, keys, values, _ = _case(2, 8, 9, 32)
     limits = torch.full((2, 8), 2 * BLOCK_POSITIONS + 5)

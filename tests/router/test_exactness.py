@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,12 +21,50 @@ from experts.remote_directory import RemoteDirectory, Roster
 from experts.store import ExpertStore
 from experts.transport import Endpoint, ExpertServer, ServiceInfo, TransportLimits
 from experts.worker import DTYPES, ExpertWorker
+from extraction.extract import extract
 from router.batcher import BatchLimits
 from router.loading import EngineOptions
+from router.model_config import read_model_config
 from router.request import GenerationRequest, SamplingParams
+from tests.checkpoints import write_tiny
 from tests.engines import Outcome, assert_same_bits, open_engine, run_to_end, small_engine
 
 SECRET = b"a secret for tests, 32 bytes long"
+SWITCHES: dict[str, dict[str, Any]] = {
+    "qwen2_moe": {
+        "num_hidden_layers": 4,
+        "mlp_only_layers": [1],
+        "max_position_embeddings": 128,
+        "use_sliding_window": True,
+        "sliding_window": 20,
+        "max_window_layers": 3,
+        "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
+    },
+    "olmoe": {
+        "clip_qkv": 0.7,
+        "attention_bias": True,
+        "num_key_value_heads": 2,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "rope_theta": 10000.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "mixtral": {
+        "sliding_window": 70,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "factor": 4.0,
+            "rope_theta": 10000.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "qwen3_omni_moe": {"attention_bias": True},
+}
+"""Families beside Qwen3-MoE, each with switches that could tie a row's bits to its neighbours."""
 JOIN_AT = (0, 3, 1, 0, 7, 2, 2, 0)
 
 
@@ -53,17 +92,27 @@ def dtype(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(scope="module", params=["stories", "tiny"])
-def root(request: pytest.FixtureRequest, stories_store: Path, tiny_store: Path) -> Path:
-    return {"stories": stories_store, "tiny": tiny_store}[str(request.param)]
+@pytest.fixture(scope="module", params=["stories", "tiny", *SWITCHES])
+def root(
+    request: pytest.FixtureRequest,
+    stories_store: Path,
+    tiny_store: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    name = str(request.param)
+    if name in SWITCHES:
+        folder = tmp_path_factory.mktemp(name)
+        extract(write_tiny(name, folder / "checkpoint", **SWITCHES[name]), folder / "store")
+        return folder / "store"
+    return {"stories": stories_store, "tiny": tiny_store}[name]
 
 
 @pytest.fixture(scope="module")
 def requests(root: Path) -> list[GenerationRequest]:
     store = ExpertStore.open(root)
-    config = store.component("model").config
+    config = read_model_config(store.served.config)
     store.close()
-    return _requests(config["vocab_size"], min(200, config["max_position_embeddings"] - 30))
+    return _requests(config.vocab_size, min(200, config.max_position_embeddings - 30))
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +154,7 @@ def test_any_expert_budget_equals_unlimited(
     root: Path, dtype: str, requests: list[GenerationRequest], reference: Outcome, experts_in_budget: int
 ) -> None:
     store = ExpertStore.open(root)
-    record = store.record(store.expert_keys()[0])
+    record = store.record(store.expert_keys(store.served.name)[0])
     expert_bytes = record.nbytes // DTYPES[record.dtype].itemsize * DTYPES[dtype].itemsize
     store.close()
     budget = EngineOptions(dtype=dtype, expert_budget_bytes=experts_in_budget * expert_bytes)
@@ -133,13 +182,13 @@ def serve_experts() -> Iterator[Callable[[Path, str, int], Roster]]:
         def start(root: Path, dtype: str, num_actors: int) -> Roster:
             store = ExpertStore.open(root)
             stack.callback(store.close)
-            config = store.component("model").config
-            width, expert_width = config["hidden_size"], config["moe_intermediate_size"]
+            component, config = store.served.name, read_model_config(store.served.config)
+            width, expert_width = config.hidden_size, config.expert_width
             kernel = calibrate([(2 * expert_width, width), (width, expert_width)], DTYPES[dtype])
             endpoints, owner = {}, {}
-            for index, group in enumerate(split_experts(store.expert_keys(), num_actors)):
-                worker = ExpertWorker(store, kernel, DTYPES[dtype], widths={"model": width}, group=group)
-                info = ServiceInfo(width, DTYPES[dtype], worker.numerics_class, ("model",))
+            for index, group in enumerate(split_experts(store.expert_keys(component), num_actors)):
+                worker = ExpertWorker(store, kernel, DTYPES[dtype], widths={component: width}, group=group)
+                info = ServiceInfo(width, DTYPES[dtype], worker.numerics_class, (component,))
                 server = ExpertServer(worker.compute, info, secret=SECRET, incarnation=index + 1)
                 server.start()
                 stack.callback(server.stop)

@@ -75,6 +75,20 @@ def test_a_row_has_the_same_bits_whatever_comes_with_it() -> None:
         assert torch.equal(rotate(x[rows], *rope.tables(positions[:, rows])), whole[rows])
 
 
+def test_frequencies_for_a_length_do_not_depend_on_the_rows_beside_them() -> None:
+    """The dynamic kind: a short text beside a long one, whatever the order."""
+    rope = RotaryEmbedding(tiny_config(rope_parameters={"rope_type": "dynamic", "factor": 4.0}))
+    positions = torch.randint(0, 1000, (3, 60), generator=torch.Generator().manual_seed(0))
+    lengths = torch.randint(1, 1000, (60,), generator=torch.Generator().manual_seed(1))
+    cos, sin = rope.tables(positions, lengths)
+    for first, count in ((0, 1), (5, 2), (59, 1), (20, 31)):
+        rows = slice(first, first + count)
+        part = rope.tables(positions[:, rows], lengths[rows])
+        assert torch.equal(part[0], cos[rows]) and torch.equal(part[1], sin[rows])
+    within, beyond = (rope.tables(positions, torch.full((60,), length))[0] for length in (256, 257))
+    assert not torch.equal(within, beyond)
+
+
 def test_sections_in_one_piece_are_refused() -> None:
     rope = {"rope_type": "default", "mrope_section": list(SECTION), "mrope_interleaved": False}
     with pytest.raises(ConfigUnsupported, match="interleaved"):
@@ -130,7 +144,7 @@ def thinker(tiny_checkpoint: Path, tiny_store: Path) -> Iterator[Thinker]:
     backbone = Backbone(
         loaded.store,
         "model",
-        replace(loaded.config, mrope_section=SECTION, rope_theta=10000.0),
+        replace(loaded.config, rope=replace(loaded.config.rope, mrope_section=SECTION, theta=10000.0)),
         loaded.kernel,
         loaded.directory,
         loaded.dtype,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from experts.errors import NotRowInvariant
-from experts.numerics import ROW_MULTIPLES, RowKernel, swiglu
+from experts.numerics import CANDIDATES, RowKernel, swiglu
 from router import self_test
 from router.attention import attend
 from router.self_test import prove_row_invariance
@@ -26,13 +27,48 @@ def _refusal(dtype: torch.dtype = torch.float32) -> str:
 @pytest.mark.parametrize("head_dim", [12, 16, 128])
 def test_this_machine_passes(dtype: torch.dtype, head_dim: int) -> None:
     kernel = prove_row_invariance(tiny_config(head_dim=head_dim), dtype)
-    assert kernel.row_multiple in ROW_MULTIPLES[dtype]
+    assert (kernel.product, kernel.row_multiple) in CANDIDATES[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_this_machine_passes_with_every_switch(dtype: torch.dtype) -> None:
+    config = tiny_config(
+        model_type="qwen2_moe",
+        shared_expert_intermediate_size=56,
+        use_sliding_window=True,
+        sliding_window=100,
+        mlp_only_layers=[1],
+    )
+    assert prove_row_invariance(config, dtype).row_multiple in ROW_MULTIPLES[dtype]
+
+
+def test_norm_over_the_whole_width_is_proved(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(model_type="olmoe", num_attention_heads=6)
+    mean = torch.Tensor.mean
+
+    def vary(rows: Tensor, *others: Any, **named: Any) -> Tensor:
+        return mean(rows, *others, **named) * (1 + 1e-6 * (rows.shape[0] > 9 and rows.shape[1] == 96))
+
+    monkeypatch.setattr(torch.Tensor, "mean", vary)
+    with pytest.raises(NotRowInvariant, match="norm of width 96"):
+        prove_row_invariance(config, torch.float32)
+
+
+def test_window_that_varies_with_the_batch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def variant(q: Tensor, keys: Tensor, values: Tensor, limits: Tensor, window: int | None) -> Tensor:
+        error = 0.0 if window is None else 1e-6 * q.shape[0]
+        return attend(q, keys, values, limits, window) * (1 + error)
+
+    monkeypatch.setattr(self_test, "attend", variant)
+    prove_row_invariance(tiny_config(), torch.float32)
+    with pytest.raises(NotRowInvariant, match="attention with heads of 16"):
+        prove_row_invariance(tiny_config(use_sliding_window=True, sliding_window=9), torch.float32)
 
 
 def _after(kernel: Callable[..., Tensor], changes: Callable[[Tensor], float]) -> Callable[..., Tensor]:
     """The kernel, with an error that depends on the shape of its first argument."""
 
-    def variant(first: Tensor, *others: Tensor) -> Tensor:
+    def variant(first: Tensor, *others: Any) -> Tensor:
         return kernel(first, *others) * (1 + changes(first))
 
     return variant
@@ -56,8 +92,8 @@ def test_attention_that_varies_with_threads_is_refused(monkeypatch: pytest.Monke
 
 
 def test_attention_that_varies_with_masked_blocks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def variant(q: Tensor, keys: Tensor, values: Tensor, limits: Tensor) -> Tensor:
-        return attend(q, keys, values, limits) + keys.shape[1] * 1e-6
+    def variant(q: Tensor, keys: Tensor, *others: Any) -> Tensor:
+        return attend(q, keys, *others) + keys.shape[1] * 1e-6
 
     monkeypatch.setattr(self_test, "attend", variant)
     assert "attention" in _refusal()
