@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect
 from gateway.chat_template import ChatTemplate
 from gateway.completions import Backend, answer_events, whole_answer
 from gateway.connection import EventStream, run_while_connected
+from gateway.cross_origin import allow_cross_origin
 from gateway.errors import ApiError, ClientGone, GatewayError, RouterUnavailable, to_api_error
 from gateway.http_metrics import GatewayMetrics
 from gateway.jobs import Job, check_model, prepare_chat, prepare_completion
@@ -46,6 +47,8 @@ def build_app(
     _add_model_routes(app, settings)
     _add_service_routes(app, backend)
     app.add_middleware(RequestEnvelope, settings=settings, metrics=backend.metrics)
+    if settings.cors_origins:
+        allow_cross_origin(app, settings.cors_origins)
     return app
 
 
@@ -65,16 +68,17 @@ def _add_generation_routes(
 
 
 def _add_model_routes(app: FastAPI, settings: GatewaySettings) -> None:
-    card = {"id": settings.model_name, "object": "model", "created": settings.created, "owned_by": "sage-moe"}
+    facts = {"object": "model", "created": settings.created, "owned_by": "sage-moe"}
+    cards = {name: {"id": name, **facts} for name in settings.model_names}
 
     @app.get("/v1/models")
     async def models() -> JSONResponse:
-        return JSONResponse({"object": "list", "data": [card]})
+        return JSONResponse({"object": "list", "data": list(cards.values())})
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> JSONResponse:
         check_model(name, settings)
-        return JSONResponse(card)
+        return JSONResponse(cards[name])
 
 
 def _add_service_routes(app: FastAPI, backend: Backend) -> None:

@@ -38,7 +38,7 @@ class Job:
 
 def check_model(name: str, settings: GatewaySettings) -> None:
     """Raises ApiError 404."""
-    if name != settings.model_name:
+    if name not in settings.model_names:
         message = f"The model '{name[:200]}' does not exist."
         raise ApiError(404, message, param="model", code="model_not_found")
 

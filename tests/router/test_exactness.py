@@ -30,6 +30,8 @@ from tests.checkpoints import write_tiny
 from tests.engines import Outcome, assert_same_bits, open_engine, run_to_end, small_engine
 
 SECRET = b"a secret for tests, 32 bytes long"
+PATIENT = TransportLimits(heartbeat_misses=120)
+"""A busy machine may keep a heartbeat waiting, and these tests count failovers."""
 SWITCHES: dict[str, dict[str, Any]] = {
     "qwen2_moe": {
         "num_hidden_layers": 4,
@@ -215,7 +217,9 @@ def test_remote_experts_equal_local(
 ) -> None:
     roster = serve_experts(root, dtype, num_actors)
     loaded = open_engine(
-        root, EngineOptions(dtype=dtype), lambda worker: RemoteDirectory(worker, roster, SECRET)
+        root,
+        EngineOptions(dtype=dtype),
+        lambda worker: RemoteDirectory(worker, roster, SECRET, limits=PATIENT),
     )
     assert_same_bits(run_to_end(loaded.engine, requests, JOIN_AT), reference)
     stats = loaded.directory.stats()
@@ -238,7 +242,7 @@ def test_experts_partly_remote_and_partly_lost_equal_local(
     loaded = open_engine(
         root,
         EngineOptions(dtype=dtype),
-        lambda worker: RemoteDirectory(worker, roster, SECRET, limits=TransportLimits()),
+        lambda worker: RemoteDirectory(worker, roster, SECRET, limits=PATIENT),
     )
     assert_same_bits(run_to_end(loaded.engine, requests, JOIN_AT), reference)
     stats = loaded.directory.stats()
