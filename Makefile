@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 STORE := .stores/stories
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: setup demo serve test lint unit bench-transport clean
+.PHONY: setup demo serve test lint unit chaos bench-transport bench-extract clean
 
 setup: $(STAMP)
 
@@ -38,6 +38,13 @@ lint: setup
 unit: setup
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile -m "not ray"
 	$(BIN)/python -m pytest -m ray
+
+# Kills an extraction a hundred times; `make test` does it a dozen times.
+chaos: setup
+	$(BIN)/python -m tests.chaos.extract_kills models/stories-moe --kills 100
+
+bench-extract: setup
+	$(BIN)/python -m benchmarks.bench_extract
 
 bench-transport: setup
 	$(BIN)/python -m benchmarks.bench_transport
