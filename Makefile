@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 STORE := .stores/stories
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: setup demo serve test lint unit chaos bench-transport clean
+.PHONY: setup demo serve test lint unit chaos bench-transport bench-extract clean
 
 setup: $(STAMP)
 
@@ -39,10 +39,13 @@ unit: setup
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile -m "not ray and not slow"
 	$(BIN)/python -m pytest -m "ray and not slow"
 
-# Kills things for minutes; `make test` has the quick ones.
+# Kills extractions and batches for minutes; `make test` has the quick ones.
 chaos: setup
-	$(BIN)/python -m tests.chaos.extract_kills --kills 100 models/stories-moe
+	$(BIN)/python -m tests.chaos.extract_kills models/stories-moe --kills 100
 	$(BIN)/python -m pytest -m "chaos or slow"
+
+bench-extract: setup
+	$(BIN)/python -m benchmarks.bench_extract
 
 bench-transport: setup
 	$(BIN)/python -m benchmarks.bench_transport

@@ -80,7 +80,11 @@ def _requests(root: Path, source: Path, loaded: LoadedEngine) -> list[Generation
     lines = source.read_bytes().splitlines()
     jobs = [preparer.prepare(RawRow(index, line=line)).job for index, line in enumerate(lines)]
     preparer.close()
-    return [replace(job.request, request_id=f"row-{n}") for n, job in enumerate(jobs) if job is not None]
+    return [
+        replace(job.choices[0].request, request_id=f"row-{n}")
+        for n, job in enumerate(jobs)
+        if job is not None
+    ]
 
 
 def _run_engine(loaded: LoadedEngine, requests: Sequence[GenerationRequest]) -> float:

@@ -8,6 +8,7 @@ that starts Ray; used by `cluster.supervisor`, `gateway.deployment` and `gateway
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,8 @@ LOCAL_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 place of the machine's own, so that its ports are closed to others. Ray reads it when it is first imported. Token
 authentication is on by Ray's own default for a Ray that is started here."""
 SPIN_S = 0.0001
+SPARE_REQUESTS = 384
+"""Requests of a gateway beyond twice its generations; with the default options 1,024 in all."""
 NO_CPUS = 0.0
 """Scheduling weight of our actors and replicas: they share the cores by threads, not by Ray's bookkeeping."""
 
@@ -96,10 +99,13 @@ def router_deployment_options(num_threads: int) -> dict[str, Any]:
 
 
 def gateway_deployment_options(max_open_requests: int) -> dict[str, Any]:
-    """Serve options of the gateway. Beyond `max_open_requests` Serve itself answers 503."""
+    """Serve options of the gateway. It refuses generation beyond `max_open_requests` itself, with 429; Serve's own
+    limit is above that, so that refusals, status and readiness get through, and answers 503."""
+    room = 2 * max_open_requests + SPARE_REQUESTS
     return _deployment(1) | {
-        "max_ongoing_requests": max_open_requests,
-        "max_queued_requests": max_open_requests,
+        "max_ongoing_requests": room,
+        "max_queued_requests": room,
+        "backpressure_config": {"status_code": 503, "retry_after_s": 1.0},
     }
 
 
@@ -123,6 +129,9 @@ def start_ray(address: str | None = None, num_cpus: int | None = None) -> None:
     import logging
 
     defaults = ray_environment() | (LOCAL_ONLY if address is None else {})
+    if address is None and "ray" not in sys.modules:
+        # What Ray would decide itself, with a warning; once it is imported, it takes a change for a mistake.
+        defaults |= {"RAY_AUTH_MODE": "token"}
     os.environ.update({key: os.environ.get(key, value) for key, value in defaults.items()})
     import ray
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -177,9 +178,18 @@ def endpoint() -> str:
     return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
 
 
+def silence_downloads() -> None:
+    """No bars of the library's own."""
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+
+    disable_progress_bars()
+
+
 def _api() -> HfApi:
     from huggingface_hub import HfApi
 
+    if not sys.stderr.isatty():
+        silence_downloads()
     return HfApi(endpoint=endpoint(), library_name="sage-moe")
 
 

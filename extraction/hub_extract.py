@@ -28,6 +28,7 @@ from extraction.hub import (
     download_all,
     fetch_outline,
     look_up,
+    silence_downloads,
 )
 from extraction.manifest import Dtype
 from extraction.safetensors_file import read_header
@@ -110,7 +111,9 @@ def extract_from_hub(
         job = prepare(outline, selection=selection, dtype=dtype)
         supply = HubShards(remote, outline, discard_source)
         _check_space(job, supply, dest, announce)
-        if not discard_source:
+        if discard_source:
+            silence_downloads()  # Two bars would overwrite each other: the extraction's moves with each shard.
+        else:
             download_all(remote, _shards(job))
         return extract(outline, dest, selection=selection, dtype=dtype, progress=progress, shards=supply)
 

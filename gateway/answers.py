@@ -7,12 +7,16 @@ Our own extension is one object, `sage`, in a plain answer and in the last chunk
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 DONE_EVENT = b"data: [DONE]\n\n"
 ROUTING_QUALITY = "exact"
 """Native routing: the published model's own."""
+
+Logprobs = dict[str, Any] | None
+"""As `gateway.logprobs` shapes them."""
 
 
 @dataclass(frozen=True)
@@ -27,51 +31,62 @@ class AnswerHead:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """How a generation ended and what it took."""
+class ChoiceAnswer:
+    """One answer as a whole."""
 
+    text: str
+    logprobs: Logprobs
     finish_reason: Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What all answers to a request took."""
+
     num_prompt_tokens: int
     num_answer_tokens: int
     ttft_s: float
-    """From the request's arrival to the first token."""
+    """From the request's arrival to the first token of any answer; 0 where nothing was generated."""
     tokens_per_s: float
-    """Of the tokens that came after the first event; 0 where there are none."""
+    """Of the tokens that came after each answer's first event; 0 where there are none."""
 
 
-def plain_answer(head: AnswerHead, text: str, outcome: Outcome) -> dict[str, Any]:
+def plain_answer(head: AnswerHead, choices: Sequence[ChoiceAnswer], totals: Totals) -> dict[str, Any]:
     """The whole answer of either endpoint."""
-    choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": outcome.finish_reason}
-    if head.is_chat:
-        choice["message"] = {"role": "assistant", "content": text, "refusal": None}
-    else:
-        choice["text"] = text
     kind = "chat.completion" if head.is_chat else "text_completion"
-    return {**_envelope(head, kind), "choices": [choice], **_closing(outcome)}
+    shown = [_plain_choice(head, index, choice) for index, choice in enumerate(choices)]
+    return {**_envelope(head, kind), "choices": shown, **_closing(totals)}
 
 
-def role_chunk(head: AnswerHead) -> dict[str, Any]:
-    """The first chunk of a chat's stream."""
-    return _chunk(head, [_delta({"role": "assistant", "content": ""}, None)])
-
-
-def text_chunk(head: AnswerHead, text: str) -> dict[str, Any]:
-    """Some text."""
+def _plain_choice(head: AnswerHead, index: int, choice: ChoiceAnswer) -> dict[str, Any]:
+    content: dict[str, Any] = {"text": choice.text}
     if head.is_chat:
-        return _chunk(head, [_delta({"content": text}, None)])
-    return _chunk(head, [{"index": 0, "text": text, "logprobs": None, "finish_reason": None}])
+        content = {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
+    return {"index": index, **content, "logprobs": choice.logprobs, "finish_reason": choice.finish_reason}
 
 
-def end_chunk(head: AnswerHead, outcome: Outcome) -> dict[str, Any]:
-    """The chunk with the finish reason."""
+def role_chunk(head: AnswerHead, index: int) -> dict[str, Any]:
+    """The first chunk of an answer in a chat's stream."""
+    return _chunk(head, [_delta(index, {"role": "assistant", "content": ""}, None, None)])
+
+
+def text_chunk(head: AnswerHead, index: int, text: str, logprobs: Logprobs) -> dict[str, Any]:
+    """Some text, and the logprobs of the tokens that came with it."""
     if head.is_chat:
-        return _chunk(head, [_delta({}, outcome.finish_reason)])
-    return _chunk(head, [{"index": 0, "text": "", "logprobs": None, "finish_reason": outcome.finish_reason}])
+        return _chunk(head, [_delta(index, {"content": text}, logprobs, None)])
+    return _chunk(head, [{"index": index, "text": text, "logprobs": logprobs, "finish_reason": None}])
 
 
-def usage_chunk(head: AnswerHead, outcome: Outcome) -> dict[str, Any]:
+def end_chunk(head: AnswerHead, index: int, finish_reason: str) -> dict[str, Any]:
+    """The chunk with an answer's finish reason."""
+    if head.is_chat:
+        return _chunk(head, [_delta(index, {}, None, finish_reason)])
+    return _chunk(head, [{"index": index, "text": "", "logprobs": None, "finish_reason": finish_reason}])
+
+
+def usage_chunk(head: AnswerHead, totals: Totals) -> dict[str, Any]:
     """The last chunk where the client asked for usage; it has no choices."""
-    return {**_chunk(head, []), **_closing(outcome)}
+    return {**_chunk(head, []), **_closing(totals)}
 
 
 def encode_event(value: object) -> bytes:
@@ -84,8 +99,10 @@ def _chunk(head: AnswerHead, choices: list[dict[str, Any]]) -> dict[str, Any]:
     return {**_envelope(head, kind), "choices": choices}
 
 
-def _delta(delta: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
-    return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+def _delta(
+    index: int, delta: dict[str, Any], logprobs: Logprobs, finish_reason: str | None
+) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
 def _envelope(head: AnswerHead, kind: str) -> dict[str, Any]:
@@ -98,9 +115,9 @@ def _envelope(head: AnswerHead, kind: str) -> dict[str, Any]:
     }
 
 
-def _closing(outcome: Outcome) -> dict[str, Any]:
-    prompt, answer = outcome.num_prompt_tokens, outcome.num_answer_tokens
-    timings = {"ttft_s": round(outcome.ttft_s, 6), "tokens_per_s": round(outcome.tokens_per_s, 3)}
+def _closing(totals: Totals) -> dict[str, Any]:
+    prompt, answer = totals.num_prompt_tokens, totals.num_answer_tokens
+    timings = {"ttft_s": round(totals.ttft_s, 6), "tokens_per_s": round(totals.tokens_per_s, 3)}
     return {
         "usage": {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer},
         "sage": {"quality": ROUTING_QUALITY, "timings": timings},

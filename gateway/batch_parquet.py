@@ -23,7 +23,8 @@ from extraction.manifest import ARROW_SCHEMA_KEY
 from gateway.batch_plan import MAX_INPUT_ROWS, Part
 from gateway.batch_rows import RawRow
 from gateway.errors import BatchInputInvalid
-from gateway.openai_types import UNSUPPORTED
+from gateway.field_policy import UNSUPPORTED
+from gateway.openai_types import ChatRequest, CompletionRequest
 from gateway.settings import RequestLimits
 
 MAGIC = b"PAR1"
@@ -47,17 +48,25 @@ COLUMNS: Mapping[str, frozenset[str]] = {
     "prompt": frozenset({"text", "wholes"}),
     "messages": frozenset({"messages"}),
     "max_tokens": NUMBERS,
+    "min_tokens": NUMBERS,
     "temperature": NUMBERS,
     "top_p": NUMBERS,
     "top_k": NUMBERS,
     "min_p": NUMBERS,
+    "presence_penalty": NUMBERS,
+    "frequency_penalty": NUMBERS,
+    "repetition_penalty": NUMBERS,
     "seed": NUMBERS,
     "stop": frozenset({"text", "texts"}),
 }
 """What a column may hold; see `_kind`."""
-WHOLE_FIELDS = ("max_tokens", "top_k", "seed")
+WHOLE_FIELDS = ("max_tokens", "min_tokens", "top_k", "seed")
 """Columns of whole numbers, which pandas turns into fractions where some rows have none."""
-REFUSED_COLUMNS = frozenset({*UNSUPPORTED, "n", "stream", "body", "custom_id", "max_completion_tokens"})
+REFUSED_COLUMNS = (
+    frozenset({*UNSUPPORTED, *ChatRequest.model_fields, *CompletionRequest.model_fields, "body", "custom_id"})
+    - COLUMNS.keys()
+)
+"""Fields of the API that would change an answer and have no column."""
 
 
 class ParquetRows:

@@ -24,6 +24,8 @@ from gateway.tokenizer import TextTokenizer
 MAX_ID_CHARS = 512
 CHAT_URL = "/v1/chat/completions"
 COMPLETION_URL = "/v1/completions"
+NOT_IN_A_ROW = ("stream", "logprobs", "top_logprobs", "echo")
+"""Fields whose answers have no column."""
 LINE_FIELDS = frozenset({"custom_id", "method", "url", "body"})
 
 
@@ -84,7 +86,10 @@ class RowPreparer:
             row_id = read_id(fields)
             request = read_row(fields, row_id)
             body = fill_in(request, row.index, self._defaults, self._settings.model_name)
-            return PreparedRow(row.index, row_id, self._job(body, request.is_chat))
+            job = self._job(body, request.is_chat)
+            if len(job.choices) != 1:
+                raise ApiError(400, "A row gets one answer: n must be 1, and prompt a single one.", param="n")
+            return PreparedRow(row.index, row_id, job)
         except ApiError as error:
             message = error.message.replace("The body", "The row", 1)
             return PreparedRow(row.index, row_id, error=one_line(message))
@@ -145,10 +150,9 @@ def _read_batch_line(fields: Mapping[str, Any], row_id: str | None) -> RowReques
 def fill_in(request: RowRequest, index: int, defaults: RowDefaults, model_name: str) -> dict[str, Any]:
     """The body with the job's defaults for what it leaves out. Raises ApiError for what only HTTP can do."""
     body = dict(request.body)
-    if body.get("stream"):
-        raise ApiError(400, "stream is not supported in a batch.", param="stream")
-    if body.get("n") not in (None, 1):
-        raise ApiError(400, "n must be 1: a row gets one answer.", param="n")
+    for name in NOT_IN_A_ROW:
+        if body.get(name) not in (None, False):
+            raise ApiError(400, f"{name} is not supported in a batch.", param=name)
     if body.get("model") is None:
         body["model"] = model_name
     if body.get("seed") is None:

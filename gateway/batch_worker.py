@@ -70,20 +70,22 @@ class BatchWorker:
 
     def __init__(self, spec: WorkerSpec) -> None:
         """Raises what loading the engine or opening the input raises."""
-        self._stack = ExitStack()
-        store = ExpertStore.open(Path(spec.store_root))
-        self._stack.callback(store.close)
-        tokenizer = TextTokenizer.from_folder(Path(spec.store_root))
-        template = ChatTemplate.from_folder(Path(spec.store_root), tokenizer)
-        self.loaded: LoadedEngine = load_engine(store, EngineOptions(dtype=spec.dtype))
-        self._stack.callback(self.loaded.directory.close)
-        settings = batch_settings(spec, store, self.loaded)
-        self._preparer = RowPreparer(settings, tokenizer, template, spec.defaults)
-        self._stack.callback(self._preparer.close)
-        self._tokenizer = tokenizer
-        opened = open_rows(spec.input_path, spec.input_format, spec.input_nbytes, spec.input_mtime_ns)
-        self._reader: RowReader = self._stack.enter_context(opened)
-        self._folder = OutputFolder(Path(spec.output_root))
+        with ExitStack() as stack:
+            root = Path(spec.store_root)
+            store = ExpertStore.open(root)
+            stack.callback(store.close)
+            self._tokenizer = TextTokenizer.from_folder(root)
+            template = ChatTemplate.from_folder(root, self._tokenizer)
+            stack.callback(template.close)
+            self.loaded: LoadedEngine = load_engine(store, EngineOptions(dtype=spec.dtype))
+            stack.callback(self.loaded.directory.close)
+            settings = batch_settings(spec, store, self.loaded)
+            self._preparer = RowPreparer(settings, self._tokenizer, template, spec.defaults)
+            stack.callback(self._preparer.close)
+            opened = open_rows(spec.input_path, spec.input_format, spec.input_nbytes, spec.input_mtime_ns)
+            self._reader: RowReader = stack.enter_context(opened)
+            self._folder = OutputFolder(Path(spec.output_root))
+            self._stack = stack.pop_all()
 
     def close(self) -> None:
         self._stack.close()
@@ -115,8 +117,15 @@ class _OpenRow:
 
     def __init__(self, row: PreparedRow, tokenizer: TextTokenizer) -> None:
         assert row.job is not None
-        self.row, self.request = row, row.job.request
-        self._text = AnswerText(tokenizer.detokenizer(), self.request.sampling.stop_token_ids, row.job.stops)
+        (choice,) = row.job.choices
+        self.row, self.request = row, choice.request
+        sampling = choice.request.sampling
+        self._text = AnswerText(
+            tokenizer.detokenizer(),
+            {*sampling.stop_token_ids, *tokenizer.special_tokens},
+            row.job.stops,
+            min_tokens=sampling.min_tokens,
+        )
         self._pieces: list[str] = []
 
     def push(self, event: TokenEvent) -> ResultRow | None:
@@ -195,11 +204,12 @@ class PartsRun:
         if row.job is None:
             return ResultRow(row.index, row.id, error=row.error)
         name = f"row-{row.index}"
+        open_row = _OpenRow(row, self._tokenizer)
         try:
-            self._engine.submit(replace(row.job.request, request_id=name))
+            self._engine.submit(replace(open_row.request, request_id=name))
         except (RequestTooLong, PromptInvalid) as error:
             return ResultRow(row.index, row.id, error=str(error))
-        self._open[name] = _OpenRow(row, self._tokenizer)
+        self._open[name] = open_row
         return None
 
     def _take(self, event: TokenEvent) -> ResultRow | None:

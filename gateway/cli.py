@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any, NoReturn, Optional
@@ -14,8 +15,10 @@ from cluster.errors import ClusterError
 from experts.errors import ExpertError
 from extraction.errors import ExtractionError, one_line
 from gateway.batch_command import batch
+from gateway.chat_command import chat
 from gateway.errors import GatewayError
 from gateway.extract_command import extract
+from gateway.serve_command import serve
 from router.errors import RouterError
 
 app = typer.Typer(
@@ -37,6 +40,12 @@ StoreArgument = Annotated[
 DtypeOption = Annotated[
     Optional[str],  # noqa: UP045 - typer reads the annotation at run time
     typer.Option(help="float32 or bfloat16; default: as stored."),
+]
+ApiKeyOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        metavar="KEY|@FILE", help="Key to send, or a file with it; default: the first of SAGE_MOE_API_KEYS."
+    ),
 ]
 DEFAULT_URL = "http://127.0.0.1:8000"
 
@@ -135,7 +144,7 @@ def generate(
     if as_json:
         typer.echo(json.dumps(result.as_json(), ensure_ascii=False))
     else:
-        typer.echo("" if stream else result.text)
+        typer.echo("" if stream else _for_output(result.text))
 
 
 def _chosen_prompt(prompt: str | None, prompt_ids: str | None) -> str | tuple[int, ...]:
@@ -150,8 +159,15 @@ def _chosen_prompt(prompt: str | None, prompt_ids: str | None) -> str | tuple[in
 
 
 def _write_at_once(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(_for_output(text))
     sys.stdout.flush()
+
+
+def _for_output(text: str) -> str:
+    """A model's text without what would move a terminal's cursor; to a file or pipe, as it is."""
+    from gateway.terminal_text import safe_text
+
+    return safe_text(text) if sys.stdout.isatty() else text
 
 
 def _announce(line: str) -> None:
@@ -162,37 +178,8 @@ def _keep_quiet(_text: str) -> None:
     """For answers that are printed at the end."""
 
 
-@app.command()
-def serve(
-    store: StoreArgument,
-    host: Annotated[str, typer.Option(help="Address to bind.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
-    actors: Annotated[
-        int,
-        typer.Option(min=0, max=64, help="Expert actors; 0 computes all experts in the router's process."),
-    ] = 0,
-    dtype: DtypeOption = None,
-    served_model_name: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Name in the API; default: the store's."),
-    ] = None,
-) -> None:
-    """Serve a store over HTTP until interrupted."""
-    from gateway.launch import ServiceOptions, interruptible, running_service, wait_for_interrupt
-    from gateway.store_source import model_name, resolve_runnable
-
-    name = served_model_name or model_name(store)
-    root = resolve_runnable(store, announce=_announce)
-    options = ServiceOptions(root, name, host, port, actors, dtype)
-    with interruptible():
-        try:
-            with running_service(options):
-                typer.echo(f"{name} is served at http://{host}:{port}/v1 (Ctrl-C stops it)")
-                wait_for_interrupt()
-        except KeyboardInterrupt:
-            sys.exit(130)
-
-
+app.command()(serve)
+app.command()(chat)
 app.command()(batch)
 
 
@@ -200,21 +187,28 @@ app.command()(batch)
 def status(
     url: Annotated[str, typer.Option(help="Where the service answers.")] = DEFAULT_URL,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    api_key: ApiKeyOption = None,
 ) -> None:
     """Show actors, nodes and requests of a running service."""
     import httpx
     from rich.console import Console
 
+    from gateway.api_keys import bearer_headers, client_key
     from gateway.status_view import render_status
 
+    headers = bearer_headers(client_key(api_key, os.environ))
     try:
-        answer = httpx.get(f"{url.rstrip('/')}/sage/status", timeout=15.0).raise_for_status().json()
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        response = httpx.get(f"{url.rstrip('/')}/sage/status", headers=headers, timeout=15.0)
+        if response.status_code == 401:
+            _fail(f"{url} wants an API key: --api-key @FILE, or SAGE_MOE_API_KEYS")
+        answer = response.raise_for_status().json()
+        view = render_status(answer)
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError, AttributeError) as error:
         _fail(f"no service answers at {url}: {error}")
     if as_json:
         typer.echo(json.dumps(answer, indent=2))
     else:
-        Console(highlight=False).print(render_status(answer))
+        Console(highlight=False).print(view)
 
 
 if __name__ == "__main__":

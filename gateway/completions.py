@@ -1,20 +1,21 @@
-"""Runs one job at the router and yields its answer, in pieces or whole.
+"""Runs one job at the router and yields its answers, in pieces or whole.
 
-Closing a generator of this module closes the router's, which cancels the request there. Called by
+Closing a generator of this module closes the router's, which cancels the requests there. Called by
 `gateway.http_app`.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 from gateway.answers import (
     DONE_EVENT,
-    Outcome,
+    ChoiceAnswer,
+    Logprobs,
+    Totals,
     encode_event,
     end_chunk,
     plain_answer,
@@ -24,9 +25,12 @@ from gateway.answers import (
 )
 from gateway.errors import GenerationFailed, RouterUnavailable
 from gateway.http_metrics import GatewayMetrics
-from gateway.jobs import Job
+from gateway.jobs import ChoiceJob, Job
+from gateway.logprobs import LoggedToken, chat_logprobs, completion_logprobs, logged
+from gateway.merge import merged
 from gateway.router_client import RouterClient
 from gateway.stream import AnswerText
+from gateway.token_clock import TokenClock, join_clocks
 from gateway.tokenizer import TextTokenizer
 from router.request import TokenEvent
 
@@ -40,95 +44,130 @@ class Backend:
     metrics: GatewayMetrics
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Progress of one answer."""
+
+    index: int
+    text: str
+    tokens: Sequence[LoggedToken] = ()
+    """Those that came with this piece, where logprobs are asked for."""
+    finish_reason: Literal["stop", "length"] | None = None
+    """In the answer's last piece."""
+    num_tokens: int = 0
+    """Tokens of the whole answer, in its last piece."""
+
+
+@dataclass
+class _Answer:
+    """One answer while it grows."""
+
+    texts: list[str] = field(default_factory=list)
+    tokens: list[LoggedToken] = field(default_factory=list)
+    finish_reason: Literal["stop", "length"] = "length"
+
+
 async def whole_answer(job: Job, backend: Backend) -> dict[str, Any]:
     """The plain answer. Raises RouterBusy, RouterUnavailable, GenerationFailed."""
-    pieces: list[str] = []
-    async with aclosing(_generate(job, backend)) as generation:
-        async for piece in generation:
-            if isinstance(piece, Outcome):
-                return plain_answer(job.head, "".join(pieces), piece)
-            pieces.append(piece)
-    raise AssertionError("a generation ends with its outcome")
+    answers = [_Answer() for _ in job.choices]
+    clocks = _clocks(job, backend)
+    num_tokens = 0
+    async with aclosing(_pieces(job, backend, clocks)) as pieces:
+        async for piece in pieces:
+            answer = answers[piece.index]
+            answer.texts.append(piece.text)
+            answer.tokens.extend(piece.tokens)
+            num_tokens += piece.num_tokens
+            answer.finish_reason = piece.finish_reason or answer.finish_reason
+    choices = [
+        ChoiceAnswer("".join(answer.texts), _logprobs(job, backend, answer.tokens), answer.finish_reason)
+        for answer in answers
+    ]
+    return plain_answer(job.head, choices, _totals(job, clocks, num_tokens))
 
 
 async def answer_events(job: Job, backend: Backend) -> AsyncGenerator[bytes, None]:
     """The streamed answer as server-sent events. Raises like `whole_answer`; nothing is yielded before the
-    router has taken the request and answered."""
-    is_first = True
-    async with aclosing(_generate(job, backend)) as generation:
-        async for piece in generation:
-            if is_first and job.head.is_chat:
-                yield encode_event(role_chunk(job.head))
-            is_first = False
-            if isinstance(piece, Outcome):
-                yield encode_event(end_chunk(job.head, piece))
-                if job.has_usage_chunk:
-                    yield encode_event(usage_chunk(job.head, piece))
-            elif piece:
-                yield encode_event(text_chunk(job.head, piece))
+    router has taken a request and answered."""
+    clocks = _clocks(job, backend)
+    num_tokens = 0
+    begun: set[int] = set()
+    async with aclosing(_pieces(job, backend, clocks)) as pieces:
+        async for piece in pieces:
+            if job.head.is_chat and piece.index not in begun:
+                begun.add(piece.index)
+                yield encode_event(role_chunk(job.head, piece.index))
+            if piece.text or piece.tokens:
+                logprobs = _logprobs(job, backend, piece.tokens) if piece.tokens else None
+                yield encode_event(text_chunk(job.head, piece.index, piece.text, logprobs))
+            if piece.finish_reason is not None:
+                num_tokens += piece.num_tokens
+                yield encode_event(end_chunk(job.head, piece.index, piece.finish_reason))
+    if job.has_usage_chunk:
+        yield encode_event(usage_chunk(job.head, _totals(job, clocks, num_tokens)))
     yield DONE_EVENT
 
 
-async def _generate(job: Job, backend: Backend) -> AsyncGenerator[str | Outcome, None]:
-    """Pieces of text, some of them empty, then the outcome."""
-    text = AnswerText(backend.tokenizer.detokenizer(), job.request.sampling.stop_token_ids, job.stops)
-    clock = _TokenClock(job.started_at, backend.metrics)
-    backend.metrics.prompt_tokens.inc(len(job.request.prompt_ids))
-    reason: Literal["stop", "length"] | None = None
-    events = cast(AsyncGenerator[TokenEvent, None], backend.client.generate(job.request))
+def _clocks(job: Job, backend: Backend) -> list[TokenClock]:
+    return [TokenClock(job.started_at, backend.metrics) for _ in job.choices]
+
+
+def _totals(job: Job, clocks: Sequence[TokenClock], num_tokens: int) -> Totals:
+    return Totals(job.num_prompt_tokens, num_tokens, *join_clocks(clocks))
+
+
+def _logprobs(job: Job, backend: Backend, tokens: Sequence[LoggedToken]) -> Logprobs:
+    if job.choices[0].request.num_logprobs is None:
+        return None
+    shape = chat_logprobs if job.head.is_chat else completion_logprobs
+    return shape(tokens, backend.tokenizer.token_bytes)
+
+
+def _pieces(job: Job, backend: Backend, clocks: Sequence[TokenClock]) -> AsyncGenerator[Piece, None]:
+    """Of all answers, as they come."""
+    backend.metrics.prompt_tokens.inc(job.num_prompt_tokens)
+    return merged([_generate(job, choice, backend, clocks[choice.index]) for choice in job.choices])
+
+
+async def _generate(
+    job: Job, choice: ChoiceJob, backend: Backend, clock: TokenClock
+) -> AsyncGenerator[Piece, None]:
+    """One answer."""
+    request = choice.request
+    text = AnswerText(
+        backend.tokenizer.detokenizer(has_special=choice.is_echoed),
+        {*request.sampling.stop_token_ids, *backend.tokenizer.special_tokens},
+        job.stops,
+        min_tokens=request.sampling.min_tokens,
+    )
+    must_echo = choice.is_echoed
+    events = cast(AsyncGenerator[TokenEvent, None], backend.client.generate(request))
     async with aclosing(events):
         async for event in events:
+            failure = _failure(event)
+            if failure is not None:
+                raise failure
+            if must_echo:
+                must_echo = False
+                shown, offsets = text.echo(request.prompt_ids)
+                yield Piece(choice.index, shown, logged(request.prompt_ids, offsets, event.prompt_logprobs))
             num_before = text.num_tokens
-            piece = text.push(event.token_ids)
+            shown, offsets = text.take(event.token_ids)
             clock.note(text.num_tokens - num_before)
-            reason = "stop" if text.is_stopped else _finish_reason(event)
-            if reason is not None:
+            tokens = logged(event.token_ids, offsets, event.logprobs)
+            if text.is_stopped or event.finish_reason is not None:
                 break
-            yield piece
-    if reason is None:
-        raise RouterUnavailable("its answer ended without a finish reason")
-    yield piece + text.flush()
-    if text.is_stopped:
-        reason = "stop"
-    yield Outcome(reason, len(job.request.prompt_ids), text.num_tokens, clock.ttft_s, clock.tokens_per_s)
-
-
-def _finish_reason(event: TokenEvent) -> Literal["stop", "length"] | None:
-    if event.finish_reason == "error":
-        raise GenerationFailed(event.error or "the router gave no reason")
-    if event.finish_reason == "cancelled":
-        raise RouterUnavailable("it cancelled the request")
-    return event.finish_reason
-
-
-class _TokenClock:
-    """When the tokens of one answer came; also feeds the metrics."""
-
-    def __init__(self, started_at: float, metrics: GatewayMetrics) -> None:
-        self._started_at, self._metrics = started_at, metrics
-        self._first_at = self._last_at = started_at
-        self._num_tokens = self._num_first = 0
-
-    def note(self, num_tokens: int) -> None:
-        """Tokens that came together, now; the time between them counts as equal."""
-        if not num_tokens:
-            return
-        now = time.perf_counter()
-        self._metrics.answer_tokens.inc(num_tokens)
-        if not self._num_tokens:
-            self._first_at, self._num_first = now, num_tokens
-            self._metrics.time_to_first_token.observe(now - self._started_at)
+            yield Piece(choice.index, shown, tokens)
         else:
-            for _ in range(num_tokens):
-                self._metrics.time_between_tokens.observe((now - self._last_at) / num_tokens)
-        self._last_at = now
-        self._num_tokens += num_tokens
+            raise RouterUnavailable("its answer ended without a finish reason")
+    shown += text.flush()
+    is_stopped = text.is_stopped or event.finish_reason == "stop"
+    yield Piece(choice.index, shown, tokens, "stop" if is_stopped else "length", text.num_tokens)
 
-    @property
-    def ttft_s(self) -> float:
-        return self._first_at - self._started_at
 
-    @property
-    def tokens_per_s(self) -> float:
-        duration_s = self._last_at - self._first_at
-        return (self._num_tokens - self._num_first) / duration_s if duration_s > 0.0 else 0.0
+def _failure(event: TokenEvent) -> Exception | None:
+    if event.finish_reason == "error":
+        return GenerationFailed(event.error or "the router gave no reason")
+    if event.finish_reason == "cancelled":
+        return RouterUnavailable("it cancelled the request")
+    return None

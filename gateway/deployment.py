@@ -29,6 +29,7 @@ from cluster.resources import gateway_deployment_options, router_deployment_opti
 from experts.directory import LocalDirectory
 from experts.store import ExpertStore
 from experts.worker import ExpertWorker
+from gateway.api_keys import NO_KEYS, KeyRing
 from gateway.chat_template import ChatTemplate
 from gateway.errors import ApiError, GatewayError, RouterBusy, RouterUnavailable
 from gateway.http_app import GatewaySettings, build_app
@@ -57,7 +58,9 @@ class DeploymentSpec:
     model_name: str
     num_actors: int
     engine: EngineOptions
-    max_open_requests: int = 1024
+    model_aliases: tuple[str, ...] = ()
+    keys: KeyRing = NO_KEYS
+    cors_origins: tuple[str, ...] = ()
 
 
 class RouterDeployment:
@@ -278,9 +281,16 @@ def build_gateway(spec: DeploymentSpec, handle: DeploymentHandle[Any]) -> FastAP
     store = ExpertStore.open(root)
     config = read_model_config(store.served.config)
     tokenizer = TextTokenizer.from_folder(root)
-    facts = (spec.model_name, config.max_position_embeddings, config.vocab_size, int(time.time()))
-    settings = GatewaySettings.from_manifest(store.manifest, *facts)
-    settings = replace(settings, is_request_id_sent=False)  # Serve's proxy sends it
+    context_length = spec.engine.max_model_len or config.max_position_embeddings
+    facts = (spec.model_name, context_length, config.vocab_size, int(time.time()))
+    settings = replace(
+        GatewaySettings.from_manifest(store.manifest, *facts),
+        is_request_id_sent=False,  # Serve's proxy sends it
+        model_aliases=spec.model_aliases,
+        keys=spec.keys,
+        cors_origins=spec.cors_origins,
+        max_open_requests=spec.engine.limits.max_open,
+    )
     store.close()
     template = ChatTemplate.from_folder(root, tokenizer)
     return build_app(settings, tokenizer, template, ServeRouterClient(handle))
@@ -294,7 +304,7 @@ def build_application(spec: DeploymentSpec, num_threads: int) -> serve.Applicati
 
     deployment: Any = serve.deployment  # its overloads lose the type of what it returns
     router = deployment(RouterDeployment, name=ROUTER_NAME, **router_deployment_options(num_threads))
-    options = gateway_deployment_options(spec.max_open_requests)
+    options = gateway_deployment_options(spec.engine.limits.max_open)
     gateway = deployment(serve.ingress(build_app_in_replica)(), name="gateway", **options)
     app: serve.Application = gateway.bind(router.bind(spec))
     return app

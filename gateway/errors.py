@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 import re
 
+HEADERS_BY_STATUS = {401: {"WWW-Authenticate": "Bearer"}, 408: {"Connection": "close"}}
+"""After 408 the rest of a body may still come; the connection cannot be used again."""
+
 
 class GatewayError(Exception):
     """Root of the gateway's errors."""
@@ -35,9 +38,10 @@ class ApiError(GatewayError):
         return {"error": fields}
 
     def headers(self) -> dict[str, str]:
-        if self.retry_after_s is None:
-            return {}
-        return {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
+        headers = dict(HEADERS_BY_STATUS.get(self.status, {}))
+        if self.retry_after_s is not None:
+            headers["Retry-After"] = str(max(1, math.ceil(self.retry_after_s)))
+        return headers
 
 
 class RouterBusy(GatewayError):
@@ -73,6 +77,17 @@ class GenerationFailed(GatewayError):
         return f"generation failed: {self.reason}"
 
 
+class ChatFailed(GatewayError):
+    """A chat got no answer. `reason` may quote a server."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return self.reason
+
+
 class ClientGone(GatewayError):
     """The client closed its connection; nobody reads the answer."""
 
@@ -86,6 +101,53 @@ class StoreNotFound(GatewayError):
 
     def __str__(self) -> str:
         return f"{self.source} is no store or checkpoint folder; bundled models: {', '.join(self.bundled)}"
+
+
+class OptionInvalid(GatewayError):
+    """An option or a key of the config file cannot be used. `name` is as the user wrote it."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)
+        self.name, self.reason = name, reason
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.reason}"
+
+
+class FileUnusable(GatewayError):
+    """A file that a user named cannot be read, or is not what it should be."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"{self.path} {self.reason}"
+
+
+class KeysRefused(GatewayError):
+    """API keys cannot be taken. `source` is where they are from; no key is in the message."""
+
+    def __init__(self, source: str, reason: str) -> None:
+        super().__init__(source, reason)
+        self.source, self.reason = source, reason
+
+    def __str__(self) -> str:
+        return f"{self.source} {self.reason}"
+
+
+class BindNeedsKey(GatewayError):
+    """A service without API keys would be reached by other machines."""
+
+    def __init__(self, host: str) -> None:
+        super().__init__(host)
+        self.host = host
+
+    def __str__(self) -> str:
+        return (
+            f"{self.host} can be reached from other machines, which needs an API key; "
+            "give --api-key-file FILE, or bind to 127.0.0.1"
+        )
 
 
 class StorePartial(GatewayError):
@@ -150,6 +212,21 @@ class ModelFileInvalid(GatewayError):
         return f"{self.file}: {self.reason}"
 
 
+class TemplateStuck(GatewayError):
+    """A chat template was not rendered within its limits of time and memory."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"the chat template was not rendered: {self.reason}"
+
+
+class RendererBusy(GatewayError):
+    """Other conversations took the time in which a chat template was to be rendered."""
+
+
 class BatchInputInvalid(GatewayError):
     """A batch's input file cannot be used as a whole; a bad row is an error in its row instead."""
 
@@ -190,6 +267,9 @@ def to_api_error(error: GatewayError) -> ApiError:
     if isinstance(error, RouterBusy):
         message = "The service has too many requests waiting. Please try again later."
         return ApiError(429, message, "rate_limit_error", None, "queue_full", error.retry_after_s)
+    if isinstance(error, RendererBusy):
+        message = "Too many conversations are being prepared. Please try again later."
+        return ApiError(503, message, "server_error", None, "unavailable", 1.0)
     if isinstance(error, RouterUnavailable):
         message = "The model is not available at the moment. Please try again later."
         return ApiError(503, message, "server_error", None, "unavailable", 1.0)

@@ -165,7 +165,7 @@ def _announce(line: str) -> None:
 
 @contextmanager
 def _progress_bar() -> Iterator[Progress | None]:
-    """A bar with rate and remaining time on stderr; nothing when that is no terminal."""
+    """A bar with rate and remaining time on stderr, from the first byte on; nothing when that is no terminal."""
     from rich import progress
     from rich.console import Console
 
@@ -179,6 +179,15 @@ def _progress_bar() -> Iterator[Progress | None]:
         progress.TransferSpeedColumn(),
         progress.TimeRemainingColumn(),
     )
-    with progress.Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    bar = progress.Progress(*columns, console=console, transient=True)
+    task = bar.add_task("", total=None)
+
+    def show(done: int, total: int) -> None:
+        if not bar.live.is_started:
+            bar.start()
+        bar.update(task, completed=done, total=total)
+
+    try:
+        yield show
+    finally:
+        bar.stop()

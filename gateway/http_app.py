@@ -17,10 +17,12 @@ from starlette.requests import ClientDisconnect
 from gateway.chat_template import ChatTemplate
 from gateway.completions import Backend, answer_events, whole_answer
 from gateway.connection import EventStream, run_while_connected
+from gateway.cross_origin import allow_cross_origin
 from gateway.errors import ApiError, ClientGone, GatewayError, RouterUnavailable, to_api_error
+from gateway.field_policy import ignored_header
 from gateway.http_metrics import GatewayMetrics
 from gateway.jobs import Job, check_model, prepare_chat, prepare_completion
-from gateway.openai_types import ChatRequest, CompletionRequest, RequestT, read_request
+from gateway.openai_types import ChatRequest, CompletionRequest, RequestT, ignored_in, read_request
 from gateway.request_envelope import RequestEnvelope
 from gateway.request_limits import parse_json, read_body
 from gateway.router_client import RouterClient
@@ -46,6 +48,8 @@ def build_app(
     _add_model_routes(app, settings)
     _add_service_routes(app, backend)
     app.add_middleware(RequestEnvelope, settings=settings, metrics=backend.metrics)
+    if settings.cors_origins:
+        allow_cross_origin(app, settings.cors_origins)
     return app
 
 
@@ -54,27 +58,29 @@ def _add_generation_routes(
 ) -> None:
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        checked = await _read(CompletionRequest, request, settings.limits)
-        return await _answer(await prepare_completion(checked, settings, backend.tokenizer), request, backend)
+        checked, ignored = await _read(CompletionRequest, request, settings.limits)
+        job = await prepare_completion(checked, settings, backend.tokenizer)
+        return await _answer(job, request, backend, ignored)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        checked = await _read(ChatRequest, request, settings.limits)
+        checked, ignored = await _read(ChatRequest, request, settings.limits)
         job = await prepare_chat(checked, settings, backend.tokenizer, template)
-        return await _answer(job, request, backend)
+        return await _answer(job, request, backend, ignored)
 
 
 def _add_model_routes(app: FastAPI, settings: GatewaySettings) -> None:
-    card = {"id": settings.model_name, "object": "model", "created": settings.created, "owned_by": "sage-moe"}
+    facts = {"object": "model", "created": settings.created, "owned_by": "sage-moe"}
+    cards = {name: {"id": name, **facts} for name in settings.model_names}
 
     @app.get("/v1/models")
     async def models() -> JSONResponse:
-        return JSONResponse({"object": "list", "data": [card]})
+        return JSONResponse({"object": "list", "data": list(cards.values())})
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> JSONResponse:
         check_model(name, settings)
-        return JSONResponse(card)
+        return JSONResponse(cards[name])
 
 
 def _add_service_routes(app: FastAPI, backend: Backend) -> None:
@@ -101,20 +107,28 @@ def _add_service_routes(app: FastAPI, backend: Backend) -> None:
         return JSONResponse(await backend.client.status())
 
 
-async def _read(kind: type[RequestT], request: Request, limits: RequestLimits) -> RequestT:
+async def _read(
+    kind: type[RequestT], request: Request, limits: RequestLimits
+) -> tuple[RequestT, dict[str, str]]:
+    """The checked request, and the header that names fields without effect."""
     try:
-        body = await read_body(request.stream(), request.headers.get("content-length"), limits)
+        content = await read_body(request.stream(), request.headers.get("content-length"), limits)
     except ClientDisconnect as error:
         raise ClientGone from error
-    return read_request(kind, parse_json(body, limits))
+    body = parse_json(content, limits)
+    checked = read_request(kind, body)
+    return checked, ignored_header(ignored_in(kind, body))
 
 
-async def _answer(job: Job, request: Request, backend: Backend) -> Response:
+async def _answer(job: Job, request: Request, backend: Backend, headers: dict[str, str]) -> Response:
     request_id: str = request.state.request_id
-    logger.debug("request %s is generation %s", request_id, job.request.request_id)
+    logger.debug("request %s is generation %s", request_id, job.head.answer_id)
     if job.is_streamed:
-        return EventStream(answer_events(job, backend), request_id)
-    return JSONResponse(await run_while_connected(request.receive, whole_answer(job, backend)))
+        stream = EventStream(answer_events(job, backend), request_id)
+        stream.headers.update(headers)
+        return stream
+    answer = await run_while_connected(request.receive, whole_answer(job, backend))
+    return JSONResponse(answer, headers=headers)
 
 
 async def _answer_gateway_error(request: Request, error: Exception) -> Response:

@@ -5,67 +5,57 @@ Called by `sage-moe serve`. What it started, it stops, in the reverse order, whe
 
 from __future__ import annotations
 
-import errno
 import io
 import logging
+import os
 import secrets
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from cluster.errors import ClusterError
+from cluster.resources import gateway_deployment_options, plan_threads, router_deployment_options
 from experts.numerics import num_cores
 from experts.store import ExpertStore
-from gateway.errors import AddressUnusable, DeploymentFailed, PortTaken
+from gateway.bind_address import BindAddress, check_bind, check_free, resolve_bind
+from gateway.errors import DeploymentFailed, OptionInvalid
+from gateway.service_options import ServiceOptions
+from router.batcher import BatchLimits
 from router.loading import EngineOptions, stored_dtype
-from router.model_config import read_model_config
+from router.model_config import ModelConfig, read_model_config
+
+__all__ = ["ServiceOptions", "describe_plan", "interruptible", "running_service", "wait_for_interrupt"]
 
 logger = logging.getLogger(__name__)
 
+REQUEST_TIMEOUT_S = 3600.0
+PROXY_CALLBACK = ("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "gateway.proxy_guard.middlewares")
+"""How Ray Serve is told to put a middleware of ours around its proxy. Its processes inherit the variable."""
 RAY_GRACE_S = 2.0
 """How long Ray's processes may take to go by themselves."""
 
 
-@dataclass(frozen=True)
-class ServiceOptions:
-    """What `sage-moe serve` was asked for."""
-
-    store_root: Path
-    model_name: str
-    host: str = "127.0.0.1"
-    port: int = 8000
-    num_actors: int = 0
-    dtype: str | None = None
-    ray_address: str | None = None
-    """An existing Ray; None starts one for this service."""
-    num_cpus: int | None = None
-    """What a Ray that is started counts as its CPUs; None means the machine's."""
-
-
 @contextmanager
-def running_service(options: ServiceOptions) -> Iterator[None]:
-    """The service, ready to answer, for as long as the context lasts.
+def running_service(options: ServiceOptions) -> Iterator[str]:
+    """The service, ready to answer, for as long as the context lasts. Yields its URL.
 
-    Raises PortTaken or AddressUnusable, what reading the store raises, ConfigUnsupported, ActorsNotStarted, or
-    DeploymentFailed.
+    Raises BindNeedsKey, PortTaken or AddressUnusable, OptionInvalid, what reading the store raises,
+    ConfigUnsupported, ActorsNotStarted, or DeploymentFailed.
     """
-    _check_address(options.host, options.port)
-    store = ExpertStore.open(options.store_root)
-    config = read_model_config(store.served.config)
-    dtype = options.dtype or stored_dtype(store)
-    store.close()
+    address = resolve_bind(options.host, options.port)
+    check_bind(options.host, address, len(options.keys))
+    check_free(options.host, address)
+    config, dtype = _read_model(options)
 
-    from cluster.resources import plan_spin_s, plan_threads, start_ray
+    from cluster.resources import plan_spin_s, start_ray
 
     threads = plan_threads(num_cores(), options.num_actors, config.expert_elements)
     stack = ExitStack()
     try:
         stack.callback(_stop_ray)
+        os.environ.setdefault(*PROXY_CALLBACK)
         start_ray(options.ray_address, options.num_cpus)
         stack.enter_context(interruptible())  # again: Ray has put its own handler in place
 
@@ -84,8 +74,8 @@ def running_service(options: ServiceOptions) -> Iterator[None]:
         if options.num_actors:
             stack.callback(stop_supervisor)
             _wait_for_actors(start_supervisor(spec))
-        _deploy(options, dtype, threads.router, stack)
-        yield
+        _deploy(options, address, dtype, threads.router, stack)
+        yield address.url
     finally:
         with _undisturbed():
             stack.close()
@@ -101,7 +91,64 @@ def _wait_for_actors(supervisor: Any) -> None:
         raise (error.cause if isinstance(error.cause, ClusterError) else error) from error
 
 
-def _deploy(options: ServiceOptions, dtype: str, num_threads: int, stack: ExitStack) -> None:
+def _read_model(options: ServiceOptions) -> tuple[ModelConfig, str]:
+    """The model's configuration and the dtype to compute in. Raises OptionInvalid for a context it does not have."""
+    store = ExpertStore.open(options.store_root)
+    try:
+        config = read_model_config(store.served.config)
+        dtype = options.dtype or stored_dtype(store)
+    finally:
+        store.close()
+    if (options.max_model_len or 0) > config.max_position_embeddings:
+        reason = f"({options.max_model_len}) is above the model's context of {config.max_position_embeddings}"
+        raise OptionInvalid("max-model-len", reason)
+    return config, dtype
+
+
+def engine_options(options: ServiceOptions, dtype: str, num_threads: int) -> EngineOptions:
+    return EngineOptions(
+        dtype=dtype,
+        kv_budget_bytes=options.kv_budget_bytes,
+        limits=BatchLimits(
+            max_batch_tokens=options.max_batch_tokens,
+            max_running=options.max_num_seqs,
+            max_waiting=options.max_queue,
+        ),
+        num_threads=num_threads,
+        max_model_len=options.max_model_len,
+    )
+
+
+def http_options(address: BindAddress) -> dict[str, Any]:
+    """Ray Serve's, for its proxy."""
+    return {"host": address.address, "port": address.port, "request_timeout_s": REQUEST_TIMEOUT_S}
+
+
+def describe_plan(options: ServiceOptions) -> dict[str, Any]:
+    """What `running_service` would start, as plain values; keys are counted only. Raises like it, before Ray."""
+    address = resolve_bind(options.host, options.port)
+    check_bind(options.host, address, len(options.keys))
+    config, dtype = _read_model(options)
+    threads = plan_threads(num_cores(), options.num_actors, config.expert_elements)
+    shown = options.shown() | {"dtype": dtype, "max-model-len": _context_length(options, config)}
+    max_open = engine_options(options, dtype, threads.router).limits.max_open
+    gateway = {"name": "gateway", **gateway_deployment_options(max_open)}
+    router = {"name": "router", **router_deployment_options(threads.router)}
+    application = {"name": "sage-moe", "route_prefix": "/", "deployments": [gateway, router]}
+    return {
+        "options": shown,
+        "threads": {"router": threads.router, "expert-actor": threads.expert_actor},
+        "serve": {"http_options": http_options(address), "applications": [application]},
+    }
+
+
+def _context_length(options: ServiceOptions, config: ModelConfig) -> int:
+    return options.max_model_len or config.max_position_embeddings
+
+
+def _deploy(
+    options: ServiceOptions, address: BindAddress, dtype: str, num_threads: int, stack: ExitStack
+) -> None:
     from ray import serve
     from ray.serve.config import HTTPOptions
 
@@ -111,27 +158,20 @@ def _deploy(options: ServiceOptions, dtype: str, num_threads: int, stack: ExitSt
         str(options.store_root.resolve()),
         options.model_name,
         options.num_actors,
-        EngineOptions(dtype=dtype, num_threads=num_threads),
+        engine_options(options, dtype, num_threads),
+        options.model_aliases,
+        options.keys,
+        options.cors_origins,
     )
     stack.callback(_quietly, serve.shutdown)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(http_options=HTTPOptions(host=options.host, port=options.port, request_timeout_s=3600.0))
+    serve.start(http_options=HTTPOptions(**http_options(address)))
     try:
         serve.run(build_application(spec, num_threads), name=APP_NAME, route_prefix="/")
     except RuntimeError as error:
         deployments = serve.status().applications[APP_NAME].deployments.values()
         reasons = [deployment.message for deployment in deployments if deployment.message]
         raise DeploymentFailed(reasons[0] if reasons else str(error)) from error
-
-
-def _check_address(host: str, port: int) -> None:
-    """Ray Serve would only say so after half a minute, in a log. Raises PortTaken or AddressUnusable."""
-    try:
-        socket.create_server((host, port)).close()
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise PortTaken(host, port) from error
-        raise AddressUnusable(host, error.strerror or str(error)) from error
 
 
 def _quietly(stop: Callable[[], None]) -> None:

@@ -1,98 +1,40 @@
 """What clients send: the requests of the OpenAI API that we serve, checked field by field.
 
-A field that would change the answer and that we do not support is refused, never ignored; unknown fields without
-effect are accepted. Does not check against the model (context, vocabulary); see `gateway.jobs`.
+Fields that are not declared here are the business of `gateway.field_policy`. Does not check against the model
+(context, vocabulary); see `gateway.jobs`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import ErrorDetails
 
 from gateway.errors import ApiError
+from gateway.field_policy import (
+    UNSUPPORTED,
+    UNSUPPORTED_IN_CHAT,
+    UNSUPPORTED_IN_COMPLETION,
+    UNSUPPORTED_IN_MESSAGE,
+    ignored_fields,
+    refuse_unsupported,
+)
+from gateway.openai_fields import (
+    MAX_CHOICES,
+    Prompt,
+    read_content,
+    read_logit_bias,
+    read_prompts,
+    read_stop,
+    read_stop_token_ids,
+)
 
-MAX_STOPS = 4
-MAX_STOP_CHARS = 256
 MAX_MESSAGES = 4096
 MAX_COUNT = 2**31 - 1
-
-UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
-    "logprobs": (None, False),
-    "top_logprobs": (None,),
-    "logit_bias": (None, {}),
-    "presence_penalty": (None, 0, 0.0),
-    "frequency_penalty": (None, 0, 0.0),
-    "repetition_penalty": (None, 1, 1.0),
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "functions": (None, []),
-    "function_call": (None, "none", "auto"),
-    "response_format": (None, {"type": "text"}),
-    "modalities": (None, ["text"]),
-    "audio": (None,),
-    "prediction": (None,),
-    "web_search_options": (None,),
-    "best_of": (None, 1),
-    "echo": (None, False),
-    "suffix": (None, ""),
-    "min_tokens": (None, 0),
-    "ignore_eos": (None, False),
-}
-"""Fields that would change the answer, with the values that ask for nothing."""
-UNSUPPORTED_IN_MESSAGE: Mapping[str, tuple[object, ...]] = {
-    "tool_calls": (None, []),
-    "function_call": (None,),
-    "audio": (None,),
-    "refusal": (None,),
-}
-
-
-def _read_prompt(value: object) -> str | list[int]:
-    """A prompt, also as the only member of a list of prompts."""
-    if isinstance(value, list) and value and isinstance(value[0], str | list):
-        if len(value) > 1:
-            raise PydanticCustomError("prompt", "more than one prompt in a request is not supported yet")
-        value = value[0]
-    if not isinstance(value, str | list) or (
-        isinstance(value, list) and any(type(i) is not int for i in value)
-    ):
-        expected = "must be a string, a list of token ids, or a list with exactly one of these"
-        raise PydanticCustomError("prompt", expected)
-    if not value:
-        raise PydanticCustomError("prompt", "must not be empty")
-    return value
-
-
-def _read_stop(value: object) -> tuple[str, ...]:
-    stops = () if value is None else (value,) if isinstance(value, str) else value
-    if (
-        not isinstance(stops, list | tuple)
-        or len(stops) > MAX_STOPS
-        or not all(isinstance(stop, str) and 0 < len(stop) <= MAX_STOP_CHARS for stop in stops)
-    ):
-        expected = f"must be 1 to {MAX_STOPS} strings of 1 to {MAX_STOP_CHARS} characters each"
-        raise PydanticCustomError("stop", expected)
-    return tuple(stops)
-
-
-def _read_content(value: object) -> str:
-    """A string, or text parts, which are joined by line ends."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise PydanticCustomError("content", "must be a string or a list of text parts")
-    texts = []
-    for part in value:
-        if not isinstance(part, dict) or part.get("type") != "text":
-            raise PydanticCustomError("content", "parts other than text are not supported yet")
-        text = part.get("text")
-        if not isinstance(text, str):
-            raise PydanticCustomError("content", "a text part must have a string in its field text")
-        texts.append(text)
-    return "\n".join(texts)
+MAX_LOGPROBS = 20
+READ_BY_HAND = ("prompt", "stop", "stop_token_ids", "logit_bias", "content")
+"""Kinds of errors whose text says what the field must be."""
 
 
 class Strict(BaseModel):
@@ -118,29 +60,64 @@ class GenerationOptions(Strict):
 
     model: str = Field(description="a string")
     max_tokens: int | None = Field(None, ge=1, le=MAX_COUNT, description="a whole number from 1")
+    min_tokens: int | None = Field(
+        None, ge=0, le=MAX_COUNT, description="a whole number from 0 to max_tokens"
+    )
     temperature: float | None = Field(None, ge=0.0, le=2.0, description="a number from 0 to 2")
     top_p: float | None = Field(None, ge=0.0, le=1.0, description="a number from 0 to 1")
     top_k: int | None = Field(None, ge=0, le=MAX_COUNT, description="a whole number from 0 (no limit)")
     min_p: float | None = Field(None, ge=0.0, le=1.0, description="a number from 0 to 1")
+    presence_penalty: float | None = Field(None, ge=-2.0, le=2.0, description="a number from -2 to 2")
+    frequency_penalty: float | None = Field(None, ge=-2.0, le=2.0, description="a number from -2 to 2")
+    repetition_penalty: float | None = Field(
+        None, ge=0.01, le=100.0, description="a number from 0.01 to 100; 1 is none"
+    )
+    logit_bias: Annotated[tuple[tuple[int, float], ...], PlainValidator(read_logit_bias)] = ()
     seed: int | None = Field(None, ge=-(2**63), lt=2**64, description="a whole number of 64 bits")
-    n: int | None = Field(None, ge=1, le=1, description="1: one answer in a request is supported so far")
-    stop: Annotated[tuple[str, ...], PlainValidator(_read_stop)] = ()
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES, description=f"a whole number from 1 to {MAX_CHOICES}")
+    stop: Annotated[tuple[str, ...], PlainValidator(read_stop)] = ()
+    stop_token_ids: Annotated[tuple[int, ...], PlainValidator(read_stop_token_ids)] = ()
+    ignore_eos: bool | None = Field(None, description="true or false")
     stream: bool | None = Field(None, description="true or false")
     stream_options: StreamOptions | None = Field(None, description="an object")
     sage: SageOptions | None = Field(None, description="empty: it has no options yet")
+
+    @property
+    def num_choices(self) -> int:
+        """Answers to each prompt."""
+        return self.n or 1
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives to report beside each token's logprob; None reports no logprobs."""
+        raise NotImplementedError
 
 
 class CompletionRequest(GenerationOptions):
     """The body of POST /v1/completions."""
 
-    prompt: Annotated[str | list[int], PlainValidator(_read_prompt)]
+    prompt: Annotated[tuple[Prompt, ...], PlainValidator(read_prompts)]
+    max_tokens: int | None = Field(
+        None, ge=0, le=MAX_COUNT, description="a whole number from 1, or 0 with echo"
+    )
+    logprobs: int | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description=f"a whole number from 0 to {MAX_LOGPROBS}"
+    )
+    echo: bool | None = Field(None, description="true or false")
+    best_of: int | None = Field(
+        None, ge=1, le=MAX_CHOICES, description="equal to n: all answers are returned"
+    )
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
 
 
 class Message(Strict):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, PlainValidator(_read_content)]
+    content: Annotated[str, PlainValidator(read_content)]
 
 
 class ChatRequest(GenerationOptions):
@@ -150,6 +127,17 @@ class ChatRequest(GenerationOptions):
         min_length=1, max_length=MAX_MESSAGES, description=f"a list of 1 to {MAX_MESSAGES} messages"
     )
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_COUNT, description="a whole number from 1")
+    logprobs: bool | None = Field(None, description="true or false")
+    top_logprobs: int | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description=f"a whole number from 0 to {MAX_LOGPROBS}"
+    )
+    chat_template: str | None = Field(
+        None, max_length=64, description="the name of one of the model's chat templates"
+    )
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 RequestT = TypeVar("RequestT", bound=GenerationOptions)
@@ -162,16 +150,50 @@ def read_request(kind: type[RequestT], body: dict[str, Any]) -> RequestT:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         raise _refusal(kind, first) from error
-    _refuse_unsupported(body, UNSUPPORTED, "")
+    refuse_unsupported(body, UNSUPPORTED)
     if isinstance(request, ChatRequest):
+        refuse_unsupported(body, UNSUPPORTED_IN_CHAT, where="in a chat")
         for position, message in enumerate(body["messages"]):
-            _refuse_unsupported(message, UNSUPPORTED_IN_MESSAGE, f"messages.{position}.")
-        if request.max_tokens is not None and request.max_completion_tokens is not None:
-            message = "max_tokens and max_completion_tokens exclude each other."
-            raise ApiError(400, message, param="max_completion_tokens")
+            refuse_unsupported(message, UNSUPPORTED_IN_MESSAGE, f"messages.{position}.")
+        _check_chat(request)
+    if isinstance(request, CompletionRequest):
+        refuse_unsupported(body, UNSUPPORTED_IN_COMPLETION, where="in a completion")
+        _check_completion(request)
     if request.stream_options is not None and not request.stream:
         raise ApiError(400, "stream_options is only allowed when stream is true.", param="stream_options")
     return request
+
+
+def ignored_in(kind: type[GenerationOptions], body: dict[str, Any]) -> list[str]:
+    """Names of fields of a checked body that have no effect, each once."""
+    options = body.get("stream_options") or {}
+    nested = [f"stream_options.{name}" for name in options if name not in StreamOptions.model_fields]
+    seen: dict[str, None] = {}
+    if kind is ChatRequest:
+        known = {*Message.model_fields, *UNSUPPORTED_IN_MESSAGE}
+        seen = {f"messages.{name}": None for turn in body["messages"] for name in turn if name not in known}
+    return [*ignored_fields(body, kind.model_fields), *nested, *seen]
+
+
+def _check_completion(request: CompletionRequest) -> None:
+    if request.max_tokens == 0 and not request.echo:
+        _refuse_value("max_tokens", "must be a whole number from 1, or 0 with echo")
+    if request.best_of not in (None, request.num_choices):
+        _refuse_value("best_of", "must be equal to n: all answers are returned")
+    if len(request.prompt) * request.num_choices > MAX_CHOICES:
+        _refuse_value("n", f"prompts times n must be at most {MAX_CHOICES}")
+
+
+def _check_chat(request: ChatRequest) -> None:
+    if request.max_tokens is not None and request.max_completion_tokens is not None:
+        message = "max_tokens and max_completion_tokens exclude each other."
+        raise ApiError(400, message, param="max_completion_tokens")
+    if request.top_logprobs is not None and not request.logprobs:
+        raise ApiError(400, "top_logprobs is only allowed when logprobs is true.", param="top_logprobs")
+
+
+def _refuse_value(param: str, wanted: str) -> None:
+    raise ApiError(400, f"Invalid value for {param}: {wanted}.", param=param, code="invalid_value")
 
 
 def _refusal(kind: type[GenerationOptions], error: ErrorDetails) -> ApiError:
@@ -182,18 +204,10 @@ def _refusal(kind: type[GenerationOptions], error: ErrorDetails) -> ApiError:
         return ApiError(
             400, f"Missing required field {param}.", param=param, code="missing_required_parameter"
         )
-    if error["type"] in ("prompt", "stop", "content"):
+    if error["type"] in READ_BY_HAND:
         wanted = error["msg"]
     elif field is not None and field.description is not None and (len(path) == 1 or path[0] == "sage"):
         wanted = f"must be {field.description}"
     else:
         wanted = error["msg"]
     return ApiError(400, f"Invalid value for {param}: {wanted}.", param=param, code="invalid_value")
-
-
-def _refuse_unsupported(body: dict[str, Any], table: Mapping[str, tuple[object, ...]], prefix: str) -> None:
-    for name, neutral in table.items():
-        value = body.get(name)
-        if not any(type(value) is type(accepted) and value == accepted for accepted in neutral):
-            message = f"{prefix}{name} is not supported yet."
-            raise ApiError(400, message, param=prefix + name, code="unsupported_parameter")

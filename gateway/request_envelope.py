@@ -1,4 +1,5 @@
-"""What surrounds every HTTP request: an id, the limit on headers, the count, and an answer to unexpected errors."""
+"""What surrounds every HTTP request: an id, the limit on headers, the key, the number of open requests, the count,
+and an answer to unexpected errors. All of it happens before anything of the body is read."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ import uuid
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gateway.admission import Admission
+from gateway.api_keys import check_key
 from gateway.connection import describe_bug
 from gateway.errors import ApiError, ClientGone
 from gateway.http_metrics import GatewayMetrics
@@ -20,6 +23,7 @@ logger = logging.getLogger(__name__)
 SAFE_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 STATUS_CLIENT_GONE = 499
 """nginx's number; it is counted, nobody receives it."""
+POLICY_VIOLATION = 1008
 
 
 class RequestEnvelope:
@@ -27,8 +31,12 @@ class RequestEnvelope:
 
     def __init__(self, app: ASGIApp, settings: GatewaySettings, metrics: GatewayMetrics) -> None:
         self._app, self._settings, self._metrics = app, settings, metrics
+        self._admission = Admission(settings.max_open_requests)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": POLICY_VIOLATION})  # there is no such route
+            return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -48,7 +56,9 @@ class RequestEnvelope:
         self._metrics.in_flight.inc()
         try:
             check_headers(scope, self._settings.limits)
-            await self._app(scope, receive, send_with_id)
+            check_key(scope, self._settings.keys)
+            with self._admission.entered(scope["method"]):
+                await self._app(scope, receive, send_with_id)
         except ApiError as error:
             await _answer(error, scope, receive, send_with_id)
         except ClientGone:

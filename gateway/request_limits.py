@@ -5,6 +5,7 @@ Does not know what a request means; see `gateway.openai_types`. Called by `gatew
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import AsyncIterator
@@ -29,17 +30,24 @@ def check_headers(scope: Any, limits: RequestLimits) -> None:
 
 
 async def read_body(chunks: AsyncIterator[bytes], declared: str | None, limits: RequestLimits) -> bytearray:
-    """The whole body. Raises ApiError 413 as soon as it is, or is declared to be, above the limit.
+    """The whole body. Raises ApiError 413 as soon as it is, or is declared to be, above the limit, and 408 when it
+    comes too slowly.
 
     declared: the value of Content-Length.
     """
     if declared is not None and _is_above(declared, limits.max_body_bytes):
         _refuse_size(limits)
     body = bytearray()
-    async for chunk in chunks:
-        if len(body) + len(chunk) > limits.max_body_bytes:
-            _refuse_size(limits)
-        body += chunk
+    grace_ends = asyncio.get_running_loop().time() + limits.body_grace_s
+    try:
+        async with asyncio.timeout_at(grace_ends) as deadline:
+            async for chunk in chunks:
+                if len(body) + len(chunk) > limits.max_body_bytes:
+                    _refuse_size(limits)
+                body += chunk
+                deadline.reschedule(grace_ends + len(body) / limits.min_body_bytes_per_s)
+    except TimeoutError as error:
+        raise ApiError(408, "The body came too slowly.", code="body_timeout") from error
     return body
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from gateway.api_keys import NO_KEYS, KeyRing
 from gateway.errors import ModelFileInvalid
 
 GENERATION_CONFIG = "generation_config.json"
@@ -46,6 +47,10 @@ class RequestLimits:
     max_json_depth: int = 32
     max_json_marks: int = 500_000
     """Strings, brackets and commas in one body; bounds what a small body can grow to in memory."""
+    body_grace_s: float = 8.0
+    """For a whole body, and longer the more of it has come: see the next."""
+    min_body_bytes_per_s: float = 16 * 1024.0
+    """A client that sends more slowly than this, beyond the grace, gets 408."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,18 @@ class GatewaySettings:
     system_fingerprint: str | None = None
     is_request_id_sent: bool = True
     """False where the server in front adds the header x-request-id to answers itself, as Ray Serve does."""
+    model_aliases: tuple[str, ...] = ()
+    """Further names of the model."""
+    keys: KeyRing = NO_KEYS
+    cors_origins: tuple[str, ...] = ()
+    """Web origins whose pages may call: exact ones, or "*"."""
+    max_open_requests: int = 320
+    """Generations from their first header to the end of their answers; one more gets 429 at once."""
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """All names that a request may use. Answers carry the first."""
+        return (self.model_name, *self.model_aliases)
 
     @classmethod
     def from_manifest(

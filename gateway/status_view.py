@@ -6,11 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
+
+from extraction.errors import one_line
 
 
 def render_status(status: Mapping[str, Any]) -> RenderableType:
-    """Tables of actors, nodes and requests."""
+    """Tables of actors, nodes and requests. The service may be anybody's: its texts are made safe to print."""
+    status = _printable(status)
     router, requests = status["router"], status["requests"]
     actors = Table(title="Expert actors", title_justify="left")
     for column in ("name", "pid", "node", "group", "state", "resident"):
@@ -34,6 +38,15 @@ def render_status(status: Mapping[str, Any]) -> RenderableType:
     memory = f"backbone {_mib(router['backbone_bytes'])}, KV cache {_mib(router['kv_bytes'])}"
     line = f"Requests: {requests['running']} running, {requests['waiting']} waiting; {memory}"
     return Group(f"{status['model']} ({router['numerics_class']})", actors, nodes, line)
+
+
+def _printable(value: Any) -> Any:
+    """The value with control characters and rich's markup escaped in every text."""
+    if isinstance(value, str):
+        return escape(one_line(value))
+    if isinstance(value, Mapping):
+        return {key: _printable(item) for key, item in value.items()}
+    return [_printable(item) for item in value] if isinstance(value, list) else value
 
 
 def _mib(num_bytes: float) -> str:

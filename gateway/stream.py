@@ -5,7 +5,7 @@ What is shown depends on the tokens alone, not on how they are spread over event
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from gateway.detokenizer import Detokenizer
 
@@ -46,11 +46,23 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class AnswerText:
-    """The text of one answer."""
+    """The text of one answer, and where in it each token begins."""
 
-    def __init__(self, detokenizer: Detokenizer, eos_token_ids: Sequence[int], stops: Sequence[str]) -> None:
-        self._detokenizer, self._eos_token_ids = detokenizer, frozenset(eos_token_ids)
+    def __init__(
+        self,
+        detokenizer: Detokenizer,
+        silent_ids: Iterable[int],
+        stops: Sequence[str],
+        *,
+        min_tokens: int = 0,
+    ) -> None:
+        """silent_ids: tokens without text, such as those that end an answer. min_tokens: stop strings are looked
+        for in the text after that many tokens."""
+        self._detokenizer, self._silent_ids = detokenizer, frozenset(silent_ids)
         self._scanner = StopScanner(stops)
+        self._min_tokens = min_tokens
+        self._num_chars = 0
+        """Of all text that became certain, held back or not."""
         self.num_tokens = 0
         """Tokens that were used: all up to the one that completed a stop string."""
 
@@ -59,19 +71,39 @@ class AnswerText:
         """Whether a stop string has ended the answer; further tokens are not used."""
         return self._scanner.is_found
 
+    def echo(self, prompt_ids: Sequence[int]) -> tuple[str, list[int]]:
+        """A prompt's text, with all its tokens, and the offset of each. Before anything else."""
+        pieces, offsets = [], []
+        for token_id in prompt_ids:
+            offsets.append(self._num_chars)
+            pieces.append(self._decode(token_id))
+        return "".join(pieces), offsets
+
     def push(self, token_ids: Sequence[int]) -> str:
-        """Text that became certain. Tokens that end an answer have no text."""
-        pieces = []
+        """Text that became certain."""
+        return self.take(token_ids)[0]
+
+    def take(self, token_ids: Sequence[int]) -> tuple[str, list[int]]:
+        """Text that became certain, and for each token that was used the offset of its first character. Tokens
+        that share a character have the same."""
+        pieces, offsets = [], []
         for token_id in token_ids:
             if self.is_stopped:
                 break
             self.num_tokens += 1
-            if token_id not in self._eos_token_ids:
-                pieces.append(self._scanner.push(self._detokenizer.push(token_id)))
-        return "".join(pieces)
+            offsets.append(self._num_chars)
+            if token_id not in self._silent_ids:
+                text = self._decode(token_id)
+                pieces.append(text if self.num_tokens <= self._min_tokens else self._scanner.push(text))
+        return "".join(pieces), offsets
 
     def flush(self) -> str:
         """The rest of the text, once the last token was pushed. May complete a stop string."""
         if self.is_stopped:
             return ""
         return self._scanner.push(self._detokenizer.flush()) + self._scanner.flush()
+
+    def _decode(self, token_id: int) -> str:
+        text = self._detokenizer.push(token_id)
+        self._num_chars += len(text)
+        return text

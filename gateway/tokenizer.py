@@ -22,6 +22,9 @@ TOKENIZER_FILE = "tokenizer.json"
 MAX_TOKENIZER_BYTES = 256 * 1024 * 1024
 SPLIT_MARK = "\ufdd0"
 """A Unicode noncharacter: text around it is encoded in separate pieces, and it leaves no token itself."""
+BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
+WORD_START = "\u2581"
+"""SentencePiece's stand-in for a space."""
 NORMALISED_SHRINKAGE = 4
 """Most characters that a Unicode normalisation composes into one."""
 
@@ -82,9 +85,20 @@ class TextTokenizer:
         """Whether a text has more tokens than that, told from its length alone. False means unknown."""
         return self._is_byte_level and len(text) > num_tokens * self._longest_token * NORMALISED_SHRINKAGE
 
-    def detokenizer(self) -> Detokenizer:
-        """A fresh incremental decoder."""
-        return Detokenizer(self._tokenizer, self._token_bytes, frozenset(self.special_tokens))
+    def detokenizer(self, *, has_special: bool = False) -> Detokenizer:
+        """A fresh incremental decoder. has_special: control tokens have their text, too."""
+        hidden = frozenset() if has_special else frozenset(self.special_tokens)
+        return Detokenizer(self._tokenizer, self._token_bytes, hidden)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token stands for; nothing for an id without a token. Several may share a character."""
+        if self._token_bytes is not None:
+            return self._token_bytes.get(token_id, b"")
+        token = self._tokenizer.id_to_token(token_id)
+        if token is None:
+            return b""
+        byte = BYTE_TOKEN.fullmatch(token)
+        return bytes([int(byte[1], 16)]) if byte else token.replace(WORD_START, " ").encode()
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of a whole sequence; the same as pushing the ids one by one. Ids without a token give nothing."""

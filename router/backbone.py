@@ -89,16 +89,16 @@ class Backbone:
             for row, vector_D in batch.injections.get(index, {}).items():
                 hidden_PD[row] += vector_D.to(self.dtype)
         started = time.perf_counter()
-        logits_LV = self._head(hidden_PD, batch.logit_rows)
+        logits_LV = self.logits(_select(hidden_PD, batch.logit_rows))
         phases["head"] = time.perf_counter() - started
-        return StepOutput(logits_LV, captured, phases)
+        return StepOutput(logits_LV, captured, phases, _select(hidden_PD, batch.scored_rows))
 
-    def _head(self, hidden_PD: Tensor, rows: tuple[int, ...]) -> Tensor:
-        """Float32 logits of some rows; none of them is a chunk that does not reach its prompt's end."""
-        if not rows:
-            return hidden_PD.new_empty(0, self.config.vocab_size, dtype=torch.float32)
-        final_LD = self._norm(hidden_PD.index_select(0, torch.tensor(rows)), self.norm_D)
-        return self.kernel.linear(final_LD, self.head_VD).float()
+    @torch.inference_mode()
+    def logits(self, hidden_LD: Tensor) -> Tensor:
+        """Float32 logits of final hidden states. No rows are a chunk that does not reach its prompt's end."""
+        if not len(hidden_LD):
+            return hidden_LD.new_empty(0, self.config.vocab_size, dtype=torch.float32)
+        return self.kernel.linear(self._norm(hidden_LD, self.norm_D), self.head_VD).float()
 
     def _embed(self, batch: StepBatch) -> Tensor:
         hidden_TD = self.embeddings_VD.index_select(0, batch.token_ids_T)
@@ -172,6 +172,10 @@ class Backbone:
         """The attention's output projection of padded rows, (P, D)."""
         output_PD = self.kernel.linear(self._pad(attended_TO), layer.output_DO)
         return output_PD if layer.output_bias_D is None else output_PD + layer.output_bias_D
+
+
+def _select(hidden_PD: Tensor, rows: tuple[int, ...]) -> Tensor:
+    return hidden_PD.index_select(0, torch.tensor(rows, dtype=torch.int64))
 
 
 def _attend_group(

@@ -38,11 +38,13 @@ class SequenceFacts:
     num_tokens: int
     """Known tokens: the prompt and what was generated."""
     num_computed: int
-    """Positions whose keys and values are in the cache."""
+    """Positions whose keys and values are in the cache, or will be once it is admitted."""
     num_blocks: int
     """KV blocks it holds; 0 while it waits."""
     max_total: int
     """Tokens it may reach."""
+    num_shared_blocks: int = 0
+    """Blocks that others hold as well: of those it has while it runs, of those it would get while it waits."""
 
     @property
     def num_missing(self) -> int:
@@ -81,6 +83,7 @@ def plan_step(
     if not preempted:
         for facts in waiting:
             needed = blocks_for(admission_positions(facts, limits.admission_reserve))
+            needed -= facts.num_shared_blocks
             if len(kept) + len(admitted) >= limits.max_running or needed > num_free:
                 break
             num_free -= needed
@@ -102,7 +105,7 @@ def _preempt(
         if growth <= num_free or len(kept) <= 1:
             return kept, preempted, num_free - growth
         youngest = kept.pop()
-        num_free += youngest.num_blocks
+        num_free += youngest.num_blocks - youngest.num_shared_blocks
         preempted.append(youngest)
 
 

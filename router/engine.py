@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
@@ -21,6 +22,8 @@ from router.backbone import Backbone
 from router.batcher import BatchLimits, Chunk, StepPlan, admission_positions, plan_step
 from router.errors import PromptInvalid, QueueFull, RequestTooLong
 from router.kv_cache import BlockAllocator, KvPool, blocks_for
+from router.logprobs import prompt_logprobs, token_logprob
+from router.prompt_groups import Member, match_members, shared_positions
 from router.request import FinishReason, GenerationRequest, TokenEvent
 from router.sampling import sample
 from router.sequence import NO_INPUTS, PromptInputs, Sequence
@@ -99,6 +102,7 @@ class Engine:
             raise ValueError(f"request id {request.request_id!r} is in use")
         config = self.backbone.config
         _check_prompt(request, config.vocab_size)
+        self._check_group(request)
         inputs.validate(len(request.prompt_ids), config.num_layers, config.hidden_size)
         num_open = len(self._waiting) + len(self._running)
         if num_open >= self.limits.max_open:
@@ -107,6 +111,14 @@ class Engine:
         if sequence.max_total > self.max_tokens_per_sequence:
             raise RequestTooLong(sequence.max_total, self.max_tokens_per_sequence)
         self._waiting[sequence.name] = sequence
+
+    def _check_group(self, request: GenerationRequest) -> None:
+        """Sharing with another prompt would answer a question that nobody asked."""
+        if request.group is None:
+            return
+        for other in (*self._running.values(), *self._waiting.values()):
+            if other.request.group == request.group and other.request.prompt_ids != request.prompt_ids:
+                raise PromptInvalid(f"its group {request.group[:64]!r} has another prompt")
 
     def cancel(self, request_id: str) -> bool:
         """End a request and free its KV blocks at once. Returns False when it is not known (any more)."""
@@ -119,8 +131,9 @@ class Engine:
     def step(self) -> list[TokenEvent]:
         """Compute one step for the sequences that fit. Returns what is new for each request."""
         started = time.perf_counter()
-        plan = self._plan()
-        self._make_room(plan)
+        parents, held = self._match_groups()
+        plan = self._plan(parents, held)
+        self._make_room(plan, parents)
         planned = time.perf_counter()
         events = self._compute(plan.chunks) if plan.chunks else []
         self.stats.steps += 1
@@ -129,18 +142,38 @@ class Engine:
         self._add_phase("step", time.perf_counter() - started)
         return events
 
-    def _plan(self) -> StepPlan:
-        running = [s.facts(len(self.allocator.table(s.name))) for s in self._running.values()]
-        waiting = [s.facts(0) for s in self._waiting.values()]
+    def _match_groups(self) -> tuple[dict[str, str], frozenset[str]]:
+        """See `match_members`; most steps have nobody to match."""
+        if not any(sequence.can_share_prompt for sequence in self._waiting.values()):
+            return {}, frozenset()
+        return match_members(map(_member, self._running.values()), map(_member, self._waiting.values()))
+
+    def _plan(self, parents: Mapping[str, str], held: frozenset[str]) -> StepPlan:
+        running = []
+        for sequence in self._running.values():
+            num_blocks = len(self.allocator.table(sequence.name))
+            num_shared = self.allocator.num_shared(sequence.name) if sequence.can_share_prompt else 0
+            running.append(sequence.facts(num_blocks, num_shared))
+        waiting = []
+        for sequence in self._waiting.values():
+            if sequence.name in parents:
+                num_prompt = len(sequence.request.prompt_ids)
+                num_shared = blocks_for(shared_positions(num_prompt))
+                waiting.append(sequence.facts(0, num_shared, num_given=num_prompt - 1))
+            elif sequence.name not in held:
+                waiting.append(sequence.facts(0))
         return plan_step(running, waiting, self.allocator.num_free, self.limits)
 
-    def _make_room(self, plan: StepPlan) -> None:
+    def _make_room(self, plan: StepPlan, parents: Mapping[str, str]) -> None:
         for name in plan.preempt:
             self._preempt(name)
         for name in plan.admit:
             sequence = self._waiting.pop(name)
-            reserve = self.limits.admission_reserve
-            self.allocator.allocate(name, admission_positions(sequence.facts(0), reserve))
+            num_positions = admission_positions(sequence.facts(0), self.limits.admission_reserve)
+            if name in parents:
+                self._fork(parents[name], sequence, num_positions)
+            else:
+                self.allocator.allocate(name, num_positions)
             if sequence.swapped is not None:
                 self.pool.swap_in(self.allocator.table(name), sequence.swapped)
                 self._swapped_bytes -= _nbytes(sequence.swapped)
@@ -149,6 +182,14 @@ class Engine:
         for chunk in plan.chunks:
             self.allocator.extend(chunk.name, chunk.first + chunk.count)
             self.pool.copy(self.allocator.unshare(chunk.name, chunk.first, chunk.first + chunk.count))
+
+    def _fork(self, parent: str, child: Sequence, num_positions: int) -> None:
+        """Give a sequence its parent's prompt: full blocks are shared, one that will be written to is copied."""
+        num_prompt = len(child.request.prompt_ids)
+        self.allocator.fork(parent, child.name, num_prompt - 1)
+        self.allocator.extend(child.name, num_positions)
+        self.pool.copy(self.allocator.unshare(child.name, shared_positions(num_prompt), num_prompt))
+        child.num_computed = num_prompt - 1
 
     def _preempt(self, name: str) -> None:
         """Take a running sequence's blocks; it goes to the front of the queue."""
@@ -175,6 +216,7 @@ class Engine:
             return [self._fail(sequence, EXPERT_FAILED) for sequence in sequences]
         started = time.perf_counter()
         self._hand_out(chunks, sequences, output.captured)
+        events = self._score_prompts(chunks, sequences, output.scored_RD)
         for phase, seconds in output.phase_seconds.items():
             self._add_phase(phase, seconds)
         for chunk, sequence in zip(chunks, sequences, strict=True):
@@ -182,10 +224,9 @@ class Engine:
             self.stats.prompt_tokens += max(
                 0, min(sequence.num_computed, len(sequence.request.prompt_ids)) - chunk.first
             )
-        events = [
-            self._advance(sequence, logits)
-            for sequence, logits in zip(finishing, output.logits_LV, strict=True)
-        ]
+        for sequence, logits in zip(finishing, output.logits_LV, strict=True):
+            if sequence.name in self._running:
+                events.append(self._advance(sequence, logits))
         self._add_phase("sampling", time.perf_counter() - started)
         return events
 
@@ -196,6 +237,7 @@ class Engine:
         spans, positions, finishing = [], [], []
         ids: list[int] = []
         logit_rows: list[int] = []
+        scored_rows: list[int] = []
         embeddings: dict[int, Tensor] = {}
         injections: dict[int, dict[int, Tensor]] = {}
         for chunk, sequence in zip(chunks, sequences, strict=True):
@@ -204,6 +246,7 @@ class Engine:
             spans.append(Span(self.allocator.table(chunk.name), chunk.first, chunk.count))
             ids.extend(sequence.tokens[chunk.first : end])
             positions.append(sequence.positions(chunk.first, chunk.count))
+            scored_rows.extend(row + p - chunk.first for p in sequence.unscored(chunk.first, chunk.count))
             for index, embedding in sequence.inputs.embeddings.items():
                 if chunk.first <= index < end:
                     embeddings[row + index - chunk.first] = embedding
@@ -230,6 +273,7 @@ class Engine:
             tuple(sorted(capture)),
             chunks[0].name[:64],
             lengths,
+            tuple(scored_rows),
         )
         return batch, finishing
 
@@ -243,18 +287,49 @@ class Engine:
                     sequence.inputs.on_capture(layer, chunk.first, captured[layer][row : row + chunk.count])
             row += chunk.count
 
+    def _score_prompts(
+        self, chunks: SequenceOf[Chunk], sequences: SequenceOf[Sequence], scored_RD: Tensor
+    ) -> list[TokenEvent]:
+        """Note the logprobs of prompt tokens where they are wanted. Returns the ends of those that failed."""
+        events = []
+        row = 0
+        for chunk, sequence in zip(chunks, sequences, strict=True):
+            following = [sequence.tokens[p + 1] for p in sequence.unscored(chunk.first, chunk.count)]
+            if following:
+                hidden_RD = scored_RD[row : row + len(following)]
+                num_top = sequence.request.num_prompt_logprobs or 0
+                found = prompt_logprobs(hidden_RD, following, num_top, self.backbone.logits)
+                if found is None:
+                    events.append(self._fail_non_finite(sequence))
+                else:
+                    sequence.prompt_logprobs.extend(found)
+            row += len(following)
+        return events
+
     def _advance(self, sequence: Sequence, logits_V: Tensor) -> TokenEvent:
         """Draw the sequence's next token and end it where it must end."""
         if not bool(torch.isfinite(logits_V).all()):
-            logger.error("request %s: non-finite logits", sequence.name)
-            return self._fail(sequence, "the model produced non-finite numbers")
-        token = sample(logits_V, sequence.request.sampling, sequence.num_generated)
-        sequence.tokens.append(token)
+            return self._fail_non_finite(sequence)
+        request = sequence.request
+        # The prompt's logprobs go out once, with the first token.
+        prompt = () if sequence.has_drawn else tuple(sequence.prompt_logprobs)
+        if not request.sampling.max_tokens:
+            self._end(sequence)
+            return TokenEvent(sequence.name, (), "length", prompt_logprobs=prompt)
+        token = sample(sequence.drawable(logits_V), request.sampling, sequence.num_generated)
+        sequence.append(token)
         self.stats.generated_tokens += 1
         reason = sequence.finish_after(token)
         if reason is not None:
             self._end(sequence)
-        return TokenEvent(sequence.name, (token,), reason)
+        if request.num_logprobs is None:
+            return TokenEvent(sequence.name, (token,), reason, prompt_logprobs=prompt)
+        found = token_logprob(logits_V, token, request.num_logprobs)
+        return TokenEvent(sequence.name, (token,), reason, None, (found,), prompt)
+
+    def _fail_non_finite(self, sequence: Sequence) -> TokenEvent:
+        logger.error("request %s: non-finite logits", sequence.name)
+        return self._fail(sequence, "the model produced non-finite numbers")
 
     def _fail(self, sequence: Sequence, message: str) -> TokenEvent:
         self._free_blocks(sequence, must_scrub=True)
@@ -289,9 +364,26 @@ def _check_prompt(request: GenerationRequest, vocab_size: int) -> None:
     outside = next((token for token in known if not 0 <= token < vocab_size), None)
     if outside is not None:
         raise PromptInvalid(f"token id {outside} is outside the vocabulary of {vocab_size}")
+    named = (*request.sampling.stop_token_ids, *(token for token, _ in request.sampling.logit_bias))
+    if any(not 0 <= token < vocab_size for token in named):
+        raise PromptInvalid(f"a stop token or bias is outside the vocabulary of {vocab_size}")
     num_generated, max_tokens = len(request.generated_ids), request.sampling.max_tokens
-    if num_generated >= max_tokens:
+    is_prompt_all = max_tokens == 0 and not num_generated
+    if num_generated >= max_tokens and not is_prompt_all:
         raise PromptInvalid(f"max_tokens of {max_tokens} leaves nothing to generate after {num_generated}")
+
+
+def _member(sequence: Sequence) -> Member:
+    if not sequence.can_share_prompt:
+        return Member(sequence.name, None)
+    is_prompt_there = sequence.num_computed >= len(sequence.request.prompt_ids)
+    is_untouched = sequence.num_computed == 0 and sequence.swapped is None
+    return Member(
+        sequence.name,
+        sequence.request.group,
+        can_give=sequence.has_drawn and is_prompt_there,
+        can_take=is_untouched and not sequence.wants_prompt_logprobs,
+    )
 
 
 def _nbytes(saved: tuple[Tensor, Tensor]) -> int:

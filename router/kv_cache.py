@@ -68,10 +68,16 @@ class BlockAllocator:
         """Grow a sequence to cover this many positions. Raises KvExhausted and then changes nothing."""
         self._tables[sequence].extend(self._take(self.missing(sequence, num_positions)))
 
-    def fork(self, parent: str, child: str) -> None:
-        """Let a new sequence share the parent's blocks. Takes no memory until one of them writes."""
+    def num_shared(self, sequence: str) -> int:
+        """Blocks of a sequence that others hold as well."""
+        return sum(self._holders[block] > 1 for block in self._tables[sequence])
+
+    def fork(self, parent: str, child: str, num_positions: int | None = None) -> None:
+        """Let a new sequence share the parent's blocks, or those of its first positions. Takes no memory until one
+        of them writes."""
         assert child not in self._tables
-        self._tables[child] = list(self._tables[parent])
+        num_blocks = None if num_positions is None else blocks_for(num_positions)
+        self._tables[child] = self._tables[parent][:num_blocks]
         for block in self._tables[child]:
             self._holders[block] += 1
 

@@ -41,6 +41,9 @@ class EngineOptions:
     limits: BatchLimits = field(default_factory=BatchLimits)
     num_threads: int | None = None
     """Torch threads of the process; None means what suits machine and model."""
+    max_model_len: int | None = None
+    """Most tokens that a request will be let reach, by whoever takes requests; None means the model's context.
+    Only bounds the cache that is allocated."""
 
 
 @dataclass(frozen=True)
@@ -115,5 +118,6 @@ def num_kv_blocks(config: ModelConfig, dtype: torch.dtype, options: EngineOption
             "kv_budget",
             f"{options.kv_budget_bytes} bytes hold no {BLOCK_POSITIONS} positions of {block_bytes} bytes",
         )
-    useful = options.limits.max_running * blocks_for(config.max_position_embeddings) + 1
+    context = min(options.max_model_len or config.max_position_embeddings, config.max_position_embeddings)
+    useful = options.limits.max_running * blocks_for(context) + 1
     return min(affordable, useful)

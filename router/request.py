@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -13,6 +13,7 @@ class SamplingParams:
     """How the next token is drawn. Range checks belong to whoever takes input from outside."""
 
     max_tokens: int = 16
+    """0 only where a prompt's logprobs are all that is wanted."""
     temperature: float = 1.0
     """0 means greedy."""
     top_k: int = 0
@@ -24,6 +25,35 @@ class SamplingParams:
     choice: int = 0
     stop_token_ids: tuple[int, ...] = ()
     """Generation ends with reason "stop" when one of these is drawn; the id itself is reported."""
+    min_tokens: int = 0
+    """None of `stop_token_ids` is drawn among that many first tokens."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of all tokens of prompt and answer so far."""
+    presence_penalty: float = 0.0
+    """Taken once from the logit of every token of the answer so far."""
+    frequency_penalty: float = 0.0
+    """Taken from a token's logit as often as the answer so far has it."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, what is added to its logit); every id once."""
+
+    @property
+    def has_adjustments(self) -> bool:
+        """Whether logits are changed before the token is drawn from them."""
+        return self.has_penalties or bool(self.logit_bias) or self.min_tokens > 0
+
+    @property
+    def has_penalties(self) -> bool:
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+
+class TokenLogprob(NamedTuple):
+    """A token and its natural log probability under the model's own distribution: before penalties, biases,
+    temperature and filters."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """The most probable tokens and theirs, best first, equals by id; as many as were asked for."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +65,12 @@ class GenerationRequest:
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     generated_ids: tuple[int, ...] = ()
+    num_logprobs: int | None = None
+    """Report each generated token's logprob and those of this many best ones; None reports none."""
+    num_prompt_logprobs: int | None = None
+    """The same for the prompt's tokens."""
+    group: str | None = None
+    """Requests of one group have the same prompt, which is then computed once where that is possible."""
 
 
 @dataclass(frozen=True)
@@ -46,3 +82,19 @@ class TokenEvent:
     finish_reason: FinishReason | None = None
     error: str | None = None
     """Safe to show to a client. Set only when `finish_reason` is "error"."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """Of `token_ids`, where asked for."""
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
+    """Of the whole prompt, where asked for, in the event of the first token; nothing precedes the prompt's first
+    token, so it has None."""
+
+    def followed_by(self, later: TokenEvent) -> TokenEvent:
+        """Both in one."""
+        return TokenEvent(
+            self.request_id,
+            self.token_ids + later.token_ids,
+            later.finish_reason,
+            later.error,
+            self.logprobs + later.logprobs,
+            self.prompt_logprobs or later.prompt_logprobs,
+        )

@@ -21,7 +21,8 @@ PREFILTER = 1024
 def sample(logits_V: Tensor, params: SamplingParams, position: int) -> int:
     """Draw the token at `position` (0 for the first one generated).
 
-    logits_V: float32. Filters in the order temperature, top_k, top_p, min_p, as `transformers` applies them.
+    logits_V: float32, or float64 where penalties or biases changed them. Filters in the order temperature, top_k,
+    top_p, min_p, as `transformers` applies them.
     """
     if params.temperature == 0.0:
         return int(logits_V.argmax())

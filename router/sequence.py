@@ -10,7 +10,8 @@ from torch import Tensor
 
 from router.batcher import SequenceFacts
 from router.errors import PromptInvalid
-from router.request import FinishReason, GenerationRequest
+from router.penalties import TokenHistory, adjusted
+from router.request import FinishReason, GenerationRequest, TokenLogprob
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,11 @@ class Sequence:
         self.tokens = [*request.prompt_ids, *request.generated_ids]
         self.num_computed = 0
         self.swapped: tuple[Tensor, Tensor] | None = None
+        self.prompt_logprobs: list[TokenLogprob | None] = []
+        """Of the prompt's first tokens, as far as they are known; stays when the sequence is computed again."""
+        if self.wants_prompt_logprobs:
+            self.prompt_logprobs.append(None)
+        self._history: TokenHistory | None = None
         self._position_shift = 0
         if inputs.positions_3P is not None:
             self._position_shift = int(inputs.positions_3P.max()) + 1 - len(request.prompt_ids)
@@ -74,11 +80,48 @@ class Sequence:
         return self.num_generated > len(self.request.generated_ids)
 
     @property
+    def wants_prompt_logprobs(self) -> bool:
+        """They come with the first token, so a resumed request has had them."""
+        return self.request.num_prompt_logprobs is not None and not self.request.generated_ids
+
+    @property
+    def can_share_prompt(self) -> bool:
+        """Whether its prompt may come from, or go to, another sequence of its group."""
+        return self.request.group is not None and self.inputs is NO_INPUTS
+
+    @property
     def max_total(self) -> int:
         return len(self.request.prompt_ids) + self.request.sampling.max_tokens
 
-    def facts(self, num_blocks: int) -> SequenceFacts:
-        return SequenceFacts(self.name, len(self.tokens), self.num_computed, num_blocks, self.max_total)
+    def facts(self, num_blocks: int, num_shared_blocks: int = 0, num_given: int = 0) -> SequenceFacts:
+        """num_given: positions that it would get computed when it is admitted, in `num_shared_blocks` blocks."""
+        num_computed = max(self.num_computed, num_given)
+        return SequenceFacts(
+            self.name, len(self.tokens), num_computed, num_blocks, self.max_total, num_shared_blocks
+        )
+
+    def unscored(self, first: int, count: int) -> range:
+        """Of the positions first .. first + count - 1, those whose logits give a prompt logprob still missing."""
+        if not self.wants_prompt_logprobs:
+            return range(0)
+        known = len(self.prompt_logprobs)
+        return range(max(first, known - 1), min(first + count, len(self.request.prompt_ids) - 1))
+
+    def drawable(self, logits_V: Tensor) -> Tensor:
+        """The logits that the next token is drawn from: those given, or float64 ones with the request's penalties
+        and biases."""
+        sampling = self.request.sampling
+        if not sampling.has_adjustments:
+            return logits_V
+        if self._history is None and sampling.has_penalties:
+            num_prompt = len(self.request.prompt_ids)
+            self._history = TokenHistory(self.tokens[:num_prompt], self.tokens[num_prompt:])
+        return adjusted(logits_V, sampling, self._history, self.num_generated)
+
+    def append(self, token: int) -> None:
+        self.tokens.append(token)
+        if self._history is not None:
+            self._history.add(token)
 
     def positions(self, first: int, count: int) -> Tensor:
         """(3, count) rotary positions of tokens first .. first + count - 1."""

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from router.engine_thread import EngineThread
 from router.errors import RouterError, StreamMissing
@@ -50,7 +50,7 @@ class _Outbox:
     def add(self, event: TokenEvent) -> None:
         earlier = self.pending.get(event.request_id)
         if earlier is not None:
-            event = replace(event, token_ids=earlier.token_ids + event.token_ids)
+            event = earlier.followed_by(event)
         self.pending[event.request_id] = event
         self.filled.set()
 

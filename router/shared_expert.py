@@ -30,7 +30,7 @@ class SharedExpert:
 
         P must be a multiple of the row kernel's.
         """
-        out_PD = compute_segments(hidden_PD, [(0, hidden_PD.shape[0])], [self.weights])
+        out_PD = compute_segments(hidden_PD, [(0, hidden_PD.shape[0])], [self.weights], self.kernel)
         gate_T1 = self.kernel.linear(hidden_PD, self.gate_GD)[:num_tokens, :1].float()
         # Written with exp for the reason that swiglu is.
         return out_PD[:num_tokens].float() / torch.exp(-gate_T1).add_(1.0)

@@ -46,6 +46,8 @@ class StepBatch:
     trace: str = ""
     lengths_T: Tensor | None = None
     """int64, for each row the longer of its sequence's prompt and the text up to it; see `RopeConfig`."""
+    scored_rows: tuple[int, ...] = ()
+    """Rows whose final hidden state is handed out, for logits of prompt positions."""
 
     @property
     def num_tokens(self) -> int:
@@ -60,6 +62,8 @@ class StepOutput:
     """Layer -> (T, D)."""
     phase_seconds: dict[str, float]
     """Wall time by phase: attention, experts, head."""
+    scored_RD: Tensor
+    """Hidden states before the last norm, one row per entry of `scored_rows`, for `Backbone.logits`."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from router.batcher import BatchLimits
 from router.engine import Engine
 from router.kv_cache import KvPool
 from router.loading import EngineOptions, LoadedEngine
-from router.request import GenerationRequest, TokenEvent
+from router.request import GenerationRequest, TokenEvent, TokenLogprob
 from router.sequence import Sequence as EngineSequence
 
 MAX_STEPS = 5000
@@ -33,6 +33,8 @@ class Outcome:
     tokens: dict[str, list[int]] = field(default_factory=dict)
     logits: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
+    logprobs: dict[str, list[TokenLogprob]] = field(default_factory=dict)
+    prompt_logprobs: dict[str, tuple[TokenLogprob | None, ...]] = field(default_factory=dict)
 
 
 _prove_once = functools.cache(loading.prove_row_invariance)
@@ -58,6 +60,11 @@ class RecordingEngine(Engine):
         events = super().step()
         for event in events:
             self.outcome.tokens.setdefault(event.request_id, []).extend(event.token_ids)
+            if event.logprobs:
+                self.outcome.logprobs.setdefault(event.request_id, []).extend(event.logprobs)
+            if event.prompt_logprobs:
+                assert event.request_id not in self.outcome.prompt_logprobs, "sent twice"
+                self.outcome.prompt_logprobs[event.request_id] = event.prompt_logprobs
             if event.finish_reason is not None:
                 self.outcome.reasons[event.request_id] = event.finish_reason
         return events
@@ -102,8 +109,10 @@ def assert_nothing_held(engine: Engine) -> None:
 
 
 def assert_same_bits(outcome: Outcome, reference: Outcome) -> None:
-    """Tokens equal, and every row of logits equal bit for bit."""
+    """Tokens equal, and every row of logits and every logprob equal bit for bit."""
     assert outcome.tokens == reference.tokens
+    assert outcome.logprobs == reference.logprobs
+    assert outcome.prompt_logprobs == reference.prompt_logprobs
     for name, rows in reference.logits.items():
         assert torch.equal(torch.stack(outcome.logits[name]), torch.stack(rows)), f"logits of {name} differ"
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -24,47 +24,16 @@ from experts.worker import DTYPES, ExpertWorker
 from gateway.chat_template import ChatTemplate
 from gateway.generate import generate
 from gateway.http_app import build_app
-from gateway.router_client import RouterHealth
 from gateway.settings import GatewaySettings
 from gateway.tokenizer import TextTokenizer
 from router.loading import EngineOptions, load_engine, stored_dtype
-from router.request import GenerationRequest, TokenEvent
 from router.service import RouterService
+from tests.one_process import OneProcessClient
 
 MODEL = "stories"
 PROMPT = "There was once a miller who"
 SECRET = b"a secret for tests, 32 bytes long"
 README = Path(__file__).parent.parent / "README.md"
-
-
-class OneProcessClient:
-    """The gateway's client, with a call in place of Serve's handle."""
-
-    def __init__(self, service: RouterService) -> None:
-        self._service = service
-
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
-        """See RouterClient.generate; one stream a request, since here a stream costs nothing."""
-        stream = self._service.events(request.request_id)
-        async for _ in stream:
-            break
-        self._service.submit(request.request_id, request)
-        async for events in stream:
-            for event in events:
-                yield event
-                if event.finish_reason is not None:
-                    await stream.aclose()
-                    return
-
-    async def health(self) -> RouterHealth:
-        health = await self._service.health()
-        return RouterHealth(health.is_ready, health.detail)
-
-    async def metrics(self) -> str:
-        return ""
-
-    async def status(self) -> dict[str, object]:
-        return {}
 
 
 @pytest.fixture

@@ -78,7 +78,8 @@ def _flip(path: Path, offset: int) -> None:
 
 
 def _damage_a_weight(workspace: Path) -> None:
-    _flip(min((workspace / "store/backbone").iterdir()), -1)
+    path = min((workspace / "store/experts").iterdir())
+    _flip(path, path.stat().st_size // 3)
 
 
 def _damage_a_header(workspace: Path) -> None:

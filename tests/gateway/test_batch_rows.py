@@ -47,7 +47,7 @@ def _prepare(preparer: RowPreparer, row: object, index: int = 0) -> PreparedRow:
         ({}, "exactly one of prompt and messages"),
         ({"prompt": "a", "messages": BODY["messages"]}, "exactly one of prompt and messages"),
         ({"prompt": ""}, "must not be empty"),
-        ({"prompt": ["a", "b"]}, "more than one prompt"),
+        ({"prompt": ["a", "b"]}, "A row gets one answer"),
         ({"prompt": [4096]}, "token ids must be from 0 to 4095"),
         ({"prompt": [1] * CONTEXT}, "context is 200 tokens"),
         ({"prompt": "a", "max_tokens": 10**9}, "context is 200 tokens"),
@@ -55,9 +55,11 @@ def _prepare(preparer: RowPreparer, row: object, index: int = 0) -> PreparedRow:
         ({"prompt": "a", "temperature": "hot"}, "temperature: must be a number from 0 to 2"),
         ({"prompt": "a", "stop": ["a"] * 5}, "stop"),
         ({"prompt": "a", "model": "other"}, "'other' does not exist"),
-        ({"prompt": "a", "logprobs": 3}, "logprobs is not supported yet"),
+        ({"prompt": "a", "logprobs": 3}, "logprobs is not supported in a batch"),
         ({"prompt": "a", "stream": True}, "stream is not supported in a batch"),
-        ({"prompt": "a", "n": 2}, "n must be 1"),
+        ({"prompt": "a", "n": 2}, "A row gets one answer"),
+        ({"prompt": "a", "echo": True, "max_tokens": 0}, "echo is not supported in a batch"),
+        ({"prompt": "a", "suffix": "b"}, "suffix is not supported"),
         ({"prompt": "a", "id": ["x"]}, "id must be a string"),
         ({"prompt": "a", "id": "x" * 513}, "id is longer"),
         ({"messages": [{"role": "root", "content": "a"}]}, "messages.0.role"),
@@ -83,7 +85,7 @@ def test_error_keeps_the_row_s_id(preparer: RowPreparer) -> None:
 
 def _sampling(prepared: PreparedRow) -> Any:
     assert prepared.job is not None, prepared.error
-    return prepared.job.request.sampling
+    return prepared.job.choices[0].request.sampling
 
 
 def test_row_without_options_gets_the_job_s_and_a_seed_of_its_index(preparer: RowPreparer) -> None:
@@ -106,7 +108,7 @@ def test_openai_line_and_plain_row_are_the_same_job(preparer: RowPreparer) -> No
         _prepare(preparer, {"messages": BODY["messages"], "max_tokens": 3}),
     )
     assert line.job is not None and plain.job is not None
-    assert line.job.request.prompt_ids == plain.job.request.prompt_ids
+    assert line.job.choices[0].request.prompt_ids == plain.job.choices[0].request.prompt_ids
     assert _sampling(line) == _sampling(plain)
     assert line.id == "a"
 

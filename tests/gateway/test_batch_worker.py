@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,17 +11,20 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from experts.store import ExpertStore
 from gateway.batch_job import BatchOptions, compute_here, run_batch
 from gateway.batch_output import PartSummary
 from gateway.batch_plan import PART_ROWS, Part, RowDefaults, row_seed
 from gateway.batch_worker import WorkerSpec
 from gateway.errors import BatchFailed, BatchOutputRefused
 from gateway.generate import generate
+from gateway.tokenizer import TextTokenizer
 from router.engine import EXPERT_FAILED
-from router.loading import EngineOptions
+from router.loading import EngineOptions, load_engine
 from router.request import TokenEvent
 from tests.gateway import batch_kills
 from tests.gateway.batch_kills import FakeEngine, fake_compute
+from tests.one_process import http_service
 
 PROMPTS = ["Once upon a time", "A wolf", "There was once a poor", "The king's daughter"]
 
@@ -47,6 +51,36 @@ def test_rows_have_the_text_that_generate_writes_alone(stories_store: Path, tmp_
         assert rows[n]["text"] == generate(stories_store, prompt, sampling, EngineOptions()).text
     sampling = {"seed": row_seed(2, 4), "max_tokens": 12}
     assert rows[4]["text"] == generate(stories_store, PROMPTS[0], sampling, EngineOptions()).text
+
+
+def test_rows_have_the_answers_of_the_http_service(stories_store: Path, tmp_path: Path) -> None:
+    """Completions and chats, sampled, stopped and penalised: text, reason and counts."""
+    chosen: list[dict[str, Any]] = [
+        {"prompt": PROMPTS[0], "max_tokens": 16, "seed": 1},
+        {"prompt": [5, 6, 7, 8], "max_tokens": 9, "seed": 2, "temperature": 0},
+        {"prompt": PROMPTS[1], "max_tokens": 40, "seed": 3, "stop": [" the", "."]},
+        {"prompt": PROMPTS[2], "seed": 4, "min_tokens": 4, "frequency_penalty": 1.5},
+        {"messages": [{"role": "user", "content": PROMPTS[3]}], "max_tokens": 12, "seed": 5},
+    ]
+    options = _options(stories_store, tmp_path, chosen)
+    run_batch(options, compute_here)
+    expected = asyncio.run(_over_http(stories_store, chosen))
+    names = ("text", "finish_reason", "prompt_tokens", "completion_tokens")
+    assert [tuple(row[name] for name in names) for row in _read(options)] == expected
+
+
+async def _over_http(root: Path, rows: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    loaded = load_engine(ExpertStore.open(root), EngineOptions())
+    answers = []
+    async with http_service(root, loaded, TextTokenizer.from_folder(root)) as client:
+        for row in rows:
+            path = "/v1/chat/completions" if "messages" in row else "/v1/completions"
+            answer = (await client.post(path, json=row | {"model": "stories"})).raise_for_status().json()
+            choice, usage = answer["choices"][0], answer["usage"]
+            text = choice["message"]["content"] if "messages" in row else choice["text"]
+            counts = (usage["prompt_tokens"], usage["completion_tokens"])
+            answers.append((text, choice["finish_reason"], *counts))
+    return answers
 
 
 def test_stop_string_ends_a_row_as_over_http(tiny_store: Path, tmp_path: Path) -> None:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from gateway import chat_template
 from gateway.chat_template import ChatTemplate
 from gateway.errors import ApiError, ModelFileInvalid
 from gateway.openai_types import Message
+from gateway.template_renderer import RenderLimits
 from tests.gateway.fake_router import STORIES, stories_tokenizer
 
 TOKENIZER = stories_tokenizer()
@@ -143,14 +144,72 @@ def test_internals_of_python_are_undefined_to_a_template(source: str) -> None:
     assert _template(source).render(_user("x")) == ""
 
 
-def test_endless_output_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_template, "MAX_RENDERED_CHARS", 1000)
+def test_endless_output_is_cut() -> None:
+    source = "{% for i in range(90000) %}{% for j in range(90000) %}xxxxxxxxxx{% endfor %}{% endfor %}"
+    template = ChatTemplate(source, TOKENIZER, {}, RenderLimits(max_chars=1000))
     with pytest.raises(ApiError) as caught:
-        _template(
-            "{% for i in range(90000) %}{% for j in range(90000) %}xxxxxxxxxx{% endfor %}{% endfor %}"
-        ).render(_user("x"))
+        template.render(_user("x"))
     assert caught.value.code == "context_length_exceeded"
 
 
 def test_date_is_available() -> None:
     assert _template("{{ strftime_now('%Y') }}").render(_user("x")).isdigit()
+
+
+def test_template_that_never_ends_is_refused_and_others_go_on() -> None:
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}"
+    source = "{% if messages[0].content == 'loop' %}" + loop + "{% endfor %}" * 3 + "{% endif %}fine"
+    template = ChatTemplate(source, TOKENIZER, {}, RenderLimits(timeout_s=0.3))
+    with pytest.raises(ApiError, match="too long or too much memory") as caught:
+        template.render(_user("loop"))
+    assert (caught.value.status, caught.value.code) == (400, "chat_template_error")
+    assert template.render(_user("x")) == "fine"
+
+
+def test_generation_blocks_and_tojson_are_the_reference_library_s() -> None:
+    source = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% else %}{{ m | tojson(indent=2, sort_keys=true, separators=(', ', ' : ')) }}{% endif %}{% endfor %}"
+    )
+    library: Any = render_jinja_template
+    expected, _ = library([[message.model_dump() for message in CONVERSATION]], chat_template=source)
+    assert [_template(source).render(CONVERSATION)] == expected
+
+
+def _save_named(path: Path, templates: dict[str, str], *, is_in_config: bool) -> None:
+    """A checkpoint's tokenizer with named templates, as `transformers` writes it now and as it did before."""
+    tokenizer = AutoTokenizer.from_pretrained(STORIES)
+    tokenizer.chat_template = templates
+    tokenizer.save_pretrained(path, save_jinja_files=not is_in_config)
+
+
+@pytest.mark.parametrize("is_in_config", [True, False])
+def test_named_variants_are_those_that_transformers_resolves(tmp_path: Path, is_in_config: bool) -> None:
+    named = {"default": "D {{ messages[0].content }}", "rag": "R {{ messages[0].content }}", "tool_use": "T"}
+    _save_named(tmp_path, named, is_in_config=is_in_config)
+    library = AutoTokenizer.from_pretrained(tmp_path)
+    template = ChatTemplate.from_folder(tmp_path, TOKENIZER)
+    assert set(template.names) == set(named)
+    turns = [{"role": "user", "content": "x"}]
+    for variant in (None, *named):
+        expected = library.apply_chat_template(turns, chat_template=variant, tokenize=False)
+        assert template.render(_user("x"), variant=variant) == expected
+
+
+def test_several_templates_without_a_default_need_a_name(tmp_path: Path) -> None:
+    _save_named(tmp_path, {"a": "A", "b": "B"}, is_in_config=True)
+    with pytest.raises(ValueError, match="no default"):
+        AutoTokenizer.from_pretrained(tmp_path).apply_chat_template([{"role": "user", "content": "x"}])
+    template = ChatTemplate.from_folder(tmp_path, TOKENIZER)
+    with pytest.raises(ApiError, match=r"no default one \(a, b\)") as caught:
+        template.render(_user("x"))
+    assert caught.value.param == "chat_template"
+    assert template.render(_user("x"), variant="b") == "B"
+
+
+@pytest.mark.parametrize("variant", ["{{ 1 }}", "other", ""])
+@pytest.mark.parametrize("source", [None, "D"])
+def test_client_names_a_template_and_brings_none(variant: str, source: str | None) -> None:
+    with pytest.raises(ApiError) as caught:
+        _template(source).render(_user("x"), variant=variant)
+    assert (caught.value.status, caught.value.param) == (400, "chat_template")

@@ -236,7 +236,15 @@ def test_token_ids_are_used_as_they_are() -> None:
         ({"prompt": [1] * 60, "max_tokens": 5}, "prompt", "context_length_exceeded"),
         ({"max_tokens": 2**31 - 1}, "prompt", "context_length_exceeded"),
         ({"prompt": "x" * 1_000_000}, "prompt", "context_length_exceeded"),
-        ({"n": 2}, "n", "invalid_value"),
+        ({"n": 129}, "n", "invalid_value"),
+        ({"prompt": ["a", [1]]}, "prompt", "invalid_value"),
+        ({"prompt": ["a", "x" * 1_000_000]}, "prompt.1", "context_length_exceeded"),
+        ({"prompt": [[1], [4096]]}, "prompt.1", "invalid_value"),
+        ({"prompt": [1] * 65, "max_tokens": 0, "echo": True}, "prompt", "context_length_exceeded"),
+        ({"logit_bias": {"4096": 1}}, "logit_bias", "invalid_value"),
+        ({"stop_token_ids": [4096]}, "stop_token_ids", "invalid_value"),
+        ({"min_tokens": 17}, "min_tokens", "invalid_value"),
+        ({"min_tokens": 9, "max_tokens": 8}, "min_tokens", "invalid_value"),
     ],
 )
 def test_request_that_does_not_fit_the_model_is_refused(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
 
 from gateway.errors import ApiError
-from gateway.openai_types import MAX_MESSAGES, ChatRequest, CompletionRequest, read_request
+from gateway.field_policy import ignored_header
+from gateway.openai_types import MAX_MESSAGES, ChatRequest, CompletionRequest, ignored_in, read_request
 
 COMPLETION = {"model": "m", "prompt": "hello"}
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
@@ -22,20 +24,23 @@ def _refusal(kind: type[CompletionRequest | ChatRequest], body: dict[str, Any]) 
 
 @pytest.mark.parametrize(
     ("prompt", "expected"),
-    [("a", "a"), (["a"], "a"), ([1, 2], [1, 2]), ([[1, 2]], [1, 2])],
+    [
+        ("a", ("a",)),
+        (["a"], ("a",)),
+        ([1, 2], ([1, 2],)),
+        ([[1, 2]], ([1, 2],)),
+        (["a", "b"], ("a", "b")),
+        ([[1], [2, 3]], ([1], [2, 3])),
+    ],
 )
-def test_prompt_forms_read_as_one_prompt(prompt: Any, expected: Any) -> None:
+def test_prompt_forms_read_as_prompts(prompt: Any, expected: Any) -> None:
     assert read_request(CompletionRequest, {**COMPLETION, "prompt": prompt}).prompt == expected
 
 
-@pytest.mark.parametrize("prompt", [["a", "b"], [[1], [2]], ["a", [1]]])
-def test_several_prompts_are_refused_as_not_supported(prompt: Any) -> None:
-    error = _refusal(CompletionRequest, {**COMPLETION, "prompt": prompt})
-    assert error.param == "prompt"
-    assert "not supported yet" in error.message
-
-
-@pytest.mark.parametrize("prompt", [None, 5, "", [], [[]], [True], [1.5], [1, "a"], [[1, None]], {"a": 1}])
+@pytest.mark.parametrize(
+    "prompt",
+    [None, 5, "", [], [[]], [True], [1.5], [1, "a"], [[1, None]], {"a": 1}, ["a", [1]], ["a", ""], [[[1]]]],
+)
 def test_malformed_prompt_is_refused(prompt: Any) -> None:
     assert _refusal(CompletionRequest, {**COMPLETION, "prompt": prompt}).param == "prompt"
 
@@ -44,7 +49,7 @@ def test_malformed_prompt_is_refused(prompt: Any) -> None:
     ("field", "value", "hint"),
     [
         ("model", 5, "a string"),
-        ("max_tokens", 0, "from 1"),
+        ("max_tokens", 0, "0 with echo"),
         ("max_tokens", 2**31, "from 1"),
         ("max_tokens", 10**4000, "from 1"),
         ("max_tokens", "5", "from 1"),
@@ -60,8 +65,35 @@ def test_malformed_prompt_is_refused(prompt: Any) -> None:
         ("min_p", 2, "from 0 to 1"),
         ("seed", 2**64, "64 bits"),
         ("seed", -(2**63) - 1, "64 bits"),
-        ("n", 2, "supported so far"),
-        ("n", 0, "supported so far"),
+        ("n", 0, "from 1 to 128"),
+        ("n", 129, "from 1 to 128"),
+        ("n", 10**400, "from 1 to 128"),
+        ("prompt", ["a"] * 129, "at most 128"),
+        ("best_of", 2, "equal to n"),
+        ("logprobs", -1, "from 0 to 20"),
+        ("logprobs", 21, "from 0 to 20"),
+        ("logprobs", True, "from 0 to 20"),
+        ("echo", 1, "true or false"),
+        ("ignore_eos", "no", "true or false"),
+        ("min_tokens", -1, "from 0 to max_tokens"),
+        ("presence_penalty", 2.1, "from -2 to 2"),
+        ("presence_penalty", 10**400, "from -2 to 2"),
+        ("frequency_penalty", False, "from -2 to 2"),
+        ("repetition_penalty", 0, "from 0.01 to 100"),
+        ("repetition_penalty", -1.0, "from 0.01 to 100"),
+        ("logit_bias", {"5": 101}, "-100 to 100"),
+        ("logit_bias", {"5": 10**400}, "-100 to 100"),
+        ("logit_bias", {"5": "1"}, "-100 to 100"),
+        ("logit_bias", {"5": True}, "-100 to 100"),
+        ("logit_bias", {"-5": 1}, "-100 to 100"),
+        ("logit_bias", {"05": 1}, "-100 to 100"),
+        ("logit_bias", {"9" * 5000: 1}, "-100 to 100"),
+        ("logit_bias", {str(i): 1 for i in range(1025)}, "at most 1024"),
+        ("logit_bias", [], "-100 to 100"),
+        ("stop_token_ids", [-1], "at most 128 token ids"),
+        ("stop_token_ids", [True], "at most 128 token ids"),
+        ("stop_token_ids", [1] * 129, "at most 128 token ids"),
+        ("stop_token_ids", 5, "at most 128 token ids"),
         ("stream", "yes", "true or false"),
         ("stream_options", [], "an object"),
         ("stop", "", "1 to 4 strings"),
@@ -103,6 +135,15 @@ def test_value_out_of_range_names_field_and_range(field: str, value: Any, hint: 
         ("logprobs", None),
         ("echo", False),
         ("best_of", 1),
+        ("n", 128),
+        ("logprobs", 0),
+        ("logprobs", 20),
+        ("logit_bias", {"0": -100, "7": 100.0}),
+        ("logit_bias", None),
+        ("stop_token_ids", [1, 1]),
+        ("repetition_penalty", 1),
+        ("priority", "anything"),
+        ("no_such_field", {"a": [1]}),
     ],
 )
 def test_values_at_the_edge_and_harmless_fields_are_accepted(field: str, value: Any) -> None:
@@ -112,12 +153,6 @@ def test_values_at_the_edge_and_harmless_fields_are_accepted(field: str, value: 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("logprobs", 0),
-        ("logprobs", True),
-        ("top_logprobs", 2),
-        ("logit_bias", {"5": 1}),
-        ("presence_penalty", 0.5),
-        ("frequency_penalty", False),
         ("tools", [{"type": "function"}]),
         ("tool_choice", "required"),
         ("response_format", {"type": "json_object"}),
@@ -183,3 +218,83 @@ def test_text_parts_become_one_text() -> None:
 def test_both_token_limits_exclude_each_other() -> None:
     body = {**CHAT, "max_tokens": 5, "max_completion_tokens": 5}
     assert _refusal(ChatRequest, body).param == "max_completion_tokens"
+
+
+def test_top_logprobs_need_logprobs() -> None:
+    assert _refusal(ChatRequest, {**CHAT, "top_logprobs": 2}).param == "top_logprobs"
+    request = read_request(ChatRequest, {**CHAT, "top_logprobs": 2, "logprobs": True})
+    assert (request.num_logprobs, read_request(ChatRequest, CHAT).num_logprobs) == (2, None)
+    assert read_request(ChatRequest, {**CHAT, "logprobs": True}).num_logprobs == 0
+
+
+def test_prompts_times_n_is_bounded() -> None:
+    body = {**COMPLETION, "prompt": ["a"] * 64, "n": 2}
+    assert read_request(CompletionRequest, {**body, "best_of": 2}).num_choices == 2
+    assert _refusal(CompletionRequest, {**body, "n": 3}).param == "n"
+
+
+def test_nothing_to_generate_needs_echo() -> None:
+    assert read_request(CompletionRequest, {**COMPLETION, "max_tokens": 0, "echo": True}).max_tokens == 0
+    assert _refusal(ChatRequest, {**CHAT, "max_tokens": 0}).param == "max_tokens"
+
+
+def test_fields_without_effect_are_named_once_and_printably() -> None:
+    turn = {"role": "user", "content": "a", "name": "b"}
+    body = {
+        **CHAT,
+        "messages": [turn, turn],
+        "stream": True,
+        "stream_options": {"include_obfuscation": False},
+        "priority": 3,
+        "user": "me",
+        "tempratur": 1,
+        "a\r\nset-cookie: b": 1,
+        "x" * 65: 1,
+    }
+    read_request(ChatRequest, body)
+    assert ignored_in(ChatRequest, CHAT) == []
+    header = ignored_header(ignored_in(ChatRequest, body))
+    expected = "priority, tempratur, ?, ?, stream_options.include_obfuscation, messages.name"
+    assert header == {"x-sage-ignored": expected}
+    many = ignored_header([f"field{i}" for i in range(1000)])["x-sage-ignored"]
+    assert many.endswith(", field15, ...") and many.count(",") == 16
+
+
+def test_absurd_values_are_refused_at_once() -> None:
+    """As large as a body can be; the time is a bound that only work without limit would break."""
+    absurd = [
+        {"logit_bias": {str(i): 1 for i in range(150_000)}},
+        {"logit_bias": {str(i) * 100: 1 for i in range(10_000)}},
+        {"stop_token_ids": list(range(400_000))},
+        {"prompt": [[1]] * 150_000},
+        {"prompt": ["a"] * 400_000},
+        {"stop": ["a"] * 400_000},
+        {"n": 10**4000},
+        {"presence_penalty": -(10**4000)},
+        {"max_tokens": 10**4000, "min_tokens": 10**4000},
+    ]
+    for change in absurd:
+        started = time.process_time()
+        error = _refusal(CompletionRequest, {**COMPLETION, **change})
+        assert time.process_time() - started < 0.05
+        assert error.param == next(iter(change)) and len(error.message) < 200
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "field", "value"),
+    [
+        (ChatRequest, CHAT, "echo", True),
+        (ChatRequest, CHAT, "best_of", 2),
+        (ChatRequest, CHAT, "prompt", "a"),
+        (CompletionRequest, COMPLETION, "top_logprobs", 3),
+        (CompletionRequest, COMPLETION, "max_completion_tokens", 3),
+        (CompletionRequest, COMPLETION, "chat_template", "a"),
+    ],
+)
+def test_field_of_the_other_endpoint_is_refused(
+    kind: type[CompletionRequest | ChatRequest], body: dict[str, Any], field: str, value: Any
+) -> None:
+    error = _refusal(kind, {**body, field: value})
+    assert (error.param, error.code) == (field, "unsupported_parameter")
+    read_request(kind, {**body, field: None})
+    assert ignored_in(kind, {**body, field: None}) == []

@@ -7,8 +7,9 @@ process: tokens and every row of logits, bit for bit.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from experts.transport import Endpoint, ExpertServer, ServiceInfo, TransportLimi
 from experts.worker import DTYPES, ExpertWorker
 from extraction.extract import extract
 from router.batcher import BatchLimits
+from router.kv_cache import blocks_for
 from router.loading import EngineOptions
 from router.model_config import read_model_config
 from router.request import GenerationRequest, SamplingParams
@@ -30,6 +32,8 @@ from tests.checkpoints import write_tiny
 from tests.engines import Outcome, assert_same_bits, open_engine, run_to_end, small_engine
 
 SECRET = b"a secret for tests, 32 bytes long"
+PATIENT = TransportLimits(heartbeat_misses=120)
+"""A busy machine may keep a heartbeat waiting, and these tests count failovers."""
 SWITCHES: dict[str, dict[str, Any]] = {
     "qwen2_moe": {
         "num_hidden_layers": 4,
@@ -65,13 +69,23 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "qwen3_omni_moe": {"attention_bias": True},
 }
 """Families beside Qwen3-MoE, each with switches that could tie a row's bits to its neighbours."""
+LENGTHS = (1, 3, 17, 63, 64, 65, 130, 200)
+FEW_LENGTHS = (1, 64, 63, 130, 200)
+"""For the other families: they share all but their switches with Qwen3-MoE."""
+PENALTIES: dict[str, Any] = {
+    "repetition_penalty": 1.3,
+    "presence_penalty": 0.5,
+    "frequency_penalty": -0.25,
+    "logit_bias": ((7, 2.5), (9, -100.0)),
+    "min_tokens": 5,
+    "stop_token_ids": (0, 11),
+}
 JOIN_AT = (0, 3, 1, 0, 7, 2, 2, 0)
 
 
-def _requests(vocab_size: int, max_prompt: int) -> list[GenerationRequest]:
-    """Prompts around block boundaries and of one token, greedy and sampled."""
+def _requests(vocab_size: int, lengths: Sequence[int]) -> list[GenerationRequest]:
+    """Prompts around block boundaries and of one token, greedy and sampled, some with logprobs and penalties."""
     chance = random.Random(11)
-    lengths = [n for n in (1, 3, 17, 63, 64, 65, 130, 200) if n <= max_prompt]
     return [
         GenerationRequest(
             f"r{index}",
@@ -81,7 +95,10 @@ def _requests(vocab_size: int, max_prompt: int) -> list[GenerationRequest]:
                 temperature=(0.0, 0.8, 1.0)[index % 3],
                 top_k=(0, 40)[index % 2],
                 seed=index,
+                **(PENALTIES if index % 2 else {}),
             ),
+            num_logprobs=(None, 3)[index % 2],
+            num_prompt_logprobs=(2, None, 0)[index % 3],
         )
         for index, length in enumerate(lengths)
     ]
@@ -111,8 +128,10 @@ def root(
 def requests(root: Path) -> list[GenerationRequest]:
     store = ExpertStore.open(root)
     config = read_model_config(store.served.config)
+    lengths = FEW_LENGTHS if store.manifest.family in SWITCHES else LENGTHS
     store.close()
-    return _requests(config.vocab_size, min(200, config.max_position_embeddings - 30))
+    longest = config.max_position_embeddings - 30
+    return _requests(config.vocab_size, [length for length in lengths if length <= longest])
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +143,8 @@ def reference(root: Path, dtype: str, requests: list[GenerationRequest]) -> Outc
         outcome = run_to_end(loaded.engine, [request])
         whole.tokens |= outcome.tokens
         whole.logits |= outcome.logits
+        whole.logprobs |= outcome.logprobs
+        whole.prompt_logprobs |= outcome.prompt_logprobs
     loaded.close()
     return whole
 
@@ -211,7 +232,9 @@ def test_remote_experts_equal_local(
 ) -> None:
     roster = serve_experts(root, dtype, num_actors)
     loaded = open_engine(
-        root, EngineOptions(dtype=dtype), lambda worker: RemoteDirectory(worker, roster, SECRET)
+        root,
+        EngineOptions(dtype=dtype),
+        lambda worker: RemoteDirectory(worker, roster, SECRET, limits=PATIENT),
     )
     assert_same_bits(run_to_end(loaded.engine, requests, JOIN_AT), reference)
     stats = loaded.directory.stats()
@@ -234,7 +257,7 @@ def test_experts_partly_remote_and_partly_lost_equal_local(
     loaded = open_engine(
         root,
         EngineOptions(dtype=dtype),
-        lambda worker: RemoteDirectory(worker, roster, SECRET, limits=TransportLimits()),
+        lambda worker: RemoteDirectory(worker, roster, SECRET, limits=PATIENT),
     )
     assert_same_bits(run_to_end(loaded.engine, requests, JOIN_AT), reference)
     stats = loaded.directory.stats()
@@ -247,10 +270,58 @@ def test_resumed_request_continues_with_the_same_tokens(
 ) -> None:
     """The rest of an answer, asked for anew with the tokens already sent, as after the loss of a router."""
     request = requests[1]
-    sent = tuple(reference.tokens[request.request_id][:11])
-    resumed = GenerationRequest(request.request_id, request.prompt_ids, request.sampling, sent)
+    whole = reference.tokens[request.request_id]
+    num_sent = min(11, len(whole) - 1)  # a stop token may have ended it
+    sent = tuple(whole[:num_sent])
+    resumed = replace(request, generated_ids=sent)
+    assert request.sampling.has_penalties
     loaded = open_engine(root, EngineOptions(dtype=dtype))
     outcome = run_to_end(loaded.engine, [resumed])
     loaded.close()
     assert list(sent) + outcome.tokens[request.request_id] == reference.tokens[request.request_id]
-    assert torch.equal(outcome.logits[request.request_id][0], reference.logits[request.request_id][11])
+    assert torch.equal(outcome.logits[request.request_id][0], reference.logits[request.request_id][num_sent])
+    assert outcome.logprobs[request.request_id] == reference.logprobs[request.request_id][num_sent:]
+
+
+def test_resumed_request_keeps_its_minimum_length(root: Path, dtype: str) -> None:
+    """Stop tokens are held back by the answer's position, and penalties count what was generated before."""
+    sampling = SamplingParams(12, 0.0, frequency_penalty=1.5, min_tokens=8, stop_token_ids=tuple(range(200)))
+    request = GenerationRequest("r", (3, 5, 8), sampling)
+    loaded = open_engine(root, EngineOptions(dtype=dtype))
+    whole = run_to_end(loaded.engine, [request]).tokens["r"]
+    assert all(token >= 200 for token in whole[:8])
+    for num_sent in (1, 7, 8):
+        rest = run_to_end(loaded.engine, [replace(request, generated_ids=tuple(whole[:num_sent]))])
+        assert rest.tokens["r"] == whole[num_sent:]
+    loaded.close()
+
+
+def test_choices_that_share_a_prompt_equal_single_requests(root: Path, dtype: str) -> None:
+    """With so few blocks that choices are preempted, and beside a request of another group."""
+    loaded = open_engine(root, EngineOptions(dtype=dtype))
+    length = 190 if loaded.engine.max_tokens_per_sequence > 210 else 61
+    choices = [
+        GenerationRequest(
+            f"c{choice}",
+            tuple((7 * i + length) % 200 for i in range(length)),
+            SamplingParams(max_tokens=(9, 20, 13, 1)[choice], seed=5, choice=choice, presence_penalty=0.5),
+            num_logprobs=1,
+            num_prompt_logprobs=1 if choice == 0 else None,
+            group="g",
+        )
+        for choice in range(4)
+    ]
+    other = GenerationRequest("other", (4,) * length, SamplingParams(max_tokens=4, seed=9), group="h")
+    alone = Outcome()
+    for request in [*choices, other]:
+        outcome = run_to_end(loaded.engine, [replace(request, group=None)])
+        alone.tokens |= outcome.tokens
+        alone.logits |= outcome.logits
+        alone.logprobs |= outcome.logprobs
+        alone.prompt_logprobs |= outcome.prompt_logprobs
+    engine = small_engine(
+        loaded, 3 * blocks_for(length + 1), BatchLimits(admission_reserve=1), num_swap_blocks=2
+    )
+    assert_same_bits(run_to_end(engine, [choices[2], other, *choices[:2], choices[3]]), alone)
+    loaded.close()
+    assert engine.stats.preemptions > 0

@@ -1,0 +1,169 @@
+"""`sage-moe serve`: gathers the options, then starts the service or, for --dry-run, says what would be started."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+if TYPE_CHECKING:
+    from gateway.service_options import ServiceOptions
+
+Number = Optional[int]  # noqa: UP045 - typer reads the annotation at run time
+Word = Optional[str]  # noqa: UP045
+Words = Optional[list[str]]  # noqa: UP045
+
+
+def serve(
+    store: Annotated[
+        str,
+        typer.Argument(
+            metavar="STORE",
+            help="An expert store, a checkpoint folder, or the name of a bundled model (stories).",
+        ),
+    ],
+    host: Annotated[
+        Word, typer.Option(help="Address to bind; beyond loopback needs a key. [127.0.0.1]")
+    ] = None,
+    port: Annotated[Number, typer.Option(help="Port to bind. [8000]")] = None,
+    actors: Annotated[
+        Number, typer.Option(help="Expert actors; 0 computes all experts in the router's process. [0]")
+    ] = None,
+    dtype: Annotated[Word, typer.Option(help="float32 or bfloat16; default: as stored.")] = None,
+    served_model_name: Annotated[
+        Words,
+        typer.Option(help="Name in the API; repeatable, answers carry the first. Default: the store's."),
+    ] = None,
+    max_model_len: Annotated[
+        Number, typer.Option(metavar="TOKENS", help="Most tokens of prompt and answer; default: the model's.")
+    ] = None,
+    max_num_seqs: Annotated[Number, typer.Option(help="Requests computed at the same time. [64]")] = None,
+    max_queue: Annotated[Number, typer.Option(help="Requests that wait; more get 429. [256]")] = None,
+    max_batch_tokens: Annotated[Number, typer.Option(help="Token rows in a step. [512]")] = None,
+    kv_budget: Annotated[
+        Word, typer.Option(metavar="SIZE", help="Memory for keys and values, such as 512MiB. [1GiB]")
+    ] = None,
+    api_key: Annotated[
+        Words, typer.Option(metavar="KEY|@FILE", help="Key that clients must send; repeatable.")
+    ] = None,
+    api_key_file: Annotated[
+        Words, typer.Option(metavar="FILE", help="Keys, one a line; not readable by others. Repeatable.")
+    ] = None,
+    cors_origin: Annotated[
+        Words, typer.Option(metavar="ORIGIN", help="Web origin whose pages may call, or *; repeatable.")
+    ] = None,
+    config: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FILE", help="YAML with these options' names; the command line goes first."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the configuration and start nothing.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="With --dry-run: print JSON in place of YAML.")
+    ] = False,
+) -> None:
+    """Serve a store over HTTP until interrupted."""
+    if as_json and not dry_run:
+        raise typer.BadParameter("--json goes with --dry-run")
+    given = {
+        "host": host,
+        "port": port,
+        "actors": actors,
+        "dtype": dtype,
+        "served-model-name": served_model_name or None,
+        "max-model-len": max_model_len,
+        "max-num-seqs": max_num_seqs,
+        "max-queue": max_queue,
+        "max-batch-tokens": max_batch_tokens,
+        "kv-budget": kv_budget,
+        "api-key": api_key or None,
+        "api-key-file": api_key_file or None,
+        "cors-origin": cors_origin or None,
+    }
+    if not dry_run and any(not key.startswith("@") for key in api_key or ()):
+        _move_keys_out_of_sight(api_key or ())
+    options = _gather(store, given, config)
+    if dry_run:
+        _print_plan(options, as_json)
+    else:
+        _serve(options)
+
+
+def _gather(store: str, given: dict[str, Any], config: Path | None) -> ServiceOptions:
+    from gateway.api_keys import KEYS_VARIABLE, KeyRing, keys_of_environment, keys_of_option, read_key_file
+    from gateway.config_file import read_config
+    from gateway.service_options import compose_options, merge_values
+    from gateway.store_source import model_name, resolve_runnable
+
+    file = read_config(config) if config else {}
+    values = merge_values(given, file, str(config))
+    keys = [key for option in values.api_key for key in keys_of_option(option)]
+    keys += [key for path in values.api_key_file for key in read_key_file(path)]
+    keys += keys_of_environment(os.environ)
+    os.environ.pop(KEYS_VARIABLE, None)  # Ray's processes would inherit it
+    return compose_options(
+        values, resolve_runnable(store, announce=_announce), model_name(store), KeyRing.of(keys)
+    )
+
+
+def _move_keys_out_of_sight(keys: Sequence[str]) -> None:
+    """Begin anew with the keys in the environment: the command line is readable by every user of the machine, and
+    Ray keeps it with its job."""
+    from gateway.api_keys import KEYS_VARIABLE, keys_of_environment, keys_of_option
+
+    found = [key for option in keys for key in keys_of_option(option)]
+    found += keys_of_environment(os.environ)
+    sys.stderr.write(
+        "note: --api-key KEY shows the key to this machine's users; better --api-key-file FILE\n"
+    )
+    sys.stderr.flush()
+    command = without_option(sys.orig_argv, "--api-key")
+    os.execve(sys.executable, [sys.executable, *command[1:]], os.environ | {KEYS_VARIABLE: ",".join(found)})
+
+
+def without_option(command: Sequence[str], option: str) -> list[str]:
+    """The command without an option and its value, in both of its spellings."""
+    kept, is_value = [], False
+    for word in command:
+        if is_value:
+            is_value = False
+        elif word == option:
+            is_value = True
+        elif not word.startswith(f"{option}="):
+            kept.append(word)
+    return kept
+
+
+def _print_plan(options: ServiceOptions, as_json: bool) -> None:
+    import yaml
+
+    from gateway.launch import describe_plan
+
+    plan = describe_plan(options)
+    if as_json:
+        typer.echo(json.dumps(plan, indent=2, ensure_ascii=False))
+    else:
+        typer.echo(yaml.safe_dump(plan, sort_keys=False, allow_unicode=True), nl=False)
+
+
+def _serve(options: ServiceOptions) -> None:
+    from gateway.launch import interruptible, running_service, wait_for_interrupt
+
+    with interruptible():
+        try:
+            with running_service(options) as url:
+                names = " and ".join([options.model_name, *options.model_aliases])
+                typer.echo(f"{names} is served at {url}/v1 (Ctrl-C stops it)")
+                wait_for_interrupt()
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+
+def _announce(line: str) -> None:
+    typer.echo(line, err=True)

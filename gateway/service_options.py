@@ -1,0 +1,198 @@
+"""What `sage-moe serve` can be told: every option's name, kind, range and default, in one place.
+
+Options come from the command line, a config file and defaults, in this order of precedence, under the same names,
+and are checked by one model. Called by `gateway.serve_command`; `gateway.launch` gets the result.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
+
+from gateway.api_keys import NO_KEYS, KeyRing
+from gateway.byte_sizes import format_bytes, parse_bytes
+from gateway.errors import OptionInvalid
+
+PROVEN_BATCH_TOKENS = 512
+"""Rows for which the self-test at start proves exactness (docs/exactness.md)."""
+MAX_SHOWN_CHARS = 80
+OWN_MESSAGE = "own_message"
+"""Type of validation errors whose text is ready to be shown."""
+_ORIGIN = re.compile(r"https?://(?:[a-z0-9._-]+|\[[0-9a-f:]+\])(?::[0-9]{1,5})?")
+
+
+def _read_size(value: object) -> int:
+    """A number alone would leave its unit to be guessed."""
+    if not isinstance(value, str):
+        raise PydanticCustomError(OWN_MESSAGE, "must be a size such as 512MiB or 2GiB")
+    try:
+        return parse_bytes(value)
+    except ValueError as error:
+        raise PydanticCustomError(OWN_MESSAGE, "{reason}", {"reason": str(error)}) from error
+
+
+def _read_texts(value: object) -> object:
+    """One text, or a list of them."""
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+def _check_origins(value: tuple[str, ...]) -> tuple[str, ...]:
+    for origin in value:
+        if origin != "*" and not _ORIGIN.fullmatch(origin):
+            raise PydanticCustomError(
+                OWN_MESSAGE, "must be * or origins such as https://chat.example.com:8443"
+            )
+    return value
+
+
+def _whole(low: int, high: int, default: int) -> Any:
+    return Field(default, ge=low, le=high, description=f"a whole number from {low} to {high}")
+
+
+Size = Annotated[int, BeforeValidator(_read_size)]
+Text = Annotated[str, Field(max_length=512, pattern=r"^[^\p{C}]+$")]
+Texts = Annotated[tuple[Text, ...], BeforeValidator(_read_texts)]
+_TEXTS = "a text or a list of texts, each of 1 to 512 printable characters"
+
+
+class OptionValues(BaseModel):
+    """The options with their defaults. A field's description completes "must be"."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, alias_generator=lambda name: name.replace("_", "-")
+    )
+
+    host: str = Field("127.0.0.1", min_length=1, max_length=253, description="an address or host name")
+    port: int = _whole(1, 65535, 8000)
+    actors: int = _whole(0, 64, 0)
+    dtype: Literal["float32", "bfloat16"] | None = Field(None, description="float32 or bfloat16")
+    served_model_name: Texts = Field((), description=_TEXTS)
+    max_model_len: int | None = Field(
+        None, ge=2, le=2**31 - 1, description="a whole number of tokens from 2 to the model's context"
+    )
+    max_num_seqs: int = _whole(1, PROVEN_BATCH_TOKENS, 64)
+    max_queue: int = _whole(0, 65536, 256)
+    max_batch_tokens: int = _whole(1, PROVEN_BATCH_TOKENS, PROVEN_BATCH_TOKENS)
+    kv_budget: Size = Field(2**30, description="a size such as 512MiB or 2GiB")
+    api_key: Texts = Field((), description=_TEXTS)
+    api_key_file: Texts = Field((), description=_TEXTS)
+    cors_origin: Annotated[Texts, AfterValidator(_check_origins)] = Field((), description=_TEXTS)
+
+
+@dataclass(frozen=True)
+class ServiceOptions:
+    """What the service is started with. Made by `compose_options`, which has checked every value."""
+
+    store_root: Path
+    model_name: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    num_actors: int = 0
+    dtype: str | None = None
+    ray_address: str | None = None
+    """An existing Ray; None starts one for this service."""
+    num_cpus: int | None = None
+    """What a Ray that is started counts as its CPUs; None means the machine's."""
+    model_aliases: tuple[str, ...] = ()
+    """Further names that requests may use; answers carry `model_name`."""
+    max_model_len: int | None = None
+    """Most tokens of prompt and answer together; None means the model's context."""
+    max_num_seqs: int = 64
+    max_queue: int = 256
+    max_batch_tokens: int = PROVEN_BATCH_TOKENS
+    kv_budget_bytes: int = 2**30
+    keys: KeyRing = NO_KEYS
+    cors_origins: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_num_seqs > self.max_batch_tokens:
+            reason = f"({self.max_num_seqs}) is above max-batch-tokens ({self.max_batch_tokens}): "
+            raise OptionInvalid("max-num-seqs", f"{reason}each running request needs a row in every step")
+        if "*" in self.cors_origins and not self.keys:
+            reason = "* without an API key lets every web page use the service; name origins or give a key"
+            raise OptionInvalid("cors-origin", reason)
+
+    def shown(self) -> dict[str, Any]:
+        """For people: option names, sizes with units, and of the keys their number."""
+        return {
+            "store": str(self.store_root),
+            "served-model-name": [self.model_name, *self.model_aliases],
+            "host": self.host,
+            "port": self.port,
+            "actors": self.num_actors,
+            "dtype": self.dtype or "as stored",
+            "max-model-len": self.max_model_len or "the model's context",
+            "max-num-seqs": self.max_num_seqs,
+            "max-queue": self.max_queue,
+            "max-batch-tokens": self.max_batch_tokens,
+            "kv-budget": format_bytes(self.kv_budget_bytes),
+            "api-keys": len(self.keys),
+            "cors-origin": list(self.cors_origins),
+        }
+
+
+def merge_values(command_line: Mapping[str, Any], file: Mapping[str, Any], file_name: str) -> OptionValues:
+    """Values by option name; the command line's go before the file's, whole.
+
+    Raises OptionInvalid naming the option, where it stands, and what it must be.
+    """
+    for name in file:
+        if name not in option_names():
+            raise OptionInvalid(f"{file_name}: {name[:MAX_SHOWN_CHARS]}", f"is no option{_nearest(name)}")
+    given = {name: value for name, value in command_line.items() if value is not None}
+    try:
+        return OptionValues.model_validate({**file, **given})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        label = f"--{name}" if name in given else f"{file_name}: {name}"
+        raise OptionInvalid(label, _what_it_must_be(name, first)) from error
+
+
+def option_names() -> tuple[str, ...]:
+    return tuple(str(field.alias) for field in OptionValues.model_fields.values())
+
+
+def compose_options(values: OptionValues, store_root: Path, store_name: str, keys: KeyRing) -> ServiceOptions:
+    """Raises OptionInvalid for values that do not go together. store_name: what the model is called without a name."""
+    name, *aliases = dict.fromkeys(values.served_model_name or (store_name,))
+    return ServiceOptions(
+        store_root,
+        name,
+        values.host,
+        values.port,
+        values.actors,
+        values.dtype,
+        model_aliases=tuple(aliases),
+        max_model_len=values.max_model_len,
+        max_num_seqs=values.max_num_seqs,
+        max_queue=values.max_queue,
+        max_batch_tokens=values.max_batch_tokens,
+        kv_budget_bytes=values.kv_budget,
+        keys=keys,
+        cors_origins=tuple(dict.fromkeys(values.cors_origin)),
+    )
+
+
+def _nearest(name: str) -> str:
+    near = difflib.get_close_matches(name.lower().replace("_", "-"), option_names(), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else f"; options are {', '.join(option_names())}"
+
+
+def _what_it_must_be(name: str, first: Any) -> str:
+    """A key's value is left out: it may be a secret in the wrong place."""
+    if first["type"] == OWN_MESSAGE:
+        reason = str(first["msg"])
+    else:
+        field = next(field for field in OptionValues.model_fields.values() if field.alias == name)
+        reason = f"must be {field.description}"
+    if name.startswith("api-key"):
+        return reason
+    return f"{reason}, not {str(first['input'])[:MAX_SHOWN_CHARS]!r}"

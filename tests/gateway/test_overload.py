@@ -1,0 +1,255 @@
+"""Too many requests, bodies that trickle in, clients that read nothing, and pages of other origins."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from fastapi import FastAPI
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from cluster.resources import gateway_deployment_options
+from gateway.api_keys import KeyRing
+from gateway.errors import ApiError
+from gateway.proxy_guard import ProxyGuard, middlewares
+from gateway.request_limits import read_body
+from gateway.settings import RequestLimits
+from tests.gateway.fake_router import MODEL, FakeRouter, Step, app_over, http_client, script
+
+COMPLETION = {"model": MODEL, "prompt": "hello"}
+ORIGIN = "https://chat.example"
+
+
+@contextmanager
+def _served(app: ASGIApp) -> Iterator[int]:
+    """The app behind uvicorn, as Ray Serve runs it. Yields the port."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off", ws="none"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()
+
+
+def _read_all(connection: socket.socket) -> bytes:
+    """Until the other side closes."""
+    content = b""
+    while chunk := connection.recv(65536):
+        content += chunk
+    return content
+
+
+def test_request_beyond_the_limit_gets_429_before_its_body_and_others_go_on() -> None:
+    async def run() -> tuple[list[httpx.Response], httpx.Response, int]:
+        router = FakeRouter([Step(hangs=True)])
+        app = app_over(router, max_open_requests=2)
+        async with http_client(app) as client:
+            open_ = [asyncio.create_task(client.post("/v1/completions", json=COMPLETION)) for _ in range(2)]
+            while len(router.requests) < 2:
+                await asyncio.sleep(0.001)
+            refused = [await client.post("/v1/completions", content=b"no JSON") for _ in range(20)]
+            status = await client.get("/ready")
+            for task in open_:
+                task.cancel()
+            await asyncio.gather(*open_, return_exceptions=True)
+            router.script = script([5])
+            assert (await client.post("/v1/completions", json=COMPLETION)).status_code == 200
+            return refused, status, len(router.requests)
+
+    refused, status, num_asked = asyncio.run(run())
+    assert {answer.status_code for answer in refused} == {429}
+    assert {answer.headers["retry-after"] for answer in refused} == {"1"}
+    assert refused[0].json()["error"]["code"] == "queue_full"
+    assert status.status_code == 200
+    assert num_asked == 3
+
+
+def test_serve_s_own_limit_leaves_room_for_refusals_and_says_when_to_retry() -> None:
+    for max_open in (1, 320, 4096):
+        options = gateway_deployment_options(max_open)
+        assert options["max_ongoing_requests"] >= 2 * max_open
+        assert options["backpressure_config"] == {"status_code": 503, "retry_after_s": 1.0}
+
+
+def test_body_that_trickles_gets_408_and_the_connection_is_closed() -> None:
+    limits = RequestLimits(body_grace_s=0.3)
+    with (
+        _served(app_over(FakeRouter(), limits=limits)) as port,
+        socket.create_connection(("127.0.0.1", port), timeout=20.0) as client,
+    ):
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: gateway\r\ncontent-length: 1000\r\n\r\n{'{'}"
+        client.sendall(head.encode())
+        answer = _read_all(client)
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"connection: close" in answer.lower()
+    assert b'"code":"body_timeout"' in answer
+
+
+async def _chunks(num_chunks: int, num_bytes: int, pause_s: float) -> AsyncIterator[bytes]:
+    for _ in range(num_chunks):
+        await asyncio.sleep(pause_s)
+        yield b"x" * num_bytes
+
+
+def test_body_gets_more_time_the_more_of_it_has_come() -> None:
+    limits = RequestLimits(body_grace_s=0.2, min_body_bytes_per_s=1000.0)
+    steady = asyncio.run(read_body(_chunks(8, 200, 0.05), None, limits))
+    assert len(steady) == 1600
+    with pytest.raises(ApiError) as caught:
+        asyncio.run(read_body(_chunks(100, 1, 0.05), None, limits))
+    assert caught.value.status == 408
+
+
+def test_one_byte_a_second_is_closed_within_ten_seconds() -> None:
+    """The default limits, by their arithmetic: such a body has so many bytes after the grace, and then so much
+    longer."""
+    limits = RequestLimits()
+    num_bytes = limits.body_grace_s + 1
+    assert limits.body_grace_s + num_bytes / limits.min_body_bytes_per_s < 10.0
+
+
+@pytest.mark.parametrize("origins", [(ORIGIN,), ("*",)])
+def test_page_of_a_chosen_origin_asks_beforehand_and_calls_with_its_key(origins: tuple[str, ...]) -> None:
+    async def run() -> None:
+        app = app_over(FakeRouter(script([5])), keys=KeyRing.of(["k"]), cors_origins=origins)
+        async with http_client(app) as client:
+            asked = {
+                "Origin": ORIGIN,
+                "Access-Control-Request-Method": "POST",
+                "Access-Control-Request-Headers": "authorization,content-type,x-stainless-os",
+            }
+            preflight = await client.options("/v1/completions", headers=asked)
+            assert preflight.status_code == 200
+            assert preflight.headers["access-control-allow-origin"] == origins[0]
+            assert "x-stainless-os" in preflight.headers["access-control-allow-headers"]
+            assert "access-control-allow-credentials" not in preflight.headers
+            refused = await client.post("/v1/completions", json=COMPLETION, headers={"Origin": ORIGIN})
+            assert refused.status_code == 401
+            assert refused.headers["access-control-allow-origin"] == origins[0]
+            with_key = {"Origin": ORIGIN, "Authorization": "Bearer k"}
+            answer = await client.post("/v1/completions", json=COMPLETION, headers=with_key)
+            assert answer.status_code == 200
+            assert answer.headers["access-control-allow-origin"] == origins[0]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("origin", ["https://other.example", "http://chat.example", f"{ORIGIN}:444", "null"])
+def test_page_of_another_origin_is_refused(origin: str) -> None:
+    async def run() -> None:
+        app = app_over(FakeRouter(), keys=KeyRing.of(["k"]), cors_origins=(ORIGIN,))
+        async with http_client(app) as client:
+            asked = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+            preflight = await client.options("/v1/completions", headers=asked)
+            assert preflight.status_code == 400
+            assert "access-control-allow-origin" not in preflight.headers
+            plain = await client.options("/v1/models", headers={"Origin": ORIGIN})
+            assert plain.status_code == 401
+
+    asyncio.run(run())
+
+
+def _text_app(status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> ASGIApp:
+    """Answers as Ray Serve does for itself: in text."""
+
+    async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body[:3], "more_body": True})
+        await send({"type": "http.response.body", "body": body[3:]})
+
+    return app
+
+
+TEXT: list[tuple[bytes, bytes]] = [(b"content-type", b"text/plain; charset=utf-8")]
+
+
+async def _through_guard(app: ASGIApp, path: str = "/v1/completions") -> httpx.Response:
+    transport = httpx.ASGITransport(ProxyGuard(app))
+    async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+        return await client.get(path)
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "code"),
+    [
+        (503, "server_error", "unavailable"),
+        (429, "rate_limit_error", "queue_full"),
+        (408, "invalid_request_error", "timeout"),
+        (500, "server_error", "internal_error"),
+        (404, "invalid_request_error", None),
+    ],
+)
+def test_serve_s_own_refusal_gets_openai_s_shape(status: int, kind: str, code: str | None) -> None:
+    headers = [*TEXT, (b"retry-after", b"4"), (b"x-request-id", b"r1")]
+    answer = asyncio.run(_through_guard(_text_app(status, headers, b"replica 0x7f internals")))
+    error = answer.json()["error"]
+    assert (answer.status_code, error["type"], error["code"]) == (status, kind, code)
+    assert (answer.headers["retry-after"], answer.headers["x-request-id"]) == ("4", "r1")
+    assert "internals" not in answer.text
+
+
+def test_guard_lets_answers_of_the_gateway_through_as_they_are() -> None:
+    metrics = asyncio.run(_through_guard(_text_app(200, TEXT, b"# HELP")))
+    assert metrics.text == "# HELP"
+    json_error = _text_app(429, [(b"content-type", b"application/json")], b'{"a":1}')
+    assert asyncio.run(_through_guard(json_error)).json() == {"a": 1}
+
+
+@pytest.mark.parametrize("path", ["/-/routes", "/-/healthz", "/%2d/routes", "/-/"])
+def test_serve_s_own_pages_are_not_there(path: str) -> None:
+    answer = asyncio.run(_through_guard(_text_app(200, TEXT, b"success"), path))
+    assert answer.status_code == 404
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_client_that_reads_nothing_is_cut_off_and_the_app_is_told() -> None:
+    ended = threading.Event()
+
+    async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            for _ in range(10_000):
+                await send({"type": "http.response.body", "body": b"x" * 65536, "more_body": True})
+        finally:
+            ended.set()
+
+    with _served(ProxyGuard(app, stall_s=0.3)) as port, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", port))
+        client.sendall(b"GET / HTTP/1.1\r\nhost: gateway\r\n\r\n")
+        assert ended.wait(20.0)
+        with pytest.raises(ConnectionResetError):  # cut off, not closed after what was buffered
+            _read_all(client)
+
+
+def test_client_that_reads_slowly_but_steadily_gets_everything() -> None:
+    app = FastAPI()
+
+    @app.get("/")
+    async def page() -> dict[str, Any]:
+        return {"text": "x" * 2_000_000}
+
+    with _served(ProxyGuard(app, stall_s=5.0)) as port, socket.socket() as client:
+        client.connect(("127.0.0.1", port))
+        client.sendall(b"GET / HTTP/1.1\r\nhost: gateway\r\nconnection: close\r\n\r\n")
+        num_bytes = 0
+        while chunk := client.recv(262144):
+            num_bytes += len(chunk)
+            time.sleep(0.005)
+    assert num_bytes > 2_000_000
+
+
+def test_ray_serve_finds_the_guard() -> None:
+    assert [middleware.cls for middleware in middlewares()] == [ProxyGuard]

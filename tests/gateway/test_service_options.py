@@ -1,0 +1,196 @@
+"""Options: the command line before the file before defaults, and what a refusal says."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway.api_keys import KeyRing
+from gateway.config_file import read_config
+from gateway.errors import FileUnusable, OptionInvalid
+from gateway.serve_command import serve, without_option
+from gateway.service_options import (
+    OptionValues,
+    ServiceOptions,
+    compose_options,
+    merge_values,
+    option_names,
+)
+
+NAME = "serve.yaml"
+
+
+def _options(
+    command_line: dict[str, Any], file: dict[str, Any], keys: KeyRing | None = None
+) -> ServiceOptions:
+    values = merge_values(command_line, file, NAME)
+    return compose_options(values, Path("store"), "stories", keys or KeyRing())
+
+
+def test_nothing_given_is_the_dataclass_s_defaults() -> None:
+    assert _options({}, {}) == ServiceOptions(Path("store"), "stories")
+
+
+def test_command_line_goes_before_file_before_defaults() -> None:
+    options = _options(
+        {"port": 1, "kv-budget": None, "served-model-name": ["a", "b", "a"]},
+        {"port": 2, "kv-budget": "512MiB", "served-model-name": "c", "actors": 3},
+    )
+    assert (options.port, options.kv_budget_bytes, options.num_actors) == (1, 512 * 2**20, 3)
+    assert (options.model_name, options.model_aliases) == ("a", ("b",))
+    assert options.host == "127.0.0.1"
+
+
+def test_every_option_of_the_command_is_one_of_the_file_and_the_other_way_round() -> None:
+    own = {"store", "config", "dry_run", "as_json"}
+    names = {name.replace("_", "-") for name in inspect.signature(serve).parameters if name not in own}
+    assert names == set(option_names())
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("prot", "did you mean port?"),
+        ("max_num_seqs", "did you mean max-num-seqs?"),
+        ("KV-Budget", "did you mean kv-budget?"),
+        ("api-keys", "did you mean api-key?"),
+        ("zzz", "options are host, port"),
+    ],
+)
+def test_unknown_key_is_named_with_the_nearest_known_one(name: str, nearest: str) -> None:
+    with pytest.raises(OptionInvalid) as caught:
+        merge_values({}, {name: 1}, NAME)
+    assert str(caught.value).startswith(f"{NAME}: {name} is no option; {nearest}")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "must_be"),
+    [
+        ("port", "8000", "must be a whole number from 1 to 65535, not '8000'"),
+        ("port", 0, "must be a whole number from 1 to 65535, not '0'"),
+        ("port", True, "must be a whole number"),
+        ("port", 1.0, "must be a whole number"),
+        ("port", None, "must be a whole number"),
+        ("actors", -1, "from 0 to 64"),
+        ("host", "", "must be an address or host name"),
+        ("host", ["a"], "must be an address or host name"),
+        ("dtype", "int8", "must be float32 or bfloat16, not 'int8'"),
+        ("kv-budget", 1024, "must be a size such as 512MiB or 2GiB"),
+        ("kv-budget", "12 parsecs", "has the unknown unit parsecs"),
+        ("max-model-len", 1, "must be a whole number of tokens"),
+        ("max-num-seqs", 513, "from 1 to 512"),
+        ("max-batch-tokens", 513, "from 1 to 512"),
+        ("max-queue", -1, "from 0 to 65536"),
+        ("served-model-name", [""], "must be a text or a list of texts"),
+        ("served-model-name", ["a\x1b[2J"], "must be a text or a list of texts"),
+        ("served-model-name", {"a": 1}, "must be a text or a list of texts"),
+        ("cors-origin", "https://a.example/", "must be * or origins such as"),
+        ("cors-origin", ["null"], "must be * or origins such as"),
+        ("cors-origin", ["https://*.example"], "must be * or origins such as"),
+    ],
+)
+def test_value_of_another_kind_names_key_and_what_it_must_be(name: str, value: Any, must_be: str) -> None:
+    with pytest.raises(OptionInvalid) as caught:
+        merge_values({}, {name: value}, NAME)
+    assert str(caught.value).startswith(f"{NAME}: {name} ")
+    assert must_be in str(caught.value)
+    if value is not None:
+        with pytest.raises(OptionInvalid, match=f"^--{name} "):
+            merge_values({name: value}, {}, NAME)
+
+
+def test_misplaced_key_is_not_repeated() -> None:
+    with pytest.raises(OptionInvalid) as caught:
+        merge_values({}, {"api-key": {"sk-canary": 1}}, NAME)
+    assert "canary" not in str(caught.value)
+
+
+def test_values_that_do_not_go_together_are_refused() -> None:
+    with pytest.raises(OptionInvalid, match=r"max-num-seqs \(64\) is above max-batch-tokens \(32\)"):
+        _options({"max-batch-tokens": 32}, {})
+    with pytest.raises(OptionInvalid, match="without an API key lets every web page"):
+        _options({"cors-origin": ["*"]}, {})
+    assert _options({"cors-origin": ["*"]}, {}, KeyRing.of(["k"])).cors_origins == ("*",)
+
+
+def test_shown_options_count_keys_only() -> None:
+    options = replace(_options({}, {}), keys=KeyRing.of(["sk-canary", "b"]))
+    shown = str(options.shown())
+    assert "'api-keys': 2" in shown and "'kv-budget': '1GiB'" in shown
+    assert "canary" not in shown + repr(options)
+
+
+def test_option_is_taken_out_of_a_command_in_both_spellings() -> None:
+    command = [
+        "py",
+        "-m",
+        "x",
+        "serve",
+        "--api-key",
+        "a",
+        "--api-key=b",
+        "--api-key-file",
+        "f",
+        "--api-key",
+        "c",
+    ]
+    assert without_option(command, "--api-key") == ["py", "-m", "x", "serve", "--api-key-file", "f"]
+
+
+def _read(tmp_path: Path, content: bytes) -> dict[str, Any]:
+    path = tmp_path / NAME
+    path.write_bytes(content)
+    return read_config(path)
+
+
+def test_config_file_is_a_mapping_of_plain_values(tmp_path: Path) -> None:
+    assert _read(tmp_path, b"port: 8000 # here\nserved-model-name: [a, b]\n") == {
+        "port": 8000,
+        "served-model-name": ["a", "b"],
+    }
+    assert _read(tmp_path, b"# nothing\n") == {}
+
+
+LAUGHS = "a: &a [x, x]\n" + "".join(
+    f"{chr(98 + n)}: &{chr(98 + n)} [*{chr(97 + n)}, *{chr(97 + n)}]\n" for n in range(20)
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (LAUGHS.encode(), r"uses an alias \(\*a\)"),
+        (b"base: &b {port: 1}\n<<: *b\n", "uses an alias"),
+        (b"port: !!python/object/apply:os.system ['exit 1']", "not valid YAML at line 1"),
+        (b"port: 1\nport: 2\n", "port comes twice"),
+        (b"port: [1\n", "not valid YAML at line"),
+        (b"- port\n", "must be a mapping"),
+        (b"1: 2\n", "must be a mapping"),
+        (b"port: 8000\n---\nport: 1\n", "not valid YAML"),
+        (b"[" * 5000, "nested deeper than 4"),
+        (b"a: [" + b"1," * 3000 + b"]", "more than 2000 values"),
+        (b"#" * (64 * 1024 + 1), "larger than"),
+        (b"port: \xff", "not UTF-8 at byte 6"),
+        (b"port: " + b"9" * 5000, "not valid YAML"),
+    ],
+)
+def test_hostile_config_file_is_refused_in_one_line(tmp_path: Path, content: bytes, message: str) -> None:
+    with pytest.raises(FileUnusable, match=message) as caught:
+        _read(tmp_path, content)
+    assert "\n" not in str(caught.value)
+
+
+def test_absent_config_file_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(FileUnusable, match="cannot be read: No such file"):
+        read_config(tmp_path / "absent.yaml")
+    with pytest.raises(FileUnusable, match="no regular file"):
+        read_config(tmp_path)
+
+
+def test_defaults_stand_in_one_place_only() -> None:
+    """The model's and the dataclass's are compared by composing; this holds the units apart."""
+    assert OptionValues().kv_budget == ServiceOptions(Path("s"), "m").kv_budget_bytes

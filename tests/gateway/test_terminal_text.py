@@ -1,0 +1,56 @@
+"""What reaches a terminal of what models and servers wrote."""
+
+from __future__ import annotations
+
+import unicodedata
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from gateway.status_view import render_status
+from gateway.terminal_text import safe_text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("two lines\n\tand a tab", "two lines\n\tand a tab"),
+        ("日本 é 👩\u200d🚀 a\u00a0b\u3000c", "日本 é 👩\u200d🚀 a\u00a0b\u3000c"),
+        ("\x1b[2J\x1b]0;title\x07", "\\x1b[2J\\x1b]0;title\\x07"),
+        ("over\rwritten\r\n", "overwritten\n"),
+        ("\x9b31m\x08\x00\x7f", "\\x9b31m\\x08\\x00\\x7f"),
+        ("\u202egpj.exe\u2066", "\\u202egpj.exe\\u2066"),
+        ("a\u2028b\ufeff", "a\\u2028b\\ufeff"),
+        ("\ud800", "\\ud800"),
+    ],
+)
+def test_text_is_shown_without_what_steers_a_terminal(text: str, shown: str) -> None:
+    assert safe_text(text) == shown
+
+
+@given(st.text(), st.integers(0, 50))
+def test_any_text_is_safe_and_the_same_in_pieces(text: str, at: int) -> None:
+    shown = safe_text(text)
+    assert shown == safe_text(text[:at]) + safe_text(text[at:])
+    controls = {character for character in shown if unicodedata.category(character) == "Cc"}
+    assert controls <= {"\n", "\t"}
+
+
+def test_status_of_a_hostile_service_cannot_steer_the_terminal() -> None:
+    evil = "\x1b[2J[red]x[/red]"
+    actor = {"name": evil, "pid": 1, "node": evil, "group": 2, "state": evil}
+    router = {"pid": 1, "numerics_class": evil, "experts": {"resident_bytes": 1}, "backbone_bytes": 1}
+    status = {
+        "model": evil,
+        "router": router | {"kv_bytes": 1},
+        "actors": [actor],
+        "nodes": [{"node": evil, "address": evil, "state": evil, "cpus": 1.0, "gpus": 0.0}],
+        "requests": {"running": 0, "waiting": 0},
+    }
+    console = Console(width=200, force_terminal=True, color_system=None, highlight=False)
+    with console.capture() as capture:
+        console.print(render_status(status))
+    assert "\x1b[2J" not in capture.get()
+    assert capture.get().count("\\x1b[2J[red]x[/red]") == 8
