@@ -1,10 +1,11 @@
 """How much of the engine's own throughput is left when 64 rows go through `sage-moe batch` and Ray Data?
 
-"engine" hands 64 prompts of the bundled model to an engine in this process and steps until all have ended. "batch" is
-what the command runs: Ray Data, its actor, JSON lines read and checked, text decoded, a part written and synced. Both
-load their model before the clock starts, compute the same tokens with the same number of threads, and alternate. The
-batch's clock runs in the actor, from the first part it is given to the last file it has synced; what starting Ray and
-loading the model add to a command is told apart.
+"engine" is a fresh process that loads the bundled model, starts the clock, hands 64 prompts to the engine and steps until
+all have ended. "batch" is what the command runs, also in a fresh process, Ray Data's actor: JSON lines read and checked,
+text decoded, a part written and synced; its clock runs from the first part it is given, model loaded, to the last file it
+has synced. "warm" is the engine in a process that has computed before: what is left of the gap is what a long batch does
+not have. All compute the same tokens with the same number of threads, and alternate. What starting an actor and loading
+the model add to a batch is told apart.
 
 Usage: python -m benchmarks.bench_batch [--rounds N] [--tokens N] [--keep]
 """
@@ -13,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 import tempfile
 from collections.abc import Generator, Sequence
 from dataclasses import replace
@@ -44,20 +47,26 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds of each contender")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of each row")
+    parser.add_argument("--once", type=Path, metavar="ROWS", help="be the fresh process: print its seconds")
     parser.add_argument("--keep", action="store_true", help="keep the result under benchmarks/results")
     options = parser.parse_args()
     root = resolve_store("stories")
+    if options.once is not None:
+        loaded = load_engine(ExpertStore.open(root), EngineOptions())
+        print(_run_engine(loaded, _requests(root, options.once, loaded)))
+        return
     with tempfile.TemporaryDirectory() as folder, ray_session(None):
         source = _write_rows(Path(folder) / "rows.jsonl", options.tokens)
         loaded = load_engine(ExpertStore.open(root), EngineOptions())
         requests = _requests(root, source, loaded)
-        samples: dict[str, list[float]] = {"engine": [], "batch": [], "command": []}
+        samples: dict[str, list[float]] = {"engine": [], "warm": [], "batch": [], "command": []}
         for number in range(options.rounds + 1):
-            engine_s = _run_engine(loaded, requests)
+            warm_s = _run_engine(loaded, requests)
+            engine_s = _run_fresh(source)
             output = Path(folder) / f"output-{number}"
             batch_s, command_s = _run_batch(BatchOptions(root, "stories", source, output))
             if number:  # the first round warms up
-                for name, seconds in (("engine", engine_s), ("batch", batch_s), ("command", command_s)):
+                for name, seconds in zip(samples, (engine_s, warm_s, batch_s, command_s), strict=True):
                     samples[name].append(seconds)
     _report(samples, options.tokens, is_kept=options.keep)
 
@@ -96,6 +105,11 @@ def _run_engine(loaded: LoadedEngine, requests: Sequence[GenerationRequest]) -> 
     return perf_counter() - started
 
 
+def _run_fresh(source: Path) -> float:
+    command = [sys.executable, "-m", "benchmarks.bench_batch", "--once", str(source)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
 def _run_batch(options: BatchOptions) -> tuple[float, float]:
     """Seconds by the actor's clock, and of the whole run with a Ray that is up: actor started, model loaded."""
     actor_s = 0.0
@@ -113,15 +127,18 @@ def _run_batch(options: BatchOptions) -> tuple[float, float]:
 
 
 def _report(samples: dict[str, list[float]], num_tokens: int, *, is_kept: bool) -> None:
-    ratio = spread([e / b for e, b in zip(samples["engine"], samples["batch"], strict=True)])
-    results = {f"{name}_s": spread(seconds) for name, seconds in samples.items()} | {"ratio": ratio}
-    engine_s, batch_s, command_s = (
-        spread(samples[name])["median"] for name in ("engine", "batch", "command")
-    )
+    ratios = {
+        f"batch_to_{name}": spread([e / b for e, b in zip(samples[name], samples["batch"], strict=True)])
+        for name in ("engine", "warm")
+    }
+    results = {f"{name}_s": spread(seconds) for name, seconds in samples.items()} | ratios
+    rates = {name: ROWS / spread(seconds)["median"] for name, seconds in samples.items()}
+    to_engine = ratios["batch_to_engine"]
     print(
-        f"{ROWS} rows: engine {ROWS / engine_s:.1f} rows/s, batch {ROWS / batch_s:.1f} rows/s, ratio "
-        f"{ratio['median']:.3f} ({ratio['p5']:.3f} to {ratio['p95']:.3f}); goal at least {GOAL}. "
-        f"With an actor that starts and loads the model {command_s:.1f} s instead of {batch_s:.1f} s"
+        f"{ROWS} rows: engine {rates['engine']:.1f} rows/s, batch {rates['batch']:.1f}, ratio {to_engine['median']:.3f} "
+        f"({to_engine['p5']:.3f} to {to_engine['p95']:.3f}); goal at least {GOAL}. A warm engine {rates['warm']:.1f}, "
+        f"ratio {ratios['batch_to_warm']['median']:.3f}. With an actor that starts and loads the model "
+        f"{ROWS / rates['command']:.1f} s instead of {ROWS / rates['batch']:.1f} s"
     )
     config = {"rows": ROWS, "tokens": num_tokens, "model": "stories", "dtype": "bfloat16"}
     finish("bench_batch", config, results, is_kept=is_kept)
