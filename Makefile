@@ -36,12 +36,13 @@ lint: setup
 	$(BIN)/mypy
 
 unit: setup
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile -m "not ray"
-	$(BIN)/python -m pytest -m ray
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile -m "not ray and not slow"
+	$(BIN)/python -m pytest -m "ray and not slow"
 
-# Kills an extraction a hundred times; `make test` does it a dozen times.
+# Kills extractions and batches for minutes; `make test` has the quick ones.
 chaos: setup
 	$(BIN)/python -m tests.chaos.extract_kills models/stories-moe --kills 100
+	$(BIN)/python -m pytest -m "chaos or slow"
 
 bench-extract: setup
 	$(BIN)/python -m benchmarks.bench_extract

@@ -14,6 +14,7 @@ import typer
 from cluster.errors import ClusterError
 from experts.errors import ExpertError
 from extraction.errors import ExtractionError, one_line
+from gateway.batch_command import batch
 from gateway.chat_command import chat
 from gateway.errors import GatewayError
 from gateway.extract_command import extract
@@ -179,6 +180,7 @@ def _keep_quiet(_text: str) -> None:
 
 app.command()(serve)
 app.command()(chat)
+app.command()(batch)
 
 
 @app.command()

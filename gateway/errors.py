@@ -227,6 +227,39 @@ class RendererBusy(GatewayError):
     """Other conversations took the time in which a chat template was to be rendered."""
 
 
+class BatchInputInvalid(GatewayError):
+    """A batch's input file cannot be used as a whole; a bad row is an error in its row instead."""
+
+    def __init__(self, file: str, reason: str) -> None:
+        super().__init__(file, reason)
+        self.file, self.reason = file, reason
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.reason}"
+
+
+class BatchOutputRefused(GatewayError):
+    """The output folder belongs to something else, or is not as it was left."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+class BatchFailed(GatewayError):
+    """The work stopped before its end. What was written stays, and the same command goes on from there."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"the batch stopped: {self.reason}; run the same command again to go on"
+
+
 def to_api_error(error: GatewayError) -> ApiError:
     """The answer that a client gets for an error of the gateway or the router."""
     if isinstance(error, ApiError):

@@ -31,6 +31,9 @@ from router.step_batch import Span, StepBatch
 
 logger = logging.getLogger(__name__)
 
+EXPERT_FAILED = "an expert could not be computed"
+"""The error of every request in a step whose experts failed; none of them is to blame."""
+
 
 @dataclass
 class EngineStats:
@@ -210,7 +213,7 @@ class Engine:
             output = self.backbone.forward(batch, self.pool)
         except ExpertError as error:
             logger.error("step failed, request %s and %d others end: %s", batch.trace, len(chunks) - 1, error)
-            return [self._fail(sequence, "an expert could not be computed") for sequence in sequences]
+            return [self._fail(sequence, EXPERT_FAILED) for sequence in sequences]
         started = time.perf_counter()
         self._hand_out(chunks, sequences, output.captured)
         events = self._score_prompts(chunks, sequences, output.scored_RD)

@@ -68,3 +68,16 @@ def test_example_cluster_file_fits_ray_s_schema() -> None:
     starts = " ".join(cluster["head_start_ray_commands"] + cluster["worker_start_ray_commands"])
     assert starts.count("RAY_AUTH_MODE=token") == 2
     assert "--dashboard-host=127.0.0.1" in starts
+    assert len(cluster["provider"]["worker_ips"]) == cluster["min_workers"] == cluster["max_workers"]
+
+
+def test_cluster_document_explains_every_key_of_the_example() -> None:
+    repository = Path(__file__).parent.parent.parent
+    cluster = yaml.safe_load((repository / "ray_cluster.yaml").read_text(encoding="utf-8"))
+    table = (repository / "docs" / "cluster.md").read_text(encoding="utf-8").split("## Line by line")[1]
+    commands = {"head_start_ray_commands", "worker_start_ray_commands"}
+    for key in cluster.keys() - commands:
+        assert f"`{key}" in table, f"docs/cluster.md does not explain {key}"
+    words = " ".join(line for key in commands for line in cluster[key]).split()
+    for option in {word.split("=")[0] for word in words if word.startswith("--")} - {"--head", "--address"}:
+        assert option in table or option == "--dashboard-port", f"docs/cluster.md does not explain {option}"
