@@ -136,7 +136,8 @@ def _report(samples: dict[str, list[float]], num_tokens: int, *, is_kept: bool) 
     to_engine = ratios["batch_to_engine"]
     print(
         f"{ROWS} rows: engine {rates['engine']:.1f} rows/s, batch {rates['batch']:.1f}, "
-        f"ratio {to_engine['median']:.3f} ({to_engine['p5']:.3f} to {to_engine['p95']:.3f}); goal at least {GOAL}. A warm engine {rates['warm']:.1f}, "
+        f"ratio {to_engine['median']:.3f} ({to_engine['p5']:.3f} to {to_engine['p95']:.3f}); "
+        f"goal at least {GOAL}. A warm engine {rates['warm']:.1f}, "
         f"ratio {ratios['batch_to_warm']['median']:.3f}. With an actor that starts and loads the model "
         f"{ROWS / rates['command']:.1f} s instead of {ROWS / rates['batch']:.1f} s"
     )
