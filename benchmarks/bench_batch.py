@@ -1,11 +1,11 @@
 """How much of the engine's own throughput is left when 64 rows go through `sage-moe batch` and Ray Data?
 
-"engine" is a fresh process that loads the bundled model, starts the clock, hands 64 prompts to the engine and steps
-until all have ended. "batch" is what the command runs, also in a fresh process, Ray Data's actor: JSON lines read and
-checked, text decoded, a part written and synced; its clock runs from the first part it is given, model loaded, to the
-last file it has synced. "warm" is the engine in a process that has computed before, which is closer to a long batch. All
-compute the same tokens with the same number of threads, and alternate. What starting an actor and loading the model add
-to a batch is told apart.
+"engine" is a fresh process that loads the bundled model, starts the clock, hands 64 prompts to the engine and
+steps until all have ended. "batch" is what the command runs, also in a fresh process, Ray Data's actor: JSON
+lines read and checked, text decoded, a part written and synced; its clock runs from the first part it is given,
+model loaded, to the last file it has synced. "warm" is the engine in a process that has computed before: what
+is left of the gap is what a long batch does not have. All compute the same tokens with the same number of
+threads, and alternate. What starting an actor and loading the model add to a batch is told apart.
 
 Usage: python -m benchmarks.bench_batch [--rounds N] [--tokens N] [--keep]
 """
@@ -136,7 +136,8 @@ def _report(samples: dict[str, list[float]], num_tokens: int, *, is_kept: bool) 
     to_engine = ratios["batch_to_engine"]
     print(
         f"{ROWS} rows: engine {rates['engine']:.1f} rows/s, batch {rates['batch']:.1f}, "
-        f"ratio {to_engine['median']:.3f} ({to_engine['p5']:.3f} to {to_engine['p95']:.3f}); goal at least {GOAL}. A warm engine {rates['warm']:.1f}, "
+        f"ratio {to_engine['median']:.3f} ({to_engine['p5']:.3f} to {to_engine['p95']:.3f}); "
+        f"goal at least {GOAL}. A warm engine {rates['warm']:.1f}, "
         f"ratio {ratios['batch_to_warm']['median']:.3f}. With an actor that starts and loads the model "
         f"{ROWS / rates['command']:.1f} s instead of {ROWS / rates['batch']:.1f} s"
     )

@@ -84,12 +84,10 @@ class FreeBackbone(Backbone):
         cache: CacheSlots,
         pool: KvPool,
     ) -> Tensor:
-        config = self.config
         num_tokens = len(cache.blocks_T)
-        qkv = self.kernel.linear(normed_PD, layer.qkv_OD)[:num_tokens].view(num_tokens, -1, config.head_dim)
-        q, k, v = torch.split(qkv, [config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
-        q = rotate(self._norm(q, layer.q_norm_d).float(), cos, sin).to(self.dtype)
-        k = rotate(self._norm(k, layer.k_norm_d).float(), cos, sin).to(self.dtype)
+        q, k, v = self._queries_keys_values(layer, normed_PD, num_tokens)
+        q = rotate(q.float(), cos, sin).to(self.dtype)
+        k = rotate(k.float(), cos, sin).to(self.dtype)
         pool.write(index, cache.blocks_T, cache.offsets_T, k, v)
         attended = torch.empty_like(q)
         for group in cache.groups:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from multiprocessing.connection import Connection
+from typing import Any
 
 import numpy as np
 import torch
@@ -175,7 +176,7 @@ def ray_actor() -> Iterator[Callable[[], object]]:
         def answer(self, tokens: np.ndarray) -> np.ndarray:
             return self.rows
 
-    actor = ray.remote(Answerer).options(num_cpus=0).remote()
+    actor: Any = ray.remote(Answerer).options(num_cpus=0).remote()
     tokens = np.zeros((1, WIDTH), np.uint16)
     try:
         yield lambda: ray.get(actor.answer.remote(tokens))

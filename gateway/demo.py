@@ -64,6 +64,7 @@ def main() -> int:
             status = answer.raise_for_status().json()
             console.print()
             console.print(_table(timings, status))
+            console.print(f"exact within numerics class {status['router']['numerics_class']}")
     except KeyboardInterrupt:
         console.print("\ninterrupted; everything was stopped")
         return 130
@@ -185,7 +186,6 @@ def _table(timings: dict[str, float], status: dict[str, Any]) -> Table:
     used = sum(actor["experts_used"] for actor in actors)
     table.add_row("experts used", f"{used} of {sum(actor['group'] for actor in actors)}")
     table.add_row("expert rows computed by actors", f"{router['expert_calls']['remote_rows']}")
-    table.add_row("numerics class", router["numerics_class"])
     return table
 
 
