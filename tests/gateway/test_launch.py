@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
 import pytest
+
+from cluster.processes import end_processes
 
 pytestmark = pytest.mark.ray
 
@@ -20,17 +22,34 @@ REPOSITORY = Path(__file__).parent.parent.parent
 STOP_TIMEOUT_S = 60.0
 
 
-def _start(*arguments: str) -> subprocess.Popen[str]:
-    """A command as a terminal starts it: in a group of its own, so that a Ctrl-C can be sent to all of it."""
-    return subprocess.Popen(
-        [sys.executable, "-m", *arguments],
-        cwd=REPOSITORY,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts a command as a terminal does: in a group of its own, so that a Ctrl-C can be sent to all of it. What a
+    failed test leaves running is killed."""
+    started: list[subprocess.Popen[str]] = []
+
+    def run(*arguments: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *arguments],
+            cwd=REPOSITORY,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        if process.poll() is None:
+            family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+            end_processes(family, grace_s=0.0)
+        process.communicate()
 
 
 def _interrupt(
@@ -60,9 +79,9 @@ def _left(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
 
 @pytest.mark.parametrize("num_processes", [1, 6])
 def test_interrupt_while_starting_leaves_no_process(
-    stories_store: Path, free_port: int, num_processes: int
+    start: Start, stories_store: Path, free_port: int, num_processes: int
 ) -> None:
-    process = _start("gateway.cli", "serve", str(stories_store), "--port", str(free_port), "--actors", "2")
+    process = start("gateway.cli", "serve", str(stories_store), "--port", str(free_port), "--actors", "2")
     _wait_for_children(process, num_processes)
     output, left = _interrupt(process)
     assert process.returncode == 130, output
@@ -71,8 +90,10 @@ def test_interrupt_while_starting_leaves_no_process(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_served_until_told_to_stop_and_then_gone(stories_store: Path, free_port: int, number: int) -> None:
-    process = _start("gateway.cli", "serve", str(stories_store), "--port", str(free_port))
+def test_served_until_told_to_stop_and_then_gone(
+    start: Start, stories_store: Path, free_port: int, number: int
+) -> None:
+    process = start("gateway.cli", "serve", str(stories_store), "--port", str(free_port))
     assert process.stdout is not None
     line = process.stdout.readline()
     assert f"is served at http://127.0.0.1:{free_port}/v1" in line
@@ -82,15 +103,15 @@ def test_served_until_told_to_stop_and_then_gone(stories_store: Path, free_port:
     assert "Traceback" not in output
 
 
-def test_port_that_is_taken_is_one_line(stories_store: Path, taken_port: int) -> None:
-    process = _start("gateway.cli", "serve", str(stories_store), "--port", str(taken_port))
+def test_port_that_is_taken_is_one_line(start: Start, stories_store: Path, taken_port: int) -> None:
+    process = start("gateway.cli", "serve", str(stories_store), "--port", str(taken_port))
     output, _ = process.communicate(timeout=STOP_TIMEOUT_S)
     assert process.returncode == 1
     assert output == f"error: port {taken_port} of 127.0.0.1 is in use; choose another with --port\n"
 
 
-def test_demo_prints_a_story_and_what_it_took(stories_store: Path) -> None:
-    process = _start("gateway.demo", str(stories_store))
+def test_demo_prints_a_story_and_what_it_took(start: Start, stories_store: Path) -> None:
+    process = start("gateway.demo", str(stories_store))
     output, _ = process.communicate(timeout=150.0)
     assert process.returncode == 0, output
     assert "Once upon a time there was a king" in output
@@ -98,8 +119,8 @@ def test_demo_prints_a_story_and_what_it_took(stories_store: Path) -> None:
         assert row in output
 
 
-def test_interrupted_demo_leaves_no_process(stories_store: Path) -> None:
-    process = _start("gateway.demo", str(stories_store))
+def test_interrupted_demo_leaves_no_process(start: Start, stories_store: Path) -> None:
+    process = start("gateway.demo", str(stories_store))
     _wait_for_children(process, 8)
     _, left = _interrupt(process)
     assert process.returncode == 130
@@ -107,14 +128,14 @@ def test_interrupted_demo_leaves_no_process(stories_store: Path) -> None:
 
 
 def test_service_that_cannot_be_deployed_says_why_in_one_line(
-    stories_store: Path, tmp_path: Path, free_port: int
+    start: Start, stories_store: Path, tmp_path: Path, free_port: int
 ) -> None:
     store = Path(shutil.copytree(stories_store, tmp_path / "store"))
     weights = store / "backbone" / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[len(content) // 2] ^= 1
     weights.write_bytes(content)
-    process = _start("gateway.cli", "serve", str(store), "--port", str(free_port))
+    process = start("gateway.cli", "serve", str(store), "--port", str(free_port))
     output, _ = process.communicate(timeout=STOP_TIMEOUT_S)
     assert process.returncode == 1
     assert output.startswith("error: the service could not be deployed: ")
