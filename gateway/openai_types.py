@@ -6,6 +6,7 @@ Fields that are not declared here are the business of `gateway.field_policy`. Do
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
@@ -88,9 +89,9 @@ class GenerationOptions(Strict):
         return self.n or 1
 
     @property
+    @abstractmethod
     def num_logprobs(self) -> int | None:
         """Alternatives to report beside each token's logprob; None reports no logprobs."""
-        raise NotImplementedError
 
 
 class CompletionRequest(GenerationOptions):
