@@ -35,6 +35,7 @@ from router.moe_block import MoeBlock
 from router.rope import rotate
 from router.self_test import prove_row_invariance
 from router.step_batch import CacheSlots, Span, StepBatch
+from router.step_routing import NATIVE, StepRouting
 from router.weights import Layer
 
 CONTEXT = 300
@@ -63,9 +64,12 @@ class FreeWorker(LocalDirectory):
 class FreeMoeBlock(MoeBlock):
     """The same routing; combines by one batched product."""
 
-    def forward(self, hidden_PD: Tensor, num_tokens: int, trace: str = "") -> Tensor:
-        routing = self.route(hidden_PD, num_tokens)
-        dispatched = dispatch(self.component, self.layer, hidden_PD[:num_tokens], routing, trace)
+    def forward(
+        self, hidden_PD: Tensor, num_tokens: int, steering: StepRouting = NATIVE, trace: str = ""
+    ) -> Tensor:
+        gate = self.gate(hidden_PD, num_tokens)
+        routing = steering.route(gate)
+        dispatched = dispatch(self.component, self.layer, gate.hidden_TD, routing, trace)
         rows_RD = self.directory.run(dispatched.call)
         slots_TKD = rows_RD[dispatched.row_of_slot].view(*routing.weights_TK.shape, -1)
         return torch.bmm(routing.weights_TK.to(slots_TKD.dtype).unsqueeze(1), slots_TKD).squeeze(1)

@@ -80,7 +80,7 @@ class Backbone:
             hidden_PD = hidden_PD + self._output(attended_TO, layer)
             attended = time.perf_counter()
             normed_PD = self._norm(hidden_PD, layer.post_norm_D)
-            hidden_PD = hidden_PD + self._feed_forward(layer, normed_PD, num_tokens, batch.trace)
+            hidden_PD = hidden_PD + self._feed_forward(layer, normed_PD, batch)
             phases["attention"] += attended - started
             phases["experts"] += time.perf_counter() - attended
             self.progressed_at = time.monotonic()
@@ -117,9 +117,10 @@ class Backbone:
         scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.config.rms_norm_eps)
         return (wide * scale).to(self.dtype) * weight
 
-    def _feed_forward(self, layer: Layer, normed_PD: Tensor, num_tokens: int, trace: str) -> Tensor:
+    def _feed_forward(self, layer: Layer, normed_PD: Tensor, batch: StepBatch) -> Tensor:
         if layer.moe is not None:
-            return self._pad(layer.moe.forward(normed_PD, num_tokens, trace).to(self.dtype))
+            routed_TD = layer.moe.forward(normed_PD, batch.num_tokens, batch.routing, batch.trace)
+            return self._pad(routed_TD.to(self.dtype))
         assert layer.dense is not None
         return compute_segments(normed_PD, [(0, normed_PD.shape[0])], [layer.dense], self.kernel)
 

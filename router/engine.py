@@ -28,6 +28,7 @@ from router.request import FinishReason, GenerationRequest, TokenEvent
 from router.sampling import sample
 from router.sequence import NO_INPUTS, PromptInputs, Sequence
 from router.step_batch import Span, StepBatch
+from router.step_routing import NativePolicy, RoutingPolicy, RoutingWatcher, SpanOwner, StepRouting
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,8 @@ class Engine:
         self.limits = limits or BatchLimits()
         self.stats = EngineStats()
         self.allocator = BlockAllocator(pool.keys.shape[1])
+        self.policy: RoutingPolicy = NativePolicy()
+        self.watchers: tuple[RoutingWatcher, ...] = ()
         self._swap_budget_bytes = swap_budget_bytes
         self._swapped_bytes = 0
         self._waiting: OrderedDict[str, Sequence] = OrderedDict()
@@ -274,8 +277,13 @@ class Engine:
             chunks[0].name[:64],
             lengths,
             tuple(scored_rows),
+            self._routing(chunks, sequences),
         )
         return batch, finishing
+
+    def _routing(self, chunks: SequenceOf[Chunk], sequences: SequenceOf[Sequence]) -> StepRouting:
+        owners = (SpanOwner(s.request, c.first, c.count) for c, s in zip(chunks, sequences, strict=True))
+        return StepRouting(tuple(owners), self.policy, self.watchers)
 
     def _hand_out(
         self, chunks: SequenceOf[Chunk], sequences: SequenceOf[Sequence], captured: dict[int, Tensor]

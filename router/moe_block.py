@@ -10,8 +10,8 @@ from experts.directory import ExpertDirectory
 from experts.numerics import RowKernel
 from router.dispatch import combine, dispatch
 from router.model_config import ModelConfig
-from router.scoring import Routing, route_native
 from router.shared_expert import SharedExpert
+from router.step_routing import NATIVE, GateOutput, StepRouting
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,24 @@ class MoeBlock:
         """Resident bytes of what is computed here."""
         return self.gate_ED.nbytes + (self.shared.nbytes if self.shared is not None else 0)
 
-    def route(self, hidden_PD: Tensor, num_tokens: int) -> Routing:
-        """Choose experts for the first `num_tokens` rows; the rest is padding."""
+    def gate(self, hidden_PD: Tensor, num_tokens: int) -> GateOutput:
+        """What the gate says about the first `num_tokens` rows; the rest is padding."""
         logits_TE = self.kernel.linear(hidden_PD, self.gate_ED)[:num_tokens]
-        return route_native(logits_TE, self.config.experts_per_token, self.config.normalise_top_k)
+        config = self.config
+        return GateOutput(
+            self.layer, hidden_PD[:num_tokens], logits_TE, config.experts_per_token, config.normalise_top_k
+        )
 
-    def forward(self, hidden_PD: Tensor, num_tokens: int, trace: str = "") -> Tensor:
+    def forward(
+        self, hidden_PD: Tensor, num_tokens: int, steering: StepRouting = NATIVE, trace: str = ""
+    ) -> Tensor:
         """(P, D) normalised rows, of which the first `num_tokens` are real -> (num_tokens, D) float32."""
-        routing = self.route(hidden_PD, num_tokens)
-        dispatched = dispatch(self.component, self.layer, hidden_PD[:num_tokens], routing, trace)
-        routed_TD = combine(dispatched, self.directory.run(dispatched.call))
+        gate = self.gate(hidden_PD, num_tokens)
+        routing = steering.route(gate)
+        dispatched = dispatch(self.component, self.layer, gate.hidden_TD, routing, trace)
+        rows_RD = self.directory.run(dispatched.call)
+        steering.watch(gate, routing, dispatched, rows_RD)
+        routed_TD = combine(dispatched, rows_RD)
         if self.shared is None:
             return routed_TD
         return routed_TD + self.shared.forward(hidden_PD, num_tokens)

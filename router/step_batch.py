@@ -13,6 +13,7 @@ from torch import Tensor
 
 from router.attention import BLOCK_POSITIONS
 from router.kv_cache import blocks_for
+from router.step_routing import NATIVE, StepRouting
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class StepBatch:
     """int64, for each row the longer of its sequence's prompt and the text up to it; see `RopeConfig`."""
     scored_rows: tuple[int, ...] = ()
     """Rows whose final hidden state is handed out, for logits of prompt positions."""
+    routing: StepRouting = NATIVE
 
     @property
     def num_tokens(self) -> int:

@@ -1,0 +1,92 @@
+"""How the rows of one step choose their experts, and who looks on.
+
+A policy turns a layer's gate logits into a `Routing`; watchers see what was chosen and what the experts answered.
+Both know whose rows they are. Made by `router.engine` for each step, asked by `router.moe_block` in each layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from router.dispatch import Dispatch
+from router.request import GenerationRequest
+from router.scoring import Routing, route_native
+
+
+@dataclass(frozen=True)
+class SpanOwner:
+    """Consecutive rows of a step and the request that they belong to."""
+
+    request: GenerationRequest
+    first: int
+    """Position of the first row in the request's text: prompt, then answer."""
+    count: int
+
+
+@dataclass(frozen=True)
+class GateOutput:
+    """What one layer's gate says about the T rows of a step."""
+
+    layer: int
+    hidden_TD: Tensor
+    """The gate's input: normalised hidden states."""
+    logits_TE: Tensor
+    experts_per_token: int
+    """K of the checkpoint."""
+    normalise: bool
+    """Whether the mixing weights of the chosen experts sum to 1 (`norm_topk_prob`)."""
+
+    def native(self) -> Routing:
+        """The checkpoint's own routing."""
+        return route_native(self.logits_TE, self.experts_per_token, self.normalise)
+
+
+class RoutingPolicy(Protocol):
+    """Chooses experts. Called on the engine's thread, layer after layer."""
+
+    def route(self, owners: Sequence[SpanOwner], gate: GateOutput) -> Routing: ...
+
+
+class RoutingWatcher(Protocol):
+    """Sees every layer after its experts were computed. Must not change what it is given."""
+
+    def watch(
+        self,
+        owners: Sequence[SpanOwner],
+        gate: GateOutput,
+        routing: Routing,
+        dispatched: Dispatch,
+        rows_RD: Tensor,
+    ) -> None:
+        """rows_RD: the experts' unsummed output rows, in the order of `dispatched.call`."""
+        ...
+
+
+class NativePolicy:
+    """The checkpoint's own routing for everyone."""
+
+    def route(self, owners: Sequence[SpanOwner], gate: GateOutput) -> Routing:
+        return gate.native()
+
+
+@dataclass(frozen=True)
+class StepRouting:
+    """Policy and watchers of one step, with the owners of its rows in row order."""
+
+    owners: tuple[SpanOwner, ...] = ()
+    policy: RoutingPolicy = field(default_factory=NativePolicy)
+    watchers: tuple[RoutingWatcher, ...] = ()
+
+    def route(self, gate: GateOutput) -> Routing:
+        return self.policy.route(self.owners, gate)
+
+    def watch(self, gate: GateOutput, routing: Routing, dispatched: Dispatch, rows_RD: Tensor) -> None:
+        for watcher in self.watchers:
+            watcher.watch(self.owners, gate, routing, dispatched, rows_RD)
+
+
+NATIVE = StepRouting()
