@@ -33,12 +33,17 @@ class Residency:
         self.budget_bytes = budget_bytes
         self.resident_bytes = 0
         self._sizes: OrderedDict[ExpertKey, int] = OrderedDict()
+        self._of_layer: dict[tuple[str, int], set[int]] = {}
 
     def __contains__(self, key: ExpertKey) -> bool:
         return key in self._sizes
 
     def __len__(self) -> int:
         return len(self._sizes)
+
+    def of_layer(self, component: str, layer: int) -> frozenset[int]:
+        """Numbers of the resident experts of one layer. May be called while another thread admits."""
+        return frozenset(self._of_layer.get((component, layer), ()))
 
     def waves(self, sizes: Sequence[int]) -> list[range]:
         """Split experts of these sizes, in order, into runs that each fit the budget.
@@ -76,17 +81,20 @@ class Residency:
         evict = self._make_room(needed)
         for key, nbytes in load:
             self._sizes[key] = nbytes
+            self._of_layer.setdefault((key.component, key.layer), set()).add(key.expert)
         self.resident_bytes += needed
         return Exchange(tuple(evict), tuple(key for key, _ in load))
 
     def forget(self, key: ExpertKey) -> None:
         """Take back an admission whose load failed."""
         self.resident_bytes -= self._sizes.pop(key)
+        self._of_layer[key.component, key.layer].discard(key.expert)
 
     def _make_room(self, needed: int) -> list[ExpertKey]:
         evict = []
         while self.budget_bytes is not None and self.resident_bytes + needed > self.budget_bytes:
             key, nbytes = self._sizes.popitem(last=False)
             self.resident_bytes -= nbytes
+            self._of_layer[key.component, key.layer].discard(key.expert)
             evict.append(key)
         return evict
