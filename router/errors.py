@@ -95,3 +95,14 @@ class EngineStopped(RouterError):
 
     def __str__(self) -> str:
         return f"the engine has stopped: {self.reason}"
+
+
+class WeightsInvalid(RouterError):
+    """The weights of the snarc policy cannot be used."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"snarc weights: {self.reason}"
