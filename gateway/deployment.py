@@ -34,6 +34,7 @@ from gateway.chat_template import ChatTemplate
 from gateway.errors import ApiError, GatewayError, RouterBusy, RouterUnavailable
 from gateway.http_app import GatewaySettings, build_app
 from gateway.router_client import RouterHealth
+from gateway.routing_rules import NATIVE_ONLY, RoutingRules
 from gateway.tokenizer import TextTokenizer
 from router.errors import EngineStopped, QueueFull, RequestTooLong, RouterError, StreamMissing
 from router.loading import EngineOptions, LoadedEngine, load_engine
@@ -61,6 +62,7 @@ class DeploymentSpec:
     model_aliases: tuple[str, ...] = ()
     keys: KeyRing = NO_KEYS
     cors_origins: tuple[str, ...] = ()
+    routing: RoutingRules = NATIVE_ONLY
 
 
 class RouterDeployment:
@@ -92,6 +94,9 @@ class RouterDeployment:
 
     async def cancel_request(self, request_id: str) -> None:
         self._service.cancel(request_id)
+
+    async def feedback(self, answer_id: str, score: float) -> bool:
+        return self._service.feedback.give(answer_id, score)
 
     async def events(self, gateway: str) -> AsyncGenerator[tuple[TokenEvent, ...], None]:
         async with aclosing(self._service.events(gateway)) as stream:
@@ -191,6 +196,9 @@ class ServeRouterClient:
             return RouterHealth(False, type(error).__name__)
         return answer
 
+    async def feedback(self, answer_id: str, score: float) -> bool:
+        return bool(await self._ask(self._handle.feedback.remote(answer_id, score)))
+
     async def metrics(self) -> str:
         return str(await self._ask(self._handle.metrics.remote()))
 
@@ -289,6 +297,7 @@ def build_gateway(spec: DeploymentSpec, handle: DeploymentHandle[Any]) -> FastAP
         model_aliases=spec.model_aliases,
         keys=spec.keys,
         cors_origins=spec.cors_origins,
+        routing=spec.routing,
         max_open_requests=spec.engine.limits.max_open,
     )
     store.close()

@@ -10,10 +10,12 @@ from typing import Any
 
 from experts.store import ExpertStore
 from gateway.errors import GenerationFailed
+from gateway.quality import describe_quality
 from gateway.settings import read_eos_token_ids, read_sampling_defaults
 from gateway.tokenizer import TextTokenizer
 from router.loading import EngineOptions, LoadedEngine, load_engine
 from router.request import GenerationRequest, SamplingParams
+from router.routing_choice import NATIVE_CHOICE, RoutingChoice, RoutingReport
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class Generation:
     tokens_per_s: float
     """Of the tokens after the first; 0 where there is only one."""
     resident_bytes: dict[str, int]
+    reports: tuple[RoutingReport, ...] = ()
+    """How it was routed, where not plainly."""
 
     def as_json(self) -> dict[str, Any]:
         prompt, answer = len(self.prompt_token_ids), len(self.token_ids)
@@ -43,6 +47,7 @@ class Generation:
             },
             "timings": {"ttft_s": round(self.ttft_s, 6), "tokens_per_s": round(self.tokens_per_s, 3)},
             "resident_bytes": self.resident_bytes,
+            "sage": describe_quality(self.reports),
         }
 
 
@@ -52,6 +57,7 @@ def generate(
     sampling: Mapping[str, Any],
     options: EngineOptions,
     on_text: Callable[[str], None] = lambda text: None,
+    routing: RoutingChoice = NATIVE_CHOICE,
 ) -> Generation:
     """Generate one answer; `on_text` is called with each piece of text as it becomes stable.
 
@@ -67,7 +73,9 @@ def generate(
     eos = read_eos_token_ids(manifest, loaded.config.vocab_size)
     params = SamplingParams(stop_token_ids=eos, **(facts | dict(sampling)))
     try:
-        return _run(loaded, tokenizer, GenerationRequest("generate", prompt_ids, params), on_text)
+        return _run(
+            loaded, tokenizer, GenerationRequest("generate", prompt_ids, params, routing=routing), on_text
+        )
     finally:
         loaded.close()
 
@@ -83,12 +91,14 @@ def _run(
     pieces: list[str] = []
     reason = ""
     first_at = started
+    report: RoutingReport | None = None
     while not reason:
         for event in engine.step():
             if event.error:
                 raise GenerationFailed(event.error)
             first_at = first_at if tokens else time.perf_counter()
             tokens.extend(event.token_ids)
+            report = report if event.routing is None else event.routing.after(report)
             shown = [t for t in event.token_ids if t not in request.sampling.stop_token_ids]
             pieces.append("".join(map(decoder.push, shown)))
             on_text(pieces[-1])
@@ -104,6 +114,7 @@ def _run(
         first_at - started,
         (len(tokens) - 1) / (ended - first_at) if len(tokens) > 1 else 0.0,
         resident_bytes(loaded),
+        () if report is None else (report,),
     )
 
 

@@ -116,6 +116,7 @@ def engine_options(options: ServiceOptions, dtype: str, num_threads: int) -> Eng
         ),
         num_threads=num_threads,
         max_model_len=options.max_model_len,
+        snarc=options.snarc,
     )
 
 
@@ -162,6 +163,7 @@ def _deploy(
         options.model_aliases,
         options.keys,
         options.cors_origins,
+        options.routing,
     )
     stack.callback(_quietly, serve.shutdown)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)

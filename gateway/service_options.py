@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +19,11 @@ from pydantic_core import PydanticCustomError
 from gateway.api_keys import NO_KEYS, KeyRing
 from gateway.byte_sizes import format_bytes, parse_bytes
 from gateway.errors import OptionInvalid
+from gateway.routing_rules import NATIVE_ONLY, RoutingRules
+from router.effort import EFFORT_CHOICES, EffortChoice
+from router.errors import WeightsInvalid
+from router.routing_choice import POLICIES, PolicyName
+from router.scoring import DEFAULT_PRESET, PRESETS, SnarcWeights, read_weights
 
 PROVEN_BATCH_TOKENS = 512
 """Rows for which the self-test at start proves exactness (docs/exactness.md)."""
@@ -56,6 +61,27 @@ def _whole(low: int, high: int, default: int) -> Any:
     return Field(default, ge=low, le=high, description=f"a whole number from {low} to {high}")
 
 
+def _read_list(value: object) -> object:
+    """Words separated by commas, or a list of such."""
+    texts = _read_texts(value)
+    if not isinstance(texts, tuple) or not all(isinstance(text, str) for text in texts):
+        return texts
+    return tuple(word.strip() for text in texts for word in text.split(","))
+
+
+def _read_snarc(value: object) -> SnarcWeights:
+    if not isinstance(value, str):
+        raise PydanticCustomError(OWN_MESSAGE, "must be a preset or NAME=VALUE pairs separated by commas")
+    try:
+        return read_weights(value)
+    except WeightsInvalid as error:
+        raise PydanticCustomError(OWN_MESSAGE, "{reason}", {"reason": error.reason}) from error
+
+
+def _one_of(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
 Size = Annotated[int, BeforeValidator(_read_size)]
 Text = Annotated[str, Field(max_length=512, pattern=r"^[^\p{C}]+$")]
 Texts = Annotated[tuple[Text, ...], BeforeValidator(_read_texts)]
@@ -84,6 +110,17 @@ class OptionValues(BaseModel):
     api_key: Texts = Field((), description=_TEXTS)
     api_key_file: Texts = Field((), description=_TEXTS)
     cors_origin: Annotated[Texts, AfterValidator(_check_origins)] = Field((), description=_TEXTS)
+    policy: PolicyName = Field("native", description=_one_of(POLICIES))
+    effort: EffortChoice = Field("focus", description=_one_of(EFFORT_CHOICES))
+    allow_policy: Annotated[tuple[PolicyName, ...], BeforeValidator(_read_list)] = Field(
+        (), description=_one_of(POLICIES)
+    )
+    allow_effort: Annotated[tuple[EffortChoice, ...], BeforeValidator(_read_list)] = Field(
+        (), description=f"of {_one_of(EFFORT_CHOICES)}, with commas between"
+    )
+    snarc: Annotated[SnarcWeights, BeforeValidator(_read_snarc)] = Field(
+        PRESETS[DEFAULT_PRESET], description="a preset or NAME=VALUE pairs separated by commas"
+    )
 
 
 @dataclass(frozen=True)
@@ -110,6 +147,8 @@ class ServiceOptions:
     kv_budget_bytes: int = 2**30
     keys: KeyRing = NO_KEYS
     cors_origins: tuple[str, ...] = ()
+    routing: RoutingRules = NATIVE_ONLY
+    snarc: SnarcWeights = PRESETS[DEFAULT_PRESET]
 
     def __post_init__(self) -> None:
         if self.max_num_seqs > self.max_batch_tokens:
@@ -135,6 +174,11 @@ class ServiceOptions:
             "kv-budget": format_bytes(self.kv_budget_bytes),
             "api-keys": len(self.keys),
             "cors-origin": list(self.cors_origins),
+            "policy": self.routing.policy,
+            "effort": self.routing.effort,
+            "allow-policy": list(self.routing.policies),
+            "allow-effort": list(self.routing.efforts),
+            "snarc": asdict(self.snarc),
         }
 
 
@@ -178,6 +222,8 @@ def compose_options(values: OptionValues, store_root: Path, store_name: str, key
         kv_budget_bytes=values.kv_budget,
         keys=keys,
         cors_origins=tuple(dict.fromkeys(values.cors_origin)),
+        routing=RoutingRules(values.policy, values.effort, values.allow_policy, values.allow_effort),
+        snarc=values.snarc,
     )
 
 
