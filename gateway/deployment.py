@@ -24,12 +24,23 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from cluster.capacity import (
+    Capacity,
+    CapacityState,
+    Load,
+    ServiceSize,
+    num_actors,
+    observe,
+    present_state,
+    resident_bytes,
+)
 from cluster.ray_directory import RayDirectory
 from cluster.resources import gateway_deployment_options, router_deployment_options
 from experts.directory import LocalDirectory
 from experts.store import ExpertStore
 from experts.worker import ExpertWorker
 from gateway.api_keys import NO_KEYS, KeyRing
+from gateway.capacity_metrics import render_capacity
 from gateway.chat_template import ChatTemplate
 from gateway.errors import ApiError, GatewayError, RouterBusy, RouterUnavailable
 from gateway.http_app import GatewaySettings, build_app
@@ -72,6 +83,8 @@ class RouterDeployment:
         self._spec = spec
         self._directory: RayDirectory | None = None
         self._service = RouterService(await asyncio.to_thread(self._load_engine))
+        self._capacity = Capacity()
+        self._size = _service_size(self._service.loaded, spec.num_actors)
 
     def _load_engine(self) -> LoadedEngine:
         store = ExpertStore.open(Path(self._spec.store_root))
@@ -86,8 +99,16 @@ class RouterDeployment:
 
     async def check_health(self) -> None:
         """Called by Serve; raising makes it replace the replica."""
+        self._observe_capacity()
         if not self._service.engine_thread.health().is_alive:
             raise EngineStopped("its thread ended")
+
+    def _observe_capacity(self) -> CapacityState:
+        """Whenever Serve checks the router's health and somebody asks."""
+        health = self._service.engine_thread.health()
+        load = Load(health.num_running, health.num_waiting, self._spec.engine.limits.max_running)
+        self._capacity = observe(self._capacity, load, time.monotonic())
+        return self._capacity.state
 
     async def submit(self, gateway: str, request: GenerationRequest) -> None:
         self._service.submit(gateway, request)
@@ -108,7 +129,9 @@ class RouterDeployment:
         return RouterHealth(health.is_ready, health.detail)
 
     async def metrics(self) -> str:
-        return render_metrics(self._service, await self._actors())
+        state = self._observe_capacity()
+        own = render_capacity(state, resident_bytes(state, self._size), num_actors(state, self._size))
+        return render_metrics(self._service, await self._actors()) + own
 
     async def status(self) -> dict[str, object]:
         """Plain values: the router itself, its experts, the actors and nodes."""
@@ -117,6 +140,7 @@ class RouterDeployment:
         engine = loaded.engine
         health = service.engine_thread.health()
         actors = await self._actors()
+        state = self._observe_capacity()
         return {
             "model": self._spec.model_name,
             "router": {
@@ -130,6 +154,12 @@ class RouterDeployment:
                 "connected_actors": len(self._directory.remote.connected()) if self._directory else 0,
                 "phase_seconds": dict(engine.stats.phase_seconds),
                 "steps": engine.stats.steps,
+            },
+            "capacity": {
+                "state": state,
+                "shown": present_state(state, self._size),
+                "resident_bytes": resident_bytes(state, self._size),
+                "actors": num_actors(state, self._size),
             },
             "actors": actors,
             "nodes": await asyncio.to_thread(_nodes),
@@ -149,6 +179,18 @@ class RouterDeployment:
         except (ray.exceptions.RayError, TimeoutError) as error:
             logger.warning("no status of the expert actors: %s", error)
             return []
+
+
+def _service_size(loaded: LoadedEngine, max_actors: int) -> ServiceSize:
+    config, store = loaded.config, loaded.store
+    keys = store.expert_keys(store.served.name)
+    return ServiceSize(
+        len(config.moe_layers),
+        config.num_experts,
+        config.experts_per_token,
+        store.record(keys[0]).nbytes if keys else 0,
+        max_actors,
+    )
 
 
 class ServeRouterClient:
