@@ -17,8 +17,8 @@ SIGNALS = ("surprise", "novelty", "arousal", "reward", "conflict")
 
 
 def describe_quality(reports: Sequence[RoutingReport]) -> dict[str, Any]:
-    """quality, and for a modified answer its policy, effort, k and misses. reports: of the answer's sequences that
-    had one. Explanations are added for those that asked for them."""
+    """quality, and for a modified answer its policy, effort, k, misses and stand-ins. reports: of the answer's
+    sequences that had one. Explanations are added for those that asked for them."""
     described: dict[str, Any] = {"quality": EXACT}
     modified = [report for report in reports if _is_modified(report)]
     if modified:
@@ -51,6 +51,7 @@ def _describe_routing(reports: Sequence[RoutingReport]) -> dict[str, Any]:
         "tokens_at": shown,
         "expert_uses": uses * first.num_layers,
         "misses": sum(report.misses for report in reports),
+        "stand_ins": sum(report.stand_ins for report in reports),
     }
 
 

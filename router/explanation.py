@@ -5,6 +5,7 @@ Called by `router.steering` in every layer; what it makes goes out with the end 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from router.routing_choice import MAX_EXPLAINED, ExplainedExpert, ExplainedLayer
@@ -15,10 +16,18 @@ from router.steering_plan import RowGroup
 DIGITS = 6
 
 
-def explain(group: RowGroup, layer: int, routing: Routing, terms: ScoreTerms, signals: Signals) -> None:
+def explain(
+    group: RowGroup,
+    layer: int,
+    routing: Routing,
+    terms: ScoreTerms,
+    signals: Signals,
+    spared_TK: Tensor | None = None,
+) -> None:
     """Add a layer's choice to every request of the group that has a row to be explained.
 
-    routing, terms: of the group's rows. signals: of the step's. Under native routing the gate part is the logit.
+    routing, terms, spared_TK (whose means stood in): of the group's rows. signals: of the step's. Under native routing
+    the gate part is the logit.
     """
     indices = [shown.index for shown in group.explained]
     rows = [shown.row for shown in group.explained]
@@ -30,6 +39,8 @@ def explain(group: RowGroup, layer: int, routing: Routing, terms: ScoreTerms, si
     ]
     weights = routing.weights_TK[indices].tolist()
     experts: list[list[int]] = experts_RK.tolist()
+    spared_RK = torch.zeros_like(experts_RK).bool() if spared_TK is None else spared_TK[indices]
+    stood_in: list[list[bool]] = spared_RK.tolist()
     all_signals = (
         signals.surprise_T,
         signals.novelty_T,
@@ -42,14 +53,19 @@ def explain(group: RowGroup, layer: int, routing: Routing, terms: ScoreTerms, si
         if shown.state.num_explained_layers >= MAX_EXPLAINED:
             shown.state.is_cut = True
             continue
-        chosen = tuple(
-            ExplainedExpert(expert, *(round(value, DIGITS) for value in numbers))
-            for expert, *numbers in zip(experts[at], weights[at], *(part[at] for part in parts), strict=True)
-        )
+        values = zip(*(part[at] for part in parts), strict=True)
+        chosen = tuple(map(_explained_expert, experts[at], weights[at], values, stood_in[at]))
         surprise, novelty, arousal, reward, conflict = (round(values[at], DIGITS) for values in found)
         shown.state.add_explained(
             ExplainedLayer(shown.position, layer, chosen, (surprise, novelty, arousal, reward, conflict))
         )
+
+
+def _explained_expert(
+    expert: int, weight: float, parts: tuple[float, ...], is_spared: bool
+) -> ExplainedExpert:
+    gate, salience, trust, warmth = (round(value, DIGITS) for value in parts)
+    return ExplainedExpert(expert, round(weight, DIGITS), gate, salience, trust, warmth, is_spared)
 
 
 def _chosen(part_TE: Tensor | None, indices: list[int], experts_RK: Tensor) -> list[list[float]]:

@@ -25,6 +25,7 @@ from router.kv_cache import KvPool, blocks_for
 from router.model_config import ModelConfig, read_model_config
 from router.scoring import DEFAULT_PRESET, PRESETS, SnarcWeights
 from router.self_test import prove_row_invariance
+from router.stand_in import OutputMeans
 from router.steering import MoeShape, SteeredPolicy
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,11 @@ def load_engine(
             config.hidden_size, config.num_experts, config.experts_per_token, tuple(sorted(config.moe_layers))
         )
         facts = FactSource(component.name, config.num_experts, directory.resident)
-        engine.policy = engine.reporter = SteeredPolicy(shape, facts, options.snarc)
+        means = None
+        if options.snarc.stand_in:
+            means = OutputMeans(shape.num_experts, shape.hidden_size, shape.layers)
+            engine.watchers += (means,)
+        engine.policy = engine.reporter = SteeredPolicy(shape, facts, options.snarc, means)
     logger.info(
         "engine ready: %s, backbone %d bytes, KV %d bytes",
         worker.numerics_class,

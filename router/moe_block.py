@@ -50,6 +50,8 @@ class MoeBlock:
         rows_RD = self.directory.run(dispatched.call)
         steering.watch(gate, routing, dispatched, rows_RD)
         routed_TD = combine(dispatched, rows_RD)
+        if routing.stand_ins is not None:
+            routed_TD = routed_TD.index_add(0, *routing.stand_ins)
         if self.shared is None:
             return routed_TD
         return routed_TD + self.shared.forward(hidden_PD, num_tokens)

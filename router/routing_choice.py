@@ -45,6 +45,8 @@ class ExplainedExpert(NamedTuple):
     salience: float
     trust: float
     warmth: float
+    stood_in: bool = False
+    """Whether its mean output took its place."""
 
 
 class ExplainedLayer(NamedTuple):
@@ -71,7 +73,9 @@ class RoutingReport:
     tokens_at: tuple[int, int, int] = (0, 0, 0)
     """Tokens computed at WAKE, FOCUS and CRISIS. A token that was computed again counts again."""
     misses: int = 0
-    """Chosen experts that were not resident when they were chosen."""
+    """Chosen experts that were not resident when they were chosen, and were computed."""
+    stand_ins: int = 0
+    """Chosen experts whose mean output took their place."""
     explained: tuple[ExplainedLayer, ...] = ()
     """Since the report before; the other fields are totals."""
     is_cut: bool = False

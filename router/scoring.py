@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,16 +24,25 @@ _KEPT = 1e6
 """Above every score; of the token's best experts, where they are to be kept."""
 
 
+class StandIns(NamedTuple):
+    """What is added to some tokens' outputs in place of experts that they are not sent to."""
+
+    rows_N: Tensor
+    """int64, ascending, each once."""
+    output_ND: Tensor
+    """float32."""
+
+
 @dataclass(frozen=True)
 class Routing:
-    """The experts of T tokens, best first. A token with fewer than K has ABSENT at its last ranks, never at the
-    first."""
+    """The experts of T tokens, best first. A token with fewer than K has ABSENT at some ranks, not at all."""
 
     experts_TK: Tensor
     """int64."""
     weights_TK: Tensor
     """float32 mixing weights; 0 at absent ranks."""
     has_absent: bool = False
+    stand_ins: StandIns | None = None
 
 
 def route_native(gate_logits_TE: Tensor, experts_per_token: int, normalise: bool) -> Routing:
@@ -57,6 +67,9 @@ class SnarcWeights:
     warmth: float = 0.1
     keep_best: int = 0
     """The token's best experts by its gate that are always among the chosen."""
+    stand_in: float = 0.0
+    """Chosen experts that are not resident and whose part in the token's output is below this share of an even one are
+    replaced by their mean output; 0 replaces none. See `router.stand_in`."""
     is_scaled: bool = True
     """Divide each token's logits by their range, so that all terms are of one size; else they are taken raw."""
 
@@ -65,6 +78,8 @@ class SnarcWeights:
             value = getattr(self, name)
             if not math.isfinite(value) or not 0 <= value <= 100:
                 raise WeightsInvalid(f"{name} must be a number from 0 to 100, not {value:g}")
+        if not math.isfinite(self.stand_in) or not 0 <= self.stand_in <= 16:
+            raise WeightsInvalid(f"stand_in must be a number from 0 to 16, not {self.stand_in:g}")
         if self.keep_best < 0:
             raise WeightsInvalid(f"keep_best must be a whole number from 0, not {self.keep_best}")
 
@@ -73,9 +88,10 @@ PRESETS: dict[str, SnarcWeights] = {
     "scaled": SnarcWeights(),
     "seed": SnarcWeights(is_scaled=False),
     "warm": SnarcWeights(router=1.0, novelty=0.0, trust=0.0, warmth=0.1),
+    "thrifty": SnarcWeights(router=1.0, novelty=0.0, trust=0.0, warmth=0.0, stand_in=0.7),
 }
 """scaled: the seed's weights with all terms on one scale. seed: its literal form, on raw logits. warm: the gate and
-nothing but warmth."""
+nothing but warmth. thrifty: the gate alone, with mean outputs in place of absent experts that hardly weigh."""
 DEFAULT_PRESET = "scaled"
 
 

@@ -23,12 +23,14 @@ from router.scoring import (
     Routing,
     ScoreTerms,
     SnarcWeights,
+    StandIns,
     route_native,
     route_scored,
     score_terms,
 )
 from router.signal_memory import MemorySpan, RecallIndex, SignalMemory
 from router.snarc import Signals, Sketch, arousal, conflict, novelty, reward, surprise
+from router.stand_in import OutputMeans
 from router.steering_plan import PLAIN, RowGroup, SteeredRequest, SteeredSpan, SteeringPlan, plan_steering
 from router.step_routing import GateOutput, SpanOwner
 
@@ -72,6 +74,7 @@ class _Step:
     fixed_reward_R: Tensor | None = None
     """Of the signal rows, the feedback's reward, or NaN where there is none."""
     misses_T: Tensor = field(default_factory=lambda: torch.zeros(0))
+    spared_T: Tensor = field(default_factory=lambda: torch.zeros(0))
     drive_2R: Tensor | None = None
     """Arousal and conflict of the signal rows, summed over the layers so far."""
 
@@ -79,8 +82,12 @@ class _Step:
 class SteeredPolicy:
     """See `router.step_routing.RoutingPolicy` and `RoutingReporter`."""
 
-    def __init__(self, shape: MoeShape, facts: FactSource, weights: SnarcWeights) -> None:
+    def __init__(
+        self, shape: MoeShape, facts: FactSource, weights: SnarcWeights, means: OutputMeans | None = None
+    ) -> None:
+        """means: stand in where the weights let them; the engine must let them watch."""
         self._shape, self._facts, self._weights = shape, facts, weights
+        self._means = means
         self._sketch = Sketch.for_width(shape.hidden_size)
         self._memory = SignalMemory(self._sketch.signs_GS.shape[1])
         self._requests: dict[str, SteeredRequest] = {}
@@ -124,6 +131,7 @@ class SteeredPolicy:
             len(shape.layers),
             (wake, focus, crisis),
             state.misses,
+            state.stand_ins,
             explained,
             state.is_cut,
         )
@@ -137,11 +145,14 @@ class SteeredPolicy:
         plan = plan_steering(owners, self._requests, shape.experts_per_token, shape.num_experts)
         if plan.is_plain:
             return _Step(owners)
-        step = _Step(owners, plan, self._needs(plan.spans), misses_T=torch.zeros(plan.num_rows))
+        misses_T, spared_T = torch.zeros(2, plan.num_rows)
+        step = _Step(owners, plan, self._needs(plan.spans), misses_T=misses_T, spared_T=spared_T)
         if step.needs != SignalNeeds():
             self._index_signals(step)
-        if self._weights.novelty and any(group.policy == "snarc" for group in plan.groups):
-            self._is_use_counted = True
+        if any(group.policy == "snarc" for group in plan.groups):
+            self._is_use_counted = self._weights.novelty > 0
+            if self._means is not None:
+                self._means.is_learning = True
         return step
 
     def _needs(self, spans: Sequence[SteeredSpan]) -> SignalNeeds:
@@ -184,11 +195,16 @@ class SteeredPolicy:
                 parts.append(_rows_of(gate.native(), group.rows))
                 continue
             routing, terms = self._route_group(group, gate, logits_TE, signals, warmth_E)
-            parts.append(routing)
+            spared_TK = None
+            if group.policy == "snarc" and self._means is not None:
+                spared_TK = self._means.stand_in(gate.layer, routing, warmth_E, self._weights.stand_in)
             if not group.is_native:
-                _count_misses(step.misses_T, group, routing, warmth_E)
+                _count(step, group, (1.0 - warmth_E)[routing.experts_TK], spared_TK)
             if group.explained:
-                explain(group, gate.layer, routing, terms, signals)
+                explain(group, gate.layer, routing, terms, signals, spared_TK)
+            if spared_TK is not None and self._means is not None:
+                routing = self._means.replaced(gate.layer, routing, spared_TK)
+            parts.append(routing)
         return _merged(step.plan, parts)
 
     def _route_group(
@@ -239,13 +255,14 @@ class SteeredPolicy:
 
     def _end_step(self, step: _Step) -> None:
         """Count misses, and let `auto` follow the signals of the step's tokens, in position order."""
-        misses = step.misses_T.tolist()
+        misses, spared = step.misses_T.tolist(), step.spared_T.tolist()
         drives: list[list[float]] = []
         if step.drive_2R is not None:
             drives = (step.drive_2R / len(self._shape.layers)).T.tolist()
         index = 0
         for span in step.plan.spans:
             span.state.misses += int(sum(misses[span.row : span.row + span.count]))
+            span.state.stand_ins += int(sum(spared[span.row : span.row + span.count]))
             if span.state.request.routing.effort == "auto":
                 _follow_span(span, drives[index : index + span.count])
             index += span.count
@@ -262,12 +279,15 @@ def _follow_span(span: SteeredSpan, drives: Sequence[Sequence[float]]) -> None:
                 state.effort_at[position + 1] = state.control.effort
 
 
-def _count_misses(misses_T: Tensor, group: RowGroup, routing: Routing, warmth_E: Tensor) -> None:
-    missed_R = (1.0 - warmth_E)[routing.experts_TK].sum(-1)
-    if group.rows is None:
-        misses_T.add_(missed_R)
-    else:
-        misses_T.index_add_(0, group.rows, missed_R)
+def _count(step: _Step, group: RowGroup, missed_RK: Tensor, spared_RK: Tensor | None) -> None:
+    """missed_RK: 1 for experts that were not resident. What was spared is no miss."""
+    rows = torch.arange(step.plan.num_rows) if group.rows is None else group.rows
+    missed_R = missed_RK.sum(-1)
+    if spared_RK is not None:
+        spared_R = spared_RK.sum(-1)
+        step.spared_T.index_add_(0, rows, spared_R.float())
+        missed_R = missed_R - spared_R
+    step.misses_T.index_add_(0, rows, missed_R)
 
 
 def _picked(rows: Tensor, wanted: Tensor | None) -> Tensor:
@@ -292,9 +312,14 @@ def _merged(plan: SteeringPlan, parts: Sequence[Routing]) -> Routing:
     experts_TK = torch.full((plan.num_rows, width), ABSENT)
     weights_TK = torch.zeros(plan.num_rows, width)
     has_absent = False
+    stand_ins: list[StandIns] = []
     for group, part in zip(plan.groups, parts, strict=True):
         k = group.experts_per_token
         experts_TK[group.rows, :k] = part.experts_TK
         weights_TK[group.rows, :k] = part.weights_TK
-        has_absent = has_absent or k < width
-    return Routing(experts_TK, weights_TK, has_absent)
+        has_absent = has_absent or part.has_absent or k < width
+        if part.stand_ins is not None:
+            assert group.rows is not None
+            stand_ins.append(StandIns(group.rows[part.stand_ins.rows_N], part.stand_ins.output_ND))
+    both = StandIns(*map(torch.cat, zip(*stand_ins, strict=True))) if stand_ins else None
+    return Routing(experts_TK, weights_TK, has_absent, both)

@@ -31,6 +31,7 @@ class SteeredRequest:
     """Positions that were explained or left out."""
     tokens_at: dict[Effort, int] = field(default_factory=lambda: dict.fromkeys(EFFORTS, 0))
     misses: int = 0
+    stand_ins: int = 0
     num_explained_layers: int = 0
     """(position, layer) pairs that were explained, at most MAX_EXPLAINED."""
     explained: list[ExplainedLayer] = field(default_factory=list)
