@@ -1,13 +1,15 @@
 """What does a token cost when only some of the experts fit? Under a memory limit that the kernel enforces.
 
 A slice (2 layers at Qwen3-30B-A3B's width, `benchmarks.make_slice`) computes one text token by token:
-- the engine with room for 100, 50, 25 and 12.5% of the experts, each against max(compute, missed bytes / disk bandwidth):
-  compute is the step at 100%, the bandwidth that of parallel reads of the same records past the page cache;
-- the same computation over a plain mmap of the records, and `transformers` with Accelerate's disk offload, both with the
-  memory of 25%;
-- one layer, one token, against the same bytes through bare `F.linear` calls, and what an expert in host memory costs
-  beside its arithmetic (`benchmarks.one_layer`).
-Every turn is a process of its own in a memory group of its own, page cache included, and starts with nothing of the files
+- the engine with room for 100, 50, 25 and 12.5% of the experts, each against max(compute, missed bytes / disk
+  bandwidth): compute is the step at 100%, the bandwidth that of parallel reads of the same records past the page
+  cache;
+- the same computation over a plain mmap of the records, and `transformers` with Accelerate's disk offload, both
+  with the memory of 25%;
+- one layer, one token, against the same bytes through bare `F.linear` calls, and what an expert in host memory
+  costs beside its arithmetic (`benchmarks.one_layer`).
+Every turn is a process of its own in a memory group of its own, page cache included, and starts with nothing of
+the files
 cached; contenders alternate round by round, with bandwidth measured in each. The head is timed apart.
 
 Usage: python -m benchmarks.bench_budget [--rounds N] [--tokens N] [--near-uniform] [--folder DIR] [--keep]
@@ -135,7 +137,12 @@ class Bench:
         command = [sys.executable, "-m", "benchmarks.budget_contender", json.dumps(asdict(task))]
         with memory_cap(limit, "bench-budget") as cap:
             done = subprocess.run(
-                command, preexec_fn=cap.enter, capture_output=True, text=True, timeout=TURN_TIMEOUT_S, check=False
+                command,
+                preexec_fn=cap.enter,
+                capture_output=True,
+                text=True,
+                timeout=TURN_TIMEOUT_S,
+                check=False,
             )
             peak = cap.peak_bytes()
         if done.returncode:
@@ -232,7 +239,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="at least 2")
     parser.add_argument("--tokens", type=int, default=48, help="counted ones; half as many come first")
     parser.add_argument("--near-uniform", action="store_true", help="routing as hard as a cache can meet")
-    parser.add_argument("--without-transformers", action="store_true", help="where the extra bench is missing")
+    parser.add_argument(
+        "--without-transformers", action="store_true", help="where the extra bench is missing"
+    )
     parser.add_argument("--folder", type=Path, help="on the disk to measure; default: the temporary one")
     parser.add_argument("--keep", action="store_true", help="keep the result under benchmarks/results")
     options = parser.parse_args()

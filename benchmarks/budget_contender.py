@@ -1,8 +1,10 @@
-"""One contender of `bench_budget`, in a process of its own: computes a given text token by token and says what it took.
+"""One contender of `bench_budget`, in a process of its own: computes a given text token by token and says what it
+took.
 
-`budget` is the engine as it serves, with a budget for experts; `mapped` computes the same with every expert's matrices
-mapped from the store's files, paged in by the kernel; `offload` is `benchmarks.peers_offload`; `empty` computes nothing and
-shows what a process takes before it holds experts. Started by `bench_budget`, inside a memory group where there is one.
+`budget` is the engine as it serves, with a budget for experts; `mapped` computes the same with every expert's
+matrices mapped from the store's files, paged in by the kernel; `offload` is `benchmarks.peers_offload`; `empty`
+computes nothing and shows what a process takes before it holds experts. Started by `bench_budget`, inside a memory
+group where there is one.
 """
 
 from __future__ import annotations
@@ -146,7 +148,7 @@ def _measure(
     ids = token_walk(task.warmup + task.counted, vocab_size, topics, generator)
     report = Report()
     before = (0, 0, 0)
-    for number, token in enumerate(ids.split(1)):
+    for number, token in enumerate(torch.split(ids, 1)):
         if number == task.warmup and worker is not None:
             before = (worker.stats.misses, worker.stats.hits, worker.stats.bytes_read)
         started = perf_counter()

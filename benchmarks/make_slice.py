@@ -1,9 +1,9 @@
 """Writes a slice: a checkpoint of a published model's full width with few layers, random weights and shaped gates.
 
-What memory and disk do to a mixture of experts depends on widths and on routing, not on what the weights mean. The gates
-are calibrated (`benchmarks.slice_routing`) to a stated skew (share of activations that the busier half of the experts
-takes) and locality (share of a token's experts that the token before it used), and both are then measured by running the
-checkpoint. Written in pieces: takes little memory, whatever the size.
+What memory and disk do to a mixture of experts depends on widths and on routing, not on what the weights mean. The
+gates are calibrated (`benchmarks.slice_routing`) to a stated skew (share of activations that the busier half of
+the experts takes) and locality (share of a token's experts that the token before it used), and both are then
+measured by running the checkpoint. Written in pieces: takes little memory, whatever the size.
 
 Usage: python -m benchmarks.make_slice OUT --family qwen3_moe --layers 4 [--skew 0.75 --locality 0.3 | --near-uniform]
 """
@@ -49,7 +49,7 @@ SHARD_BYTES = 4_000_000_000
 SPARE_BYTES = 1 << 28
 """Free disk that must remain."""
 NEAR_UNIFORM = (0.6, 0.16)
-"""The worst case for a cache: skew and locality of a small model trained on stories, measured on texts it had not seen."""
+"""The worst case for a cache: about what the bundled model does on texts that it has not seen."""
 BINADE_RMS = math.sqrt(7 / 3)
 """Root mean square of values spread evenly over [1, 2)."""
 OUTPUT_GAIN = 0.25
@@ -218,7 +218,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=_at_least(1), default=4)
     parser.add_argument("--skew", type=_share, default=0.75, help="at least 0.5, which is uniform")
     parser.add_argument("--locality", type=_share, default=0.3)
-    parser.add_argument("--near-uniform", action="store_true", help="skew {}, locality {}".format(*NEAR_UNIFORM))
+    parser.add_argument(
+        "--near-uniform", action="store_true", help="skew {}, locality {}".format(*NEAR_UNIFORM)
+    )
     parser.add_argument("--vocab-size", type=_at_least(257), help="default: the published one")
     parser.add_argument("--stacked", action="store_true", help="each layer's experts in two tensors")
     parser.add_argument("--seed", type=_at_least(0), default=0)

@@ -1,8 +1,8 @@
 """A hard memory limit around a child process, page cache included, by a memory cgroup made for it.
 
-The group is made below this process's own, so no limit that already holds is left. Version 2 (`memory.max`) and version 1
-(`memory.limit_in_bytes`) are supported; where neither can be made, children run without a limit and `reason` says why:
-results must then say so. Swap is closed where the kernel lets us.
+The group is made below this process's own, so no limit that already holds is left. Version 2 (`memory.max`) and
+version 1 (`memory.limit_in_bytes`) are supported; where neither can be made, children run without a limit and
+`reason` says why: results must then say so. Swap is closed where the kernel lets us.
 """
 
 from __future__ import annotations
@@ -31,7 +31,11 @@ class CapFiles:
 
 
 V1 = CapFiles(
-    1, "memory.limit_in_bytes", ("memory.memsw.limit_in_bytes", "{}"), "memory.max_usage_in_bytes", "memory.failcnt"
+    1,
+    "memory.limit_in_bytes",
+    ("memory.memsw.limit_in_bytes", "{}"),
+    "memory.max_usage_in_bytes",
+    "memory.failcnt",
 )
 V2 = CapFiles(2, "memory.max", ("memory.swap.max", "0"), "memory.peak", "memory.events")
 

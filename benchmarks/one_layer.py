@@ -91,7 +91,7 @@ def measure_layer(store: ExpertStore, num_steps: int) -> LayerSamples:
     hidden_TD = layer.hidden(num_steps + num_warm, torch.Generator().manual_seed(2))
     samples: dict[str, list[float]] = {"block": [], "bare": []}
     pointers, resident = layer.pointers(), anonymous_bytes()
-    for number, hidden_1D in enumerate(hidden_TD.split(1)):
+    for number, hidden_1D in enumerate(torch.split(hidden_TD, 1)):
         if number == num_warm:
             resident = anonymous_bytes()
         experts = sorted(layer.block.gate(hidden_1D, 1).native().experts_TK[0].tolist())

@@ -1,7 +1,8 @@
 """`transformers` with Accelerate's disk offload, as a contender: experts on disk, everything else in memory.
 
-Accelerate brings the weights of a module in when it is called and drops them afterwards. The checkpoint is a stacked one:
-`transformers` would write a copy in this form anyway, and reads this one in place. Needs the extra `bench`.
+Accelerate brings the weights of a module in when it is called and drops them afterwards. The checkpoint is a
+stacked one: `transformers` would write a copy in this form anyway, and reads this one in place. Needs the extra
+`bench`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ def offloaded_contender(
         experts_implementation="eager",
         offload_folder=checkpoint / "offload",
     )
-    model.eval()
     cache = DynamicCache(config=model.config)
 
     @torch.inference_mode()

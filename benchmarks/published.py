@@ -57,7 +57,6 @@ MIXTRAL_8X7B: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 PUBLISHED: Mapping[str, Mapping[str, Any]] = {
-    config["model_type"]: config
-    for config in (QWEN3_30B_A3B, OLMOE_1B_7B, QWEN15_MOE_A27B, MIXTRAL_8X7B)
+    config["model_type"]: config for config in (QWEN3_30B_A3B, OLMOE_1B_7B, QWEN15_MOE_A27B, MIXTRAL_8X7B)
 }
 """By family."""

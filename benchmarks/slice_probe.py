@@ -50,7 +50,7 @@ def probe_routing(store_root: Path, num_tokens: int) -> dict[int, RoutingFacts]:
         ids = token_walk(num_tokens, config.vocab_size, topics, generator)
         log = RoutingLog()
         text = OneSequence(loaded.engine.backbone, num_tokens)
-        for chunk in ids.split(CHUNK):
+        for chunk in torch.split(ids, CHUNK):
             text.step(chunk, StepRouting(watchers=(log,)))
     finally:
         loaded.close()

@@ -1,9 +1,10 @@
 """How a slice's random weights route: which experts are busy, and how much neighbouring tokens share.
 
-Hidden states of a slice have three parts in coordinates of their own: one value that all tokens share, a topic (one-hot)
-and noise of the token's own. A gate's logits are therefore `busy * popularity + topical * taste + rest * noise`, each
-factor standard normal over experts, and two numbers shape the routing: `busy` sets the skew, `topical` the locality. The
-layers themselves add little to the hidden states, so that what was calibrated here holds behind them. Pure functions.
+Hidden states of a slice have three parts in coordinates of their own: one value that all tokens share, a topic
+(one-hot) and noise of the token's own. A gate's logits are therefore `busy * popularity + topical * taste + rest *
+noise`, each factor standard normal over experts, and two numbers shape the routing: `busy` sets the skew,
+`topical` the locality. The layers themselves add little to the hidden states, so that what was calibrated here
+holds behind them. Pure functions.
 """
 
 from __future__ import annotations
@@ -144,7 +145,9 @@ def calibrate(
     return shaped(_bisect(lambda value: facts(shaped(value)).locality, locality, 1.0))
 
 
-def gate_matrix(shape: GateShape, hidden: HiddenShape, num_experts: int, generator: torch.Generator) -> Tensor:
+def gate_matrix(
+    shape: GateShape, hidden: HiddenShape, num_experts: int, generator: torch.Generator
+) -> Tensor:
     """(E, D) float32: one layer's gate, with a popularity and tastes of its own."""
     gate_ED = torch.empty(num_experts, hidden.width)
     gate_ED[:, 0] = popularity(num_experts, generator) * (shape.busy / hidden.common)

@@ -1,4 +1,4 @@
-"""A small valid byte-level tokenizer for generated checkpoints: id b is byte b, the rest are names, the last ends a text."""
+"""A small valid tokenizer for generated checkpoints: id b is byte b, the rest are names, the last ends a text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Slices at tiny widths: complete checkpoints that extraction takes, `transformers` reads, and whose routing was measured."""
+"""Slices at tiny widths: complete checkpoints, read by extraction and `transformers`, that route as asked."""
 
 from __future__ import annotations
 
@@ -45,9 +45,7 @@ def tiny(family: str, **overrides: Any) -> dict[str, Any]:
 def test_slice_of_every_family_is_a_checkpoint_that_extraction_takes(
     tmp_path: Path, family: str, is_stacked: bool
 ) -> None:
-    write_slice(
-        SliceSpec(tiny(family), skew=0.7, locality=0.45, is_stacked=is_stacked), tmp_path / "slice"
-    )
+    write_slice(SliceSpec(tiny(family), skew=0.7, locality=0.45, is_stacked=is_stacked), tmp_path / "slice")
     extract(tmp_path / "slice", tmp_path / "store")
     store = ExpertStore.open(tmp_path / "store")
     config = read_model_config(store.served.config)
@@ -96,7 +94,7 @@ def test_slice_that_does_not_fit_the_disk_is_refused_before_anything_is_written(
         free: int
 
     monkeypatch.setattr(make_slice.shutil, "disk_usage", lambda path: Usage(1000))
-    with pytest.raises(DiskTooSmall, match="needs [0-9]+ bytes of disk and 1000 are free"):
+    with pytest.raises(DiskTooSmall, match=r"needs [0-9]+ bytes of disk and 1000 are free"):
         write_slice(SliceSpec(tiny("qwen3_moe")), tmp_path / "slice")
     assert list(tmp_path.iterdir()) == []
 

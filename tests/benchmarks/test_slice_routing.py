@@ -44,7 +44,9 @@ def test_calibrated_gate_routes_as_asked(skew: float, locality: float) -> None:
 
 
 def test_locality_below_what_the_skew_implies_is_refused_with_the_range() -> None:
-    with pytest.raises(RoutingUnreachable, match=r"locality 0.01 cannot be had with skew 0.9; choose from 0\.\d+ to 0\."):
+    with pytest.raises(
+        RoutingUnreachable, match=r"locality 0.01 cannot be had with skew 0.9; choose from 0\.\d+ to 0\."
+    ):
         calibrate(0.9, 0.01, EXPERTS, PER_TOKEN, HIDDEN.num_topics)
 
 
@@ -52,7 +54,7 @@ def test_token_walk_keeps_to_a_topic_and_inside_the_vocabulary() -> None:
     ids = token_walk(5000, 100, 16, torch.Generator().manual_seed(0))
     topics = ids % 16
     stayed = (topics[1:] == topics[:-1]).float().mean()
-    assert 0 <= int(ids.min()) and int(ids.max()) < 100
+    assert int(ids.min()) >= 0 and int(ids.max()) < 100
     assert float(stayed) == pytest.approx(0.9 + 0.1 / 16, abs=0.03)
     assert len(topics.unique()) == 16
 
