@@ -9,8 +9,7 @@ A slice (2 layers at Qwen3-30B-A3B's width, `benchmarks.make_slice`) computes on
 - one layer, one token, against the same bytes through bare `F.linear` calls, and what an expert in host memory
   costs beside its arithmetic (`benchmarks.one_layer`).
 Every turn is a process of its own in a memory group of its own, page cache included, and starts with nothing of
-the files
-cached; contenders alternate round by round, with bandwidth measured in each. The head is timed apart.
+the files cached; contenders alternate round by round, with bandwidth measured in each. The head is timed apart.
 
 Usage: python -m benchmarks.bench_budget [--rounds N] [--tokens N] [--near-uniform] [--folder DIR] [--keep]
 """
