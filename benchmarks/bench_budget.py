@@ -29,7 +29,7 @@ from typing import Any
 
 from benchmarks.budget_contender import Report, Task
 from benchmarks.disk_rate import disk_bytes_per_s, forget_files
-from benchmarks.make_slice import NEAR_UNIFORM, SliceSpec, write_slice
+from benchmarks.make_slice import NEAR_UNIFORM, DiskTooSmall, SliceSpec, write_slice
 from benchmarks.memory_cap import memory_cap
 from benchmarks.one_layer import measure_layer
 from benchmarks.published import PUBLISHED
@@ -244,11 +244,16 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="on the disk to measure; default: the temporary one")
     parser.add_argument("--keep", action="store_true", help="keep the result under benchmarks/results")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="bench-budget-", dir=options.folder) as folder:
-        bench = Bench(Path(folder), options)
-        rounds = [bench.round(number) for number in range(options.rounds)]
-        results = summarise(rounds) | {"one_layer": _layer(bench.store)}
-        bench.store.close()
+    if options.layers < 1 or options.rounds < 2 or options.tokens < 2:
+        parser.error("at least 1 layer, 2 rounds and 2 tokens")
+    try:
+        with tempfile.TemporaryDirectory(prefix="bench-budget-", dir=options.folder) as folder:
+            bench = Bench(Path(folder), options)
+            rounds = [bench.round(number) for number in range(options.rounds)]
+            results = summarise(rounds) | {"one_layer": _layer(bench.store)}
+            bench.store.close()
+    except (DiskTooSmall, TurnFailed) as error:
+        sys.exit(str(error))
     _show(results)
     config = {
         "family": "qwen3_moe",
