@@ -88,6 +88,11 @@ class ExpertWorker:
         return stats
 
     @property
+    def budget_bytes(self) -> int | None:
+        """Most bytes of experts that stay; None means no bound."""
+        return self.cache.budget_bytes
+
+    @property
     def resident_bytes(self) -> int:
         return self.cache.resident_bytes
 
