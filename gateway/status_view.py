@@ -53,7 +53,7 @@ def _printable(value: Any) -> Any:
 
 def _rates(hit_rates: Mapping[str, float]) -> str:
     """ "trust 83%, lfu 80%, lru 73%"; nothing where everything fits."""
-    return ", ".join(f"{eviction} {rate:.0%}" for eviction, rate in hit_rates.items())
+    return ", ".join(f"{_printable(eviction)} {rate:.0%}" for eviction, rate in hit_rates.items())
 
 
 def _mib(num_bytes: float) -> str:
