@@ -122,6 +122,9 @@ def generate(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling noise.")] = 0,
     dtype: DtypeOption = None,
+    eviction: Annotated[
+        str, typer.Option(metavar="NAME", help="Which expert goes first: lfu, lru or trust.")
+    ] = "lfu",
     stream: Annotated[bool, typer.Option("--stream", help="Print the text as it is generated.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -131,6 +134,7 @@ def generate(
     chosen_prompt = _chosen_prompt(prompt, prompt_ids)
 
     from gateway.generate import generate as run
+    from gateway.service_options import parse_eviction
     from gateway.store_source import resolve_runnable
     from router.loading import EngineOptions
 
@@ -138,9 +142,8 @@ def generate(
     if temperature is not None:
         sampling["temperature"] = temperature
     show = _write_at_once if stream else _keep_quiet
-    result = run(
-        resolve_runnable(store, announce=_announce), chosen_prompt, sampling, EngineOptions(dtype=dtype), show
-    )
+    options = EngineOptions(dtype=dtype, eviction=parse_eviction(eviction))
+    result = run(resolve_runnable(store, announce=_announce), chosen_prompt, sampling, options, show)
     if as_json:
         typer.echo(json.dumps(result.as_json(), ensure_ascii=False))
     else:
