@@ -16,6 +16,7 @@ from experts.errors import ExpertError
 from extraction.errors import ExtractionError, one_line
 from gateway.batch_command import batch
 from gateway.chat_command import chat
+from gateway.compare_command import compare
 from gateway.errors import GatewayError
 from gateway.extract_command import extract
 from gateway.serve_command import serve
@@ -181,6 +182,7 @@ def _keep_quiet(_text: str) -> None:
 app.command()(serve)
 app.command()(chat)
 app.command()(batch)
+app.command()(compare)
 
 
 @app.command()
