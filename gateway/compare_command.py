@@ -20,7 +20,9 @@ MAX_TOKENS = 4096
 def compare(
     checkpoint: Annotated[
         str,
-        typer.Argument(metavar="CHECKPOINT", help="A checkpoint folder, a bundled model's name, or a hub id."),
+        typer.Argument(
+            metavar="CHECKPOINT", help="A checkpoint folder, a bundled model's name, or a hub id."
+        ),
     ],
     store: Annotated[
         str, typer.Argument(metavar="STORE", help="The store that was extracted from it, whole or partial.")

@@ -1,7 +1,7 @@
 """Compares a store with its checkpoint, layer by layer: our own code on the one, `transformers` on the other.
 
-Both get the same input rows; the published program's output is the next layer's input. One layer is in memory at a time,
-first theirs, then ours. Called by `gateway.compare_command`.
+Both get the same input rows; the published program's output is the next layer's input. One layer is in memory at a
+time, first theirs, then ours. Called by `gateway.compare_command`.
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ def _compared_component(plan: ExtractionPlan, store: ExpertStore) -> Component:
     """The decoder that answers text. Raises ComparisonRefused where the store is not this checkpoint's."""
     manifest, served = store.manifest, plan.components[0]
     if manifest.family != plan.family:
-        raise ComparisonRefused(str(store.root), f"holds a {manifest.family}, {plan.source} is a {plan.family}")
+        raise ComparisonRefused(
+            str(store.root), f"holds a {manifest.family}, {plan.source} is a {plan.family}"
+        )
     differing = sorted(
         key
         for key in manifest.config.keys() | plan.config.keys()
@@ -146,7 +148,9 @@ def _expert_budgets(
         others = 2 * (weights - experts)  # as stored and as computed with, while a layer is read
         needed = FIXED_BYTES + rows + max(weights, others + expert)
         if needed > options.memory_bytes:
-            reason = f"{format_bytes(options.memory_bytes)} is too little: layer {index} needs {_rounded(needed)}"
+            reason = (
+                f"{format_bytes(options.memory_bytes)} is too little: layer {index} needs {_rounded(needed)}"
+            )
             raise ComparisonRefused("--memory", reason)
         budgets.append(options.memory_bytes - FIXED_BYTES - rows - others)
     return budgets

@@ -43,8 +43,8 @@ def measure(layer: int, ours: LayerOutput, theirs: LayerOutput) -> LayerDifferen
     """theirs: what is taken to be right.
 
     A token may go to other experts where the gate's scores at the edge of its choice are closer than the tolerance; its
-    output then says nothing and is not measured. Any other choice puts the layer outside, and so does a layer of which no
-    token can be measured.
+    output then says nothing and is not measured. Any other choice puts the layer outside, and so does it when no token
+    can be measured.
     """
     is_rerouted_T, is_tie_T = _rerouted(ours, theirs)
     measured_T = ~(is_rerouted_T & is_tie_T)

@@ -1,7 +1,7 @@
 """A checkpoint's decoder layers as `transformers` computes them, one in memory at a time.
 
-The only file that imports `transformers`, an optional extra. The model is the library's own class, built without memory;
-a layer's weights are read from the shards when it is computed, in float32, and go afterwards. What the names of
+The only file that imports `transformers`, an optional extra. The model is the library's own class, built without
+memory; a layer's weights are read from the shards when it is computed, in float32, and go afterwards. What the names of
 published tensors mean is said here anew, so that a mistake in `extraction.layouts` does not go unnoticed.
 """
 
@@ -29,7 +29,9 @@ MODEL_CLASSES: Mapping[str, str] = {
 }
 """Decoders that answer text, by a checkpoint's `model_type`."""
 _IN_LAYER = re.compile(r"(?:^|\.)layers\.([0-9]+)\.(.+)")
-_EXPERT = re.compile(r"(?:mlp|block_sparse_moe)\.experts\.([0-9]+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight")
+_EXPERT = re.compile(
+    r"(?:mlp|block_sparse_moe)\.experts\.([0-9]+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight"
+)
 _GATES, _UPS = ("gate_proj", "w1"), ("up_proj", "w3")
 
 
@@ -41,7 +43,9 @@ class PublishedLayers:
         served = plan.components[0]
         self._source = plan.source
         self._embeddings = served.backbone["embed_tokens.weight"]
-        experts = (part for key, parts in plan.experts.items() if key.component == served.name for part in parts)
+        experts = (
+            part for key, parts in plan.experts.items() if key.component == served.name for part in parts
+        )
         self._tensors = _by_layer((*served.backbone.values(), *experts))
         self._model = _build(plan)
         self._empty_layers = list(self._model.layers)
@@ -106,10 +110,14 @@ def _build(plan: ExtractionPlan) -> Any:
             config = config.thinker_config.text_config
         kernels = {"attn_implementation": "eager", "experts_implementation": "eager"}
         with torch.device("meta"):
-            model = getattr(transformers, MODEL_CLASSES[plan.family])._from_config(config, dtype=DTYPE, **kernels)
+            model = getattr(transformers, MODEL_CLASSES[plan.family])._from_config(
+                config, dtype=DTYPE, **kernels
+            )
         model.rotary_emb = type(model.rotary_emb)(config)
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-        raise ComparisonRefused("transformers", f"does not take the checkpoint's config.json: {error}") from error
+        raise ComparisonRefused(
+            "transformers", f"does not take the checkpoint's config.json: {error}"
+        ) from error
     model.norm = nn.Identity()
     return model.eval()
 
@@ -143,7 +151,9 @@ def _fill(layer: nn.Module, source: Path, tensors: Mapping[str, SourceTensor]) -
                 missing[name] -= value.numel()
     unfilled = sorted(name for name, count in missing.items() if count)
     if unfilled:
-        raise ComparisonRefused("transformers", f"has weights that the checkpoint lacks: {', '.join(unfilled[:3])}")
+        raise ComparisonRefused(
+            "transformers", f"has weights that the checkpoint lacks: {', '.join(unfilled[:3])}"
+        )
 
 
 def _target(rest: str, parameters: Mapping[str, Tensor]) -> tuple[str, Tensor | None]:
