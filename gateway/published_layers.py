@@ -58,8 +58,8 @@ class PublishedLayers:
     def layer_bytes(self, index: int) -> int:
         """Of the layer's weights in float32, with the largest tensor as it is stored."""
         stored = max(tensor.header.nbytes for tensor in self._tensors[index].values())
-        parameters = self._empty_layers[index].parameters()
-        return stored + sum(parameter.numel() for parameter in parameters) * DTYPE.itemsize
+        num_values: int = sum(parameter.numel() for parameter in self._empty_layers[index].parameters())
+        return stored + num_values * DTYPE.itemsize
 
     def embed(self, token_ids: Iterable[int]) -> Tensor:
         """(T, D) float32 rows of the embedding."""
@@ -103,7 +103,7 @@ def _build(plan: ExtractionPlan) -> Any:
         from huggingface_hub.errors import StrictDataclassError
     except ImportError as error:
         raise ExtraMissing("compare", "transformers") from error
-    transformers.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
         config = transformers.AutoConfig.for_model(**plan.config)
         if plan.family == "qwen3_omni_moe":

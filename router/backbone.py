@@ -46,7 +46,7 @@ class Backbone:
         self.head_VD = (
             self.embeddings_VD if config.has_tied_head else load("lm_head.weight", config.vocab_size, width)
         )
-        self._arithmetic = LayerArithmetic(config, kernel, dtype)
+        self.arithmetic = LayerArithmetic(config, kernel, dtype)
         self.progressed_at = time.monotonic()
         """When a layer was last finished; a step of a large model may take long without being stuck."""
 
@@ -67,14 +67,14 @@ class Backbone:
         """
         num_tokens = batch.num_tokens
         hidden_PD = self._embed(batch)
-        inputs = self._arithmetic.prepare(batch)
+        inputs = self.arithmetic.prepare(batch)
         captured: dict[int, Tensor] = {}
         phases = {"attention": 0.0, "experts": 0.0, "head": 0.0}
         for index, layer in enumerate(self.layers):
             started = time.perf_counter()
-            hidden_PD = self._arithmetic.attention(index, layer, hidden_PD, inputs, pool)
+            hidden_PD = self.arithmetic.attention(index, layer, hidden_PD, inputs, pool)
             attended = time.perf_counter()
-            hidden_PD = self._arithmetic.feed_forward(layer, hidden_PD, batch)
+            hidden_PD = self.arithmetic.feed_forward(layer, hidden_PD, batch)
             phases["attention"] += attended - started
             phases["experts"] += time.perf_counter() - attended
             self.progressed_at = time.monotonic()
@@ -92,13 +92,13 @@ class Backbone:
         """Float32 logits of final hidden states. No rows are a chunk that does not reach its prompt's end."""
         if not len(hidden_LD):
             return hidden_LD.new_empty(0, self.config.vocab_size, dtype=torch.float32)
-        return self.kernel.linear(self._arithmetic.norm(hidden_LD, self.norm_D), self.head_VD).float()
+        return self.kernel.linear(self.arithmetic.norm(hidden_LD, self.norm_D), self.head_VD).float()
 
     def _embed(self, batch: StepBatch) -> Tensor:
         hidden_TD = self.embeddings_VD.index_select(0, batch.token_ids_T)
         for row, embedding_D in batch.embeddings.items():
             hidden_TD[row] = embedding_D.to(self.dtype)
-        return self._arithmetic.pad(hidden_TD)
+        return self.arithmetic.pad(hidden_TD)
 
 
 def _select(hidden_PD: Tensor, rows: tuple[int, ...]) -> Tensor:
