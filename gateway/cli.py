@@ -101,7 +101,7 @@ def inspect(
     from gateway.inspect_view import render_summary
     from gateway.store_source import resolve_store
 
-    summary = summarize(resolve_store(store))
+    summary = summarize(resolve_store(store, announce=_announce))
     if as_json:
         typer.echo(json.dumps(summary.as_json(), indent=2))
     else:

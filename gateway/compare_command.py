@@ -55,7 +55,7 @@ def compare(
     options = ComparisonOptions(wanted, tokens, seed, memory_bytes)
     if not as_json:
         typer.echo(f"{'layer':>5}  {'worst':>9}  {'relative':>9}  {'rerouted':>8}")
-    folder, root = _checkpoint(checkpoint), resolve_store(store)
+    folder, root = _checkpoint(checkpoint), resolve_store(store, announce=_announce)
     result = run(folder, root, options, _keep_quiet if as_json else _print_layer)
     typer.echo(json.dumps(result.as_json()) if as_json else _verdict(result))
     if not result.is_within:
@@ -70,7 +70,11 @@ def _checkpoint(source: str) -> Path:
         return resolve_checkpoint(source)
     from extraction.hub_extract import hub_snapshot
 
-    return hub_snapshot(hub_id, announce=lambda line: typer.echo(line, err=True))
+    return hub_snapshot(hub_id, announce=_announce)
+
+
+def _announce(line: str) -> None:
+    typer.echo(line, err=True)
 
 
 def _print_layer(found: LayerDifference) -> None:
