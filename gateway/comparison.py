@@ -103,6 +103,8 @@ def _compared_component(plan: ExtractionPlan, store: ExpertStore) -> Component:
     if differing:
         reason = f"was not made from {plan.source}: their config.json differ in {', '.join(differing[:5])}"
         raise ComparisonRefused(str(store.root), reason)
+    if manifest.left_out is not None and manifest.left_out.groups is not None:
+        raise ComparisonRefused(str(store.root), "leaves out experts of every layer")
     if served.name not in {component.name for component in manifest.components}:
         raise ComparisonRefused(str(store.root), f"leaves out {served.name}, the part that is compared")
     return store.component(served.name)

@@ -75,6 +75,8 @@ def resolve_runnable(source: str, *, announce: Callable[[str], None]) -> Path:
     left_out = read_manifest(root).left_out
     if left_out is not None:
         parts = [*left_out.components, *(f"{len(n)} layers of {name}" for name, n in left_out.layers.items())]
+        if left_out.groups is not None:
+            parts.append(f"the experts of {left_out.groups.total - len(left_out.groups.kept)} groups")
         raise StorePartial(str(root), ", ".join(parts))
     return root
 
