@@ -1,4 +1,4 @@
-"""Which part of a checkpoint is extracted: `--layers`, `--components` and `--groups`. Pure; called by `extraction.extract`."""
+"""Which part of a checkpoint is extracted: `--layers`, `--components`, `--groups`. Pure; see `extraction.extract`."""
 
 from __future__ import annotations
 
