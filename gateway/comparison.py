@@ -140,25 +140,30 @@ def _token_ids(config: ModelConfig, options: ComparisonOptions) -> Sequence[int]
 def _expert_budgets(
     published: PublishedLayers, config: ModelConfig, options: ComparisonOptions, last: int
 ) -> list[int]:
-    """What our side of each layer may take for experts. Raises ComparisonRefused when a layer does not fit."""
-    rows = row_bytes(config, options.num_tokens)
+    """What our side of each layer may take for experts. Raises ComparisonRefused when a layer does not fit.
+
+    Both sides are counted together, although they are computed one after the other: what is freed may stay with the
+    process.
+    """
+    rows = _row_bytes(config, options.num_tokens)
     expert = 3 * config.hidden_size * config.expert_width * 4
     budgets = []
     for index in range(last + 1):
         weights = published.layer_bytes(index)
         experts = expert * config.num_experts if index in config.moe_layers else 0
         others = 2 * (weights - experts)  # as stored and as computed with, while a layer is read
-        needed = FIXED_BYTES + rows + max(weights, others + expert)
+        least = FIXED_BYTES + rows + weights + others + expert  # an expert is converted while it is read
+        needed = least + expert
         if needed > options.memory_bytes:
             reason = (
                 f"{format_bytes(options.memory_bytes)} is too little: layer {index} needs {_rounded(needed)}"
             )
             raise ComparisonRefused("--memory", reason)
-        budgets.append(options.memory_bytes - FIXED_BYTES - rows - others)
+        budgets.append(options.memory_bytes - least)
     return budgets
 
 
-def row_bytes(config: ModelConfig, num_tokens: int) -> int:
+def _row_bytes(config: ModelConfig, num_tokens: int) -> int:
     """Most that one layer's rows take at a time on either side: scores of all heads and their copies, or what experts
     make of every token."""
     scores = 4 * config.num_heads * num_tokens

@@ -13,15 +13,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from experts.store import ExpertStore
 from extraction.errors import OptionRefused
 from extraction.extract import extract
+from extraction.plan import plan_extraction
 from extraction.selection import Selection
 from gateway.cli import app
-from gateway.comparison import Comparison, ComparisonOptions, compare, row_bytes
+from gateway.comparison import Comparison, ComparisonOptions, compare
 from gateway.errors import ComparisonRefused, ExtraMissing, OptionInvalid
 from gateway.published_layers import PublishedLayers
+from router.single_layer import SingleLayers
 from tests.checkpoints import FAMILIES, write_tiny
-from tests.router.configs import tiny_config
 
 NUM_TOKENS = 70
 """More than one block of keys."""
@@ -142,17 +144,21 @@ def test_index_over_the_checkpoint_itself_agrees(tiny_checkpoint: Path, tmp_path
     assert _compare(tiny_checkpoint, tmp_path / "store").is_within
 
 
-def test_experts_that_do_not_fit_at_once_are_computed_in_waves(
-    tiny_checkpoint: Path, tiny_store: Path, monkeypatch: pytest.MonkeyPatch
+def test_experts_that_do_not_fit_at_once_are_computed_in_waves(tiny_store: Path) -> None:
+    store = ExpertStore.open(tiny_store)
+    layers = SingleLayers(store, store.served)
+    hidden_TD = torch.randn(NUM_TOKENS, 64, generator=torch.Generator().manual_seed(0))
+    whole, waves = (layers.compute(0, hidden_TD, nbytes) for nbytes in (1 << 30, 3 * 64 * 24 * 4))
+    store.close()
+    assert torch.equal(whole.hidden_TD, waves.hidden_TD)
+
+
+def test_layer_that_does_not_fit_the_memory_is_refused_with_what_it_needs(
+    tiny_checkpoint: Path, tiny_store: Path
 ) -> None:
-    """The limit that is just enough for the layer with transformers leaves less for ours."""
-    monkeypatch.setattr("gateway.comparison.FIXED_BYTES", 0)
-    whole = _compare(tiny_checkpoint, tiny_store)
-    with pytest.raises(ComparisonRefused, match=r"--memory 1B is too little: layer 0 needs 100MiB"):
-        _compare(tiny_checkpoint, tiny_store, memory_bytes=1)
-    rows = row_bytes(tiny_config(num_hidden_layers=3), NUM_TOKENS)
-    weights = 2 * 64 * (64 + 2 * 32 + 64 + 40 + 8) * 4 + 3 * 64 * 24 * 8 * 4
-    assert _compare(tiny_checkpoint, tiny_store, memory_bytes=rows + weights).layers == whole.layers
+    with pytest.raises(ComparisonRefused, match="--memory 1MiB is too little: layer 0 needs 100MiB"):
+        _compare(tiny_checkpoint, tiny_store, memory_bytes=1 << 20)
+    assert _compare(tiny_checkpoint, tiny_store, memory_bytes=100 << 20).is_within
 
 
 def test_store_of_another_checkpoint_is_refused(tiny_store: Path, tmp_path: Path) -> None:
@@ -185,8 +191,6 @@ def test_more_tokens_than_the_context_are_refused(tiny_checkpoint: Path, tiny_st
 
 
 def test_layer_s_memory_goes_with_the_layer(tiny_checkpoint: Path) -> None:
-    from extraction.plan import plan_extraction
-
     layers = PublishedLayers(plan_extraction(tiny_checkpoint))
     hidden = layers.embed([3, 1, 4])
     for index in range(layers.num_layers):
