@@ -16,6 +16,7 @@ from experts.errors import ExpertError
 from extraction.errors import ExtractionError, one_line
 from gateway.batch_command import batch
 from gateway.chat_command import chat
+from gateway.compare_command import compare
 from gateway.errors import GatewayError
 from gateway.extract_command import extract
 from gateway.serve_command import serve
@@ -100,7 +101,7 @@ def inspect(
     from gateway.inspect_view import render_summary
     from gateway.store_source import resolve_store
 
-    summary = summarize(resolve_store(store))
+    summary = summarize(resolve_store(store, announce=_announce))
     if as_json:
         typer.echo(json.dumps(summary.as_json(), indent=2))
     else:
@@ -184,6 +185,7 @@ def _keep_quiet(_text: str) -> None:
 app.command()(serve)
 app.command()(chat)
 app.command()(batch)
+app.command()(compare)
 
 
 @app.command()
