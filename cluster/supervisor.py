@@ -20,6 +20,7 @@ from cluster.errors import ActorsNotStarted, SupervisorMissing
 from cluster.placement import split_experts
 from cluster.resources import NAMESPACE, SUPERVISOR_NAME, expert_actor_options, supervisor_options
 from experts.actor import ActorSpec, ExpertActor
+from experts.eviction import DEFAULT_EVICTION, Eviction
 from experts.remote_directory import ResidentExperts, Roster
 from experts.store import ExpertStore
 from experts.transport import Endpoint
@@ -43,6 +44,7 @@ class ServiceSpec:
     num_actors: int
     threads_per_actor: int
     budget_bytes: int | None = None
+    eviction: Eviction = DEFAULT_EVICTION
     host: str = "127.0.0.1"
     spin_s: float = 0.0
     """See `TransportLimits`; actors and routers use the same."""
@@ -151,6 +153,7 @@ class Supervisor:
                 spec.width,
                 spec.expert_width,
                 spec.budget_bytes,
+                spec.eviction,
                 spec.threads_per_actor,
                 spec.host,
                 spec.spin_s,

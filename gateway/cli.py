@@ -16,6 +16,7 @@ from experts.errors import ExpertError
 from extraction.errors import ExtractionError, one_line
 from gateway.batch_command import batch
 from gateway.chat_command import chat
+from gateway.compare_command import compare
 from gateway.errors import GatewayError
 from gateway.extract_command import extract
 from gateway.serve_command import serve
@@ -100,7 +101,7 @@ def inspect(
     from gateway.inspect_view import render_summary
     from gateway.store_source import resolve_store
 
-    summary = summarize(resolve_store(store))
+    summary = summarize(resolve_store(store, announce=_announce))
     if as_json:
         typer.echo(json.dumps(summary.as_json(), indent=2))
     else:
@@ -122,6 +123,9 @@ def generate(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling noise.")] = 0,
     dtype: DtypeOption = None,
+    eviction: Annotated[
+        str, typer.Option(metavar="NAME", help="Which expert goes first: lfu, lru or trust.")
+    ] = "lfu",
     policy: Annotated[str, typer.Option(help="Routing: native or snarc.")] = "native",
     effort: Annotated[str, typer.Option(help="Experts per token: wake, focus, crisis or auto.")] = "focus",
     snarc: Annotated[
@@ -143,12 +147,14 @@ def generate(
 
     from gateway.generate import generate as run
     from gateway.routing_rules import read_choice
+    from gateway.service_options import parse_eviction
     from gateway.store_source import resolve_runnable
     from router.loading import EngineOptions
     from router.scoring import DEFAULT_PRESET, read_weights
 
     routing = read_choice(policy, effort, is_explained=explain)
-    options = EngineOptions(dtype=dtype, snarc=read_weights(snarc or DEFAULT_PRESET))
+    weights = read_weights(snarc or DEFAULT_PRESET)
+    options = EngineOptions(dtype=dtype, eviction=parse_eviction(eviction), snarc=weights)
     sampling: dict[str, Any] = {"max_tokens": max_tokens, "seed": seed}
     if temperature is not None:
         sampling["temperature"] = temperature
@@ -195,6 +201,7 @@ def _keep_quiet(_text: str) -> None:
 app.command()(serve)
 app.command()(chat)
 app.command()(batch)
+app.command()(compare)
 
 
 @app.command()

@@ -6,7 +6,7 @@ Facts of the service, not of a request: they change with all the traffic. Asked 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from router.scoring import ExpertFacts, Routing
 
 USE_HALF_LIFE_TOKENS = 256
 """After so many tokens a use counts half."""
+REFRESH_TOKENS = 32
+"""Uses are counted, and novelty follows, after about so many tokens: each time costs several operations."""
 UNSEEN_TRUST = 0.5
 
 ResidentSource = Callable[[str, int], frozenset[int]]
@@ -35,6 +37,16 @@ class _Warmth:
     warmth_E: Tensor
 
 
+@dataclass
+class _Use:
+    """Of one layer: decayed counts, what was chosen since, and the novelty that follows from the counts."""
+
+    counts_E: Tensor
+    novelty_E: Tensor
+    chosen: list[Tensor] = field(default_factory=list)
+    num_tokens: int = 0
+
+
 class FactSource:
     """Gathers facts for one component. Not safe for several threads."""
 
@@ -48,7 +60,7 @@ class FactSource:
         self._component, self._num_experts = component, num_experts
         self._resident, self._trust = resident, trust or unseen_trust(num_experts)
         self._warmth: dict[int, _Warmth] = {}
-        self._use: dict[int, Tensor] = {}
+        self._use: dict[int, _Use] = {}
 
     def warmth(self, layer: int) -> Tensor:
         """(E,) 1 for resident experts, else 0."""
@@ -61,26 +73,28 @@ class FactSource:
         return known.warmth_E
 
     def facts(self, layer: int, warmth_E: Tensor) -> ExpertFacts:
-        return ExpertFacts(self._novelty(layer), self._trust(self._component, layer), warmth_E)
+        return ExpertFacts(self._use_of(layer).novelty_E, self._trust(self._component, layer), warmth_E)
 
     def count_use(self, layer: int, routing: Routing) -> None:
-        """Take note of what a step's tokens chose in a layer."""
-        use_E = self._use_of(layer)
-        num_tokens = routing.experts_TK.shape[0]
-        chosen = routing.experts_TK.reshape(-1)
-        counts_E = torch.bincount(
-            chosen[chosen >= 0] if routing.has_absent else chosen, minlength=self._num_experts
-        )
-        use_E.mul_(0.5 ** (num_tokens / USE_HALF_LIFE_TOKENS)).add_(counts_E)
+        """Take note of what a step's tokens chose in a layer.
 
-    def _novelty(self, layer: int) -> Tensor:
-        """(E,) m / (m + use), m the mean use: 1 for an expert without recent use, 1/2 for one of even share."""
-        use_E = self._use_of(layer)
-        mean = use_E.mean()
-        return (mean + 1e-6) / (mean + use_E + 1e-6)
+        Novelty is m / (m + use), m the mean use: 1 for an expert without recent use, 1/2 for one of even share.
+        """
+        use = self._use_of(layer)
+        use.chosen.append(routing.experts_TK.reshape(-1))
+        use.num_tokens += routing.experts_TK.shape[0]
+        if use.num_tokens < REFRESH_TOKENS:
+            return
+        chosen = torch.cat(use.chosen)
+        counts_E = torch.bincount(chosen[chosen >= 0], minlength=self._num_experts)
+        use.counts_E.mul_(0.5 ** (use.num_tokens / USE_HALF_LIFE_TOKENS)).add_(counts_E)
+        mean = use.counts_E.mean()
+        use.novelty_E = mean / (mean + use.counts_E)
+        use.chosen, use.num_tokens = [], 0
 
-    def _use_of(self, layer: int) -> Tensor:
-        use_E = self._use.get(layer)
-        if use_E is None:
-            use_E = self._use[layer] = torch.zeros(self._num_experts)
-        return use_E
+    def _use_of(self, layer: int) -> _Use:
+        use = self._use.get(layer)
+        if use is None:
+            use = _Use(torch.zeros(self._num_experts), torch.ones(self._num_experts))
+            self._use[layer] = use
+        return use

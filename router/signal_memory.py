@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from router.snarc import GAIN_POSITIONS, RECENT, WINDOW, Past
+from router.snarc import GAIN_POSITIONS, RECENT, WINDOW, Past, reward
 
 
 @dataclass(frozen=True)
@@ -34,21 +34,27 @@ class RecallIndex:
     """Into the ring's rows followed by the step's."""
     confidence_TL: Tensor
     """The same for confidences, of which only the prompt's are kept."""
-    kept_rows: Tensor
+    kept_rows: Tensor | None
+    """None means all, as when each request has one row."""
     kept_at: Tensor
     kept_confidence_rows: Tensor
     kept_confidence_at: Tensor
     num_recent_T: Tensor
     num_T: Tensor
+    settled: tuple[str, ...] | None
+    """The rows' requests where all are beyond their prompts, so that their rewards do not change any more."""
 
 
 @dataclass
 class _Ring:
     """One layer's: (slots * WINDOW, ...) rows. Slot 0 belongs to nobody and stays zero."""
 
-    directions_MS: Tensor
-    lengths_M: Tensor
+    states_MC: Tensor
+    """Direction, and in the last column the length."""
     confidence_M: Tensor
+    settled: tuple[str, ...] | None = None
+    reward_T: Tensor | None = None
+    """Of the settled rows."""
 
 
 class SignalMemory:
@@ -69,10 +75,14 @@ class SignalMemory:
         slot = self._slots.pop(request_id, None)
         if slot is not None:
             self._free.append(slot)
+            for ring in self._rings.values():
+                if ring.settled is not None and request_id in ring.settled:
+                    ring.settled = None
 
     def index(self, spans: Sequence[MemorySpan]) -> RecallIndex:
         """For a step's spans, in row order."""
         slots = [self._slot(span.request_id) for span in spans]
+        names = tuple(span.request_id for span in spans for _ in range(span.count))
         counts = torch.tensor([span.count for span in spans])
         facts = torch.tensor(
             [(slot, span.first, span.num_prompt) for slot, span in zip(slots, spans, strict=True)]
@@ -92,37 +102,44 @@ class SignalMemory:
         return RecallIndex(
             places.before(position_T, WINDOW),
             confidence_TL,
-            rows_T[is_kept_T],
+            None if bool(is_kept_T.all()) else rows_T[is_kept_T],
             at_T[is_kept_T],
             rows_T[is_kept_prompt_T],
             at_T[is_kept_prompt_T],
             position_T.clamp(1, RECENT).float(),
             position_T.clamp(1, WINDOW).float(),
+            names if bool((position_T >= prompt_T).all()) else None,
         )
 
-    def recall(self, layer: int, index: RecallIndex, direction_TS: Tensor, length_T: Tensor) -> Past:
-        """What each row remembers; then remembers the rows."""
+    def recall(
+        self, layer: int, index: RecallIndex, direction_TS: Tensor, length_T1: Tensor, depth: int = WINDOW
+    ) -> Past:
+        """What each row remembers of the `depth` positions before; then remembers the rows."""
         ring = self._ring(layer)
-        num_rows, num_back = index.past_TW.shape
-        flat = index.past_TW.view(-1)
-        directions = torch.cat((ring.directions_MS, direction_TS)).index_select(0, flat)
-        lengths = torch.cat((ring.lengths_M, length_T)).index_select(0, flat)
-        ring.directions_MS[index.kept_at] = direction_TS[index.kept_rows]
-        ring.lengths_M[index.kept_at] = length_T[index.kept_rows]
-        return Past(
-            directions.view(num_rows, num_back, -1),
-            lengths.view(num_rows, num_back),
-            index.num_recent_T,
-            index.num_T,
-        )
+        states_TC = torch.cat((direction_TS, length_T1), dim=1)
+        back_TW = index.past_TW if depth == WINDOW else index.past_TW[:, :depth]
+        known = torch.cat((ring.states_MC, states_TC)).index_select(0, back_TW.reshape(-1))
+        kept = states_TC if index.kept_rows is None else states_TC.index_select(0, index.kept_rows)
+        ring.states_MC.index_copy_(0, index.kept_at, kept)
+        known_TWC = known.view(len(back_TW), depth, -1)
+        return Past(known_TWC[:, :, :-1], known_TWC[:, :, -1], index.num_recent_T, index.num_T)
 
-    def recall_confidence(self, layer: int, index: RecallIndex, confidence_T: Tensor) -> Tensor:
-        """(T, L) confidences of the prompt positions before each row; then remembers the rows of prompts."""
+    def settled_reward(self, layer: int, index: RecallIndex) -> Tensor | None:
+        """The rewards of these rows, where they are all known from the step before."""
         ring = self._ring(layer)
-        before_TL = torch.cat((ring.confidence_M, confidence_T))[index.confidence_TL]
+        return ring.reward_T if index.settled is not None and index.settled == ring.settled else None
+
+    def recall_reward(self, layer: int, index: RecallIndex, confidence_T: Tensor) -> Tensor:
+        """(T,) rewards from the confidences of the prompt positions before; then remembers the rows of prompts."""
+        ring = self._ring(layer)
+        flat = index.confidence_TL.view(-1)
+        before = torch.cat((ring.confidence_M, confidence_T)).index_select(0, flat)
         if len(index.kept_confidence_rows):
-            ring.confidence_M[index.kept_confidence_at] = confidence_T[index.kept_confidence_rows]
-        return before_TL
+            kept = confidence_T.index_select(0, index.kept_confidence_rows)
+            ring.confidence_M.index_copy_(0, index.kept_confidence_at, kept)
+        ring.settled = index.settled
+        ring.reward_T = reward(before.view(index.confidence_TL.shape))
+        return ring.reward_T
 
     def _slot(self, request_id: str) -> int:
         slot = self._slots.get(request_id)
@@ -137,17 +154,12 @@ class SignalMemory:
         num_rows = self._num_slots * WINDOW
         ring = self._rings.get(layer)
         if ring is None:
-            zeros = torch.zeros(num_rows)
-            ring = _Ring(torch.zeros(num_rows, self._sketch_width), zeros, zeros.clone())
+            ring = _Ring(torch.zeros(num_rows, self._sketch_width + 1), torch.zeros(num_rows))
             self._rings[layer] = ring
-        missing = num_rows - len(ring.lengths_M)
+        missing = num_rows - len(ring.confidence_M)
         if missing:
-            zeros = torch.zeros(missing)
-            ring.directions_MS = torch.cat(
-                (ring.directions_MS, zeros.unsqueeze(-1).expand(-1, self._sketch_width))
-            )
-            ring.lengths_M = torch.cat((ring.lengths_M, zeros))
-            ring.confidence_M = torch.cat((ring.confidence_M, zeros))
+            ring.states_MC = torch.cat((ring.states_MC, torch.zeros(missing, self._sketch_width + 1)))
+            ring.confidence_M = torch.cat((ring.confidence_M, torch.zeros(missing)))
         return ring
 
 

@@ -45,16 +45,17 @@ class Sketch:
         return cls(signs_D.float().view(-1, size))
 
     def of(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Directions (T, S) and lengths (T,), float32. A zero row has a zero direction."""
+        """Directions (T, S) and lengths (T, 1), float32. A zero row has a zero direction."""
         signed_TGS = hidden_TD.view(-1, *self.signs_GS.shape) * self.signs_GS
         sketch_TS = signed_TGS.sum(1)
         length_T1: Tensor = torch.linalg.vector_norm(sketch_TS, dim=-1, keepdim=True)
-        return sketch_TS / length_T1.clamp_min(_TINY), length_T1.squeeze(-1)
+        return sketch_TS / length_T1.clamp_min(_TINY), length_T1
 
 
 @dataclass(frozen=True)
 class Past:
-    """The W positions before each of T tokens, nearest first, zeros before the request's beginning."""
+    """The W positions before each of T tokens, nearest first, zeros before the request's beginning. Fewer than WINDOW
+    where only surprise is asked for."""
 
     directions_TWS: Tensor
     lengths_TW: Tensor
@@ -92,11 +93,12 @@ def novelty(direction_TS: Tensor, past: Past) -> Tensor:
     return 1.0 - cosine_TW.amax(-1).clamp(0.0, 1.0)
 
 
-def arousal(length_T: Tensor, past: Past) -> Tensor:
+def arousal(length_T1: Tensor, past: Past) -> Tensor:
     """Intensity s of a token's state beside the mean m of the W before: s / (s + m).
 
     1/2 for the usual, more for the intense; 1 for the first token. (T,)
     """
+    length_T = length_T1.squeeze(-1)
     usual_T = past.lengths_TW.sum(-1) / past.num_T
     return length_T / (length_T + usual_T).clamp_min(_TINY)
 

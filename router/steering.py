@@ -29,7 +29,7 @@ from router.scoring import (
     score_terms,
 )
 from router.signal_memory import MemorySpan, RecallIndex, SignalMemory
-from router.snarc import Signals, Sketch, arousal, conflict, novelty, reward, surprise
+from router.snarc import RECENT, WINDOW, Signals, Sketch, arousal, conflict, novelty, surprise
 from router.stand_in import OutputMeans
 from router.steering_plan import PLAIN, RowGroup, SteeredRequest, SteeredSpan, SteeringPlan, plan_steering
 from router.step_routing import GateOutput, SpanOwner
@@ -59,6 +59,11 @@ class SignalNeeds:
     @property
     def of_past(self) -> bool:
         return self.surprise or self.novelty or self.arousal
+
+    @property
+    def depth(self) -> int:
+        """How many positions back they look."""
+        return WINDOW if self.novelty or self.arousal else RECENT
 
 
 @dataclass
@@ -166,7 +171,7 @@ class SteeredPolicy:
             novelty=is_all,
             arousal=is_all or is_auto,
             reward=is_all or has_reward,
-            conflict=is_all or is_auto or has_reward,
+            conflict=is_all or is_auto,
         )
 
     def _index_signals(self, step: _Step) -> None:
@@ -235,18 +240,19 @@ class SteeredPolicy:
         needs, layer = step.needs, gate.layer
         surprise_R = novelty_R = arousal_R = reward_R = conflict_R = None
         if needs.of_past:
-            direction_RS, length_R = self._sketch.of(_picked(gate.hidden_TD, step.signal_rows))
-            past = self._memory.recall(layer, step.index, direction_RS, length_R)
+            direction_RS, length_R1 = self._sketch.of(_picked(gate.hidden_TD, step.signal_rows))
+            past = self._memory.recall(layer, step.index, direction_RS, length_R1, needs.depth)
             surprise_R = surprise(direction_RS, past) if needs.surprise else None
             novelty_R = novelty(direction_RS, past) if needs.novelty else None
-            arousal_R = arousal(length_R, past) if needs.arousal else None
-        if needs.conflict:
+            arousal_R = arousal(length_R1, past) if needs.arousal else None
+        if needs.reward:
+            reward_R = self._memory.settled_reward(layer, step.index)
+        if needs.conflict or (needs.reward and reward_R is None):
             conflict_R = conflict(_picked(logits_TE, step.signal_rows))
-        if needs.reward and conflict_R is not None:
-            confidence_RL = self._memory.recall_confidence(layer, step.index, 1.0 - conflict_R)
-            reward_R = reward(confidence_RL)
-            if step.fixed_reward_R is not None:
-                reward_R = torch.where(step.fixed_reward_R.isnan(), reward_R, step.fixed_reward_R)
+            if needs.reward and reward_R is None:
+                reward_R = self._memory.recall_reward(layer, step.index, 1.0 - conflict_R)
+        if reward_R is not None and step.fixed_reward_R is not None:
+            reward_R = torch.where(step.fixed_reward_R.isnan(), reward_R, step.fixed_reward_R)
         if arousal_R is not None and conflict_R is not None:
             drive_2R = torch.stack((arousal_R, conflict_R))
             step.drive_2R = drive_2R if step.drive_2R is None else step.drive_2R + drive_2R

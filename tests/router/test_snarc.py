@@ -17,7 +17,6 @@ from router.snarc import (
     arousal,
     conflict,
     novelty,
-    reward,
     surprise,
 )
 
@@ -49,14 +48,16 @@ class _Request:
                 hidden_TD = torch.cat((torch.randn(num_beside, hidden_TD.shape[1]).to(hidden_TD), hidden_TD))
                 logits_TE = torch.cat((torch.randn(num_beside, logits_TE.shape[1]), logits_TE))
             index = memory.index(spans)
-            direction_TS, length_T = self.sketch.of(hidden_TD)
-            past = memory.recall(3, index, direction_TS, length_T)
+            direction_TS, length_T1 = self.sketch.of(hidden_TD)
+            past = memory.recall(3, index, direction_TS, length_T1)
             conflict_T = conflict(logits_TE)
-            reward_T = reward(memory.recall_confidence(3, index, 1.0 - conflict_T))
+            reward_T = memory.settled_reward(3, index)
+            if reward_T is None:
+                reward_T = memory.recall_reward(3, index, 1.0 - conflict_T)
             parts = (
                 surprise(direction_TS, past),
                 novelty(direction_TS, past),
-                arousal(length_T, past),
+                arousal(length_T1, past),
                 reward_T,
                 conflict_T,
             )
@@ -86,7 +87,7 @@ def test_a_request_computed_again_gets_the_same_signals_whoever_was_there_before
 
 def test_slots_grow_and_are_used_again() -> None:
     memory = SignalMemory(8)
-    directions, lengths = torch.ones(40, 8), torch.ones(40)
+    directions, lengths = torch.ones(40, 8), torch.ones(40, 1)
     for _ in range(3):
         index = memory.index([MemorySpan(f"r{i}", 9, 0, 1) for i in range(40)])
         memory.recall(0, index, directions, lengths)

@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from router import explanation, steering_plan
 from router.batcher import BatchLimits
 from router.dispatch import Dispatch
 from router.effort import EFFORTS
 from router.engine import Engine
 from router.loading import EngineOptions, LoadedEngine
 from router.request import GenerationRequest, SamplingParams, TokenEvent
-from router.routing_choice import MAX_EXPLAINED, NATIVE_CHOICE, RoutingChoice, RoutingReport
+from router.routing_choice import NATIVE_CHOICE, RoutingChoice, RoutingReport
 from router.scoring import PRESETS, Routing, SnarcWeights
 from router.steering import SteeredPolicy
 from router.step_routing import GateOutput, SpanOwner
@@ -228,15 +229,12 @@ def test_explained_native_request_has_the_native_bits_and_no_parts_but_the_gate(
     assert parts == {(0.0, 0.0, 0.0)}
 
 
-def test_explanation_is_bounded_and_says_so(loaded: LoadedEngine) -> None:
-    num_layers = len(loaded.config.moe_layers)
-    num_tokens = MAX_EXPLAINED // num_layers + 2
-    prompt = tuple(1 + i % 30 for i in range(num_tokens))
-    asked = replace(request("a", RoutingChoice(is_explained=True), max_tokens=1), prompt_ids=prompt)
-    if num_tokens + 1 > loaded.engine.max_tokens_per_sequence:
-        pytest.skip("the tiny model's context is shorter than the bound")
-    report = report_of(finish(loaded.engine, [asked])["a"])
-    assert len(report.explained) == MAX_EXPLAINED and report.is_cut
+def test_explanation_is_bounded_and_says_so(loaded: LoadedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (explanation, steering_plan):
+        monkeypatch.setattr(module, "MAX_EXPLAINED", 7)
+    asked = [request("a", RoutingChoice(is_explained=True)), request("b", RoutingChoice("snarc"))]
+    report = report_of(finish(loaded.engine, asked)["a"])
+    assert len(report.explained) == 7 and report.is_cut
 
 
 def test_feedback_replaces_the_confidence_gain(loaded: LoadedEngine) -> None:
