@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experts.budget import BudgetRequest
 from experts.store import ExpertStore
 from gateway.batch_output import PartSummary, claimed
 from gateway.batch_plan import NO_DEFAULTS, Part, RowDefaults, job_identity, pending_parts, store_identity
@@ -35,6 +36,8 @@ class BatchOptions:
     output: Path
     dtype: str | None = None
     defaults: RowDefaults = NO_DEFAULTS
+    budgets: tuple[BudgetRequest, ...] = ()
+    """Of experts; changes no answer, so a job may go on with another. Without any, no bound."""
 
 
 @dataclass(frozen=True)
@@ -110,5 +113,6 @@ def _describe(options: BatchOptions, planned: InputFile) -> tuple[WorkerSpec, di
         planned.mtime_ns,
         str(options.output.absolute()),
         options.defaults,
+        options.budgets,
     )
     return spec, identity

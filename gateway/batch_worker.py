@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+from experts.budget import BudgetRequest
 from experts.store import ExpertStore
 from gateway.batch_output import OutputFolder, PartSummary, ResultRow
 from gateway.batch_plan import InputFormat, Part, RowDefaults, pending_parts
@@ -20,6 +21,7 @@ from gateway.batch_rows import PreparedRow, RowPreparer
 from gateway.batch_source import RowReader, open_rows
 from gateway.chat_template import ChatTemplate
 from gateway.errors import BatchFailed, BatchOutputRefused
+from gateway.memory import plan_engine
 from gateway.settings import GatewaySettings
 from gateway.stream import AnswerText
 from gateway.tokenizer import TextTokenizer
@@ -44,6 +46,8 @@ class WorkerSpec:
     input_mtime_ns: int
     output_root: str
     defaults: RowDefaults
+    budgets: tuple[BudgetRequest, ...] = ()
+    """Of experts, resolved where the worker runs; without any, no bound."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,10 @@ class BatchWorker:
             self._tokenizer = TextTokenizer.from_folder(root)
             template = ChatTemplate.from_folder(root, self._tokenizer)
             stack.callback(template.close)
-            self.loaded: LoadedEngine = load_engine(store, EngineOptions(dtype=spec.dtype))
+            options = EngineOptions(dtype=spec.dtype)
+            if spec.budgets:
+                options, _ = plan_engine(store, options, spec.budgets)
+            self.loaded: LoadedEngine = load_engine(store, options)
             stack.callback(self.loaded.directory.close)
             settings = batch_settings(spec, store, self.loaded)
             self._preparer = RowPreparer(settings, self._tokenizer, template, spec.defaults)

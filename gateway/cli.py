@@ -15,6 +15,7 @@ from cluster.errors import ClusterError
 from experts.errors import ExpertError
 from extraction.errors import ExtractionError, one_line
 from gateway.batch_command import batch
+from gateway.budget_options import ExpertBudgetOption, HostBudgetOption, print_plan, read_budgets
 from gateway.chat_command import chat
 from gateway.errors import GatewayError
 from gateway.extract_command import extract
@@ -122,6 +123,8 @@ def generate(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling noise.")] = 0,
     dtype: DtypeOption = None,
+    expert_budget: ExpertBudgetOption = None,
+    host_budget: HostBudgetOption = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print the text as it is generated.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -138,8 +141,16 @@ def generate(
     if temperature is not None:
         sampling["temperature"] = temperature
     show = _write_at_once if stream else _keep_quiet
+    budgets = read_budgets(expert_budget, host_budget, _announce)
+    is_asked = expert_budget is not None or host_budget is not None
     result = run(
-        resolve_runnable(store, announce=_announce), chosen_prompt, sampling, EngineOptions(dtype=dtype), show
+        resolve_runnable(store, announce=_announce),
+        chosen_prompt,
+        sampling,
+        EngineOptions(dtype=dtype),
+        show,
+        budgets,
+        print_plan if is_asked else _keep_quiet,
     )
     if as_json:
         typer.echo(json.dumps(result.as_json(), ensure_ascii=False))
@@ -174,8 +185,8 @@ def _announce(line: str) -> None:
     typer.echo(line, err=True)
 
 
-def _keep_quiet(_text: str) -> None:
-    """For answers that are printed at the end."""
+def _keep_quiet(_: object) -> None:
+    """For answers that are printed at the end, and plans that nobody asked for."""
 
 
 app.command()(serve)
