@@ -18,7 +18,8 @@ from gateway.batch_output import PartSummary, claimed
 from gateway.batch_plan import NO_DEFAULTS, Part, RowDefaults, job_identity, pending_parts, store_identity
 from gateway.batch_source import InputFile, plan_input
 from gateway.batch_worker import BatchWorker, RowsEnded, WorkerSpec
-from router.loading import stored_dtype
+from gateway.memory import BATCH_BASE, plan_engine
+from router.loading import EngineOptions, stored_dtype
 
 Compute = Callable[[WorkerSpec, Sequence[Part]], Generator[PartSummary | RowsEnded, None, None]]
 """Writes parts and tells of it as it goes."""
@@ -92,6 +93,10 @@ def _describe(options: BatchOptions, planned: InputFile) -> tuple[WorkerSpec, di
     try:
         dtype = options.dtype or stored_dtype(store)
         store_hash = store_identity(store.manifest)
+        budget_bytes = None
+        if options.budgets:
+            _, plan = plan_engine(store, EngineOptions(dtype=dtype), options.budgets, BATCH_BASE)
+            budget_bytes = plan.budget_bytes
     finally:
         store.close()
     identity = job_identity(
@@ -113,6 +118,6 @@ def _describe(options: BatchOptions, planned: InputFile) -> tuple[WorkerSpec, di
         planned.mtime_ns,
         str(options.output.absolute()),
         options.defaults,
-        options.budgets,
+        budget_bytes,
     )
     return spec, identity

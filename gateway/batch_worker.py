@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from experts.budget import BudgetRequest
 from experts.store import ExpertStore
 from gateway.batch_output import OutputFolder, PartSummary, ResultRow
 from gateway.batch_plan import InputFormat, Part, RowDefaults, pending_parts
@@ -21,7 +20,6 @@ from gateway.batch_rows import PreparedRow, RowPreparer
 from gateway.batch_source import RowReader, open_rows
 from gateway.chat_template import ChatTemplate
 from gateway.errors import BatchFailed, BatchOutputRefused
-from gateway.memory import plan_engine
 from gateway.settings import GatewaySettings
 from gateway.stream import AnswerText
 from gateway.tokenizer import TextTokenizer
@@ -46,8 +44,8 @@ class WorkerSpec:
     input_mtime_ns: int
     output_root: str
     defaults: RowDefaults
-    budgets: tuple[BudgetRequest, ...] = ()
-    """Of experts, resolved where the worker runs; without any, no bound."""
+    expert_budget_bytes: int | None = None
+    """Most bytes of experts that stay; None means no bound."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +79,7 @@ class BatchWorker:
             self._tokenizer = TextTokenizer.from_folder(root)
             template = ChatTemplate.from_folder(root, self._tokenizer)
             stack.callback(template.close)
-            options = EngineOptions(dtype=spec.dtype)
-            if spec.budgets:
-                options, _ = plan_engine(store, options, spec.budgets)
+            options = EngineOptions(dtype=spec.dtype, expert_budget_bytes=spec.expert_budget_bytes)
             self.loaded: LoadedEngine = load_engine(store, options)
             stack.callback(self.loaded.directory.close)
             settings = batch_settings(spec, store, self.loaded)

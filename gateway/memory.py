@@ -22,9 +22,14 @@ from router.footprint import measure_footprint
 from router.loading import EngineOptions, chosen_dtype
 
 MIB = 1 << 20
+THIS_PROCESS = BaseMemory(router=0)
+"""What this process is already is no longer available, so it is not counted a second time."""
 SERVICE_BASE = BaseMemory(router=320 * MIB, expert_actor=256 * MIB, others=1536 * MIB)
 """Memory of processes that hold nothing yet, shared pages counted once; the others are the command, Ray, Serve, the
 gateway and the supervisor. Measured on Linux with Ray 2.60 (docs/memory.md)."""
+
+BATCH_BASE = BaseMemory(router=320 * MIB, others=1024 * MIB)
+"""The same of a batch."""
 
 
 def this_node() -> Node:
@@ -40,12 +45,17 @@ def this_node() -> Node:
 
 
 def plan_engine(
-    store: ExpertStore, options: EngineOptions, requests: tuple[BudgetRequest, ...]
+    store: ExpertStore,
+    options: EngineOptions,
+    requests: tuple[BudgetRequest, ...],
+    base: BaseMemory = THIS_PROCESS,
 ) -> tuple[EngineOptions, MemoryPlan]:
-    """Options with the budget resolved, for an engine in this process. Raises BudgetTooSmall or NodeTooSmall."""
+    """Options with the budget resolved, for one engine on this machine. base: what is still to be started for it.
+
+    Raises BudgetTooSmall or NodeTooSmall.
+    """
     footprint = measure_footprint(store, options)
-    # What this process is already is no longer available, so it is not counted a second time.
-    plan = plan_memory(requests, footprint, (), this_node(), BaseMemory(router=0))
+    plan = plan_memory(requests, footprint, (), this_node(), base)
     return replace(options, expert_budget_bytes=plan.budget_bytes), plan
 
 
