@@ -240,7 +240,7 @@ def _check_complete(root: Path, manifest: Manifest, index: dict[ExpertKey, Exper
         for key, record in index.items():
             if key.component == component.name:
                 layers.setdefault(key.layer, []).append(key.expert)
-                sizes.add(record.nbytes // ITEM_SIZES[record.dtype])
+                sizes.add(record.nbytes // ITEM_SIZES.get(record.dtype, 1))  # quantised ones have one form
         counts = {len(experts) for experts in layers.values()}
         for layer, experts in layers.items():
             if len(counts) > 1 or sorted(experts) != list(range(len(experts))):

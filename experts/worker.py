@@ -15,8 +15,9 @@ from torch import Tensor
 
 from experts.call import ExpertCall
 from experts.errors import NotInGroup
-from experts.ffn import ExpertWeights, compute_experts, view_expert
+from experts.ffn import ExpertWeights, compute_experts
 from experts.numerics import RowKernel, numerics_class
+from experts.quantised import expert_form
 from experts.residency import Residency
 from experts.store import ExpertStore
 from extraction.manifest import ExpertKey
@@ -51,11 +52,12 @@ class ExpertWorker:
     ) -> None:
         """widths: model width D of each component. group: the experts it answers for; None means all of these."""
         self.dtype = dtype
-        self.numerics_class = numerics_class(torch.device("cpu"), dtype, kernel)
+        self._form = expert_form(store, kernel, dtype, widths)
+        self.numerics_class = numerics_class(torch.device("cpu"), dtype, kernel) + self._form.class_suffix
         self.stats = WorkerStats()
         self._store = store
         self._kernel = kernel
-        self._widths = widths
+        self._components = frozenset(widths)
         self._group = None if group is None else frozenset(group)
         self._residency = Residency(budget_bytes)
         self._weights: dict[ExpertKey, ExpertWeights] = {}
@@ -99,7 +101,7 @@ class ExpertWorker:
                 self._make_resident([key], [nbytes])
 
     def _answers_for(self, key: ExpertKey) -> bool:
-        return key.component in self._widths and (self._group is None or key in self._group)
+        return key.component in self._components and (self._group is None or key in self._group)
 
     def _compute_wave(self, call: ExpertCall, wave: range, keys: list[ExpertKey], sizes: list[int]) -> Tensor:
         wave_keys = keys[wave.start : wave.stop]
@@ -124,17 +126,12 @@ class ExpertWorker:
         self.stats.hits += len(keys) - len(exchange.load)
 
     def _load(self, key: ExpertKey) -> ExpertWeights:
-        record = self._store.record(key)
         raw = self._store.read_expert(key)
         self.stats.bytes_read += raw.numel()
-        stored = DTYPES[record.dtype]
-        if stored != self.dtype:
-            raw = raw.view(stored).to(self.dtype).view(torch.uint8)
-        return view_expert(raw, self.dtype, self._widths[key.component])
+        return self._form.weights(self._store.record(key), raw)
 
     def _loaded_bytes(self, key: ExpertKey) -> int:
-        record = self._store.record(key)
-        return record.nbytes // DTYPES[record.dtype].itemsize * self.dtype.itemsize
+        return self._form.loaded_bytes(self._store.record(key))
 
 
 def _restrict(call: ExpertCall, wave: range) -> ExpertCall:

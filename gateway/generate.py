@@ -28,6 +28,8 @@ class Generation:
     tokens_per_s: float
     """Of the tokens after the first; 0 where there is only one."""
     resident_bytes: dict[str, int]
+    quantization: str | None = None
+    """Of the experts; None where they are as published."""
 
     def as_json(self) -> dict[str, Any]:
         prompt, answer = len(self.prompt_token_ids), len(self.token_ids)
@@ -43,6 +45,7 @@ class Generation:
             },
             "timings": {"ttft_s": round(self.ttft_s, 6), "tokens_per_s": round(self.tokens_per_s, 3)},
             "resident_bytes": self.resident_bytes,
+            "quantization": self.quantization,
         }
 
 
@@ -94,6 +97,7 @@ def _run(
             on_text(pieces[-1])
             reason = event.finish_reason or ""
     ended = time.perf_counter()
+    quantization = loaded.store.manifest.quantization
     pieces.append(decoder.flush())
     on_text(pieces[-1])
     return Generation(
@@ -104,6 +108,7 @@ def _run(
         first_at - started,
         (len(tokens) - 1) / (ended - first_at) if len(tokens) > 1 else 0.0,
         resident_bytes(loaded),
+        None if quantization is None else quantization.name,
     )
 
 

@@ -37,7 +37,10 @@ def render_status(status: Mapping[str, Any]) -> RenderableType:
         nodes.add_row(node["node"], node["address"], node["state"], f"{node['cpus']:g}", f"{node['gpus']:g}")
     memory = f"backbone {_mib(router['backbone_bytes'])}, KV cache {_mib(router['kv_bytes'])}"
     line = f"Requests: {requests['running']} running, {requests['waiting']} waiting; {memory}"
-    return Group(f"{status['model']} ({router['numerics_class']})", actors, nodes, line)
+    quantization = router.get("quantization")
+    title = f"{status['model']} ({router['numerics_class']})"
+    title += f", experts quantised to {quantization}: answers are modified" if quantization else ""
+    return Group(title, actors, nodes, line)
 
 
 def _printable(value: Any) -> Any:
