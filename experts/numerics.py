@@ -108,9 +108,21 @@ def instruction_set(device: torch.device) -> str:
 
 
 def numerics_class(device: torch.device, dtype: torch.dtype, kernel: RowKernel) -> str:
-    """Name of the set of machines and settings within which results are bitwise equal."""
+    """Name of the set of machines and settings within which results are bitwise equal.
+
+    Quantised experts add two parts, what they are and how they are multiplied (`experts.quantised`).
+    """
     name = str(dtype).removeprefix("torch.")
     return f"{device.type}/{instruction_set(device)}/{name}/torch-{torch.__version__}/{kernel.product}-1"
+
+
+def quantization_in(class_name: str) -> str | None:
+    """How the experts are quantised that a class computes, as its name tells; None where they are as published.
+
+    Those of another quantisation are another model, not only other bits of the same one.
+    """
+    fields = class_name.split("/")
+    return fields[5] if len(fields) > 5 else None
 
 
 def calibrate(

@@ -109,7 +109,9 @@ def padded_shape(shape: tuple[int, int], quantization: Quantization) -> tuple[in
     multiples = INT8_MULTIPLES
     if quantization.group_size is not None:
         multiples = (INT4_OUTPUTS, quantization.group_size)
-    outputs, inputs = (-(-size // multiple) * multiple for size, multiple in zip(shape, multiples, strict=True))
+    outputs, inputs = (
+        -(-size // multiple) * multiple for size, multiple in zip(shape, multiples, strict=True)
+    )
     return outputs, inputs
 
 

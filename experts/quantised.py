@@ -91,7 +91,7 @@ class QuantisedForm:
 
     @property
     def class_suffix(self) -> str:
-        return f"/{self.quantization.name}-{self.product}-1"
+        return f"/{self.quantization.name}/{self.product}-1"
 
     def loaded_bytes(self, record: ExpertRecord) -> int:
         shapes = self._shapes(record)
@@ -113,7 +113,10 @@ class QuantisedForm:
         matrices = []
         codes_at, scales_at = 0, sum(map(self.quantization.code_bytes, shapes))
         for shape in shapes:
-            code_bytes, scale_bytes = self.quantization.code_bytes(shape), self.quantization.scale_bytes(shape)
+            code_bytes, scale_bytes = (
+                self.quantization.code_bytes(shape),
+                self.quantization.scale_bytes(shape),
+            )
             codes = raw[codes_at : codes_at + code_bytes].view(self.quantization.code_shape(shape))
             scales = raw[scales_at : scales_at + scale_bytes].clone().view(torch.bfloat16)
             scales = scales.view(self.quantization.scale_shape(shape))

@@ -57,7 +57,7 @@ class ExpertWorker:
         self.stats = WorkerStats()
         self._store = store
         self._kernel = kernel
-        self._components = frozenset(widths)
+        self._widths = widths
         self._group = None if group is None else frozenset(group)
         self._residency = Residency(budget_bytes)
         self._weights: dict[ExpertKey, ExpertWeights] = {}
@@ -101,7 +101,7 @@ class ExpertWorker:
                 self._make_resident([key], [nbytes])
 
     def _answers_for(self, key: ExpertKey) -> bool:
-        return key.component in self._components and (self._group is None or key in self._group)
+        return key.component in self._widths and (self._group is None or key in self._group)
 
     def _compute_wave(self, call: ExpertCall, wave: range, keys: list[ExpertKey], sizes: list[int]) -> Tensor:
         wave_keys = keys[wave.start : wave.stop]

@@ -198,9 +198,7 @@ class Copier:
         return digest.hexdigest()
 
     def _source_chunks(self, piece: Piece, source: int, unit: int = 1) -> Iterator[memoryview]:
-        return self._chunks(
-            source, piece.shard, piece.source_offset, piece.source_bytes, piece.tensor, unit
-        )
+        return self._chunks(source, piece.shard, piece.source_offset, piece.source_bytes, piece.tensor, unit)
 
     def _chunks(
         self, descriptor: int, file: str, offset: int, nbytes: int, tensor: str, unit: int = 1

@@ -112,9 +112,7 @@ def extract(
     failed needs to go on.
     """
     check_vacant(dest)
-    job = prepare(
-        source, index_only=index_only, selection=selection, dtype=dtype, quantization=quantization
-    )
+    job = prepare(source, index_only=index_only, selection=selection, dtype=dtype, quantization=quantization)
     if job.layout is None:
         _check_nameable(source)
     supply = shards or FolderShards(source)
@@ -152,7 +150,9 @@ def prepare(
     if index_only and dtype is not None:
         raise OptionRefused("--dtype", "an index points to the weights as they are; leave out --index-only")
     if index_only and quantization is not None:
-        raise OptionRefused("--quantize", "an index points to the weights as they are; leave out --index-only")
+        raise OptionRefused(
+            "--quantize", "an index points to the weights as they are; leave out --index-only"
+        )
     plan, left_out = select(plan_extraction(source), selection or Selection())
     layout = None if index_only else lay_out(plan, dtype, quantization)
     return Job(plan, left_out, layout, quantization)

@@ -190,7 +190,9 @@ class Manifest(_Model):
         if (self.kind == "indexed") != (self.source_root is not None):
             raise ValueError("names no folder of original shards, or one that it does not use")
         if (self.format_version == QUANTISED_VERSION) != (self.quantization is not None):
-            raise ValueError("says how experts are quantised in another version than 2, or does not in that one")
+            raise ValueError(
+                "says how experts are quantised in another version than 2, or does not in that one"
+            )
         if self.quantization is not None and self.kind == "indexed":
             raise ValueError("is quantised and points to original shards")
         if self.source_root is not None and not PurePosixPath(self.source_root).is_absolute():
@@ -259,7 +261,9 @@ def read_manifest(root: Path) -> Manifest:
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
     # Version 1 has no such field.
-    text = manifest.model_dump_json(indent=1, exclude={"quantization"} if manifest.quantization is None else None)
+    text = manifest.model_dump_json(
+        indent=1, exclude={"quantization"} if manifest.quantization is None else None
+    )
     (root / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
 
 

@@ -257,7 +257,12 @@ def _lay_out_quantised_layer(
             for role, _, shape in named
         ]
         scales: list[HeaderRow] = [
-            (_expert_name(key, role), "BF16", quantization.scale_shape(shape), quantization.scale_bytes(shape))
+            (
+                _expert_name(key, role),
+                "BF16",
+                quantization.scale_shape(shape),
+                quantization.scale_bytes(shape),
+            )
             for _, role, shape in named
         ]
         rows[key] = codes + scales
@@ -281,9 +286,7 @@ def _expert_name(key: ExpertKey, role: str) -> str:
     return f"layers.{key.layer}.experts.{key.expert}.{role}"
 
 
-def _align(
-    file: str, records: Mapping[ExpertKey, list[HeaderRow]]
-) -> tuple[StoreFile, dict[ExpertKey, int]]:
+def _align(file: str, records: Mapping[ExpertKey, list[HeaderRow]]) -> tuple[StoreFile, dict[ExpertKey, int]]:
     """The file of these records, each aligned by an explicit padding tensor, and where in it each one starts."""
     rows: list[HeaderRow] = []
     starts, position = {}, 0
