@@ -160,9 +160,9 @@ class Copier:
                 _write(target, chunk, offset)
                 offset += len(chunk)
                 self._meter.add(len(raw))
-        for piece, chunk in scales:
-            digest.update(chunk)
-            _write(target, memoryview(chunk), piece.scales_offset)
+        for piece, raw_scales in scales:
+            digest.update(raw_scales)
+            _write(target, memoryview(raw_scales), piece.scales_offset)
         return digest.hexdigest()
 
     def _copy_codes(

@@ -107,7 +107,8 @@ def extract(
 
     index_only copies no weights: the store then points into the original shards, which must stay where they are.
     selection: of layers and components; a store that lacks some is partial and says so. dtype: of all weights in the
-    store; None keeps each as it is. quantization: of the experts. shards: where weights are read from instead of `source`, which then needs headers.
+    store; None keeps each as it is. quantization: of the experts, from the checkpoint's values whatever the dtype.
+    shards: where weights are read from instead of `source`, which then needs headers.
     Raises an ExtractionError; whatever is raised, nothing is left behind, except for what a supply of shards that
     failed needs to go on.
     """

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -185,5 +183,5 @@ def test_sizes_that_are_not_the_model_s_are_refused(store: ExpertStore, widths: 
     assert quantization is not None
     record = store.record(ExpertKey("model", 0, 0))
     assert expert_shapes(record, quantization, widths[0]) == [(2 * widths[1], widths[0]), widths]
-    with pytest.raises(StoreDamaged, match="53 wide|70 wide"):
+    with pytest.raises(StoreDamaged, match="does not have matrices"):
         expert_shapes(record, quantization, 53 if widths[0] == 52 else 70)
