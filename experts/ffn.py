@@ -30,6 +30,12 @@ class ExpertWeights:
     def nbytes(self) -> int:
         return self.gate_up_FD.nbytes + self.down_DF.nbytes
 
+    def as_tensors(self) -> tuple[Tensor, Tensor]:
+        """Both matrices of an expert that is not quantised. Raises TypeError."""
+        if isinstance(self.gate_up_FD, PackedMatrix) or isinstance(self.down_DF, PackedMatrix):
+            raise TypeError("a quantised expert has packed matrices")
+        return self.gate_up_FD, self.down_DF
+
 
 def view_expert(record: Tensor, dtype: torch.dtype, width: int) -> ExpertWeights:
     """See an expert record (uint8, gate | up | down, each [out, in] row-major) as matrices; copies nothing.

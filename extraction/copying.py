@@ -19,7 +19,7 @@ from types import TracebackType
 from extraction.dtypes import convert
 from extraction.errors import CheckpointDamaged, TensorUnexpected
 from extraction.manifest import ITEM_SIZES
-from extraction.quantise import Quantization, quantise_rows
+from extraction.quantise import quantise_rows
 from extraction.shards import ShardSupply
 from extraction.store_files import Piece, Step, StoreFile
 
@@ -147,8 +147,7 @@ class Copier:
         scales = []
         for piece in task.pieces:
             if piece.quantization is not None:
-                codes_of = (piece.quantization, source, target, digest.update)
-                scales.append((piece, self._copy_codes(piece, *codes_of)))
+                scales.append((piece, self._copy_codes(piece, source, target, digest.update)))
                 continue
             offset = piece.offset
             for raw in self._source_chunks(piece, source):
@@ -166,19 +165,15 @@ class Copier:
         return digest.hexdigest()
 
     def _copy_codes(
-        self,
-        piece: Piece,
-        quantization: Quantization,
-        source: int,
-        target: int,
-        update: Callable[[memoryview], None],
+        self, piece: Piece, source: int, target: int, update: Callable[[memoryview], None]
     ) -> bytes:
         """Write the codes; returns the scales, which an owner has behind all of its codes."""
+        assert piece.quantization is not None
         offset, scales = piece.offset, bytearray()
         inputs = piece.shape[-1]
         for raw in self._source_chunks(piece, source, unit=inputs * ITEM_SIZES[piece.source_dtype]):
             try:
-                codes, chunk_scales = quantise_rows(raw, piece.source_dtype, inputs, quantization)
+                codes, chunk_scales = quantise_rows(raw, piece.source_dtype, inputs, piece.quantization)
             except ValueError as error:
                 raise TensorUnexpected(piece.tensor, f"{error} and cannot be quantised") from error
             update(codes)

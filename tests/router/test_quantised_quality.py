@@ -43,7 +43,12 @@ def published(stories_store: Path) -> float:
 
 @pytest.mark.parametrize(
     ("scheme", "group_size", "most", "size"),
-    [("int8", None, 0.005, 0.57), ("int4", 32, 0.05, 0.34), ("int4", 64, 0.05, 0.31), ("int4", 128, 0.05, 0.29)],
+    [
+        ("int8", None, 0.005, 0.57),
+        ("int4", 32, 0.05, 0.34),
+        ("int4", 64, 0.05, 0.31),
+        ("int4", 128, 0.05, 0.29),
+    ],
 )
 def test_quantised_experts_cost_little_and_take_less(
     published: float,
