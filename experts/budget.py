@@ -11,11 +11,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 
-import torch
-
 from experts.errors import BudgetTooSmall
-from experts.store import TORCH_DTYPES
-from extraction.manifest import ExpertRecord
+from experts.quantised import ExpertForm
+from experts.store import ExpertStore
+from extraction.manifest import ExpertKey
 
 
 @dataclass(frozen=True)
@@ -46,13 +45,8 @@ class ExpertBytes:
     """Of one expert; what every budget must hold."""
 
 
-def loaded_bytes(record: ExpertRecord, dtype: torch.dtype) -> int:
-    """What one expert takes in memory once it is loaded and converted."""
-    return record.nbytes // TORCH_DTYPES[record.dtype].itemsize * dtype.itemsize
-
-
-def measure_experts(records: Iterable[ExpertRecord], dtype: torch.dtype) -> ExpertBytes:
-    sizes = [loaded_bytes(record, dtype) for record in records]
+def measure_experts(store: ExpertStore, keys: Iterable[ExpertKey], form: ExpertForm) -> ExpertBytes:
+    sizes = [form.loaded_bytes(store.record(key)) for key in keys]
     return ExpertBytes(sum(sizes), max(sizes, default=0))
 
 

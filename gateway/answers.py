@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 DONE_EVENT = b"data: [DONE]\n\n"
-ROUTING_QUALITY = "exact"
-"""Native routing: the published model's own."""
+QUALITY_EXACT = "exact"
+"""Native routing through weights as published: the model's own answer."""
+QUALITY_MODIFIED = "modified"
 
 Logprobs = dict[str, Any] | None
 """As `gateway.logprobs` shapes them."""
@@ -28,6 +29,15 @@ class AnswerHead:
     model: str
     system_fingerprint: str | None
     is_chat: bool
+    quantization: str | None = None
+    """Of the experts that answer; None where they are as published."""
+
+    @property
+    def quality(self) -> dict[str, Any]:
+        """What the answer is, against the published model's own: keys of `sage`."""
+        if self.quantization is None:
+            return {"quality": QUALITY_EXACT}
+        return {"quality": QUALITY_MODIFIED, "quantization": self.quantization}
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,7 @@ def plain_answer(head: AnswerHead, choices: Sequence[ChoiceAnswer], totals: Tota
     """The whole answer of either endpoint."""
     kind = "chat.completion" if head.is_chat else "text_completion"
     shown = [_plain_choice(head, index, choice) for index, choice in enumerate(choices)]
-    return {**_envelope(head, kind), "choices": shown, **_closing(totals)}
+    return {**_envelope(head, kind), "choices": shown, **_closing(head, totals)}
 
 
 def _plain_choice(head: AnswerHead, index: int, choice: ChoiceAnswer) -> dict[str, Any]:
@@ -86,7 +96,7 @@ def end_chunk(head: AnswerHead, index: int, finish_reason: str) -> dict[str, Any
 
 def usage_chunk(head: AnswerHead, totals: Totals) -> dict[str, Any]:
     """The last chunk where the client asked for usage; it has no choices."""
-    return {**_chunk(head, []), **_closing(totals)}
+    return {**_chunk(head, []), **_closing(head, totals)}
 
 
 def encode_event(value: object) -> bytes:
@@ -115,10 +125,10 @@ def _envelope(head: AnswerHead, kind: str) -> dict[str, Any]:
     }
 
 
-def _closing(totals: Totals) -> dict[str, Any]:
+def _closing(head: AnswerHead, totals: Totals) -> dict[str, Any]:
     prompt, answer = totals.num_prompt_tokens, totals.num_answer_tokens
     timings = {"ttft_s": round(totals.ttft_s, 6), "tokens_per_s": round(totals.tokens_per_s, 3)}
     return {
         "usage": {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer},
-        "sage": {"quality": ROUTING_QUALITY, "timings": timings},
+        "sage": {**head.quality, "timings": timings},
     }

@@ -33,6 +33,8 @@ class Generation:
     resident_bytes: dict[str, int]
     expert_budget_bytes: int | None
     """Most bytes of experts that were kept; None means no bound."""
+    quantization: str | None = None
+    """Of the experts; None where they are as published."""
 
     def as_json(self) -> dict[str, Any]:
         prompt, answer = len(self.prompt_token_ids), len(self.token_ids)
@@ -49,6 +51,7 @@ class Generation:
             "timings": {"ttft_s": round(self.ttft_s, 6), "tokens_per_s": round(self.tokens_per_s, 3)},
             "resident_bytes": self.resident_bytes,
             "expert_budget_bytes": self.expert_budget_bytes,
+            "quantization": self.quantization,
         }
 
 
@@ -107,6 +110,7 @@ def _run(
             on_text(pieces[-1])
             reason = event.finish_reason or ""
     ended = time.perf_counter()
+    quantization = loaded.store.manifest.quantization
     pieces.append(decoder.flush())
     on_text(pieces[-1])
     return Generation(
@@ -118,6 +122,7 @@ def _run(
         (len(tokens) - 1) / (ended - first_at) if len(tokens) > 1 else 0.0,
         resident_bytes(loaded),
         loaded.worker.budget_bytes,
+        None if quantization is None else quantization.name,
     )
 
 

@@ -17,9 +17,11 @@ from cluster.memory_plan import BaseMemory, MemoryPlan, Node, choose_requests, p
 from cluster.placement import split_experts
 from experts.budget import BudgetRequest, measure_experts
 from experts.node_memory import read_node_memory
+from experts.quantised import planned_form
 from experts.store import ExpertStore
 from router.footprint import measure_footprint
 from router.loading import EngineOptions, chosen_dtype
+from router.model_config import read_model_config
 
 MIB = 1 << 20
 THIS_PROCESS = BaseMemory(router=0)
@@ -71,8 +73,9 @@ def plan_service(
 
     Raises BudgetTooSmall, NodeTooSmall or NodeBudgetTooSmall.
     """
-    dtype = chosen_dtype(store, options)
     groups = split_experts(store.expert_keys(store.served.name), num_actors) if num_actors else []
-    sizes = [measure_experts(map(store.record, group), dtype).total for group in groups]
+    width = read_model_config(store.served.config).hidden_size
+    form = planned_form(store, chosen_dtype(store, options), {store.served.name: width})
+    sizes = [measure_experts(store, group, form).total for group in groups]
     chosen = choose_requests(requests, overrides, node)
     return plan_memory(chosen, measure_footprint(store, options), sizes, node, SERVICE_BASE)

@@ -46,7 +46,10 @@ def render_status(status: Mapping[str, Any]) -> RenderableType:
     )
     memory = f"backbone {_mib(router['backbone_bytes'])}, KV cache {_mib(router['kv_bytes'])}"
     line = f"Requests: {requests['running']} running, {requests['waiting']} waiting; {memory}"
-    return Group(f"{status['model']} ({router['numerics_class']})", actors, *plan, nodes, line)
+    quantization = router.get("quantization")
+    title = f"{status['model']} ({router['numerics_class']})"
+    title += f", experts quantised to {quantization}: answers are modified" if quantization else ""
+    return Group(title, actors, *plan, nodes, line)
 
 
 def _printable(value: Any) -> Any:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from experts.budget import ExpertBytes, measure_experts
+from experts.quantised import planned_form
 from experts.store import ExpertStore
 from extraction.manifest import Component
 from router.attention import BLOCK_POSITIONS, MAX_SCORE_ELEMENTS
@@ -55,7 +56,11 @@ def measure_footprint(store: ExpertStore, options: EngineOptions) -> Footprint:
         swap_bytes=options.kv_budget_bytes if num_blocks <= most_blocks else 0,
         buffer_bytes=buffer_bytes(config, dtype, options.limits, num_blocks),
         actor_buffer_bytes=actor_buffer_bytes(config, dtype, options.limits),
-        experts=measure_experts(map(store.record, store.expert_keys(component.name)), dtype),
+        experts=measure_experts(
+            store,
+            store.expert_keys(component.name),
+            planned_form(store, dtype, {component.name: config.hidden_size}),
+        ),
         experts_per_token=config.experts_per_token,
     )
 

@@ -68,7 +68,13 @@ class LoadedEngine:
 
 
 def stored_dtype(store: ExpertStore) -> str:
-    """The dtype in which most users want to compute: that of the served decoder's experts."""
+    """The dtype in which most users want to compute: that of the served decoder's experts.
+
+    Of a store with quantised experts that of its embeddings.
+    """
+    if store.manifest.quantization is not None:
+        tensors = {tensor.name: tensor.dtype for tensor in store.served.tensors}
+        return tensors.get("embed_tokens.weight", "float32")
     keys = store.expert_keys(store.served.name)
     return store.record(keys[0]).dtype if keys else "float32"
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from experts.budget import FIT, BudgetRequest, ExpertBytes, measure_experts, resolve_budget
 from experts.errors import BudgetTooSmall
 from experts.numerics import RowKernel
+from experts.quantised import planned_form
 from experts.store import ExpertStore
 from experts.worker import ExpertWorker
 
@@ -70,6 +71,6 @@ def test_measured_bytes_are_those_that_a_worker_holds_with_everything_loaded(
     name, width = store.served.name, store.served.config["hidden_size"]
     worker = ExpertWorker(store, RowKernel(1), dtype, widths={name: width})
     worker.load_all()
-    experts = measure_experts(map(store.record, store.expert_keys(name)), dtype)
+    experts = measure_experts(store, store.expert_keys(name), planned_form(store, dtype, {name: width}))
     assert experts == ExpertBytes(worker.resident_bytes, worker.resident_bytes // worker.num_resident)
     store.close()
