@@ -76,7 +76,7 @@ class TrustTable:
     @property
     def num_experts(self) -> int:
         """Of each layer."""
-        return self.sums_ALE.shape[2]
+        return int(self.sums_ALE.shape[2])
 
     @property
     def now(self) -> float:
@@ -203,7 +203,19 @@ def bucket_of(token_ids_N: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     BPE vocabularies number their tokens in the order of their merges, frequent ones first, so the id is a rank. No
     text has to be counted, every router agrees, and nothing about anybody's text is kept.
     """
-    return np.minimum(np.log2(token_ids_N + 1.0).astype(np.int64), NUM_BUCKETS - 1)
+    buckets_N: npt.NDArray[np.int64] = np.log2(token_ids_N + 1.0).astype(np.int64).clip(0, NUM_BUCKETS - 1)
+    return buckets_N
+
+
+def check_delta(delta: TrustTable, known: TrustTable) -> None:
+    """Raises TrustMismatch for a table that is not about the same experts, or that no observations can have made."""
+    if _experts_of(delta) != _experts_of(known):
+        raise TrustMismatch(str(_experts_of(known)), str(_experts_of(delta)))
+    sums = (delta.sums_ALE, delta.weights_ALE, delta.bucket_sums_B, delta.bucket_weights_B)
+    is_sane = all(np.isfinite(array).all() and (array >= 0).all() for array in sums)
+    is_sane = is_sane and bool((delta.sums_ALE <= delta.weights_ALE * (1 + 1e-9)).all())
+    if not is_sane or delta.num_tokens < 0 or not math.isfinite(delta.clock) or (delta.counts_ALE < 0).any():
+        raise TrustMismatch("observations from 0 to 1", "sums that are out of range")
 
 
 def _experts_of(table: TrustTable) -> tuple[str, tuple[int, ...], int]:

@@ -83,7 +83,7 @@ class TrustBook:
                 view = merged(view, part, self.settings)
         self._view = view
         scores_LE = trust_scores(view, self.settings)
-        self._scores = scores_LE.tolist()
+        self._scores: list[list[float]] = scores_LE.tolist()
         self._scores_LE = torch.from_numpy(scores_LE).float()
 
 

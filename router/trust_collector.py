@@ -222,5 +222,7 @@ class TrustCollector:
 
     def _add(self, aspect: int, experts: Tensor, values: Tensor, weights: Tensor) -> None:
         """Flat expert numbers, with an observation and its weight each."""
-        arrays = (part.flatten().cpu().numpy() for part in (experts, values.double(), weights.double()))
-        observe(self._pending, aspect, *arrays, self._now, self.book.settings)
+        experts_N, values_N, weights_N = (
+            part.flatten().cpu().numpy() for part in (experts, values.double(), weights.double())
+        )
+        observe(self._pending, aspect, experts_N, values_N, weights_N, self._now, self.book.settings)

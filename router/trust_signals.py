@@ -25,7 +25,7 @@ def convergence_values(nll_N: Tensor, expected_N: Tensor) -> Tensor:
 
     0.5 is as usual. NaN where nothing is expected yet.
     """
-    return torch.sigmoid(expected_N - nll_N)
+    return (expected_N - nll_N).sigmoid()
 
 
 def consistency(
@@ -58,7 +58,7 @@ def efficiency_values(contribution_E: Tensor, bytes_E: Tensor, work_E: Tensor) -
     """
     cost_E = (_share(bytes_E) + _share(work_E)) / 2.0
     gain_E = _share(contribution_E)
-    return gain_E / (gain_E + cost_E)
+    return gain_E.div(gain_E + cost_E)
 
 
 def _share(amounts_E: Tensor) -> Tensor:
