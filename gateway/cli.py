@@ -19,6 +19,7 @@ from gateway.chat_command import chat
 from gateway.errors import GatewayError
 from gateway.extract_command import extract
 from gateway.serve_command import serve
+from gateway.store_command import store as store_app
 from router.errors import RouterError
 
 app = typer.Typer(
@@ -123,6 +124,13 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling noise.")] = 0,
     dtype: DtypeOption = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print the text as it is generated.")] = False,
+    trust: Annotated[
+        bool, typer.Option("--trust/--no-trust", help="Learn which experts to trust. [--no-trust]")
+    ] = False,
+    state_dir: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="FOLDER", help="Where it is kept. [~/.local/state/sage-moe]"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Generate once in this process, without Ray."""
@@ -131,16 +139,19 @@ def generate(
     chosen_prompt = _chosen_prompt(prompt, prompt_ids)
 
     from gateway.generate import generate as run
+    from gateway.state_folder import resolve_state_folder
     from gateway.store_source import resolve_runnable
     from router.loading import EngineOptions
+    from router.trust_session import TrustOptions
 
     sampling: dict[str, Any] = {"max_tokens": max_tokens, "seed": seed}
     if temperature is not None:
         sampling["temperature"] = temperature
     show = _write_at_once if stream else _keep_quiet
-    result = run(
-        resolve_runnable(store, announce=_announce), chosen_prompt, sampling, EngineOptions(dtype=dtype), show
+    options = EngineOptions(
+        dtype=dtype, trust=TrustOptions(str(resolve_state_folder(state_dir))) if trust else None
     )
+    result = run(resolve_runnable(store, announce=_announce), chosen_prompt, sampling, options, show)
     if as_json:
         typer.echo(json.dumps(result.as_json(), ensure_ascii=False))
     else:
@@ -181,6 +192,7 @@ def _keep_quiet(_text: str) -> None:
 app.command()(serve)
 app.command()(chat)
 app.command()(batch)
+app.add_typer(store_app, name="store")
 
 
 @app.command()

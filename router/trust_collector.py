@@ -149,6 +149,8 @@ class TrustCollector:
             self._flush()
 
     def _flush(self) -> None:
+        if not self._tokens and not self._pending.counts_ALE.any():
+            return
         self.book.add(replace(self._pending, num_tokens=self._tokens))
         self._start, self._tokens = max(self._now, self.book.view().now), 0
         self._pending = empty_table(self._component, self._layers, self._num_experts, self._start)

@@ -58,7 +58,8 @@ def efficiency_values(contribution_E: Tensor, bytes_E: Tensor, work_E: Tensor) -
     """
     cost_E = (_share(bytes_E) + _share(work_E)) / 2.0
     gain_E = _share(contribution_E)
-    return gain_E.div(gain_E + cost_E)
+    values_E: Tensor = gain_E / (gain_E + cost_E)
+    return values_E
 
 
 def _share(amounts_E: Tensor) -> Tensor:
