@@ -10,6 +10,7 @@ half-lives and their reasons: docs/trust.md.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -191,10 +192,14 @@ def trust_scores(table: TrustTable, settings: TrustSettings) -> Floats:
     return np.clip(scores_LE, 0.0, 1.0)
 
 
-def bucket_means(table: TrustTable) -> Floats:
-    """(B,) mean NLL in nats; NaN for a bucket that has seen nothing."""
+def bucket_means(tables: Sequence[TrustTable], settings: TrustSettings) -> Floats:
+    """(B,) mean NLL in nats over all tables; NaN for a bucket that has seen nothing."""
+    clock = max(table.clock for table in tables)
+    scales = [_growth(table.clock - clock, settings.bucket_half_life) for table in tables]
+    sums_B = sum(scale * table.bucket_sums_B for scale, table in zip(scales, tables, strict=True))
+    weights_B = sum(scale * table.bucket_weights_B for scale, table in zip(scales, tables, strict=True))
     with np.errstate(invalid="ignore", divide="ignore"):
-        return table.bucket_sums_B / table.bucket_weights_B
+        return np.asarray(sums_B / weights_B)
 
 
 def bucket_of(token_ids_N: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -44,13 +44,11 @@ def trust_rows(table: TrustTable, settings: TrustSettings) -> list[TrustRow]:
     """All experts, by layer and number."""
     shape = (len(ASPECTS), -1)
     trust_N = trust_scores(table, settings).ravel().tolist()
-    scores_NA = aspect_scores(table, settings).reshape(shape).T.tolist()
-    counts_NA = table.counts_ALE.reshape(shape).T.tolist()
+    scores_AN = aspect_scores(table, settings).reshape(shape).tolist()
+    counts_AN = table.counts_ALE.reshape(shape).tolist()
     places = ((layer, expert) for layer in table.layers for expert in range(table.num_experts))
-    return [
-        TrustRow(table.component, *place, trust, *scores, *counts)
-        for place, trust, scores, counts in zip(places, trust_N, scores_NA, counts_NA, strict=True)
-    ]
+    columns = zip(places, trust_N, *scores_AN, *counts_AN, strict=True)
+    return [TrustRow(table.component, *place, *numbers) for place, *numbers in columns]
 
 
 def render_trust(path: Path, table: TrustTable, rows: list[TrustRow], num_shown: int) -> RenderableType:

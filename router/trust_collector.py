@@ -115,7 +115,8 @@ class TrustCollector:
         buckets_N = bucket_of(np.asarray(token_ids, dtype=np.int64))
         observed_N = nll_N.double().cpu().numpy()
         with self._lock:
-            expected_N = bucket_means(self.book.view())[buckets_N]
+            known = (self.book.view(), self._pending)
+            expected_N = bucket_means(known, self.book.settings)[buckets_N]
             values_N = convergence_values(torch.from_numpy(observed_N), torch.from_numpy(expected_N))
             for experts_NK, weights_NK in self._sampled:
                 shares_NK = weights_NK.double() / weights_NK.double().sum(dim=1, keepdim=True)

@@ -58,16 +58,16 @@ def efficiency_values(contribution_E: Tensor, bytes_E: Tensor, work_E: Tensor) -
     """
     cost_E = (_share(bytes_E) + _share(work_E)) / 2.0
     gain_E = _share(contribution_E)
-    values_E: Tensor = gain_E / (gain_E + cost_E)
-    return values_E
+    return gain_E / (gain_E + cost_E)
 
 
 def _share(amounts_E: Tensor) -> Tensor:
-    return amounts_E / amounts_E.sum().clamp_min(torch.finfo(torch.float32).tiny)
+    shares_E: Tensor = amounts_E / amounts_E.sum().clamp_min(torch.finfo(torch.float32).tiny)
+    return shares_E
 
 
 def sketch_matrix(width: int, size: int) -> Tensor:
     """(D, S) random signs, the same everywhere: products with it keep cosines within about 1/sqrt(S)."""
     generator = torch.Generator().manual_seed(0)
     signs_DS = torch.randint(0, 2, (width, size), generator=generator)
-    return (2.0 * signs_DS - 1.0) / size**0.5
+    return signs_DS.mul(2.0).sub(1.0).div(size**0.5)

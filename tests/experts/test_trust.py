@@ -83,7 +83,7 @@ def test_unseen_expert_has_one_half_in_everything() -> None:
     table = empty_table("model", LAYERS, NUM_EXPERTS)
     assert (aspect_scores(table, SETTINGS) == UNSEEN).all()
     np.testing.assert_allclose(trust_scores(table, SETTINGS), UNSEEN, rtol=1e-15)
-    assert np.isnan(bucket_means(table)).all()
+    assert np.isnan(bucket_means([table], SETTINGS)).all()
 
 
 @given(
@@ -222,4 +222,7 @@ def test_buckets_are_powers_of_two_of_the_rank() -> None:
 def test_bucket_mean_is_the_mean_of_its_tokens() -> None:
     table = empty_table("model", LAYERS, NUM_EXPERTS)
     observe_buckets(table, np.array([2, 2, 5]), np.array([1.0, 3.0, 7.0]), 0.0, SETTINGS)
-    assert bucket_means(table)[[2, 5]].tolist() == [2.0, 7.0]
+    assert bucket_means([table], SETTINGS)[[2, 5]].tolist() == [2.0, 7.0]
+    later = empty_table("model", LAYERS, NUM_EXPERTS, SETTINGS.bucket_half_life)
+    observe_buckets(later, np.array([2]), np.array([6.0]), later.clock, SETTINGS)
+    assert bucket_means([table, later], SETTINGS)[[2, 5]].tolist() == [4.0, 7.0]
