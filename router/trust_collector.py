@@ -1,7 +1,8 @@
 """Watches an engine and turns what it sees into observations of trust. Never changes what it is given.
 
-Every step it looks closely at one layer, in turn; of prompts it looks at a few positions, whose NLL the engine gives.
-All methods but `reward` and `flush` are called on the engine's thread. Keeps no text and no token ids.
+Every step it looks closely at one layer, in turn, one round at stability and the next at efficiency; of prompts it
+looks at a few positions, whose NLL the engine gives. All methods but `reward` and `flush` are called on the engine's
+thread. Keeps no text and no token ids.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ from router.trust_signals import (
 )
 
 SKETCH_SIZE = 64
-MAX_TOKENS_A_STEP = 64
-"""Rows of a step whose experts' norms are taken; evenly spaced where there are more."""
+MAX_TOKENS_A_STEP, MAX_EXPERTS_A_STEP = 16, 32
+"""How many of the layer's tokens and experts are looked at; evenly spaced where there are more."""
 TOKENS_A_FLUSH = 256
 """How often observations reach the book, in tokens."""
 MAX_REQUESTS = 512
@@ -62,7 +63,7 @@ class TrustCollector:
         self._num_layers, self._num_experts = len(view.layers), view.num_experts
         self._row_of_layer = {layer: row for row, layer in enumerate(view.layers)}
         self._lock = threading.Lock()
-        self._turn = -1
+        self._turn, self._round = -1, -1
         self._start, self._tokens = view.now, 0
         self._pending = empty_table(self._component, self._layers, self._num_experts, self._start)
         self._sketch_DS = sketch_matrix(width, SKETCH_SIZE)
@@ -71,7 +72,7 @@ class TrustCollector:
         self._requests: OrderedDict[str, int] = OrderedDict()
         self._usage_QLE = torch.zeros(MAX_REQUESTS, self._num_layers, self._num_experts)
         self._slots_T = torch.empty(0, dtype=torch.int64)
-        self._sampled_N = torch.empty(0, dtype=torch.int64)
+        self._num_sampled, self._sampled_N = 0, torch.empty(0, dtype=torch.int64)
         self._sampled: list[tuple[Tensor, Tensor]] = []
         """Of each layer so far: flat expert numbers and mixing weights of the sampled rows, (N, K) each."""
 
@@ -99,14 +100,16 @@ class TrustCollector:
         row = self._row_of_layer[gate.layer]
         if row == 0:
             self._begin_step(owners)
-        if len(self._sampled_N):
+        if self._num_sampled:
             experts_NK = routing.experts_TK[self._sampled_N] + row * self._num_experts
             self._sampled.append((experts_NK, routing.weights_TK[self._sampled_N]))
         if row == self._turn:
             with self._lock:
                 self._count_usage(row, routing)
-                self._observe_stability(row, gate, dispatched, rows_RD)
-                self._observe_efficiency(row, routing, dispatched, rows_RD)
+                if self._round % 2:
+                    self._observe_efficiency(row, routing, dispatched, rows_RD)
+                else:
+                    self._observe_stability(row, gate, dispatched, rows_RD)
 
     def scored(self, token_ids: Sequence[int], nll_N: Tensor) -> None:
         """See PromptProbe.scored."""
@@ -164,17 +167,16 @@ class TrustCollector:
             self._tokens += sum(counts)
             slots = torch.tensor([self._slot(owner.request.request_id) for owner in owners])
         self._turn = (self._turn + 1) % self._num_layers
+        self._round += not self._turn
         self._slots_T = slots.repeat_interleave(torch.tensor(counts)) if max(counts) > 1 else slots
         starts = accumulate(counts, initial=0)
         self._sampled = []
-        self._sampled_N = torch.tensor(
-            [
-                start + position - owner.first
-                for start, owner in zip(starts, owners, strict=False)
-                for position in self.positions(owner)
-            ],
-            dtype=torch.int64,
-        )
+        sampled = [
+            start + position - owner.first
+            for start, owner in zip(starts, owners, strict=False)
+            for position in self.positions(owner)
+        ]
+        self._num_sampled, self._sampled_N = len(sampled), torch.tensor(sampled, dtype=torch.int64)
 
     def _slot(self, request_id: str) -> int:
         """Where a request's use of experts is counted."""
@@ -196,9 +198,10 @@ class TrustCollector:
     def _observe_stability(self, row: int, gate: GateOutput, dispatched: Dispatch, rows_RD: Tensor) -> None:
         """Each expert's first row of the step against the one that was remembered, which it then replaces."""
         call = dispatched.call
-        firsts = list(accumulate(call.counts[:-1], initial=0))
+        some = self._some(len(call.experts), MAX_EXPERTS_A_STEP)
+        firsts = list(accumulate(call.counts[:-1], initial=0))[some]
         tokens = [call.token_of_R[first] for first in firsts]
-        experts_G = torch.tensor(call.experts)
+        experts_G = torch.tensor(call.experts[some])
         inputs_GS = gate.hidden_TD[tokens].float() @ self._sketch_DS
         outputs_GS = rows_RD[firsts].float() @ self._sketch_DS
         inputs_ES, outputs_ES = self._inputs_LES[row], self._outputs_LES[row]
@@ -209,10 +212,10 @@ class TrustCollector:
     def _observe_efficiency(self, row: int, routing: Routing, dispatched: Dispatch, rows_RD: Tensor) -> None:
         """An expert's weights are moved once for all its rows of the step; its work grows with the rows."""
         num_tokens, num_ranks = routing.experts_TK.shape
-        stride = -(-num_tokens // MAX_TOKENS_A_STEP)
-        experts = routing.experts_TK[::stride].flatten()
-        weights_TK = routing.weights_TK[::stride].float()
-        row_of_slot = dispatched.row_of_slot.view(num_tokens, num_ranks)[::stride].flatten()
+        some = self._some(num_tokens, MAX_TOKENS_A_STEP)
+        experts = routing.experts_TK[some].flatten()
+        weights_TK = routing.weights_TK[some].float()
+        row_of_slot = dispatched.row_of_slot.view(num_tokens, num_ranks)[some].flatten()
         norms = torch.linalg.vector_norm(rows_RD[row_of_slot], dim=1, dtype=torch.float32)
         shares_TK = contribution_shares(norms.view_as(weights_TK), weights_TK)
         nothing_E = torch.zeros(self._num_experts)
@@ -222,6 +225,11 @@ class TrustCollector:
         count_E[list(dispatched.call.experts)] = torch.tensor(dispatched.call.counts, dtype=torch.float32)
         values_E = efficiency_values(gained_E, rows_E / count_E.clamp_min(1.0), rows_E)
         self._add(EFFICIENCY, torch.arange(self._num_experts) + row * self._num_experts, values_E, rows_E)
+
+    def _some(self, count: int, limit: int) -> slice:
+        """Evenly spaced items, at most `limit`, others each round."""
+        stride = -(-count // limit)
+        return slice(self._round // 2 % stride, None, stride)
 
     def _add(self, aspect: int, experts: Tensor, values: Tensor, weights: Tensor) -> None:
         """Flat expert numbers, with an observation and its weight each."""
