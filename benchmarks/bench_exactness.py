@@ -57,7 +57,7 @@ class FreeWorker(LocalDirectory):
         return out
 
     def _weights(self, key: ExpertKey) -> ExpertWeights:
-        return self.worker._weights[key]
+        return self.worker.cache.weights[key]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from time import perf_counter
+from typing import Any
 
 import torch
 
@@ -87,7 +88,7 @@ def _measure(
     collector: TrustCollector,
     workload: tuple[int, int, int],
     num_steps: int,
-) -> dict[str, dict[str, float] | float]:
+) -> dict[str, Any]:
     """A fifth more steps come first and are not counted."""
     samples: dict[str, list[float]] = {"plain": [], "watched": []}
     heads: list[float] = []

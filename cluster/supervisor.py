@@ -20,7 +20,8 @@ from cluster.errors import ActorsNotStarted, SupervisorMissing
 from cluster.placement import split_experts
 from cluster.resources import NAMESPACE, SUPERVISOR_NAME, expert_actor_options, supervisor_options
 from experts.actor import ActorSpec, ExpertActor
-from experts.remote_directory import Roster
+from experts.eviction import DEFAULT_EVICTION, Eviction
+from experts.remote_directory import ResidentExperts, Roster
 from experts.store import ExpertStore
 from experts.transport import Endpoint
 from experts.trust import TrustReport, TrustTable
@@ -46,6 +47,7 @@ class ServiceSpec:
     num_actors: int
     threads_per_actor: int
     budget_bytes: int | None = None
+    eviction: Eviction = DEFAULT_EVICTION
     host: str = "127.0.0.1"
     spin_s: float = 0.0
     """See `TransportLimits`; actors and routers use the same."""
@@ -59,6 +61,7 @@ class _Member:
     spec: ActorSpec
     handle: Any = None
     endpoint: Endpoint | None = None
+    resident: ResidentExperts = field(default_factory=dict)
     failures: int = 0
     retry_at: float = 0.0
     last_error: str = ""
@@ -92,7 +95,8 @@ class Supervisor:
         with self._lock:
             endpoints = {m.spec.name: m.endpoint for m in self._members if m.endpoint is not None}
             owner = {key: m.spec.name for m in self._members for key in m.spec.group}
-            return Roster(self._version, endpoints, owner)
+            resident = {m.spec.name: m.resident for m in self._members if m.endpoint is not None}
+            return Roster(self._version, endpoints, owner, resident)
 
     def report_lost(self, name: str) -> None:
         """A router lost its connection: look at that actor now rather than at the next check."""
@@ -171,6 +175,7 @@ class Supervisor:
                 spec.width,
                 spec.expert_width,
                 spec.budget_bytes,
+                spec.eviction,
                 spec.threads_per_actor,
                 spec.host,
                 spec.spin_s,
@@ -199,8 +204,11 @@ class Supervisor:
         return time.monotonic() >= member.retry_at
 
     def _answers(self, member: _Member) -> bool:
+        """Whether a member is the one that it was; notes what it holds."""
+        asked = [member.handle.endpoint.remote(), member.handle.resident.remote()]
         try:
-            return bool(ray.get(member.handle.endpoint.remote(), timeout=ANSWER_TIMEOUT_S) == member.endpoint)
+            endpoint, member.resident = ray.get(asked, timeout=ANSWER_TIMEOUT_S)
+            return bool(endpoint == member.endpoint)
         except (ray.exceptions.RayError, TimeoutError):
             return False
 
@@ -253,7 +261,7 @@ class Supervisor:
 
     def _set_endpoint(self, member: _Member, endpoint: Endpoint | None) -> None:
         with self._lock:
-            member.endpoint = endpoint
+            member.endpoint, member.resident = endpoint, {}
             self._version += 1
 
 

@@ -123,6 +123,9 @@ def generate(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling noise.")] = 0,
     dtype: DtypeOption = None,
+    eviction: Annotated[
+        str, typer.Option(metavar="NAME", help="Which expert goes first: lfu, lru or trust.")
+    ] = "lfu",
     stream: Annotated[bool, typer.Option("--stream", help="Print the text as it is generated.")] = False,
     trust: Annotated[
         bool, typer.Option("--trust/--no-trust", help="Learn which experts to trust. [--no-trust]")
@@ -139,6 +142,7 @@ def generate(
     chosen_prompt = _chosen_prompt(prompt, prompt_ids)
 
     from gateway.generate import generate as run
+    from gateway.service_options import parse_eviction
     from gateway.state_folder import resolve_state_folder
     from gateway.store_source import resolve_runnable
     from router.loading import EngineOptions
@@ -148,9 +152,8 @@ def generate(
     if temperature is not None:
         sampling["temperature"] = temperature
     show = _write_at_once if stream else _keep_quiet
-    options = EngineOptions(
-        dtype=dtype, trust=TrustOptions(str(resolve_state_folder(state_dir))) if trust else None
-    )
+    learning = TrustOptions(str(resolve_state_folder(state_dir))) if trust else None
+    options = EngineOptions(dtype=dtype, eviction=parse_eviction(eviction), trust=learning)
     result = run(resolve_runnable(store, announce=_announce), chosen_prompt, sampling, options, show)
     if as_json:
         typer.echo(json.dumps(result.as_json(), ensure_ascii=False))

@@ -48,6 +48,9 @@ def serve(
     kv_budget: Annotated[
         Word, typer.Option(metavar="SIZE", help="Memory for keys and values, such as 512MiB. [1GiB]")
     ] = None,
+    eviction: Annotated[
+        Word, typer.Option(metavar="NAME", help="Which expert goes first: lfu, lru or trust. [lfu]")
+    ] = None,
     api_key: Annotated[
         Words, typer.Option(metavar="KEY|@FILE", help="Key that clients must send; repeatable.")
     ] = None,
@@ -89,6 +92,7 @@ def serve(
         "max-queue": max_queue,
         "max-batch-tokens": max_batch_tokens,
         "kv-budget": kv_budget,
+        "eviction": eviction,
         "api-key": api_key or None,
         "api-key-file": api_key_file or None,
         "cors-origin": cors_origin or None,

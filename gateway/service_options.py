@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
+from experts.eviction import DEFAULT_EVICTION, EVICTIONS, Eviction
 from gateway.api_keys import NO_KEYS, KeyRing
 from gateway.byte_sizes import format_bytes, parse_bytes
 from gateway.errors import OptionInvalid
@@ -82,6 +83,7 @@ class OptionValues(BaseModel):
     max_queue: int = _whole(0, 65536, 256)
     max_batch_tokens: int = _whole(1, PROVEN_BATCH_TOKENS, PROVEN_BATCH_TOKENS)
     kv_budget: Size = Field(2**30, description="a size such as 512MiB or 2GiB")
+    eviction: Eviction = Field(DEFAULT_EVICTION, description="lfu, lru or trust")
     api_key: Texts = Field((), description=_TEXTS)
     api_key_file: Texts = Field((), description=_TEXTS)
     cors_origin: Annotated[Texts, AfterValidator(_check_origins)] = Field((), description=_TEXTS)
@@ -111,6 +113,7 @@ class ServiceOptions:
     max_queue: int = 256
     max_batch_tokens: int = PROVEN_BATCH_TOKENS
     kv_budget_bytes: int = 2**30
+    eviction: Eviction = DEFAULT_EVICTION
     keys: KeyRing = NO_KEYS
     cors_origins: tuple[str, ...] = ()
     is_trust_learned: bool = True
@@ -139,6 +142,7 @@ class ServiceOptions:
             "max-queue": self.max_queue,
             "max-batch-tokens": self.max_batch_tokens,
             "kv-budget": format_bytes(self.kv_budget_bytes),
+            "eviction": self.eviction,
             "api-keys": len(self.keys),
             "cors-origin": list(self.cors_origins),
             "trust": self.is_trust_learned,
@@ -184,11 +188,20 @@ def compose_options(values: OptionValues, store_root: Path, store_name: str, key
         max_queue=values.max_queue,
         max_batch_tokens=values.max_batch_tokens,
         kv_budget_bytes=values.kv_budget,
+        eviction=values.eviction,
         keys=keys,
         cors_origins=tuple(dict.fromkeys(values.cors_origin)),
         is_trust_learned=values.trust,
         state_dir=values.state_dir,
     )
+
+
+def parse_eviction(word: str) -> Eviction:
+    """Raises OptionInvalid."""
+    for eviction in EVICTIONS:
+        if word == eviction:
+            return eviction
+    raise OptionInvalid("--eviction", f"must be lfu, lru or trust, not {word[:MAX_SHOWN_CHARS]!r}")
 
 
 def _nearest(name: str) -> str:
