@@ -20,6 +20,7 @@ from torch import Tensor
 
 from experts.errors import ExpertCorrupt, StoreDamaged, UnknownExpert
 from experts.hash_log import HashLog
+from extraction.decoder_config import read_decoder
 from extraction.errors import ExtractionError
 from extraction.files import open_inside
 from extraction.manifest import (
@@ -303,10 +304,12 @@ def _sha256(raw: Tensor) -> str:
 
 
 def _check_complete(root: Path, manifest: Manifest, index: dict[ExpertKey, ExpertRecord]) -> None:
-    """In each component every layer has experts 0 to E-1, E is the same everywhere, and sizes agree."""
+    """In each component every layer has experts 0 to E-1, or of these the share that the store says it has; E is the
+    same everywhere, and sizes agree."""
     unknown = {key.component for key in index} - {component.name for component in manifest.components}
     if unknown:
         raise StoreDamaged(str(root), f"lists experts of unknown components {sorted(unknown)}")
+    share = manifest.left_out.groups if manifest.left_out is not None else None
     for component in manifest.components:
         layers: dict[int, list[int]] = {}
         sizes = set()
@@ -314,11 +317,22 @@ def _check_complete(root: Path, manifest: Manifest, index: dict[ExpertKey, Exper
             if key.component == component.name:
                 layers.setdefault(key.layer, []).append(key.expert)
                 sizes.add(record.nbytes // ITEM_SIZES[record.dtype])
-        counts = {len(experts) for experts in layers.values()}
+        total = _num_experts(manifest, component, layers)
         for layer, experts in layers.items():
-            if len(counts) > 1 or sorted(experts) != list(range(len(experts))):
+            expected = (ExpertKey(component.name, layer, expert) for expert in range(total))
+            if sorted(experts) != [key.expert for key in expected if share is None or share.holds(key)]:
                 raise StoreDamaged(
                     str(root), f"lacks experts in layer {layer} of component {component.name!r}"
                 )
         if len(sizes) > 1:
             raise StoreDamaged(str(root), f"has experts of different sizes in component {component.name!r}")
+
+
+def _num_experts(manifest: Manifest, component: Component, layers: dict[int, list[int]]) -> int:
+    """E; where a store holds a share of the experts, only the configuration knows it. Raises StoreDamaged."""
+    if manifest.left_out is None or manifest.left_out.groups is None or not layers:
+        return max((len(experts) for experts in layers.values()), default=0)
+    try:
+        return read_decoder(component.config).num_experts
+    except ExtractionError as error:
+        raise StoreDamaged(f"component {component.name!r}", str(error)) from error

@@ -16,6 +16,7 @@ from experts.errors import ExpertError
 from extraction.errors import ExtractionError, one_line
 from gateway.batch_command import batch
 from gateway.chat_command import chat
+from gateway.compare_command import compare
 from gateway.errors import GatewayError
 from gateway.extract_command import extract
 from gateway.serve_command import serve
@@ -101,7 +102,7 @@ def inspect(
     from gateway.inspect_view import render_summary
     from gateway.store_source import resolve_store
 
-    summary = summarize(resolve_store(store))
+    summary = summarize(resolve_store(store, announce=_announce))
     if as_json:
         typer.echo(json.dumps(summary.as_json(), indent=2))
     else:
@@ -196,6 +197,7 @@ app.command()(serve)
 app.command()(chat)
 app.command()(batch)
 app.add_typer(store_app, name="store")
+app.command()(compare)
 
 
 @app.command()

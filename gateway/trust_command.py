@@ -99,7 +99,7 @@ def _place(store: str, component: str | None, state_dir: str | None) -> tuple[Pa
     from gateway.store_source import resolve_store
     from router.trust_session import trust_identity
 
-    opened = ExpertStore.open(resolve_store(store))
+    opened = ExpertStore.open(resolve_store(store, announce=_announce))
     try:
         identity = trust_identity(opened, component)
     finally:
@@ -112,3 +112,7 @@ def _read(store: str, component: str | None, state_dir: str | None) -> tuple[Pat
 
     path, identity = _place(store, component, state_dir)
     return path, identity, read_ledger(path, identity)
+
+
+def _announce(line: str) -> None:
+    typer.echo(line, err=True)
