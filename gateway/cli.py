@@ -15,6 +15,7 @@ from cluster.errors import ClusterError
 from experts.errors import ExpertError
 from extraction.errors import ExtractionError, one_line
 from gateway.batch_command import batch
+from gateway.budget_options import ExpertBudgetOption, HostBudgetOption, print_plan, read_budgets
 from gateway.chat_command import chat
 from gateway.compare_command import compare
 from gateway.errors import GatewayError
@@ -127,6 +128,8 @@ def generate(
     eviction: Annotated[
         str, typer.Option(metavar="NAME", help="Which expert goes first: lfu, lru or trust.")
     ] = "lfu",
+    expert_budget: ExpertBudgetOption = None,
+    host_budget: HostBudgetOption = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print the text as it is generated.")] = False,
     trust: Annotated[
         bool, typer.Option("--trust/--no-trust", help="Learn which experts to trust. [--no-trust]")
@@ -154,8 +157,17 @@ def generate(
         sampling["temperature"] = temperature
     show = _write_at_once if stream else _keep_quiet
     learning = TrustOptions(str(resolve_state_folder(state_dir))) if trust else None
-    options = EngineOptions(dtype=dtype, eviction=parse_eviction(eviction), trust=learning)
-    result = run(resolve_runnable(store, announce=_announce), chosen_prompt, sampling, options, show)
+    budgets = read_budgets(expert_budget, host_budget, _announce)
+    is_asked = expert_budget is not None or host_budget is not None
+    result = run(
+        resolve_runnable(store, announce=_announce),
+        chosen_prompt,
+        sampling,
+        EngineOptions(dtype=dtype, eviction=parse_eviction(eviction), trust=learning),
+        show,
+        budgets,
+        print_plan if is_asked else _keep_quiet,
+    )
     if as_json:
         typer.echo(json.dumps(result.as_json(), ensure_ascii=False))
     else:
@@ -189,8 +201,8 @@ def _announce(line: str) -> None:
     typer.echo(line, err=True)
 
 
-def _keep_quiet(_text: str) -> None:
-    """For answers that are printed at the end."""
+def _keep_quiet(_: object) -> None:
+    """For answers that are printed at the end, and plans that nobody asked for."""
 
 
 app.command()(serve)

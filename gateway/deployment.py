@@ -24,6 +24,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from cluster.memory_plan import MemoryPlan
 from cluster.ray_directory import RayDirectory
 from cluster.resources import gateway_deployment_options, router_deployment_options
 from cluster.trust_keeper import SupervisedTrust
@@ -62,6 +63,8 @@ class DeploymentSpec:
     model_aliases: tuple[str, ...] = ()
     keys: KeyRing = NO_KEYS
     cors_origins: tuple[str, ...] = ()
+    memory: MemoryPlan | None = None
+    """How the node's memory was divided at the start."""
 
 
 class RouterDeployment:
@@ -135,6 +138,7 @@ class RouterDeployment:
                 "trust": loaded.trust.status() if loaded.trust is not None else None,
             },
             "actors": actors,
+            "memory": self._spec.memory.as_json() if self._spec.memory else None,
             "nodes": await asyncio.to_thread(_nodes),
             "requests": {
                 "running": health.num_running,
