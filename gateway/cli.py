@@ -21,6 +21,7 @@ from gateway.compare_command import compare
 from gateway.errors import GatewayError
 from gateway.extract_command import extract
 from gateway.serve_command import serve
+from gateway.store_command import store as store_app
 from router.errors import RouterError
 
 app = typer.Typer(
@@ -130,6 +131,13 @@ def generate(
     expert_budget: ExpertBudgetOption = None,
     host_budget: HostBudgetOption = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print the text as it is generated.")] = False,
+    trust: Annotated[
+        bool, typer.Option("--trust/--no-trust", help="Learn which experts to trust. [--no-trust]")
+    ] = False,
+    state_dir: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="FOLDER", help="Where it is kept. [~/.local/state/sage-moe]"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Generate once in this process, without Ray."""
@@ -139,20 +147,23 @@ def generate(
 
     from gateway.generate import generate as run
     from gateway.service_options import parse_eviction
+    from gateway.state_folder import resolve_state_folder
     from gateway.store_source import resolve_runnable
     from router.loading import EngineOptions
+    from router.trust_session import TrustOptions
 
     sampling: dict[str, Any] = {"max_tokens": max_tokens, "seed": seed}
     if temperature is not None:
         sampling["temperature"] = temperature
     show = _write_at_once if stream else _keep_quiet
+    learning = TrustOptions(str(resolve_state_folder(state_dir))) if trust else None
     budgets = read_budgets(expert_budget, host_budget, _announce)
     is_asked = expert_budget is not None or host_budget is not None
     result = run(
         resolve_runnable(store, announce=_announce),
         chosen_prompt,
         sampling,
-        EngineOptions(dtype=dtype, eviction=parse_eviction(eviction)),
+        EngineOptions(dtype=dtype, eviction=parse_eviction(eviction), trust=learning),
         show,
         budgets,
         print_plan if is_asked else _keep_quiet,
@@ -197,6 +208,7 @@ def _keep_quiet(_: object) -> None:
 app.command()(serve)
 app.command()(chat)
 app.command()(batch)
+app.add_typer(store_app, name="store")
 app.command()(compare)
 
 

@@ -27,6 +27,7 @@ from ray.serve.handle import DeploymentHandle
 from cluster.memory_plan import MemoryPlan
 from cluster.ray_directory import RayDirectory
 from cluster.resources import gateway_deployment_options, router_deployment_options
+from cluster.trust_keeper import SupervisedTrust
 from experts.directory import LocalDirectory
 from experts.store import ExpertStore
 from experts.worker import ExpertWorker
@@ -83,7 +84,13 @@ class RouterDeployment:
             self._directory = RayDirectory(worker)
             return self._directory
 
-        return load_engine(store, self._spec.engine, connect)
+        return load_engine(store, self._spec.engine, connect, SupervisedTrust)
+
+    def __del__(self) -> None:
+        """Called by Serve when the replica stops in an orderly way."""
+        service = getattr(self, "_service", None)
+        if service is not None and service.loaded.trust is not None:
+            service.loaded.trust.close()
 
     async def check_health(self) -> None:
         """Called by Serve; raising makes it replace the replica."""
@@ -130,6 +137,7 @@ class RouterDeployment:
                 "connected_actors": len(self._directory.remote.connected()) if self._directory else 0,
                 "phase_seconds": dict(engine.stats.phase_seconds),
                 "steps": engine.stats.steps,
+                "trust": loaded.trust.status() if loaded.trust is not None else None,
             },
             "actors": actors,
             "memory": self._spec.memory.as_json() if self._spec.memory else None,

@@ -25,9 +25,11 @@ from gateway.bind_address import BindAddress, check_bind, check_free, resolve_bi
 from gateway.errors import DeploymentFailed, OptionInvalid
 from gateway.memory import plan_service, this_node
 from gateway.service_options import ServiceOptions
+from gateway.state_folder import resolve_state_folder
 from router.batcher import BatchLimits
 from router.loading import EngineOptions, stored_dtype
 from router.model_config import ModelConfig, read_model_config
+from router.trust_session import TrustOptions
 
 __all__ = ["ServiceOptions", "describe_plan", "interruptible", "running_service", "wait_for_interrupt"]
 
@@ -140,6 +142,9 @@ def engine_options(options: ServiceOptions, dtype: str, num_threads: int) -> Eng
         ),
         num_threads=num_threads,
         max_model_len=options.max_model_len,
+        trust=TrustOptions(str(resolve_state_folder(options.state_dir)))
+        if options.is_trust_learned
+        else None,
     )
 
 

@@ -65,6 +65,13 @@ def serve(
     cors_origin: Annotated[
         Words, typer.Option(metavar="ORIGIN", help="Web origin whose pages may call, or *; repeatable.")
     ] = None,
+    trust: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option("--trust/--no-trust", help="Learn which experts to trust. [--trust]"),
+    ] = None,
+    state_dir: Annotated[
+        Word, typer.Option(metavar="FOLDER", help="Where it is kept. [~/.local/state/sage-moe]")
+    ] = None,
     config: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(metavar="FILE", help="YAML with these options' names; the command line goes first."),
@@ -96,6 +103,8 @@ def serve(
         "api-key": api_key or None,
         "api-key-file": api_key_file or None,
         "cors-origin": cors_origin or None,
+        "trust": trust,
+        "state-dir": state_dir,
     }
     if not dry_run and any(not key.startswith("@") for key in api_key or ()):
         _move_keys_out_of_sight(api_key or ())

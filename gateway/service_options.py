@@ -21,6 +21,7 @@ from experts.eviction import DEFAULT_EVICTION, EVICTIONS, Eviction
 from gateway.api_keys import NO_KEYS, KeyRing
 from gateway.byte_sizes import format_budget, format_bytes, parse_budget, parse_bytes
 from gateway.errors import OptionInvalid
+from gateway.state_folder import resolve_state_folder
 
 PROVEN_BATCH_TOKENS = 512
 """Rows for which the self-test at start proves exactness (docs/exactness.md)."""
@@ -105,6 +106,8 @@ class OptionValues(BaseModel):
     api_key: Texts = Field((), description=_TEXTS)
     api_key_file: Texts = Field((), description=_TEXTS)
     cors_origin: Annotated[Texts, AfterValidator(_check_origins)] = Field((), description=_TEXTS)
+    trust: bool = Field(True, description="true or false")
+    state_dir: Text | None = Field(None, description="a folder's name of 1 to 512 printable characters")
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,9 @@ class ServiceOptions:
     """In place of `expert_budgets`, by node name or address."""
     keys: KeyRing = NO_KEYS
     cors_origins: tuple[str, ...] = ()
+    is_trust_learned: bool = True
+    state_dir: str | None = None
+    """Where trust is kept; None means the user's state folder."""
 
     def __post_init__(self) -> None:
         if self.max_num_seqs > self.max_batch_tokens:
@@ -164,6 +170,8 @@ class ServiceOptions:
             "node-budgets": {name: format_budget(budget) for name, budget in self.node_budgets.items()},
             "api-keys": len(self.keys),
             "cors-origin": list(self.cors_origins),
+            "trust": self.is_trust_learned,
+            "state-dir": str(resolve_state_folder(self.state_dir)),
         }
 
 
@@ -210,6 +218,8 @@ def compose_options(values: OptionValues, store_root: Path, store_name: str, key
         node_budgets=values.node_budgets,
         keys=keys,
         cors_origins=tuple(dict.fromkeys(values.cors_origin)),
+        is_trust_learned=values.trust,
+        state_dir=values.state_dir,
     )
 
 

@@ -24,6 +24,7 @@ from router.errors import ConfigUnsupported
 from router.kv_cache import KvPool, blocks_for
 from router.model_config import ModelConfig, read_model_config
 from router.self_test import prove_row_invariance
+from router.trust_session import OpenKeeper, TrustOptions, TrustSession, open_local_ledger
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,8 @@ class EngineOptions:
     max_model_len: int | None = None
     """Most tokens that a request will be let reach, by whoever takes requests; None means the model's context.
     Only bounds the cache that is allocated."""
+    trust: TrustOptions | None = None
+    """Whether and where trust is learned; None means that nobody watches."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,11 @@ class LoadedEngine:
     config: ModelConfig
     kernel: RowKernel
     dtype: torch.dtype
+    trust: TrustSession | None = None
 
     def close(self) -> None:
+        if self.trust is not None:
+            self.trust.close()
         self.directory.close()
         self.worker.close()
         self.store.close()
@@ -91,8 +97,10 @@ def load_engine(
     store: ExpertStore,
     options: EngineOptions,
     connect: Callable[[ExpertWorker], ExpertDirectory] = LocalDirectory,
+    open_keeper: OpenKeeper = open_local_ledger,
 ) -> LoadedEngine:
-    """connect: makes the way to the experts, given a worker for those that are computed here.
+    """connect: makes the way to the experts, given a worker for those that are computed here. open_keeper: of trust,
+    where options ask for it.
 
     Raises ConfigUnsupported, WeightMismatch, NotRowInvariant, or what reading the store raises.
     """
@@ -101,6 +109,7 @@ def load_engine(
     config = read_model_config(component.config)
     torch.set_num_threads(options.num_threads or useful_threads(num_cores(), config.expert_elements))
     kernel = prove_row_invariance(config, dtype)
+    trust = TrustSession(store, config, options.trust, open_keeper) if options.trust is not None else None
     worker = ExpertWorker(
         store,
         kernel,
@@ -108,18 +117,21 @@ def load_engine(
         widths={component.name: config.hidden_size},
         budget_bytes=options.expert_budget_bytes,
         eviction=options.eviction,
+        trust=trust.book.score if trust is not None else None,
     )
     directory = connect(worker)
     backbone = Backbone(store, component.name, config, kernel, directory, dtype)
     pool = KvPool(config, num_kv_blocks(config, dtype, options), dtype)
     engine = Engine(backbone, pool, options.limits, swap_budget_bytes=options.kv_budget_bytes)
+    if trust is not None:
+        trust.attach(engine)
     logger.info(
         "engine ready: %s, backbone %d bytes, KV %d bytes",
         worker.numerics_class,
         backbone.nbytes,
         pool.nbytes,
     )
-    return LoadedEngine(engine, store, worker, directory, config, kernel, dtype)
+    return LoadedEngine(engine, store, worker, directory, config, kernel, dtype, trust)
 
 
 def num_kv_blocks(config: ModelConfig, dtype: torch.dtype, options: EngineOptions) -> int:

@@ -24,9 +24,14 @@ import ray
 from prometheus_client.parser import text_string_to_metric_families
 
 from experts.budget import FIT, BudgetRequest
+from experts.errors import LedgerBusy
+from experts.store import ExpertStore
+from experts.trust_ledger import TrustLedger, ledger_path, read_ledger
 from gateway.generate import generate
 from gateway.launch import ServiceOptions, running_service
+from gateway.state_folder import resolve_state_folder
 from router.loading import EngineOptions
+from router.trust_session import trust_identity
 
 pytestmark = pytest.mark.ray
 
@@ -227,6 +232,21 @@ def test_metrics_name_tokens_memory_and_hops(service: Service) -> None:
     assert _metric(service, "sage_moe_hop_seconds_total") > 0
     assert _metric(service, "sage_moe_resident_bytes") > 0
     assert _metric(service, "sage_moe_time_to_first_token_seconds_count") > 0
+
+
+def test_supervisor_keeps_what_the_router_learns(service: Service, stories_store: Path) -> None:
+    service.post(GREEDY | {"max_tokens": 20})
+    assert service.status()["router"]["trust"]["is_kept"]
+    store = ExpertStore.open(stories_store)
+    identity = trust_identity(store)
+    store.close()
+    path = ledger_path(resolve_state_folder(), identity.store_hash)
+    with pytest.raises(LedgerBusy):
+        TrustLedger(path, identity)
+    deadline = time.monotonic() + RECOVERY_TIMEOUT_S
+    while not read_ledger(path, identity).num_tokens and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert read_ledger(path, identity).counts_ALE.any()
 
 
 def test_service_is_ready_when_idle_and_under_load(service: Service) -> None:
