@@ -53,8 +53,9 @@ class FreeWorker(LocalDirectory):
         out, first = torch.empty_like(rows_RD), 0
         for expert, count in zip(call.experts, call.counts, strict=True):
             weights = self._weights(ExpertKey(call.component, call.layer, expert))
-            gate, up = F.linear(rows_RD[first : first + count], weights.gate_up_FD).chunk(2, dim=1)
-            out[first : first + count] = F.linear(F.silu(gate) * up, weights.down_DF)
+            gate_up_FD, down_DF = weights.as_tensors()
+            gate, up = F.linear(rows_RD[first : first + count], gate_up_FD).chunk(2, dim=1)
+            out[first : first + count] = F.linear(F.silu(gate) * up, down_DF)
             first += count
         return out
 

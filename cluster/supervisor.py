@@ -24,6 +24,9 @@ from experts.eviction import DEFAULT_EVICTION, Eviction
 from experts.remote_directory import ResidentExperts, Roster
 from experts.store import ExpertStore
 from experts.transport import Endpoint
+from experts.trust import TrustReport, TrustTable
+from experts.trust_ledger import TrustIdentity, TrustLedger
+from router.trust_session import TrustOptions, open_local_ledger
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +46,9 @@ class ServiceSpec:
     expert_width: int
     num_actors: int
     threads_per_actor: int
-    budget_bytes: int | None = None
     eviction: Eviction = DEFAULT_EVICTION
+    actor_budgets: tuple[int, ...] = ()
+    """Bytes of experts that each actor keeps, in the order of their groups; without any, no bound."""
     host: str = "127.0.0.1"
     spin_s: float = 0.0
     """See `TransportLimits`; actors and routers use the same."""
@@ -73,6 +77,8 @@ class Supervisor:
         self._lock = threading.Lock()
         self._version = int(time.time())
         self._members = [_Member(member) for member in self._plan()]
+        self._ledger: TrustLedger | None = None
+        self._ledger_lock = threading.Lock()
         self._closing = threading.Event()
         self._wake = threading.Event()
         threading.Thread(target=self._run, name="reconcile", daemon=True).start()
@@ -97,6 +103,20 @@ class Supervisor:
         """A router lost its connection: look at that actor now rather than at the next check."""
         logger.info("router lost expert actor %s", name)
         self._wake.set()
+
+    def trust_table(self, identity: TrustIdentity, options: TrustOptions) -> TrustTable:
+        """What is kept. Raises LedgerBusy or LedgerUnusable."""
+        return self._owned_ledger(identity, options).table()
+
+    def add_trust(self, identity: TrustIdentity, options: TrustOptions, report: TrustReport) -> TrustTable:
+        """Keep a router's report; see `TrustLedger.add`."""
+        return self._owned_ledger(identity, options).add(report)
+
+    def _owned_ledger(self, identity: TrustIdentity, options: TrustOptions) -> TrustLedger:
+        with self._ledger_lock:
+            if self._ledger is None:
+                self._ledger = open_local_ledger(identity, options)
+            return self._ledger
 
     def wait_ready(self, timeout_s: float = START_TIMEOUT_S) -> None:
         """Return when every actor has answered. Raises ActorsNotStarted."""
@@ -128,9 +148,12 @@ class Supervisor:
         return entries
 
     def shut_down(self) -> None:
-        """End every expert actor. The supervisor itself is ended by its caller."""
+        """End every expert actor and let go of the trust ledger. The supervisor itself is ended by its caller."""
         self._closing.set()
         self._wake.set()
+        with self._ledger_lock:
+            if self._ledger is not None:
+                self._ledger.close()
         with self._lock:
             for member in self._members:
                 if member.handle is not None:
@@ -152,7 +175,7 @@ class Supervisor:
                 group,
                 spec.width,
                 spec.expert_width,
-                spec.budget_bytes,
+                spec.actor_budgets[index] if spec.actor_budgets else None,
                 spec.eviction,
                 spec.threads_per_actor,
                 spec.host,

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from experts.buffers import BufferPool
 from experts.eviction import DEFAULT_EVICTION, Eviction, make_worth
-from experts.ffn import ExpertWeights, view_expert
+from experts.ffn import ExpertWeights
 from experts.loader import MIN_PARALLEL_BYTES, ExpertLoader
+from experts.quantised import ExpertForm
 from experts.residency import Residency
 from experts.shadow import ShadowCaches
-from experts.store import TORCH_DTYPES, ExpertStore
+from experts.store import ExpertStore
 from extraction.manifest import ExpertKey
 
 
@@ -47,15 +48,14 @@ class ExpertCache:
     def __init__(
         self,
         store: ExpertStore,
-        dtype: torch.dtype,
-        widths: dict[str, int],
+        form: ExpertForm,
         keys: Collection[ExpertKey],
         options: CacheOptions,
     ) -> None:
-        """keys: all experts that will ever be asked for. widths: model width D of each component."""
+        """keys: all experts that will ever be asked for. form: what records become in memory."""
         self.weights: dict[ExpertKey, ExpertWeights] = {}
         self.hits = self.misses = self.bytes_read = 0
-        self._store, self._dtype, self._widths = store, dtype, widths
+        self._store, self._form = store, form
         stored = [store.record(key).nbytes for key in keys]
         budget = options.budget_bytes
         is_scarce = budget is not None and sum(stored) > budget
@@ -132,7 +132,7 @@ class ExpertCache:
         missing = exchange.load
         self.hits += len(wave) - len(missing)
         self.misses += len(missing)
-        if missing and self._is_beside and not any(map(self._is_converted, missing)):
+        if missing and self._is_beside and all(map(self._is_in_place, missing)):
             absent = frozenset(missing)
             return self._load_beside([key for key in wave if key not in absent], missing)
         return self._load_here(wave, missing)
@@ -186,20 +186,17 @@ class ExpertCache:
 
     @torch.inference_mode()  # a buffer may have been made in it, and is then written in no other
     def _load(self, key: ExpertKey) -> None:
-        """On this thread. A record that is converted passes through one buffer beside the budget."""
-        buffer = self._pool.take(self._held[key])
-        self._buffers[key] = buffer
-        if not self._is_converted(key):
-            self._keep(key, self._loader.load(key, buffer))
-            return
-        window = BufferPool(None, is_aligned=self._loader.direct).take(self._loader.window_bytes(key))
-        raw = self._loader.load(key, window)
-        buffer.view(self._dtype).copy_(raw.view(TORCH_DTYPES[self._store.record(key).dtype]))
-        self._keep(key, buffer)
+        """On this thread. A record that becomes something else is read into memory beside the budget."""
+        if self._is_in_place(key):
+            window = self._buffers[key] = self._pool.take(self._held[key])
+        else:
+            window = BufferPool(None, is_aligned=self._loader.direct).take(self._loader.window_bytes(key))
+        self._keep(key, self._loader.load(key, window))
 
     def _keep(self, key: ExpertKey, raw: Tensor) -> None:
-        self.bytes_read += self._store.record(key).nbytes
-        self.weights[key] = view_expert(raw, self._dtype, self._widths[key.component])
+        record = self._store.record(key)
+        self.bytes_read += record.nbytes
+        self.weights[key] = self._form.weights(record, raw)
 
     def _forget(self, key: ExpertKey) -> None:
         self._residency.forget(key)
@@ -211,11 +208,10 @@ class ExpertCache:
         if buffer is not None:
             self._pool.give(buffer)
 
-    def _is_converted(self, key: ExpertKey) -> bool:
-        return TORCH_DTYPES[self._store.record(key).dtype] != self._dtype
+    def _is_in_place(self, key: ExpertKey) -> bool:
+        return self._form.is_in_place(self._store.record(key))
 
     def _held_bytes(self, key: ExpertKey) -> int:
-        record = self._store.record(key)
-        if self._is_converted(key):
-            return record.nbytes // TORCH_DTYPES[record.dtype].itemsize * self._dtype.itemsize
-        return self._loader.window_bytes(key)
+        if self._is_in_place(key):
+            return self._loader.window_bytes(key)
+        return self._form.loaded_bytes(self._store.record(key))

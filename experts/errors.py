@@ -79,6 +79,42 @@ class ExpertCorrupt(ExpertError):
         return f"expert {self.key} in {self.file} at offset {self.offset}: {self.reason}"
 
 
+# Trust
+
+
+class TrustMismatch(ExpertError):
+    """Two records of trust are about different experts."""
+
+    def __init__(self, expected: str, found: str) -> None:
+        super().__init__(expected, found)
+        self.expected, self.found = expected, found
+
+    def __str__(self) -> str:
+        return f"trust is kept about {self.expected}, not {self.found}"
+
+
+class LedgerBusy(ExpertError):
+    """Another process owns the trust ledger."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.path = path
+
+    def __str__(self) -> str:
+        return f"{self.path}: another process keeps this trust ledger; stop it or choose another --state-dir"
+
+
+class LedgerUnusable(ExpertError):
+    """The trust ledger cannot be opened, read or written."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"trust ledger {self.path}: {self.reason}"
+
+
 # Reaching experts over the wire
 
 

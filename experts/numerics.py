@@ -11,7 +11,7 @@ Does not promise anything across classes: another device, instruction set, dtype
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -108,9 +108,21 @@ def instruction_set(device: torch.device) -> str:
 
 
 def numerics_class(device: torch.device, dtype: torch.dtype, kernel: RowKernel) -> str:
-    """Name of the set of machines and settings within which results are bitwise equal."""
+    """Name of the set of machines and settings within which results are bitwise equal.
+
+    Quantised experts add two parts, what they are and how they are multiplied (`experts.quantised`).
+    """
     name = str(dtype).removeprefix("torch.")
     return f"{device.type}/{instruction_set(device)}/{name}/torch-{torch.__version__}/{kernel.product}-1"
+
+
+def quantization_in(class_name: str) -> str | None:
+    """How the experts are quantised that a class computes, as its name tells; None where they are as published.
+
+    Those of another quantisation are another model, not only other bits of the same one.
+    """
+    fields = class_name.split("/")
+    return fields[5] if len(fields) > 5 else None
 
 
 def calibrate(
@@ -157,10 +169,27 @@ def one_thread() -> Iterator[None]:
 def _is_invariant(kernel: RowKernel, x: Tensor, weight: Tensor) -> bool:
     with one_thread():
         reference = kernel.multiply(x, weight)
+    part = weight[:MANY_ROWS_OUTPUTS]
+    return gives_few_rows_their_bits(
+        lambda rows: kernel.linear(rows, weight), x, reference
+    ) and gives_many_rows_their_bits(
+        lambda rows: kernel.linear(rows, part), x, reference[:, :MANY_ROWS_OUTPUTS]
+    )
+
+
+def gives_few_rows_their_bits(linear: Callable[[Tensor], Tensor], x: Tensor, reference: Tensor) -> bool:
+    """Whether a product gives any few of the REFERENCE_ROWS rows of x what they have among all of them.
+
+    linear: takes any number of rows. reference: of all rows, by one thread.
+    """
     for num_rows in TESTED_ROWS:
         first = REFERENCE_ROWS - num_rows  # the last rows, so that a row's place in the call changes too
-        if not torch.equal(kernel.linear(x[first:], weight), reference[first:]):
+        if not torch.equal(linear(x[first:]), reference[first:]):
             return False
+    return True
+
+
+def gives_many_rows_their_bits(linear: Callable[[Tensor], Tensor], x: Tensor, reference: Tensor) -> bool:
+    """The same for MANY_ROWS rows."""
     repeats = MANY_ROWS // REFERENCE_ROWS
-    many = kernel.linear(x.repeat(repeats, 1), weight[:MANY_ROWS_OUTPUTS])
-    return torch.equal(many, reference[:, :MANY_ROWS_OUTPUTS].repeat(repeats, 1))
+    return torch.equal(linear(x.repeat(repeats, 1)), reference.repeat(repeats, 1))

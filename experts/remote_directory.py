@@ -19,6 +19,7 @@ from torch import Tensor
 from experts.call import ExpertCall
 from experts.directory import DirectoryStats
 from experts.errors import TransportError
+from experts.numerics import quantization_in
 from experts.transport import Endpoint, ExpertConnection, ServiceInfo, TransportLimits
 from experts.worker import ExpertWorker
 from extraction.manifest import ExpertKey
@@ -246,6 +247,9 @@ class RemoteDirectory:
         reasons = [f"has no component {name!r}" for name in sorted(components.difference(info.components))]
         if info.dtype != self._local.dtype:
             reasons.append(f"computes in {info.dtype}, here {self._local.dtype}")
+        theirs, ours = (quantization_in(name) for name in (info.numerics_class, self._local.numerics_class))
+        if theirs != ours:
+            reasons.append(f"has experts in {theirs or 'full precision'}, here in {ours or 'full precision'}")
         for name in info.components:
             if widths.get(name) != info.width:
                 reasons.append(f"has component {name!r} of width {info.width}, here {widths.get(name)}")

@@ -316,7 +316,7 @@ def _check_complete(root: Path, manifest: Manifest, index: dict[ExpertKey, Exper
         for key, record in index.items():
             if key.component == component.name:
                 layers.setdefault(key.layer, []).append(key.expert)
-                sizes.add(record.nbytes // ITEM_SIZES[record.dtype])
+                sizes.add(record.nbytes // ITEM_SIZES.get(record.dtype, 1))  # quantised ones have one form
         total = _num_experts(manifest, component, layers)
         for layer, experts in layers.items():
             expected = (ExpertKey(component.name, layer, expert) for expert in range(total))

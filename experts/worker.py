@@ -24,6 +24,7 @@ from experts.eviction import DEFAULT_EVICTION, Eviction
 from experts.ffn import compute_experts
 from experts.loader import LOAD_THREADS
 from experts.numerics import RowKernel, numerics_class
+from experts.quantised import expert_form
 from experts.store import ExpertStore
 from extraction.manifest import ExpertKey
 
@@ -66,7 +67,8 @@ class ExpertWorker:
         The other options are those of `CacheOptions`.
         """
         self.dtype = dtype
-        self.numerics_class = numerics_class(torch.device("cpu"), dtype, kernel)
+        form = expert_form(store, kernel, dtype, widths)
+        self.numerics_class = numerics_class(torch.device("cpu"), dtype, kernel) + form.class_suffix
         self._stats = WorkerStats()
         self._store = store
         self._kernel = kernel
@@ -74,7 +76,7 @@ class ExpertWorker:
         self._group = None if group is None else frozenset(group)
         self._keys = tuple(key for key in store.expert_keys() if self._answers_for(key))
         options = CacheOptions(budget_bytes, eviction, trust, direct, tuple(copies))
-        self.cache = ExpertCache(store, dtype, widths, self._keys, options)
+        self.cache = ExpertCache(store, form, self._keys, options)
         self._steps: dict[tuple[str, int], int] = {}
         self._now = 0
         self._lock = threading.Lock()

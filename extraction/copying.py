@@ -18,6 +18,8 @@ from types import TracebackType
 
 from extraction.dtypes import convert
 from extraction.errors import CheckpointDamaged, TensorUnexpected
+from extraction.manifest import ITEM_SIZES
+from extraction.quantise import quantise_rows
 from extraction.shards import ShardSupply
 from extraction.store_files import Piece, Step, StoreFile
 
@@ -142,11 +144,13 @@ class Copier:
 
     def _copy(self, task: _Task, source: int, target: int) -> str:
         digest = hashlib.sha256()
+        scales = []
         for piece in task.pieces:
+            if piece.quantization is not None:
+                scales.append((piece, self._copy_codes(piece, source, target, digest.update)))
+                continue
             offset = piece.offset
-            for raw in self._chunks(
-                source, piece.shard, piece.source_offset, piece.source_bytes, piece.tensor
-            ):
+            for raw in self._source_chunks(piece, source):
                 try:
                     chunk = convert(raw, piece.source_dtype, piece.dtype)
                 except OverflowError as error:
@@ -155,22 +159,51 @@ class Copier:
                 _write(target, chunk, offset)
                 offset += len(chunk)
                 self._meter.add(len(raw))
+        for piece, raw_scales in scales:
+            digest.update(raw_scales)
+            _write(target, memoryview(raw_scales), piece.scales_offset)
         return digest.hexdigest()
+
+    def _copy_codes(
+        self, piece: Piece, source: int, target: int, update: Callable[[memoryview], None]
+    ) -> bytes:
+        """Write the codes; returns the scales, which an owner has behind all of its codes."""
+        assert piece.quantization is not None
+        offset, scales = piece.offset, bytearray()
+        inputs = piece.shape[-1]
+        for raw in self._source_chunks(piece, source, unit=inputs * ITEM_SIZES[piece.source_dtype]):
+            try:
+                codes, chunk_scales = quantise_rows(raw, piece.source_dtype, inputs, piece.quantization)
+            except ValueError as error:
+                raise TensorUnexpected(piece.tensor, f"{error} and cannot be quantised") from error
+            update(codes)
+            _write(target, codes, offset)
+            offset += len(codes)
+            scales += chunk_scales
+            self._meter.add(len(raw))
+        return bytes(scales)
 
     def _digest(self, task: _Task, target: int) -> str:
         digest = hashlib.sha256()
-        for piece in task.pieces:
-            for raw in self._chunks(target, piece.file, piece.offset, piece.nbytes, piece.tensor):
+        ranges = [(piece, piece.offset, piece.nbytes) for piece in task.pieces]
+        ranges += [(piece, piece.scales_offset, piece.scales_nbytes) for piece in task.pieces]
+        for piece, offset, nbytes in ranges:
+            for raw in self._chunks(target, piece.file, offset, nbytes, piece.tensor):
                 digest.update(raw)
         return digest.hexdigest()
 
+    def _source_chunks(self, piece: Piece, source: int, unit: int = 1) -> Iterator[memoryview]:
+        return self._chunks(source, piece.shard, piece.source_offset, piece.source_bytes, piece.tensor, unit)
+
     def _chunks(
-        self, descriptor: int, file: str, offset: int, nbytes: int, tensor: str
+        self, descriptor: int, file: str, offset: int, nbytes: int, tensor: str, unit: int = 1
     ) -> Iterator[memoryview]:
-        """Views of this thread's buffer, each good until the next is asked for."""
-        if not hasattr(self._buffers, "buffer"):
-            self._buffers.buffer = bytearray(BUFFER_BYTES)
-        for chunk in read_chunks(descriptor, file, offset, nbytes, tensor, self._buffers.buffer):
+        """Views of this thread's buffer, each good until the next is asked for, and of whole units of bytes."""
+        size = whole_units(unit)
+        if len(getattr(self._buffers, "buffer", b"")) < size:
+            self._buffers.buffer = bytearray(max(size, BUFFER_BYTES))
+        buffer = memoryview(self._buffers.buffer)[:size]
+        for chunk in read_chunks(descriptor, file, offset, nbytes, tensor, buffer):
             if self._stop.is_set():
                 raise _Stopped
             yield chunk
@@ -181,8 +214,13 @@ def num_threads() -> int:
     return min(MAX_THREADS, max(2, len(os.sched_getaffinity(0))))
 
 
+def whole_units(unit: int) -> int:
+    """Bytes of a buffer that holds whole units, such as a matrix's rows, and at least one."""
+    return max(1, BUFFER_BYTES // unit) * unit
+
+
 def read_chunks(
-    descriptor: int, file: str, offset: int, nbytes: int, tensor: str, buffer: bytearray
+    descriptor: int, file: str, offset: int, nbytes: int, tensor: str, buffer: bytearray | memoryview
 ) -> Iterator[memoryview]:
     """The bytes as views of `buffer`, all full but the last. Raises CheckpointDamaged naming file and tensor."""
     end = offset + nbytes

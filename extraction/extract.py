@@ -21,6 +21,7 @@ from extraction.journal import Journal, is_journal_of
 from extraction.manifest import (
     FORMAT_VERSION,
     INDEX_NAME,
+    QUANTISED_VERSION,
     ROLES,
     Component,
     Dtype,
@@ -34,6 +35,7 @@ from extraction.manifest import (
     write_manifest,
 )
 from extraction.plan import ExtractionPlan, SourceTensor, plan_extraction
+from extraction.quantise import Quantization
 from extraction.safetensors_file import ALIGNMENT
 from extraction.selection import Selection, select
 from extraction.shards import FolderShards, ShardSupply
@@ -68,6 +70,7 @@ class Job:
     left_out: LeftOut | None
     layout: StoreFiles | None
     """None where no weights are copied."""
+    quantization: Quantization | None = None
 
     @property
     def kind(self) -> Literal["copied", "indexed"]:
@@ -96,6 +99,7 @@ def extract(
     index_only: bool = False,
     selection: Selection | None = None,
     dtype: Dtype | None = None,
+    quantization: Quantization | None = None,
     progress: Progress | None = None,
     shards: ShardSupply | None = None,
 ) -> ExtractionReport:
@@ -103,12 +107,13 @@ def extract(
 
     index_only copies no weights: the store then points into the original shards, which must stay where they are.
     selection: of layers and components; a store that lacks some is partial and says so. dtype: of all weights in the
-    store; None keeps each as it is. shards: where weights are read from instead of `source`, which then needs headers.
+    store; None keeps each as it is. quantization: of the experts, from the checkpoint's values whatever the dtype.
+    shards: where weights are read from instead of `source`, which then needs headers.
     Raises an ExtractionError; whatever is raised, nothing is left behind, except for what a supply of shards that
     failed needs to go on.
     """
     check_vacant(dest)
-    job = prepare(source, index_only=index_only, selection=selection, dtype=dtype)
+    job = prepare(source, index_only=index_only, selection=selection, dtype=dtype, quantization=quantization)
     if job.layout is None:
         _check_nameable(source)
     supply = shards or FolderShards(source)
@@ -135,13 +140,23 @@ def extract(
 
 
 def prepare(
-    source: Path, *, index_only: bool = False, selection: Selection | None = None, dtype: Dtype | None = None
+    source: Path,
+    *,
+    index_only: bool = False,
+    selection: Selection | None = None,
+    dtype: Dtype | None = None,
+    quantization: Quantization | None = None,
 ) -> Job:
     """Read headers and descriptions; decide what goes where. Raises an ExtractionError."""
     if index_only and dtype is not None:
         raise OptionRefused("--dtype", "an index points to the weights as they are; leave out --index-only")
+    if index_only and quantization is not None:
+        raise OptionRefused(
+            "--quantize", "an index points to the weights as they are; leave out --index-only"
+        )
     plan, left_out = select(plan_extraction(source), selection or Selection())
-    return Job(plan, left_out, None if index_only else lay_out(plan, dtype))
+    layout = None if index_only else lay_out(plan, dtype, quantization)
+    return Job(plan, left_out, layout, quantization)
 
 
 def _check_nameable(source: Path) -> None:
@@ -256,11 +271,12 @@ def _write_descriptions(
         files[name] = FileEntry(nbytes=len(content), sha256=hashlib.sha256(content).hexdigest())
     files[INDEX_NAME] = write_expert_index(root, records)
     manifest = Manifest(
-        format_version=FORMAT_VERSION,
+        format_version=FORMAT_VERSION if job.quantization is None else QUANTISED_VERSION,
         family=plan.family,
         kind=job.kind,
         source_root=str(plan.source.resolve()) if job.kind == "indexed" else None,
         left_out=job.left_out,
+        quantization=job.quantization,
         config=plan.config,
         generation_config=plan.generation_config,
         components=components,

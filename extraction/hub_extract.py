@@ -31,6 +31,7 @@ from extraction.hub import (
     silence_downloads,
 )
 from extraction.manifest import Dtype
+from extraction.quantise import Quantization
 from extraction.safetensors_file import read_header
 from extraction.selection import Selection
 
@@ -95,6 +96,7 @@ def extract_from_hub(
     discard_source: bool = False,
     selection: Selection | None = None,
     dtype: Dtype | None = None,
+    quantization: Quantization | None = None,
     progress: Progress | None = None,
 ) -> ExtractionReport:
     """Like `extract`, of a checkpoint on the hub; only shards that the selection needs are downloaded.
@@ -108,14 +110,22 @@ def extract_from_hub(
     with tempfile.TemporaryDirectory(prefix="sage-moe-") as folder:
         outline = Path(folder)
         fetch_outline(remote, outline)
-        job = prepare(outline, selection=selection, dtype=dtype)
+        job = prepare(outline, selection=selection, dtype=dtype, quantization=quantization)
         supply = HubShards(remote, outline, discard_source)
         _check_space(job, supply, dest, announce)
         if discard_source:
             silence_downloads()  # Two bars would overwrite each other: the extraction's moves with each shard.
         else:
             download_all(remote, _shards(job))
-        return extract(outline, dest, selection=selection, dtype=dtype, progress=progress, shards=supply)
+        return extract(
+            outline,
+            dest,
+            selection=selection,
+            dtype=dtype,
+            quantization=quantization,
+            progress=progress,
+            shards=supply,
+        )
 
 
 def hub_snapshot(hub_id: HubId, *, announce: Announce) -> Path:

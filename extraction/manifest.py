@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
@@ -22,8 +23,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from extraction.errors import ManifestInvalid
 from extraction.files import read_small_file
+from extraction.quantise import Quantization
 
 FORMAT_VERSION: Literal[1] = 1
+QUANTISED_VERSION: Literal[2] = 2
+"""Of stores with quantised experts; all others stay readable for programs that know version 1 only."""
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "experts.parquet"
 MAX_MANIFEST_BYTES = 256 * 1024 * 1024
@@ -32,6 +36,8 @@ MAX_GROUPS = 4096
 MAX_FILE_BYTES = 1 << 60
 """Of a file that offsets point into; keeps sums of offsets and sizes within 64 bits."""
 ROLES = ("gate", "up", "down")
+SCALE_ROLES = ("gate_scale", "up_scale", "down_scale")
+"""Of quantised experts, behind the codes under the names of ROLES."""
 ITEM_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 ARROW_SCHEMA_KEY = b"ARROW:schema"
@@ -72,13 +78,15 @@ class RecordPart:
 
 @dataclass(frozen=True)
 class ExpertRecord:
-    """Where one expert lies: gate, up and down, each [out, in] row-major."""
+    """Where one expert lies: gate, up and down, each [out, in] row-major; of a quantised one also its scales."""
 
     key: ExpertKey
     dtype: str
+    """Or the scheme of a quantised one."""
     sha256: str | None
-    """Of the three parts' bytes in order; None in an index over original shards."""
-    parts: tuple[RecordPart, RecordPart, RecordPart]
+    """Of the parts' bytes in order; None in an index over original shards."""
+    parts: tuple[RecordPart, ...]
+    """In the order of ROLES, then of SCALE_ROLES where it is quantised."""
 
     @property
     def nbytes(self) -> int:
@@ -87,9 +95,10 @@ class ExpertRecord:
     @property
     def is_contiguous(self) -> bool:
         """Whether one read loads it."""
-        gate, up, down = self.parts
-        is_one_file = gate.file == up.file == down.file
-        return is_one_file and gate.offset + gate.nbytes == up.offset and up.offset + up.nbytes == down.offset
+        return all(
+            part.file == after.file and part.offset + part.nbytes == after.offset
+            for part, after in pairwise(self.parts)
+        )
 
 
 class _Model(BaseModel):
@@ -173,13 +182,15 @@ class LeftOut(_Model):
 class Manifest(_Model):
     """What `manifest.json` holds."""
 
-    format_version: Literal[1]
+    format_version: Literal[1, 2]
     family: str
     kind: Literal["copied", "indexed"]
     source_root: str | None
     """Absolute folder of the original shards; only in an index over them."""
     left_out: LeftOut | None
     """None in a store that holds the whole model."""
+    quantization: Quantization | None = None
+    """Of all experts; in version 2 only, and always there."""
     config: dict[str, Any]
     generation_config: dict[str, Any]
     components: tuple[Component, ...]
@@ -204,6 +215,12 @@ class Manifest(_Model):
     def _is_whole(self) -> Self:
         if (self.kind == "indexed") != (self.source_root is not None):
             raise ValueError("names no folder of original shards, or one that it does not use")
+        if (self.format_version == QUANTISED_VERSION) != (self.quantization is not None):
+            raise ValueError(
+                "says how experts are quantised in another version than 2, or does not in that one"
+            )
+        if self.quantization is not None and self.kind == "indexed":
+            raise ValueError("is quantised and points to original shards")
         if self.source_root is not None and not PurePosixPath(self.source_root).is_absolute():
             raise ValueError(f"source_root {self.source_root[:200]!r} is no absolute path")
         if len({component.name for component in self.components}) != len(self.components):
@@ -256,10 +273,9 @@ def read_manifest(root: Path) -> Manifest:
     raw = read_small_file(root, MANIFEST_NAME, MAX_MANIFEST_BYTES)
     try:
         version = json.loads(raw).get("format_version")
-        if version != FORMAT_VERSION:
-            raise ManifestInvalid(
-                MANIFEST_NAME, f"format version {version!r}; this program reads {FORMAT_VERSION}"
-            )
+        if version not in (FORMAT_VERSION, QUANTISED_VERSION):
+            known = f"{FORMAT_VERSION} and {QUANTISED_VERSION}"
+            raise ManifestInvalid(MANIFEST_NAME, f"format version {version!r}; this program reads {known}")
         return Manifest.model_validate_json(raw)
     except ValidationError as error:
         first = error.errors()[0]
@@ -270,7 +286,10 @@ def read_manifest(root: Path) -> Manifest:
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
-    text = manifest.model_dump_json(indent=1)
+    # Version 1 has no such field.
+    text = manifest.model_dump_json(
+        indent=1, exclude={"quantization"} if manifest.quantization is None else None
+    )
     (root / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
 
 
@@ -323,7 +342,7 @@ def read_expert_index(root: Path, manifest: Manifest) -> dict[ExpertKey, ExpertR
         )
     try:
         rows = _rows(raw)
-        records = [_record(row, manifest.kind) for row in rows]
+        records = [_record(row, manifest) for row in rows]
     except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError) as error:
         raise ManifestInvalid(INDEX_NAME, f"cannot be read: {error}") from error
     index = {record.key: record for record in records}
@@ -344,14 +363,14 @@ def _rows(raw: bytes) -> list[dict[str, Any]]:
         (group.column(column).num_values for group in groups for column in range(group.num_columns)),
         default=0,
     )
-    if reader.metadata.num_rows > MAX_INDEX_ROWS or num_values > len(ROLES) * MAX_INDEX_ROWS:
+    if reader.metadata.num_rows > MAX_INDEX_ROWS or num_values > len(ROLES + SCALE_ROLES) * MAX_INDEX_ROWS:
         raise ManifestInvalid(INDEX_NAME, f"has more than {MAX_INDEX_ROWS} rows")
     # A short command can end while pyarrow still starts its threads, and then aborts at exit.
     rows: list[dict[str, Any]] = reader.read(use_threads=False).to_pylist()
     return rows
 
 
-def _record(row: dict[str, Any], kind: str) -> ExpertRecord:
+def _record(row: dict[str, Any], manifest: Manifest) -> ExpertRecord:
     """Raises ValueError for what no extraction writes."""
     key = ExpertKey(row["component"], row["layer"], row["expert"])
     parts = tuple(
@@ -360,17 +379,31 @@ def _record(row: dict[str, Any], kind: str) -> ExpertRecord:
     )
     if not re.fullmatch(NAME_PATTERN, key.component) or key.layer < 0 or key.expert < 0:
         raise ValueError(f"expert {key} has a damaged component's name or a negative number")
-    if row["dtype"] not in ITEM_SIZES or tuple(part.role for part in parts) != ROLES:
-        raise ValueError(f"expert {key} has dtype {row['dtype']!r} or parts other than {ROLES}")
     if any(part.offset < 0 or part.nbytes <= 0 for part in parts):
         raise ValueError(f"expert {key} has a part with a negative offset or no bytes")
     if any(part.offset > MAX_FILE_BYTES or part.nbytes > MAX_FILE_BYTES for part in parts):
         raise ValueError(f"expert {key} has a part beyond {MAX_FILE_BYTES} bytes")
-    if len({part.nbytes for part in parts}) != 1 or parts[0].nbytes % ITEM_SIZES[row["dtype"]]:
-        raise ValueError(f"expert {key} has parts of different sizes or of no whole number of values")
+    _check_form(key, row["dtype"], parts, manifest.quantization)
     if row["sha256"] is None:
-        if kind == "copied":
+        if manifest.kind == "copied":
             raise ValueError(f"expert {key} is copied without a hash")
     elif not re.fullmatch(SHA256_PATTERN, row["sha256"]):
         raise ValueError(f"expert {key} has a hash that is none")
-    return ExpertRecord(key, row["dtype"], row["sha256"], (parts[0], parts[1], parts[2]))
+    return ExpertRecord(key, row["dtype"], row["sha256"], parts)
+
+
+def _check_form(
+    key: ExpertKey, dtype: str, parts: tuple[RecordPart, ...], quantization: Quantization | None
+) -> None:
+    """Dtype and parts as they belong together. Whether sizes fit a model is for who knows its width."""
+    roles = tuple(part.role for part in parts)
+    if quantization is not None:
+        if dtype != quantization.scheme or roles != ROLES + SCALE_ROLES:
+            raise ValueError(f"expert {key} has dtype {dtype!r} or parts other than quantised ones have")
+        if parts[0].nbytes != parts[1].nbytes or parts[3].nbytes != parts[4].nbytes:
+            raise ValueError(f"expert {key} has a gate and an up projection of different sizes")
+        return
+    if dtype not in ITEM_SIZES or roles != ROLES:
+        raise ValueError(f"expert {key} has dtype {dtype!r} or parts other than {ROLES}")
+    if len({part.nbytes for part in parts}) != 1 or parts[0].nbytes % ITEM_SIZES[dtype]:
+        raise ValueError(f"expert {key} has parts of different sizes or of no whole number of values")

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from extraction.manifest import (
     ITEM_SIZES,
     ROLES,
+    SCALE_ROLES,
     Component,
     Dtype,
     ExpertKey,
@@ -21,7 +22,11 @@ from extraction.manifest import (
     TensorEntry,
 )
 from extraction.plan import ExpertParts, ExtractionPlan, PlannedComponent, SourceTensor
+from extraction.quantise import Quantization
 from extraction.safetensors_file import ALIGNMENT, CODES, write_header
+
+HeaderRow = tuple[str, str, tuple[int, ...], int]
+"""Name, safetensors dtype, shape and bytes of a tensor."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +53,22 @@ class Piece:
     file: str
     offset: int
     dtype: Dtype
+    """Of its values in the store; of a quantised piece that of the source."""
     shape: tuple[int, ...]
+    quantization: Quantization | None = None
+    scales_offset: int = 0
+    """Where the scales of a quantised piece go, behind all codes of its owner."""
 
     @property
     def nbytes(self) -> int:
+        """Of its values or codes, without scales."""
+        if self.quantization is not None:
+            return self.quantization.code_bytes(self.shape)
         return math.prod(self.shape) * ITEM_SIZES[self.dtype]
+
+    @property
+    def scales_nbytes(self) -> int:
+        return 0 if self.quantization is None else self.quantization.scale_bytes(self.shape)
 
 
 @dataclass(frozen=True)
@@ -95,8 +111,13 @@ class StoreFiles:
         return tuple(sorted({piece.shard for pieces in self.owners.values() for piece in pieces}))
 
 
-def lay_out(plan: ExtractionPlan, dtype: Dtype | None) -> StoreFiles:
-    """dtype: of all weights in the store; None leaves each as it is."""
+def lay_out(
+    plan: ExtractionPlan, dtype: Dtype | None, quantization: Quantization | None = None
+) -> StoreFiles:
+    """dtype: of all weights in the store that are not quantised; None leaves each as it is.
+
+    quantization: of the experts, which are then made from the values of the checkpoint, not of `dtype`.
+    """
     files: dict[str, StoreFile] = {}
     owners: dict[str, tuple[Piece, ...]] = {}
     for component in plan.components:
@@ -104,7 +125,10 @@ def lay_out(plan: ExtractionPlan, dtype: Dtype | None) -> StoreFiles:
             _lay_out_backbone(component, dtype, files, owners)
     for (name, layer), experts in _by_layer(plan.experts).items():
         file = f"experts/{name}-layer-{layer:04d}.safetensors"
-        _lay_out_layer(file, experts, dtype, files, owners)
+        if quantization is None:
+            _lay_out_layer(file, experts, dtype, files, owners)
+        else:
+            _lay_out_quantised_layer(file, experts, quantization, files, owners)
     return StoreFiles(files, owners)
 
 
@@ -123,13 +147,23 @@ def describe(
     records = []
     for key in plan.experts:
         owner = expert_owner(key)
-        gate, up, down = (
-            RecordPart(role, piece.file, piece.offset, piece.nbytes)
-            for role, piece in zip(ROLES, layout.owners[owner], strict=True)
-        )
-        dtype = layout.owners[owner][0].dtype
-        records.append(ExpertRecord(key, dtype, digests[owner], (gate, up, down)))
+        records.append(_record(key, layout.owners[owner], digests[owner]))
     return tuple(components), records
+
+
+def _record(key: ExpertKey, pieces: tuple[Piece, ...], digest: str) -> ExpertRecord:
+    parts = [
+        RecordPart(role, piece.file, piece.offset, piece.nbytes)
+        for role, piece in zip(ROLES, pieces, strict=True)
+    ]
+    quantization = pieces[0].quantization
+    if quantization is None:
+        return ExpertRecord(key, pieces[0].dtype, digest, tuple(parts))
+    parts += [
+        RecordPart(role, piece.file, piece.scales_offset, piece.scales_nbytes)
+        for role, piece in zip(SCALE_ROLES, pieces, strict=True)
+    ]
+    return ExpertRecord(key, quantization.scheme, digest, tuple(parts))
 
 
 def expert_owner(key: ExpertKey) -> str:
@@ -188,30 +222,87 @@ def _lay_out_layer(
     files: dict[str, StoreFile],
     owners: dict[str, tuple[Piece, ...]],
 ) -> None:
-    """Records of gate, up and down back to back, each record aligned by an explicit padding tensor."""
-    rows: list[tuple[str, str, tuple[int, ...], int]] = []
-    starts, position = [], 0
+    """Records of gate, up and down back to back."""
+    rows = {
+        key: [
+            _header_row(_expert_name(key, role), part, dtype or part.dtype)
+            for role, part in zip(ROLES, parts, strict=True)
+        ]
+        for key, parts in experts.items()
+    }
+    files[file], starts = _align(file, rows)
     for key, parts in experts.items():
-        gap = -position % ALIGNMENT
-        if gap:
-            rows.append((f"padding.{key.expert}", "U8", (gap,), gap))
-        starts.append(position + gap)
-        for role, part in zip(ROLES, parts, strict=True):
-            name = f"layers.{key.layer}.experts.{key.expert}.{role}"
-            rows.append(_header_row(name, part, dtype or part.dtype))
-        position += gap + sum(row[3] for row in rows[-3:])
-    header = write_header(rows)
-    for start, (key, parts) in zip(starts, experts.items(), strict=True):
-        owner, offset = expert_owner(key), len(header) + start
+        owner, offset = expert_owner(key), starts[key]
         pieces = []
         for part in parts:
             pieces.append(_piece(owner, part, file, offset, dtype or part.dtype))
             offset += pieces[-1].nbytes
         owners[owner] = tuple(pieces)
-    files[file] = StoreFile(file, header, len(header) + position)
 
 
-def _header_row(name: str, tensor: SourceTensor, dtype: Dtype) -> tuple[str, str, tuple[int, ...], int]:
+def _lay_out_quantised_layer(
+    file: str,
+    experts: Mapping[ExpertKey, ExpertParts],
+    quantization: Quantization,
+    files: dict[str, StoreFile],
+    owners: dict[str, tuple[Piece, ...]],
+) -> None:
+    """Records of the codes of gate, up and down, then their scales, all back to back."""
+    code = "I8" if quantization.scheme == "int8" else "U8"
+    rows = {}
+    for key, parts in experts.items():
+        named = list(zip(ROLES, SCALE_ROLES, (part.shape for part in parts), strict=True))
+        codes: list[HeaderRow] = [
+            (_expert_name(key, role), code, quantization.code_shape(shape), quantization.code_bytes(shape))
+            for role, _, shape in named
+        ]
+        scales: list[HeaderRow] = [
+            (
+                _expert_name(key, role),
+                "BF16",
+                quantization.scale_shape(shape),
+                quantization.scale_bytes(shape),
+            )
+            for _, role, shape in named
+        ]
+        rows[key] = codes + scales
+    files[file], starts = _align(file, rows)
+    for key, parts in experts.items():
+        owner, offset = expert_owner(key), starts[key]
+        scales_offset = offset + sum(quantization.code_bytes(part.shape) for part in parts)
+        pieces = []
+        for part in parts:
+            piece = replace(
+                _piece(owner, part, file, offset, part.dtype),
+                quantization=quantization,
+                scales_offset=scales_offset,
+            )
+            pieces.append(piece)
+            offset, scales_offset = offset + piece.nbytes, scales_offset + piece.scales_nbytes
+        owners[owner] = tuple(pieces)
+
+
+def _expert_name(key: ExpertKey, role: str) -> str:
+    return f"layers.{key.layer}.experts.{key.expert}.{role}"
+
+
+def _align(file: str, records: Mapping[ExpertKey, list[HeaderRow]]) -> tuple[StoreFile, dict[ExpertKey, int]]:
+    """The file of these records, each aligned by an explicit padding tensor, and where in it each one starts."""
+    rows: list[HeaderRow] = []
+    starts, position = {}, 0
+    for key, record in records.items():
+        gap = -position % ALIGNMENT
+        if gap:
+            rows.append((f"padding.{key.expert}", "U8", (gap,), gap))
+        starts[key] = position + gap
+        rows += record
+        position += gap + sum(row[3] for row in record)
+    header = write_header(rows)
+    placed = {key: len(header) + start for key, start in starts.items()}
+    return StoreFile(file, header, len(header) + position), placed
+
+
+def _header_row(name: str, tensor: SourceTensor, dtype: Dtype) -> HeaderRow:
     return name, CODES[dtype], tensor.shape, math.prod(tensor.shape) * ITEM_SIZES[dtype]
 
 

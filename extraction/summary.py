@@ -83,6 +83,8 @@ class StoreSummary:
     memory_table: tuple[MemoryRow, ...]
     components: tuple[ComponentRow, ...]
     """All of the store."""
+    quantization: Mapping[str, Any] | None
+    """Scheme and group size of the experts; None where they are as published."""
     left_out: Mapping[str, Any] | None
     """Components, and layers by component, that a partial store lacks; None in a whole one."""
 
@@ -119,6 +121,7 @@ def summarize(root: Path) -> StoreSummary:
         bytes_by_component=backbone | {"experts": _resident_bytes(layers, experts)},
         memory_table=_memory_table(backbone, layers, min(per_token, experts)),
         components=tuple(_row(part, index, part is component) for part in manifest.components),
+        quantization=None if manifest.quantization is None else manifest.quantization.model_dump(mode="json"),
         left_out=None if manifest.left_out is None else manifest.left_out.model_dump(mode="json"),
     )
 

@@ -1,5 +1,7 @@
 """Proves that a store holds a checkpoint: every tensor bit for bit, or converted as recorded, and all experts.
 
+Of quantised experts it proves that codes and scales are, bit for bit, those that the checkpoint's values give.
+
 Reads everything, both sides; holds nothing but buffers. Trusts neither the store's index nor its hashes: places come
 from the manifest and the index, what must be at them from the checkpoint. `sage-moe extract SOURCE STORE --verify`.
 """
@@ -10,10 +12,11 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from extraction.copying import BUFFER_BYTES, Meter, Progress, num_threads, read_chunks
+from extraction.copying import BUFFER_BYTES, Meter, Progress, num_threads, read_chunks, whole_units
 from extraction.dtypes import convert
 from extraction.errors import ManifestInvalid, StoreDiffers
 from extraction.files import open_inside
@@ -21,16 +24,17 @@ from extraction.manifest import (
     INDEX_NAME,
     ITEM_SIZES,
     MANIFEST_NAME,
-    ROLES,
     ExpertKey,
     ExpertRecord,
     LeftOut,
     Manifest,
+    RecordPart,
     check_files,
     read_expert_index,
     read_manifest,
 )
 from extraction.plan import ExtractionPlan, SourceTensor, plan_extraction
+from extraction.quantise import Quantization, quantise_rows
 from extraction.selection import without
 
 
@@ -54,6 +58,8 @@ class _Pair:
     offset: int
     nbytes: int
     dtype: str
+    """Or the scheme, where the bytes are codes."""
+    scales: RecordPart | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,7 @@ class _Owner:
 
     pairs: tuple[_Pair, ...]
     sha256: str | None
+    quantization: Quantization | None = None
 
 
 def verify(store: Path, source: Path, *, progress: Progress | None = None) -> VerifyReport:
@@ -71,7 +78,7 @@ def verify(store: Path, source: Path, *, progress: Progress | None = None) -> Ve
     index = read_expert_index(store, manifest)
     plan = without(plan_extraction(source), manifest.left_out)
     _check_descriptions(plan, manifest)
-    owners = [*_backbone(plan, manifest), *_experts(plan, index)]
+    owners = [*_backbone(plan, manifest), *_experts(plan, index, manifest.quantization)]
     weights = Path(manifest.source_root) if manifest.source_root else store
     meter = Meter(plan.weight_bytes, progress)
     with ThreadPoolExecutor(num_threads(), thread_name_prefix="verify") as pool:
@@ -111,7 +118,9 @@ def _backbone(plan: ExtractionPlan, manifest: Manifest) -> Iterator[_Owner]:
             yield _Owner((_Pair(tensor, found.file, found.offset, found.nbytes, found.dtype),), found.sha256)
 
 
-def _experts(plan: ExtractionPlan, index: Mapping[ExpertKey, ExpertRecord]) -> Iterator[_Owner]:
+def _experts(
+    plan: ExtractionPlan, index: Mapping[ExpertKey, ExpertRecord], quantization: Quantization | None
+) -> Iterator[_Owner]:
     surplus = index.keys() - plan.experts.keys()
     if surplus:
         part = index[min(surplus)].parts[0]
@@ -121,11 +130,13 @@ def _experts(plan: ExtractionPlan, index: Mapping[ExpertKey, ExpertRecord]) -> I
         record = index.get(key)
         if record is None:
             raise _absent(tensors[0], INDEX_NAME)
+        parts = record.parts[: len(tensors)]
+        scales = record.parts[len(tensors) :] or (None,) * len(tensors)
         pairs = tuple(
-            _Pair(tensor, part.file, part.offset, part.nbytes, record.dtype)
-            for _, tensor, part in zip(ROLES, tensors, record.parts, strict=True)
+            _Pair(tensor, part.file, part.offset, part.nbytes, record.dtype, scale)
+            for tensor, part, scale in zip(tensors, parts, scales, strict=True)
         )
-        yield _Owner(pairs, record.sha256)
+        yield _Owner(pairs, record.sha256, quantization)
 
 
 def _absent(tensor: SourceTensor, file: str) -> StoreDiffers:
@@ -135,9 +146,16 @@ def _absent(tensor: SourceTensor, file: str) -> StoreDiffers:
 
 def _compare(owner: _Owner, source: Path, weights: Path, meter: Meter) -> None:
     digest = hashlib.sha256()
+    scales = []
     for pair in owner.pairs:
-        _compare_pair(pair, source, weights, digest.update)
+        with _opened(source, pair.source.file) as original, _opened(weights, pair.file) as kept:
+            if owner.quantization is None:
+                _compare_values(pair, original, kept, digest.update)
+            else:
+                scales.append(_compare_quantised(pair, owner.quantization, original, kept, digest.update))
         meter.add(pair.source.nbytes)
+    for raw in scales:
+        digest.update(raw)
     if owner.sha256 is not None and digest.hexdigest() != owner.sha256:
         first = owner.pairs[0]
         raise StoreDiffers(
@@ -145,25 +163,26 @@ def _compare(owner: _Owner, source: Path, weights: Path, meter: Meter) -> None:
         )
 
 
-def _compare_pair(pair: _Pair, source: Path, weights: Path, update: Callable[[memoryview], None]) -> None:
+@contextmanager
+def _opened(root: Path, file: str) -> Iterator[int]:
+    descriptor = open_inside(root, file)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _check_size(tensor: SourceTensor, file: str, offset: int, nbytes: int, expected_bytes: int) -> None:
+    if nbytes != expected_bytes:
+        reason = f"has {nbytes} bytes there, {expected_bytes} expected"
+        raise StoreDiffers(tensor.name, file, offset, reason)
+
+
+def _compare_values(pair: _Pair, original: int, kept: int, update: Callable[[memoryview], None]) -> None:
     tensor = pair.source
     expected_bytes = tensor.nbytes // ITEM_SIZES[tensor.dtype] * ITEM_SIZES[pair.dtype]
-    if pair.nbytes != expected_bytes:
-        reason = f"has {pair.nbytes} bytes there, {expected_bytes} expected"
-        raise StoreDiffers(tensor.name, pair.file, pair.offset, reason)
-    original = open_inside(source, tensor.file)
-    try:
-        kept = open_inside(weights, pair.file)
-        try:
-            _compare_bytes(pair, original, kept, update)
-        finally:
-            os.close(kept)
-    finally:
-        os.close(original)
-
-
-def _compare_bytes(pair: _Pair, original: int, kept: int, update: Callable[[memoryview], None]) -> None:
-    tensor, position = pair.source, pair.offset
+    _check_size(tensor, pair.file, pair.offset, pair.nbytes, expected_bytes)
+    position = pair.offset
     buffer = bytearray(BUFFER_BYTES)
     kept_buffer = bytearray(BUFFER_BYTES // ITEM_SIZES[tensor.dtype] * ITEM_SIZES[pair.dtype])
     theirs = read_chunks(original, tensor.file, tensor.offset, tensor.nbytes, tensor.name, buffer)
@@ -174,12 +193,52 @@ def _compare_bytes(pair: _Pair, original: int, kept: int, update: Callable[[memo
         except OverflowError as error:
             reason = f"values of {tensor.file} are beyond the range of {error}"
             raise StoreDiffers(tensor.name, pair.file, position, reason) from error
-        first = _first_difference(expected, found)
-        if first is not None:
-            reason = f"differs from {tensor.file}, whose tensor starts at offset {tensor.offset}"
-            raise StoreDiffers(tensor.name, pair.file, position + first, reason)
+        _check_equal(tensor, pair.file, position, expected, found)
         update(found)
         position += len(found)
+
+
+def _compare_quantised(
+    pair: _Pair, quantization: Quantization, original: int, kept: int, update: Callable[[memoryview], None]
+) -> bytes:
+    """Quantise again, some rows at a time. Returns the scales, which the hash covers behind all codes."""
+    tensor, scales = pair.source, pair.scales
+    assert scales is not None  # the index was read with this quantisation
+    shape, position, scales_position = tensor.shape, pair.offset, scales.offset
+    _check_size(tensor, pair.file, pair.offset, pair.nbytes, quantization.code_bytes(shape))
+    _check_size(tensor, scales.file, scales.offset, scales.nbytes, quantization.scale_bytes(shape))
+    if scales.file != pair.file:
+        raise StoreDiffers(tensor.name, scales.file, scales.offset, "has scales in another file than codes")
+    buffer = bytearray(whole_units(shape[-1] * ITEM_SIZES[tensor.dtype]))
+    whole = bytearray()
+    for chunk in read_chunks(original, tensor.file, tensor.offset, tensor.nbytes, tensor.name, buffer):
+        try:
+            expected = quantise_rows(chunk, tensor.dtype, shape[-1], quantization)
+        except ValueError as error:
+            reason = f"a tensor of {tensor.file} {error}"
+            raise StoreDiffers(tensor.name, pair.file, position, reason) from error
+        found = _read(kept, pair.file, position, len(expected[0]), tensor.name)
+        found_scales = _read(kept, pair.file, scales_position, len(expected[1]), tensor.name)
+        _check_equal(tensor, pair.file, position, expected[0], found)
+        _check_equal(tensor, pair.file, scales_position, expected[1], found_scales)
+        update(found)
+        whole += found_scales
+        position, scales_position = position + len(found), scales_position + len(found_scales)
+    return bytes(whole)
+
+
+def _read(descriptor: int, file: str, offset: int, nbytes: int, tensor: str) -> memoryview:
+    (found,) = read_chunks(descriptor, file, offset, nbytes, tensor, bytearray(nbytes))
+    return found
+
+
+def _check_equal(
+    tensor: SourceTensor, file: str, position: int, expected: memoryview, found: memoryview
+) -> None:
+    first = _first_difference(expected, found)
+    if first is not None:
+        reason = f"differs from {tensor.file}, whose tensor starts at offset {tensor.offset}"
+        raise StoreDiffers(tensor.name, file, position + first, reason)
 
 
 def _first_difference(expected: memoryview, found: memoryview) -> int | None:

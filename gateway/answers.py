@@ -16,6 +16,8 @@ from gateway.quality import describe_quality
 from router.routing_choice import RoutingReport
 
 DONE_EVENT = b"data: [DONE]\n\n"
+
+DONE_EVENT = b"data: [DONE]\n\n"
 Logprobs = dict[str, Any] | None
 """As `gateway.logprobs` shapes them."""
 
@@ -29,6 +31,8 @@ class AnswerHead:
     model: str
     system_fingerprint: str | None
     is_chat: bool
+    quantization: str | None = None
+    """Of the experts that answer; None where they are as published."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ def plain_answer(head: AnswerHead, choices: Sequence[ChoiceAnswer], totals: Tota
     """The whole answer of either endpoint."""
     kind = "chat.completion" if head.is_chat else "text_completion"
     shown = [_plain_choice(head, index, choice) for index, choice in enumerate(choices)]
-    return {**_envelope(head, kind), "choices": shown, **_closing(totals)}
+    return {**_envelope(head, kind), "choices": shown, **_closing(head, totals)}
 
 
 def _plain_choice(head: AnswerHead, index: int, choice: ChoiceAnswer) -> dict[str, Any]:
@@ -87,15 +91,17 @@ def end_chunk(head: AnswerHead, index: int, finish_reason: str) -> dict[str, Any
     return _chunk(head, [{"index": index, "text": "", "logprobs": None, "finish_reason": finish_reason}])
 
 
-def with_quality(chunk: dict[str, Any], reports: Sequence[RoutingReport]) -> dict[str, Any]:
+def with_quality(head: AnswerHead, chunk: dict[str, Any], reports: Sequence[RoutingReport]) -> dict[str, Any]:
     """The last chunk with choices of a stream without usage: only this one can say that the answer is modified, or
     explain it. A plain answer's is left as OpenAI has it."""
-    return {**chunk, "sage": describe_quality(reports)} if reports else chunk
+    if not reports and head.quantization is None:
+        return chunk
+    return {**chunk, "sage": describe_quality(reports, head.quantization)}
 
 
 def usage_chunk(head: AnswerHead, totals: Totals) -> dict[str, Any]:
     """The last chunk where the client asked for usage; it has no choices."""
-    return {**_chunk(head, []), **_closing(totals)}
+    return {**_chunk(head, []), **_closing(head, totals)}
 
 
 def encode_event(value: object) -> bytes:
@@ -124,10 +130,10 @@ def _envelope(head: AnswerHead, kind: str) -> dict[str, Any]:
     }
 
 
-def _closing(totals: Totals) -> dict[str, Any]:
+def _closing(head: AnswerHead, totals: Totals) -> dict[str, Any]:
     prompt, answer = totals.num_prompt_tokens, totals.num_answer_tokens
     timings = {"ttft_s": round(totals.ttft_s, 6), "tokens_per_s": round(totals.tokens_per_s, 3)}
     return {
         "usage": {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer},
-        "sage": {**describe_quality(totals.reports), "timings": timings},
+        "sage": {**describe_quality(totals.reports, head.quantization), "timings": timings},
     }

@@ -15,11 +15,13 @@ from cluster.errors import ClusterError
 from experts.errors import ExpertError
 from extraction.errors import ExtractionError, one_line
 from gateway.batch_command import batch
+from gateway.budget_options import ExpertBudgetOption, HostBudgetOption, print_plan, read_budgets
 from gateway.chat_command import chat
 from gateway.compare_command import compare
 from gateway.errors import GatewayError
 from gateway.extract_command import extract
 from gateway.serve_command import serve
+from gateway.store_command import store as store_app
 from router.errors import RouterError
 
 app = typer.Typer(
@@ -135,7 +137,16 @@ def generate(
     explain: Annotated[
         bool, typer.Option("--explain", help="With --json: why every token got its experts.")
     ] = False,
+    expert_budget: ExpertBudgetOption = None,
+    host_budget: HostBudgetOption = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print the text as it is generated.")] = False,
+    trust: Annotated[
+        bool, typer.Option("--trust/--no-trust", help="Learn which experts to trust. [--no-trust]")
+    ] = False,
+    state_dir: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="FOLDER", help="Where it is kept. [~/.local/state/sage-moe]"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Generate once in this process, without Ray."""
@@ -148,19 +159,31 @@ def generate(
     from gateway.generate import generate as run
     from gateway.routing_rules import read_choice
     from gateway.service_options import parse_eviction
+    from gateway.state_folder import resolve_state_folder
     from gateway.store_source import resolve_runnable
     from router.loading import EngineOptions
     from router.scoring import DEFAULT_PRESET, read_weights
+    from router.trust_session import TrustOptions
 
     routing = read_choice(policy, effort, is_explained=explain)
     weights = read_weights(snarc or DEFAULT_PRESET)
-    options = EngineOptions(dtype=dtype, eviction=parse_eviction(eviction), snarc=weights)
     sampling: dict[str, Any] = {"max_tokens": max_tokens, "seed": seed}
     if temperature is not None:
         sampling["temperature"] = temperature
     show = _write_at_once if stream else _keep_quiet
-    root = resolve_runnable(store, announce=_announce)
-    result = run(root, chosen_prompt, sampling, options, show, routing)
+    learning = TrustOptions(str(resolve_state_folder(state_dir))) if trust else None
+    budgets = read_budgets(expert_budget, host_budget, _announce)
+    is_asked = expert_budget is not None or host_budget is not None
+    result = run(
+        resolve_runnable(store, announce=_announce),
+        chosen_prompt,
+        sampling,
+        EngineOptions(dtype=dtype, eviction=parse_eviction(eviction), snarc=weights, trust=learning),
+        show,
+        routing,
+        budgets,
+        print_plan if is_asked else _keep_quiet,
+    )
     if as_json:
         typer.echo(json.dumps(result.as_json(), ensure_ascii=False))
     else:
@@ -194,13 +217,14 @@ def _announce(line: str) -> None:
     typer.echo(line, err=True)
 
 
-def _keep_quiet(_text: str) -> None:
-    """For answers that are printed at the end."""
+def _keep_quiet(_: object) -> None:
+    """For answers that are printed at the end, and plans that nobody asked for."""
 
 
 app.command()(serve)
 app.command()(chat)
 app.command()(batch)
+app.add_typer(store_app, name="store")
 app.command()(compare)
 
 

@@ -113,7 +113,7 @@ async def answer_events(job: Job, backend: Backend) -> AsyncGenerator[bytes, Non
                 reports.extend(_reports(piece))
                 end = end_chunk(job.head, piece.index, piece.finish_reason)
                 is_last = num_ended == len(job.choices) and not job.has_usage_chunk
-                yield encode_event(with_quality(end, reports) if is_last else end)
+                yield encode_event(with_quality(job.head, end, reports) if is_last else end)
     if job.has_usage_chunk:
         yield encode_event(usage_chunk(job.head, _totals(job, clocks, num_tokens, reports)))
     yield DONE_EVENT

@@ -34,8 +34,10 @@ from cluster.capacity import (
     present_state,
     resident_bytes,
 )
+from cluster.memory_plan import MemoryPlan
 from cluster.ray_directory import RayDirectory
 from cluster.resources import gateway_deployment_options, router_deployment_options
+from cluster.trust_keeper import SupervisedTrust
 from experts.directory import LocalDirectory
 from experts.store import ExpertStore
 from experts.worker import ExpertWorker
@@ -74,6 +76,8 @@ class DeploymentSpec:
     keys: KeyRing = NO_KEYS
     cors_origins: tuple[str, ...] = ()
     routing: RoutingRules = NATIVE_ONLY
+    memory: MemoryPlan | None = None
+    """How the node's memory was divided at the start."""
 
 
 class RouterDeployment:
@@ -82,7 +86,9 @@ class RouterDeployment:
     async def __init__(self, spec: DeploymentSpec) -> None:  # type: ignore[misc]  # Serve awaits it
         self._spec = spec
         self._directory: RayDirectory | None = None
-        self._service = RouterService(await asyncio.to_thread(self._load_engine))
+        loaded = await asyncio.to_thread(self._load_engine)
+        sinks = (loaded.trust.collector,) if loaded.trust is not None else ()
+        self._service = RouterService(loaded, sinks)
         self._capacity = Capacity()
         self._size = _service_size(self._service.loaded, spec.num_actors)
 
@@ -95,7 +101,13 @@ class RouterDeployment:
             self._directory = RayDirectory(worker)
             return self._directory
 
-        return load_engine(store, self._spec.engine, connect)
+        return load_engine(store, self._spec.engine, connect, SupervisedTrust)
+
+    def __del__(self) -> None:
+        """Called by Serve when the replica stops in an orderly way."""
+        service = getattr(self, "_service", None)
+        if service is not None and service.loaded.trust is not None:
+            service.loaded.trust.close()
 
     async def check_health(self) -> None:
         """Called by Serve; raising makes it replace the replica."""
@@ -139,6 +151,7 @@ class RouterDeployment:
         loaded = service.loaded
         engine = loaded.engine
         health = service.engine_thread.health()
+        quantization = loaded.store.manifest.quantization
         actors = await self._actors()
         state = self._observe_capacity()
         return {
@@ -146,6 +159,7 @@ class RouterDeployment:
             "router": {
                 "pid": os.getpid(),
                 "numerics_class": loaded.worker.numerics_class,
+                "quantization": quantization.name if quantization is not None else None,
                 "row_multiple": loaded.kernel.row_multiple,
                 "backbone_bytes": engine.backbone.nbytes,
                 "kv_bytes": engine.pool.nbytes,
@@ -154,6 +168,7 @@ class RouterDeployment:
                 "connected_actors": len(self._directory.remote.connected()) if self._directory else 0,
                 "phase_seconds": dict(engine.stats.phase_seconds),
                 "steps": engine.stats.steps,
+                "trust": loaded.trust.status() if loaded.trust is not None else None,
             },
             "capacity": {
                 "state": state,
@@ -162,6 +177,7 @@ class RouterDeployment:
                 "actors": num_actors(state, self._size),
             },
             "actors": actors,
+            "memory": self._spec.memory.as_json() if self._spec.memory else None,
             "nodes": await asyncio.to_thread(_nodes),
             "requests": {
                 "running": health.num_running,

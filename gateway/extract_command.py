@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from extraction.extract import ExtractionReport
     from extraction.hub import HubId
     from extraction.manifest import LeftOut
+    from extraction.quantise import Quantization
     from extraction.selection import Selection
 
 
@@ -24,6 +25,13 @@ class WeightDtype(StrEnum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
+
+
+class QuantizeScheme(StrEnum):
+    """What a store's experts can be quantised to."""
+
+    INT8 = "int8"
+    INT4 = "int4"
 
 
 def extract(
@@ -56,6 +64,14 @@ def extract(
         Optional[WeightDtype],  # noqa: UP045
         typer.Option(help="Convert all weights; default: as they are."),
     ] = None,
+    quantize: Annotated[
+        Optional[QuantizeScheme],  # noqa: UP045
+        typer.Option(help="Experts as 8-bit or 4-bit codes: smaller, and another model."),
+    ] = None,
+    group_size: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(metavar="32|64|128", help="With int4: inputs that share a scale; default: 32."),
+    ] = None,
     discard_source: Annotated[
         bool,
         typer.Option(
@@ -70,7 +86,8 @@ def extract(
     from gateway.store_source import hub_id_of, resolve_checkpoint
 
     if verify:
-        if index_only or layers or components or groups or dtype or discard_source:
+        others = (layers, components, groups, dtype, quantize, group_size)
+        if index_only or discard_source or any(others):
             raise typer.BadParameter("--verify takes no other option: the store says how it was made")
         return _verify(dest, resolve_checkpoint(source))
     hub_id = hub_id_of(source)
@@ -78,11 +95,11 @@ def extract(
         raise typer.BadParameter(
             "--discard-source is for copying from a hub id; it removes nobody's own files"
         )
-    chosen = _selection(layers, components, groups)
+    chosen, quantization = _selection(layers, components, groups), _quantization(quantize, group_size)
     if hub_id is not None and not index_only:
-        return _from_hub(hub_id, dest, chosen, dtype, discard_source)
+        return _from_hub(hub_id, dest, chosen, dtype, quantization, discard_source)
     folder = resolve_checkpoint(source) if hub_id is None else _downloaded(hub_id)
-    return _from_folder(folder, dest, chosen, dtype, index_only)
+    return _from_folder(folder, dest, chosen, dtype, quantization, index_only)
 
 
 def _selection(layers: str | None, components: str | None, groups: str | None) -> Selection:
@@ -95,6 +112,17 @@ def _selection(layers: str | None, components: str | None, groups: str | None) -
     )
 
 
+def _quantization(scheme: QuantizeScheme | None, group_size: int | None) -> Quantization | None:
+    from extraction.quantise import DEFAULT_GROUP_SIZE, GROUP_SIZES, Quantization
+
+    if group_size is not None and (scheme is not QuantizeScheme.INT4 or group_size not in GROUP_SIZES):
+        raise typer.BadParameter("--group-size is 32, 64 or 128, and goes with --quantize int4")
+    if scheme is None:
+        return None
+    size = (group_size or DEFAULT_GROUP_SIZE) if scheme is QuantizeScheme.INT4 else None
+    return Quantization.model_validate({"scheme": scheme.value, "group_size": size})
+
+
 def _downloaded(hub_id: HubId) -> Path:
     from extraction.hub_extract import hub_snapshot
 
@@ -102,7 +130,12 @@ def _downloaded(hub_id: HubId) -> Path:
 
 
 def _from_hub(
-    hub_id: HubId, dest: Path, selection: Selection, dtype: WeightDtype | None, discards: bool
+    hub_id: HubId,
+    dest: Path,
+    selection: Selection,
+    dtype: WeightDtype | None,
+    quantization: Quantization | None,
+    discards: bool,
 ) -> None:
     from extraction.hub_extract import extract_from_hub
 
@@ -114,13 +147,19 @@ def _from_hub(
             discard_source=discards,
             selection=selection,
             dtype=None if dtype is None else dtype.value,
+            quantization=quantization,
             progress=progress,
         )
     _print_report(report)
 
 
 def _from_folder(
-    source: Path, dest: Path, selection: Selection, dtype: WeightDtype | None, index_only: bool
+    source: Path,
+    dest: Path,
+    selection: Selection,
+    dtype: WeightDtype | None,
+    quantization: Quantization | None,
+    index_only: bool,
 ) -> None:
     from extraction.extract import extract as run
 
@@ -131,6 +170,7 @@ def _from_folder(
             index_only=index_only,
             selection=selection,
             dtype=None if dtype is None else dtype.value,
+            quantization=quantization,
             progress=progress,
         )
     _print_report(report)
@@ -152,7 +192,7 @@ def _verify(store: Path, source: Path) -> None:
         report = verify(store, source, progress=progress)
     typer.echo(
         f"{store} holds {source}: {report.num_experts} experts and {report.num_backbone_tensors} other tensors, "
-        f"{_mib(report.weight_bytes)}, bit for bit or converted as recorded{_partial(report.left_out)}"
+        f"{_mib(report.weight_bytes)}, bit for bit, or converted or quantised as recorded{_partial(report.left_out)}"
     )
 
 

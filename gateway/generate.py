@@ -8,8 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.memory_plan import MemoryPlan
+from experts.budget import BudgetRequest
 from experts.store import ExpertStore
 from gateway.errors import GenerationFailed
+from gateway.memory import plan_engine
 from gateway.quality import describe_quality
 from gateway.settings import read_eos_token_ids, read_sampling_defaults
 from gateway.tokenizer import TextTokenizer
@@ -30,8 +33,12 @@ class Generation:
     tokens_per_s: float
     """Of the tokens after the first; 0 where there is only one."""
     resident_bytes: dict[str, int]
+    expert_budget_bytes: int | None
+    """Most bytes of experts that were kept; None means no bound."""
     reports: tuple[RoutingReport, ...] = ()
     """How it was routed, where not plainly."""
+    quantization: str | None = None
+    """Of the experts; None where they are as published."""
 
     def as_json(self) -> dict[str, Any]:
         prompt, answer = len(self.prompt_token_ids), len(self.token_ids)
@@ -47,7 +54,9 @@ class Generation:
             },
             "timings": {"ttft_s": round(self.ttft_s, 6), "tokens_per_s": round(self.tokens_per_s, 3)},
             "resident_bytes": self.resident_bytes,
-            "sage": describe_quality(self.reports),
+            "sage": describe_quality(self.reports, self.quantization),
+            "expert_budget_bytes": self.expert_budget_bytes,
+            "quantization": self.quantization,
         }
 
 
@@ -58,10 +67,14 @@ def generate(
     options: EngineOptions,
     on_text: Callable[[str], None] = lambda text: None,
     routing: RoutingChoice = NATIVE_CHOICE,
+    budgets: tuple[BudgetRequest, ...] = (),
+    on_plan: Callable[[MemoryPlan], None] = lambda plan: None,
 ) -> Generation:
     """Generate one answer; `on_text` is called with each piece of text as it becomes stable.
 
     sampling: fields of SamplingParams that were chosen; the checkpoint's recommendation fills in the others.
+    budgets: of experts; resolved against this machine's memory and then told to `on_plan`. Without any, those of the
+    options hold.
     Raises GenerationFailed, or what loading the engine raises.
     """
     store = ExpertStore.open(root)
@@ -69,6 +82,9 @@ def generate(
     prompt_ids = tuple(tokenizer.encode(prompt)) if isinstance(prompt, str) else prompt
     manifest = store.manifest
     facts = asdict(read_sampling_defaults(manifest.generation_config))
+    if budgets:
+        options, plan = plan_engine(store, options, budgets)
+        on_plan(plan)
     loaded = load_engine(store, options)
     eos = read_eos_token_ids(manifest, loaded.config.vocab_size)
     params = SamplingParams(stop_token_ids=eos, **(facts | dict(sampling)))
@@ -104,6 +120,7 @@ def _run(
             on_text(pieces[-1])
             reason = event.finish_reason or ""
     ended = time.perf_counter()
+    quantization = loaded.store.manifest.quantization
     pieces.append(decoder.flush())
     on_text(pieces[-1])
     return Generation(
@@ -114,7 +131,9 @@ def _run(
         first_at - started,
         (len(tokens) - 1) / (ended - first_at) if len(tokens) > 1 else 0.0,
         resident_bytes(loaded),
+        loaded.worker.budget_bytes,
         () if report is None else (report,),
+        None if quantization is None else quantization.name,
     )
 
 

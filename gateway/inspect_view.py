@@ -17,6 +17,7 @@ def render_summary(summary: StoreSummary) -> RenderableType:
     lines: list[RenderableType] = [
         Text(one_line(f"{summary.store}  ({summary.family}, {summary.kind}, {summary.dtype})")),
         *_partial(summary),
+        *_quantised(summary),
         f"{moe}, {summary.experts_per_token} per token; "
         f"{summary.num_experts} experts of {_size(summary.expert_bytes)}",
         "",
@@ -54,6 +55,14 @@ def _partial(summary: StoreSummary) -> list[RenderableType]:
     )
     parts = ", ".join([*summary.left_out["components"], *layers, *others])
     return [Text(one_line(f"PARTIAL, cannot be served; left out: {parts}"))]
+
+
+def _quantised(summary: StoreSummary) -> list[RenderableType]:
+    if summary.quantization is None:
+        return []
+    size = summary.quantization["group_size"]
+    scales = "a scale for each output row" if size is None else f"a scale for each group of {size}"
+    return [Text(f"Experts quantised to {summary.quantization['scheme']}, {scales}: answers are modified")]
 
 
 def _ranges(numbers: list[int]) -> str:

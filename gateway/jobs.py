@@ -128,7 +128,14 @@ def _job(
             )
             choices.append(ChoiceJob(len(choices), request, is_echoed))
     return Job(
-        AnswerHead(answer_id, int(time.time()), settings.model_name, settings.system_fingerprint, is_chat),
+        AnswerHead(
+            answer_id,
+            int(time.time()),
+            settings.model_name,
+            settings.system_fingerprint,
+            is_chat,
+            settings.quantization,
+        ),
         tuple(choices),
         sum(len(prompt_ids) for prompt_ids, _ in prompts),
         options.stop,

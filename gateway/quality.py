@@ -16,13 +16,16 @@ MODIFIED = "modified"
 SIGNALS = ("surprise", "novelty", "arousal", "reward", "conflict")
 
 
-def describe_quality(reports: Sequence[RoutingReport]) -> dict[str, Any]:
+def describe_quality(reports: Sequence[RoutingReport], quantization: str | None = None) -> dict[str, Any]:
     """quality, and for a modified answer its policy, effort, k, misses and stand-ins. reports: of the answer's
-    sequences that had one. Explanations are added for those that asked for them."""
+    sequences that had one. quantization: of the experts, None where they are as published. Explanations are added for
+    those that asked for them."""
     described: dict[str, Any] = {"quality": EXACT}
+    if quantization is not None:
+        described = {"quality": MODIFIED, "quantization": quantization}
     modified = [report for report in reports if _is_modified(report)]
     if modified:
-        described = {"quality": MODIFIED, **_describe_routing(modified)}
+        described |= {"quality": MODIFIED, **_describe_routing(modified)}
     explained = [_explanation(report) for report in reports if report.choice.is_explained]
     return described | ({"explain": explained} if explained else {})
 

@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from gateway.budget_options import ONE_MEMORY_NOTICE, ExpertBudgetOption, HostBudgetOption, print_plan
+
 if TYPE_CHECKING:
+    from cluster.memory_plan import MemoryPlan
     from gateway.service_options import ServiceOptions
 
 Number = Optional[int]  # noqa: UP045 - typer reads the annotation at run time
@@ -51,6 +54,8 @@ def serve(
     eviction: Annotated[
         Word, typer.Option(metavar="NAME", help="Which expert goes first: lfu, lru or trust. [lfu]")
     ] = None,
+    expert_budget: ExpertBudgetOption = None,
+    host_budget: HostBudgetOption = None,
     api_key: Annotated[
         Words, typer.Option(metavar="KEY|@FILE", help="Key that clients must send; repeatable.")
     ] = None,
@@ -74,6 +79,13 @@ def serve(
     ] = None,
     snarc: Annotated[
         Word, typer.Option(metavar="WEIGHTS", help="Of the snarc policy: a preset, NAME=VALUE,... or both.")
+    ] = None,
+    trust: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option("--trust/--no-trust", help="Learn which experts to trust. [--trust]"),
+    ] = None,
+    state_dir: Annotated[
+        Word, typer.Option(metavar="FOLDER", help="Where it is kept. [~/.local/state/sage-moe]")
     ] = None,
     config: Annotated[
         Optional[Path],  # noqa: UP045
@@ -101,6 +113,8 @@ def serve(
         "max-batch-tokens": max_batch_tokens,
         "kv-budget": kv_budget,
         "eviction": eviction,
+        "expert-budget": expert_budget,
+        "host-budget": host_budget,
         "api-key": api_key or None,
         "api-key-file": api_key_file or None,
         "cors-origin": cors_origin or None,
@@ -109,6 +123,8 @@ def serve(
         "allow-policy": allow_policy or None,
         "allow-effort": allow_effort or None,
         "snarc": snarc,
+        "trust": trust,
+        "state-dir": state_dir,
     }
     if not dry_run and any(not key.startswith("@") for key in api_key or ()):
         _move_keys_out_of_sight(api_key or ())
@@ -127,6 +143,8 @@ def _gather(store: str, given: dict[str, Any], config: Path | None) -> ServiceOp
 
     file = read_config(config) if config else {}
     values = merge_values(given, file, str(config))
+    if values.host_budget is not None:
+        _announce(ONE_MEMORY_NOTICE)
     keys = [key for option in values.api_key for key in keys_of_option(option)]
     keys += [key for path in values.api_key_file for key in read_key_file(path)]
     keys += keys_of_environment(os.environ)
@@ -181,12 +199,18 @@ def _serve(options: ServiceOptions) -> None:
 
     with interruptible():
         try:
-            with running_service(options) as url:
+            with running_service(options, _print_memory) as url:
                 names = " and ".join([options.model_name, *options.model_aliases])
                 typer.echo(f"{names} is served at {url}/v1 (Ctrl-C stops it)")
                 wait_for_interrupt()
         except KeyboardInterrupt:
             sys.exit(130)
+
+
+def _print_memory(plan: MemoryPlan, unknown_nodes: Sequence[str]) -> None:
+    for name in unknown_nodes:
+        _announce(f"note: node-budgets names {name}, where nothing of this service runs")
+    print_plan(plan)
 
 
 def _announce(line: str) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from extraction.quantise import Quantization
 from gateway.api_keys import NO_KEYS, KeyRing
 from gateway.errors import ModelFileInvalid
 from gateway.routing_rules import NATIVE_ONLY, RoutingRules
@@ -26,6 +27,13 @@ class ModelFacts(Protocol):
 
     @property
     def generation_config(self) -> dict[str, object]: ...
+
+
+class StoreFacts(ModelFacts, Protocol):
+    """That and what was done to the weights."""
+
+    @property
+    def quantization(self) -> Quantization | None: ...
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,8 @@ class GatewaySettings:
     default_completion_tokens: int = 16
     """`max_tokens` of /v1/completions when absent; chat then uses the rest of the context."""
     system_fingerprint: str | None = None
+    quantization: str | None = None
+    """Of the experts, as answers name it; None where they are as published."""
     is_request_id_sent: bool = True
     """False where the server in front adds the header x-request-id to answers itself, as Ray Serve does."""
     model_aliases: tuple[str, ...] = ()
@@ -90,11 +100,14 @@ class GatewaySettings:
 
     @classmethod
     def from_manifest(
-        cls, manifest: ModelFacts, model_name: str, context_length: int, vocab_size: int, created: int
+        cls, manifest: StoreFacts, model_name: str, context_length: int, vocab_size: int, created: int
     ) -> GatewaySettings:
         """Raises ModelFileInvalid when the generation config holds values that cannot be used."""
         generation = manifest.generation_config
+        quantization = None if manifest.quantization is None else manifest.quantization.name
         facts = repr((sorted(manifest.config.items()), sorted(generation.items())))
+        if quantization is not None:
+            facts += quantization
         return cls(
             model_name,
             created,
@@ -103,6 +116,7 @@ class GatewaySettings:
             read_eos_token_ids(manifest, vocab_size),
             read_sampling_defaults(generation),
             system_fingerprint=f"fp_{hashlib.sha256(facts.encode()).hexdigest()[:10]}",
+            quantization=quantization,
         )
 
 

@@ -22,7 +22,7 @@ from router.backbone import Backbone
 from router.batcher import BatchLimits, Chunk, StepPlan, admission_positions, plan_step
 from router.errors import PromptInvalid, QueueFull, RequestTooLong
 from router.kv_cache import BlockAllocator, KvPool, blocks_for
-from router.logprobs import prompt_logprobs, token_logprob
+from router.logprobs import prompt_logprobs, prompt_nlls, token_logprob
 from router.prompt_groups import Member, match_members, shared_positions
 from router.request import FinishReason, GenerationRequest, TokenEvent
 from router.routing_choice import RoutingReport
@@ -31,6 +31,7 @@ from router.sequence import NO_INPUTS, PromptInputs, Sequence
 from router.step_batch import Span, StepBatch
 from router.step_routing import (
     NativePolicy,
+    PromptProbe,
     RoutingPolicy,
     RoutingReporter,
     RoutingWatcher,
@@ -77,6 +78,7 @@ class Engine:
         self.reporter: RoutingReporter | None = None
         """Of a policy that takes requests with a choice of routing; without one they are refused."""
         self.watchers: tuple[RoutingWatcher, ...] = ()
+        self.probe: PromptProbe | None = None
         self._swap_budget_bytes = swap_budget_bytes
         self._swapped_bytes = 0
         self._waiting: OrderedDict[str, Sequence] = OrderedDict()
@@ -232,6 +234,7 @@ class Engine:
         started = time.perf_counter()
         self._hand_out(chunks, sequences, output.captured)
         events = self._score_prompts(chunks, sequences, output.scored_RD)
+        self._score_probed(chunks, sequences, output.scored_RD)
         for phase, seconds in output.phase_seconds.items():
             self._add_phase(phase, seconds)
         for chunk, sequence in zip(chunks, sequences, strict=True):
@@ -253,6 +256,7 @@ class Engine:
         ids: list[int] = []
         logit_rows: list[int] = []
         scored_rows: list[int] = []
+        probed_rows: list[int] = []
         embeddings: dict[int, Tensor] = {}
         injections: dict[int, dict[int, Tensor]] = {}
         for chunk, sequence in zip(chunks, sequences, strict=True):
@@ -262,6 +266,7 @@ class Engine:
             ids.extend(sequence.tokens[chunk.first : end])
             positions.append(sequence.positions(chunk.first, chunk.count))
             scored_rows.extend(row + p - chunk.first for p in sequence.unscored(chunk.first, chunk.count))
+            probed_rows.extend(row + p - chunk.first for p in self._probed(chunk, sequence))
             for index, embedding in sequence.inputs.embeddings.items():
                 if chunk.first <= index < end:
                     embeddings[row + index - chunk.first] = embedding
@@ -288,7 +293,7 @@ class Engine:
             tuple(sorted(capture)),
             chunks[0].name[:64],
             lengths,
-            tuple(scored_rows),
+            (*scored_rows, *probed_rows),
             self._routing(chunks, sequences),
         )
         return batch, finishing
@@ -325,6 +330,25 @@ class Engine:
                     sequence.prompt_logprobs.extend(found)
             row += len(following)
         return events
+
+    def _probed(self, chunk: Chunk, sequence: Sequence) -> SequenceOf[int]:
+        """Positions that the probe asks for."""
+        if self.probe is None:
+            return ()
+        return self.probe.positions(SpanOwner(sequence.request, chunk.first, chunk.count))
+
+    def _score_probed(
+        self, chunks: SequenceOf[Chunk], sequences: SequenceOf[Sequence], scored_RD: Tensor
+    ) -> None:
+        """Their rows come after all others: a probe changes nothing of anybody's answer."""
+        following = [
+            sequence.tokens[position + 1]
+            for chunk, sequence in zip(chunks, sequences, strict=True)
+            for position in self._probed(chunk, sequence)
+        ]
+        if self.probe is not None and following:
+            nll_N = prompt_nlls(scored_RD[-len(following) :], following, self.backbone.logits)
+            self.probe.scored(following, nll_N)
 
     def _advance(self, sequence: Sequence, logits_V: Tensor) -> TokenEvent:
         """Draw the sequence's next token and end it where it must end."""

@@ -28,6 +28,7 @@ from router.scoring import DEFAULT_PRESET, PRESETS, SnarcWeights
 from router.self_test import prove_row_invariance
 from router.stand_in import OutputMeans
 from router.steering import MoeShape, SteeredPolicy
+from router.trust_session import OpenKeeper, TrustOptions, TrustSession, open_local_ledger
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,8 @@ class EngineOptions:
     Only bounds the cache that is allocated."""
     snarc: SnarcWeights = PRESETS[DEFAULT_PRESET]
     """Of requests that ask for the snarc policy."""
+    trust: TrustOptions | None = None
+    """Whether and where trust is learned; None means that nobody watches."""
 
 
 @dataclass(frozen=True)
@@ -66,36 +69,53 @@ class LoadedEngine:
     config: ModelConfig
     kernel: RowKernel
     dtype: torch.dtype
+    trust: TrustSession | None = None
 
     def close(self) -> None:
+        if self.trust is not None:
+            self.trust.close()
         self.directory.close()
         self.worker.close()
         self.store.close()
 
 
 def stored_dtype(store: ExpertStore) -> str:
-    """The dtype in which most users want to compute: that of the served decoder's experts."""
+    """The dtype in which most users want to compute: that of the served decoder's experts.
+
+    Of a store with quantised experts that of its embeddings.
+    """
+    if store.manifest.quantization is not None:
+        tensors = {tensor.name: tensor.dtype for tensor in store.served.tensors}
+        return tensors.get("embed_tokens.weight", "float32")
     keys = store.expert_keys(store.served.name)
     return store.record(keys[0]).dtype if keys else "float32"
+
+
+def chosen_dtype(store: ExpertStore, options: EngineOptions) -> torch.dtype:
+    """Raises ConfigUnsupported."""
+    name = options.dtype or stored_dtype(store)
+    if name not in ("float32", "bfloat16"):
+        raise ConfigUnsupported("dtype", f"{name!r}; choose float32 or bfloat16")
+    return DTYPES[name]
 
 
 def load_engine(
     store: ExpertStore,
     options: EngineOptions,
     connect: Callable[[ExpertWorker], ExpertDirectory] = LocalDirectory,
+    open_keeper: OpenKeeper = open_local_ledger,
 ) -> LoadedEngine:
-    """connect: makes the way to the experts, given a worker for those that are computed here.
+    """connect: makes the way to the experts, given a worker for those that are computed here. open_keeper: of trust,
+    where options ask for it.
 
     Raises ConfigUnsupported, WeightMismatch, NotRowInvariant, or what reading the store raises.
     """
-    dtype_name = options.dtype or stored_dtype(store)
-    if dtype_name not in ("float32", "bfloat16"):
-        raise ConfigUnsupported("dtype", f"{dtype_name!r}; choose float32 or bfloat16")
-    dtype = DTYPES[dtype_name]
+    dtype = chosen_dtype(store, options)
     component = store.served
     config = read_model_config(component.config)
     torch.set_num_threads(options.num_threads or useful_threads(num_cores(), config.expert_elements))
     kernel = prove_row_invariance(config, dtype)
+    trust = TrustSession(store, config, options.trust, open_keeper) if options.trust is not None else None
     worker = ExpertWorker(
         store,
         kernel,
@@ -103,6 +123,7 @@ def load_engine(
         widths={component.name: config.hidden_size},
         budget_bytes=options.expert_budget_bytes,
         eviction=options.eviction,
+        trust=trust.book.score if trust is not None else None,
     )
     directory = connect(worker)
     backbone = Backbone(store, component.name, config, kernel, directory, dtype)
@@ -112,19 +133,23 @@ def load_engine(
         shape = MoeShape(
             config.hidden_size, config.num_experts, config.experts_per_token, tuple(sorted(config.moe_layers))
         )
-        facts = FactSource(component.name, config.num_experts, directory.resident)
+        facts = FactSource(
+            component.name, config.num_experts, directory.resident, trust.book.scores if trust else None
+        )
         means = None
         if options.snarc.stand_in:
             means = OutputMeans(shape.num_experts, shape.hidden_size, shape.layers)
             engine.watchers += (means,)
         engine.policy = engine.reporter = SteeredPolicy(shape, facts, options.snarc, means)
+    if trust is not None:
+        trust.attach(engine)
     logger.info(
         "engine ready: %s, backbone %d bytes, KV %d bytes",
         worker.numerics_class,
         backbone.nbytes,
         pool.nbytes,
     )
-    return LoadedEngine(engine, store, worker, directory, config, kernel, dtype)
+    return LoadedEngine(engine, store, worker, directory, config, kernel, dtype, trust)
 
 
 def num_kv_blocks(config: ModelConfig, dtype: torch.dtype, options: EngineOptions) -> int:

@@ -60,3 +60,14 @@ def prompt_logprobs(
         for row_V, token_id in zip(logits_LV, following[first : first + HEAD_ROWS], strict=True):
             found.append(token_logprob(row_V, token_id, num_top))
     return found
+
+
+def prompt_nlls(hidden_RD: Tensor, following: Sequence[int], to_logits: Callable[[Tensor], Tensor]) -> Tensor:
+    """(R,) float32 negative log-likelihoods of the tokens that follow R prompt positions: for statistics, which need
+    no reduction in a fixed order."""
+    parts = []
+    for first in range(0, len(following), HEAD_ROWS):
+        logits_LV = to_logits(hidden_RD[first : first + HEAD_ROWS])
+        ids_L1 = torch.tensor(following[first : first + HEAD_ROWS]).unsqueeze(1)
+        parts.append(torch.logsumexp(logits_LV, dim=1) - logits_LV.gather(1, ids_L1).squeeze(1))
+    return torch.cat(parts)

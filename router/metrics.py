@@ -64,6 +64,9 @@ class _Collector:
             "Share of expert uses that are hits with the eviction in use, and would be with others.",
             labels=["actor", "node", "eviction"],
         )
+        budget = GaugeMetricFamily(
+            PREFIX + "budget_bytes", "Expert bytes that may be held; absent without bound.", labels=labels
+        )
         counters = {
             key: CounterMetricFamily(PREFIX + name, text, labels=labels[:2])
             for key, name, text in (
@@ -77,11 +80,12 @@ class _Collector:
             resident.add_metric([name, node, "resident"], actor.get("resident_bytes", 0))
             for eviction, rate in actor.get("hit_rates", {}).items():
                 rates.add_metric([name, node, eviction], rate)
+            if actor.get("budget_bytes") is not None:
+                budget.add_metric([name, node, "resident"], actor["budget_bytes"])
             for key, family in counters.items():
                 family.add_metric([name, node], actor.get(key, 0))
         yield resident
-        if rates.samples:
-            yield rates
+        yield from (gauge for gauge in (budget, rates) if gauge.samples)
         yield from counters.values()
 
 
@@ -91,6 +95,7 @@ def local_actor(service: RouterService) -> dict[str, Any]:
     stats = worker.stats
     return {
         "name": "router",
+        "budget_bytes": worker.budget_bytes,
         "resident_bytes": worker.resident_bytes,
         "resident_experts": worker.num_resident,
         "experts_used": len(stats.experts_used),

@@ -44,6 +44,11 @@ class Routing:
     has_absent: bool = False
     stand_ins: StandIns | None = None
 
+    @property
+    def indices_TK(self) -> Tensor:
+        """The experts with some expert in place of ABSENT, to index with; its weight there is 0."""
+        return self.experts_TK.clamp_min(0) if self.has_absent else self.experts_TK
+
 
 def route_native(gate_logits_TE: Tensor, experts_per_token: int, normalise: bool) -> Routing:
     """The checkpoint's own routing: softmax over all experts in float32, then top-k.

@@ -79,6 +79,19 @@ class RoutingWatcher(Protocol):
         ...
 
 
+class PromptProbe(Protocol):
+    """Asks how well the model predicts a few positions of its prompts. Called on the engine's thread."""
+
+    def positions(self, owner: SpanOwner) -> Sequence[int]:
+        """Positions of a span, ascending, whose next token lies in the prompt and whose NLL is wanted."""
+        ...
+
+    def scored(self, token_ids: Sequence[int], nll_N: Tensor) -> None:
+        """After a step: the tokens that followed all positions asked for, in the order of the step's spans, and their
+        negative log-likelihoods in nats, float32; not a number where the logits were none."""
+        ...
+
+
 class NativePolicy:
     """The checkpoint's own routing for everyone."""
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +19,9 @@ from extraction.extract import extract
 from tests.checkpoints import write_tiny_qwen3_moe
 
 os.environ.update(ray_environment() | LOCAL_ONLY)  # before anything imports Ray
+# What services learn in tests stays out of the user's state folder.
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="sage-moe-tests-state-")
+atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 settings.register_profile("unhurried", deadline=None)  # a busy machine is no failure
 settings.load_profile("unhurried")
 REPOSITORY = Path(__file__).parent.parent

@@ -15,6 +15,7 @@ RAY_SHELLS = {
     "cluster/resources.py",
     "cluster/supervisor.py",
     "cluster/ray_directory.py",
+    "cluster/trust_keeper.py",
     "gateway/batch_ray.py",
     "gateway/deployment.py",
     "gateway/launch.py",

@@ -525,6 +525,15 @@ def test_actor_of_another_numerics_class_is_used_with_a_warning(
     assert len(logged) == 1 and "another numerics class (other" in logged[0]
 
 
+def test_actor_with_quantised_experts_is_refused_by_a_router_without(
+    fleet: Fleet, local: ExpertWorker, logged: list[str]
+) -> None:
+    fleet.start(NAMES[0], numerics_class=local.numerics_class + "/int4-g32/pack-1")
+    with _directory(local, fleet.roster()) as directory:
+        assert directory.connected() == frozenset()
+    assert len(logged) == 1 and "has experts in int4-g32, here in full precision" in logged[0]
+
+
 def test_actor_that_cannot_be_reached_is_left_out_with_a_warning(
     fleet: Fleet, local: ExpertWorker, logged: list[str]
 ) -> None:

@@ -54,7 +54,12 @@ def test_manifest_round_trips(store: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "reason"),
     [
-        (lambda m: m.update(format_version=2), "format version 2; this program reads 1"),
+        (lambda m: m.update(format_version=3), "format version 3; this program reads 1 and 2"),
+        (lambda m: m.update(format_version=2), "how experts are quantised"),
+        (
+            lambda m: m.update(quantization={"scheme": "int8", "group_size": None}),
+            "how experts are quantised",
+        ),
         (lambda m: m.update(surprise=1), "surprise"),
         (lambda m: m.pop("family"), "family"),
         (lambda m: m["components"][0]["tensors"][0].update(file="../x"), "leads out"),

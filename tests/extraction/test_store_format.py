@@ -17,6 +17,7 @@ from experts.store import ExpertStore
 from extraction.extract import extract
 from extraction.manifest import INDEX_NAME, Component, ExpertKey, FileEntry, Manifest, TensorEntry
 from extraction.plan import SMALL_FILES
+from extraction.quantise import Quantization
 from tests.conftest import REPOSITORY
 
 DOCUMENT = (REPOSITORY / "docs/store-format.md").read_text(encoding="utf-8")
@@ -39,8 +40,29 @@ def test_example_computes_an_expert(stories_checkpoint: Path, tmp_path: Path, in
     assert float(total) == pytest.approx(float((down.view(256, 48) @ hidden).abs().sum()), rel=1e-5)
 
 
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_example_computes_a_quantised_expert(stories_checkpoint: Path, tmp_path: Path, scheme: str) -> None:
+    """Like the one as published, as far as the quantisation goes."""
+    quantization = Quantization.model_validate(
+        {"scheme": scheme, "group_size": 64 if scheme == "int4" else None}
+    )
+    extract(stories_checkpoint, tmp_path / "plain")
+    extract(stories_checkpoint, tmp_path / "quantised", quantization=quantization)
+    (tmp_path / "read_expert.py").write_text(re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)[0])
+    totals = []
+    for store in ("plain", "quantised"):
+        command = [sys.executable, "read_expert.py", store, "model", "3", "17"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        shapes, _, total = done.stdout.strip().rpartition(" ")
+        assert shapes == "(48, 256) (48, 256) (256, 48)"
+        totals.append(float(total))
+    assert totals[1] == pytest.approx(totals[0], rel=0.2 if scheme == "int4" else 0.02)
+    assert totals[1] != totals[0]
+
+
 def test_every_field_and_file_is_described() -> None:
-    for model in (Manifest, Component, TensorEntry, FileEntry):
+    for model in (Manifest, Quantization, Component, TensorEntry, FileEntry):
         for name in model.model_fields:
             assert f"`{name}`" in DOCUMENT
     for name in (*SMALL_FILES, LOG_NAME):

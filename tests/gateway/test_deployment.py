@@ -23,13 +23,22 @@ import pytest
 import ray
 from prometheus_client.parser import text_string_to_metric_families
 
+from experts.budget import FIT, BudgetRequest
+from experts.errors import LedgerBusy
+from experts.store import ExpertStore
+from experts.trust_ledger import TrustLedger, ledger_path, read_ledger
 from gateway.generate import generate
 from gateway.launch import ServiceOptions, running_service
+from gateway.state_folder import resolve_state_folder
 from router.loading import EngineOptions
+from router.trust_session import trust_identity
 
 pytestmark = pytest.mark.ray
 
 MODEL = "stories"
+EXPERT_BYTES = 73728
+NODE_BUDGET_BYTES = 60 * EXPERT_BYTES
+"""Of 384 experts: every step needs waves, in the actors and, when one is lost, in the router."""
 PROMPT = "Once upon a time there was a king who had three daughters"
 GREEDY: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "temperature": 0, "max_tokens": 48}
 RECOVERY_TIMEOUT_S = 60.0
@@ -51,7 +60,15 @@ def service(stories_store: Path) -> Iterator[Service]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    options = ServiceOptions(stories_store, MODEL, port=port, num_actors=2, num_cpus=2)
+    options = ServiceOptions(
+        stories_store,
+        MODEL,
+        port=port,
+        num_actors=2,
+        num_cpus=2,
+        expert_budgets=(FIT,),
+        node_budgets={"127.0.0.1": BudgetRequest(num_bytes=NODE_BUDGET_BYTES)},
+    )
     with running_service(options):
         yield Service(f"http://127.0.0.1:{port}")
 
@@ -97,6 +114,21 @@ def test_actors_router_and_gateway_all_start_on_two_cpus(service: Service) -> No
     pids = {status["router"]["pid"], *(actor["pid"] for actor in status["actors"]), os.getpid()}
     assert len(pids) == 4
     assert [node["cpus"] for node in status["nodes"]] == [2.0]
+
+
+def test_actors_and_router_share_the_node_s_budget_and_keep_to_it(
+    service: Service, expected: Callable[..., str]
+) -> None:
+    assert service.post(GREEDY).json()["choices"][0]["text"] == expected(48)
+    status = service.status()
+    processes = [status["router"]["experts"], *status["actors"]]
+    assert sum(process["budget_bytes"] for process in processes) == NODE_BUDGET_BYTES
+    for process in processes:
+        assert process["resident_bytes"] <= process["budget_bytes"]
+    planned = {row["process"]: row["budget_bytes"] for row in status["memory"]["processes"]}
+    assert planned == {process["name"]: process["budget_bytes"] for process in processes}
+    assert _metric(service, "sage_moe_budget_bytes") == NODE_BUDGET_BYTES
+    assert _metric(service, "sage_moe_resident_bytes") <= NODE_BUDGET_BYTES
 
 
 def test_ray_is_closed_to_who_does_not_know_its_token_or_comes_from_elsewhere(service: Service) -> None:
@@ -200,6 +232,21 @@ def test_metrics_name_tokens_memory_and_hops(service: Service) -> None:
     assert _metric(service, "sage_moe_hop_seconds_total") > 0
     assert _metric(service, "sage_moe_resident_bytes") > 0
     assert _metric(service, "sage_moe_time_to_first_token_seconds_count") > 0
+
+
+def test_supervisor_keeps_what_the_router_learns(service: Service, stories_store: Path) -> None:
+    service.post(GREEDY | {"max_tokens": 20})
+    assert service.status()["router"]["trust"]["is_kept"]
+    store = ExpertStore.open(stories_store)
+    identity = trust_identity(store)
+    store.close()
+    path = ledger_path(resolve_state_folder(), identity.store_hash)
+    with pytest.raises(LedgerBusy):
+        TrustLedger(path, identity)
+    deadline = time.monotonic() + RECOVERY_TIMEOUT_S
+    while not read_ledger(path, identity).num_tokens and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert read_ledger(path, identity).counts_ALE.any()
 
 
 def test_service_is_ready_when_idle_and_under_load(service: Service) -> None:

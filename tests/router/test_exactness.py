@@ -19,8 +19,8 @@ import torch
 from experts.remote_directory import RemoteDirectory, Roster
 from experts.store import ExpertStore
 from experts.transport import TransportLimits
-from experts.worker import DTYPES
 from extraction.extract import extract
+from extraction.quantise import Quantization
 from router.batcher import BatchLimits
 from router.kv_cache import blocks_for
 from router.loading import EngineOptions
@@ -67,6 +67,11 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "qwen3_omni_moe": {"attention_bias": True},
 }
 """Families beside Qwen3-MoE, each with switches that could tie a row's bits to its neighbours."""
+QUANTISED: dict[str, tuple[Quantization, dict[str, Any]]] = {
+    "int8": (Quantization(scheme="int8", group_size=None), {"moe_intermediate_size": 35}),
+    "int4": (Quantization(scheme="int4", group_size=32), {"moe_intermediate_size": 50}),
+}
+"""Experts of sizes that the kernels do not take as they are."""
 LENGTHS = (1, 3, 17, 63, 64, 65, 130, 200)
 FEW_LENGTHS = (1, 64, 63, 130, 200)
 """For the other families: they share all but their switches with Qwen3-MoE."""
@@ -107,7 +112,7 @@ def dtype(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(scope="module", params=["stories", "tiny", *SWITCHES])
+@pytest.fixture(scope="module", params=["stories", "tiny", *SWITCHES, *QUANTISED])
 def root(
     request: pytest.FixtureRequest,
     stories_store: Path,
@@ -119,6 +124,15 @@ def root(
         folder = tmp_path_factory.mktemp(name)
         extract(write_tiny(name, folder / "checkpoint", **SWITCHES[name]), folder / "store")
         return folder / "store"
+    if name in QUANTISED:
+        quantization, sizes = QUANTISED[name]
+        folder = tmp_path_factory.mktemp(name)
+        extract(
+            write_tiny("qwen3_moe", folder / "checkpoint", **sizes),
+            folder / "store",
+            quantization=quantization,
+        )
+        return folder / "store"
     return {"stories": stories_store, "tiny": tiny_store}[name]
 
 
@@ -126,7 +140,8 @@ def root(
 def requests(root: Path) -> list[GenerationRequest]:
     store = ExpertStore.open(root)
     config = read_model_config(store.served.config)
-    lengths = FEW_LENGTHS if store.manifest.family in SWITCHES else LENGTHS
+    has_few = store.manifest.family in SWITCHES or store.manifest.quantization is not None
+    lengths = FEW_LENGTHS if has_few else LENGTHS
     store.close()
     longest = config.max_position_embeddings - 30
     return _requests(config.vocab_size, [length for length in lengths if length <= longest])
@@ -172,10 +187,10 @@ def test_chunked_prefill_equals_whole(
 def test_any_expert_budget_equals_unlimited(
     root: Path, dtype: str, requests: list[GenerationRequest], reference: Outcome, experts_in_budget: int
 ) -> None:
-    store = ExpertStore.open(root)
-    record = store.record(store.expert_keys(store.served.name)[0])
-    expert_bytes = record.nbytes // DTYPES[record.dtype].itemsize * DTYPES[dtype].itemsize
-    store.close()
+    loaded = open_engine(root, EngineOptions(dtype=dtype))
+    loaded.worker.load_all()
+    expert_bytes = loaded.worker.resident_bytes // loaded.worker.num_resident
+    loaded.close()
     budget = EngineOptions(dtype=dtype, expert_budget_bytes=experts_in_budget * expert_bytes)
     _check(root, budget, requests, reference)
 

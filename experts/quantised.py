@@ -1,0 +1,247 @@
+"""From an expert's record to weights: as they are, or quantised and packed for this machine's kernel.
+
+Chooses the product with packed codes by proof, when a worker is made: right within rounding, checked against the plain
+dequantised product, since a wrong packing fails silently; and row by row the same bits whatever stands beside, as
+docs/exactness.md promises. Where the kernel fails, codes are dequantised for each product. Called by `experts.worker`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from experts.errors import NotRowInvariant, StoreDamaged
+from experts.ffn import ExpertWeights, view_expert
+from experts.numerics import (
+    REFERENCE_ROWS,
+    RowKernel,
+    gives_few_rows_their_bits,
+    gives_many_rows_their_bits,
+    one_thread,
+)
+from experts.packed_matrix import (
+    CanonicalMatrix,
+    PackedMatrix,
+    PackedProduct,
+    keep,
+    pack,
+    packed_scale_bytes,
+    padded_shape,
+)
+from experts.store import TORCH_DTYPES, ExpertStore
+from extraction.manifest import ExpertRecord
+from extraction.quantise import INT8_LIMIT, Quantization
+
+logger = logging.getLogger(__name__)
+
+TOLERANCES = {torch.bfloat16: 2e-2, torch.float32: 1e-4, torch.float16: 4e-3}
+"""Largest error of a product against the plain one, in parts of the largest output. bfloat16 keeps eight bits of each
+weight and output: 3e-3 was seen. Of wrong packings the error is about 1."""
+
+
+class ExpertForm(Protocol):
+    """How a store's experts lie in memory."""
+
+    @property
+    def class_suffix(self) -> str:
+        """What it adds to the name of the numerics class."""
+        ...
+
+    def loaded_bytes(self, record: ExpertRecord) -> int:
+        """What the expert takes in memory, known before it is read."""
+        ...
+
+    def is_in_place(self, record: ExpertRecord) -> bool:
+        """Whether the weights are the record's own bytes, and nothing beside them."""
+        ...
+
+    def weights(self, record: ExpertRecord, raw: Tensor) -> ExpertWeights:
+        """raw: the record's bytes, not to be used by others afterwards. Raises StoreDamaged, ValueError."""
+        ...
+
+
+@dataclass(frozen=True)
+class FloatForm:
+    """Experts in a float dtype, converted to the one that is computed with."""
+
+    dtype: torch.dtype
+    widths: Mapping[str, int]
+    class_suffix: str = ""
+
+    def loaded_bytes(self, record: ExpertRecord) -> int:
+        return record.nbytes // TORCH_DTYPES[record.dtype].itemsize * self.dtype.itemsize
+
+    def is_in_place(self, record: ExpertRecord) -> bool:
+        return TORCH_DTYPES[record.dtype] == self.dtype
+
+    def weights(self, record: ExpertRecord, raw: Tensor) -> ExpertWeights:
+        stored = TORCH_DTYPES[record.dtype]
+        if stored != self.dtype:
+            raw = raw.view(stored).to(self.dtype).view(torch.uint8)
+        return view_expert(raw, self.dtype, self.widths[record.key.component])
+
+
+@dataclass(frozen=True)
+class QuantisedForm:
+    """Experts as codes and scales, multiplied by a product that was proven for these shapes."""
+
+    quantization: Quantization
+    dtype: torch.dtype
+    widths: Mapping[str, int]
+    kernel: RowKernel
+    product: PackedProduct
+
+    @property
+    def class_suffix(self) -> str:
+        return f"/{self.quantization.name}/{self.product}-1"
+
+    def loaded_bytes(self, record: ExpertRecord) -> int:
+        shapes = self._shapes(record)
+        if self.product == "dequantise":
+            return record.nbytes + sum(map(self.quantization.scale_bytes, shapes))
+        scales = sum(packed_scale_bytes(shape, self.quantization, self.dtype) for shape in shapes)
+        padded = [padded_shape(shape, self.quantization) for shape in shapes]
+        if self.quantization.scheme == "int4":
+            return scales + sum(outputs * inputs // 2 for outputs, inputs in padded)
+        if padded == shapes:
+            return scales + record.nbytes  # the codes are views of the record
+        return scales + sum(outputs * inputs for outputs, inputs in padded)
+
+    def is_in_place(self, record: ExpertRecord) -> bool:
+        return False  # scales, at least, are made anew
+
+    def weights(self, record: ExpertRecord, raw: Tensor) -> ExpertWeights:
+        shapes = self._shapes(record)
+        is_view = self.product == "dequantise" or all(
+            padded_shape(shape, self.quantization) == shape for shape in shapes
+        )
+        matrices = []
+        codes_at, scales_at = 0, sum(map(self.quantization.code_bytes, shapes))
+        for shape in shapes:
+            code_bytes, scale_bytes = (
+                self.quantization.code_bytes(shape),
+                self.quantization.scale_bytes(shape),
+            )
+            codes = raw[codes_at : codes_at + code_bytes].view(self.quantization.code_shape(shape))
+            scales = raw[scales_at : scales_at + scale_bytes].clone().view(torch.bfloat16)
+            scales = scales.view(self.quantization.scale_shape(shape))
+            # A view would keep the whole record in memory beside the other matrix's padded copy.
+            codes = codes if is_view or self.quantization.scheme == "int4" else codes.clone()
+            matrices.append(CanonicalMatrix(codes, scales, shape[1], self.quantization))
+            codes_at, scales_at = codes_at + code_bytes, scales_at + scale_bytes
+        gate_up, down = (_packed(matrix, self.product, self.dtype, self.kernel) for matrix in matrices)
+        return ExpertWeights(gate_up, down)
+
+    def _shapes(self, record: ExpertRecord) -> list[tuple[int, int]]:
+        """Of gate and up together, and of down. Raises StoreDamaged."""
+        return expert_shapes(record, self.quantization, self.widths[record.key.component])
+
+
+def expert_form(
+    store: ExpertStore, kernel: RowKernel, dtype: torch.dtype, widths: Mapping[str, int]
+) -> ExpertForm:
+    """For the components that have a width here. Raises NotRowInvariant or StoreDamaged."""
+    quantization = store.manifest.quantization
+    if quantization is None:
+        return FloatForm(dtype, widths)
+    shapes = set()
+    for component, width in widths.items():
+        for key in store.expert_keys(component)[:1]:  # all are of one size
+            shapes.update(expert_shapes(store.record(key), quantization, width))
+    product = choose_product(sorted(shapes), quantization, dtype, kernel)
+    return QuantisedForm(quantization, dtype, widths, kernel, product)
+
+
+def planned_form(store: ExpertStore, dtype: torch.dtype, widths: Mapping[str, int]) -> ExpertForm:
+    """The form that `expert_form` nearly always finds, for planning only: nothing is proven."""
+    quantization = store.manifest.quantization
+    if quantization is None:
+        return FloatForm(dtype, widths)
+    return QuantisedForm(quantization, dtype, widths, RowKernel(1), "pack")
+
+
+def expert_shapes(record: ExpertRecord, quantization: Quantization, width: int) -> list[tuple[int, int]]:
+    """(outputs, inputs) of gate and up together, and of down, from the sizes that the index gives.
+
+    Raises StoreDamaged where these are not those of matrices of this width.
+    """
+    row_bytes = quantization.code_bytes((1, width))
+    expert_width = record.parts[0].nbytes // row_bytes
+    gate, down = (expert_width, width), (width, expert_width)
+    expected = [
+        *(quantization.code_bytes(shape) for shape in (gate, gate, down)),
+        *(quantization.scale_bytes(shape) for shape in (gate, gate, down)),
+    ]
+    if not expert_width or [part.nbytes for part in record.parts] != expected:
+        part = record.parts[0]
+        raise StoreDamaged(part.file, f"expert {tuple(record.key)} does not have matrices {width} wide")
+    return [(2 * expert_width, width), down]
+
+
+def choose_product(
+    shapes: list[tuple[int, int]], quantization: Quantization, dtype: torch.dtype, kernel: RowKernel
+) -> PackedProduct:
+    """The fastest product that passes for all shapes. Raises NotRowInvariant when none does."""
+    products: tuple[PackedProduct, ...] = ("pack", "dequantise")
+    for product in products:
+        failure = next(
+            (shape for shape in shapes if not _is_proven(product, shape, quantization, dtype, kernel)), None
+        )
+        if failure is None:
+            return product
+        logger.warning(
+            "%s %s for matrices of %s does not pass its test here", quantization.name, product, failure
+        )
+    raise NotRowInvariant(f"{quantization.name} products", str(dtype))
+
+
+def _is_proven(
+    product: PackedProduct,
+    shape: tuple[int, int],
+    quantization: Quantization,
+    dtype: torch.dtype,
+    kernel: RowKernel,
+) -> bool:
+    """Close to the plain product, and every row by itself."""
+    generator = torch.Generator().manual_seed(4)
+    matrix = _random_matrix(shape, quantization, generator)
+    x = torch.randn(REFERENCE_ROWS, shape[1], generator=generator).to(dtype)
+    plain = x.double() @ matrix.dequantised().double().t()
+    try:
+        packed = _packed(matrix, product, dtype, kernel)
+        with one_thread():
+            reference = packed.multiply(x, x.new_empty(REFERENCE_ROWS, shape[0]))
+    except (AttributeError, NotImplementedError, RuntimeError) as error:
+        logger.warning("%s %s: %s", quantization.name, product, str(error).split("\n")[0])
+        return False
+    error_ratio = (reference.double() - plain).abs().max() / plain.abs().max()
+
+    def linear(rows: Tensor) -> Tensor:
+        padded = torch.cat((rows, rows[-1:].expand(kernel.padded(len(rows)) - len(rows), -1)))
+        return packed.multiply(padded, rows.new_empty(len(padded), shape[0]))[: len(rows)]
+
+    return (
+        bool(error_ratio <= TOLERANCES[dtype])
+        and gives_few_rows_their_bits(linear, x, reference)
+        and gives_many_rows_their_bits(linear, x, reference)
+    )
+
+
+def _packed(
+    matrix: CanonicalMatrix, product: PackedProduct, dtype: torch.dtype, kernel: RowKernel
+) -> PackedMatrix:
+    return pack(matrix, dtype) if product == "pack" else keep(matrix, kernel)
+
+
+def _random_matrix(
+    shape: tuple[int, int], quantization: Quantization, generator: torch.Generator
+) -> CanonicalMatrix:
+    codes = torch.randint(256, quantization.code_shape(shape), generator=generator, dtype=torch.uint8)
+    spread = shape[1] ** -0.5 / (INT8_LIMIT if quantization.scheme == "int8" else 8)
+    scales = torch.rand(quantization.scale_shape(shape), generator=generator).add_(0.5).mul_(spread)
+    return CanonicalMatrix(codes, scales.bfloat16(), shape[1], quantization)

@@ -1,0 +1,73 @@
+"""What quantised experts cost in perplexity, on a few sentences: enough to see that nothing is broken."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from extraction.extract import extract
+from extraction.quantise import Quantization
+from gateway.tokenizer import TextTokenizer
+from router.loading import EngineOptions
+from router.request import GenerationRequest, SamplingParams
+from tests.engines import open_engine, run_to_end
+
+TEXT = (
+    "Once upon a time there was a king who had three daughters, and the youngest was so fair that the sun himself "
+    "wondered whenever he looked at her face. Near the castle lay a great dark forest, and in the forest, under an old "
+    "tree, was a well. When the day was warm the king's child went out into the forest and sat down by the side of the "
+    "cool water, and when she was tired she took a golden ball, threw it up high and caught it again. One day it "
+    "happened that the ball did not fall into her little hand but on the ground, and rolled straight into the water. "
+    "Then she began to weep, and wept louder and louder, and could not be comforted. 'What ails you, king's daughter?' "
+    "said a voice. She looked round and saw a frog, who stretched his thick ugly head out of the water."
+)
+
+
+def perplexity(root: Path, text: str) -> float:
+    """Of all tokens but the first, in one window."""
+    ids = tuple(TextTokenizer.from_folder(root).encode(text))
+    loaded = open_engine(root, EngineOptions())
+    request = GenerationRequest("r", ids, SamplingParams(max_tokens=1, temperature=0), num_prompt_logprobs=0)
+    told = run_to_end(loaded.engine, [request]).prompt_logprobs["r"]
+    loaded.close()
+    logprobs = [entry.logprob for entry in told if entry is not None]
+    return math.exp(-sum(logprobs) / len(logprobs))
+
+
+@pytest.fixture(scope="module")
+def published(stories_store: Path) -> float:
+    return perplexity(stories_store, TEXT)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "group_size", "most", "size"),
+    [
+        ("int8", None, 0.005, 0.57),
+        ("int4", 32, 0.05, 0.34),
+        ("int4", 64, 0.05, 0.31),
+        ("int4", 128, 0.05, 0.29),
+    ],
+)
+def test_quantised_experts_cost_little_and_take_less(
+    published: float,
+    stories_store: Path,
+    stories_checkpoint: Path,
+    tmp_path: Path,
+    scheme: str,
+    group_size: int | None,
+    most: float,
+    size: float,
+) -> None:
+    """Codes in a wrong order, or scales of other rows, cost far more than this. size: of the experts' files, records
+    of 40 KB padded to 4096 bytes."""
+    store = tmp_path / "store"
+    quantization = Quantization.model_validate({"scheme": scheme, "group_size": group_size})
+    extract(stories_checkpoint, store, quantization=quantization)
+    assert abs(perplexity(store, TEXT) / published - 1) < most
+    assert _expert_bytes(store) < size * _expert_bytes(stories_store)
+
+
+def _expert_bytes(root: Path) -> int:
+    return sum(path.stat().st_size for path in (root / "experts").iterdir())
