@@ -108,8 +108,8 @@ def test_explanation_has_every_token_and_layer(ask: Ask) -> None:
         assert [layer["layer"] for layer in token["layers"]] == list(range(6))
         for layer in token["layers"]:
             assert len(layer["experts"]) == 8
-                names = {"expert", "weight", "gate", "salience", "trust", "warmth", "stood_in"}
-                assert set(layer["experts"][0]) == names
+            names = {"expert", "weight", "gate", "salience", "trust", "warmth", "stood_in"}
+            assert set(layer["experts"][0]) == names
             assert set(layer["signals"]) == {"surprise", "novelty", "arousal", "reward", "conflict"}
     assert explained["is_cut"] is False
 
