@@ -44,6 +44,10 @@ class RayDirectory:
         """See ExpertDirectory.run."""
         return self.remote.run(call)
 
+    def resident(self, component: str, layer: int) -> frozenset[int]:
+        """See ExpertDirectory.resident."""
+        return self.remote.resident(component, layer)
+
     def stats(self) -> DirectoryStats:
         return self.remote.stats()
 

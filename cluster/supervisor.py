@@ -20,7 +20,7 @@ from cluster.errors import ActorsNotStarted, SupervisorMissing
 from cluster.placement import split_experts
 from cluster.resources import NAMESPACE, SUPERVISOR_NAME, expert_actor_options, supervisor_options
 from experts.actor import ActorSpec, ExpertActor
-from experts.remote_directory import Roster
+from experts.remote_directory import ResidentExperts, Roster
 from experts.store import ExpertStore
 from experts.transport import Endpoint
 
@@ -56,6 +56,7 @@ class _Member:
     spec: ActorSpec
     handle: Any = None
     endpoint: Endpoint | None = None
+    resident: ResidentExperts = field(default_factory=dict)
     failures: int = 0
     retry_at: float = 0.0
     last_error: str = ""
@@ -87,7 +88,8 @@ class Supervisor:
         with self._lock:
             endpoints = {m.spec.name: m.endpoint for m in self._members if m.endpoint is not None}
             owner = {key: m.spec.name for m in self._members for key in m.spec.group}
-            return Roster(self._version, endpoints, owner)
+            resident = {m.spec.name: m.resident for m in self._members if m.endpoint is not None}
+            return Roster(self._version, endpoints, owner, resident)
 
     def report_lost(self, name: str) -> None:
         """A router lost its connection: look at that actor now rather than at the next check."""
@@ -177,8 +179,11 @@ class Supervisor:
         return time.monotonic() >= member.retry_at
 
     def _answers(self, member: _Member) -> bool:
+        """Whether a member is the one that it was; notes what it holds."""
+        asked = [member.handle.endpoint.remote(), member.handle.resident.remote()]
         try:
-            return bool(ray.get(member.handle.endpoint.remote(), timeout=ANSWER_TIMEOUT_S) == member.endpoint)
+            endpoint, member.resident = ray.get(asked, timeout=ANSWER_TIMEOUT_S)
+            return bool(endpoint == member.endpoint)
         except (ray.exceptions.RayError, TimeoutError):
             return False
 
@@ -231,7 +236,7 @@ class Supervisor:
 
     def _set_endpoint(self, member: _Member, endpoint: Endpoint | None) -> None:
         with self._lock:
-            member.endpoint = endpoint
+            member.endpoint, member.resident = endpoint, {}
             self._version += 1
 
 

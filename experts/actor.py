@@ -83,6 +83,11 @@ class ExpertActor:
         """Where the data plane listens; the answer also says that the actor is alive."""
         return Endpoint(self._spec.name, self._spec.host, self._server.port, self._spec.incarnation)
 
+    def resident(self) -> dict[tuple[str, int], frozenset[int]]:
+        """Numbers of the experts that are in memory, by component and layer."""
+        layers = {(key.component, key.layer) for key in self._spec.group}
+        return {layer: self._worker.resident(*layer) for layer in layers}
+
     def status(self) -> dict[str, Any]:
         """Plain values for `sage-moe status` and metrics."""
         worker = self._worker

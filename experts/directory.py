@@ -36,6 +36,13 @@ class ExpertDirectory(Protocol):
         """
         ...
 
+    def resident(self, component: str, layer: int) -> frozenset[int]:
+        """Numbers of the experts of one layer that are in memory where they would be computed.
+
+        Exact for this process; of an actor, what it held when its supervisor last asked, about a second ago.
+        """
+        ...
+
     def stats(self) -> DirectoryStats: ...
 
     def close(self) -> None: ...
@@ -49,6 +56,9 @@ class LocalDirectory:
 
     def run(self, call: ExpertCall) -> Tensor:
         return self.worker.compute(call)
+
+    def resident(self, component: str, layer: int) -> frozenset[int]:
+        return self.worker.resident(component, layer)
 
     def stats(self) -> DirectoryStats:
         return DirectoryStats(self.worker.stats.rows, 0, 0.0, 0)

@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -26,6 +26,10 @@ from extraction.manifest import ExpertKey
 logger = logging.getLogger(__name__)
 
 
+ResidentExperts = Mapping[tuple[str, int], frozenset[int]]
+"""(component, layer) -> numbers of the experts that are in memory."""
+
+
 @dataclass(frozen=True)
 class Roster:
     """Which actor owns which expert. `version` grows with every change."""
@@ -34,6 +38,8 @@ class Roster:
     endpoints: Mapping[str, Endpoint]
     """Actor name -> where it listens. Actors that are down are absent."""
     owner: Mapping[ExpertKey, str]
+    resident: Mapping[str, ResidentExperts] = field(default_factory=dict)
+    """Actor name -> what it held when it was last asked. Changes without a new version."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,7 @@ class _View(NamedTuple):
 
     owner: Mapping[ExpertKey, str]
     connections: Mapping[str, ExpertConnection]
+    resident: Mapping[str, ResidentExperts]
 
 
 class RemoteDirectory:
@@ -110,7 +117,7 @@ class RemoteDirectory:
         self._limits = limits or TransportLimits()
         self._call_timeout_s = call_timeout_s
         self._on_lost = on_lost
-        self._view = _View({}, {})
+        self._view = _View({}, {}, {})
         self._roster_version = -1
         self._refused: frozenset[Endpoint] = frozenset()
         """Actors that cannot compute what is wanted of them; not asked again in the same incarnation."""
@@ -150,7 +157,7 @@ class RemoteDirectory:
                 and roster.endpoints.get(name) == link.endpoint
                 and self._is_fit(link.endpoint, link.info, components.get(name, frozenset()))
             }
-            self._view = _View(roster.owner, kept)
+            self._view = _View(roster.owner, kept, roster.resident)
             for name, link in before.items():
                 if name not in kept:
                     link.close()
@@ -160,7 +167,7 @@ class RemoteDirectory:
 
     def run(self, call: ExpertCall) -> Tensor:
         """See ExpertDirectory.run."""
-        owner, connections = self._view
+        owner, connections, _ = self._view
         present = frozenset(name for name, link in connections.items() if link.is_open)
         shares = split_by_owner(call, owner, present)
         if not shares or list(shares) == [None]:
@@ -191,6 +198,16 @@ class RemoteDirectory:
             results.append((shares[name], self._run_local(shares[name].call)))
         return _join(results, call.num_rows)
 
+    def resident(self, component: str, layer: int) -> frozenset[int]:
+        """See ExpertDirectory.resident."""
+        owner, connections, resident = self._view
+        present = frozenset(name for name, link in connections.items() if link.is_open)
+        here = self._local.resident(component, layer)
+        if present:
+            here = frozenset(e for e in here if owner.get(ExpertKey(component, layer, e)) not in present)
+        there = (resident.get(name, {}).get((component, layer), frozenset()) for name in present)
+        return here.union(*there)
+
     def stats(self) -> DirectoryStats:
         return DirectoryStats(self._local_rows, self._remote_rows, self._hop_seconds, self._failovers)
 
@@ -198,8 +215,8 @@ class RemoteDirectory:
         self._closing.set()
         self._tender.join()
         with self._changes:
-            _, connections = self._view
-            self._view = _View({}, {})
+            connections = self._view.connections
+            self._view = _View({}, {}, {})
             for link in connections.values():
                 link.close()
 
@@ -220,8 +237,8 @@ class RemoteDirectory:
                 link.info.numerics_class,
                 self._local.numerics_class,
             )
-        owner, connections = self._view
-        self._view = _View(owner, {**connections, name: link})
+        view = self._view
+        self._view = view._replace(connections={**view.connections, name: link})
 
     def _is_fit(self, endpoint: Endpoint, info: ServiceInfo, components: frozenset[str]) -> bool:
         """Whether an actor computes the components that it owns as this process does; says so when it does not."""

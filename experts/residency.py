@@ -1,16 +1,17 @@
-"""Which experts stay in memory: decisions only, no weights. Called by `experts.worker`.
+"""Which experts stay in memory: decisions only, no weights. Called by `experts.worker` and `experts.shadow`.
 
-`Residency` keeps the books of one byte budget: what is resident, in order of last use, and what has to go when
-something else must come in. It never exceeds its budget and never lets go of an expert that the same wave needs.
+`Residency` keeps the books of one byte budget, which all layers and components share: what is resident, and what
+has to go when something else must come in. It never exceeds its budget and never lets go of an expert that the same
+wave needs. Who goes first is for `experts.eviction` to say.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from experts.errors import BudgetTooSmall
+from experts.eviction import EvictionOrder, Worth, make_worth
 from extraction.manifest import ExpertKey
 
 
@@ -23,22 +24,25 @@ class Exchange:
 
 
 class Residency:
-    """Least recently used goes first. Every operation is O(1) per expert it moves.
+    """Costs O(log n) per expert of a wave. Not safe for several threads at once."""
 
-    Not safe for several threads at once.
-    """
-
-    def __init__(self, budget_bytes: int | None) -> None:
-        """budget_bytes: None means that everything may stay."""
+    def __init__(self, budget_bytes: int | None, worth: Worth | None = None) -> None:
+        """budget_bytes: None means that everything may stay. worth: None means the default eviction's."""
         self.budget_bytes = budget_bytes
         self.resident_bytes = 0
-        self._sizes: OrderedDict[ExpertKey, int] = OrderedDict()
+        self._sizes: dict[ExpertKey, int] = {}
+        self._of_layer: dict[tuple[str, int], set[int]] = {}
+        self._order = EvictionOrder(worth or make_worth("lfu"))
 
     def __contains__(self, key: ExpertKey) -> bool:
         return key in self._sizes
 
     def __len__(self) -> int:
         return len(self._sizes)
+
+    def of_layer(self, component: str, layer: int) -> frozenset[int]:
+        """Numbers of the resident experts of one layer. May be called while another thread admits."""
+        return frozenset(self._of_layer.get((component, layer), ()))
 
     def waves(self, sizes: Sequence[int]) -> list[range]:
         """Split experts of these sizes, in order, into runs that each fit the budget.
@@ -60,33 +64,42 @@ class Residency:
         waves.append(range(start, len(sizes)))
         return waves
 
-    def admit(self, wave: Sequence[ExpertKey], sizes: Sequence[int]) -> Exchange:
-        """Make room for one wave and count all of it as used now.
+    def admit(self, wave: Sequence[ExpertKey], sizes: Sequence[int], now: float = 0.0) -> Exchange:
+        """Make room for one wave and count all of it as used at step `now`, which never falls.
 
         The caller carries out the exchange, evictions first. A wave must be one that `waves` returned.
         """
         load = []
         needed = 0
         for key, nbytes in zip(wave, sizes, strict=True):
-            if key in self._sizes:
-                self._sizes.move_to_end(key)
-            else:
-                load.append((key, nbytes))
+            if key not in self._sizes:
+                load.append(key)
                 needed += nbytes
-        evict = self._make_room(needed)
-        for key, nbytes in load:
-            self._sizes[key] = nbytes
+        evict = self._make_room(needed, wave)
+        for key, nbytes in zip(wave, sizes, strict=True):
+            if self.budget_bytes is not None:
+                self._order.use(key, nbytes, now)
+            if key not in self._sizes:
+                self._sizes[key] = nbytes
+                self._of_layer.setdefault((key.component, key.layer), set()).add(key.expert)
         self.resident_bytes += needed
-        return Exchange(tuple(evict), tuple(key for key, _ in load))
+        return Exchange(tuple(evict), tuple(load))
 
     def forget(self, key: ExpertKey) -> None:
         """Take back an admission whose load failed."""
-        self.resident_bytes -= self._sizes.pop(key)
+        self._order.discard(key)
+        self._remove(key)
 
-    def _make_room(self, needed: int) -> list[ExpertKey]:
-        evict = []
-        while self.budget_bytes is not None and self.resident_bytes + needed > self.budget_bytes:
-            key, nbytes = self._sizes.popitem(last=False)
-            self.resident_bytes -= nbytes
-            evict.append(key)
+    def _make_room(self, needed: int, wave: Sequence[ExpertKey]) -> list[ExpertKey]:
+        evict: list[ExpertKey] = []
+        if self.budget_bytes is None or self.resident_bytes + needed <= self.budget_bytes:
+            return evict
+        kept = frozenset(wave)
+        while self.resident_bytes + needed > self.budget_bytes:
+            evict.append(self._order.pop(kept))
+            self._remove(evict[-1])
         return evict
+
+    def _remove(self, key: ExpertKey) -> None:
+        self.resident_bytes -= self._sizes.pop(key)
+        self._of_layer[key.component, key.layer].discard(key.expert)

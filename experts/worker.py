@@ -69,6 +69,10 @@ class ExpertWorker:
     def num_resident(self) -> int:
         return len(self._residency)
 
+    def resident(self, component: str, layer: int) -> frozenset[int]:
+        """Numbers of the experts of one layer that are in memory now; any thread may ask."""
+        return self._residency.of_layer(component, layer)
+
     def compute(self, call: ExpertCall) -> Tensor:
         """The call's R output rows, (R, D) in this worker's dtype.
 

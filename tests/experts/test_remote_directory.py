@@ -671,3 +671,27 @@ def test_heartbeats_of_a_fake_actor_keep_it_connected(local: ExpertWorker) -> No
             time.sleep(2 * HASTY.silence_s)
             assert directory.connected() == {NAMES[0]}
     assert lost == []
+
+
+def test_residents_are_those_of_the_process_that_would_compute_them(store: ExpertStore) -> None:
+    """Of an actor what the roster tells; of this process only what no connected actor owns."""
+    local = _worker(store)
+    local.compute(_call(experts=(0, 1, 5)))
+    fleet = Fleet(local)
+    for name in NAMES[:2]:
+        fleet.start(name)
+    try:
+        owner = {ExpertKey("model", 0, expert): NAMES[expert % 2] for expert in range(4)}
+        told = {NAMES[0]: {("model", 0): frozenset({0, 2})}, NAMES[1]: {("model", 2): frozenset({3})}}
+        roster = replace(fleet.roster(owner), resident=told)
+        with _directory(local, roster) as directory:
+            assert directory.resident("model", 0) == {0, 2, 5}, "1 is held here, but computed by an actor"
+            assert directory.resident("model", 2) == {3}
+            later = replace(roster, resident={NAMES[1]: {("model", 0): frozenset({1})}})
+            directory.update(later)
+            assert directory.resident("model", 0) == {1, 5}
+            directory.update(Roster(roster.version + 1, {}, owner, later.resident))
+            assert directory.resident("model", 0) == {0, 1, 5}, "of actors that are gone nothing counts"
+    finally:
+        for server in fleet.servers.values():
+            server.stop()

@@ -171,6 +171,21 @@ def test_failed_load_raises_and_the_next_call_computes(store: WatchedStore, kern
     assert worker.num_resident == 3
 
 
+def test_residents_of_a_layer_are_those_in_memory_now(store: WatchedStore, kernel: RowKernel) -> None:
+    worker = _worker(store, kernel, 3 * EXPERT_BYTES)
+    assert worker.resident("model", 0) == frozenset()
+    for layer, experts in ((0, (1, 4)), (2, (6,)), (0, (4, 5))):
+        counts = (1,) * len(experts)
+        tokens = (0,) * len(experts)
+        worker.compute(ExpertCall("model", layer, experts, counts, tokens, torch.ones(1, WIDTH)))
+    assert worker.resident("model", 0) == {4, 5}
+    assert worker.resident("model", 2) == {6}
+    store.failing = {7}
+    with pytest.raises(ExpertCorrupt):
+        worker.compute(ExpertCall("model", 2, (7,), (1,), (0,), torch.ones(1, WIDTH)))
+    assert 7 not in worker.resident("model", 2)
+
+
 def test_expert_of_another_group_is_refused_before_anything_is_read(
     store: WatchedStore, kernel: RowKernel
 ) -> None:
