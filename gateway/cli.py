@@ -19,6 +19,7 @@ from gateway.chat_command import chat
 from gateway.errors import GatewayError
 from gateway.extract_command import extract
 from gateway.serve_command import serve
+from gateway.study_options import MaskOption, ReplayOption, TraceOption
 from router.errors import RouterError
 
 app = typer.Typer(
@@ -122,6 +123,9 @@ def generate(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling noise.")] = 0,
     dtype: DtypeOption = None,
+    trace: TraceOption = None,
+    mask_experts: MaskOption = None,
+    replay_routing: ReplayOption = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print the text as it is generated.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -132,15 +136,16 @@ def generate(
 
     from gateway.generate import generate as run
     from gateway.store_source import resolve_runnable
+    from gateway.study import Study
     from router.loading import EngineOptions
 
+    study = Study(trace, mask_experts, replay_routing)
     sampling: dict[str, Any] = {"max_tokens": max_tokens, "seed": seed}
     if temperature is not None:
         sampling["temperature"] = temperature
     show = _write_at_once if stream else _keep_quiet
-    result = run(
-        resolve_runnable(store, announce=_announce), chosen_prompt, sampling, EngineOptions(dtype=dtype), show
-    )
+    root = resolve_runnable(store, announce=_announce)
+    result = run(root, chosen_prompt, sampling, EngineOptions(dtype=dtype), show, study)
     if as_json:
         typer.echo(json.dumps(result.as_json(), ensure_ascii=False))
     else:

@@ -11,6 +11,7 @@ from typing import Any
 from experts.store import ExpertStore
 from gateway.errors import GenerationFailed
 from gateway.settings import read_eos_token_ids, read_sampling_defaults
+from gateway.study import NO_STUDY, Study, studied
 from gateway.tokenizer import TextTokenizer
 from router.loading import EngineOptions, LoadedEngine, load_engine
 from router.request import GenerationRequest, SamplingParams
@@ -28,6 +29,8 @@ class Generation:
     tokens_per_s: float
     """Of the tokens after the first; 0 where there is only one."""
     resident_bytes: dict[str, int]
+    policy: str
+    """`native`, or what replaced the checkpoint's routing."""
 
     def as_json(self) -> dict[str, Any]:
         prompt, answer = len(self.prompt_token_ids), len(self.token_ids)
@@ -43,6 +46,7 @@ class Generation:
             },
             "timings": {"ttft_s": round(self.ttft_s, 6), "tokens_per_s": round(self.tokens_per_s, 3)},
             "resident_bytes": self.resident_bytes,
+            "policy": self.policy,
         }
 
 
@@ -52,11 +56,12 @@ def generate(
     sampling: Mapping[str, Any],
     options: EngineOptions,
     on_text: Callable[[str], None] = lambda text: None,
+    study: Study = NO_STUDY,
 ) -> Generation:
     """Generate one answer; `on_text` is called with each piece of text as it becomes stable.
 
     sampling: fields of SamplingParams that were chosen; the checkpoint's recommendation fills in the others.
-    Raises GenerationFailed, or what loading the engine raises.
+    Raises GenerationFailed, what loading the engine raises, or what `studied` raises.
     """
     store = ExpertStore.open(root)
     tokenizer = TextTokenizer.from_folder(root)
@@ -67,13 +72,19 @@ def generate(
     eos = read_eos_token_ids(manifest, loaded.config.vocab_size)
     params = SamplingParams(stop_token_ids=eos, **(facts | dict(sampling)))
     try:
-        return _run(loaded, tokenizer, GenerationRequest("generate", prompt_ids, params), on_text)
+        with studied(loaded, study):
+            request = GenerationRequest("generate", prompt_ids, params)
+            return _run(loaded, tokenizer, request, on_text, study.policy)
     finally:
         loaded.close()
 
 
 def _run(
-    loaded: LoadedEngine, tokenizer: TextTokenizer, request: GenerationRequest, on_text: Callable[[str], None]
+    loaded: LoadedEngine,
+    tokenizer: TextTokenizer,
+    request: GenerationRequest,
+    on_text: Callable[[str], None],
+    policy: str,
 ) -> Generation:
     started = time.perf_counter()
     engine = loaded.engine
@@ -104,6 +115,7 @@ def _run(
         first_at - started,
         (len(tokens) - 1) / (ended - first_at) if len(tokens) > 1 else 0.0,
         resident_bytes(loaded),
+        policy,
     )
 
 

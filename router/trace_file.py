@@ -49,8 +49,8 @@ def trace_schema(*, has_tokens: bool) -> pa.Schema:
         pa.field("request", pa.string(), nullable=False),
         pa.field("position", pa.int32(), nullable=False),
         pa.field("layer", pa.int16(), nullable=False),
-        pa.field("experts", pa.list_(pa.field("item", pa.int16(), nullable=False)), nullable=False),
-        pa.field("weights", pa.list_(pa.field("item", pa.float32(), nullable=False)), nullable=False),
+        pa.field("experts", pa.list_(pa.field("element", pa.int16(), nullable=False)), nullable=False),
+        pa.field("weights", pa.list_(pa.field("element", pa.float32(), nullable=False)), nullable=False),
     ]
     return pa.schema([*fields, TOKEN] if has_tokens else fields)
 
