@@ -17,6 +17,7 @@ from extraction.errors import ExtractionError, one_line
 from gateway.batch_command import batch
 from gateway.chat_command import chat
 from gateway.errors import GatewayError
+from gateway.eval_command import evaluate
 from gateway.extract_command import extract
 from gateway.serve_command import serve
 from gateway.study_options import MaskOption, ReplayOption, TraceOption
@@ -186,6 +187,7 @@ def _keep_quiet(_text: str) -> None:
 app.command()(serve)
 app.command()(chat)
 app.command()(batch)
+app.command("eval")(evaluate)
 
 
 @app.command()
