@@ -101,7 +101,8 @@ def _write(evaluation: Evaluation, parquet: Path | None, plot: Path | None) -> N
     if plot is not None:
         from gateway.eval_page import draw_page
 
-        write_output(plot, draw_page(evaluation))
+        assert evaluation.options.study.trace is not None
+        write_output(plot, draw_page(evaluation, evaluation.options.study.trace))
 
 
 def _print(evaluation: Evaluation, is_json: bool) -> None:
