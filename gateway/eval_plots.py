@@ -23,6 +23,8 @@ DPI = 130
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Told apart also by those who see few colours (Okabe and Ito)."""
 MARKERS = "os^Dvx"
+USE_SCALE = 4.0
+"""Multiples of an even share at which colours end; the same for every text, so that they can be compared."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +58,16 @@ def to_png(figure: Figure) -> bytes:
 
 
 def draw_use(axes: Axes, counts_LE: np.ndarray, layers: Sequence[int], title: str) -> None:
-    """How often each expert was chosen, as multiples of an even share."""
+    """How often each expert was chosen, as multiples of an even share. counts_LE: of all layers; layers: those shown."""
     use_LE = counts_LE[list(layers)]
     even_L1 = np.maximum(use_LE.sum(axis=1, keepdims=True), 1) / use_LE.shape[1]
-    image = axes.imshow(use_LE / even_L1, aspect="auto", cmap="viridis", vmin=0.0, interpolation="nearest")
-    axes.set_title(title)
+    scale = {"vmin": 0.0, "vmax": USE_SCALE}
+    image = axes.imshow(use_LE / even_L1, aspect="auto", cmap="viridis", interpolation="nearest", **scale)
+    axes.set_title(title, fontsize="medium")
     axes.set_xlabel("expert")
     axes.set_ylabel("layer")
     axes.set_yticks(*_layer_ticks(layers))
-    axes.figure.colorbar(image, ax=axes, label="times an even share", fraction=0.04, pad=0.02)
+    axes.figure.colorbar(image, ax=axes, label="times even", fraction=0.04, pad=0.02, extend="max")
 
 
 def _layer_ticks(layers: Sequence[int]) -> tuple[list[int], list[str]]:
@@ -78,7 +81,7 @@ def draw_layers(axes: Axes, layers: Sequence[int], lines: dict[str, np.ndarray],
     for number, (name, values_L) in enumerate(lines.items()):
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         axes.plot(range(len(layers)), values_L, color=colour, marker=marker, markersize=4, label=name)
-    axes.set_title(title)
+    axes.set_title(title, fontsize="medium")
     axes.set_xlabel("layer")
     axes.set_ylabel(unit)
     axes.set_xticks(*_layer_ticks(layers))
@@ -91,7 +94,7 @@ def draw_coactivation(axes: Axes, ratio_EE: np.ndarray, title: str) -> None:
     with np.errstate(divide="ignore"):
         logs_EE = np.log2(ratio_EE)
     image = axes.imshow(np.clip(logs_EE, -3.0, 3.0), cmap="RdBu_r", vmin=-3.0, vmax=3.0, interpolation="nearest")
-    axes.set_title(title)
+    axes.set_title(title, fontsize="medium")
     axes.set_xlabel("expert")
     axes.set_ylabel("expert")
     bar = axes.figure.colorbar(image, ax=axes, label="times as often as by use alone", fraction=0.046, pad=0.02)
@@ -110,7 +113,7 @@ def draw_miss_curves(axes: Axes, shares: Sequence[float], curves: Sequence[MissC
             markersize=4,
             label=f"{curve.eviction} (optimum)" if curve.eviction == BELADY else curve.eviction,
         )
-    axes.set_title(title)
+    axes.set_title(title, fontsize="medium")
     axes.set_xlabel("resident share of all experts")
     axes.set_ylabel("missed share of expert uses")
     axes.set_xlim(0.0, 1.0)
@@ -135,7 +138,7 @@ def draw_frontier(axes: Axes, series: dict[str, Sequence[FrontierPoint]], title:
             if point.label:
                 place = (point.miss_rate, point.perplexity)
                 axes.annotate(point.label, place, (4, 5), textcoords="offset points", fontsize="x-small")
-    axes.set_title(title)
+    axes.set_title(title, fontsize="medium")
     axes.set_xlabel("missed share of expert uses")
     axes.set_ylabel("perplexity")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")

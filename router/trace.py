@@ -85,7 +85,7 @@ class RoutingTrace:
         dispatched: Dispatch,
         rows_RD: Tensor,
     ) -> None:
-        if self._failure is not None:
+        if self._failure is not None or self._is_closing:
             return
         routed = RoutedLayer(owners, gate.layer, routing)
         with self._changed:

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experts.eviction import EVICTIONS, make_worth
+from experts.eviction import Eviction, make_worth
 from experts.replay import Trace, replay, replay_belady
 from extraction.manifest import ExpertKey
 from router.trace_reader import RoutingTable
 
+UNTRUSTING: tuple[Eviction, ...] = ("lru", "lfu")
 BELADY = "belady"
 """The optimum, which knows the future."""
 
@@ -105,13 +106,13 @@ class MissCurve:
 def miss_curves(table: RoutingTable, shares: Sequence[float], max_tokens: int) -> list[MissCurve]:
     """One curve for each eviction and one for Belady's optimum. shares: of all experts, what the cache holds.
 
-    Costs about a microsecond for each use, size and eviction.
+    Evictions that need trust are left out: a trace knows none. Costs some microseconds for each use, size and eviction.
     """
     calls, steps = decode_calls(table, max_tokens)
     num_experts = table.facts.num_experts * len(moe_layers(table))
     capacities = [max(1, round(share * num_experts)) for share in shares]
     curves = []
-    for eviction in EVICTIONS:
+    for eviction in UNTRUSTING:
         counts = [replay(calls, steps, capacity, make_worth(eviction)) for capacity in capacities]
         curves.append(MissCurve(eviction, tuple(1.0 - count.hit_rate for count in counts)))
     best = [replay_belady(calls, capacity) for capacity in capacities]
