@@ -42,7 +42,8 @@ class ServiceSpec:
     expert_width: int
     num_actors: int
     threads_per_actor: int
-    budget_bytes: int | None = None
+    actor_budgets: tuple[int, ...] = ()
+    """Bytes of experts that each actor keeps, in the order of their groups; without any, no bound."""
     host: str = "127.0.0.1"
     spin_s: float = 0.0
     """See `TransportLimits`; actors and routers use the same."""
@@ -150,7 +151,7 @@ class Supervisor:
                 group,
                 spec.width,
                 spec.expert_width,
-                spec.budget_bytes,
+                spec.actor_budgets[index] if spec.actor_budgets else None,
                 spec.threads_per_actor,
                 spec.host,
                 spec.spin_s,

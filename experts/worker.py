@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from experts.budget import loaded_bytes
 from experts.call import ExpertCall
 from experts.errors import NotInGroup
 from experts.ffn import ExpertWeights, compute_experts, view_expert
@@ -60,6 +61,11 @@ class ExpertWorker:
         self._residency = Residency(budget_bytes)
         self._weights: dict[ExpertKey, ExpertWeights] = {}
         self._lock = threading.Lock()
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """Most bytes of experts that stay; None means no bound."""
+        return self._residency.budget_bytes
 
     @property
     def resident_bytes(self) -> int:
@@ -137,8 +143,7 @@ class ExpertWorker:
         return view_expert(raw, self.dtype, self._widths[key.component])
 
     def _loaded_bytes(self, key: ExpertKey) -> int:
-        record = self._store.record(key)
-        return record.nbytes // DTYPES[record.dtype].itemsize * self.dtype.itemsize
+        return loaded_bytes(self._store.record(key), self.dtype)
 
 
 def _restrict(call: ExpertCall, wave: range) -> ExpertCall:

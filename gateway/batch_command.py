@@ -9,6 +9,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from gateway.budget_options import ExpertBudgetOption, read_budgets
 from gateway.errors import BatchOutputRefused
 from gateway.progress import shown_progress
 
@@ -40,6 +41,7 @@ def batch(
         Optional[str],  # noqa: UP045
         typer.Option(help="float32 or bfloat16; default: as stored."),
     ] = None,
+    expert_budget: ExpertBudgetOption = None,
     served_model_name: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="What rows that name a model must name; default: the store's."),
@@ -63,7 +65,8 @@ def batch(
     defaults = RowDefaults(seed, max_tokens, temperature)
     name = served_model_name or model_name(store)
     root = resolve_runnable(store, announce=lambda line: typer.echo(line, err=True))
-    options = BatchOptions(root, name, input, output, dtype, defaults)
+    budgets = read_budgets(expert_budget, None, lambda line: typer.echo(line, err=True))
+    options = BatchOptions(root, name, input, output, dtype, defaults, budgets)
     try:
         with interruptible(), shown_progress("rows") as show:
             report = run_batch(options, partial(compute_with_ray, ray_address), show)

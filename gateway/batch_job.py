@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experts.budget import BudgetRequest
 from experts.store import ExpertStore
 from gateway.batch_output import PartSummary, claimed
 from gateway.batch_plan import NO_DEFAULTS, Part, RowDefaults, job_identity, pending_parts, store_identity
 from gateway.batch_source import InputFile, plan_input
 from gateway.batch_worker import BatchWorker, RowsEnded, WorkerSpec
-from router.loading import stored_dtype
+from gateway.memory import BATCH_BASE, plan_engine
+from router.loading import EngineOptions, stored_dtype
 
 Compute = Callable[[WorkerSpec, Sequence[Part]], Generator[PartSummary | RowsEnded, None, None]]
 """Writes parts and tells of it as it goes."""
@@ -35,6 +37,8 @@ class BatchOptions:
     output: Path
     dtype: str | None = None
     defaults: RowDefaults = NO_DEFAULTS
+    budgets: tuple[BudgetRequest, ...] = ()
+    """Of experts; changes no answer, so a job may go on with another. Without any, no bound."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,10 @@ def _describe(options: BatchOptions, planned: InputFile) -> tuple[WorkerSpec, di
     try:
         dtype = options.dtype or stored_dtype(store)
         store_hash = store_identity(store.manifest)
+        budget_bytes = None
+        if options.budgets:
+            _, plan = plan_engine(store, EngineOptions(dtype=dtype), options.budgets, BATCH_BASE)
+            budget_bytes = plan.budget_bytes
     finally:
         store.close()
     identity = job_identity(
@@ -110,5 +118,6 @@ def _describe(options: BatchOptions, planned: InputFile) -> tuple[WorkerSpec, di
         planned.mtime_ns,
         str(options.output.absolute()),
         options.defaults,
+        budget_bytes,
     )
     return spec, identity

@@ -44,6 +44,8 @@ class WorkerSpec:
     input_mtime_ns: int
     output_root: str
     defaults: RowDefaults
+    expert_budget_bytes: int | None = None
+    """Most bytes of experts that stay; None means no bound."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ class BatchWorker:
             self._tokenizer = TextTokenizer.from_folder(root)
             template = ChatTemplate.from_folder(root, self._tokenizer)
             stack.callback(template.close)
-            self.loaded: LoadedEngine = load_engine(store, EngineOptions(dtype=spec.dtype))
+            options = EngineOptions(dtype=spec.dtype, expert_budget_bytes=spec.expert_budget_bytes)
+            self.loaded: LoadedEngine = load_engine(store, options)
             stack.callback(self.loaded.directory.close)
             settings = batch_settings(spec, store, self.loaded)
             self._preparer = RowPreparer(settings, self._tokenizer, template, spec.defaults)

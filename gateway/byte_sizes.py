@@ -1,8 +1,12 @@
-"""Sizes of memory as people write them: `512MiB`, `2GiB`, `1.5 GB`. Used for options and the config file."""
+"""Sizes of memory and budgets as people write them: `512MiB`, `1.5 GB`, `25%`, `fit`. Used for options and the config
+file."""
 
 from __future__ import annotations
 
 import re
+from fractions import Fraction
+
+from experts.budget import FIT, BudgetRequest
 
 UNITS = {
     "b": 1,
@@ -17,6 +21,7 @@ UNITS = {
 }
 MAX_BYTES = 2**50
 """More than any machine has; a larger number is a slip."""
+_PERCENT = re.compile(r"([0-9]{1,3}(?:\.[0-9]{1,6})?) ?%")
 _SIZE = re.compile(r"([0-9]{1,16}(?:\.[0-9]{1,6})?) ?([A-Za-z]+)")
 
 
@@ -42,3 +47,26 @@ def format_bytes(num_bytes: int) -> str:
         if num_bytes and num_bytes % UNITS[unit.lower()] == 0:
             return f"{num_bytes // UNITS[unit.lower()]}{unit}"
     return f"{num_bytes}B"
+
+
+def parse_budget(text: str) -> BudgetRequest:
+    """A size, a percentage of all experts, or `fit`. Raises ValueError like `parse_bytes`."""
+    word = text.strip()
+    if word.lower() == "fit":
+        return FIT
+    match = _PERCENT.fullmatch(word)
+    if match is not None:
+        share = Fraction(match[1]) / 100
+        if not 0 < share <= 1:
+            raise ValueError("must be above 0% and at most 100%")
+        return BudgetRequest(share=share)
+    if not word[:1].isdigit() or word.endswith("%"):
+        raise ValueError("must be a size such as 2GiB, a percentage such as 25%, or fit")
+    return BudgetRequest(num_bytes=parse_bytes(word))
+
+
+def format_budget(budget: BudgetRequest) -> str:
+    """As a user would write it."""
+    if budget.num_bytes is not None:
+        return format_bytes(budget.num_bytes)
+    return f"{float(budget.share * 100):.8g}%" if budget.share is not None else "fit"

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from gateway.budget_options import ExpertBudgetOption, read_budgets
+
 if TYPE_CHECKING:
     from gateway.chat_loop import ChatBackend
 
@@ -33,6 +35,7 @@ def chat(
     ] = None,
     seed: Annotated[Number, typer.Option(min=0, help="Seed of the sampling noise; default: random.")] = None,
     dtype: Annotated[Word, typer.Option(help="With STORE: float32 or bfloat16; default: as stored.")] = None,
+    expert_budget: ExpertBudgetOption = None,
     api_key: Annotated[
         Word,
         typer.Option(
@@ -47,18 +50,23 @@ def chat(
     given = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     sampling = {name: value for name, value in given.items() if value is not None}
     terminal = PlainTerminal()
-    with _backend(target, model, dtype, api_key, sampling) as backend:
+    with _backend(target, model, dtype, expert_budget, api_key, sampling) as backend:
         terminal.note(f"{backend.model} at {target}; /help lists commands, Ctrl-D ends")
         run_chat(backend, terminal, Conversation(system))
 
 
 @contextmanager
 def _backend(
-    target: str, model: str | None, dtype: str | None, api_key: str | None, sampling: dict[str, Any]
+    target: str,
+    model: str | None,
+    dtype: str | None,
+    expert_budget: str | None,
+    api_key: str | None,
+    sampling: dict[str, Any],
 ) -> Iterator[ChatBackend]:
     if target.startswith(("http://", "https://")):
-        if dtype is not None:
-            raise typer.BadParameter("--dtype goes with a STORE")
+        if dtype is not None or expert_budget is not None:
+            raise typer.BadParameter("--dtype and --expert-budget go with a STORE")
         from gateway.api_keys import client_key
         from gateway.chat_remote import connect
 
@@ -72,7 +80,11 @@ def _backend(
     from router.loading import EngineOptions
 
     with open_store(
-        resolve_runnable(target, announce=_announce), model_name(target), sampling, EngineOptions(dtype=dtype)
+        resolve_runnable(target, announce=_announce),
+        model_name(target),
+        sampling,
+        EngineOptions(dtype=dtype),
+        read_budgets(expert_budget, None, _announce),
     ) as local:
         yield local
 

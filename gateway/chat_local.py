@@ -11,10 +11,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from experts.budget import BudgetRequest
 from experts.store import ExpertStore
 from gateway.chat_loop import Piece
 from gateway.chat_template import ChatTemplate
 from gateway.errors import ChatFailed, GenerationFailed
+from gateway.memory import plan_engine
 from gateway.openai_types import Message
 from gateway.settings import read_eos_token_ids, read_sampling_defaults
 from gateway.stream import AnswerText
@@ -85,14 +87,21 @@ class LocalChat:
 
 @contextmanager
 def open_store(
-    root: Path, model: str, sampling: Mapping[str, Any], options: EngineOptions
+    root: Path,
+    model: str,
+    sampling: Mapping[str, Any],
+    options: EngineOptions,
+    budgets: tuple[BudgetRequest, ...] = (),
 ) -> Iterator[LocalChat]:
     """A chat with a store's model. sampling: fields of SamplingParams that the user chose; the checkpoint's
-    recommendation fills in the others. Raises what loading the engine raises."""
+    recommendation fills in the others. budgets: of experts, as in `gateway.generate`.
+    Raises what loading the engine raises."""
     store = ExpertStore.open(root)
     tokenizer = TextTokenizer.from_folder(root)
     template = ChatTemplate.from_folder(root, tokenizer)
     defaults = asdict(read_sampling_defaults(store.manifest.generation_config))
+    if budgets:
+        options, _ = plan_engine(store, options, budgets)
     loaded = load_engine(store, options)
     eos = read_eos_token_ids(store.manifest, loaded.config.vocab_size)
     chat = LocalChat(model, loaded, tokenizer, template, defaults | {"stop_token_ids": eos} | dict(sampling))

@@ -15,6 +15,7 @@ from cluster.errors import ClusterError
 from experts.errors import ExpertError
 from extraction.errors import ExtractionError, one_line
 from gateway.batch_command import batch
+from gateway.budget_options import ExpertBudgetOption, HostBudgetOption, print_plan, read_budgets
 from gateway.chat_command import chat
 from gateway.errors import GatewayError
 from gateway.eval_command import evaluate
@@ -127,6 +128,8 @@ def generate(
     trace: TraceOption = None,
     mask_experts: MaskOption = None,
     replay_routing: ReplayOption = None,
+    expert_budget: ExpertBudgetOption = None,
+    host_budget: HostBudgetOption = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print the text as it is generated.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -145,8 +148,18 @@ def generate(
     if temperature is not None:
         sampling["temperature"] = temperature
     show = _write_at_once if stream else _keep_quiet
-    root = resolve_runnable(store, announce=_announce)
-    result = run(root, chosen_prompt, sampling, EngineOptions(dtype=dtype), show, study)
+    budgets = read_budgets(expert_budget, host_budget, _announce)
+    is_asked = expert_budget is not None or host_budget is not None
+    result = run(
+        resolve_runnable(store, announce=_announce),
+        chosen_prompt,
+        sampling,
+        EngineOptions(dtype=dtype),
+        show,
+        budgets,
+        print_plan if is_asked else _keep_quiet,
+        study,
+    )
     if as_json:
         typer.echo(json.dumps(result.as_json(), ensure_ascii=False))
     else:
@@ -180,8 +193,8 @@ def _announce(line: str) -> None:
     typer.echo(line, err=True)
 
 
-def _keep_quiet(_text: str) -> None:
-    """For answers that are printed at the end."""
+def _keep_quiet(_: object) -> None:
+    """For answers that are printed at the end, and plans that nobody asked for."""
 
 
 app.command()(serve)

@@ -24,6 +24,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from cluster.memory_plan import MemoryPlan
 from cluster.ray_directory import RayDirectory
 from cluster.resources import gateway_deployment_options, router_deployment_options
 from experts.directory import LocalDirectory
@@ -61,6 +62,8 @@ class DeploymentSpec:
     model_aliases: tuple[str, ...] = ()
     keys: KeyRing = NO_KEYS
     cors_origins: tuple[str, ...] = ()
+    memory: MemoryPlan | None = None
+    """How the node's memory was divided at the start."""
 
 
 class RouterDeployment:
@@ -127,6 +130,7 @@ class RouterDeployment:
                 "steps": engine.stats.steps,
             },
             "actors": actors,
+            "memory": self._spec.memory.as_json() if self._spec.memory else None,
             "nodes": await asyncio.to_thread(_nodes),
             "requests": {
                 "running": health.num_running,

@@ -8,8 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.memory_plan import MemoryPlan
+from experts.budget import BudgetRequest
 from experts.store import ExpertStore
 from gateway.errors import GenerationFailed
+from gateway.memory import plan_engine
 from gateway.settings import read_eos_token_ids, read_sampling_defaults
 from gateway.study import NO_STUDY, Study, studied
 from gateway.tokenizer import TextTokenizer
@@ -31,6 +34,8 @@ class Generation:
     resident_bytes: dict[str, int]
     policy: str
     """`native`, or what replaced the checkpoint's routing."""
+    expert_budget_bytes: int | None
+    """Most bytes of experts that were kept; None means no bound."""
 
     def as_json(self) -> dict[str, Any]:
         prompt, answer = len(self.prompt_token_ids), len(self.token_ids)
@@ -47,6 +52,7 @@ class Generation:
             "timings": {"ttft_s": round(self.ttft_s, 6), "tokens_per_s": round(self.tokens_per_s, 3)},
             "resident_bytes": self.resident_bytes,
             "policy": self.policy,
+            "expert_budget_bytes": self.expert_budget_bytes,
         }
 
 
@@ -56,11 +62,15 @@ def generate(
     sampling: Mapping[str, Any],
     options: EngineOptions,
     on_text: Callable[[str], None] = lambda text: None,
+    budgets: tuple[BudgetRequest, ...] = (),
+    on_plan: Callable[[MemoryPlan], None] = lambda plan: None,
     study: Study = NO_STUDY,
 ) -> Generation:
     """Generate one answer; `on_text` is called with each piece of text as it becomes stable.
 
     sampling: fields of SamplingParams that were chosen; the checkpoint's recommendation fills in the others.
+    budgets: of experts; resolved against this machine's memory and then told to `on_plan`. Without any, those of the
+    options hold.
     Raises GenerationFailed, what loading the engine raises, or what `studied` raises.
     """
     store = ExpertStore.open(root)
@@ -68,6 +78,9 @@ def generate(
     prompt_ids = tuple(tokenizer.encode(prompt)) if isinstance(prompt, str) else prompt
     manifest = store.manifest
     facts = asdict(read_sampling_defaults(manifest.generation_config))
+    if budgets:
+        options, plan = plan_engine(store, options, budgets)
+        on_plan(plan)
     loaded = load_engine(store, options)
     eos = read_eos_token_ids(manifest, loaded.config.vocab_size)
     params = SamplingParams(stop_token_ids=eos, **(facts | dict(sampling)))
@@ -116,6 +129,7 @@ def _run(
         (len(tokens) - 1) / (ended - first_at) if len(tokens) > 1 else 0.0,
         resident_bytes(loaded),
         policy,
+        loaded.worker.budget_bytes,
     )
 
 

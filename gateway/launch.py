@@ -11,16 +11,19 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import replace
 from typing import Any
 
 from cluster.errors import ClusterError
+from cluster.memory_plan import MemoryPlan, Node, unmatched
 from cluster.resources import gateway_deployment_options, plan_threads, router_deployment_options
 from experts.numerics import num_cores
 from experts.store import ExpertStore
 from gateway.bind_address import BindAddress, check_bind, check_free, resolve_bind
 from gateway.errors import DeploymentFailed, OptionInvalid
+from gateway.memory import plan_service, this_node
 from gateway.service_options import ServiceOptions
 from router.batcher import BatchLimits
 from router.loading import EngineOptions, stored_dtype
@@ -30,6 +33,7 @@ __all__ = ["ServiceOptions", "describe_plan", "interruptible", "running_service"
 
 logger = logging.getLogger(__name__)
 
+OnPlan = Callable[[MemoryPlan, Sequence[str]], None]
 REQUEST_TIMEOUT_S = 3600.0
 PROXY_CALLBACK = ("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "gateway.proxy_guard.middlewares")
 """How Ray Serve is told to put a middleware of ours around its proxy. Its processes inherit the variable."""
@@ -38,20 +42,24 @@ RAY_GRACE_S = 2.0
 
 
 @contextmanager
-def running_service(options: ServiceOptions) -> Iterator[str]:
+def running_service(options: ServiceOptions, on_plan: OnPlan = lambda plan, unknown: None) -> Iterator[str]:
     """The service, ready to answer, for as long as the context lasts. Yields its URL.
 
+    on_plan: told how the memory is divided, before anything starts, and which nodes of `node-budgets` are unknown.
     Raises BindNeedsKey, PortTaken or AddressUnusable, OptionInvalid, what reading the store raises,
-    ConfigUnsupported, ActorsNotStarted, or DeploymentFailed.
+    ConfigUnsupported, BudgetTooSmall, NodeTooSmall, NodeBudgetTooSmall, ActorsNotStarted, or DeploymentFailed.
     """
     address = resolve_bind(options.host, options.port)
     check_bind(options.host, address, len(options.keys))
     check_free(options.host, address)
     config, dtype = _read_model(options)
+    threads = plan_threads(num_cores(), options.num_actors, config.expert_elements)
+    node = this_node()
+    plan = _plan_memory(options, dtype, threads.router, node)
+    on_plan(plan, unmatched(options.node_budgets, [node]))
 
     from cluster.resources import plan_spin_s, start_ray
 
-    threads = plan_threads(num_cores(), options.num_actors, config.expert_elements)
     stack = ExitStack()
     try:
         stack.callback(_stop_ray)
@@ -68,13 +76,17 @@ def running_service(options: ServiceOptions) -> Iterator[str]:
             expert_width=config.expert_width,
             num_actors=options.num_actors,
             threads_per_actor=threads.expert_actor,
+            actor_budgets=plan.actor_budgets,
             spin_s=plan_spin_s(num_cores(), options.num_actors),
             secret=secrets.token_bytes(32),
         )
         if options.num_actors:
             stack.callback(stop_supervisor)
             _wait_for_actors(start_supervisor(spec))
-        _deploy(options, address, dtype, threads.router, stack)
+        engine = replace(
+            engine_options(options, dtype, threads.router), expert_budget_bytes=plan.router.budget_bytes
+        )
+        _deploy(options, address, engine, plan, threads.router, stack)
         yield address.url
     finally:
         with _undisturbed():
@@ -105,6 +117,16 @@ def _read_model(options: ServiceOptions) -> tuple[ModelConfig, str]:
     return config, dtype
 
 
+def _plan_memory(options: ServiceOptions, dtype: str, num_threads: int, node: Node) -> MemoryPlan:
+    store = ExpertStore.open(options.store_root)
+    try:
+        engine = engine_options(options, dtype, num_threads)
+        budgets = (options.expert_budgets, options.node_budgets)
+        return plan_service(store, engine, options.num_actors, *budgets, node)
+    finally:
+        store.close()
+
+
 def engine_options(options: ServiceOptions, dtype: str, num_threads: int) -> EngineOptions:
     return EngineOptions(
         dtype=dtype,
@@ -130,6 +152,7 @@ def describe_plan(options: ServiceOptions) -> dict[str, Any]:
     check_bind(options.host, address, len(options.keys))
     config, dtype = _read_model(options)
     threads = plan_threads(num_cores(), options.num_actors, config.expert_elements)
+    plan = _plan_memory(options, dtype, threads.router, this_node())
     shown = options.shown() | {"dtype": dtype, "max-model-len": _context_length(options, config)}
     max_open = engine_options(options, dtype, threads.router).limits.max_open
     gateway = {"name": "gateway", **gateway_deployment_options(max_open)}
@@ -137,6 +160,7 @@ def describe_plan(options: ServiceOptions) -> dict[str, Any]:
     application = {"name": "sage-moe", "route_prefix": "/", "deployments": [gateway, router]}
     return {
         "options": shown,
+        "memory": plan.as_json(),
         "threads": {"router": threads.router, "expert-actor": threads.expert_actor},
         "serve": {"http_options": http_options(address), "applications": [application]},
     }
@@ -147,7 +171,12 @@ def _context_length(options: ServiceOptions, config: ModelConfig) -> int:
 
 
 def _deploy(
-    options: ServiceOptions, address: BindAddress, dtype: str, num_threads: int, stack: ExitStack
+    options: ServiceOptions,
+    address: BindAddress,
+    engine: EngineOptions,
+    plan: MemoryPlan,
+    num_threads: int,
+    stack: ExitStack,
 ) -> None:
     from ray import serve
     from ray.serve.config import HTTPOptions
@@ -158,10 +187,11 @@ def _deploy(
         str(options.store_root.resolve()),
         options.model_name,
         options.num_actors,
-        engine_options(options, dtype, num_threads),
+        engine,
         options.model_aliases,
         options.keys,
         options.cors_origins,
+        plan,
     )
     stack.callback(_quietly, serve.shutdown)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)

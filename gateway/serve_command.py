@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from gateway.budget_options import ONE_MEMORY_NOTICE, ExpertBudgetOption, HostBudgetOption
+
 if TYPE_CHECKING:
+    from cluster.memory_plan import MemoryPlan
     from gateway.service_options import ServiceOptions
 
 Number = Optional[int]  # noqa: UP045 - typer reads the annotation at run time
@@ -48,6 +51,8 @@ def serve(
     kv_budget: Annotated[
         Word, typer.Option(metavar="SIZE", help="Memory for keys and values, such as 512MiB. [1GiB]")
     ] = None,
+    expert_budget: ExpertBudgetOption = None,
+    host_budget: HostBudgetOption = None,
     api_key: Annotated[
         Words, typer.Option(metavar="KEY|@FILE", help="Key that clients must send; repeatable.")
     ] = None,
@@ -82,6 +87,8 @@ def serve(
         "max-queue": max_queue,
         "max-batch-tokens": max_batch_tokens,
         "kv-budget": kv_budget,
+        "expert-budget": expert_budget,
+        "host-budget": host_budget,
         "api-key": api_key or None,
         "api-key-file": api_key_file or None,
         "cors-origin": cors_origin or None,
@@ -103,6 +110,8 @@ def _gather(store: str, given: dict[str, Any], config: Path | None) -> ServiceOp
 
     file = read_config(config) if config else {}
     values = merge_values(given, file, str(config))
+    if values.host_budget is not None:
+        _announce(ONE_MEMORY_NOTICE)
     keys = [key for option in values.api_key for key in keys_of_option(option)]
     keys += [key for path in values.api_key_file for key in read_key_file(path)]
     keys += keys_of_environment(os.environ)
@@ -157,12 +166,22 @@ def _serve(options: ServiceOptions) -> None:
 
     with interruptible():
         try:
-            with running_service(options) as url:
+            with running_service(options, _print_memory) as url:
                 names = " and ".join([options.model_name, *options.model_aliases])
                 typer.echo(f"{names} is served at {url}/v1 (Ctrl-C stops it)")
                 wait_for_interrupt()
         except KeyboardInterrupt:
             sys.exit(130)
+
+
+def _print_memory(plan: MemoryPlan, unknown_nodes: Sequence[str]) -> None:
+    from rich.console import Console
+
+    from gateway.memory_view import render_memory
+
+    for name in unknown_nodes:
+        _announce(f"note: node-budgets names {name}, where nothing of this service runs")
+    Console(highlight=False).print(render_memory(plan.as_json()))
 
 
 def _announce(line: str) -> None:

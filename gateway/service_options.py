@@ -9,20 +9,22 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
+from experts.budget import FIT, BudgetRequest
 from gateway.api_keys import NO_KEYS, KeyRing
-from gateway.byte_sizes import format_bytes, parse_bytes
+from gateway.byte_sizes import format_budget, format_bytes, parse_budget, parse_bytes
 from gateway.errors import OptionInvalid
 
 PROVEN_BATCH_TOKENS = 512
 """Rows for which the self-test at start proves exactness (docs/exactness.md)."""
 MAX_SHOWN_CHARS = 80
+BUDGET_ADVICE = "must be a size such as 2GiB, a percentage such as 25%, or fit"
 OWN_MESSAGE = "own_message"
 """Type of validation errors whose text is ready to be shown."""
 _ORIGIN = re.compile(r"https?://(?:[a-z0-9._-]+|\[[0-9a-f:]+\])(?::[0-9]{1,5})?")
@@ -34,6 +36,15 @@ def _read_size(value: object) -> int:
         raise PydanticCustomError(OWN_MESSAGE, "must be a size such as 512MiB or 2GiB")
     try:
         return parse_bytes(value)
+    except ValueError as error:
+        raise PydanticCustomError(OWN_MESSAGE, "{reason}", {"reason": str(error)}) from error
+
+
+def _read_budget(value: object) -> BudgetRequest:
+    if not isinstance(value, str):
+        raise PydanticCustomError(OWN_MESSAGE, BUDGET_ADVICE)
+    try:
+        return parse_budget(value)
     except ValueError as error:
         raise PydanticCustomError(OWN_MESSAGE, "{reason}", {"reason": str(error)}) from error
 
@@ -57,6 +68,7 @@ def _whole(low: int, high: int, default: int) -> Any:
 
 
 Size = Annotated[int, BeforeValidator(_read_size)]
+Budget = Annotated[BudgetRequest, BeforeValidator(_read_budget)]
 Text = Annotated[str, Field(max_length=512, pattern=r"^[^\p{C}]+$")]
 Texts = Annotated[tuple[Text, ...], BeforeValidator(_read_texts)]
 _TEXTS = "a text or a list of texts, each of 1 to 512 printable characters"
@@ -81,6 +93,13 @@ class OptionValues(BaseModel):
     max_queue: int = _whole(0, 65536, 256)
     max_batch_tokens: int = _whole(1, PROVEN_BATCH_TOKENS, PROVEN_BATCH_TOKENS)
     kv_budget: Size = Field(2**30, description="a size such as 512MiB or 2GiB")
+    expert_budget: Budget | None = Field(None, description=BUDGET_ADVICE.removeprefix("must be "))
+    host_budget: Budget | None = Field(None, description=BUDGET_ADVICE.removeprefix("must be "))
+    node_budgets: dict[Text, Budget] = Field(
+        default_factory=dict,
+        max_length=1024,
+        description="a mapping of node names or addresses to budgets, such as 'node-7: 2GiB'",
+    )
     api_key: Texts = Field((), description=_TEXTS)
     api_key_file: Texts = Field((), description=_TEXTS)
     cors_origin: Annotated[Texts, AfterValidator(_check_origins)] = Field((), description=_TEXTS)
@@ -108,6 +127,10 @@ class ServiceOptions:
     max_queue: int = 256
     max_batch_tokens: int = PROVEN_BATCH_TOKENS
     kv_budget_bytes: int = 2**30
+    expert_budgets: tuple[BudgetRequest, ...] = (FIT,)
+    """Bytes of experts on each node, added up; the experts' tiers on a machine that computes in host memory."""
+    node_budgets: Mapping[str, BudgetRequest] = field(default_factory=dict)
+    """In place of `expert_budgets`, by node name or address."""
     keys: KeyRing = NO_KEYS
     cors_origins: tuple[str, ...] = ()
 
@@ -133,6 +156,8 @@ class ServiceOptions:
             "max-queue": self.max_queue,
             "max-batch-tokens": self.max_batch_tokens,
             "kv-budget": format_bytes(self.kv_budget_bytes),
+            "expert-budget": " + ".join(map(format_budget, self.expert_budgets)),
+            "node-budgets": {name: format_budget(budget) for name, budget in self.node_budgets.items()},
             "api-keys": len(self.keys),
             "cors-origin": list(self.cors_origins),
         }
@@ -176,9 +201,20 @@ def compose_options(values: OptionValues, store_root: Path, store_name: str, key
         max_queue=values.max_queue,
         max_batch_tokens=values.max_batch_tokens,
         kv_budget_bytes=values.kv_budget,
+        expert_budgets=one_memory(values.expert_budget, values.host_budget),
+        node_budgets=values.node_budgets,
         keys=keys,
         cors_origins=tuple(dict.fromkeys(values.cors_origin)),
     )
+
+
+def one_memory(
+    expert_budget: BudgetRequest | None, host_budget: BudgetRequest | None
+) -> tuple[BudgetRequest, ...]:
+    """The budgets of both tiers where experts are computed in host memory: they are one, so what is given of them is
+    added up, and nothing given is `fit`."""
+    given = tuple(budget for budget in (expert_budget, host_budget) if budget is not None)
+    return given or (FIT,)
 
 
 def _nearest(name: str) -> str:

@@ -69,6 +69,14 @@ def stored_dtype(store: ExpertStore) -> str:
     return store.record(keys[0]).dtype if keys else "float32"
 
 
+def chosen_dtype(store: ExpertStore, options: EngineOptions) -> torch.dtype:
+    """Raises ConfigUnsupported."""
+    name = options.dtype or stored_dtype(store)
+    if name not in ("float32", "bfloat16"):
+        raise ConfigUnsupported("dtype", f"{name!r}; choose float32 or bfloat16")
+    return DTYPES[name]
+
+
 def load_engine(
     store: ExpertStore,
     options: EngineOptions,
@@ -78,10 +86,7 @@ def load_engine(
 
     Raises ConfigUnsupported, WeightMismatch, NotRowInvariant, or what reading the store raises.
     """
-    dtype_name = options.dtype or stored_dtype(store)
-    if dtype_name not in ("float32", "bfloat16"):
-        raise ConfigUnsupported("dtype", f"{dtype_name!r}; choose float32 or bfloat16")
-    dtype = DTYPES[dtype_name]
+    dtype = chosen_dtype(store, options)
     component = store.served
     config = read_model_config(component.config)
     torch.set_num_threads(options.num_threads or useful_threads(num_cores(), config.expert_elements))

@@ -59,6 +59,9 @@ class _Collector:
         yield _counter("failovers", "Calls to lost actors, computed elsewhere.", way.failovers)
         labels = ["actor", "node", "tier"]
         resident = GaugeMetricFamily(PREFIX + "resident_bytes", "Expert bytes held.", labels=labels)
+        budget = GaugeMetricFamily(
+            PREFIX + "budget_bytes", "Expert bytes that may be held; absent without bound.", labels=labels
+        )
         counters = {
             key: CounterMetricFamily(PREFIX + name, text, labels=labels[:2])
             for key, name, text in (
@@ -70,9 +73,13 @@ class _Collector:
         for actor in [local_actor(self._service), *self._actors]:
             name, node = str(actor["name"]), str(actor.get("node", ""))
             resident.add_metric([name, node, "resident"], actor.get("resident_bytes", 0))
+            if actor.get("budget_bytes") is not None:
+                budget.add_metric([name, node, "resident"], actor["budget_bytes"])
             for key, family in counters.items():
                 family.add_metric([name, node], actor.get(key, 0))
         yield resident
+        if budget.samples:
+            yield budget
         yield from counters.values()
 
 
@@ -81,6 +88,7 @@ def local_actor(service: RouterService) -> dict[str, Any]:
     worker = service.loaded.worker
     return {
         "name": "router",
+        "budget_bytes": worker.budget_bytes,
         "resident_bytes": worker.resident_bytes,
         "resident_experts": worker.num_resident,
         "experts_used": len(worker.stats.experts_used),

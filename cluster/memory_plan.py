@@ -1,0 +1,193 @@
+"""How a node's memory is divided: backbone, cache, buffers, processes, and of the rest the experts. Pure.
+
+Made once by whoever starts processes (`gateway.memory`), shown to the user, and passed to those processes: the
+expert actors of a node and the router's own worker share the node's budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cluster.errors import NodeBudgetTooSmall, NodeTooSmall
+from experts.budget import BudgetRequest, ExpertBytes, resolve_budget
+from experts.node_memory import NodeMemory
+from router.footprint import Footprint
+
+SPARE_PERCENT = 10
+"""Of a node's memory, left to others by `fit`."""
+ROUTER_SHARE = 16
+"""With expert actors, the router's own worker gets at most one part in so many, and at least one expert: it computes
+only what a lost actor would have."""
+TIER = "resident"
+
+
+@dataclass(frozen=True)
+class Node:
+    """One machine: the names by which a user may mean it, and its memory when nothing was started yet."""
+
+    name: str
+    aliases: tuple[str, ...]
+    memory: NodeMemory
+
+
+@dataclass(frozen=True)
+class ProcessMemory:
+    """What one process holds, in bytes."""
+
+    process: str
+    base_bytes: int
+    """An idle process: interpreter, libraries, Ray's worker."""
+    backbone_bytes: int
+    kv_bytes: int
+    swap_bytes: int
+    buffer_bytes: int
+    budget_bytes: int
+    """Most bytes of experts that it keeps."""
+    expert_bytes: int
+    """Of all experts that it answers for."""
+    node: str = ""
+    tier: str = TIER
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """A node's memory, resolved."""
+
+    node: str
+    total_bytes: int
+    available_bytes: int
+    spare_bytes: int
+    """Left alone by `fit`."""
+    budget_bytes: int
+    """What the node's processes may hold of experts together."""
+    processes: tuple[ProcessMemory, ...]
+
+    @property
+    def router(self) -> ProcessMemory:
+        return self.processes[0]
+
+    @property
+    def actor_budgets(self) -> tuple[int, ...]:
+        return tuple(process.budget_bytes for process in self.processes[1:])
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self) | {"processes": [asdict(process) for process in self.processes]}
+
+
+@dataclass(frozen=True)
+class BaseMemory:
+    """Bytes of processes that hold nothing yet. For `fit` they come on top of what is in use already."""
+
+    router: int
+    expert_actor: int = 0
+    others: int = 0
+
+
+def plan_memory(
+    requests: Iterable[BudgetRequest],
+    footprint: Footprint,
+    group_bytes: Sequence[int],
+    node: Node,
+    base: BaseMemory,
+) -> MemoryPlan:
+    """group_bytes: of each expert actor's group; none where the router's process computes everything.
+
+    Raises BudgetTooSmall, NodeTooSmall or NodeBudgetTooSmall.
+    """
+    requests = tuple(requests)
+    spare = node.memory.total_bytes * SPARE_PERCENT // 100
+    actor_buffers = footprint.actor_buffer_bytes
+    needs = {
+        "processes": base.router + base.others + len(group_bytes) * base.expert_actor,
+        "backbone": footprint.backbone_bytes,
+        "KV cache": footprint.kv_bytes,
+        "swap": footprint.swap_bytes,
+        "buffers": footprint.buffer_bytes + len(group_bytes) * actor_buffers,
+        f"{SPARE_PERCENT}% left": spare,
+    }
+    experts = footprint.experts
+    room = node.memory.available_bytes - sum(needs.values())
+    if any(request.is_fit for request in requests) and room < experts.largest:
+        raise NodeTooSmall(node.name, max(0, room), experts.largest, node.memory.available_bytes, needs)
+    # A router whose actors are all lost can use as much again.
+    useful = experts.total * (2 if group_bytes else 1)
+    budget = resolve_budget(requests, experts, min(room, useful))
+    router_share, *shares = divide_budget(
+        budget, group_bytes, experts, footprint.experts_per_token, node.name
+    )
+    router = ProcessMemory(
+        "router",
+        base.router,
+        footprint.backbone_bytes,
+        footprint.kv_bytes,
+        footprint.swap_bytes,
+        footprint.buffer_bytes,
+        router_share,
+        experts.total,
+        node.name,
+    )
+    actors = (
+        ProcessMemory(f"experts-{index}", base.expert_actor, 0, 0, 0, actor_buffers, share, nbytes, node.name)
+        for index, (share, nbytes) in enumerate(zip(shares, group_bytes, strict=True))
+    )
+    memory = node.memory
+    return MemoryPlan(node.name, memory.total_bytes, memory.available_bytes, spare, budget, (router, *actors))
+
+
+def divide_budget(
+    budget_bytes: int, group_bytes: Sequence[int], experts: ExpertBytes, experts_per_token: int, node: str
+) -> list[int]:
+    """Divide a node's budget between the router's worker (first) and expert actors, by the bytes of their groups.
+
+    Without actors the router gets all. With them it gets the experts of one token, at most a ROUTER_SHARE-th, at
+    least one expert, and whatever the actors have no use for. An actor gets at least one expert and at most its
+    group; one without experts gets nothing. The parts add up to the budget.
+    Raises NodeBudgetTooSmall where it is not one expert for each.
+    """
+    if not group_bytes:
+        return [budget_bytes]
+    largest = experts.largest
+    num_workers = 1 + sum(nbytes > 0 for nbytes in group_bytes)
+    if budget_bytes < num_workers * largest:
+        raise NodeBudgetTooSmall(node, budget_bytes, num_workers, largest)
+    reserve = max(largest, min(experts_per_token * largest, budget_bytes // ROUTER_SHARE))
+    shares = _in_proportion(budget_bytes - reserve, group_bytes, largest)
+    return [budget_bytes - sum(shares), *shares]
+
+
+def _in_proportion(num_bytes: int, group_bytes: Sequence[int], least: int) -> list[int]:
+    """Parts of `num_bytes` as the groups' sizes are, each from `least` up to its group."""
+    shares = [0] * len(group_bytes)
+    open_groups = {index for index, nbytes in enumerate(group_bytes) if nbytes}
+    left = num_bytes
+    while open_groups:
+        total = sum(group_bytes[index] for index in open_groups)
+        parts = {index: left * group_bytes[index] // total for index in open_groups}
+        low = {index for index in open_groups if parts[index] < least}
+        if not low:
+            for index in open_groups:
+                shares[index] = min(parts[index], group_bytes[index])
+            break
+        for index in low:
+            shares[index] = least
+        left -= least * len(low)
+        open_groups -= low
+    return shares
+
+
+def choose_requests(
+    requests: Iterable[BudgetRequest], overrides: Mapping[str, BudgetRequest], node: Node
+) -> tuple[BudgetRequest, ...]:
+    """What holds for one node: its override, if it is named in one, or else what holds for every node."""
+    for name in (node.name, *node.aliases):
+        if name in overrides:
+            return (overrides[name],)
+    return tuple(requests)
+
+
+def unmatched(overrides: Iterable[str], nodes: Sequence[Node]) -> list[str]:
+    """Names of overrides that mean none of the nodes."""
+    known = {name for node in nodes for name in (node.name, *node.aliases)}
+    return sorted(set(overrides) - known)

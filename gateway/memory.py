@@ -1,0 +1,78 @@
+"""Reads this machine's memory and a store's needs, and resolves budgets with them before anything is loaded.
+
+`plan_engine` is for one process (`generate`, `chat`, `batch`), `plan_service` for a service with expert actors. The
+decisions are `cluster.memory_plan`'s.
+"""
+
+from __future__ import annotations
+
+import platform
+import socket
+from collections.abc import Mapping
+from dataclasses import replace
+
+import psutil
+
+from cluster.memory_plan import BaseMemory, MemoryPlan, Node, choose_requests, plan_memory
+from cluster.placement import split_experts
+from experts.budget import BudgetRequest, measure_experts
+from experts.node_memory import read_node_memory
+from experts.store import ExpertStore
+from router.footprint import measure_footprint
+from router.loading import EngineOptions, chosen_dtype
+
+MIB = 1 << 20
+THIS_PROCESS = BaseMemory(router=0)
+"""What this process is already is no longer available, so it is not counted a second time."""
+SERVICE_BASE = BaseMemory(router=320 * MIB, expert_actor=256 * MIB, others=1536 * MIB)
+"""Memory of processes that hold nothing yet, shared pages counted once; the others are the command, Ray, Serve, the
+gateway and the supervisor. Measured on Linux with Ray 2.60 (docs/memory.md)."""
+
+BATCH_BASE = BaseMemory(router=320 * MIB, others=1024 * MIB)
+"""The same of a batch."""
+
+
+def this_node() -> Node:
+    name = platform.node() or "localhost"
+    addresses = {
+        entry.address.partition("%")[0]
+        for entries in psutil.net_if_addrs().values()
+        for entry in entries
+        if entry.family in (socket.AF_INET, socket.AF_INET6)
+    }
+    names = {"localhost", name.partition(".")[0], *addresses} - {name}
+    return Node(name, tuple(sorted(names)), read_node_memory())
+
+
+def plan_engine(
+    store: ExpertStore,
+    options: EngineOptions,
+    requests: tuple[BudgetRequest, ...],
+    base: BaseMemory = THIS_PROCESS,
+) -> tuple[EngineOptions, MemoryPlan]:
+    """Options with the budget resolved, for one engine on this machine. base: what is still to be started for it.
+
+    Raises BudgetTooSmall or NodeTooSmall.
+    """
+    footprint = measure_footprint(store, options)
+    plan = plan_memory(requests, footprint, (), this_node(), base)
+    return replace(options, expert_budget_bytes=plan.budget_bytes), plan
+
+
+def plan_service(
+    store: ExpertStore,
+    options: EngineOptions,
+    num_actors: int,
+    requests: tuple[BudgetRequest, ...],
+    overrides: Mapping[str, BudgetRequest],
+    node: Node,
+) -> MemoryPlan:
+    """Budgets of a service on one node, and what is left of its memory.
+
+    Raises BudgetTooSmall, NodeTooSmall or NodeBudgetTooSmall.
+    """
+    dtype = chosen_dtype(store, options)
+    groups = split_experts(store.expert_keys(store.served.name), num_actors) if num_actors else []
+    sizes = [measure_experts(map(store.record, group), dtype).total for group in groups]
+    chosen = choose_requests(requests, overrides, node)
+    return plan_memory(chosen, measure_footprint(store, options), sizes, node, SERVICE_BASE)

@@ -1,0 +1,122 @@
+"""What an engine holds beside its experts, in bytes, known from the store's description before a weight is read.
+
+Called by `cluster.memory_plan`'s callers. The backbone's and the cache's bytes are exact; those of buffers are a bound
+on what one step of a full batch has in memory at a time (docs/memory.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from experts.budget import ExpertBytes, measure_experts
+from experts.store import ExpertStore
+from extraction.manifest import Component
+from router.attention import BLOCK_POSITIONS, MAX_SCORE_ELEMENTS
+from router.batcher import BatchLimits
+from router.kv_cache import KvPool, blocks_for
+from router.loading import EngineOptions, chosen_dtype, num_kv_blocks
+from router.model_config import SHARED_GATE_ROWS, ModelConfig, read_model_config
+
+FLOAT32_BYTES = 4
+LIBRARY_BYTES = 32 << 20
+"""Scratch memory of matrix libraries and threads' stacks."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of one engine."""
+
+    backbone_bytes: int
+    kv_bytes: int
+    swap_bytes: int
+    """Most that swapped-out sequences take in host memory; none where the cache holds every sequence whole."""
+    buffer_bytes: int
+    actor_buffer_bytes: int
+    """Of an expert actor that works for it."""
+    experts: ExpertBytes
+    experts_per_token: int
+
+
+def measure_footprint(store: ExpertStore, options: EngineOptions) -> Footprint:
+    """Raises ConfigUnsupported, or what reading the store raises."""
+    dtype = chosen_dtype(store, options)
+    component = store.served
+    config = read_model_config(component.config)
+    block_bytes = KvPool.block_bytes(config, dtype)
+    num_blocks = num_kv_blocks(config, dtype, options)
+    most_blocks = options.limits.max_running * blocks_for(config.max_position_embeddings)
+    if options.max_model_len:
+        most_blocks = options.limits.max_running * blocks_for(options.max_model_len)
+    return Footprint(
+        backbone_bytes=backbone_bytes(component, config, dtype),
+        kv_bytes=num_blocks * block_bytes,
+        swap_bytes=options.kv_budget_bytes if num_blocks <= most_blocks else 0,
+        buffer_bytes=buffer_bytes(config, dtype, options.limits, num_blocks),
+        actor_buffer_bytes=actor_buffer_bytes(config, dtype, options.limits),
+        experts=measure_experts(map(store.record, store.expert_keys(component.name)), dtype),
+        experts_per_token=config.experts_per_token,
+    )
+
+
+def backbone_bytes(component: Component, config: ModelConfig, dtype: torch.dtype) -> int:
+    """What `Backbone.nbytes` will be."""
+    elements = 0
+    for tensor in component.tensors:
+        if config.has_tied_head and tensor.name == "lm_head.weight":
+            continue
+        rows, *rest = tensor.shape
+        if tensor.name.endswith("shared_expert_gate.weight"):
+            rows = SHARED_GATE_ROWS
+        elements += rows * torch.Size(rest).numel()
+    return elements * dtype.itemsize
+
+
+def buffer_bytes(config: ModelConfig, dtype: torch.dtype, limits: BatchLimits, num_blocks: int) -> int:
+    """Bound on the tensors that a step holds beside weights and cache: the largest of its phases, and the library's
+    own. Counts follow `router.backbone` and `experts.ffn`."""
+    item, rows = dtype.itemsize, _rows(limits)
+    hidden = rows * config.hidden_size * (3 * item + 2 * FLOAT32_BYTES)
+    phases = (
+        _attention(config, rows, num_blocks, item),
+        _experts(config, rows, item),
+        _head(config, limits, item),
+    )
+    return LIBRARY_BYTES + hidden + max(phases)
+
+
+def actor_buffer_bytes(config: ModelConfig, dtype: torch.dtype, limits: BatchLimits) -> int:
+    """The same of an expert actor: a step's rows as they come, are computed and go."""
+    return LIBRARY_BYTES + _experts(config, _rows(limits), dtype.itemsize)
+
+
+def _rows(limits: BatchLimits) -> int:
+    """Rows of a full step, padded for the row kernel."""
+    return limits.max_batch_tokens + BLOCK_POSITIONS
+
+
+def _attention(config: ModelConfig, rows: int, num_blocks: int, item: int) -> int:
+    """Projections before and after rotation; scores with their softmax; keys and values of one layer, gathered as
+    they are stored, as float32, and laid out for the product."""
+    projected = rows * (config.q_width + 2 * config.kv_width) * (2 * item + 3 * FLOAT32_BYTES)
+    scores = 3 * MAX_SCORE_ELEMENTS * FLOAT32_BYTES
+    gathered = 2 * num_blocks * BLOCK_POSITIONS * config.kv_width * (item + 2 * FLOAT32_BYTES)
+    return projected + scores + gathered
+
+
+def _experts(config: ModelConfig, rows: int, item: int) -> int:
+    """Rows gathered, their gated projections, their answers sorted and summed in float32."""
+    expert_rows = rows * config.experts_per_token
+    if config.moe_layers:
+        padding = min(config.num_experts, expert_rows) * SHARED_GATE_ROWS
+        expert_rows += padding
+    widest = max(config.gated_widths(), default=0)
+    gated = expert_rows * widest * (4 * item + 2 * FLOAT32_BYTES)
+    return expert_rows * config.hidden_size * (4 * item + 2 * FLOAT32_BYTES) + gated
+
+
+def _head(config: ModelConfig, limits: BatchLimits, item: int) -> int:
+    """Logits of every running sequence, and one row in float64 with what sampling makes of it."""
+    row = config.vocab_size
+    return limits.max_running * row * (item + FLOAT32_BYTES) + 8 * row * 2 * FLOAT32_BYTES

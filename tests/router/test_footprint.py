@@ -1,0 +1,63 @@
+"""What an engine will hold, known before it is loaded, against what it then holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from experts.store import ExpertStore
+from extraction.extract import extract
+from router.batcher import BatchLimits
+from router.errors import ConfigUnsupported
+from router.footprint import measure_footprint
+from router.loading import EngineOptions
+from tests.checkpoints import FAMILIES, write_tiny
+from tests.engines import KV_BUDGET_BYTES, open_engine
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_backbone_cache_and_experts_are_counted_to_the_byte(
+    tmp_path: Path, family: str, dtype: str, is_tied: bool
+) -> None:
+    if is_tied and family == "qwen3_omni_moe":
+        pytest.skip("published untied only")
+    checkpoint = write_tiny(family, tmp_path / "checkpoint", tie_word_embeddings=is_tied)
+    extract(checkpoint, tmp_path / "store", index_only=True)
+    options = EngineOptions(dtype=dtype, kv_budget_bytes=KV_BUDGET_BYTES)
+    loaded = open_engine(tmp_path / "store", options)
+    loaded.worker.load_all()
+    footprint = measure_footprint(loaded.store, options)
+    assert footprint.backbone_bytes == loaded.engine.backbone.nbytes
+    assert footprint.kv_bytes == loaded.engine.pool.nbytes
+    assert footprint.experts.total == loaded.worker.resident_bytes
+    loaded.close()
+
+
+def test_swap_is_counted_only_where_a_sequence_may_lose_its_blocks(tiny_store: Path) -> None:
+    store = ExpertStore.open(tiny_store)
+    roomy = measure_footprint(store, EngineOptions(limits=BatchLimits(max_running=2)))
+    tight = measure_footprint(store, EngineOptions(kv_budget_bytes=1 << 18))
+    store.close()
+    assert roomy.swap_bytes == 0
+    assert tight.swap_bytes == 1 << 18
+
+
+def test_buffers_grow_with_rows_and_with_running_sequences(stories_store: Path) -> None:
+    store = ExpertStore.open(stories_store)
+
+    def buffers(rows: int, running: int) -> int:
+        limits = BatchLimits(max_batch_tokens=rows, max_running=running)
+        return measure_footprint(store, EngineOptions(limits=limits)).buffer_bytes
+
+    assert buffers(8, 8) < buffers(512, 8) < buffers(512, 256)
+    store.close()
+
+
+def test_unknown_dtype_is_refused_like_by_the_engine(tiny_store: Path) -> None:
+    store = ExpertStore.open(tiny_store)
+    with pytest.raises(ConfigUnsupported, match="int8"):
+        measure_footprint(store, EngineOptions(dtype="int8"))
+    store.close()
