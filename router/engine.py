@@ -12,7 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -25,10 +25,18 @@ from router.kv_cache import BlockAllocator, KvPool, blocks_for
 from router.logprobs import prompt_logprobs, token_logprob
 from router.prompt_groups import Member, match_members, shared_positions
 from router.request import FinishReason, GenerationRequest, TokenEvent
+from router.routing_choice import RoutingReport
 from router.sampling import sample
 from router.sequence import NO_INPUTS, PromptInputs, Sequence
 from router.step_batch import Span, StepBatch
-from router.step_routing import NativePolicy, RoutingPolicy, RoutingWatcher, SpanOwner, StepRouting
+from router.step_routing import (
+    NativePolicy,
+    RoutingPolicy,
+    RoutingReporter,
+    RoutingWatcher,
+    SpanOwner,
+    StepRouting,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +74,8 @@ class Engine:
         self.stats = EngineStats()
         self.allocator = BlockAllocator(pool.keys.shape[1])
         self.policy: RoutingPolicy = NativePolicy()
+        self.reporter: RoutingReporter | None = None
+        """Of a policy that takes requests with a choice of routing; without one they are refused."""
         self.watchers: tuple[RoutingWatcher, ...] = ()
         self._swap_budget_bytes = swap_budget_bytes
         self._swapped_bytes = 0
@@ -105,6 +115,8 @@ class Engine:
             raise ValueError(f"request id {request.request_id!r} is in use")
         config = self.backbone.config
         _check_prompt(request, config.vocab_size)
+        if self.reporter is None and not request.routing.is_plain:
+            raise ValueError("this engine has native routing only")
         self._check_group(request)
         inputs.validate(len(request.prompt_ids), config.num_layers, config.hidden_size)
         num_open = len(self._waiting) + len(self._running)
@@ -324,18 +336,18 @@ class Engine:
         # The prompt's logprobs go out once, with the first token.
         prompt = () if sequence.has_drawn else tuple(sequence.prompt_logprobs)
         if not request.sampling.max_tokens:
-            self._end(sequence)
-            return TokenEvent(sequence.name, (), "length", prompt_logprobs=prompt)
+            return TokenEvent(
+                sequence.name, (), "length", prompt_logprobs=prompt, routing=self._end(sequence)
+            )
         token = sample(sequence.drawable(logits_V), request.sampling, sequence.num_generated)
         sequence.append(token)
         self.stats.generated_tokens += 1
         reason = sequence.finish_after(token)
-        if reason is not None:
-            self._end(sequence)
-        if request.num_logprobs is None:
-            return TokenEvent(sequence.name, (token,), reason, prompt_logprobs=prompt)
-        found = token_logprob(logits_V, token, request.num_logprobs)
-        return TokenEvent(sequence.name, (token,), reason, None, (found,), prompt)
+        found = (
+            () if request.num_logprobs is None else (token_logprob(logits_V, token, request.num_logprobs),)
+        )
+        event = TokenEvent(sequence.name, (token,), reason, None, found, prompt)
+        return event if reason is None else replace(event, routing=self._end(sequence))
 
     def _fail_non_finite(self, sequence: Sequence) -> TokenEvent:
         logger.error("request %s: non-finite logits", sequence.name)
@@ -348,15 +360,16 @@ class Engine:
         reason: FinishReason = "error"
         return TokenEvent(sequence.name, (), reason, message)
 
-    def _end(self, sequence: Sequence) -> None:
+    def _end(self, sequence: Sequence) -> RoutingReport | None:
         del self._running[sequence.name]
-        self._release(sequence)
+        return self._release(sequence)
 
-    def _release(self, sequence: Sequence) -> None:
+    def _release(self, sequence: Sequence) -> RoutingReport | None:
         if self.allocator.holds(sequence.name):
             self._free_blocks(sequence, must_scrub=not sequence.has_drawn)
         if sequence.swapped is not None:
             self._swapped_bytes -= _nbytes(sequence.swapped)
+        return self.reporter.close(sequence.name) if self.reporter is not None else None
 
     def _free_blocks(self, sequence: Sequence, *, must_scrub: bool) -> None:
         freed = self.allocator.free(sequence.name)

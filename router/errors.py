@@ -142,3 +142,14 @@ class MaskInvalid(RouterError):
 
     def __str__(self) -> str:
         return f"masked experts {self.part[:80]!r}: {self.reason}"
+
+
+class WeightsInvalid(RouterError):
+    """The weights of the snarc policy cannot be used."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"snarc weights: {self.reason}"

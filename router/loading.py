@@ -20,9 +20,12 @@ from router.backbone import Backbone
 from router.batcher import BatchLimits
 from router.engine import Engine
 from router.errors import ConfigUnsupported
+from router.expert_facts import FactSource
 from router.kv_cache import KvPool, blocks_for
 from router.model_config import ModelConfig, read_model_config
+from router.scoring import DEFAULT_PRESET, PRESETS, SnarcWeights
 from router.self_test import prove_row_invariance
+from router.steering import MoeShape, SteeredPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +47,8 @@ class EngineOptions:
     max_model_len: int | None = None
     """Most tokens that a request will be let reach, by whoever takes requests; None means the model's context.
     Only bounds the cache that is allocated."""
+    snarc: SnarcWeights = PRESETS[DEFAULT_PRESET]
+    """Of requests that ask for the snarc policy."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,12 @@ def load_engine(
     backbone = Backbone(store, component.name, config, kernel, directory, dtype)
     pool = KvPool(config, num_kv_blocks(config, dtype, options), dtype)
     engine = Engine(backbone, pool, options.limits, swap_budget_bytes=options.kv_budget_bytes)
+    if config.moe_layers:
+        shape = MoeShape(
+            config.hidden_size, config.num_experts, config.experts_per_token, tuple(sorted(config.moe_layers))
+        )
+        facts = FactSource(component.name, config.num_experts, directory.resident)
+        engine.policy = engine.reporter = SteeredPolicy(shape, facts, options.snarc)
     logger.info(
         "engine ready: %s, backbone %d bytes, KV %d bytes",
         worker.numerics_class,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from router.routing_choice import NATIVE_CHOICE, RoutingChoice, RoutingReport
+
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
@@ -73,6 +75,9 @@ class GenerationRequest:
     """So many of the prompt's first tokens are reported without logprobs: they are context, and cost no head."""
     group: str | None = None
     """Requests of one group have the same prompt, which is then computed once where that is possible."""
+    routing: RoutingChoice = NATIVE_CHOICE
+    answer_id: str | None = None
+    """The answer that this sequence is a choice of, by which feedback names it; None means the request's own id."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,8 @@ class TokenEvent:
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
     """Of the whole prompt, where asked for, in the event of the first token; nothing precedes the prompt's first
     token, so it has None."""
+    routing: RoutingReport | None = None
+    """In the last event of a request whose routing is not the plain one."""
 
     def followed_by(self, later: TokenEvent) -> TokenEvent:
         """Both in one."""
@@ -99,4 +106,5 @@ class TokenEvent:
             later.error,
             self.logprobs + later.logprobs,
             self.prompt_logprobs or later.prompt_logprobs,
+            later.routing,
         )

@@ -86,8 +86,10 @@ class Sequence:
 
     @property
     def can_share_prompt(self) -> bool:
-        """Whether its prompt may come from, or go to, another sequence of its group."""
-        return self.request.group is not None and self.inputs is NO_INPUTS
+        """Whether its prompt may come from, or go to, another sequence of its group. Never under other routing than
+        native, whose signals only computing the prompt gives, nor where the prompt is to be explained."""
+        request = self.request
+        return request.group is not None and self.inputs is NO_INPUTS and request.routing.is_plain
 
     @property
     def max_total(self) -> int:

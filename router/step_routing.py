@@ -14,6 +14,7 @@ from torch import Tensor
 
 from router.dispatch import Dispatch
 from router.request import GenerationRequest
+from router.routing_choice import RoutingReport
 from router.scoring import Routing, route_native
 
 
@@ -51,6 +52,14 @@ class RoutingPolicy(Protocol):
     """Chooses experts. Called on the engine's thread, layer after layer."""
 
     def route(self, owners: Sequence[SpanOwner], gate: GateOutput) -> Routing: ...
+
+
+class RoutingReporter(Protocol):
+    """Keeps something of requests while they run, and tells it when they end. Called on the engine's thread."""
+
+    def close(self, request_id: str) -> RoutingReport | None:
+        """The request has ended, however; forget it."""
+        ...
 
 
 class RoutingWatcher(Protocol):

@@ -1,0 +1,295 @@
+"""The routing policy of a service whose requests may choose: native or snarc, with any effort, mixed in one batch.
+
+A native request's rows are routed by the same operations as without this policy, on the same rows, so they keep their
+bits beside any neighbours. What is kept of the others (signals, effort, counters, explanations) begins with their first
+row and is handed over in a `RoutingReport` when they end. Called by the engine on its thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from router.effort import follow
+from router.expert_facts import FactSource
+from router.explanation import explain
+from router.routing_choice import RoutingReport
+from router.scoring import (
+    ABSENT,
+    ExpertFacts,
+    Routing,
+    ScoreTerms,
+    SnarcWeights,
+    route_native,
+    route_scored,
+    score_terms,
+)
+from router.signal_memory import MemorySpan, RecallIndex, SignalMemory
+from router.snarc import Signals, Sketch, arousal, conflict, novelty, reward, surprise
+from router.steering_plan import PLAIN, RowGroup, SteeredRequest, SteeredSpan, SteeringPlan, plan_steering
+from router.step_routing import GateOutput, SpanOwner
+
+
+@dataclass(frozen=True)
+class MoeShape:
+    """What steering needs to know of the model."""
+
+    hidden_size: int
+    num_experts: int
+    experts_per_token: int
+    layers: tuple[int, ...]
+    """Those with experts, ascending."""
+
+
+@dataclass(frozen=True)
+class SignalNeeds:
+    """Which signals somebody in the step asks for."""
+
+    surprise: bool = False
+    novelty: bool = False
+    arousal: bool = False
+    reward: bool = False
+    conflict: bool = False
+
+    @property
+    def of_past(self) -> bool:
+        return self.surprise or self.novelty or self.arousal
+
+
+@dataclass
+class _Step:
+    """One step in progress."""
+
+    owners: Sequence[SpanOwner]
+    plan: SteeringPlan = PLAIN
+    needs: SignalNeeds = SignalNeeds()
+    index: RecallIndex | None = None
+    signal_rows: Tensor | None = None
+    """Rows of the steered requests; None means all."""
+    fixed_reward_R: Tensor | None = None
+    """Of the signal rows, the feedback's reward, or NaN where there is none."""
+    misses_T: Tensor = field(default_factory=lambda: torch.zeros(0))
+    drive_2R: Tensor | None = None
+    """Arousal and conflict of the signal rows, summed over the layers so far."""
+
+
+class SteeredPolicy:
+    """See `router.step_routing.RoutingPolicy` and `RoutingReporter`."""
+
+    def __init__(self, shape: MoeShape, facts: FactSource, weights: SnarcWeights) -> None:
+        self._shape, self._facts, self._weights = shape, facts, weights
+        self._sketch = Sketch.for_width(shape.hidden_size)
+        self._memory = SignalMemory(self._sketch.signs_GS.shape[1])
+        self._requests: dict[str, SteeredRequest] = {}
+        self._step = _Step(())
+        self._is_use_counted = False
+        """From the first snarc request on: a service that never has one pays nothing."""
+
+    @property
+    def num_open(self) -> int:
+        """Requests of which something is kept."""
+        return len(self._requests)
+
+    def route(self, owners: Sequence[SpanOwner], gate: GateOutput) -> Routing:
+        if self._step.owners is not owners:
+            self._step = self._begin(owners)
+        step = self._step
+        routing = gate.native() if step.plan.is_plain else self._route_steered(step, gate)
+        if self._is_use_counted:
+            self._facts.count_use(gate.layer, routing)
+        if not step.plan.is_plain and gate.layer == self._shape.layers[-1]:
+            self._end_step(step)
+        return routing
+
+    def close(self, request_id: str) -> RoutingReport | None:
+        """Forget a request. None for a plain one, and for one that never had a step."""
+        state = self._requests.pop(request_id, None)
+        if state is None:
+            return None
+        self._memory.forget(request_id)
+        wake, focus, crisis = state.tokens_at.values()
+        shape = self._shape
+        return RoutingReport(
+            state.request.routing,
+            shape.experts_per_token,
+            shape.num_experts,
+            len(shape.layers),
+            (wake, focus, crisis),
+            state.misses,
+            tuple(state.explained),
+            state.is_cut,
+        )
+
+    def _begin(self, owners: Sequence[SpanOwner]) -> _Step:
+        for owner in owners:
+            request = owner.request
+            if not request.routing.is_plain and request.request_id not in self._requests:
+                self._requests[request.request_id] = SteeredRequest(request)
+        shape = self._shape
+        plan = plan_steering(owners, self._requests, shape.experts_per_token, shape.num_experts)
+        if plan.is_plain:
+            return _Step(owners)
+        step = _Step(owners, plan, self._needs(plan.spans), misses_T=torch.zeros(plan.num_rows))
+        if step.needs != SignalNeeds():
+            self._index_signals(step)
+        if self._weights.novelty and any(group.policy == "snarc" for group in plan.groups):
+            self._is_use_counted = True
+        return step
+
+    def _needs(self, spans: Sequence[SteeredSpan]) -> SignalNeeds:
+        choices = [span.state.request.routing for span in spans]
+        is_snarc = any(choice.policy == "snarc" for choice in choices)
+        is_auto = any(choice.effort == "auto" for choice in choices)
+        is_all = any(choice.is_explained for choice in choices)
+        has_reward = is_snarc and self._weights.trust > 0
+        return SignalNeeds(
+            surprise=is_all or (is_snarc and self._weights.novelty > 0),
+            novelty=is_all,
+            arousal=is_all or is_auto,
+            reward=is_all or has_reward,
+            conflict=is_all or is_auto or has_reward,
+        )
+
+    def _index_signals(self, step: _Step) -> None:
+        spans = step.plan.spans
+        counts = [span.count for span in spans]
+        step.index = self._memory.index(
+            [
+                MemorySpan(s.state.request.request_id, len(s.state.request.prompt_ids), s.first, s.count)
+                for s in spans
+            ]
+        )
+        if sum(counts) < step.plan.num_rows:
+            step.signal_rows = torch.cat([torch.arange(span.row, span.row + span.count) for span in spans])
+        rewards = [span.state.request.routing.reward for span in spans]
+        if any(given is not None for given in rewards):
+            values = torch.tensor([float("nan") if given is None else given for given in rewards])
+            step.fixed_reward_R = values.repeat_interleave(torch.tensor(counts))
+
+    def _route_steered(self, step: _Step, gate: GateOutput) -> Routing:
+        logits_TE = gate.logits_TE.float()
+        warmth_E = self._facts.warmth(gate.layer)
+        signals = self._signals(step, gate, logits_TE) if step.index is not None else Signals()
+        parts = []
+        for group in step.plan.groups:
+            if group.is_native and not group.explained:
+                parts.append(_rows_of(gate.native(), group.rows))
+                continue
+            routing, terms = self._route_group(group, gate, logits_TE, signals, warmth_E)
+            parts.append(routing)
+            if not group.is_native:
+                _count_misses(step.misses_T, group, routing, warmth_E)
+            if group.explained:
+                explain(group, gate.layer, routing, terms, signals)
+        return _merged(step.plan, parts)
+
+    def _route_group(
+        self, group: RowGroup, gate: GateOutput, logits_TE: Tensor, signals: Signals, warmth_E: Tensor
+    ) -> tuple[Routing, ScoreTerms]:
+        k = group.experts_per_token
+        logits_RE = _picked(logits_TE, group.rows)
+        if group.policy == "native":
+            routing = (
+                _rows_of(gate.native(), group.rows)
+                if group.is_native
+                else route_native(logits_RE, k, gate.normalise)
+            )
+            return routing, ScoreTerms(logits_RE, None, None, None)
+        facts: ExpertFacts = self._facts.facts(gate.layer, warmth_E)
+        terms = score_terms(
+            logits_RE,
+            None if signals.surprise_T is None else _picked(signals.surprise_T, group.rows),
+            None if signals.reward_T is None else _picked(signals.reward_T, group.rows),
+            facts,
+            self._weights,
+        )
+        return route_scored(logits_RE, terms.total(), k, gate.normalise, self._weights.keep_best), terms
+
+    def _signals(self, step: _Step, gate: GateOutput, logits_TE: Tensor) -> Signals:
+        """Of the step's T rows; those of plain requests have zeros."""
+        assert step.index is not None
+        needs, layer = step.needs, gate.layer
+        surprise_R = novelty_R = arousal_R = reward_R = conflict_R = None
+        if needs.of_past:
+            direction_RS, length_R = self._sketch.of(_picked(gate.hidden_TD, step.signal_rows))
+            past = self._memory.recall(layer, step.index, direction_RS, length_R)
+            surprise_R = surprise(direction_RS, past) if needs.surprise else None
+            novelty_R = novelty(direction_RS, past) if needs.novelty else None
+            arousal_R = arousal(length_R, past) if needs.arousal else None
+        if needs.conflict:
+            conflict_R = conflict(_picked(logits_TE, step.signal_rows))
+        if needs.reward and conflict_R is not None:
+            confidence_RL = self._memory.recall_confidence(layer, step.index, 1.0 - conflict_R)
+            reward_R = reward(confidence_RL)
+            if step.fixed_reward_R is not None:
+                reward_R = torch.where(step.fixed_reward_R.isnan(), reward_R, step.fixed_reward_R)
+        if arousal_R is not None and conflict_R is not None:
+            drive_2R = torch.stack((arousal_R, conflict_R))
+            step.drive_2R = drive_2R if step.drive_2R is None else step.drive_2R + drive_2R
+        found = (surprise_R, novelty_R, arousal_R, reward_R, conflict_R)
+        return Signals(*(_spread(signal, step.signal_rows, step.plan.num_rows) for signal in found))
+
+    def _end_step(self, step: _Step) -> None:
+        """Count misses, and let `auto` follow the signals of the step's tokens, in position order."""
+        misses = step.misses_T.tolist()
+        drives: list[list[float]] = []
+        if step.drive_2R is not None:
+            drives = (step.drive_2R / len(self._shape.layers)).T.tolist()
+        index = 0
+        for span in step.plan.spans:
+            span.state.misses += int(sum(misses[span.row : span.row + span.count]))
+            if span.state.request.routing.effort == "auto":
+                _follow_span(span, drives[index : index + span.count])
+            index += span.count
+
+
+def _follow_span(span: SteeredSpan, drives: Sequence[Sequence[float]]) -> None:
+    state = span.state
+    for position, (arousal_mean, conflict_mean) in enumerate(drives, span.first):
+        if position >= state.num_followed:
+            is_free = position + 1 >= state.num_known
+            state.control = follow(state.control, arousal_mean, conflict_mean, is_free=is_free)
+            state.num_followed = position + 1
+            if is_free:
+                state.effort_at[position + 1] = state.control.effort
+
+
+def _count_misses(misses_T: Tensor, group: RowGroup, routing: Routing, warmth_E: Tensor) -> None:
+    missed_R = (1.0 - warmth_E)[routing.experts_TK].sum(-1)
+    if group.rows is None:
+        misses_T.add_(missed_R)
+    else:
+        misses_T.index_add_(0, group.rows, missed_R)
+
+
+def _picked(rows: Tensor, wanted: Tensor | None) -> Tensor:
+    return rows if wanted is None else rows.index_select(0, wanted)
+
+
+def _rows_of(routing: Routing, rows: Tensor | None) -> Routing:
+    return Routing(_picked(routing.experts_TK, rows), _picked(routing.weights_TK, rows))
+
+
+def _spread(signal_R: Tensor | None, rows: Tensor | None, num_rows: int) -> Tensor | None:
+    if signal_R is None or rows is None:
+        return signal_R
+    return signal_R.new_zeros(num_rows).index_copy_(0, rows, signal_R)
+
+
+def _merged(plan: SteeringPlan, parts: Sequence[Routing]) -> Routing:
+    """The groups' routings as one, as wide as the widest."""
+    if len(parts) == 1:
+        return parts[0]
+    width = max(group.experts_per_token for group in plan.groups)
+    experts_TK = torch.full((plan.num_rows, width), ABSENT)
+    weights_TK = torch.zeros(plan.num_rows, width)
+    has_absent = False
+    for group, part in zip(plan.groups, parts, strict=True):
+        k = group.experts_per_token
+        experts_TK[group.rows, :k] = part.experts_TK
+        weights_TK[group.rows, :k] = part.weights_TK
+        has_absent = has_absent or k < width
+    return Routing(experts_TK, weights_TK, has_absent)
