@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional, TypeVar
 
 import typer
 
+from gateway.budget_options import read_budgets
 from gateway.progress import shown_progress
 from gateway.study_options import MaskOption, ReplayOption, TraceOption
 
@@ -25,9 +27,23 @@ def evaluate(
         str, typer.Argument(metavar="STORE", help="An expert store, a checkpoint folder, or a bundled model.")
     ],
     texts: Annotated[list[Path], typer.Argument(metavar="TEXT...", help="UTF-8 text files.")],
+    policy: Annotated[str, typer.Option(metavar="native|snarc", help="Who chooses experts.")] = "native",
+    effort: Annotated[
+        str,
+        typer.Option(metavar="wake|focus|crisis|auto", help="Experts per token; focus is the model's own."),
+    ] = "focus",
+    snarc_weights: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="PRESET|NAME=VALUE,...", help="Of the snarc policy."),
+    ] = None,
     budget: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(metavar="SIZE|PERCENT", help="Memory for experts; default: all of them may stay."),
+        typer.Option(
+            "--budget",
+            "--expert-budget",
+            metavar="SIZE|PERCENT|fit",
+            help="Memory for experts; default: all of them may stay.",
+        ),
     ] = None,
     context: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 256,
     stride: Annotated[
@@ -52,20 +68,26 @@ def evaluate(
         OutputOption, typer.Option(metavar="FILE", help="Write one row a window, with every logprob.")
     ] = None,
     plot: Annotated[
-        OutputOption, typer.Option(metavar="FILE.png", help="Draw use of experts and misses (needs matplotlib).")
+        OutputOption,
+        typer.Option(metavar="FILE.png", help="Draw use of experts and misses (needs matplotlib)."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure a model's perplexity over texts, and what its experts cost."""
-    from gateway.eval_budget import read_budget
     from gateway.eval_run import EvalOptions
     from gateway.eval_windows import Sliding
     from gateway.output_file import check_output
     from gateway.store_source import resolve_runnable
     from gateway.study import Study
+    from router.effort import EFFORT_CHOICES
+    from router.routing_choice import POLICIES, RoutingChoice
+    from router.scoring import DEFAULT_PRESET, PRESETS, read_weights
 
     sliding = Sliding(context, max(1, context // 2) if stride is None else stride)
     study = Study(trace, mask_experts, replay_routing)
+    routing = RoutingChoice(
+        _one_of("--policy", policy, POLICIES), _one_of("--effort", effort, EFFORT_CHOICES)
+    )
     for path in (trace, parquet, plot):
         if path is not None:
             check_output(path)
@@ -73,15 +95,32 @@ def evaluate(
         from gateway.eval_plots import check_plots
 
         check_plots()
-    root = resolve_runnable(store, announce=lambda line: typer.echo(line, err=True))
-    budget_bytes = None if budget is None else read_budget(budget, root, dtype)
-    options = EvalOptions(sliding, batch_tokens, budget_bytes, dtype=dtype, study=study)
+    root = resolve_runnable(store, announce=_announce)
+    budgets = read_budgets(budget, None, _announce)
+    weights = PRESETS[DEFAULT_PRESET] if snarc_weights is None else read_weights(snarc_weights)
+    options = EvalOptions(sliding, batch_tokens, budgets, dtype, routing, weights, study)
     with tempfile.TemporaryDirectory(prefix="sage-moe-eval-") as folder:
         if plot is not None and trace is None:
             options = replace(options, study=replace(study, trace=Path(folder) / "trace.parquet"))
         evaluation = _run(root, texts, max_tokens, options)
         _write(evaluation, parquet, plot)
     _print(evaluation, as_json)
+
+
+Choice = TypeVar("Choice", bound=str)
+
+
+def _one_of(option: str, value: str, choices: Sequence[Choice]) -> Choice:
+    for choice in choices:
+        if value == choice:
+            return choice
+    from gateway.errors import OptionInvalid
+
+    raise OptionInvalid(option, f"must be one of {', '.join(choices)}, not {value[:40]!r}")
+
+
+def _announce(line: str) -> None:
+    typer.echo(line, err=True)
 
 
 def _run(root: Path, texts: list[Path], max_tokens: int | None, options: EvalOptions) -> Evaluation:

@@ -44,7 +44,9 @@ def draw_page(evaluation: Evaluation, trace: Path) -> bytes:
         draw_use(axes, counts[name], layers, f"Use of experts: {name}")
     entropies = {name: use_entropy(counts[name])[layers] for name in shown}
     axes = figure.add_subplot(grid[-2, 0])
-    draw_layers(axes, layers, entropies, "Evenness of use (1 = every expert alike)", "entropy / largest possible")
+    draw_layers(
+        axes, layers, entropies, "Evenness of use (1 = every expert alike)", "entropy / largest possible"
+    )
     shares = list(MISS_SHARES)
     axes = figure.add_subplot(grid[-2, 1])
     num_tokens = min(MISS_TOKENS, sum(len(score.text.ids) for score in evaluation.texts))

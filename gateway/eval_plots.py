@@ -58,11 +58,15 @@ def to_png(figure: Figure) -> bytes:
 
 
 def draw_use(axes: Axes, counts_LE: np.ndarray, layers: Sequence[int], title: str) -> None:
-    """How often each expert was chosen, as multiples of an even share. counts_LE: of all layers; layers: those shown."""
+    """How often each expert was chosen, as multiples of an even share.
+
+    counts_LE: of all layers; layers: those that are shown.
+    """
     use_LE = counts_LE[list(layers)]
     even_L1 = np.maximum(use_LE.sum(axis=1, keepdims=True), 1) / use_LE.shape[1]
-    scale = {"vmin": 0.0, "vmax": USE_SCALE}
-    image = axes.imshow(use_LE / even_L1, aspect="auto", cmap="viridis", interpolation="nearest", **scale)
+    image = axes.imshow(
+        use_LE / even_L1, cmap="viridis", aspect="auto", interpolation="nearest", vmin=0.0, vmax=USE_SCALE
+    )
     axes.set_title(title, fontsize="medium")
     axes.set_xlabel("expert")
     axes.set_ylabel("layer")
@@ -76,7 +80,9 @@ def _layer_ticks(layers: Sequence[int]) -> tuple[list[int], list[str]]:
     return places, [str(layers[place]) for place in places]
 
 
-def draw_layers(axes: Axes, layers: Sequence[int], lines: dict[str, np.ndarray], title: str, unit: str) -> None:
+def draw_layers(
+    axes: Axes, layers: Sequence[int], lines: dict[str, np.ndarray], title: str, unit: str
+) -> None:
     """One value a layer, one line a text."""
     for number, (name, values_L) in enumerate(lines.items()):
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
@@ -93,11 +99,15 @@ def draw_coactivation(axes: Axes, ratio_EE: np.ndarray, title: str) -> None:
     """Which experts serve the same tokens, on a scale on which half and twice as often lie equally far from 1."""
     with np.errstate(divide="ignore"):
         logs_EE = np.log2(ratio_EE)
-    image = axes.imshow(np.clip(logs_EE, -3.0, 3.0), cmap="RdBu_r", vmin=-3.0, vmax=3.0, interpolation="nearest")
+    image = axes.imshow(
+        np.clip(logs_EE, -3.0, 3.0), cmap="RdBu_r", vmin=-3.0, vmax=3.0, interpolation="nearest"
+    )
     axes.set_title(title, fontsize="medium")
     axes.set_xlabel("expert")
     axes.set_ylabel("expert")
-    bar = axes.figure.colorbar(image, ax=axes, label="times as often as by use alone", fraction=0.046, pad=0.02)
+    bar = axes.figure.colorbar(
+        image, ax=axes, label="times as often as by use alone", fraction=0.046, pad=0.02
+    )
     bar.set_ticks([-3, -2, -1, 0, 1, 2, 3], labels=["1/8", "1/4", "1/2", "1", "2", "4", "8"])
 
 

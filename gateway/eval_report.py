@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
@@ -13,9 +14,7 @@ from rich.table import Table
 from gateway.eval_run import Evaluation, TextScore
 from gateway.eval_statistics import estimate
 
-METHOD = (
-    "cluster: the tokens that one window scores; stratum: a text; linearised standard error of a ratio, normal quantile"
-)
+METHOD = "clusters: windows; strata: texts; linearised standard error of a ratio, normal quantile"
 """Of the confidence interval; see `gateway.eval_statistics`."""
 CACHE_START = "cold"
 """Nothing is resident at the first text; every other text starts with what those before it left."""
@@ -25,17 +24,16 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
     """Totals, how they were found, and the same numbers text by text."""
     options = evaluation.options
     texts = evaluation.texts
-    budget = options.expert_budget_bytes
     setting = {
-        "policy": options.study.policy,
-        "effort": "focus",
-        "budget_bytes": evaluation.num_expert_bytes if budget is None else budget,
-        "eviction": options.eviction,
+        "policy": options.policy,
+        "effort": options.routing.effort,
+        "budget_bytes": evaluation.budget_bytes,
     }
     return {
         **_numbers(texts),
         **setting,
-        "expert_bytes": evaluation.num_expert_bytes,
+        "snarc_weights": asdict(options.snarc) if options.routing.policy == "snarc" else None,
+        "expert_bytes": evaluation.expert_bytes,
         "cache_start": CACHE_START,
         "context": options.sliding.context,
         "stride": options.sliding.stride,
@@ -54,6 +52,7 @@ def _numbers(scores: Sequence[TextScore]) -> dict[str, Any]:
     seconds = sum(score.seconds for score in scores)
     uses = sum(count.hits + count.misses for count in counts)
     misses = sum(count.misses for count in counts)
+    choice_misses = [count.choice_misses for count in counts]
     return {
         "perplexity": found.ratio,
         "perplexity_95": found.ratio_95,
@@ -62,6 +61,7 @@ def _numbers(scores: Sequence[TextScore]) -> dict[str, Any]:
         "misses": misses,
         "hits": uses - misses,
         "miss_rate": misses / uses if uses else 0.0,
+        "choice_misses": None if None in choice_misses else sum(filter(None, choice_misses)),
         "first_loads": sum(count.first_loads for count in counts),
         "bytes_read": sum(count.bytes_read for count in counts),
         "tokens": found.num_tokens,

@@ -19,7 +19,9 @@ def by_text(table: RoutingTable, evaluation: Evaluation) -> RoutingTable:
         for found in score.windows:
             name = window_name(index, found.window)
             first[name], number[name] = found.window.first, index
-            keep_from[name] = found.window.scored_first if found.window.first or found.window.scored_first > 1 else 0
+            keep_from[name] = (
+                found.window.scored_first if found.window.first or found.window.scored_first > 1 else 0
+            )
     firsts = np.array([first[name] for name in table.names], dtype=np.int32)[table.requests_N]
     starts = np.array([keep_from[name] for name in table.names], dtype=np.int32)[table.requests_N]
     numbers = np.array([number[name] for name in table.names], dtype=np.int32)[table.requests_N]

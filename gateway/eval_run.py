@@ -14,18 +14,21 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from experts.budget import BudgetRequest, measure_experts
 from experts.store import ExpertStore
-from experts.worker import DTYPES
 from gateway.errors import EvaluationFailed, OptionInvalid
 from gateway.eval_statistics import Cluster
 from gateway.eval_windows import Sliding, Window, cut_windows
+from gateway.memory import plan_engine
 from gateway.study import NO_STUDY, Study, studied
 from gateway.text_file import read_text_file
 from gateway.tokenizer import TextTokenizer
 from router.batcher import BatchLimits
 from router.engine import Engine
 from router.loading import EngineOptions, LoadedEngine, load_engine
-from router.request import GenerationRequest, SamplingParams
+from router.request import GenerationRequest, SamplingParams, TokenEvent
+from router.routing_choice import NATIVE_CHOICE, RoutingChoice
+from router.scoring import DEFAULT_PRESET, PRESETS, SnarcWeights
 
 MAX_TEXT_BYTES = 256 << 20
 WAITING_WINDOWS = 4
@@ -47,11 +50,22 @@ class EvalOptions:
     sliding: Sliding = field(default_factory=Sliding)
     batch_tokens: int = 512
     """Rows of a step."""
-    expert_budget_bytes: int | None = None
-    """None means that all experts may stay."""
-    eviction: str = "lfu"
+    budgets: tuple[BudgetRequest, ...] = ()
+    """Of experts; none means that all may stay."""
     dtype: str | None = None
+    routing: RoutingChoice = NATIVE_CHOICE
+    snarc: SnarcWeights = PRESETS[DEFAULT_PRESET]
     study: Study = NO_STUDY
+
+    def __post_init__(self) -> None:
+        """Raises OptionInvalid."""
+        if self.study.policy != "native" and not self.routing.is_native:
+            raise OptionInvalid("--policy", f"and --effort do not go with {self.study.policy} routing")
+
+    @property
+    def policy(self) -> str:
+        """As results name it."""
+        return self.routing.policy if self.study.policy == "native" else self.study.policy
 
 
 @dataclass(frozen=True)
@@ -63,6 +77,8 @@ class ExpertCounts:
     bytes_read: int
     first_loads: int
     """Misses of experts that were never needed before: no cache has fewer."""
+    choice_misses: int | None = None
+    """Experts of single tokens that were not resident when they were chosen; known where routing is not native."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +114,10 @@ class Evaluation:
     store_hash: str
     dtype: str
     numerics_class: str
-    num_expert_bytes: int
+    expert_bytes: int
     """Of all experts, in the dtype that was computed in."""
+    budget_bytes: int
+    """What of them may stay."""
 
 
 def read_texts(tokenizer: TextTokenizer, paths: Sequence[Path], max_tokens: int | None) -> list[EvalText]:
@@ -126,11 +144,13 @@ def evaluate(
     """
     texts = read(TextTokenizer.from_folder(root))
     store = ExpertStore.open(root)
-    loaded = load_engine(store, _engine_options(options))
+    loaded = load_engine(store, _engine_options(store, options))
     try:
         context = loaded.engine.max_tokens_per_sequence
         if options.sliding.context > context:
-            raise OptionInvalid("--context", f"({options.sliding.context}) is above what fits, {context} tokens")
+            raise OptionInvalid(
+                "--context", f"({options.sliding.context}) is above what fits, {context} tokens"
+            )
         total = sum(len(text.ids) - 1 for text in texts)
         num_done = 0
 
@@ -141,51 +161,57 @@ def evaluate(
 
         show(0, total)
         with studied(loaded, options.study):
-            scores = [_score_text(loaded, n, text, options.sliding, count) for n, text in enumerate(texts)]
+            scores = [_score_text(loaded, n, text, options, count) for n, text in enumerate(texts)]
+        keys = store.expert_keys(store.served.name)
+        expert_bytes = measure_experts(map(store.record, keys), loaded.dtype).total
         return Evaluation(
             tuple(scores),
             options,
             store.hash,
             str(loaded.dtype).removeprefix("torch."),
             loaded.worker.numerics_class,
-            expert_bytes(store, str(loaded.dtype).removeprefix("torch.")),
+            expert_bytes,
+            min(expert_bytes, loaded.worker.budget_bytes or expert_bytes),
         )
     finally:
         loaded.close()
 
 
-def _engine_options(options: EvalOptions) -> EngineOptions:
+def _engine_options(store: ExpertStore, options: EvalOptions) -> EngineOptions:
+    """Raises BudgetTooSmall or NodeTooSmall."""
     num_running = options.batch_tokens // options.sliding.context + 2
-    return EngineOptions(
+    engine = EngineOptions(
         dtype=options.dtype,
-        expert_budget_bytes=options.expert_budget_bytes,
         limits=BatchLimits(options.batch_tokens, num_running, WAITING_WINDOWS, admission_reserve=0),
         max_model_len=options.sliding.context,
+        snarc=options.snarc,
     )
-
-
-def expert_bytes(store: ExpertStore, dtype: str) -> int:
-    """What all experts of the served decoder take in memory."""
-    records = map(store.record, store.expert_keys(store.served.name))
-    return sum(r.nbytes // DTYPES[r.dtype].itemsize for r in records) * DTYPES[dtype].itemsize
+    return plan_engine(store, engine, options.budgets)[0] if options.budgets else engine
 
 
 def _score_text(
-    loaded: LoadedEngine, number: int, text: EvalText, sliding: Sliding, count: Callable[[int], None]
+    loaded: LoadedEngine, number: int, text: EvalText, options: EvalOptions, count: Callable[[int], None]
 ) -> TextScore:
     stats = loaded.worker.stats
     before = (stats.hits, stats.misses, stats.bytes_read, len(stats.experts_used))
     started = time.perf_counter()
-    windows = cut_windows(len(text.ids), sliding)
-    requests = (window_request(number, text, window) for window in windows)
+    windows = cut_windows(len(text.ids), options.sliding)
+    requests = (window_request(number, text, window, options.routing) for window in windows)
     found: dict[str, tuple[float, ...]] = {}
-    for name, logprobs in _run(loaded.engine, requests):
-        found[name] = logprobs
+    choice_misses = None
+    for event in _run(loaded.engine, requests):
+        logprobs = tuple(entry.logprob for entry in event.prompt_logprobs if entry is not None)
+        found[event.request_id] = logprobs
+        if event.routing is not None:
+            choice_misses = (choice_misses or 0) + event.routing.misses
         count(len(logprobs))
+    seconds = time.perf_counter() - started
     scores = [WindowScore(window, found[window_name(number, window)]) for window in windows]
+    stats = loaded.worker.stats
     after = (stats.hits, stats.misses, stats.bytes_read, len(stats.experts_used))
-    counts = ExpertCounts(*(late - early for early, late in zip(before, after, strict=True)))
-    return TextScore(text, tuple(scores), counts, time.perf_counter() - started)
+    hits, misses, bytes_read, first_loads = (late - early for early, late in zip(before, after, strict=True))
+    counts = ExpertCounts(hits, misses, bytes_read, first_loads, choice_misses)
+    return TextScore(text, tuple(scores), counts, seconds)
 
 
 def window_name(number: int, window: Window) -> str:
@@ -193,7 +219,7 @@ def window_name(number: int, window: Window) -> str:
     return f"{number}:{window.first}"
 
 
-def window_request(number: int, text: EvalText, window: Window) -> GenerationRequest:
+def window_request(number: int, text: EvalText, window: Window, routing: RoutingChoice) -> GenerationRequest:
     """A prompt of which only the scored tokens' logprobs are asked for, and nothing generated."""
     return GenerationRequest(
         window_name(number, window),
@@ -201,13 +227,12 @@ def window_request(number: int, text: EvalText, window: Window) -> GenerationReq
         SamplingParams(max_tokens=0),
         num_prompt_logprobs=0,
         num_unscored=window.num_context,
+        routing=routing,
     )
 
 
-def _run(
-    engine: Engine, requests: Iterator[GenerationRequest]
-) -> Iterator[tuple[str, tuple[float, ...]]]:
-    """Yields each window's name and logprobs as it ends. Raises EvaluationFailed."""
+def _run(engine: Engine, requests: Iterator[GenerationRequest]) -> Iterator[TokenEvent]:
+    """Yields each window's only event as it ends. Raises EvaluationFailed."""
     while True:
         with suppress(StopIteration):
             while engine.num_running + engine.num_waiting < engine.limits.max_open:
@@ -217,5 +242,4 @@ def _run(
         for event in engine.step():
             if event.error:
                 raise EvaluationFailed(f"window {event.request_id} could not be scored: {event.error}")
-            if event.finish_reason is not None:
-                yield event.request_id, tuple(e.logprob for e in event.prompt_logprobs if e is not None)
+            yield event

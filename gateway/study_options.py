@@ -1,4 +1,4 @@
-"""`--trace`, `--mask-experts` and `--replay-routing`, as the commands share them. What they do is in `gateway.study`."""
+"""`--trace`, `--mask-experts` and `--replay-routing`, as commands share them. What they do is in `gateway.study`."""
 
 from __future__ import annotations
 

@@ -48,10 +48,14 @@ class MaskPolicy:
                 raise MaskInvalid(f"{layer}:", f"layer {layer} has no experts in this model")
             beyond = max(experts)
             if beyond >= config.num_experts:
-                raise MaskInvalid(f"{layer}:{beyond}", f"a layer has {config.num_experts} experts, counted from 0")
+                raise MaskInvalid(
+                    f"{layer}:{beyond}", f"a layer has {config.num_experts} experts, counted from 0"
+                )
             remaining = config.num_experts - len(experts)
             if remaining < config.experts_per_token:
-                reason = f"{remaining} experts remain in layer {layer}, a token needs {config.experts_per_token}"
+                reason = (
+                    f"{remaining} experts remain in layer {layer}, a token needs {config.experts_per_token}"
+                )
                 raise MaskInvalid(f"{layer}:", reason)
             allowed_E = torch.ones(config.num_experts, dtype=torch.bool)
             allowed_E[sorted(experts)] = False

@@ -141,9 +141,9 @@ class RoutingTrace:
             self._changed.notify_all()
         if pending:
             self._write(pending)
-        if self._has_parts and self._file is not None:
-            if self._file.num_rows >= PART_ROWS or self._part_due_s() <= 0.0:
-                self._finish()
+        is_due = self._file is not None and self._file.num_rows >= PART_ROWS
+        if self._has_parts and (is_due or self._part_due_s() <= 0.0):
+            self._finish()
 
     def _write(self, pending: list[RoutedLayer]) -> None:
         if self._file is None:
@@ -210,7 +210,9 @@ def _to_batch(routed: Sequence[RoutedLayer], *, has_tokens: bool) -> pa.RecordBa
         requests,
         pa.array(positions),
         pa.array(layers),
-        pa.ListArray.from_arrays(offsets, pa.array(chosen.astype(np.int16)), type=schema.field("experts").type),
+        pa.ListArray.from_arrays(
+            offsets, pa.array(chosen.astype(np.int16)), type=schema.field("experts").type
+        ),
         pa.ListArray.from_arrays(offsets, pa.array(mixed), type=schema.field("weights").type),
     ]
     if has_tokens:
@@ -232,5 +234,9 @@ class _StepColumns:
         names = pa.array([owner.request.request_id for owner in owners], pa.string())
         spans = [np.arange(owner.first, owner.first + owner.count, dtype=np.int32) for owner in owners]
         texts = [owner.tokens[owner.first : owner.first + owner.count] for owner in owners]
-        tokens = np.concatenate([np.array(text, dtype=np.int32) for text in texts]) if has_tokens else np.empty(0)
-        return cls(names.take(pa.array(np.repeat(np.arange(len(owners)), counts))), np.concatenate(spans), tokens)
+        tokens = (
+            np.concatenate([np.array(text, dtype=np.int32) for text in texts]) if has_tokens else np.empty(0)
+        )
+        return cls(
+            names.take(pa.array(np.repeat(np.arange(len(owners)), counts))), np.concatenate(spans), tokens
+        )

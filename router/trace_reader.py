@@ -127,7 +127,9 @@ def _read_facts(footer: dict[bytes, bytes], path: Path) -> TraceFacts:
     facts = TraceFacts(**fields)
     if facts.format != FORMAT_VERSION:
         raise TraceInvalid(str(path), f"has format {facts.format}; this version reads {FORMAT_VERSION}")
-    if not (1 <= facts.num_layers < 1 << 15 and 1 <= facts.experts_per_token <= facts.num_experts <= MAX_EXPERTS):
+    if not (
+        1 <= facts.num_layers < 1 << 15 and 1 <= facts.experts_per_token <= facts.num_experts <= MAX_EXPERTS
+    ):
         raise TraceInvalid(str(path), "is of a model with no possible number of layers or experts")
     return facts
 
@@ -144,7 +146,10 @@ def _to_arrays(table: pa.Table, facts: TraceFacts, path: Path) -> RoutingTable:
     experts_NK = _padded(table["experts"].combine_chunks(), -1, np.int16, path)
     weights_NK = _padded(table["weights"].combine_chunks(), 0.0, np.float32, path)
     check(lambda: positions >= 0, "has a negative position")
-    check(lambda: (layers >= 0) & (layers < facts.num_layers), f"has a layer that is not below {facts.num_layers}")
+    check(
+        lambda: (layers >= 0) & (layers < facts.num_layers),
+        f"has a layer that is not below {facts.num_layers}",
+    )
     check(lambda: experts_NK < facts.num_experts, f"has an expert that is not below {facts.num_experts}")
     check(lambda: np.isfinite(weights_NK), "has a weight that is no number")
     is_row_shape_equal = experts_NK.shape == weights_NK.shape
@@ -171,6 +176,6 @@ def _padded(lists: pa.ListArray, filler: float, dtype: type, path: Path) -> np.n
         raise TraceInvalid(str(path), "has a row without experts")
     if len(lengths) * longest > MAX_TRACE_ROWS:
         raise TraceInvalid(str(path), f"has more than {MAX_TRACE_ROWS} experts")
-    padded_NK = np.full((len(lengths), longest), filler, dtype=dtype)
+    padded_NK: np.ndarray = np.full((len(lengths), longest), filler, dtype=dtype)
     padded_NK[np.arange(longest) < lengths[:, None]] = lists.flatten().to_numpy()
     return padded_NK

@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.processes import end_processes
-from gateway.progress import LINE_INTERVAL_S, ProgressLines
 from gateway.batch_job import BatchOptions, compute_here, run_batch
 from gateway.batch_plan import RowDefaults
+from gateway.progress import LINE_INTERVAL_S, ProgressLines
 
 REPOSITORY = Path(__file__).parent.parent.parent
 SCRIPTS = Path(sys.executable).parent
