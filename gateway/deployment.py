@@ -14,7 +14,7 @@ import os
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,13 +35,15 @@ from gateway.chat_template import ChatTemplate
 from gateway.errors import ApiError, GatewayError, RouterBusy, RouterUnavailable
 from gateway.http_app import GatewaySettings, build_app
 from gateway.router_client import RouterHealth
+from gateway.study import trace_service
 from gateway.tokenizer import TextTokenizer
-from router.errors import EngineStopped, QueueFull, RequestTooLong, RouterError, StreamMissing
+from router.errors import EngineStopped, QueueFull, RequestTooLong, RouterError, StreamMissing, TraceFailed
 from router.loading import EngineOptions, LoadedEngine, load_engine
 from router.metrics import local_actor, render_metrics
 from router.model_config import read_model_config
 from router.request import GenerationRequest, TokenEvent
 from router.service import RouterService
+from router.trace import RoutingTrace
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +66,9 @@ class DeploymentSpec:
     cors_origins: tuple[str, ...] = ()
     memory: MemoryPlan | None = None
     """How the node's memory was divided at the start."""
+    trace_folder: str | None = None
+    """Where routing traces go; None means nowhere."""
+    is_trace_with_tokens: bool = False
 
 
 class RouterDeployment:
@@ -73,6 +78,17 @@ class RouterDeployment:
         self._spec = spec
         self._directory: RayDirectory | None = None
         self._service = RouterService(await asyncio.to_thread(self._load_engine))
+        self._trace: RoutingTrace | None = None
+        if spec.trace_folder is not None:
+            self._trace = trace_service(
+                self._service.loaded, Path(spec.trace_folder), has_tokens=spec.is_trace_with_tokens
+            )
+
+    def __del__(self) -> None:
+        """Called by Serve when the replica stops; a failure is in the log already."""
+        with suppress(AttributeError, TraceFailed):
+            if self._trace is not None:
+                self._trace.close()
 
     def _load_engine(self) -> LoadedEngine:
         store = ExpertStore.open(Path(self._spec.store_root))

@@ -30,3 +30,13 @@ def write_output(path: Path, content: bytes) -> None:
                 os.unlink(temporary)
     except OSError as error:
         raise FileUnusable(str(path), f"cannot be written: {error.strerror or error}") from error
+
+
+def prepare_folder(path: Path) -> None:
+    """Make the folder, readable by its owner only, where it is not there. Raises FileUnusable."""
+    try:
+        path.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise FileUnusable(str(path), f"cannot be made: {error.strerror or error}") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise FileUnusable(str(path), "cannot be written to")

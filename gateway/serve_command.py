@@ -62,6 +62,13 @@ def serve(
     cors_origin: Annotated[
         Words, typer.Option(metavar="ORIGIN", help="Web origin whose pages may call, or *; repeatable.")
     ] = None,
+    trace: Annotated[
+        Word,
+        typer.Option(metavar="DIR", help="Write which experts each token was given (docs/trace-format.md)."),
+    ] = None,
+    trace_tokens: Annotated[
+        bool, typer.Option("--trace-tokens", help="Traces hold token ids too: they give prompts away.")
+    ] = False,
     config: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(metavar="FILE", help="YAML with these options' names; the command line goes first."),
@@ -92,6 +99,8 @@ def serve(
         "api-key": api_key or None,
         "api-key-file": api_key_file or None,
         "cors-origin": cors_origin or None,
+        "trace": trace,
+        "trace-tokens": trace_tokens or None,
     }
     if not dry_run and any(not key.startswith("@") for key in api_key or ()):
         _move_keys_out_of_sight(api_key or ())

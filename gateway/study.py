@@ -5,6 +5,8 @@ Called by `gateway.generate` and `gateway.eval_run`.
 
 from __future__ import annotations
 
+import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,6 +81,18 @@ def _routing_policy(loaded: LoadedEngine, study: Study) -> RoutingPolicy | None:
     if study.replay is not None:
         return ReplayPolicy(read_trace(study.replay), loaded.config, str(study.replay))
     return None
+
+
+def trace_service(loaded: LoadedEngine, folder: Path, *, has_tokens: bool) -> RoutingTrace:
+    """Trace what an engine computes from now on, into parts of a folder that other starts may share.
+
+    Requests may ask for their own routing, so that the policy is called mixed. Raises TraceFailed.
+    """
+    facts = trace_facts(loaded, "mixed", has_tokens=has_tokens)
+    started = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    trace = RoutingTrace.to_folder(folder, f"trace-{started}-{secrets.token_hex(3)}", facts)
+    loaded.engine.watchers = (*loaded.engine.watchers, trace)
+    return trace
 
 
 def trace_facts(loaded: LoadedEngine, policy: str, *, has_tokens: bool) -> TraceFacts:
