@@ -17,14 +17,18 @@ def _slidings(draw: st.DrawFn) -> Sliding:
 
 
 @given(st.integers(0, 300), _slidings())
-def test_every_token_but_the_first_is_scored_once_with_enough_before_it(num_tokens: int, sliding: Sliding) -> None:
+def test_every_token_but_the_first_is_scored_once_with_enough_before_it(
+    num_tokens: int, sliding: Sliding
+) -> None:
     windows = cut_windows(num_tokens, sliding)
     scored = [token for window in windows for token in range(window.scored_first, window.end)]
     assert scored == list(range(1, num_tokens))
     for window in windows:
         assert 2 <= window.end - window.first <= sliding.context
         assert window.num_context >= min(window.scored_first, sliding.context - sliding.stride)
-        assert window.num_scored <= (sliding.stride if window.first or window.scored_first > 1 else sliding.context)
+        assert window.num_scored <= (
+            sliding.stride if window.first or window.scored_first > 1 else sliding.context
+        )
 
 
 def test_last_window_reaches_back_over_a_whole_context() -> None:

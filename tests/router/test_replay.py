@@ -21,7 +21,9 @@ from router.trace_reader import RoutingTable, read_trace
 from tests.engines import Outcome, assert_same_bits, open_engine, run_to_end, small_engine
 
 REQUESTS = [
-    GenerationRequest(name, tuple(prompt), SamplingParams(max_tokens=6, temperature=0.0), num_prompt_logprobs=0)
+    GenerationRequest(
+        name, tuple(prompt), SamplingParams(max_tokens=6, temperature=0.0), num_prompt_logprobs=0
+    )
     for name, prompt in (("a", b"There was a miller"), ("b", b"Once"), ("c", b"In the wood there stood"))
 ]
 
@@ -44,7 +46,9 @@ def test_replay_matches_requests_by_order_and_needs_no_names(stories_store: Path
     loaded.close()
 
 
-def test_replay_in_other_chunks_and_with_preemptions_has_the_same_bits(stories_store: Path, tmp_path: Path) -> None:
+def test_replay_in_other_chunks_and_with_preemptions_has_the_same_bits(
+    stories_store: Path, tmp_path: Path
+) -> None:
     loaded = open_engine(stories_store, EngineOptions())
     native, table = _traced(loaded, tmp_path, REQUESTS)
     engine = small_engine(loaded, 3, BatchLimits(max_batch_tokens=5, admission_reserve=0))

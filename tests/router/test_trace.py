@@ -70,7 +70,9 @@ def test_trace_holds_what_every_token_was_given(tiny_store: Path, tmp_path: Path
         )
     }
     assert found == notes.rows
-    assert len(found) == (5 + 2 + 2 + 3) * 2, "all prompt tokens, and all but the last of the answers, in two layers"
+    assert len(found) == (5 + 2 + 2 + 3) * 2, (
+        "all prompt tokens, and all but the last of the answers, in two layers"
+    )
     assert table.facts == FACTS
     text = {"a": [1, 2, 3, 4, 5, *outcome.tokens["a"]], "b": [7, 8, *outcome.tokens["b"]]}
     assert table.tokens_N is not None
@@ -89,7 +91,9 @@ def test_tokens_are_left_out_unless_wanted(tmp_path: Path) -> None:
 
 def test_token_with_fewer_experts_has_a_shorter_list() -> None:
     experts_TK = torch.tensor([[1, 2], [3, ABSENT]])
-    routed = RoutedLayer(_owners("a", 0, 2), 1, Routing(experts_TK, torch.tensor([[0.75, 0.25], [1.0, 0.0]]), True))
+    routed = RoutedLayer(
+        _owners("a", 0, 2), 1, Routing(experts_TK, torch.tensor([[0.75, 0.25], [1.0, 0.0]]), True)
+    )
     (batch,) = to_batches([routed], has_tokens=True)
     assert batch["experts"].to_pylist() == [[1, 2], [3]]
     assert batch["weights"].to_pylist() == [[0.75, 0.25], [1.0]]

@@ -99,7 +99,9 @@ def _pipe(path: Path) -> None:
         (_pipe, "not a regular file"),
     ],
 )
-def test_file_that_is_no_trace_is_refused(tmp_path: Path, damage: Callable[[Path], None], reason: str) -> None:
+def test_file_that_is_no_trace_is_refused(
+    tmp_path: Path, damage: Callable[[Path], None], reason: str
+) -> None:
     path = _write(tmp_path / "trace.parquet", [ROW])
     damage(path)
     with pytest.raises(TraceInvalid, match=reason):

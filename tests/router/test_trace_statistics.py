@@ -63,7 +63,9 @@ def test_experts_that_always_come_together_stand_out(table: RoutingTable) -> Non
     ratio = coactivation(_layer_of(table, experts), 0)
     assert ratio[0, 1] > 3 and ratio[2, 3] > 3
     assert ratio[0, 2] == 0
-    assert math.isnan(ratio[0, 0]) and math.isnan(ratio[0, 5]), "an expert with itself, and one that was never used"
+    assert math.isnan(ratio[0, 0]) and math.isnan(ratio[0, 5]), (
+        "an expert with itself, and one that was never used"
+    )
 
 
 def test_experts_chosen_by_chance_stand_near_one(table: RoutingTable) -> None:
@@ -71,7 +73,7 @@ def test_experts_chosen_by_chance_stand_near_one(table: RoutingTable) -> None:
     experts = np.array([random.permutation(NUM_EXPERTS)[:2] for _ in range(20000)], dtype=np.int16)
     ratio = coactivation(_layer_of(table, experts), 0)
     off_diagonal = ratio[~np.eye(NUM_EXPERTS, dtype=bool)]
-    # k - 1 of k draws without replacement from 6: a pair comes 1.2 times as often as two independent draws would.
+    # Drawn without replacement, a pair comes E / (E - 1) times as often: little for real numbers of experts.
     assert off_diagonal == pytest.approx(1.2, rel=0.1)
 
 
