@@ -31,7 +31,7 @@ MAX_SHOWN_TEXTS = 4
 
 def draw_page(evaluation: Evaluation, trace: Path) -> bytes:
     """A PNG. trace: of this evaluation. Raises TraceInvalid."""
-    table = by_text(read_trace(trace), evaluation)
+    table = by_text(read_trace(trace), evaluation.windows)
     tables = [select(table, table.requests_N == number) for number in range(len(table.names))]
     counts = {name: use_counts(part) for name, part in zip(table.names, tables, strict=True)}
     shown = list(counts)[:MAX_SHOWN_TEXTS]

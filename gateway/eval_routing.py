@@ -3,25 +3,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from gateway.eval_run import Evaluation, window_name
+from gateway.eval_run import window_name
+from gateway.eval_windows import Window
 from router.trace_reader import RoutingTable
 
 
-def by_text(table: RoutingTable, evaluation: Evaluation) -> RoutingTable:
+def by_text(table: RoutingTable, texts: Mapping[str, Sequence[Window]]) -> RoutingTable:
     """The same rows with texts as requests and positions in the text; of tokens that several windows compute, the row
-    of the window that scores them."""
+    of the window that scores them. texts: all that were traced, in order, with their windows."""
     first, keep_from, number = {}, {}, {}
-    for index, score in enumerate(evaluation.texts):
-        for found in score.windows:
-            name = window_name(index, found.window)
-            first[name], number[name] = found.window.first, index
-            keep_from[name] = (
-                found.window.scored_first if found.window.first or found.window.scored_first > 1 else 0
-            )
+    for index, windows in enumerate(texts.values()):
+        for window in windows:
+            name = window_name(index, window)
+            first[name], number[name] = window.first, index
+            keep_from[name] = 0 if window == windows[0] else window.scored_first
     firsts = np.array([first[name] for name in table.names], dtype=np.int32)[table.requests_N]
     starts = np.array([keep_from[name] for name in table.names], dtype=np.int32)[table.requests_N]
     numbers = np.array([number[name] for name in table.names], dtype=np.int32)[table.requests_N]
@@ -29,7 +29,7 @@ def by_text(table: RoutingTable, evaluation: Evaluation) -> RoutingTable:
     kept_N = positions_N >= starts
     return replace(
         select(table, kept_N),
-        names=tuple(score.text.name for score in evaluation.texts),
+        names=tuple(texts),
         requests_N=numbers[kept_N],
         positions_N=positions_N[kept_N],
     )

@@ -119,6 +119,11 @@ class Evaluation:
     budget_bytes: int
     """What of them may stay."""
 
+    @property
+    def windows(self) -> dict[str, list[Window]]:
+        """Of each text, by its name."""
+        return {score.text.name: [found.window for found in score.windows] for score in self.texts}
+
 
 def read_texts(tokenizer: TextTokenizer, paths: Sequence[Path], max_tokens: int | None) -> list[EvalText]:
     """Named by their files; max_tokens: of each text, the first so many. Raises FileUnusable or EvaluationFailed."""

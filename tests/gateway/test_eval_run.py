@@ -117,7 +117,7 @@ def test_replay_of_its_own_trace_scores_the_same_bits(tiny_store: Path, tmp_path
 
 def test_trace_of_windows_becomes_one_of_texts(tiny_store: Path, tmp_path: Path) -> None:
     evaluation = _evaluate(tiny_store, replace(OPTIONS, study=Study(trace=tmp_path / "trace.parquet")))
-    table = by_text(read_trace(tmp_path / "trace.parquet"), evaluation)
+    table = by_text(read_trace(tmp_path / "trace.parquet"), evaluation.windows)
     assert table.names == ("first", "second")
     assert int(use_counts(table).sum()) == (70 + 30) * 2 * 2
     assert table.tokens_N is not None
