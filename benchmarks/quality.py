@@ -27,7 +27,7 @@ from experts.budget import BudgetRequest
 from experts.store import ExpertStore
 from gateway.byte_sizes import parse_budget
 from gateway.eval_page import draw_page
-from gateway.eval_plots import draw_miss_curves, new_figure, to_png
+from gateway.eval_plots import FrontierPoint, draw_frontier, draw_miss_curves, new_figure, to_png
 from gateway.eval_report import as_json
 from gateway.eval_routing import by_text, select
 from gateway.eval_run import EvalOptions, EvalText, Evaluation, evaluate, read_texts
@@ -45,6 +45,7 @@ FOLDER = Path(__file__).parent / "texts"
 SLIDING = Sliding(256, 128)
 BUDGETS = ("100%", "50%", "25%", "12.5%", "one expert")
 MISS_SHARES = (0.0625, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
+FRONTIER_SHARES = (0.125, 0.25, 0.5)
 MISS_TOKENS = 16384
 """Of each text; as many as the curves need to settle, in minutes."""
 TIMES = ("seconds", "tokens_per_s")
@@ -62,6 +63,9 @@ class Job:
     @property
     def trace(self) -> Path:
         return self.work / f"trace-{self.store[:16]}-{self.max_tokens or 'all'}.parquet"
+
+    def picture(self, name: str) -> Path:
+        return self.work / f"quality_{name}.png"
 
     def evaluate(self, options: EvalOptions) -> Evaluation:
         return evaluate(self.root, self.read_texts, options, _show)
@@ -103,7 +107,7 @@ def routing(job: Job) -> dict[str, Any]:
     """How evenly experts are used, by text and layer; draws the page of `sage-moe eval --plot`."""
     evaluation = _traced(job)
     table = by_text(read_trace(job.trace), evaluation.windows)
-    write_output(_picture("routing"), draw_page(evaluation, job.trace))
+    write_output(job.picture("routing"), draw_page(evaluation, job.trace))
     layers = moe_layers(table)
     found: dict[str, Any] = {"layers": layers}
     for number, name in enumerate(table.names):
@@ -132,7 +136,7 @@ def misses(job: Job) -> dict[str, Any]:
         curves = miss_curves(part, MISS_SHARES, MISS_TOKENS)
         draw_miss_curves(axes[number], MISS_SHARES, curves, f"Native routing, {name}")
         found[name] = {curve.eviction: [round(rate, 5) for rate in curve.miss_rates] for curve in curves}
-    write_output(_picture("misses"), to_png(figure))
+    write_output(job.picture("misses"), to_png(figure))
     return found
 
 
@@ -147,10 +151,6 @@ PARTS: dict[str, Callable[[Job], dict[str, Any]]] = {
 def _traced(job: Job) -> Evaluation:
     """Leaves the trace of the texts' native routing."""
     return job.evaluate(EvalOptions(SLIDING, study=Study(trace=job.trace)))
-
-
-def _picture(name: str) -> Path:
-    return RESULTS / f"quality_{name}.png"
 
 
 def _rounded(values: np.ndarray) -> list[float]:
@@ -186,6 +186,27 @@ def run_part(name: str, job: Job) -> dict[str, Any]:
     return results
 
 
+def draw_frontiers(job: Job, results: dict[str, Any]) -> None:
+    """Perplexity against misses, a panel for each text; native routing is level, whatever is evicted."""
+    native, curves = results.get(f"native {BUDGETS[0]}"), results.get("misses")
+    if native is None or curves is None:
+        return
+    figure = new_figure(4.3 * len(native["texts"]), 4.0)
+    for axes, text in zip(
+        figure.subplots(1, len(native["texts"]), squeeze=False)[0], native["texts"], strict=True
+    ):
+        series = {
+            f"native, {eviction}": [
+                FrontierPoint(rate, text["perplexity"], f"{share:.3g}", text["perplexity_95"])
+                for share, rate in zip(curves["shares"], rates, strict=True)
+                if share in FRONTIER_SHARES
+            ]
+            for eviction, rates in curves[text["text"]].items()
+        }
+        draw_frontier(axes, series, f"{text['text']} (numbers: resident share)")
+    write_output(job.picture("frontier"), to_png(figure))
+
+
 def check_native(results: dict[str, Any]) -> None:
     """Native perplexity is the same to the digit at every budget."""
     found = {name: part["nll"] for name, part in results.items() if name.startswith("native ")}
@@ -209,6 +230,10 @@ def main() -> None:
     job = Job(root, store.hash, arguments.max_tokens, arguments.work)
     results = {name: run_part(name, job) for name in arguments.part or PARTS}
     check_native(results)
+    draw_frontiers(job, results)
+    if arguments.keep:
+        for picture in job.work.glob("quality_*.png"):
+            write_output(RESULTS / picture.name, picture.read_bytes())
     finish("quality", job.settings(), results, is_kept=arguments.keep)
 
 
