@@ -16,22 +16,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from benchmarks.checkpoint_writer import Row, write_shards
 from benchmarks.random_store import QWEN3_30B_A3B
 from benchmarks.report import finish, spread
 from extraction.extract import extract
 from extraction.layouts import layout_for
 from extraction.manifest import ROLES
-from extraction.plan import SHARD_INDEX
-from extraction.safetensors_file import write_header
 from extraction.verify import verify
 
-Row = tuple[str, str, tuple[int, ...], int]
 COMMAND = "import gateway.cli; gateway.cli.main()"
 
 
@@ -143,27 +141,21 @@ def write_checkpoint(
     """Shards of at most that size, cut between any two tensors. Returns bytes, and how many experts lie in two."""
     root.mkdir()
     random = np.random.default_rng(0)
-    shards = list(_shards(_rows(config), shard_bytes))
-    weight_map: dict[str, str] = {}
-    homes: dict[str, set[str]] = {}
-    for number, rows in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        weight_map |= dict.fromkeys((row[0] for row in rows), file)
-        for row in rows:
-            if ".experts." in row[0]:
-                homes.setdefault(row[0].rsplit(".", 2)[0], set()).add(file)
-        header = write_header(rows)
-        with open(root / file, "wb") as out:
-            out.write(header)
-            if is_sparse:
-                out.truncate(len(header) + sum(row[3] for row in rows))
-            else:
-                for row in rows:
-                    out.write(random.bytes(row[3]))
-    (root / SHARD_INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    rows = _rows(config)
+
+    def fill(out: BinaryIO, row: Row) -> None:
+        if is_sparse:
+            out.seek(row[3], os.SEEK_CUR)
+        else:
+            out.write(random.bytes(row[3]))
+
+    weight_map = write_shards(root, rows, shard_bytes, fill)
     (root / "config.json").write_text(json.dumps(config))
-    total = sum(row[3] for rows in shards for row in rows)
-    return total, sum(len(files) > 1 for files in homes.values())
+    homes: dict[str, set[str]] = {}
+    for name, file in weight_map.items():
+        if ".experts." in name:
+            homes.setdefault(name.rsplit(".", 2)[0], set()).add(file)
+    return sum(row[3] for row in rows), sum(len(files) > 1 for files in homes.values())
 
 
 def _rows(config: dict[str, Any]) -> list[Row]:
@@ -179,16 +171,6 @@ def _rows(config: dict[str, Any]) -> list[Row]:
             name = f"model.layers.{key.layer}.mlp.experts.{key.expert}.{role}_proj.weight"
             shapes[name] = component.decoder.expert_shape(role)
     return [(name, "BF16", shape, 2 * math.prod(shape)) for name, shape in shapes.items()]
-
-
-def _shards(rows: list[Row], shard_bytes: int) -> Iterator[list[Row]]:
-    shard: list[Row] = []
-    for row in rows:
-        if shard and sum(other[3] for other in shard) + row[3] > shard_bytes:
-            yield shard
-            shard = []
-        shard.append(row)
-    yield shard
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from benchmarks.slice_tokenizer import write_byte_tokenizer
 
 SIZES: dict[str, Any] = {
     "vocab_size": 512,
@@ -80,7 +81,7 @@ def write_tiny(
                 parameter.normal_(0, 0.2)  # the published program leaves some of them as memory was
     limit = {} if shard_size is None else {"max_shard_size": shard_size}
     model.save_pretrained(path, save_original_format=not is_stacked, **limit)
-    write_byte_tokenizer(path)
+    write_byte_tokenizer(path, SIZES["vocab_size"])
     return path
 
 
@@ -163,24 +164,3 @@ def _omni_config(text: dict[str, Any]) -> dict[str, Any]:
             "sliding_window": 8,
         },
     }
-
-
-def write_byte_tokenizer(path: Path) -> None:
-    """Ids 0-255 are bytes, 511 is `<|endoftext|>`."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    vocab = {character: byte for byte, character in enumerate(_byte_characters())}
-    vocab |= {f"<unused{number}>": number for number in range(256, 511)} | {"<|endoftext|>": 511}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken("<|endoftext|>", special=True)])
-    tokenizer.save(str(path / "tokenizer.json"))
-    (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
-
-
-def _byte_characters() -> list[str]:
-    """The printable character that byte-level BPE writes for each byte."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = iter(range(256, 512))
-    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
