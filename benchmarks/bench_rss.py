@@ -5,7 +5,7 @@ what an empty worker takes (the process with the engine loaded and no expert) pl
 buffers of a step, each as `router.footprint` states it; the cap is the same sum. The same child without a budget shows
 what there is to save. The experts are random and larger than all other memory together, so that a leak cannot hide.
 
-    python -m benchmarks.bench_rss [--tokens 10000] [--share 12.5] [--keep]
+    python -m benchmarks.bench_rss [--tokens 10000] [--budget 12.5%] [--keep]
 """
 
 from __future__ import annotations

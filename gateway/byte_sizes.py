@@ -69,4 +69,6 @@ def format_budget(budget: BudgetRequest) -> str:
     """As a user would write it."""
     if budget.num_bytes is not None:
         return format_bytes(budget.num_bytes)
-    return f"{float(budget.share * 100):.8g}%" if budget.share is not None else "fit"
+    if budget.share is None:
+        return "fit"
+    return f"{float(budget.share * 100):.6f}".rstrip("0").rstrip(".") + "%"

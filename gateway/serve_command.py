@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from gateway.budget_options import ONE_MEMORY_NOTICE, ExpertBudgetOption, HostBudgetOption
+from gateway.budget_options import ONE_MEMORY_NOTICE, ExpertBudgetOption, HostBudgetOption, print_plan
 
 if TYPE_CHECKING:
     from cluster.memory_plan import MemoryPlan
@@ -184,13 +184,9 @@ def _serve(options: ServiceOptions) -> None:
 
 
 def _print_memory(plan: MemoryPlan, unknown_nodes: Sequence[str]) -> None:
-    from rich.console import Console
-
-    from gateway.memory_view import render_memory
-
     for name in unknown_nodes:
         _announce(f"note: node-budgets names {name}, where nothing of this service runs")
-    Console(highlight=False).print(render_memory(plan.as_json()))
+    print_plan(plan)
 
 
 def _announce(line: str) -> None:

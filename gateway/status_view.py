@@ -36,8 +36,12 @@ def render_status(status: Mapping[str, Any]) -> RenderableType:
         nodes.add_column(column)
     for node in status["nodes"]:
         nodes.add_row(node["node"], node["address"], node["state"], f"{node['cpus']:g}", f"{node['gpus']:g}")
-    resident = {entry["name"]: entry.get("resident_bytes", 0) for entry in (own, *status["actors"])}
-    plan = [render_memory(status["memory"], resident)] if status.get("memory") else []
+    resident = {actor["name"]: actor.get("resident_bytes", 0) for actor in status["actors"]}
+    plan = (
+        [render_memory(status["memory"], resident | {"router": own["resident_bytes"]})]
+        if status.get("memory")
+        else []
+    )
     memory = f"backbone {_mib(router['backbone_bytes'])}, KV cache {_mib(router['kv_bytes'])}"
     line = f"Requests: {requests['running']} running, {requests['waiting']} waiting; {memory}"
     return Group(f"{status['model']} ({router['numerics_class']})", actors, *plan, nodes, line)

@@ -23,6 +23,7 @@ import pytest
 import ray
 from prometheus_client.parser import text_string_to_metric_families
 
+from experts.budget import FIT, BudgetRequest
 from gateway.generate import generate
 from gateway.launch import ServiceOptions, running_service
 from router.loading import EngineOptions
@@ -30,6 +31,9 @@ from router.loading import EngineOptions
 pytestmark = pytest.mark.ray
 
 MODEL = "stories"
+EXPERT_BYTES = 73728
+NODE_BUDGET_BYTES = 60 * EXPERT_BYTES
+"""Of 384 experts: every step needs waves, in the actors and, when one is lost, in the router."""
 PROMPT = "Once upon a time there was a king who had three daughters"
 GREEDY: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "temperature": 0, "max_tokens": 48}
 RECOVERY_TIMEOUT_S = 60.0
@@ -51,7 +55,15 @@ def service(stories_store: Path) -> Iterator[Service]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    options = ServiceOptions(stories_store, MODEL, port=port, num_actors=2, num_cpus=2)
+    options = ServiceOptions(
+        stories_store,
+        MODEL,
+        port=port,
+        num_actors=2,
+        num_cpus=2,
+        expert_budgets=(FIT,),
+        node_budgets={"127.0.0.1": BudgetRequest(num_bytes=NODE_BUDGET_BYTES)},
+    )
     with running_service(options):
         yield Service(f"http://127.0.0.1:{port}")
 
@@ -97,6 +109,21 @@ def test_actors_router_and_gateway_all_start_on_two_cpus(service: Service) -> No
     pids = {status["router"]["pid"], *(actor["pid"] for actor in status["actors"]), os.getpid()}
     assert len(pids) == 4
     assert [node["cpus"] for node in status["nodes"]] == [2.0]
+
+
+def test_actors_and_router_share_the_node_s_budget_and_keep_to_it(
+    service: Service, expected: Callable[..., str]
+) -> None:
+    assert service.post(GREEDY).json()["choices"][0]["text"] == expected(48)
+    status = service.status()
+    processes = [status["router"]["experts"], *status["actors"]]
+    assert sum(process["budget_bytes"] for process in processes) == NODE_BUDGET_BYTES
+    for process in processes:
+        assert process["resident_bytes"] <= process["budget_bytes"]
+    planned = {row["process"]: row["budget_bytes"] for row in status["memory"]["processes"]}
+    assert planned == {process["name"]: process["budget_bytes"] for process in processes}
+    assert _metric(service, "sage_moe_budget_bytes") == NODE_BUDGET_BYTES
+    assert _metric(service, "sage_moe_resident_bytes") <= NODE_BUDGET_BYTES
 
 
 def test_ray_is_closed_to_who_does_not_know_its_token_or_comes_from_elsewhere(service: Service) -> None:

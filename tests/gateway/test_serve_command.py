@@ -58,9 +58,13 @@ def test_dry_run_shows_what_would_be_started_and_no_key(
         result = CliRunner().invoke(app, [*command, "--api-key", "sk-canary-3", *more])
         assert (result.exit_code, result.stderr) == (0, "")
         printed.append(result.stdout)
-    plan = yaml.safe_load(printed[0])
-    assert plan == json.loads(printed[1])
+    plan, same = yaml.safe_load(printed[0]), json.loads(printed[1])
+    assert plan["memory"].pop("available_bytes") > 0
+    assert same["memory"].pop("available_bytes") > 0
+    assert plan == same
     options = plan["options"]
+    memory = plan["memory"]
+    assert memory["budget_bytes"] == sum(row["budget_bytes"] for row in memory["processes"])
     assert (options["port"], options["max-model-len"], options["api-keys"]) == (9001, 512, 3)
     assert plan["serve"]["http_options"] == {"host": "0.0.0.0", "port": 9001, "request_timeout_s": 3600.0}
     gateway, router = plan["serve"]["applications"][0]["deployments"]
@@ -76,6 +80,7 @@ def test_dry_run_shows_what_would_be_started_and_no_key(
         (("--max-model-len", "4096"), "max-model-len (4096) is above the model's context of 2048"),
         (("--kv-budget", "1"), "--kv-budget must be a size such as 512MiB or 2GiB, not '1'"),
         (("--config", "/no/such.yaml"), "/no/such.yaml cannot be read: No such file or directory"),
+        (("--expert-budget", "half", "--dry-run"), "--expert-budget must be a size such as 2GiB"),
         (("--api-key", "two words", "--dry-run"), "--api-key holds a key that is not"),
     ],
 )

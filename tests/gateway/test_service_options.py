@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from experts.budget import FIT, BudgetRequest
 from gateway.api_keys import KeyRing
 from gateway.config_file import read_config
 from gateway.errors import FileUnusable, OptionInvalid
@@ -48,7 +50,25 @@ def test_command_line_goes_before_file_before_defaults() -> None:
 def test_every_option_of_the_command_is_one_of_the_file_and_the_other_way_round() -> None:
     own = {"store", "config", "dry_run", "as_json"}
     names = {name.replace("_", "-") for name in inspect.signature(serve).parameters if name not in own}
-    assert names == set(option_names())
+    assert names | {"node-budgets"} == set(option_names())
+
+
+def test_budgets_of_both_tiers_are_one_memory_and_none_is_fit() -> None:
+    quarter, size = BudgetRequest(share=Fraction(1, 4)), BudgetRequest(num_bytes=2**31)
+    assert _options({}, {}).expert_budgets == (FIT,)
+    assert _options({"expert-budget": "25%"}, {"host-budget": "2GiB"}).expert_budgets == (quarter, size)
+    assert _options({"host-budget": "2GiB"}, {}).expert_budgets == (size,)
+
+
+def test_node_budgets_come_from_the_file_by_name_or_address(tmp_path: Path) -> None:
+    (tmp_path / NAME).write_text("node-budgets: {node-7: 2GiB, 10.0.0.8: 25%, '::1': fit}\n")
+    options = _options({}, read_config(tmp_path / NAME))
+    assert options.node_budgets == {
+        "node-7": BudgetRequest(num_bytes=2**31),
+        "10.0.0.8": BudgetRequest(share=Fraction(1, 4)),
+        "::1": FIT,
+    }
+    assert options.shown()["node-budgets"] == {"node-7": "2GiB", "10.0.0.8": "25%", "::1": "fit"}
 
 
 @pytest.mark.parametrize(
@@ -81,6 +101,13 @@ def test_unknown_key_is_named_with_the_nearest_known_one(name: str, nearest: str
         ("dtype", "int8", "must be float32 or bfloat16, not 'int8'"),
         ("kv-budget", 1024, "must be a size such as 512MiB or 2GiB"),
         ("kv-budget", "12 parsecs", "has the unknown unit parsecs"),
+        ("expert-budget", 5, "must be a size such as 2GiB, a percentage such as 25%, or fit"),
+        ("expert-budget", "120%", "must be above 0% and at most 100%, not '120%'"),
+        ("host-budget", "-1GiB", "must be a size such as 2GiB"),
+        ("node-budgets", ["2GiB"], "must be a mapping of node names or addresses to budgets"),
+        ("node-budgets", {"a": 7}, "must be a size such as 2GiB"),
+        ("node-budgets", {"a\x1b": "2GiB"}, "must be a mapping of node names or addresses to budgets"),
+        ("node-budgets", {7: "2GiB"}, "must be a mapping of node names or addresses to budgets"),
         ("max-model-len", 1, "must be a whole number of tokens"),
         ("max-num-seqs", 513, "from 1 to 512"),
         ("max-batch-tokens", 513, "from 1 to 512"),

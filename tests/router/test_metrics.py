@@ -21,6 +21,7 @@ ACTOR = {
     "name": "experts-0",
     "node": 'a "node"',
     "resident_bytes": 7,
+    "budget_bytes": 11,
     "hits": 3,
     "misses": 2,
     "bytes_read": 9,
@@ -91,6 +92,7 @@ def _block_bytes(loaded: LoadedEngine) -> int:
 def test_actors_and_the_routers_own_experts_have_one_line_each(families: dict[str, Metric]) -> None:
     where = {"actor": "experts-0", "node": 'a "node"'}
     assert _value(families, "resident_bytes", **where, tier="resident") == 7
+    assert _value(families, "budget_bytes", **where, tier="resident") == 11
     assert _value(families, "expert_hits", **where) == 3
     assert _value(families, "expert_misses", **where) == 2
     assert _value(families, "expert_read_bytes", **where) == 9
