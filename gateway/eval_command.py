@@ -32,9 +32,9 @@ def evaluate(
         str,
         typer.Option(metavar="wake|focus|crisis|auto", help="Experts per token; focus is the model's own."),
     ] = "focus",
-    snarc_weights: Annotated[
+    snarc: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(metavar="PRESET|NAME=VALUE,...", help="Of the snarc policy."),
+        typer.Option(metavar="WEIGHTS", help="Of the snarc policy: a preset, NAME=VALUE,... or both."),
     ] = None,
     budget: Annotated[
         Optional[str],  # noqa: UP045
@@ -81,7 +81,7 @@ def evaluate(
     from gateway.study import Study
     from router.effort import EFFORT_CHOICES
     from router.routing_choice import POLICIES, RoutingChoice
-    from router.scoring import DEFAULT_PRESET, PRESETS, read_weights
+    from router.scoring import DEFAULT_PRESET, read_weights
 
     sliding = Sliding(context, max(1, context // 2) if stride is None else stride)
     study = Study(trace, mask_experts, replay_routing)
@@ -97,7 +97,7 @@ def evaluate(
         check_plots()
     root = resolve_runnable(store, announce=_announce)
     budgets = read_budgets(budget, None, _announce)
-    weights = PRESETS[DEFAULT_PRESET] if snarc_weights is None else read_weights(snarc_weights)
+    weights = read_weights(snarc or DEFAULT_PRESET)
     options = EvalOptions(sliding, batch_tokens, budgets, dtype, routing, weights, study)
     with tempfile.TemporaryDirectory(prefix="sage-moe-eval-") as folder:
         if plot is not None and trace is None:
