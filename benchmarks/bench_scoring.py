@@ -1,10 +1,10 @@
 """What does choosing experts by snarc scores cost in a step, against native routing?
 
-A slice of Qwen3-30B-A3B (full width, a few layers, random weights, every expert resident) decodes for 1 and 8 sequences,
-and computes chunks of a prompt. Several engines over the same weights take turns, step by step: native; snarc with the
-default preset; snarc that follows its signals (`auto`, whose number of experts is left at the native one here); snarc
-with warmth alone. All choose 8 experts a token, so what differs is the scoring. Each reports the median of its step
-over the native one's of the same turn.
+A slice of Qwen3-30B-A3B (full width, a few layers, random weights, every expert resident) decodes for 1 and 8
+sequences, and computes chunks of a prompt. Several engines over the same weights take turns, step by step: native;
+snarc with the default preset; snarc that follows its signals (`auto`, whose number of experts is left at the native one
+here); snarc with warmth alone. All choose 8 experts a token, so what differs is the scoring. Each reports the median of
+its step over the native one's of the same turn.
 
 Usage: python -m benchmarks.bench_scoring [--layers N] [--steps N] [--keep]
 """

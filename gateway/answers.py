@@ -1,6 +1,7 @@
 """What clients get: the OpenAI API's answers as JSON values, plain and in chunks.
 
-Our own extension is one object, `sage`, in a plain answer and in the last chunk that has usage. Called by
+Our own extension is one object, `sage`, in a plain answer and in a stream's last chunk: the one that has usage, or
+else, where the routing was not the plain one, the last with a finish reason. `gateway.quality` makes it. Called by
 `gateway.completions` and `gateway.connection`.
 """
 
@@ -11,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-DONE_EVENT = b"data: [DONE]\n\n"
-ROUTING_QUALITY = "exact"
-"""Native routing: the published model's own."""
+from gateway.quality import describe_quality
+from router.routing_choice import RoutingReport
 
+DONE_EVENT = b"data: [DONE]\n\n"
 Logprobs = dict[str, Any] | None
 """As `gateway.logprobs` shapes them."""
 
@@ -49,6 +50,8 @@ class Totals:
     """From the request's arrival to the first token of any answer; 0 where nothing was generated."""
     tokens_per_s: float
     """Of the tokens that came after each answer's first event; 0 where there are none."""
+    reports: tuple[RoutingReport, ...] = ()
+    """Of the answers whose routing was not the plain one."""
 
 
 def plain_answer(head: AnswerHead, choices: Sequence[ChoiceAnswer], totals: Totals) -> dict[str, Any]:
@@ -82,6 +85,12 @@ def end_chunk(head: AnswerHead, index: int, finish_reason: str) -> dict[str, Any
     if head.is_chat:
         return _chunk(head, [_delta(index, {}, None, finish_reason)])
     return _chunk(head, [{"index": index, "text": "", "logprobs": None, "finish_reason": finish_reason}])
+
+
+def with_quality(chunk: dict[str, Any], reports: Sequence[RoutingReport]) -> dict[str, Any]:
+    """The last chunk with choices of a stream without usage: only this one can say that the answer is modified, or
+    explain it. A plain answer's is left as OpenAI has it."""
+    return {**chunk, "sage": describe_quality(reports)} if reports else chunk
 
 
 def usage_chunk(head: AnswerHead, totals: Totals) -> dict[str, Any]:
@@ -120,5 +129,5 @@ def _closing(totals: Totals) -> dict[str, Any]:
     timings = {"ttft_s": round(totals.ttft_s, 6), "tokens_per_s": round(totals.tokens_per_s, 3)}
     return {
         "usage": {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer},
-        "sage": {"quality": ROUTING_QUALITY, "timings": timings},
+        "sage": {**describe_quality(totals.reports), "timings": timings},
     }

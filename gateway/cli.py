@@ -130,20 +130,35 @@ def generate(
     replay_routing: ReplayOption = None,
     expert_budget: ExpertBudgetOption = None,
     host_budget: HostBudgetOption = None,
+    policy: Annotated[str, typer.Option(help="Routing: native or snarc.")] = "native",
+    effort: Annotated[str, typer.Option(help="Experts per token: wake, focus, crisis or auto.")] = "focus",
+    snarc: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="WEIGHTS", help="Of the snarc policy: a preset, NAME=VALUE,... or both."),
+    ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="With --json: why every token got its experts.")
+    ] = False,
     stream: Annotated[bool, typer.Option("--stream", help="Print the text as it is generated.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Generate once in this process, without Ray."""
     if stream and as_json:
         raise typer.BadParameter("choose one of --stream and --json")
+    if explain and not as_json:
+        raise typer.BadParameter("--explain goes with --json")
     chosen_prompt = _chosen_prompt(prompt, prompt_ids)
 
     from gateway.generate import generate as run
+    from gateway.routing_rules import read_choice
     from gateway.store_source import resolve_runnable
     from gateway.study import Study
     from router.loading import EngineOptions
+    from router.scoring import DEFAULT_PRESET, read_weights
 
     study = Study(trace, mask_experts, replay_routing)
+    routing = read_choice(policy, effort, is_explained=explain)
+    options = EngineOptions(dtype=dtype, snarc=read_weights(snarc or DEFAULT_PRESET))
     sampling: dict[str, Any] = {"max_tokens": max_tokens, "seed": seed}
     if temperature is not None:
         sampling["temperature"] = temperature
@@ -154,8 +169,9 @@ def generate(
         resolve_runnable(store, announce=_announce),
         chosen_prompt,
         sampling,
-        EngineOptions(dtype=dtype),
+        options,
         show,
+        routing,
         budgets,
         print_plan if is_asked else _keep_quiet,
         study,

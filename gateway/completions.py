@@ -22,6 +22,7 @@ from gateway.answers import (
     role_chunk,
     text_chunk,
     usage_chunk,
+    with_quality,
 )
 from gateway.errors import GenerationFailed, RouterUnavailable
 from gateway.http_metrics import GatewayMetrics
@@ -33,6 +34,7 @@ from gateway.stream import AnswerText
 from gateway.token_clock import TokenClock, join_clocks
 from gateway.tokenizer import TextTokenizer
 from router.request import TokenEvent
+from router.routing_choice import RoutingReport
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Piece:
     """In the answer's last piece."""
     num_tokens: int = 0
     """Tokens of the whole answer, in its last piece."""
+    routing: RoutingReport | None = None
+    """Of the whole answer, in its last piece, where its routing was not the plain one."""
 
 
 @dataclass
@@ -72,25 +76,28 @@ async def whole_answer(job: Job, backend: Backend) -> dict[str, Any]:
     answers = [_Answer() for _ in job.choices]
     clocks = _clocks(job, backend)
     num_tokens = 0
+    reports: list[RoutingReport] = []
     async with aclosing(_pieces(job, backend, clocks)) as pieces:
         async for piece in pieces:
             answer = answers[piece.index]
             answer.texts.append(piece.text)
             answer.tokens.extend(piece.tokens)
             num_tokens += piece.num_tokens
+            reports.extend(_reports(piece))
             answer.finish_reason = piece.finish_reason or answer.finish_reason
     choices = [
         ChoiceAnswer("".join(answer.texts), _logprobs(job, backend, answer.tokens), answer.finish_reason)
         for answer in answers
     ]
-    return plain_answer(job.head, choices, _totals(job, clocks, num_tokens))
+    return plain_answer(job.head, choices, _totals(job, clocks, num_tokens, reports))
 
 
 async def answer_events(job: Job, backend: Backend) -> AsyncGenerator[bytes, None]:
     """The streamed answer as server-sent events. Raises like `whole_answer`; nothing is yielded before the
     router has taken a request and answered."""
     clocks = _clocks(job, backend)
-    num_tokens = 0
+    num_tokens = num_ended = 0
+    reports: list[RoutingReport] = []
     begun: set[int] = set()
     async with aclosing(_pieces(job, backend, clocks)) as pieces:
         async for piece in pieces:
@@ -102,9 +109,13 @@ async def answer_events(job: Job, backend: Backend) -> AsyncGenerator[bytes, Non
                 yield encode_event(text_chunk(job.head, piece.index, piece.text, logprobs))
             if piece.finish_reason is not None:
                 num_tokens += piece.num_tokens
-                yield encode_event(end_chunk(job.head, piece.index, piece.finish_reason))
+                num_ended += 1
+                reports.extend(_reports(piece))
+                end = end_chunk(job.head, piece.index, piece.finish_reason)
+                is_last = num_ended == len(job.choices) and not job.has_usage_chunk
+                yield encode_event(with_quality(end, reports) if is_last else end)
     if job.has_usage_chunk:
-        yield encode_event(usage_chunk(job.head, _totals(job, clocks, num_tokens)))
+        yield encode_event(usage_chunk(job.head, _totals(job, clocks, num_tokens, reports)))
     yield DONE_EVENT
 
 
@@ -112,8 +123,14 @@ def _clocks(job: Job, backend: Backend) -> list[TokenClock]:
     return [TokenClock(job.started_at, backend.metrics) for _ in job.choices]
 
 
-def _totals(job: Job, clocks: Sequence[TokenClock], num_tokens: int) -> Totals:
-    return Totals(job.num_prompt_tokens, num_tokens, *join_clocks(clocks))
+def _totals(
+    job: Job, clocks: Sequence[TokenClock], num_tokens: int, reports: Sequence[RoutingReport]
+) -> Totals:
+    return Totals(job.num_prompt_tokens, num_tokens, *join_clocks(clocks), tuple(reports))
+
+
+def _reports(piece: Piece) -> tuple[RoutingReport, ...]:
+    return () if piece.routing is None else (piece.routing,)
 
 
 def _logprobs(job: Job, backend: Backend, tokens: Sequence[LoggedToken]) -> Logprobs:
@@ -141,12 +158,15 @@ async def _generate(
         min_tokens=request.sampling.min_tokens,
     )
     must_echo = choice.is_echoed
+    routing: RoutingReport | None = None
     events = cast(AsyncGenerator[TokenEvent, None], backend.client.generate(request))
     async with aclosing(events):
         async for event in events:
             failure = _failure(event)
             if failure is not None:
                 raise failure
+            if event.routing is not None:
+                routing = event.routing.after(routing)
             if must_echo:
                 must_echo = False
                 shown, offsets = text.echo(request.prompt_ids)
@@ -162,7 +182,8 @@ async def _generate(
             raise RouterUnavailable("its answer ended without a finish reason")
     shown += text.flush()
     is_stopped = text.is_stopped or event.finish_reason == "stop"
-    yield Piece(choice.index, shown, tokens, "stop" if is_stopped else "length", text.num_tokens)
+    reason: Literal["stop", "length"] = "stop" if is_stopped else "length"
+    yield Piece(choice.index, shown, tokens, reason, text.num_tokens, routing)
 
 
 def _failure(event: TokenEvent) -> Exception | None:

@@ -24,6 +24,16 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from cluster.capacity import (
+    Capacity,
+    CapacityState,
+    Load,
+    ServiceSize,
+    num_actors,
+    observe,
+    present_state,
+    resident_bytes,
+)
 from cluster.memory_plan import MemoryPlan
 from cluster.ray_directory import RayDirectory
 from cluster.resources import gateway_deployment_options, router_deployment_options
@@ -31,10 +41,12 @@ from experts.directory import LocalDirectory
 from experts.store import ExpertStore
 from experts.worker import ExpertWorker
 from gateway.api_keys import NO_KEYS, KeyRing
+from gateway.capacity_metrics import render_capacity
 from gateway.chat_template import ChatTemplate
 from gateway.errors import ApiError, GatewayError, RouterBusy, RouterUnavailable
 from gateway.http_app import GatewaySettings, build_app
 from gateway.router_client import RouterHealth
+from gateway.routing_rules import NATIVE_ONLY, RoutingRules
 from gateway.study import trace_service
 from gateway.tokenizer import TextTokenizer
 from router.errors import EngineStopped, QueueFull, RequestTooLong, RouterError, StreamMissing, TraceFailed
@@ -64,6 +76,7 @@ class DeploymentSpec:
     model_aliases: tuple[str, ...] = ()
     keys: KeyRing = NO_KEYS
     cors_origins: tuple[str, ...] = ()
+    routing: RoutingRules = NATIVE_ONLY
     memory: MemoryPlan | None = None
     """How the node's memory was divided at the start."""
     trace_folder: str | None = None
@@ -78,6 +91,8 @@ class RouterDeployment:
         self._spec = spec
         self._directory: RayDirectory | None = None
         self._service = RouterService(await asyncio.to_thread(self._load_engine))
+        self._capacity = Capacity()
+        self._size = _service_size(self._service.loaded, spec.num_actors)
         self._trace: RoutingTrace | None = None
         if spec.trace_folder is not None:
             self._trace = trace_service(
@@ -103,14 +118,25 @@ class RouterDeployment:
 
     async def check_health(self) -> None:
         """Called by Serve; raising makes it replace the replica."""
+        self._observe_capacity()
         if not self._service.engine_thread.health().is_alive:
             raise EngineStopped("its thread ended")
+
+    def _observe_capacity(self) -> CapacityState:
+        """Whenever Serve checks the router's health and somebody asks."""
+        health = self._service.engine_thread.health()
+        load = Load(health.num_running, health.num_waiting, self._spec.engine.limits.max_running)
+        self._capacity = observe(self._capacity, load, time.monotonic())
+        return self._capacity.state
 
     async def submit(self, gateway: str, request: GenerationRequest) -> None:
         self._service.submit(gateway, request)
 
     async def cancel_request(self, request_id: str) -> None:
         self._service.cancel(request_id)
+
+    async def feedback(self, answer_id: str, score: float) -> bool:
+        return self._service.feedback.give(answer_id, score)
 
     async def events(self, gateway: str) -> AsyncGenerator[tuple[TokenEvent, ...], None]:
         async with aclosing(self._service.events(gateway)) as stream:
@@ -122,7 +148,9 @@ class RouterDeployment:
         return RouterHealth(health.is_ready, health.detail)
 
     async def metrics(self) -> str:
-        return render_metrics(self._service, await self._actors())
+        state = self._observe_capacity()
+        own = render_capacity(state, resident_bytes(state, self._size), num_actors(state, self._size))
+        return render_metrics(self._service, await self._actors()) + own
 
     async def status(self) -> dict[str, object]:
         """Plain values: the router itself, its experts, the actors and nodes."""
@@ -131,6 +159,7 @@ class RouterDeployment:
         engine = loaded.engine
         health = service.engine_thread.health()
         actors = await self._actors()
+        state = self._observe_capacity()
         return {
             "model": self._spec.model_name,
             "router": {
@@ -144,6 +173,12 @@ class RouterDeployment:
                 "connected_actors": len(self._directory.remote.connected()) if self._directory else 0,
                 "phase_seconds": dict(engine.stats.phase_seconds),
                 "steps": engine.stats.steps,
+            },
+            "capacity": {
+                "state": state,
+                "shown": present_state(state, self._size),
+                "resident_bytes": resident_bytes(state, self._size),
+                "actors": num_actors(state, self._size),
             },
             "actors": actors,
             "memory": self._spec.memory.as_json() if self._spec.memory else None,
@@ -164,6 +199,18 @@ class RouterDeployment:
         except (ray.exceptions.RayError, TimeoutError) as error:
             logger.warning("no status of the expert actors: %s", error)
             return []
+
+
+def _service_size(loaded: LoadedEngine, max_actors: int) -> ServiceSize:
+    config, store = loaded.config, loaded.store
+    keys = store.expert_keys(store.served.name)
+    return ServiceSize(
+        len(config.moe_layers),
+        config.num_experts,
+        config.experts_per_token,
+        store.record(keys[0]).nbytes if keys else 0,
+        max_actors,
+    )
 
 
 class ServeRouterClient:
@@ -210,6 +257,9 @@ class ServeRouterClient:
         except ray.exceptions.RayError as error:
             return RouterHealth(False, type(error).__name__)
         return answer
+
+    async def feedback(self, answer_id: str, score: float) -> bool:
+        return bool(await self._ask(self._handle.feedback.remote(answer_id, score)))
 
     async def metrics(self) -> str:
         return str(await self._ask(self._handle.metrics.remote()))
@@ -309,6 +359,7 @@ def build_gateway(spec: DeploymentSpec, handle: DeploymentHandle[Any]) -> FastAP
         model_aliases=spec.model_aliases,
         keys=spec.keys,
         cors_origins=spec.cors_origins,
+        routing=spec.routing,
         max_open_requests=spec.engine.limits.max_open,
     )
     store.close()

@@ -59,13 +59,12 @@ class EvalOptions:
 
     def __post_init__(self) -> None:
         """Raises OptionInvalid."""
-        if self.study.policy != "native" and not self.routing.is_native:
-            raise OptionInvalid("--policy", f"and --effort do not go with {self.study.policy} routing")
+        self.study.policy_beside(self.routing)
 
     @property
     def policy(self) -> str:
         """As results name it."""
-        return self.routing.policy if self.study.policy == "native" else self.study.policy
+        return self.study.policy_beside(self.routing)
 
 
 @dataclass(frozen=True)
@@ -165,7 +164,7 @@ def evaluate(
             show(num_done, total)
 
         show(0, total)
-        with studied(loaded, options.study):
+        with studied(loaded, options.study, options.policy):
             scores = [_score_text(loaded, n, text, options, count) for n, text in enumerate(texts)]
         keys = store.expert_keys(store.served.name)
         expert_bytes = measure_experts(map(store.record, keys), loaded.dtype).total

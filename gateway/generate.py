@@ -13,11 +13,13 @@ from experts.budget import BudgetRequest
 from experts.store import ExpertStore
 from gateway.errors import GenerationFailed
 from gateway.memory import plan_engine
+from gateway.quality import MODIFIED, describe_quality
 from gateway.settings import read_eos_token_ids, read_sampling_defaults
 from gateway.study import NO_STUDY, Study, studied
 from gateway.tokenizer import TextTokenizer
 from router.loading import EngineOptions, LoadedEngine, load_engine
 from router.request import GenerationRequest, SamplingParams
+from router.routing_choice import NATIVE_CHOICE, RoutingChoice, RoutingReport
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Generation:
     """`native`, or what replaced the checkpoint's routing."""
     expert_budget_bytes: int | None
     """Most bytes of experts that were kept; None means no bound."""
+    reports: tuple[RoutingReport, ...] = ()
+    """How it was routed, where not plainly."""
 
     def as_json(self) -> dict[str, Any]:
         prompt, answer = len(self.prompt_token_ids), len(self.token_ids)
@@ -53,7 +57,13 @@ class Generation:
             "resident_bytes": self.resident_bytes,
             "policy": self.policy,
             "expert_budget_bytes": self.expert_budget_bytes,
+            "sage": describe_quality(self.reports) | self._study_quality(),
         }
+
+    def _study_quality(self) -> dict[str, Any]:
+        """What masks and replays change, of which the engine has no report."""
+        is_studied = self.policy in ("masked", "replayed")
+        return {"quality": MODIFIED, "policy": self.policy} if is_studied else {}
 
 
 def generate(
@@ -62,6 +72,7 @@ def generate(
     sampling: Mapping[str, Any],
     options: EngineOptions,
     on_text: Callable[[str], None] = lambda text: None,
+    routing: RoutingChoice = NATIVE_CHOICE,
     budgets: tuple[BudgetRequest, ...] = (),
     on_plan: Callable[[MemoryPlan], None] = lambda plan: None,
     study: Study = NO_STUDY,
@@ -71,7 +82,7 @@ def generate(
     sampling: fields of SamplingParams that were chosen; the checkpoint's recommendation fills in the others.
     budgets: of experts; resolved against this machine's memory and then told to `on_plan`. Without any, those of the
     options hold.
-    Raises GenerationFailed, what loading the engine raises, or what `studied` raises.
+    Raises OptionInvalid, GenerationFailed, what loading the engine raises, or what `studied` raises.
     """
     store = ExpertStore.open(root)
     tokenizer = TextTokenizer.from_folder(root)
@@ -85,9 +96,10 @@ def generate(
     eos = read_eos_token_ids(manifest, loaded.config.vocab_size)
     params = SamplingParams(stop_token_ids=eos, **(facts | dict(sampling)))
     try:
-        with studied(loaded, study):
-            request = GenerationRequest("generate", prompt_ids, params)
-            return _run(loaded, tokenizer, request, on_text, study.policy)
+        policy = study.policy_beside(routing)
+        with studied(loaded, study, policy):
+            request = GenerationRequest("generate", prompt_ids, params, routing=routing)
+            return _run(loaded, tokenizer, request, on_text, policy)
     finally:
         loaded.close()
 
@@ -107,12 +119,14 @@ def _run(
     pieces: list[str] = []
     reason = ""
     first_at = started
+    report: RoutingReport | None = None
     while not reason:
         for event in engine.step():
             if event.error:
                 raise GenerationFailed(event.error)
             first_at = first_at if tokens else time.perf_counter()
             tokens.extend(event.token_ids)
+            report = report if event.routing is None else event.routing.after(report)
             shown = [t for t in event.token_ids if t not in request.sampling.stop_token_ids]
             pieces.append("".join(map(decoder.push, shown)))
             on_text(pieces[-1])
@@ -130,6 +144,7 @@ def _run(
         resident_bytes(loaded),
         policy,
         loaded.worker.budget_bytes,
+        () if report is None else (report,),
     )
 
 

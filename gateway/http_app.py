@@ -22,7 +22,14 @@ from gateway.errors import ApiError, ClientGone, GatewayError, RouterUnavailable
 from gateway.field_policy import ignored_header
 from gateway.http_metrics import GatewayMetrics
 from gateway.jobs import Job, check_model, prepare_chat, prepare_completion
-from gateway.openai_types import ChatRequest, CompletionRequest, RequestT, ignored_in, read_request
+from gateway.openai_types import (
+    ChatRequest,
+    CompletionRequest,
+    RequestT,
+    ignored_in,
+    read_feedback,
+    read_request,
+)
 from gateway.request_envelope import RequestEnvelope
 from gateway.request_limits import parse_json, read_body
 from gateway.router_client import RouterClient
@@ -45,6 +52,7 @@ def build_app(
     app.add_exception_handler(GatewayError, _answer_gateway_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
     _add_generation_routes(app, settings, template, backend)
+    _add_feedback_route(app, settings.limits, backend)
     _add_model_routes(app, settings)
     _add_service_routes(app, backend)
     app.add_middleware(RequestEnvelope, settings=settings, metrics=backend.metrics)
@@ -67,6 +75,16 @@ def _add_generation_routes(
         checked, ignored = await _read(ChatRequest, request, settings.limits)
         job = await prepare_chat(checked, settings, backend.tokenizer, template)
         return await _answer(job, request, backend, ignored)
+
+
+def _add_feedback_route(app: FastAPI, limits: RequestLimits, backend: Backend) -> None:
+    @app.post("/v1/feedback")
+    async def feedback(request: Request) -> JSONResponse:
+        checked = read_feedback(await _read_json(request, limits))
+        if not await backend.client.feedback(checked.request_id, checked.score):
+            message = f"There is no recent answer {checked.request_id!r}."
+            raise ApiError(404, message, param="request_id", code="answer_not_found")
+        return JSONResponse({"object": "feedback", "request_id": checked.request_id, "score": checked.score})
 
 
 def _add_model_routes(app: FastAPI, settings: GatewaySettings) -> None:
@@ -111,13 +129,17 @@ async def _read(
     kind: type[RequestT], request: Request, limits: RequestLimits
 ) -> tuple[RequestT, dict[str, str]]:
     """The checked request, and the header that names fields without effect."""
+    body = await _read_json(request, limits)
+    checked = read_request(kind, body)
+    return checked, ignored_header(ignored_in(kind, body))
+
+
+async def _read_json(request: Request, limits: RequestLimits) -> dict[str, Any]:
     try:
         content = await read_body(request.stream(), request.headers.get("content-length"), limits)
     except ClientDisconnect as error:
         raise ClientGone from error
-    body = parse_json(content, limits)
-    checked = read_request(kind, body)
-    return checked, ignored_header(ignored_in(kind, body))
+    return parse_json(content, limits)
 
 
 async def _answer(job: Job, request: Request, backend: Backend, headers: dict[str, str]) -> Response:

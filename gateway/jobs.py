@@ -19,6 +19,7 @@ from gateway.openai_types import ChatRequest, CompletionRequest, GenerationOptio
 from gateway.settings import GatewaySettings
 from gateway.tokenizer import TextTokenizer
 from router.request import GenerationRequest, SamplingParams
+from router.routing_choice import RoutingChoice
 
 GREEDY_BELOW = 1e-5
 """A lower temperature is greedy in effect, and dividing by it overflows."""
@@ -106,6 +107,7 @@ def _job(
     """prompts: ids, and the most tokens of an answer to them."""
     is_chat = isinstance(options, ChatRequest)
     is_echoed = isinstance(options, CompletionRequest) and bool(options.echo)
+    routing = _routing(options, settings)
     answer_id = f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}"
     # A request without a seed gets a random one, so that it could be repeated elsewhere with the same tokens.
     seed = secrets.randbits(64) if options.seed is None else options.seed % 2**64
@@ -121,6 +123,8 @@ def _job(
                 num_logprobs=options.num_logprobs,
                 num_prompt_logprobs=options.num_logprobs if is_echoed else None,
                 group=f"{answer_id}-prompt-{position}" if options.num_choices > 1 else None,
+                routing=routing,
+                answer_id=answer_id,
             )
             choices.append(ChoiceJob(len(choices), request, is_echoed))
     return Job(
@@ -132,6 +136,14 @@ def _job(
         options.stream_options is not None and bool(options.stream_options.include_usage),
         started_at,
     )
+
+
+def _routing(options: GenerationOptions, settings: GatewaySettings) -> RoutingChoice:
+    """Raises ApiError where the service does not allow it."""
+    asked = options.sage
+    if asked is None:
+        return settings.routing.choose(None, None, is_explained=False)
+    return settings.routing.choose(asked.policy, asked.effort, is_explained=bool(asked.explain))
 
 
 def _refuse_certainly_longer(

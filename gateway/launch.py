@@ -141,6 +141,7 @@ def engine_options(options: ServiceOptions, dtype: str, num_threads: int) -> Eng
         ),
         num_threads=num_threads,
         max_model_len=options.max_model_len,
+        snarc=options.snarc,
     )
 
 
@@ -194,6 +195,7 @@ def _deploy(
         options.model_aliases,
         options.keys,
         options.cors_origins,
+        options.routing,
         plan,
         None if options.trace_folder is None else str(options.trace_folder.resolve()),
         options.is_trace_with_tokens,

@@ -30,6 +30,8 @@ from gateway.openai_fields import (
     read_stop,
     read_stop_token_ids,
 )
+from router.effort import EffortChoice
+from router.routing_choice import PolicyName
 
 MAX_MESSAGES = 4096
 MAX_COUNT = 2**31 - 1
@@ -51,9 +53,22 @@ class StreamOptions(Strict):
 
 
 class SageOptions(BaseModel):
-    """Our extensions; none yet, and an unknown one is an error."""
+    """Our extensions: how the tokens are routed to experts. An unknown one is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    policy: PolicyName | None = None
+    effort: EffortChoice | None = None
+    explain: bool | None = None
+
+
+class FeedbackRequest(BaseModel):
+    """The body of POST /v1/feedback."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    request_id: str = Field(min_length=1, max_length=128, description="an answer's id, as a string")
+    score: float = Field(ge=-1.0, le=1.0, description="a number from -1 to 1")
 
 
 class GenerationOptions(Strict):
@@ -81,7 +96,10 @@ class GenerationOptions(Strict):
     ignore_eos: bool | None = Field(None, description="true or false")
     stream: bool | None = Field(None, description="true or false")
     stream_options: StreamOptions | None = Field(None, description="an object")
-    sage: SageOptions | None = Field(None, description="empty: it has no options yet")
+    sage: SageOptions | None = Field(
+        None,
+        description="an object with policy (native or snarc), effort (wake, focus, crisis or auto), explain",
+    )
 
     @property
     def num_choices(self) -> int:
@@ -144,6 +162,15 @@ class ChatRequest(GenerationOptions):
 RequestT = TypeVar("RequestT", bound=GenerationOptions)
 
 
+def read_feedback(body: dict[str, Any]) -> FeedbackRequest:
+    """Raises ApiError 400 that names the field and what it must be."""
+    try:
+        return FeedbackRequest.model_validate(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        raise _refusal(FeedbackRequest, first) from error
+
+
 def read_request(kind: type[RequestT], body: dict[str, Any]) -> RequestT:
     """A checked request. Raises ApiError 400 that names the field and what it must be."""
     try:
@@ -197,7 +224,7 @@ def _refuse_value(param: str, wanted: str) -> None:
     raise ApiError(400, f"Invalid value for {param}: {wanted}.", param=param, code="invalid_value")
 
 
-def _refusal(kind: type[GenerationOptions], error: ErrorDetails) -> ApiError:
+def _refusal(kind: type[BaseModel], error: ErrorDetails) -> ApiError:
     path = [str(part)[:64] for part in error["loc"]]
     param = ".".join(path)
     field = kind.model_fields.get(path[0])

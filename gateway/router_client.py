@@ -30,6 +30,10 @@ class RouterClient(Protocol):
         """
         ...
 
+    async def feedback(self, answer_id: str, score: float) -> bool:
+        """Score an answer, from -1 to 1. False where it is not known (any more). Raises RouterUnavailable."""
+        ...
+
     async def health(self) -> RouterHealth: ...
 
     async def metrics(self) -> str:

@@ -69,6 +69,21 @@ def serve(
     trace_tokens: Annotated[
         bool, typer.Option("--trace-tokens", help="Traces hold token ids too: they give prompts away.")
     ] = False,
+    policy: Annotated[
+        Word, typer.Option(help="Routing unless asked otherwise: native or snarc. [native]")
+    ] = None,
+    effort: Annotated[
+        Word, typer.Option(help="Experts per token: wake, focus, crisis or auto. [focus]")
+    ] = None,
+    allow_policy: Annotated[
+        Words, typer.Option(metavar="POLICY,...", help="Policies that requests may ask for beside native.")
+    ] = None,
+    allow_effort: Annotated[
+        Words, typer.Option(metavar="EFFORT,...", help="Efforts that requests may ask for beside focus.")
+    ] = None,
+    snarc: Annotated[
+        Word, typer.Option(metavar="WEIGHTS", help="Of the snarc policy: a preset, NAME=VALUE,... or both.")
+    ] = None,
     config: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(metavar="FILE", help="YAML with these options' names; the command line goes first."),
@@ -101,6 +116,11 @@ def serve(
         "cors-origin": cors_origin or None,
         "trace": trace,
         "trace-tokens": trace_tokens or None,
+        "policy": policy,
+        "effort": effort,
+        "allow-policy": allow_policy or None,
+        "allow-effort": allow_effort or None,
+        "snarc": snarc,
     }
     if not dry_run and any(not key.startswith("@") for key in api_key or ()):
         _move_keys_out_of_sight(api_key or ())

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +20,11 @@ from experts.budget import FIT, BudgetRequest
 from gateway.api_keys import NO_KEYS, KeyRing
 from gateway.byte_sizes import format_budget, format_bytes, parse_budget, parse_bytes
 from gateway.errors import OptionInvalid
+from gateway.routing_rules import NATIVE_ONLY, RoutingRules
+from router.effort import EFFORT_CHOICES, EffortChoice
+from router.errors import WeightsInvalid
+from router.routing_choice import POLICIES, PolicyName
+from router.scoring import DEFAULT_PRESET, PRESETS, SnarcWeights, read_weights
 
 PROVEN_BATCH_TOKENS = 512
 """Rows for which the self-test at start proves exactness (docs/exactness.md)."""
@@ -67,6 +72,27 @@ def _whole(low: int, high: int, default: int) -> Any:
     return Field(default, ge=low, le=high, description=f"a whole number from {low} to {high}")
 
 
+def _read_list(value: object) -> object:
+    """Words separated by commas, or a list of such."""
+    texts = _read_texts(value)
+    if not isinstance(texts, tuple) or not all(isinstance(text, str) for text in texts):
+        return texts
+    return tuple(word.strip() for text in texts for word in text.split(","))
+
+
+def _read_snarc(value: object) -> SnarcWeights:
+    if not isinstance(value, str):
+        raise PydanticCustomError(OWN_MESSAGE, "must be a preset or NAME=VALUE pairs separated by commas")
+    try:
+        return read_weights(value)
+    except WeightsInvalid as error:
+        raise PydanticCustomError(OWN_MESSAGE, "{reason}", {"reason": error.reason}) from error
+
+
+def _one_of(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
 Size = Annotated[int, BeforeValidator(_read_size)]
 Budget = Annotated[BudgetRequest, BeforeValidator(_read_budget)]
 Text = Annotated[str, Field(max_length=512, pattern=r"^[^\p{C}]+$")]
@@ -105,6 +131,17 @@ class OptionValues(BaseModel):
     cors_origin: Annotated[Texts, AfterValidator(_check_origins)] = Field((), description=_TEXTS)
     trace: Text | None = Field(None, description="a folder's path of 1 to 512 printable characters")
     trace_tokens: bool = Field(False, description="true or false")
+    policy: PolicyName = Field("native", description=_one_of(POLICIES))
+    effort: EffortChoice = Field("focus", description=_one_of(EFFORT_CHOICES))
+    allow_policy: Annotated[tuple[PolicyName, ...], BeforeValidator(_read_list)] = Field(
+        (), description=_one_of(POLICIES)
+    )
+    allow_effort: Annotated[tuple[EffortChoice, ...], BeforeValidator(_read_list)] = Field(
+        (), description=f"of {_one_of(EFFORT_CHOICES)}, with commas between"
+    )
+    snarc: Annotated[SnarcWeights, BeforeValidator(_read_snarc)] = Field(
+        PRESETS[DEFAULT_PRESET], description="a preset or NAME=VALUE pairs separated by commas"
+    )
 
 
 @dataclass(frozen=True)
@@ -139,6 +176,8 @@ class ServiceOptions:
     """Where the router writes which experts each token was given; None means nowhere."""
     is_trace_with_tokens: bool = False
     """Whether traces hold token ids, which give the prompts away."""
+    routing: RoutingRules = NATIVE_ONLY
+    snarc: SnarcWeights = PRESETS[DEFAULT_PRESET]
 
     def __post_init__(self) -> None:
         if self.max_num_seqs > self.max_batch_tokens:
@@ -170,6 +209,11 @@ class ServiceOptions:
             "cors-origin": list(self.cors_origins),
             "trace": str(self.trace_folder) if self.trace_folder else None,
             "trace-tokens": self.is_trace_with_tokens,
+            "policy": self.routing.policy,
+            "effort": self.routing.effort,
+            "allow-policy": list(self.routing.policies),
+            "allow-effort": list(self.routing.efforts),
+            "snarc": asdict(self.snarc),
         }
 
 
@@ -217,6 +261,8 @@ def compose_options(values: OptionValues, store_root: Path, store_name: str, key
         cors_origins=tuple(dict.fromkeys(values.cors_origin)),
         trace_folder=None if values.trace is None else Path(values.trace),
         is_trace_with_tokens=values.trace_tokens,
+        routing=RoutingRules(values.policy, values.effort, values.allow_policy, values.allow_effort),
+        snarc=values.snarc,
     )
 
 

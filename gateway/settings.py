@@ -13,6 +13,7 @@ from typing import Protocol
 
 from gateway.api_keys import NO_KEYS, KeyRing
 from gateway.errors import ModelFileInvalid
+from gateway.routing_rules import NATIVE_ONLY, RoutingRules
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -78,6 +79,8 @@ class GatewaySettings:
     """Web origins whose pages may call: exact ones, or "*"."""
     max_open_requests: int = 320
     """Generations from their first header to the end of their answers; one more gets 429 at once."""
+
+    routing: RoutingRules = NATIVE_ONLY
 
     @property
     def model_names(self) -> tuple[str, ...]:

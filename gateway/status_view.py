@@ -44,6 +44,8 @@ def render_status(status: Mapping[str, Any]) -> RenderableType:
     )
     memory = f"backbone {_mib(router['backbone_bytes'])}, KV cache {_mib(router['kv_bytes'])}"
     line = f"Requests: {requests['running']} running, {requests['waiting']} waiting; {memory}"
+    if "capacity" in status:
+        line = f"{status['capacity']['shown']}. {line}"
     return Group(f"{status['model']} ({router['numerics_class']})", actors, *plan, nodes, line)
 
 

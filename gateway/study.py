@@ -18,6 +18,7 @@ from gateway.errors import OptionInvalid
 from router.loading import LoadedEngine
 from router.mask import MaskPolicy, parse_mask
 from router.replay import ReplayPolicy
+from router.routing_choice import RoutingChoice
 from router.step_routing import RoutingPolicy
 from router.trace import RoutingTrace
 from router.trace_file import TraceFacts
@@ -42,24 +43,31 @@ class Study:
 
     @property
     def policy(self) -> PolicyLabel:
-        """As answers and traces name it."""
         return "masked" if self.mask is not None else "replayed" if self.replay is not None else "native"
+
+    def policy_beside(self, routing: RoutingChoice) -> str:
+        """As answers, results and traces name it. Raises OptionInvalid where both change the routing."""
+        if self.policy != "native" and not routing.is_plain:
+            raise OptionInvalid(
+                "--policy", f"(with --effort and --explain) does not go with {self.policy} routing"
+            )
+        return routing.policy if self.policy == "native" else self.policy
 
 
 NO_STUDY = Study()
 
 
 @contextmanager
-def studied(loaded: LoadedEngine, study: Study) -> Iterator[None]:
+def studied(loaded: LoadedEngine, study: Study, policy_name: str) -> Iterator[None]:
     """The engine routes and is watched as asked while the context lasts; a trace that ended in an error is dropped.
 
-    Raises TraceFailed, TraceInvalid or MaskInvalid.
+    policy_name: as the trace names it; see `Study.policy_beside`. Raises TraceFailed, TraceInvalid or MaskInvalid.
     """
     engine = loaded.engine
     policy = _routing_policy(loaded, study)
     trace = None
     if study.trace is not None:
-        trace = RoutingTrace.to_file(study.trace, trace_facts(loaded, study.policy, has_tokens=True))
+        trace = RoutingTrace.to_file(study.trace, trace_facts(loaded, policy_name, has_tokens=True))
     before = engine.policy, engine.watchers
     if policy is not None:
         engine.policy = policy

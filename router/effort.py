@@ -13,7 +13,6 @@ Effort = Literal["wake", "focus", "crisis"]
 EffortChoice = Literal["wake", "focus", "crisis", "auto"]
 EFFORTS: tuple[Effort, ...] = ("wake", "focus", "crisis")
 EFFORT_CHOICES: tuple[EffortChoice, ...] = (*EFFORTS, "auto")
-IDLE = "idle (REST)"
 
 LEARN_TOKENS = 8
 """Tokens before the first change: a level needs something to be compared with."""

@@ -12,7 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -336,18 +336,20 @@ class Engine:
         # The prompt's logprobs go out once, with the first token.
         prompt = () if sequence.has_drawn else tuple(sequence.prompt_logprobs)
         if not request.sampling.max_tokens:
-            return TokenEvent(
-                sequence.name, (), "length", prompt_logprobs=prompt, routing=self._end(sequence)
-            )
+            routing = self._routing_report(sequence)
+            self._end(sequence)
+            return TokenEvent(sequence.name, (), "length", prompt_logprobs=prompt, routing=routing)
         token = sample(sequence.drawable(logits_V), request.sampling, sequence.num_generated)
         sequence.append(token)
         self.stats.generated_tokens += 1
         reason = sequence.finish_after(token)
+        routing = self._routing_report(sequence)
+        if reason is not None:
+            self._end(sequence)
         found = (
             () if request.num_logprobs is None else (token_logprob(logits_V, token, request.num_logprobs),)
         )
-        event = TokenEvent(sequence.name, (token,), reason, None, found, prompt)
-        return event if reason is None else replace(event, routing=self._end(sequence))
+        return TokenEvent(sequence.name, (token,), reason, None, found, prompt, routing)
 
     def _fail_non_finite(self, sequence: Sequence) -> TokenEvent:
         logger.error("request %s: non-finite logits", sequence.name)
@@ -360,16 +362,22 @@ class Engine:
         reason: FinishReason = "error"
         return TokenEvent(sequence.name, (), reason, message)
 
-    def _end(self, sequence: Sequence) -> RoutingReport | None:
-        del self._running[sequence.name]
-        return self._release(sequence)
+    def _routing_report(self, sequence: Sequence) -> RoutingReport | None:
+        if self.reporter is None or sequence.request.routing.is_plain:
+            return None
+        return self.reporter.report(sequence.name)
 
-    def _release(self, sequence: Sequence) -> RoutingReport | None:
+    def _end(self, sequence: Sequence) -> None:
+        del self._running[sequence.name]
+        self._release(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
         if self.allocator.holds(sequence.name):
             self._free_blocks(sequence, must_scrub=not sequence.has_drawn)
         if sequence.swapped is not None:
             self._swapped_bytes -= _nbytes(sequence.swapped)
-        return self.reporter.close(sequence.name) if self.reporter is not None else None
+        if self.reporter is not None:
+            self.reporter.forget(sequence.name)
 
     def _free_blocks(self, sequence: Sequence, *, must_scrub: bool) -> None:
         freed = self.allocator.free(sequence.name)

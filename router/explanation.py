@@ -39,7 +39,7 @@ def explain(group: RowGroup, layer: int, routing: Routing, terms: ScoreTerms, si
     )
     found = [[0.0] * len(rows) if signal is None else signal[rows].tolist() for signal in all_signals]
     for at, shown in enumerate(group.explained):
-        if len(shown.state.explained) >= MAX_EXPLAINED:
+        if shown.state.num_explained_layers >= MAX_EXPLAINED:
             shown.state.is_cut = True
             continue
         chosen = tuple(
@@ -47,7 +47,7 @@ def explain(group: RowGroup, layer: int, routing: Routing, terms: ScoreTerms, si
             for expert, *numbers in zip(experts[at], weights[at], *(part[at] for part in parts), strict=True)
         )
         surprise, novelty, arousal, reward, conflict = (round(values[at], DIGITS) for values in found)
-        shown.state.explained.append(
+        shown.state.add_explained(
             ExplainedLayer(shown.position, layer, chosen, (surprise, novelty, arousal, reward, conflict))
         )
 

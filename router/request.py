@@ -95,7 +95,7 @@ class TokenEvent:
     """Of the whole prompt, where asked for, in the event of the first token; nothing precedes the prompt's first
     token, so it has None."""
     routing: RoutingReport | None = None
-    """In the last event of a request whose routing is not the plain one."""
+    """With the tokens of a request whose routing is not the plain one."""
 
     def followed_by(self, later: TokenEvent) -> TokenEvent:
         """Both in one."""
@@ -106,5 +106,5 @@ class TokenEvent:
             later.error,
             self.logprobs + later.logprobs,
             self.prompt_logprobs or later.prompt_logprobs,
-            later.routing,
+            later.routing.after(self.routing) if later.routing is not None else self.routing,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from router.effort import EffortChoice
@@ -61,7 +61,7 @@ class ExplainedLayer(NamedTuple):
 
 @dataclass(frozen=True)
 class RoutingReport:
-    """How a sequence was routed, told when it ends."""
+    """How a sequence was routed so far, told with its tokens."""
 
     choice: RoutingChoice
     native_k: int
@@ -73,5 +73,10 @@ class RoutingReport:
     misses: int = 0
     """Chosen experts that were not resident when they were chosen."""
     explained: tuple[ExplainedLayer, ...] = ()
+    """Since the report before; the other fields are totals."""
     is_cut: bool = False
     """Whether there was more to explain than MAX_EXPLAINED."""
+
+    def after(self, earlier: RoutingReport | None) -> RoutingReport:
+        """Both in one."""
+        return self if earlier is None else replace(self, explained=earlier.explained + self.explained)

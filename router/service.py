@@ -11,10 +11,11 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from router.engine_thread import EngineThread
 from router.errors import RouterError, StreamMissing
+from router.feedback import FeedbackDesk, RewardSink
 from router.loading import LoadedEngine
 from router.request import GenerationRequest, SamplingParams, TokenEvent
 
@@ -58,8 +59,9 @@ class _Outbox:
 class RouterService:
     """Created and used on one event loop; the engine runs beside it."""
 
-    def __init__(self, loaded: LoadedEngine) -> None:
+    def __init__(self, loaded: LoadedEngine, reward_sinks: Sequence[RewardSink] = ()) -> None:
         self.loaded = loaded
+        self.feedback = FeedbackDesk(reward_sinks)
         self._loop = asyncio.get_running_loop()
         self._outboxes: dict[str, _Outbox] = {}
         """Of each gateway's newest stream."""
@@ -79,7 +81,11 @@ class RouterService:
         outbox = self._outboxes.get(gateway)
         if outbox is None:
             raise StreamMissing(gateway)
+        if request.routing.policy == "snarc":
+            reward = self.feedback.running.value
+            request = replace(request, routing=replace(request.routing, reward=reward))
         self.engine_thread.submit(request)
+        self.feedback.note(request.answer_id or request.request_id, request.request_id)
         outbox.open_requests.add(request.request_id)
         self._outbox_of[request.request_id] = outbox
 

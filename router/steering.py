@@ -2,7 +2,7 @@
 
 A native request's rows are routed by the same operations as without this policy, on the same rows, so they keep their
 bits beside any neighbours. What is kept of the others (signals, effort, counters, explanations) begins with their first
-row and is handed over in a `RoutingReport` when they end. Called by the engine on its thread.
+row and is handed over in `RoutingReport`s with their tokens. Called by the engine on its thread.
 """
 
 from __future__ import annotations
@@ -104,12 +104,17 @@ class SteeredPolicy:
             self._end_step(step)
         return routing
 
-    def close(self, request_id: str) -> RoutingReport | None:
-        """Forget a request. None for a plain one, and for one that never had a step."""
-        state = self._requests.pop(request_id, None)
+    def forget(self, request_id: str) -> None:
+        """See RoutingReporter."""
+        if self._requests.pop(request_id, None) is not None:
+            self._memory.forget(request_id)
+
+    def report(self, request_id: str) -> RoutingReport | None:
+        """See RoutingReporter. None for a plain request, and for one that had no step."""
+        state = self._requests.get(request_id)
         if state is None:
             return None
-        self._memory.forget(request_id)
+        explained = state.take_explained()
         wake, focus, crisis = state.tokens_at.values()
         shape = self._shape
         return RoutingReport(
@@ -119,7 +124,7 @@ class SteeredPolicy:
             len(shape.layers),
             (wake, focus, crisis),
             state.misses,
-            tuple(state.explained),
+            explained,
             state.is_cut,
         )
 

@@ -31,13 +31,24 @@ class SteeredRequest:
     """Positions that were explained or left out."""
     tokens_at: dict[Effort, int] = field(default_factory=lambda: dict.fromkeys(EFFORTS, 0))
     misses: int = 0
+    num_explained_layers: int = 0
+    """(position, layer) pairs that were explained, at most MAX_EXPLAINED."""
     explained: list[ExplainedLayer] = field(default_factory=list)
+    """Of those, what was not handed over yet."""
     is_cut: bool = False
 
     @property
     def num_known(self) -> int:
         """Tokens that the request came with. `auto` gives them the native number of experts."""
         return len(self.request.prompt_ids) + len(self.request.generated_ids)
+
+    def add_explained(self, entry: ExplainedLayer) -> None:
+        self.explained.append(entry)
+        self.num_explained_layers += 1
+
+    def take_explained(self) -> tuple[ExplainedLayer, ...]:
+        taken, self.explained = tuple(self.explained), []
+        return taken
 
     def effort(self, position: int) -> Effort:
         chosen = self.request.routing.effort
@@ -132,7 +143,7 @@ def _to_explain(state: SteeredRequest, owner: SpanOwner, row: int) -> list[tuple
     first = max(owner.first, state.num_explained)
     end = owner.first + owner.count
     state.num_explained = max(end, state.num_explained)
-    if len(state.explained) >= MAX_EXPLAINED:
+    if state.num_explained_layers >= MAX_EXPLAINED:
         state.is_cut = state.is_cut or first < end
         return []
     return [(row + position - owner.first, position) for position in range(first, end)]

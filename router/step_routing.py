@@ -55,10 +55,14 @@ class RoutingPolicy(Protocol):
 
 
 class RoutingReporter(Protocol):
-    """Keeps something of requests while they run, and tells it when they end. Called on the engine's thread."""
+    """Keeps something of requests while they run, and tells it with their tokens. Called on the engine's thread."""
 
-    def close(self, request_id: str) -> RoutingReport | None:
-        """The request has ended, however; forget it."""
+    def report(self, request_id: str) -> RoutingReport | None:
+        """What has come together of a request that is not plain. What it explains it explains once."""
+        ...
+
+    def forget(self, request_id: str) -> None:
+        """The request has ended, however; it may be unknown here."""
         ...
 
 

@@ -40,6 +40,9 @@ class OneProcessClient:
                     await stream.aclose()
                     return
 
+    async def feedback(self, answer_id: str, score: float) -> bool:
+        return self._service.feedback.give(answer_id, score)
+
     async def health(self) -> RouterHealth:
         health = await self._service.health()
         return RouterHealth(health.is_ready, health.detail)

@@ -48,6 +48,7 @@ class FakeRouter:
     metrics_text: str | None = ROUTER_METRICS
     requests: list[GenerationRequest] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
+    scores: list[tuple[str, float]] = field(default_factory=list)
     is_hanging: asyncio.Event = field(default_factory=asyncio.Event)
     was_cancelled: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -67,6 +68,10 @@ class FakeRouter:
             if not is_done:
                 self.cancelled.append(request.request_id)
                 self.was_cancelled.set()
+
+    async def feedback(self, answer_id: str, score: float) -> bool:
+        self.scores.append((answer_id, score))
+        return answer_id == "known"
 
     async def health(self) -> RouterHealth:
         return RouterHealth(self.is_ready, "idle" if self.is_ready else "loading")

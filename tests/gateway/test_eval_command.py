@@ -130,5 +130,10 @@ def test_generate_traces_replays_and_masks(
     replayed = json.loads(_run(capsys, *command, "--replay-routing", trace)[1])
     masked = json.loads(_run(capsys, *command, "--mask-experts", "0:0-5,2:1")[1])
     assert [answer["policy"] for answer in (native, replayed, masked)] == ["native", "replayed", "masked"]
+    assert [answer["sage"]["quality"] for answer in (native, replayed, masked)] == [
+        "exact",
+        "modified",
+        "modified",
+    ]
     assert replayed["token_ids"] == native["token_ids"] != masked["token_ids"]
     assert len(read_trace(Path(trace)).positions_N) == (4 + 5) * 2

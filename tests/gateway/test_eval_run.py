@@ -141,7 +141,7 @@ def test_context_beyond_the_model_s_is_refused(tiny_store: Path) -> None:
 
 
 def test_other_routing_does_not_go_with_a_policy() -> None:
-    with pytest.raises(OptionInvalid, match="do not go with masked routing"):
+    with pytest.raises(OptionInvalid, match="does not go with masked routing"):
         EvalOptions(study=Study(mask="0:0"), routing=RoutingChoice("snarc", "focus"))
     with pytest.raises(OptionInvalid, match="does not go with --replay-routing"):
         Study(mask="0:0", replay=Path("trace.parquet"))

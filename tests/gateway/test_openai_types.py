@@ -101,7 +101,7 @@ def test_malformed_prompt_is_refused(prompt: Any) -> None:
         ("stop", ["a", 5], "1 to 4 strings"),
         ("stop", "x" * 257, "1 to 256 characters"),
         ("stop", {"a": 1}, "1 to 4 strings"),
-        ("sage", 5, "empty"),
+        ("sage", 5, "an object with policy"),
     ],
 )
 def test_value_out_of_range_names_field_and_range(field: str, value: Any, hint: str) -> None:
@@ -175,8 +175,8 @@ def test_missing_field_is_named(kind: type[CompletionRequest | ChatRequest]) -> 
 
 
 def test_unknown_sage_option_is_refused() -> None:
-    error = _refusal(CompletionRequest, {**COMPLETION, "sage": {"effort": "wake"}})
-    assert error.param == "sage.effort"
+    error = _refusal(CompletionRequest, {**COMPLETION, "sage": {"budget": 5}})
+    assert error.param == "sage.budget"
 
 
 def test_stream_options_without_stream_are_refused() -> None:

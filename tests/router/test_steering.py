@@ -50,13 +50,15 @@ def loaded(tiny_store: Path) -> Iterator[LoadedEngine]:
 
 
 def finish(engine: Engine, requests: Sequence[GenerationRequest]) -> dict[str, TokenEvent]:
-    """The last event of every request."""
+    """All events of every request in one."""
     for each in requests:
         engine.submit(each)
-    ends: dict[str, TokenEvent] = {}
+    merged: dict[str, TokenEvent] = {}
     while engine.has_work:
-        ends |= {event.request_id: event for event in engine.step() if event.finish_reason is not None}
-    return ends
+        for event in engine.step():
+            earlier = merged.get(event.request_id)
+            merged[event.request_id] = event if earlier is None else earlier.followed_by(event)
+    return merged
 
 
 def report_of(event: TokenEvent) -> RoutingReport:
