@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -81,7 +81,7 @@ def _layer_ticks(layers: Sequence[int]) -> tuple[list[int], list[str]]:
 
 
 def draw_layers(
-    axes: Axes, layers: Sequence[int], lines: dict[str, np.ndarray], title: str, unit: str
+    axes: Axes, layers: Sequence[int], lines: Mapping[str, np.ndarray], title: str, unit: str
 ) -> None:
     """One value a layer, one line a text."""
     for number, (name, values_L) in enumerate(lines.items()):
@@ -134,7 +134,7 @@ def draw_miss_curves(axes: Axes, shares: Sequence[float], curves: Sequence[MissC
     axes.legend(fontsize="small")
 
 
-def draw_frontier(axes: Axes, series: dict[str, Sequence[FrontierPoint]], title: str) -> None:
+def draw_frontier(axes: Axes, series: Mapping[str, Sequence[FrontierPoint]], title: str) -> None:
     """Perplexity against misses, one line for each way of choosing; lower left is better."""
     for number, (name, points) in enumerate(series.items()):
         ordered = sorted(points, key=lambda point: point.miss_rate)
