@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--once", type=Path, metavar="ROWS", help="be the fresh process: print its seconds")
     parser.add_argument("--keep", action="store_true", help="keep the result under benchmarks/results")
     options = parser.parse_args()
-    root = resolve_store("stories")
+    root = resolve_store("stories", announce=print)
     if options.once is not None:
         loaded = load_engine(ExpertStore.open(root), EngineOptions())
         print(_run_engine(loaded, _requests(root, options.once, loaded)))

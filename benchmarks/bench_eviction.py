@@ -18,7 +18,7 @@ from pathlib import Path
 from torch import Tensor
 
 from benchmarks.report import finish
-from experts.eviction import EVICTIONS, LFU_HALF_LIFE, FrequencyWorth, make_worth
+from experts.eviction import EVICTIONS, LFU_HALF_LIFE, FrequencyWorth, Worth, make_worth
 from experts.replay import Trace, replay, replay_belady
 from experts.store import ExpertStore
 from extraction.extract import extract
@@ -77,9 +77,12 @@ def requests(tokenizer: TextTokenizer, texts: Sequence[Path], num_tokens: int) -
     """Sequences of about `num_tokens` in all: cut from the texts, or to be written by the model."""
     if not texts:
         prompt = tuple(tokenizer.encode(STORY_PROMPT))
-        params = SamplingParams(max_tokens=SEQUENCE_TOKENS - len(prompt), temperature=1.0)
-        count = -(-num_tokens // SEQUENCE_TOKENS)
-        return [GenerationRequest(f"story-{n:04}", prompt, params, seed=n) for n in range(count)]
+        max_tokens = SEQUENCE_TOKENS - len(prompt)
+        drawn = [
+            SamplingParams(max_tokens=max_tokens, temperature=1.0, seed=seed)
+            for seed in range(-(-num_tokens // SEQUENCE_TOKENS))
+        ]
+        return [GenerationRequest(f"story-{params.seed:04}", prompt, params) for params in drawn]
     ids = [token for text in texts for token in tokenizer.encode(text.read_text(encoding="utf-8"))]
     parts = range(0, min(num_tokens, len(ids)), SEQUENCE_TOKENS)
     once = SamplingParams(max_tokens=1, temperature=0.0)
@@ -102,7 +105,7 @@ def compare(
     rates: dict[str, dict[str, float]] = {}
     for share in SHARES:
         capacity = int(num_experts * share)
-        worths = {name: make_worth(name) for name in EVICTIONS}
+        worths: dict[str, Worth] = {name: make_worth(name) for name in EVICTIONS}
         found = {name: replay(trace, steps, capacity, worth).hit_rate for name, worth in worths.items()}
         for half_life in half_lives:
             found[f"lfu, half-life {half_life:g}"] = replay(

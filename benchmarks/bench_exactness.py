@@ -11,6 +11,7 @@ Usage: python -m benchmarks.bench_exactness [--layers N] [--steps N] [--dtype fl
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -28,13 +29,14 @@ from experts.numerics import RowKernel, num_cores
 from experts.worker import DTYPES, ExpertWorker
 from extraction.manifest import ExpertKey
 from router.backbone import Backbone
+from router.decoder_layer import LayerArithmetic, StepInputs
 from router.dispatch import dispatch
 from router.kv_cache import KvPool, blocks_for
 from router.model_config import read_model_config
 from router.moe_block import MoeBlock
 from router.rope import rotate
 from router.self_test import prove_row_invariance
-from router.step_batch import CacheSlots, Span, StepBatch
+from router.step_batch import Span, StepBatch
 from router.step_routing import NATIVE, StepRouting
 from router.weights import Layer
 
@@ -57,7 +59,7 @@ class FreeWorker(LocalDirectory):
         return out
 
     def _weights(self, key: ExpertKey) -> ExpertWeights:
-        return self.worker._weights[key]
+        return self.worker.cache.weights[key]
 
 
 @dataclass(frozen=True)
@@ -75,23 +77,14 @@ class FreeMoeBlock(MoeBlock):
         return torch.bmm(routing.weights_TK.to(slots_TKD.dtype).unsqueeze(1), slots_TKD).squeeze(1)
 
 
-class FreeBackbone(Backbone):
+class FreeArithmetic(LayerArithmetic):
     """Attention by the library, sequence by sequence, as it would be called for one-token queries."""
 
-    def _attention(
-        self,
-        index: int,
-        layer: Layer,
-        normed_PD: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        cache: CacheSlots,
-        pool: KvPool,
-    ) -> Tensor:
-        num_tokens = len(cache.blocks_T)
-        q, k, v = self._queries_keys_values(layer, normed_PD, num_tokens)
-        q = rotate(q.float(), cos, sin).to(self.dtype)
-        k = rotate(k.float(), cos, sin).to(self.dtype)
+    def _attend(self, index: int, layer: Layer, normed_PD: Tensor, step: StepInputs, pool: KvPool) -> Tensor:
+        cache = step.cache
+        q, k, v = self._queries_keys_values(layer, normed_PD, len(cache.blocks_T))
+        q = rotate(q.float(), step.cos, step.sin).to(self.dtype)
+        k = rotate(k.float(), step.cos, step.sin).to(self.dtype)
         pool.write(index, cache.blocks_T, cache.offsets_T, k, v)
         attended = torch.empty_like(q)
         for group in cache.groups:
@@ -142,7 +135,7 @@ def main() -> None:
     finish(f"bench_exactness_{options.dtype}", config, results, is_kept=options.keep)
 
 
-def _contenders(num_layers: int, dtype: torch.dtype) -> tuple[Backbone, FreeBackbone, KvPool, int]:
+def _contenders(num_layers: int, dtype: torch.dtype) -> tuple[Backbone, Backbone, KvPool, int]:
     config_json = QWEN3_30B_A3B | {"num_hidden_layers": num_layers}
     store = RandomStore(config_json, dtype)
     config = read_model_config(config_json)
@@ -150,9 +143,9 @@ def _contenders(num_layers: int, dtype: torch.dtype) -> tuple[Backbone, FreeBack
     worker = ExpertWorker(store, kernel, dtype, widths={"model": config.hidden_size})
     worker.load_all()
     exact = Backbone(store, "model", config, kernel, LocalDirectory(worker), dtype)
-    free = FreeBackbone.__new__(FreeBackbone)
-    free.__dict__.update(exact.__dict__)
+    free = copy.copy(exact)
     free.kernel = RowKernel(1)
+    free.arithmetic = FreeArithmetic(config, free.kernel, dtype)
     free.layers = [
         replace(
             layer,

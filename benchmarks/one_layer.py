@@ -75,13 +75,13 @@ class OneLayer:
         """Only the products, one row each."""
         out = F.linear(hidden_1D, self.block.gate_ED)
         for expert in experts:
-            weights = self.worker._weights[ExpertKey(self.component, LAYER, expert)]
+            weights = self.worker.cache.weights[ExpertKey(self.component, LAYER, expert)]
             gate_up = F.linear(hidden_1D, weights.gate_up_FD)
             out = F.linear(gate_up[:, : weights.down_DF.shape[1]], weights.down_DF)
         return out
 
     def pointers(self) -> list[int]:
-        return [self.worker._weights[key].gate_up_FD.data_ptr() for key in self.keys]
+        return [self.worker.cache.weights[key].gate_up_FD.data_ptr() for key in self.keys]
 
 
 def measure_layer(store: ExpertStore, num_steps: int) -> LayerSamples:

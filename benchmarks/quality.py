@@ -224,7 +224,7 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="keep the result under benchmarks/results")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    root = resolve_store(MODEL)
+    root = resolve_store(MODEL, announce=lambda line: print(line, file=sys.stderr))
     store = ExpertStore.open(root)
     store.close()
     job = Job(root, store.hash, arguments.max_tokens, arguments.work)

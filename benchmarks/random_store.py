@@ -32,7 +32,7 @@ QWEN3_30B_A3B: dict[str, Any] = {
 
 
 class RandomStore(ExpertStore):
-    """Answers like an opened store. Every expert has memory of its own, so that reading it costs what it costs."""
+    """Answers like an opened store. An expert is drawn whenever it is read, always the same."""
 
     def __init__(self, config: dict[str, Any], dtype: torch.dtype) -> None:
         (self._layout,) = layout_for(config).components
@@ -41,17 +41,23 @@ class RandomStore(ExpertStore):
         self._generator = torch.Generator().manual_seed(0)
         expert_width, width = self._layout.decoder.expert_shape("gate")
         self._part_bytes = expert_width * width * dtype.itemsize
-        self._experts = {key: self._random(3 * expert_width, width) for key in sorted(self._layout.experts)}
+        self._seeds = {key: seed for seed, key in enumerate(sorted(self._layout.experts))}
+        self._shape = (3 * expert_width, width)
 
     def expert_keys(self, component: str | None = None) -> tuple[ExpertKey, ...]:
-        return tuple(self._experts)
+        return tuple(self._seeds)
 
     def record(self, key: ExpertKey) -> ExpertRecord:
         gate, up, down = (RecordPart(role, "", 0, self._part_bytes) for role in ("gate", "up", "down"))
         return ExpertRecord(key, str(self._dtype).removeprefix("torch."), None, (gate, up, down))
 
-    def read_expert(self, key: ExpertKey) -> Tensor:
-        return self._experts[key].view(torch.uint8).view(-1)
+    def window_bytes(self, key: ExpertKey, *, direct: bool) -> int:
+        return self.record(key).nbytes
+
+    def read_into(self, key: ExpertKey, window: Tensor, *, direct: bool = False) -> Tensor:
+        generator = torch.Generator().manual_seed(self._seeds[key])
+        window.view(self._dtype).view(self._shape).normal_(0.0, self._shape[1] ** -0.5, generator=generator)
+        return window
 
     def read_tensor(self, component: str, name: str) -> Tensor:
         shape = self._layout.backbone_shapes[name]

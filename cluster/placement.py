@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from extraction.manifest import ExpertKey
+from extraction.manifest import ExpertKey, group_of
 
 
 def split_experts(keys: Sequence[ExpertKey], num_groups: int) -> list[tuple[ExpertKey, ...]]:
@@ -16,5 +16,5 @@ def split_experts(keys: Sequence[ExpertKey], num_groups: int) -> list[tuple[Expe
         raise ValueError(f"{num_groups} groups cannot hold {len(keys)} experts")
     groups: list[list[ExpertKey]] = [[] for _ in range(num_groups)]
     for key in sorted(keys):
-        groups[(key.expert + key.layer) % num_groups].append(key)
+        groups[group_of(key, num_groups)].append(key)
     return [tuple(group) for group in groups]

@@ -20,6 +20,7 @@ from cluster.errors import ActorsNotStarted, SupervisorMissing
 from cluster.placement import split_experts
 from cluster.resources import NAMESPACE, SUPERVISOR_NAME, expert_actor_options, supervisor_options
 from experts.actor import ActorSpec, ExpertActor
+from experts.eviction import DEFAULT_EVICTION, Eviction
 from experts.remote_directory import ResidentExperts, Roster
 from experts.store import ExpertStore
 from experts.transport import Endpoint
@@ -42,6 +43,7 @@ class ServiceSpec:
     expert_width: int
     num_actors: int
     threads_per_actor: int
+    eviction: Eviction = DEFAULT_EVICTION
     actor_budgets: tuple[int, ...] = ()
     """Bytes of experts that each actor keeps, in the order of their groups; without any, no bound."""
     host: str = "127.0.0.1"
@@ -152,6 +154,7 @@ class Supervisor:
                 spec.width,
                 spec.expert_width,
                 spec.actor_budgets[index] if spec.actor_budgets else None,
+                spec.eviction,
                 spec.threads_per_actor,
                 spec.host,
                 spec.spin_s,

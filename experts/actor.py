@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from experts.eviction import Eviction
 from experts.numerics import calibrate
 from experts.store import ExpertStore
 from experts.transport import Endpoint, ExpertServer, ServiceInfo, TransportLimits
@@ -36,6 +37,7 @@ class ActorSpec:
     width: int
     expert_width: int
     budget_bytes: int | None
+    eviction: Eviction
     num_threads: int
     host: str
     spin_s: float
@@ -43,7 +45,7 @@ class ActorSpec:
 
     def fingerprint(self) -> str:
         """Equal for specs that compute the same for the same routers; leaves out the incarnation."""
-        facts = repr((self.store_root, self.dtype, self.group, self.budget_bytes)).encode()
+        facts = repr((self.store_root, self.dtype, self.group, self.budget_bytes, self.eviction)).encode()
         return hmac.new(self.secret, facts, "sha256").hexdigest()
 
 
@@ -65,6 +67,7 @@ class ExpertActor:
             widths=dict.fromkeys(components, spec.width),
             group=spec.group,
             budget_bytes=spec.budget_bytes,
+            eviction=spec.eviction,
         )
         info = ServiceInfo(spec.width, dtype, self._worker.numerics_class, components)
         self._server = ExpertServer(
@@ -90,7 +93,7 @@ class ExpertActor:
 
     def status(self) -> dict[str, Any]:
         """Plain values for `sage-moe status` and metrics."""
-        worker = self._worker
+        worker, stats = self._worker, self._worker.stats
         return {
             "name": self._spec.name,
             "pid": os.getpid(),
@@ -99,15 +102,17 @@ class ExpertActor:
             "resident_experts": worker.num_resident,
             "resident_bytes": worker.resident_bytes,
             "budget_bytes": self._spec.budget_bytes,
-            "experts_used": len(worker.stats.experts_used),
-            "hits": worker.stats.hits,
-            "misses": worker.stats.misses,
-            "bytes_read": worker.stats.bytes_read,
-            "rows": worker.stats.rows,
+            "experts_used": len(stats.experts_used),
+            "hits": stats.hits,
+            "misses": stats.misses,
+            "hit_rates": stats.hit_rates,
+            "bytes_read": stats.bytes_read,
+            "rows": stats.rows,
             "numerics_class": worker.numerics_class,
             "fingerprint": self._spec.fingerprint(),
         }
 
     def stop(self) -> None:
         self._server.stop()
+        self._worker.close()
         self._store.close()

@@ -96,7 +96,7 @@ class TrustWorth:
         return weights.recency * now / weights.horizon - distrust - weights.size * nbytes / weights.size_unit
 
 
-LFU_HALF_LIFE = 128.0
+LFU_HALF_LIFE = 32.0
 """Steps. See benchmarks/results for what others cost."""
 
 

@@ -9,6 +9,7 @@ Used by `experts.worker` and `router.weights`.
 from __future__ import annotations
 
 import bisect
+import errno
 import hashlib
 import os
 import threading
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from experts.errors import ExpertCorrupt, StoreDamaged, UnknownExpert
 from experts.hash_log import HashLog
+from extraction.decoder_config import read_decoder
 from extraction.errors import ExtractionError
 from extraction.files import open_inside
 from extraction.manifest import (
@@ -33,6 +35,11 @@ from extraction.manifest import (
     store_hash,
 )
 from extraction.safetensors_file import CODES, TensorHeader, read_header
+
+BLOCK_BYTES = 4096
+"""Reads past the page cache are whole blocks of the file into memory that begins at such a block."""
+VECTOR_BYTES = 64
+"""Alignment of weights in memory, as PyTorch gives it to its own tensors."""
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -52,6 +59,8 @@ class ExpertStore:
             for tensor in component.tensors
         }
         self._descriptors: dict[str, int] = {}
+        self._direct: dict[str, int | None] = {}
+        """Descriptors for reads past the page cache; None where the file system refuses them."""
         self._headers: dict[str, list[TensorHeader]] = {}
         """Tensors of open original shards, by offset."""
         self._verified: set[ExpertKey] = set()
@@ -100,11 +109,38 @@ class ExpertStore:
 
         Raises ExpertCorrupt after one retry, or UnknownExpert.
         """
-        record = self.record(key)
+        self._check_place(self.record(key))  # before anything of that size is allocated
+        window = torch.empty(self.record(key).nbytes, dtype=torch.uint8)
         try:
-            return self._read_checked(record)
+            return self.read_into(key, window)
         except ExpertCorrupt:
-            return self._read_checked(record)
+            return self.read_into(key, window)
+
+    def window_bytes(self, key: ExpertKey, *, direct: bool) -> int:
+        """Size of the buffer that `read_into` needs: with `direct`, the record and what its blocks hold beside it."""
+        nbytes = self.record(key).nbytes
+        return -(-nbytes // BLOCK_BYTES) * BLOCK_BYTES + BLOCK_BYTES if direct else nbytes
+
+    def read_into(self, key: ExpertKey, window: Tensor, *, direct: bool = False) -> Tensor:
+        """Read a record into a buffer; returns the part of it that is the record, 64-byte aligned.
+
+        window: uint8 of `window_bytes`, its memory aligned to BLOCK_BYTES with `direct`: then the page cache is
+        passed by where the file system lets it, the record lies in one piece and its place is aligned.
+        Raises ExpertCorrupt, StoreDamaged or UnknownExpert.
+        """
+        record = self.record(key)
+        self._check_place(record)
+        first = record.parts[0]
+        if direct and record.is_contiguous and first.offset % VECTOR_BYTES == 0:
+            skipped = first.offset % BLOCK_BYTES
+            raw = window[skipped : skipped + record.nbytes]
+            if not self._read_blocks(first.file, first.offset - skipped, skipped + record.nbytes, window):
+                self._read_parts(record, raw)
+        else:
+            raw = window[: record.nbytes]
+            self._read_parts(record, raw)
+        self._check_hash(record, raw)
+        return raw
 
     def read_tensor(self, component: str, name: str) -> Tensor:
         """A backbone tensor in its stored dtype and shape. Raises StoreDamaged."""
@@ -127,32 +163,38 @@ class ExpertStore:
         with self._lock:
             for descriptor in self._descriptors.values():
                 os.close(descriptor)
+            for direct in self._direct.values():
+                if direct is not None:
+                    os.close(direct)
             self._descriptors.clear()
+            self._direct.clear()
             self._headers.clear()
 
-    def _read_checked(self, record: ExpertRecord) -> Tensor:
-        first = record.parts[0]
+    def _check_place(self, record: ExpertRecord) -> None:
+        """Raises ExpertCorrupt where the file ends before, StoreDamaged where it is another file."""
         for part in record.parts:
-            # Before anything of that size is allocated.
             if not self._holds(part.file, part.offset, part.nbytes):
                 raise ExpertCorrupt(str(tuple(record.key)), part.file, part.offset, "the file is cut short")
             self._check_indexed(part.file, part.offset, part.nbytes, record.dtype)
-        raw = torch.empty(record.nbytes, dtype=torch.uint8)
+
+    def _read_parts(self, record: ExpertRecord, raw: Tensor) -> None:
         position = 0
         for file, offset, nbytes in _reads(record):
             if not self._read_into(file, offset, raw[position : position + nbytes]):
                 raise ExpertCorrupt(str(tuple(record.key)), file, offset, "the file is cut short")
             position += nbytes
-        if record.key not in self._verified:
-            digest = _sha256(raw)
-            component, layer, expert = record.key
-            expected = record.sha256 or self._recorded.expect(f"{component} {layer} {expert}", digest)
-            if digest != expected:
-                raise ExpertCorrupt(
-                    str(tuple(record.key)), first.file, first.offset, "the bytes were altered"
-                )
-            self._verified.add(record.key)
-        return raw
+
+    def _check_hash(self, record: ExpertRecord, raw: Tensor) -> None:
+        """At the first load of a record. Raises ExpertCorrupt."""
+        if record.key in self._verified:
+            return
+        digest = _sha256(raw)
+        component, layer, expert = record.key
+        expected = record.sha256 or self._recorded.expect(f"{component} {layer} {expert}", digest)
+        if digest != expected:
+            first = record.parts[0]
+            raise ExpertCorrupt(str(tuple(record.key)), first.file, first.offset, "the bytes were altered")
+        self._verified.add(record.key)
 
     def _holds(self, file: str, offset: int, nbytes: int) -> bool:
         return offset + nbytes <= os.fstat(self._descriptor(file)).st_size
@@ -182,6 +224,38 @@ class ExpertStore:
             return tensor
         is_stack = len(tensor.shape) == 3 and not skipped % nbytes and not tensor.nbytes % nbytes
         return tensor if is_stack and skipped + nbytes <= tensor.nbytes else None
+
+    def _read_blocks(self, file: str, start: int, nbytes: int, window: Tensor) -> bool:
+        """Fill the window's first `nbytes` past the page cache. False where it cannot be done that way."""
+        descriptor = self._direct_descriptor(file)
+        if descriptor is None:
+            return False
+        target = window.numpy().data[: -(-nbytes // BLOCK_BYTES) * BLOCK_BYTES]
+        done = 0
+        while done < nbytes and done % BLOCK_BYTES == 0:
+            try:
+                count = os.preadv(descriptor, [target[done:]], start + done)
+            except OSError as error:
+                if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+                    return False
+                raise StoreDamaged(file, f"cannot be read at offset {start}: {error.strerror}") from error
+            if count == 0:
+                return False
+            done += count
+        return done >= nbytes
+
+    def _direct_descriptor(self, file: str) -> int | None:
+        descriptor = self._descriptor(file)
+        with self._lock:
+            if file not in self._direct:
+                try:
+                    # The same open file again, whatever its name leads to by now.
+                    self._direct[file] = os.open(
+                        f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC
+                    )
+                except OSError:
+                    self._direct[file] = None
+            return self._direct[file]
 
     def _read_into(self, file: str, offset: int, raw: Tensor) -> bool:
         """Fill `raw` from the file. False when the file ends before."""
@@ -230,10 +304,12 @@ def _sha256(raw: Tensor) -> str:
 
 
 def _check_complete(root: Path, manifest: Manifest, index: dict[ExpertKey, ExpertRecord]) -> None:
-    """In each component every layer has experts 0 to E-1, E is the same everywhere, and sizes agree."""
+    """In each component every layer has experts 0 to E-1, or of these the share that the store says it has; E is the
+    same everywhere, and sizes agree."""
     unknown = {key.component for key in index} - {component.name for component in manifest.components}
     if unknown:
         raise StoreDamaged(str(root), f"lists experts of unknown components {sorted(unknown)}")
+    share = manifest.left_out.groups if manifest.left_out is not None else None
     for component in manifest.components:
         layers: dict[int, list[int]] = {}
         sizes = set()
@@ -241,11 +317,22 @@ def _check_complete(root: Path, manifest: Manifest, index: dict[ExpertKey, Exper
             if key.component == component.name:
                 layers.setdefault(key.layer, []).append(key.expert)
                 sizes.add(record.nbytes // ITEM_SIZES[record.dtype])
-        counts = {len(experts) for experts in layers.values()}
+        total = _num_experts(manifest, component, layers)
         for layer, experts in layers.items():
-            if len(counts) > 1 or sorted(experts) != list(range(len(experts))):
+            expected = (ExpertKey(component.name, layer, expert) for expert in range(total))
+            if sorted(experts) != [key.expert for key in expected if share is None or share.holds(key)]:
                 raise StoreDamaged(
                     str(root), f"lacks experts in layer {layer} of component {component.name!r}"
                 )
         if len(sizes) > 1:
             raise StoreDamaged(str(root), f"has experts of different sizes in component {component.name!r}")
+
+
+def _num_experts(manifest: Manifest, component: Component, layers: dict[int, list[int]]) -> int:
+    """E; where a store holds a share of the experts, only the configuration knows it. Raises StoreDamaged."""
+    if manifest.left_out is None or manifest.left_out.groups is None or not layers:
+        return max((len(experts) for experts in layers.values()), default=0)
+    try:
+        return read_decoder(component.config).num_experts
+    except ExtractionError as error:
+        raise StoreDamaged(f"component {component.name!r}", str(error)) from error

@@ -1,24 +1,29 @@
 """Holds a group of experts under a byte budget and computes calls for them.
 
 The same class runs in the router's process and inside an expert actor. A call may need more experts than the
-budget holds; it is then computed in waves, with the same bits. Loading is synchronous.
+budget holds; it is then computed in waves. Large experts are computed as they come: those that are in memory first,
+while the others are read. The bits are the same in any case, since an expert's rows depend on no other expert.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from experts.budget import loaded_bytes
+from experts.cache import CacheOptions, ExpertCache
 from experts.call import ExpertCall
 from experts.errors import NotInGroup
-from experts.ffn import ExpertWeights, compute_experts, view_expert
+from experts.eviction import DEFAULT_EVICTION, Eviction
+from experts.ffn import compute_experts
+from experts.loader import LOAD_THREADS
 from experts.numerics import RowKernel, numerics_class
-from experts.residency import Residency
 from experts.store import ExpertStore
 from extraction.manifest import ExpertKey
 
@@ -35,6 +40,8 @@ class WorkerStats:
     misses: int = 0
     bytes_read: int = 0
     experts_used: set[ExpertKey] = field(default_factory=set)
+    hit_rates: dict[Eviction, float] = field(default_factory=dict)
+    """See `ExpertCache.hit_rates`."""
 
 
 class ExpertWorker:
@@ -49,35 +56,53 @@ class ExpertWorker:
         widths: dict[str, int],
         group: Collection[ExpertKey] | None = None,
         budget_bytes: int | None = None,
+        eviction: Eviction = DEFAULT_EVICTION,
+        trust: Callable[[ExpertKey], float] | None = None,
+        direct: bool | None = None,
+        copies: Sequence[Path] = (),
     ) -> None:
-        """widths: model width D of each component. group: the experts it answers for; None means all of these."""
+        """widths: model width D of each component. group: the experts it answers for; None means all of these.
+
+        The other options are those of `CacheOptions`.
+        """
         self.dtype = dtype
         self.numerics_class = numerics_class(torch.device("cpu"), dtype, kernel)
-        self.stats = WorkerStats()
+        self._stats = WorkerStats()
         self._store = store
         self._kernel = kernel
         self._widths = widths
         self._group = None if group is None else frozenset(group)
-        self._residency = Residency(budget_bytes)
-        self._weights: dict[ExpertKey, ExpertWeights] = {}
+        self._keys = tuple(key for key in store.expert_keys() if self._answers_for(key))
+        options = CacheOptions(budget_bytes, eviction, trust, direct, tuple(copies))
+        self.cache = ExpertCache(store, dtype, widths, self._keys, options)
+        self._steps: dict[tuple[str, int], int] = {}
+        self._now = 0
         self._lock = threading.Lock()
+
+    @property
+    def stats(self) -> WorkerStats:
+        """As of now."""
+        stats, cache = self._stats, self.cache
+        stats.hits, stats.misses, stats.bytes_read = cache.hits, cache.misses, cache.bytes_read
+        stats.hit_rates = cache.hit_rates()
+        return stats
 
     @property
     def budget_bytes(self) -> int | None:
         """Most bytes of experts that stay; None means no bound."""
-        return self._residency.budget_bytes
+        return self.cache.budget_bytes
 
     @property
     def resident_bytes(self) -> int:
-        return self._residency.resident_bytes
+        return self.cache.resident_bytes
 
     @property
     def num_resident(self) -> int:
-        return len(self._residency)
+        return len(self.cache)
 
     def resident(self, component: str, layer: int) -> frozenset[int]:
         """Numbers of the experts of one layer that are in memory now; any thread may ask."""
-        return self._residency.of_layer(component, layer)
+        return self.cache.resident(component, layer)
 
     def compute(self, call: ExpertCall) -> Tensor:
         """The call's R output rows, (R, D) in this worker's dtype.
@@ -88,73 +113,79 @@ class ExpertWorker:
         for key in keys:
             if not self._answers_for(key):
                 raise NotInGroup(str(tuple(key)))
-        sizes = [self._loaded_bytes(key) for key in keys]
+            self._store.record(key)
         with self._lock:
-            waves = self._residency.waves(sizes)
-            parts = [self._compute_wave(call, wave, keys, sizes) for wave in waves]
-            self.stats.calls += 1
-            self.stats.rows += call.num_rows
+            self._count_step(call)
+            parts = [self._compute_wave(call, wave, keys) for wave in self.cache.waves(keys)]
+            self._stats.calls += 1
+            self._stats.rows += call.num_rows
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def load_all(self) -> None:
         """Read as much of the group as the budget holds, so that the first requests find it."""
-        for key in self._store.expert_keys():
-            if not self._answers_for(key):
-                continue
+        for first in range(0, len(self._keys), LOAD_THREADS):
+            wanted = self._keys[first : first + LOAD_THREADS]
             with self._lock:
-                nbytes = self._loaded_bytes(key)
-                budget = self._residency.budget_bytes
-                if budget is not None and self._residency.resident_bytes + nbytes > budget:
-                    return
-                self._make_resident([key], [nbytes])
+                part = self.cache.first_that_fit(wanted)
+                for _ in self.cache.bring(part, self._now):
+                    pass
+            if len(part) < len(wanted):
+                return
+
+    def close(self) -> None:
+        """Ends the loading threads; the store belongs to the caller."""
+        self.cache.close()
 
     def _answers_for(self, key: ExpertKey) -> bool:
         return key.component in self._widths and (self._group is None or key in self._group)
 
-    def _compute_wave(self, call: ExpertCall, wave: range, keys: list[ExpertKey], sizes: list[int]) -> Tensor:
+    def _count_step(self, call: ExpertCall) -> None:
+        """Time for evictions: how often the layer that was called most often was called."""
+        layer = (call.component, call.layer)
+        self._steps[layer] = count = self._steps.get(layer, 0) + 1
+        self._now = max(self._now, count)
+
+    def _compute_wave(self, call: ExpertCall, wave: range, keys: list[ExpertKey]) -> Tensor:
         wave_keys = keys[wave.start : wave.stop]
-        self._make_resident(wave_keys, sizes[wave.start : wave.stop])
-        self.stats.experts_used.update(wave_keys)
+        self._stats.experts_used.update(wave_keys)
         part = call if len(wave_keys) == len(keys) else _restrict(call, wave)
-        return compute_experts(part, [self._weights[key] for key in wave_keys], self._kernel)
+        rows_RD: Tensor | None = None
+        index_of = {key: index for index, key in enumerate(wave_keys)}
+        with closing(self.cache.bring(wave_keys, self._now)) as arrivals:
+            for ready in arrivals:
+                if len(ready) == len(wave_keys):
+                    rows_RD = self._compute(part, ready)
+                elif ready:
+                    if rows_RD is None:
+                        rows_RD = call.tokens_TD.new_empty(part.num_rows, call.tokens_TD.shape[1])
+                    self._compute_some(part, [index_of[key] for key in ready], ready, rows_RD)
+        assert rows_RD is not None
+        return rows_RD
 
-    def _make_resident(self, keys: list[ExpertKey], sizes: list[int]) -> None:
-        exchange = self._residency.admit(keys, sizes)
-        for key in exchange.evict:
-            del self._weights[key]
-        missing = list(exchange.load)
-        try:
-            while missing:
-                self._weights[missing[0]] = self._load(missing[0])
-                missing.pop(0)
-        finally:
-            for key in missing:
-                self._residency.forget(key)
-        self.stats.misses += len(exchange.load)
-        self.stats.hits += len(keys) - len(exchange.load)
+    def _compute(self, call: ExpertCall, keys: Sequence[ExpertKey]) -> Tensor:
+        return compute_experts(call, [self.cache.weights[key] for key in keys], self._kernel)
 
-    def _load(self, key: ExpertKey) -> ExpertWeights:
-        record = self._store.record(key)
-        raw = self._store.read_expert(key)
-        self.stats.bytes_read += raw.numel()
-        stored = DTYPES[record.dtype]
-        if stored != self.dtype:
-            raw = raw.view(stored).to(self.dtype).view(torch.uint8)
-        return view_expert(raw, self.dtype, self._widths[key.component])
-
-    def _loaded_bytes(self, key: ExpertKey) -> int:
-        return loaded_bytes(self._store.record(key), self.dtype)
+    def _compute_some(
+        self, call: ExpertCall, indices: list[int], keys: Sequence[ExpertKey], rows_RD: Tensor
+    ) -> None:
+        """Write the rows of some of the call's experts where they belong."""
+        starts = [0, *accumulate(call.counts)]
+        some_RD = self._compute(_restrict(call, indices), keys)
+        first = 0
+        for index in indices:
+            rows_RD[starts[index] : starts[index + 1]] = some_RD[first : first + call.counts[index]]
+            first += call.counts[index]
 
 
-def _restrict(call: ExpertCall, wave: range) -> ExpertCall:
-    first = sum(call.counts[: wave.start])
-    counts = call.counts[wave.start : wave.stop]
+def _restrict(call: ExpertCall, indices: Sequence[int]) -> ExpertCall:
+    """The part of a call that asks for the experts at these indices, ascending."""
+    starts = [0, *accumulate(call.counts)]
     return ExpertCall(
         call.component,
         call.layer,
-        call.experts[wave.start : wave.stop],
-        counts,
-        call.token_of_R[first : first + sum(counts)],
+        tuple(call.experts[index] for index in indices),
+        tuple(call.counts[index] for index in indices),
+        tuple(token for i in indices for token in call.token_of_R[starts[i] : starts[i + 1]]),
         call.tokens_TD,
         call.request_id,
     )

@@ -66,13 +66,15 @@ class ComponentLayout:
     prefixes: tuple[str, ...]
     """Of its published names. What follows the longest that fits is the canonical name, up to `renames`."""
     decoder: DecoderShape | None = None
-    """None means a component without experts whose tensors are carried as they are, whatever they are."""
+    """None means a component without experts whose tensors are carried as they are, whatever their shapes."""
     renames: tuple[tuple[str, str], ...] = ()
     """Parts of published names, and what they are called here."""
     role_of: Mapping[str, str] = field(default_factory=lambda: QWEN_ROLES)
     """Published names of an expert's projections."""
     backbone_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """By canonical name. Not used where `decoder` is None."""
+    carried_names: frozenset[str] = frozenset()
+    """Canonical names that a component without a decoder must have; others are carried too."""
 
     @property
     def experts(self) -> frozenset[ExpertKey]:
@@ -119,7 +121,8 @@ class ComponentLayout:
     def expected(self) -> set[ExpertTensor | BackboneTensor]:
         """Everything that must be there."""
         experts = {ExpertTensor(key, role) for key in self.experts for role in ROLES}
-        return experts | {BackboneTensor(self.name, name) for name in self.backbone_shapes}
+        names = self.carried_names.union(self.backbone_shapes)
+        return experts | {BackboneTensor(self.name, name) for name in names}
 
     def _place_projection(
         self, name: str, shape: tuple[int, ...], match: re.Match[str], decoder: DecoderShape

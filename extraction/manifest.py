@@ -28,6 +28,7 @@ MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "experts.parquet"
 MAX_MANIFEST_BYTES = 256 * 1024 * 1024
 MAX_INDEX_ROWS = 1 << 20
+MAX_GROUPS = 4096
 MAX_FILE_BYTES = 1 << 60
 """Of a file that offsets point into; keeps sums of offsets and sizes within 64 bits."""
 ROLES = ("gate", "up", "down")
@@ -51,6 +52,12 @@ class ExpertKey(NamedTuple):
     component: str
     layer: int
     expert: int
+
+
+def group_of(key: ExpertKey, num_groups: int) -> int:
+    """Which of several groups an expert is dealt to: each layer's experts in turn, each layer beginning with another
+    group, so that every layer's work is spread evenly. What actors hold and what partial stores hold."""
+    return (key.expert + key.layer) % num_groups
 
 
 @dataclass(frozen=True)
@@ -129,6 +136,23 @@ class FileEntry(_Model):
     sha256: Sha256
 
 
+class GroupShare(_Model):
+    """Some of the groups that experts are dealt to by `group_of`."""
+
+    total: int = Field(ge=2, le=MAX_GROUPS)
+    kept: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1, max_length=MAX_GROUPS)
+    """Numbers from 0, sorted."""
+
+    @model_validator(mode="after")
+    def _keeps_some(self) -> Self:
+        if list(self.kept) != sorted(set(self.kept)) or self.kept[-1] >= self.total:
+            raise ValueError(f"keeps {list(self.kept)} of {self.total} groups")
+        return self
+
+    def holds(self, key: ExpertKey) -> bool:
+        return group_of(key, self.total) in self.kept
+
+
 class LeftOut(_Model):
     """What a partial store lacks of its checkpoint. Readers that run the model refuse such a store."""
 
@@ -136,10 +160,12 @@ class LeftOut(_Model):
     """Whole ones, sorted."""
     layers: dict[Name, tuple[Annotated[int, Field(ge=0)], ...]]
     """Of components that are there: the layers that are not, sorted; experts and backbone tensors."""
+    groups: GroupShare | None = None
+    """Of all layers that are there: whose experts are; None means all groups'. Backbone tensors belong to none."""
 
     @model_validator(mode="after")
     def _leaves_something_out(self) -> Self:
-        if not self.components and not any(self.layers.values()):
+        if not self.components and not any(self.layers.values()) and self.groups is None:
             raise ValueError("leaves nothing out")
         return self
 

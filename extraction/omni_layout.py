@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from extraction.backbone_shapes import Shapes, backbone_shapes
+from extraction.carried_parts import audio_names, code2wav_names, code_predictor_names, vision_names
 from extraction.component_layout import ComponentLayout
 from extraction.decoder_config import DecoderShape, read_decoder, read_flag, read_size
 from extraction.errors import ConfigInvalid
@@ -17,26 +18,39 @@ from extraction.errors import ConfigInvalid
 def omni_components(config: Mapping[str, Any]) -> tuple[ComponentLayout, ...]:
     """The thinker first: it is the decoder that answers text. Raises ConfigInvalid."""
     thinker = _part(config, "thinker_config")
+    vision, audio = _part(thinker, "vision_config"), _part(thinker, "audio_config")
     components = [
         _thinker(_part(thinker, "text_config")),
-        _carried("vision", _part(thinker, "vision_config"), "thinker.visual.", "thinker.model.visual."),
-        _carried(
-            "audio", _part(thinker, "audio_config"), "thinker.audio_tower.", "thinker.model.audio_tower."
+        ComponentLayout(
+            "vision",
+            vision,
+            ("thinker.visual.", "thinker.model.visual."),
+            carried_names=vision_names(vision),
+        ),
+        ComponentLayout(
+            "audio",
+            audio,
+            ("thinker.audio_tower.", "thinker.model.audio_tower."),
+            carried_names=audio_names(audio),
         ),
     ]
     if read_flag(config, "enable_audio_output", True):
-        talker = _part(config, "talker_config")
-        components += [
-            _talker(talker),
-            _carried(
-                "code_predictor",
-                _part(talker, "code_predictor_config"),
-                "talker.code_predictor.model.",
-                "talker.code_predictor.",
-            ),
-            _carried("code2wav", _part(config, "code2wav_config"), "code2wav."),
-        ]
+        components += _speech(_part(config, "talker_config"), _part(config, "code2wav_config"))
     return tuple(components)
+
+
+def _speech(talker: Mapping[str, Any], code2wav: Mapping[str, Any]) -> list[ComponentLayout]:
+    predictor = _part(talker, "code_predictor_config")
+    return [
+        _talker(talker),
+        ComponentLayout(
+            "code_predictor",
+            predictor,
+            ("talker.code_predictor.model.", "talker.code_predictor."),
+            carried_names=code_predictor_names(predictor),
+        ),
+        ComponentLayout("code2wav", code2wav, ("code2wav.",), carried_names=code2wav_names(code2wav)),
+    ]
 
 
 def _thinker(text: Mapping[str, Any]) -> ComponentLayout:
@@ -78,10 +92,6 @@ def _projection_shapes(decoder: DecoderShape, inner: int, thinker_width: int) ->
             f"{name}.linear_fc2.bias": (decoder.hidden_size,),
         }
     return shapes
-
-
-def _carried(name: str, config: Mapping[str, Any], *prefixes: str) -> ComponentLayout:
-    return ComponentLayout(name=name, config=config, prefixes=prefixes)
 
 
 def _part(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -221,10 +221,15 @@ def _place(layout: Layout, tensors: Mapping[str, SourceTensor]) -> dict[Place, S
 
 
 def _check_complete(layout: Layout, placed: Mapping[Place, SourceTensor]) -> None:
-    """Raises TensorsMissing. Of a component that is carried as it is, nothing more than its presence is known."""
-    missing = [layout.reported_name(tensor) for tensor in layout.expected() - placed.keys()]
+    """Raises TensorsMissing. A component without any tensor is named as a whole."""
     present = {place.component for place in placed if isinstance(place, BackboneTensor)}
-    missing += [f"{part.prefixes[0]}*" for part in layout.components if part.name not in present]
+    absent = {part.name: f"{part.prefixes[0]}*" for part in layout.components if part.name not in present}
+    missing = [
+        layout.reported_name(tensor)
+        for tensor in layout.expected() - placed.keys()
+        if isinstance(tensor, ExpertTensor) or tensor.component not in absent
+    ]
+    missing += absent.values()
     if missing:
         raise TensorsMissing(tuple(sorted(missing)[:MAX_NAMES_SHOWN]), len(missing))
 

@@ -1,4 +1,4 @@
-"""Which part of a checkpoint is extracted: `--layers` and `--components`. Pure; called by `extraction.extract`."""
+"""Which part of a checkpoint is extracted: `--layers`, `--components`, `--groups`. Pure; see `extraction.extract`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from extraction.errors import OptionRefused
-from extraction.manifest import LeftOut
+from extraction.manifest import MAX_GROUPS, GroupShare, LeftOut
 from extraction.plan import ExtractionPlan, PlannedComponent
 
 MAX_LAYER = 99_999
@@ -22,18 +22,40 @@ class Selection:
     layers: frozenset[int] | None = None
     """Of every component that has experts; the others have no layers that could be told from anything else."""
     components: frozenset[str] | None = None
+    groups: GroupShare | None = None
+    """Of the experts of what is chosen by the other two."""
 
 
 def parse_layers(text: str) -> frozenset[int]:
     """`0-7`, `3`, `0-3,8`. Raises OptionRefused."""
-    layers: set[int] = set()
+    layers = _numbers(text)
+    if layers is None:
+        raise OptionRefused("--layers", f"{text[:100]!r} is no list of layers such as 0-7 or 0-3,8")
+    return layers
+
+
+def parse_groups(text: str) -> GroupShare | None:
+    """`1/4`, `0-1/8`, `0,3/4`: numbers from 0, and how many groups there are. None for all. Raises OptionRefused."""
+    numbers, _, total = text.partition("/")
+    kept = _numbers(numbers)
+    if kept is None or not re.fullmatch("[0-9]{1,5}", total):
+        raise OptionRefused("--groups", f"{text[:100]!r} is no share of groups such as 1/4 or 0-1/8")
+    if not 1 <= int(total) <= MAX_GROUPS:
+        raise OptionRefused("--groups", f"{total} is not from 1 to {MAX_GROUPS} groups")
+    if max(kept) >= int(total):
+        raise OptionRefused("--groups", f"of {total} groups the last is {int(total) - 1}")
+    return None if len(kept) == int(total) else GroupShare(total=int(total), kept=tuple(sorted(kept)))
+
+
+def _numbers(text: str) -> frozenset[int] | None:
+    numbers: set[int] = set()
     for part in text.split(","):
         match = _RANGE.fullmatch(part.strip())
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last:
-            raise OptionRefused("--layers", f"{text[:100]!r} is no list of layers such as 0-7 or 0-3,8")
-        layers |= set(range(first, last + 1))
-    return frozenset(layers)
+            return None
+        numbers |= set(range(first, last + 1))
+    return frozenset(numbers)
 
 
 def parse_components(text: str) -> frozenset[str]:
@@ -68,11 +90,16 @@ def select(plan: ExtractionPlan, selection: Selection) -> tuple[ExtractionPlan, 
         layers = {name: present - wanted for name, present in layers.items() if present - wanted}
     else:
         layers = {}
+    groups = selection.groups
+    if groups is not None:
+        experts = {key: parts for key, parts in experts.items() if groups.holds(key)}
+        if not experts:
+            raise OptionRefused("--groups", f"there are fewer experts than {groups.total} groups")
     kept = replace(plan, components=tuple(components), experts=experts)
-    if not left_out and not layers:
+    if not left_out and not layers and groups is None:
         return kept, None
     omitted = {name: tuple(sorted(absent)) for name, absent in sorted(layers.items())}
-    return kept, LeftOut(components=tuple(sorted(left_out)), layers=omitted)
+    return kept, LeftOut(components=tuple(sorted(left_out)), layers=omitted, groups=groups)
 
 
 def without(plan: ExtractionPlan, left_out: LeftOut | None) -> ExtractionPlan:
@@ -87,7 +114,9 @@ def without(plan: ExtractionPlan, left_out: LeftOut | None) -> ExtractionPlan:
     experts = {
         key: parts
         for key, parts in plan.experts.items()
-        if key.component not in left_out.components and key.layer not in absent.get(key.component, ())
+        if key.component not in left_out.components
+        and key.layer not in absent.get(key.component, ())
+        and (left_out.groups is None or left_out.groups.holds(key))
     }
     components = []
     for part in plan.components:

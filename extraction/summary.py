@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from extraction.decoder_config import MAX_LAYERS
+from extraction.decoder_config import MAX_EXPERTS, MAX_LAYERS
 from extraction.errors import ManifestInvalid
 from extraction.manifest import (
     INDEX_NAME,
@@ -101,7 +101,8 @@ def summarize(root: Path) -> StoreSummary:
     layers = _sizes_by_layer(records)
     experts = max(map(len, layers.values()))
     backbone = _backbone_bytes(component)
-    per_token = _number(component, "num_experts_per_tok", experts)
+    is_share = manifest.left_out is not None and manifest.left_out.groups is not None
+    per_token = _number(component, "num_experts_per_tok", MAX_EXPERTS if is_share else experts)
     return StoreSummary(
         store=str(root),
         hash=store_hash(root),
@@ -114,9 +115,9 @@ def summarize(root: Path) -> StoreSummary:
         experts_per_token=per_token,
         num_experts=len(records),
         expert_bytes=max(record.nbytes for record in records),
-        totals=_totals(layers, per_token, sum(backbone.values())),
+        totals=_totals(layers, min(per_token, experts), sum(backbone.values())),
         bytes_by_component=backbone | {"experts": _resident_bytes(layers, experts)},
-        memory_table=_memory_table(backbone, layers, per_token),
+        memory_table=_memory_table(backbone, layers, min(per_token, experts)),
         components=tuple(_row(part, index, part is component) for part in manifest.components),
         left_out=None if manifest.left_out is None else manifest.left_out.model_dump(mode="json"),
     )

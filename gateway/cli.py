@@ -17,6 +17,7 @@ from extraction.errors import ExtractionError, one_line
 from gateway.batch_command import batch
 from gateway.budget_options import ExpertBudgetOption, HostBudgetOption, print_plan, read_budgets
 from gateway.chat_command import chat
+from gateway.compare_command import compare
 from gateway.errors import GatewayError
 from gateway.eval_command import evaluate
 from gateway.extract_command import extract
@@ -103,7 +104,7 @@ def inspect(
     from gateway.inspect_view import render_summary
     from gateway.store_source import resolve_store
 
-    summary = summarize(resolve_store(store))
+    summary = summarize(resolve_store(store, announce=_announce))
     if as_json:
         typer.echo(json.dumps(summary.as_json(), indent=2))
     else:
@@ -128,6 +129,9 @@ def generate(
     trace: TraceOption = None,
     mask_experts: MaskOption = None,
     replay_routing: ReplayOption = None,
+    eviction: Annotated[
+        str, typer.Option(metavar="NAME", help="Which expert goes first: lfu, lru or trust.")
+    ] = "lfu",
     expert_budget: ExpertBudgetOption = None,
     host_budget: HostBudgetOption = None,
     policy: Annotated[str, typer.Option(help="Routing: native or snarc.")] = "native",
@@ -151,6 +155,7 @@ def generate(
 
     from gateway.generate import generate as run
     from gateway.routing_rules import read_choice
+    from gateway.service_options import parse_eviction
     from gateway.store_source import resolve_runnable
     from gateway.study import Study
     from router.loading import EngineOptions
@@ -158,7 +163,8 @@ def generate(
 
     study = Study(trace, mask_experts, replay_routing)
     routing = read_choice(policy, effort, is_explained=explain)
-    options = EngineOptions(dtype=dtype, snarc=read_weights(snarc or DEFAULT_PRESET))
+    weights = read_weights(snarc or DEFAULT_PRESET)
+    options = EngineOptions(dtype=dtype, eviction=parse_eviction(eviction), snarc=weights)
     sampling: dict[str, Any] = {"max_tokens": max_tokens, "seed": seed}
     if temperature is not None:
         sampling["temperature"] = temperature
@@ -217,6 +223,7 @@ app.command()(serve)
 app.command()(chat)
 app.command()(batch)
 app.command("eval")(evaluate)
+app.command()(compare)
 
 
 @app.command()

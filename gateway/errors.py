@@ -227,6 +227,28 @@ class RendererBusy(GatewayError):
     """Other conversations took the time in which a chat template was to be rendered."""
 
 
+class ExtraMissing(GatewayError):
+    """A command needs an optional dependency."""
+
+    def __init__(self, extra: str, package: str) -> None:
+        super().__init__(extra, package)
+        self.extra, self.package = extra, package
+
+    def __str__(self) -> str:
+        return f"{self.package} is not installed; pip install 'sage-moe[{self.extra}]'"
+
+
+class ComparisonRefused(GatewayError):
+    """A checkpoint and a store cannot be compared. `subject` is an option, a path or a program."""
+
+    def __init__(self, subject: str, reason: str) -> None:
+        super().__init__(subject, reason)
+        self.subject, self.reason = subject, reason
+
+    def __str__(self) -> str:
+        return f"{self.subject} {self.reason}"
+
+
 class BatchInputInvalid(GatewayError):
     """A batch's input file cannot be used as a whole; a bad row is an error in its row instead."""
 

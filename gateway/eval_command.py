@@ -45,6 +45,9 @@ def evaluate(
             help="Memory for experts; default: all of them may stay.",
         ),
     ] = None,
+    eviction: Annotated[
+        str, typer.Option(metavar="NAME", help="Which expert goes first: lfu, lru or trust.")
+    ] = "lfu",
     context: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 256,
     stride: Annotated[
         Optional[int],  # noqa: UP045
@@ -77,6 +80,7 @@ def evaluate(
     from gateway.eval_run import EvalOptions
     from gateway.eval_windows import Sliding
     from gateway.output_file import check_output
+    from gateway.service_options import parse_eviction
     from gateway.store_source import resolve_runnable
     from gateway.study import Study
     from router.effort import EFFORT_CHOICES
@@ -98,7 +102,9 @@ def evaluate(
     root = resolve_runnable(store, announce=_announce)
     budgets = read_budgets(budget, None, _announce)
     weights = read_weights(snarc or DEFAULT_PRESET)
-    options = EvalOptions(sliding, batch_tokens, budgets, dtype, routing, weights, study)
+    options = EvalOptions(
+        sliding, batch_tokens, budgets, parse_eviction(eviction), dtype, routing, weights, study
+    )
     with tempfile.TemporaryDirectory(prefix="sage-moe-eval-") as folder:
         if plot is not None and trace is None:
             options = replace(options, study=replace(study, trace=Path(folder) / "trace.parquet"))

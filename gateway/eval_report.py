@@ -28,6 +28,7 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
         "policy": options.policy,
         "effort": options.routing.effort,
         "budget_bytes": evaluation.budget_bytes,
+        "eviction": options.eviction,
     }
     return {
         **_numbers(texts),

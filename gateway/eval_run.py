@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from experts.budget import BudgetRequest, measure_experts
+from experts.eviction import DEFAULT_EVICTION, Eviction
 from experts.store import ExpertStore
 from gateway.errors import EvaluationFailed, OptionInvalid
 from gateway.eval_statistics import Cluster
@@ -52,6 +53,7 @@ class EvalOptions:
     """Rows of a step."""
     budgets: tuple[BudgetRequest, ...] = ()
     """Of experts; none means that all may stay."""
+    eviction: Eviction = DEFAULT_EVICTION
     dtype: str | None = None
     routing: RoutingChoice = NATIVE_CHOICE
     snarc: SnarcWeights = PRESETS[DEFAULT_PRESET]
@@ -186,6 +188,7 @@ def _engine_options(store: ExpertStore, options: EvalOptions) -> EngineOptions:
     num_running = options.batch_tokens // options.sliding.context + 2
     engine = EngineOptions(
         dtype=options.dtype,
+        eviction=options.eviction,
         limits=BatchLimits(options.batch_tokens, num_running, WAITING_WINDOWS, admission_reserve=0),
         max_model_len=options.sliding.context,
         snarc=options.snarc,

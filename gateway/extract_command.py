@@ -48,6 +48,10 @@ def extract(
         Optional[str],  # noqa: UP045
         typer.Option(metavar="NAME,...", help="Only these components: a partial store."),
     ] = None,
+    groups: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="1/4", help="Only these of so many groups of experts: a partial store."),
+    ] = None,
     dtype: Annotated[
         Optional[WeightDtype],  # noqa: UP045
         typer.Option(help="Convert all weights; default: as they are."),
@@ -66,7 +70,7 @@ def extract(
     from gateway.store_source import hub_id_of, resolve_checkpoint
 
     if verify:
-        if index_only or layers or components or dtype or discard_source:
+        if index_only or layers or components or groups or dtype or discard_source:
             raise typer.BadParameter("--verify takes no other option: the store says how it was made")
         return _verify(dest, resolve_checkpoint(source))
     hub_id = hub_id_of(source)
@@ -74,19 +78,20 @@ def extract(
         raise typer.BadParameter(
             "--discard-source is for copying from a hub id; it removes nobody's own files"
         )
-    chosen = _selection(layers, components)
+    chosen = _selection(layers, components, groups)
     if hub_id is not None and not index_only:
         return _from_hub(hub_id, dest, chosen, dtype, discard_source)
     folder = resolve_checkpoint(source) if hub_id is None else _downloaded(hub_id)
     return _from_folder(folder, dest, chosen, dtype, index_only)
 
 
-def _selection(layers: str | None, components: str | None) -> Selection:
-    from extraction.selection import Selection, parse_components, parse_layers
+def _selection(layers: str | None, components: str | None, groups: str | None) -> Selection:
+    from extraction.selection import Selection, parse_components, parse_groups, parse_layers
 
     return Selection(
         None if layers is None else parse_layers(layers),
         None if components is None else parse_components(components),
+        None if groups is None else parse_groups(groups),
     )
 
 

@@ -48,7 +48,11 @@ def _partial(summary: StoreSummary) -> list[RenderableType]:
     if summary.left_out is None:
         return []
     layers = (f"layers {_ranges(numbers)} of {name}" for name, numbers in summary.left_out["layers"].items())
-    parts = ", ".join([*summary.left_out["components"], *layers])
+    share = summary.left_out["groups"]
+    others = (
+        [f"all experts but those of groups {_ranges(share['kept'])} of {share['total']}"] if share else []
+    )
+    parts = ", ".join([*summary.left_out["components"], *layers, *others])
     return [Text(one_line(f"PARTIAL, cannot be served; left out: {parts}"))]
 
 

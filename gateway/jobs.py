@@ -213,7 +213,9 @@ def _sampling(
         seed=seed,
         stop_token_ids=tuple(dict.fromkeys((*eos, *options.stop_token_ids))),
         min_tokens=options.min_tokens or 0,
-        repetition_penalty=1.0 if options.repetition_penalty is None else options.repetition_penalty,
+        repetition_penalty=defaults.repetition_penalty
+        if options.repetition_penalty is None
+        else options.repetition_penalty,
         presence_penalty=options.presence_penalty or 0.0,
         frequency_penalty=options.frequency_penalty or 0.0,
         logit_bias=options.logit_bias,

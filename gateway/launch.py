@@ -79,6 +79,7 @@ def running_service(options: ServiceOptions, on_plan: OnPlan = lambda plan, unkn
             expert_width=config.expert_width,
             num_actors=options.num_actors,
             threads_per_actor=threads.expert_actor,
+            eviction=options.eviction,
             actor_budgets=plan.actor_budgets,
             spin_s=plan_spin_s(num_cores(), options.num_actors),
             secret=secrets.token_bytes(32),
@@ -134,6 +135,7 @@ def engine_options(options: ServiceOptions, dtype: str, num_threads: int) -> Eng
     return EngineOptions(
         dtype=dtype,
         kv_budget_bytes=options.kv_budget_bytes,
+        eviction=options.eviction,
         limits=BatchLimits(
             max_batch_tokens=options.max_batch_tokens,
             max_running=options.max_num_seqs,

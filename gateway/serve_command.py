@@ -51,6 +51,9 @@ def serve(
     kv_budget: Annotated[
         Word, typer.Option(metavar="SIZE", help="Memory for keys and values, such as 512MiB. [1GiB]")
     ] = None,
+    eviction: Annotated[
+        Word, typer.Option(metavar="NAME", help="Which expert goes first: lfu, lru or trust. [lfu]")
+    ] = None,
     expert_budget: ExpertBudgetOption = None,
     host_budget: HostBudgetOption = None,
     api_key: Annotated[
@@ -109,6 +112,7 @@ def serve(
         "max-queue": max_queue,
         "max-batch-tokens": max_batch_tokens,
         "kv-budget": kv_budget,
+        "eviction": eviction,
         "expert-budget": expert_budget,
         "host-budget": host_budget,
         "api-key": api_key or None,

@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from experts.budget import FIT, BudgetRequest
+from experts.eviction import DEFAULT_EVICTION, EVICTIONS, Eviction
 from gateway.api_keys import NO_KEYS, KeyRing
 from gateway.byte_sizes import format_budget, format_bytes, parse_budget, parse_bytes
 from gateway.errors import OptionInvalid
@@ -119,6 +120,7 @@ class OptionValues(BaseModel):
     max_queue: int = _whole(0, 65536, 256)
     max_batch_tokens: int = _whole(1, PROVEN_BATCH_TOKENS, PROVEN_BATCH_TOKENS)
     kv_budget: Size = Field(2**30, description="a size such as 512MiB or 2GiB")
+    eviction: Eviction = Field(DEFAULT_EVICTION, description="lfu, lru or trust")
     expert_budget: Budget | None = Field(None, description=BUDGET_ADVICE.removeprefix("must be "))
     host_budget: Budget | None = Field(None, description=BUDGET_ADVICE.removeprefix("must be "))
     node_budgets: dict[Text, Budget] = Field(
@@ -166,6 +168,7 @@ class ServiceOptions:
     max_queue: int = 256
     max_batch_tokens: int = PROVEN_BATCH_TOKENS
     kv_budget_bytes: int = 2**30
+    eviction: Eviction = DEFAULT_EVICTION
     expert_budgets: tuple[BudgetRequest, ...] = (FIT,)
     """Bytes of experts on each node, added up; the experts' tiers on a machine that computes in host memory."""
     node_budgets: Mapping[str, BudgetRequest] = field(default_factory=dict)
@@ -203,6 +206,7 @@ class ServiceOptions:
             "max-queue": self.max_queue,
             "max-batch-tokens": self.max_batch_tokens,
             "kv-budget": format_bytes(self.kv_budget_bytes),
+            "eviction": self.eviction,
             "expert-budget": " + ".join(map(format_budget, self.expert_budgets)),
             "node-budgets": {name: format_budget(budget) for name, budget in self.node_budgets.items()},
             "api-keys": len(self.keys),
@@ -255,6 +259,7 @@ def compose_options(values: OptionValues, store_root: Path, store_name: str, key
         max_queue=values.max_queue,
         max_batch_tokens=values.max_batch_tokens,
         kv_budget_bytes=values.kv_budget,
+        eviction=values.eviction,
         expert_budgets=one_memory(values.expert_budget, values.host_budget),
         node_budgets=values.node_budgets,
         keys=keys,
@@ -264,6 +269,14 @@ def compose_options(values: OptionValues, store_root: Path, store_name: str, key
         routing=RoutingRules(values.policy, values.effort, values.allow_policy, values.allow_effort),
         snarc=values.snarc,
     )
+
+
+def parse_eviction(word: str) -> Eviction:
+    """Raises OptionInvalid."""
+    for eviction in EVICTIONS:
+        if word == eviction:
+            return eviction
+    raise OptionInvalid("--eviction", f"must be lfu, lru or trust, not {word[:MAX_SHOWN_CHARS]!r}")
 
 
 def one_memory(

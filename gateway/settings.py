@@ -36,6 +36,7 @@ class SamplingDefaults:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -106,15 +107,20 @@ class GatewaySettings:
 
 
 def read_sampling_defaults(generation: Mapping[str, object]) -> SamplingDefaults:
-    """The checkpoint's recommended sampling. `do_sample: false` is a default of training scripts rather than
-    advice to chat greedily, so it leaves OpenAI's values in place."""
+    """The checkpoint's recommended sampling. Raises ModelFileInvalid.
+
+    `do_sample: false` is a default of training scripts rather than advice to chat greedily, so it leaves OpenAI's
+    values in place, but for the repetition penalty, which greedy texts have too.
+    """
+    repetition_penalty = _number(generation, "repetition_penalty", 1.0, 0.01, 100.0)
     if generation.get("do_sample") is False:
-        return SamplingDefaults()
+        return SamplingDefaults(repetition_penalty=repetition_penalty)
     return SamplingDefaults(
         temperature=_number(generation, "temperature", 1.0, 0.0, 2.0),
         top_k=int(_number(generation, "top_k", 0, 0, 2**31)),
         top_p=_number(generation, "top_p", 1.0, 0.0, 1.0),
         min_p=_number(generation, "min_p", 0.0, 0.0, 1.0),
+        repetition_penalty=repetition_penalty,
     )
 
 

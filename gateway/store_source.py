@@ -1,20 +1,30 @@
 """From what a user types as STORE to a store folder: a store, a checkpoint folder, a bundled model's name, or a hub id.
 
 A checkpoint is indexed in place; the index lies in the user's cache folder and is made anew when a file of the
-checkpoint changes. Called by the commands.
+checkpoint changes, or when the index is damaged or another version's. Called by the commands.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from extraction.errors import DestinationOccupied, PathRefused
+from experts.hash_log import LOG_NAME
+from extraction.errors import DestinationOccupied, ExtractionError, ManifestInvalid, PathRefused
 from extraction.extract import extract
 from extraction.hub import HubId, parse_hub_id
-from extraction.manifest import FORMAT_VERSION, MANIFEST_NAME, read_manifest
+from extraction.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    check_files,
+    read_expert_index,
+    read_manifest,
+)
 from gateway.errors import StoreNotFound, StorePartial
 
 CACHE_VARIABLE = "SAGE_MOE_CACHE"
@@ -53,23 +63,29 @@ def model_name(source: str) -> str:
 def resolve_runnable(source: str, *, announce: Callable[[str], None]) -> Path:
     """A whole store's folder, also from a hub id: its checkpoint is downloaded, and indexed where it then lies.
 
-    announce is called before a download. Raises StorePartial, StoreNotFound, or what downloading and indexing raise.
+    announce is called before a download, and as in `resolve_store`.
+    Raises StorePartial, StoreNotFound, or what downloading and indexing raise.
     """
     hub_id = hub_id_of(source)
     if hub_id is not None:
         from extraction.hub_extract import hub_snapshot
 
         source = str(hub_snapshot(hub_id, announce=announce))
-    root = resolve_store(source)
+    root = resolve_store(source, announce=announce)
     left_out = read_manifest(root).left_out
     if left_out is not None:
         parts = [*left_out.components, *(f"{len(n)} layers of {name}" for name, n in left_out.layers.items())]
+        if left_out.groups is not None:
+            parts.append(f"the experts of {left_out.groups.total - len(left_out.groups.kept)} groups")
         raise StorePartial(str(root), ", ".join(parts))
     return root
 
 
-def resolve_store(source: str, *, cache_dir: Path | None = None) -> Path:
-    """A store's folder. Raises StoreNotFound, or what indexing a checkpoint raises."""
+def resolve_store(source: str, *, announce: Callable[[str], None], cache_dir: Path | None = None) -> Path:
+    """A store's folder. Raises StoreNotFound, or what indexing a checkpoint raises.
+
+    announce: called when an index of ours cannot be used and is made anew. A store that the user named stays as it is.
+    """
     path = resolve_checkpoint(source)
     if os.path.lexists(path / MANIFEST_NAME):
         return path
@@ -78,14 +94,49 @@ def resolve_store(source: str, *, cache_dir: Path | None = None) -> Path:
     checkpoint = path.resolve()
     name = f"{checkpoint.name[:MAX_NAME_CHARS]}-{_fingerprint(checkpoint)}"
     root = (cache_dir or _cache_dir()) / "indexes" / name
-    if not os.path.isfile(root / MANIFEST_NAME):
+    if os.path.lexists(root):
         try:
-            extract(checkpoint, root, index_only=True)
-        except DestinationOccupied:
-            # Another process has just made the same index.
-            if not os.path.isfile(root / MANIFEST_NAME):
-                raise
+            _check_index(root, checkpoint)
+        except ExtractionError as error:
+            announce(f"the index of {checkpoint} is made anew; that in {root} cannot be used: {error}")
+            _replace_index(checkpoint, root)
+    else:
+        _index(checkpoint, root)
     return root
+
+
+def _index(checkpoint: Path, root: Path) -> None:
+    try:
+        extract(checkpoint, root, index_only=True)
+    except DestinationOccupied:
+        # Another process has just made the same index.
+        if not os.path.isfile(root / MANIFEST_NAME):
+            raise
+
+
+def _check_index(root: Path, checkpoint: Path) -> None:
+    """Raises an ExtractionError when the index cannot be read or is none of this checkpoint."""
+    manifest = read_manifest(root)
+    if manifest.source_root != str(checkpoint) or manifest.left_out is not None:
+        raise ManifestInvalid(MANIFEST_NAME, f"describes something else than all of {checkpoint}")
+    check_files(root, manifest)
+    read_expert_index(root, manifest)
+
+
+def _replace_index(checkpoint: Path, root: Path) -> None:
+    """What is known of the checkpoint's bytes since their first load is kept."""
+    try:
+        aside = Path(tempfile.mkdtemp(dir=root.parent, prefix=f".{root.name}.", suffix=".unusable"))
+        try:
+            with suppress(FileNotFoundError):  # Another process does the same.
+                os.rename(root, aside / "index")
+            _index(checkpoint, root)
+            with suppress(OSError):
+                os.link(aside / "index" / LOG_NAME, root / LOG_NAME, follow_symlinks=False)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    except OSError as error:
+        raise PathRefused(str(root), error.strerror or "cannot be replaced") from error
 
 
 def _cache_dir() -> Path:

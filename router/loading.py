@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from experts.directory import ExpertDirectory, LocalDirectory
+from experts.eviction import DEFAULT_EVICTION, Eviction
 from experts.numerics import RowKernel, num_cores, useful_threads
 from experts.store import ExpertStore
 from experts.worker import DTYPES, ExpertWorker
@@ -41,6 +42,8 @@ class EngineOptions:
     kv_budget_bytes: int = DEFAULT_KV_BUDGET_BYTES
     expert_budget_bytes: int | None = None
     """Resident bytes of experts in this process; None means no bound."""
+    eviction: Eviction = DEFAULT_EVICTION
+    """Which expert goes first when room is needed."""
     limits: BatchLimits = field(default_factory=BatchLimits)
     num_threads: int | None = None
     """Torch threads of the process; None means what suits machine and model."""
@@ -65,6 +68,7 @@ class LoadedEngine:
 
     def close(self) -> None:
         self.directory.close()
+        self.worker.close()
         self.store.close()
 
 
@@ -102,6 +106,7 @@ def load_engine(
         dtype,
         widths={component.name: config.hidden_size},
         budget_bytes=options.expert_budget_bytes,
+        eviction=options.eviction,
     )
     directory = connect(worker)
     backbone = Backbone(store, component.name, config, kernel, directory, dtype)

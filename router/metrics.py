@@ -59,6 +59,11 @@ class _Collector:
         yield _counter("failovers", "Calls to lost actors, computed elsewhere.", way.failovers)
         labels = ["actor", "node", "tier"]
         resident = GaugeMetricFamily(PREFIX + "resident_bytes", "Expert bytes held.", labels=labels)
+        rates = GaugeMetricFamily(
+            PREFIX + "expert_hit_ratio",
+            "Share of expert uses that are hits with the eviction in use, and would be with others.",
+            labels=["actor", "node", "eviction"],
+        )
         budget = GaugeMetricFamily(
             PREFIX + "budget_bytes", "Expert bytes that may be held; absent without bound.", labels=labels
         )
@@ -73,28 +78,31 @@ class _Collector:
         for actor in [local_actor(self._service), *self._actors]:
             name, node = str(actor["name"]), str(actor.get("node", ""))
             resident.add_metric([name, node, "resident"], actor.get("resident_bytes", 0))
+            for eviction, rate in actor.get("hit_rates", {}).items():
+                rates.add_metric([name, node, eviction], rate)
             if actor.get("budget_bytes") is not None:
                 budget.add_metric([name, node, "resident"], actor["budget_bytes"])
             for key, family in counters.items():
                 family.add_metric([name, node], actor.get(key, 0))
         yield resident
-        if budget.samples:
-            yield budget
+        yield from (gauge for gauge in (budget, rates) if gauge.samples)
         yield from counters.values()
 
 
 def local_actor(service: RouterService) -> dict[str, Any]:
     """The router's own experts, in the form of an expert actor's status."""
     worker = service.loaded.worker
+    stats = worker.stats
     return {
         "name": "router",
         "budget_bytes": worker.budget_bytes,
         "resident_bytes": worker.resident_bytes,
         "resident_experts": worker.num_resident,
-        "experts_used": len(worker.stats.experts_used),
-        "hits": worker.stats.hits,
-        "misses": worker.stats.misses,
-        "bytes_read": worker.stats.bytes_read,
+        "experts_used": len(stats.experts_used),
+        "hits": stats.hits,
+        "misses": stats.misses,
+        "hit_rates": stats.hit_rates,
+        "bytes_read": stats.bytes_read,
     }
 
 

@@ -8,55 +8,34 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from cluster.placement import split_experts
-from experts.numerics import calibrate
 from experts.remote_directory import RemoteDirectory, Roster
 from experts.store import ExpertStore
-from experts.transport import Endpoint, ExpertServer, ServiceInfo
-from experts.worker import DTYPES, ExpertWorker
 from gateway.chat_template import ChatTemplate
 from gateway.generate import generate
 from gateway.http_app import build_app
 from gateway.settings import GatewaySettings
 from gateway.tokenizer import TextTokenizer
-from router.loading import EngineOptions, load_engine, stored_dtype
+from router.loading import EngineOptions, load_engine
 from router.service import RouterService
+from tests.expert_servers import SECRET, expert_servers
 from tests.one_process import OneProcessClient
 
 MODEL = "stories"
 PROMPT = "There was once a miller who"
-SECRET = b"a secret for tests, 32 bytes long"
 README = Path(__file__).parent.parent / "README.md"
 
 
 @pytest.fixture
 def roster(stories_store: Path) -> Iterator[Roster]:
     """Two expert groups, each behind a socket as in an actor."""
-    with ExitStack() as stack:
-        store = ExpertStore.open(stories_store)
-        stack.callback(store.close)
-        config = store.component("model").config
-        width, expert_width = config["hidden_size"], config["moe_intermediate_size"]
-        dtype = DTYPES[stored_dtype(store)]
-        kernel = calibrate([(2 * expert_width, width), (width, expert_width)], dtype)
-        endpoints, owner = {}, {}
-        for number, group in enumerate(split_experts(store.expert_keys(), 2)):
-            name = f"experts-{number}"
-            worker = ExpertWorker(store, kernel, dtype, widths={"model": width}, group=group)
-            info = ServiceInfo(width, dtype, worker.numerics_class, ("model",))
-            server = ExpertServer(worker.compute, info, secret=SECRET, incarnation=1)
-            server.start()
-            stack.callback(server.stop)
-            endpoints[name] = Endpoint(name, "127.0.0.1", server.port, 1)
-            owner |= dict.fromkeys(group, name)
-        yield Roster(1, endpoints, owner)
+    with expert_servers(stories_store, 2) as listed:
+        yield listed
 
 
 async def _ask(store_root: Path, roster: Roster, body: dict[str, Any]) -> tuple[httpx.Response, int]:

@@ -23,6 +23,8 @@ from experts.handshake import ACTOR, ROUTER, ServiceInfo, encode_info, prove
 from experts.transport import Compute, Endpoint, ExpertConnection, ExpertServer
 
 SECRET = b"0123456789abcdef-the-cluster"
+SLACK_S = 1.0
+"""How late a busy machine may notice that a clock has run out."""
 WIDTH, INCARNATION, MAX_ROWS = 8, 7, 16
 INFO = ServiceInfo(WIDTH, torch.float32, "a/class", ("model", "talker"))
 AGREED = Agreement(INCARNATION, WIDTH, torch.float32, INFO.components, MAX_ROWS)
@@ -276,3 +278,11 @@ def _num_sockets() -> int:
         with suppress(OSError):  # the listing's own is gone
             count += os.readlink(f"/proc/self/fd/{descriptor}").startswith("socket:")
     return count
+
+
+def assert_one_line(lines: list[str], text: str) -> None:
+    """Exactly one line is logged, and soon."""
+    assert eventually(lambda: len(lines) >= 1)
+    time.sleep(0.02)
+    assert len(lines) == 1, lines
+    assert text in lines[0]

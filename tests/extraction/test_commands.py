@@ -185,12 +185,12 @@ def test_user_without_a_home_is_told_how_to_name_a_cache(
     monkeypatch.delenv("SAGE_MOE_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     with pytest.raises(PathRefused, match="set SAGE_MOE_CACHE"):
-        resolve_store(str(tiny_checkpoint))
+        resolve_store(str(tiny_checkpoint), announce=print)
 
 
 def test_checkpoint_with_the_longest_name_gets_an_index(tiny_checkpoint: Path, tmp_path: Path) -> None:
     checkpoint = shutil.copytree(tiny_checkpoint, tmp_path / ("ü" * 127))
-    root = resolve_store(str(checkpoint), cache_dir=tmp_path / "cache")
+    root = resolve_store(str(checkpoint), announce=print, cache_dir=tmp_path / "cache")
     assert len(ExpertStore.open(root).expert_keys()) == 16
 
 

@@ -8,13 +8,25 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from cluster.placement import split_experts
+from experts.errors import StoreDamaged
 from experts.store import ExpertStore
 from extraction.errors import OptionRefused
 from extraction.extract import extract
-from extraction.manifest import ExpertKey, LeftOut, read_manifest
+from extraction.manifest import (
+    INDEX_NAME,
+    ExpertKey,
+    GroupShare,
+    LeftOut,
+    read_expert_index,
+    read_manifest,
+    write_expert_index,
+    write_manifest,
+)
 from extraction.plan import ExtractionPlan, PlannedComponent, SourceTensor, plan_extraction
 from extraction.safetensors_file import TensorHeader
-from extraction.selection import Selection, parse_layers, select, without
+from extraction.selection import Selection, parse_groups, parse_layers, select, without
+from extraction.verify import verify
 from gateway.cli import app
 from gateway.errors import StorePartial
 from gateway.store_source import resolve_runnable
@@ -135,7 +147,7 @@ def test_partial_store_is_shown_and_refused(tiny_checkpoint: Path, tmp_path: Pat
     shown = run.invoke(app, ["inspect", str(root)])
     assert "PARTIAL, cannot be served; left out: layers 1-2 of model" in shown.stdout
     facts = json.loads(run.invoke(app, ["inspect", str(root), "--json"]).stdout)
-    assert facts["left_out"] == {"components": [], "layers": {"model": [1, 2]}}
+    assert facts["left_out"] == {"components": [], "layers": {"model": [1, 2]}, "groups": None}
     for command in (["serve", str(root)], ["generate", str(root), "--prompt", "x"]):
         refused = run.invoke(app, command)
         assert isinstance(refused.exception, StorePartial)
@@ -148,3 +160,71 @@ def test_partial_store_is_shown_and_refused(tiny_checkpoint: Path, tmp_path: Pat
 def test_index_is_not_converted(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionRefused, match="--dtype"):
         extract(tiny_checkpoint, tmp_path / "store", index_only=True, dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [
+        ("1/4", GroupShare(total=4, kept=(1,))),
+        ("0-1/8", GroupShare(total=8, kept=(0, 1))),
+        ("3,0/4", GroupShare(total=4, kept=(0, 3))),
+        ("0/1", None),
+        ("0-3/4", None),
+    ],
+)
+def test_groups_are_read(text: str, share: GroupShare | None) -> None:
+    assert parse_groups(text) == share
+
+
+@pytest.mark.parametrize(
+    "text", ["", "1", "1/", "/4", "4/4", "1/0", "2-1/4", "1/4/2", "-1/4", "1/5000", "a/4"]
+)
+def test_groups_that_cannot_be_are_refused(text: str) -> None:
+    with pytest.raises(OptionRefused, match="--groups"):
+        parse_groups(text)
+
+
+def test_groups_are_what_actors_hold_and_together_the_whole(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    plan = plan_extraction(tiny_checkpoint)
+    expected = split_experts(tuple(plan.experts), 3)
+    for number in range(3):
+        share = GroupShare(total=3, kept=(number,))
+        report = extract(tiny_checkpoint, tmp_path / f"{number}", selection=Selection(groups=share))
+        assert report.left_out == LeftOut(components=(), layers={}, groups=share)
+        store = ExpertStore.open(tmp_path / f"{number}")
+        assert store.expert_keys() == expected[number]
+        for key in store.expert_keys():
+            store.read_expert(key)
+        assert len(store.component("model").tensors) == plan.num_backbone_tensors
+        store.close()
+        assert verify(tmp_path / f"{number}", tiny_checkpoint).num_experts == len(expected[number])
+
+
+def test_share_of_the_experts_is_complete_or_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    selection = Selection(frozenset({0, 1}), groups=GroupShare(total=4, kept=(1, 2)))
+    extract(tiny_checkpoint, tmp_path / "store", selection=selection)
+    manifest = read_manifest(tmp_path / "store")
+    index = read_expert_index(tmp_path / "store", manifest)
+    assert [key.expert for key in index] == [1, 2, 5, 6]
+    del index[ExpertKey("model", 0, 5)]
+    entry = write_expert_index(tmp_path / "store", index.values())
+    files = {**manifest.files, INDEX_NAME: entry}
+    write_manifest(tmp_path / "store", manifest.model_copy(update={"files": files}))
+    with pytest.raises(StoreDamaged, match="lacks experts in layer 0"):
+        ExpertStore.open(tmp_path / "store")
+
+
+def test_share_of_the_experts_is_shown_and_not_run(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    run, root = CliRunner(), tmp_path / "store"
+    done = run.invoke(app, ["extract", str(tiny_checkpoint), str(root), "--groups", "0,2/5"])
+    assert done.exit_code == 0 and "partial, as asked for" in done.stdout, done.output
+    shown = run.invoke(app, ["inspect", str(root)])
+    assert "left out: all experts but those of groups 0,2 of 5" in shown.stdout
+    with pytest.raises(StorePartial, match="the experts of 3 groups"):
+        resolve_runnable(str(root), announce=print)
+    with pytest.raises(OptionRefused, match="fewer experts than 4000 groups"):
+        extract(
+            tiny_checkpoint,
+            tmp_path / "none",
+            selection=Selection(groups=GroupShare(total=4000, kept=(3999,))),
+        )

@@ -81,6 +81,14 @@ def test_every_load_is_counted_from_a_cold_cache(tiny_store: Path) -> None:
     assert as_json(tight)["budget_bytes"] == record_bytes
 
 
+def test_eviction_changes_misses_and_no_score(tiny_store: Path) -> None:
+    half = replace(OPTIONS, batch_tokens=1, budgets=(BudgetRequest(num_bytes=6 * 3 * 64 * 24 * 4),))
+    lfu, lru = (_evaluate(tiny_store, replace(half, eviction=name)) for name in ("lfu", "lru"))
+    assert [s.windows for s in lfu.texts] == [s.windows for s in lru.texts]
+    assert (as_json(lfu)["eviction"], as_json(lru)["eviction"]) == ("lfu", "lru")
+    assert as_json(lfu)["misses"] != as_json(lru)["misses"]
+
+
 def test_report_has_totals_and_every_text(tiny_store: Path) -> None:
     evaluation = _evaluate(tiny_store)
     report = as_json(evaluation)

@@ -202,15 +202,17 @@ def test_merged_events_use_no_token_after_the_stop_string() -> None:
 def test_sampling_values_reach_the_router() -> None:
     async def run() -> None:
         router = FakeRouter(script(IDS))
-        defaults = SamplingDefaults(temperature=0.8, top_k=40, top_p=0.95)
+        defaults = SamplingDefaults(0.8, 40, 0.95, min_p=0.05, repetition_penalty=1.05)
         app = app_over(router, default_sampling=defaults)
         values = {"temperature": 0.5, "top_p": 0.25, "top_k": 7, "min_p": 0.125, "seed": -1, "max_tokens": 9}
+        values["repetition_penalty"] = 1
         for body in ({**COMPLETION, **values}, COMPLETION, COMPLETION, {**COMPLETION, "temperature": 1e-320}):
             assert (await _post(app, body)).status_code == 200
         chosen, default, other, tiny = [request.sampling for request in router.requests]
         assert (chosen.temperature, chosen.top_p, chosen.top_k, chosen.min_p) == (0.5, 0.25, 7, 0.125)
         assert (chosen.seed, chosen.max_tokens) == (2**64 - 1, 9)
         assert (default.temperature, default.top_k, default.top_p, default.max_tokens) == (0.8, 40, 0.95, 16)
+        assert (default.min_p, default.repetition_penalty, chosen.repetition_penalty) == (0.05, 1.05, 1.0)
         assert default.stop_token_ids == (0,)
         assert default.seed != other.seed
         assert tiny.temperature == 0.0

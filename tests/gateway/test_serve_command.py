@@ -79,6 +79,7 @@ def test_dry_run_shows_what_would_be_started_and_no_key(
         (("--host", "0.0.0.0"), "which needs an API key; give --api-key-file FILE, or bind to 127.0.0.1"),
         (("--max-model-len", "4096"), "max-model-len (4096) is above the model's context of 2048"),
         (("--kv-budget", "1"), "--kv-budget must be a size such as 512MiB or 2GiB, not '1'"),
+        (("--eviction", "LRU"), "--eviction must be lfu, lru or trust, not 'LRU'"),
         (("--config", "/no/such.yaml"), "/no/such.yaml cannot be read: No such file or directory"),
         (("--expert-budget", "half", "--dry-run"), "--expert-budget must be a size such as 2GiB"),
         (("--api-key", "two words", "--dry-run"), "--api-key holds a key that is not"),

@@ -1,4 +1,4 @@
-"""Which tokens end an answer, by what a checkpoint says."""
+"""Which tokens end an answer, and how it is sampled, by what a checkpoint says."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from gateway.errors import ModelFileInvalid
-from gateway.settings import read_eos_token_ids
+from gateway.settings import SamplingDefaults, read_eos_token_ids, read_sampling_defaults
 
 
 @dataclass(frozen=True)
@@ -38,3 +38,33 @@ def test_the_most_specific_configuration_says_what_ends_an_answer(facts: Facts, 
 def test_id_outside_the_vocabulary_is_refused(value: object) -> None:
     with pytest.raises(ModelFileInvalid, match="eos_token_id"):
         read_eos_token_ids(Facts({"im_end_token_id": value}), 10)
+
+
+RECOMMENDED = {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "min_p": 0.1, "repetition_penalty": 1.05}
+
+
+def test_recommended_sampling_is_the_default_and_what_is_missing_openai_s() -> None:
+    assert read_sampling_defaults(RECOMMENDED) == SamplingDefaults(0.7, 20, 0.8, 0.1, 1.05)
+    assert read_sampling_defaults({"do_sample": True, **RECOMMENDED}) == SamplingDefaults(
+        0.7, 20, 0.8, 0.1, 1.05
+    )
+    assert read_sampling_defaults({"repetition_penalty": None}) == SamplingDefaults(1.0, 0, 1.0, 0.0, 1.0)
+
+
+def test_greedy_recommendation_leaves_only_its_repetition_penalty() -> None:
+    greedy = {"do_sample": False, **RECOMMENDED}
+    assert read_sampling_defaults(greedy) == SamplingDefaults(repetition_penalty=1.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("repetition_penalty", value) for value in (0, -1.0, 101, "1.1", True, float("nan"))),
+        ("min_p", 1.5),
+        ("top_p", -0.1),
+        ("temperature", 3),
+    ],
+)
+def test_value_that_no_request_could_have_is_refused(name: str, value: object) -> None:
+    with pytest.raises(ModelFileInvalid, match=name):
+        read_sampling_defaults({name: value})

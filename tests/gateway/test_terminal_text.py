@@ -41,6 +41,7 @@ def test_any_text_is_safe_and_the_same_in_pieces(text: str, at: int) -> None:
 def test_status_of_a_hostile_service_cannot_steer_the_terminal() -> None:
     evil = "\x1b[2J[red]x[/red]"
     actor = {"name": evil, "pid": 1, "node": evil, "group": 2, "state": evil}
+    actor |= {"hit_rates": {"trust": 0.834, "lfu": 0.8, evil: 0.731}}
     router = {"pid": 1, "numerics_class": evil, "experts": {"resident_bytes": 1}, "backbone_bytes": 1}
     status = {
         "model": evil,
@@ -49,8 +50,9 @@ def test_status_of_a_hostile_service_cannot_steer_the_terminal() -> None:
         "nodes": [{"node": evil, "address": evil, "state": evil, "cpus": 1.0, "gpus": 0.0}],
         "requests": {"running": 0, "waiting": 0},
     }
-    console = Console(width=200, force_terminal=True, color_system=None, highlight=False)
+    console = Console(width=250, force_terminal=True, color_system=None, highlight=False)
     with console.capture() as capture:
         console.print(render_status(status))
     assert "\x1b[2J" not in capture.get()
-    assert capture.get().count("\\x1b[2J[red]x[/red]") == 8
+    assert capture.get().count("\\x1b[2J[red]x[/red]") == 9
+    assert "trust 83%, lfu 80%, " in capture.get()

@@ -16,12 +16,10 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.placement import split_experts
-from experts.numerics import calibrate
 from experts.remote_directory import RemoteDirectory, Roster
 from experts.store import ExpertStore
-from experts.transport import Endpoint, ExpertServer, ServiceInfo, TransportLimits
-from experts.worker import DTYPES, ExpertWorker
+from experts.transport import TransportLimits
+from experts.worker import DTYPES
 from extraction.extract import extract
 from router.batcher import BatchLimits
 from router.kv_cache import blocks_for
@@ -30,8 +28,8 @@ from router.model_config import read_model_config
 from router.request import GenerationRequest, SamplingParams
 from tests.checkpoints import write_tiny
 from tests.engines import Outcome, assert_same_bits, open_engine, run_to_end, small_engine
+from tests.expert_servers import SECRET, expert_servers
 
-SECRET = b"a secret for tests, 32 bytes long"
 PATIENT = TransportLimits(heartbeat_misses=120)
 """A busy machine may keep a heartbeat waiting, and these tests count failovers."""
 SWITCHES: dict[str, dict[str, Any]] = {
@@ -201,22 +199,7 @@ def serve_experts() -> Iterator[Callable[[Path, str, int], Roster]]:
     with ExitStack() as stack:
 
         def start(root: Path, dtype: str, num_actors: int) -> Roster:
-            store = ExpertStore.open(root)
-            stack.callback(store.close)
-            component, config = store.served.name, read_model_config(store.served.config)
-            width, expert_width = config.hidden_size, config.expert_width
-            kernel = calibrate([(2 * expert_width, width), (width, expert_width)], DTYPES[dtype])
-            endpoints, owner = {}, {}
-            for index, group in enumerate(split_experts(store.expert_keys(component), num_actors)):
-                worker = ExpertWorker(store, kernel, DTYPES[dtype], widths={component: width}, group=group)
-                info = ServiceInfo(width, DTYPES[dtype], worker.numerics_class, (component,))
-                server = ExpertServer(worker.compute, info, secret=SECRET, incarnation=index + 1)
-                server.start()
-                stack.callback(server.stop)
-                name = f"experts-{index}"
-                endpoints[name] = Endpoint(name, "127.0.0.1", server.port, index + 1)
-                owner |= dict.fromkeys(group, name)
-            return Roster(1, endpoints, owner)
+            return stack.enter_context(expert_servers(root, num_actors, dtype))
 
         yield start
 

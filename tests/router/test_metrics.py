@@ -25,6 +25,7 @@ ACTOR = {
     "hits": 3,
     "misses": 2,
     "bytes_read": 9,
+    "hit_rates": {"trust": 0.83, "lfu": 0.6},
 }
 
 
@@ -97,6 +98,21 @@ def test_actors_and_the_routers_own_experts_have_one_line_each(families: dict[st
     assert _value(families, "expert_misses", **where) == 2
     assert _value(families, "expert_read_bytes", **where) == 9
     assert _value(families, "expert_misses", actor="router", node="") > 0
+    assert _value(families, "expert_hit_ratio", **where, eviction="trust") == 0.83
+    assert _value(families, "expert_hit_ratio", **where, eviction="lfu") == 0.6
+
+
+def test_evictions_are_compared_where_not_all_experts_fit(tiny_store: Path) -> None:
+    record = 3 * 64 * 24 * 4
+    loaded = open_engine(
+        tiny_store, EngineOptions(dtype="float32", expert_budget_bytes=5 * record, eviction="lru")
+    )
+    run_to_end(small_engine(loaded, 4), [GenerationRequest("r", (1, 2, 3), SamplingParams(max_tokens=9))])
+    stats = loaded.worker.stats
+    loaded.close()
+    assert set(stats.hit_rates) == {"lfu", "lru", "trust"}
+    assert stats.hit_rates["lru"] == stats.hits / (stats.hits + stats.misses)
+    assert 0 < stats.hit_rates["lru"] < 1
 
 
 def test_phases_of_a_step_are_timed(families: dict[str, Metric]) -> None:

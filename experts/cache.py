@@ -1,0 +1,221 @@
+"""The experts that are in memory: which, in what buffers, and how the others get there.
+
+Puts together decisions (`experts.residency`), memory (`experts.buffers`) and reading (`experts.loader`). Large experts
+arrive one by one, so that the caller can compute those that are there meanwhile. Used by `experts.worker`, under its
+lock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Generator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from experts.buffers import BufferPool
+from experts.eviction import DEFAULT_EVICTION, Eviction, make_worth
+from experts.ffn import ExpertWeights, view_expert
+from experts.loader import MIN_PARALLEL_BYTES, ExpertLoader
+from experts.residency import Residency
+from experts.shadow import ShadowCaches
+from experts.store import TORCH_DTYPES, ExpertStore
+from extraction.manifest import ExpertKey
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """What stays in memory, and how the rest is read."""
+
+    budget_bytes: int | None = None
+    """For the experts and the buffers that they are read into; None means no bound."""
+    eviction: Eviction = DEFAULT_EVICTION
+    trust: Callable[[ExpertKey], float] | None = None
+    """An expert's score in [0, 1], for the eviction of that name."""
+    direct: bool | None = None
+    """Whether to pass the page cache by, which would hold a second copy of what is read. None means where the experts
+    exceed the budget and are large."""
+    copies: tuple[Path, ...] = ()
+    """Further folders of the same store, read where it fails."""
+
+
+class ExpertCache:
+    """Resident weights by expert. Not safe for several threads, but `resident` may be asked by any."""
+
+    def __init__(
+        self,
+        store: ExpertStore,
+        dtype: torch.dtype,
+        widths: dict[str, int],
+        keys: Collection[ExpertKey],
+        options: CacheOptions,
+    ) -> None:
+        """keys: all experts that will ever be asked for. widths: model width D of each component."""
+        self.weights: dict[ExpertKey, ExpertWeights] = {}
+        self.hits = self.misses = self.bytes_read = 0
+        self._store, self._dtype, self._widths = store, dtype, widths
+        stored = [store.record(key).nbytes for key in keys]
+        budget = options.budget_bytes
+        is_scarce = budget is not None and sum(stored) > budget
+        is_large = bool(stored) and min(stored) >= MIN_PARALLEL_BYTES
+        self._is_beside = is_large
+        self._loader = ExpertLoader(
+            store,
+            direct=is_scarce and is_large if options.direct is None else options.direct,
+            copies=options.copies,
+        )
+        self._pool = BufferPool(budget, is_aligned=self._loader.direct)
+        self._buffers: dict[ExpertKey, Tensor] = {}
+        self._held = {key: self._held_bytes(key) for key in keys}
+        self._residency = Residency(budget, make_worth(options.eviction, options.trust))
+        self._shadows = None
+        if budget is not None and sum(self._held.values()) > budget:
+            largest = max(self._held.values())
+            self._shadows = ShadowCaches(budget, largest, options.eviction, options.trust)
+
+    @property
+    def budget_bytes(self) -> int | None:
+        return self._residency.budget_bytes
+
+    @property
+    def resident_bytes(self) -> int:
+        """Of experts that are in memory or on their way, with what their buffers hold beside them."""
+        return self._residency.resident_bytes
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Of all buffers, free ones too; never above the budget."""
+        return self._pool.allocated_bytes
+
+    def __len__(self) -> int:
+        return len(self._residency)
+
+    def resident(self, component: str, layer: int) -> frozenset[int]:
+        """Numbers of the experts of one layer that are in memory now."""
+        return self._residency.of_layer(component, layer)
+
+    def hit_rates(self) -> dict[Eviction, float]:
+        """Share of uses that found their expert in memory, by eviction, best first.
+
+        Measured for the eviction in use, and what the others would have had (`experts.shadow`). Empty where the
+        budget holds everything.
+        """
+        return self._shadows.hit_rates(self.hits + self.misses, self.hits) if self._shadows else {}
+
+    def waves(self, keys: Sequence[ExpertKey]) -> list[range]:
+        """See `Residency.waves`."""
+        return self._residency.waves([self._held[key] for key in keys])
+
+    def first_that_fit(self, keys: Sequence[ExpertKey]) -> Sequence[ExpertKey]:
+        """Those from the start that can be in memory without anything going."""
+        held = self.resident_bytes
+        for index, key in enumerate(keys):
+            held += 0 if key in self._residency else self._held[key]
+            if self.budget_bytes is not None and held > self.budget_bytes:
+                return keys[:index]
+        return keys
+
+    def bring(self, wave: Sequence[ExpertKey], now: float) -> Generator[Sequence[ExpertKey]]:
+        """Make a wave's experts resident, as used at step `now`; yields them as they are there, each once.
+
+        All at once where nothing is missing or experts are small; else first those that were there. Close the iterator
+        when it is not run to its end. Raises what reading the store raises; what was loaded by then stays.
+        """
+        sizes = [self._held[key] for key in wave]
+        exchange = self._residency.admit(wave, sizes, now)
+        if self._shadows is not None:
+            self._shadows.use(wave, sizes, now)
+        for key in exchange.evict:
+            self._drop(key)
+        missing = exchange.load
+        self.hits += len(wave) - len(missing)
+        self.misses += len(missing)
+        if missing and self._is_beside and not any(map(self._is_converted, missing)):
+            absent = frozenset(missing)
+            return self._load_beside([key for key in wave if key not in absent], missing)
+        return self._load_here(wave, missing)
+
+    def close(self) -> None:
+        """Ends the loading threads; the store belongs to the caller."""
+        self._loader.close()
+
+    def _load_here(
+        self, wave: Sequence[ExpertKey], missing: Sequence[ExpertKey]
+    ) -> Generator[Sequence[ExpertKey]]:
+        left = list(missing)
+        try:
+            while left:
+                self._load(left[0])
+                left.pop(0)
+        finally:
+            for key in left:
+                self._forget(key)
+        yield wave
+
+    def _load_beside(
+        self, resident: Sequence[ExpertKey], missing: Sequence[ExpertKey]
+    ) -> Generator[Sequence[ExpertKey]]:
+        loads: dict[Future[Tensor], ExpertKey] = {}
+        try:
+            for key in missing:
+                self._buffers[key] = window = self._pool.take(self._held[key])
+                loads[self._loader.start(key, window)] = key
+            yield resident
+            while loads:
+                done = wait(loads, return_when=FIRST_COMPLETED).done
+                yield [self._place(loads, future) for future in sorted(done, key=loads.__getitem__)]
+        finally:
+            self._settle(loads, missing)
+
+    def _place(self, loads: dict[Future[Tensor], ExpertKey], future: Future[Tensor]) -> ExpertKey:
+        raw = future.result()
+        key = loads.pop(future)
+        self._keep(key, raw)
+        return key
+
+    def _settle(self, loads: dict[Future[Tensor], ExpertKey], missing: Sequence[ExpertKey]) -> None:
+        """After an error: wait until no thread writes to a buffer any more, and keep what came."""
+        for future in wait(loads).done:
+            if future.exception() is None:
+                self._keep(loads[future], future.result())
+        for key in missing:
+            if key not in self.weights:
+                self._forget(key)
+
+    @torch.inference_mode()  # a buffer may have been made in it, and is then written in no other
+    def _load(self, key: ExpertKey) -> None:
+        """On this thread. A record that is converted passes through one buffer beside the budget."""
+        buffer = self._pool.take(self._held[key])
+        self._buffers[key] = buffer
+        if not self._is_converted(key):
+            self._keep(key, self._loader.load(key, buffer))
+            return
+        window = BufferPool(None, is_aligned=self._loader.direct).take(self._loader.window_bytes(key))
+        raw = self._loader.load(key, window)
+        buffer.view(self._dtype).copy_(raw.view(TORCH_DTYPES[self._store.record(key).dtype]))
+        self._keep(key, buffer)
+
+    def _keep(self, key: ExpertKey, raw: Tensor) -> None:
+        self.bytes_read += self._store.record(key).nbytes
+        self.weights[key] = view_expert(raw, self._dtype, self._widths[key.component])
+
+    def _forget(self, key: ExpertKey) -> None:
+        self._residency.forget(key)
+        self._drop(key)
+
+    def _drop(self, key: ExpertKey) -> None:
+        self.weights.pop(key, None)
+        buffer = self._buffers.pop(key, None)
+        if buffer is not None:
+            self._pool.give(buffer)
+
+    def _is_converted(self, key: ExpertKey) -> bool:
+        return TORCH_DTYPES[self._store.record(key).dtype] != self._dtype
+
+    def _held_bytes(self, key: ExpertKey) -> int:
+        record = self._store.record(key)
+        if self._is_converted(key):
+            return record.nbytes // TORCH_DTYPES[record.dtype].itemsize * self._dtype.itemsize
+        return self._loader.window_bytes(key)

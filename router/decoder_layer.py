@@ -1,0 +1,142 @@
+"""What one decoder layer computes for the rows of a step: attention, then dense layer or mixture of experts.
+
+Every product goes through the row kernel, so a row's bits do not depend on the batch. Called by `router.backbone` for
+the layers of a model, and by `router.layer_comparison` for one at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from experts.ffn import compute_segments
+from experts.numerics import RowKernel
+from router.attention import ROW_MULTIPLE, attend
+from router.kv_cache import KvPool
+from router.model_config import ModelConfig
+from router.rope import RotaryEmbedding, rotate
+from router.step_batch import AttentionGroup, CacheSlots, StepBatch
+from router.weights import Layer
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What all layers of a step share."""
+
+    batch: StepBatch
+    cos: Tensor
+    sin: Tensor
+    cache: CacheSlots
+
+
+class LayerArithmetic:
+    """One model's way from a layer's input rows to its output rows. Holds no weights."""
+
+    def __init__(self, config: ModelConfig, kernel: RowKernel, dtype: torch.dtype) -> None:
+        self.config, self.kernel, self.dtype = config, kernel, dtype
+        self._rope = RotaryEmbedding(config)
+
+    def prepare(self, batch: StepBatch) -> StepInputs:
+        cos, sin = self._rope.tables(batch.positions_3T, batch.lengths_T)
+        return StepInputs(batch, cos, sin, CacheSlots(batch.spans))
+
+    def attention(
+        self, index: int, layer: Layer, hidden_PD: Tensor, step: StepInputs, pool: KvPool
+    ) -> Tensor:
+        """The first half of a layer, residual included: (P, D) -> (P, D)."""
+        normed_PD = self.norm(hidden_PD, layer.input_norm_D)
+        return hidden_PD + self._output(self._attend(index, layer, normed_PD, step, pool), layer)
+
+    def feed_forward(self, layer: Layer, hidden_PD: Tensor, batch: StepBatch) -> Tensor:
+        """The second half, residual included: (P, D) -> (P, D). Raises ExpertError."""
+        normed_PD = self.norm(hidden_PD, layer.post_norm_D)
+        if layer.moe is not None:
+            routed_TD = layer.moe.forward(normed_PD, batch.num_tokens, batch.routing, batch.trace)
+            return hidden_PD + self.pad(routed_TD.to(self.dtype))
+        assert layer.dense is not None
+        return hidden_PD + compute_segments(normed_PD, [(0, normed_PD.shape[0])], [layer.dense], self.kernel)
+
+    def pad(self, rows_TD: Tensor) -> Tensor:
+        """Repeat the last row up to the row kernel's multiple, so that no product has to."""
+        missing = self.kernel.padded(rows_TD.shape[0]) - rows_TD.shape[0]
+        return torch.cat((rows_TD, rows_TD[-1:].expand(missing, -1))) if missing else rows_TD
+
+    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """RMSNorm over the last dimension, in float32; the weight is applied in the model's dtype."""
+        wide = x.float()
+        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.config.rms_norm_eps)
+        return (wide * scale).to(self.dtype) * weight
+
+    def _attend(
+        self,
+        index: int,
+        layer: Layer,
+        normed_PD: Tensor,
+        step: StepInputs,
+        pool: KvPool,
+    ) -> Tensor:
+        """Returns (T, heads * head_dim) in the model's dtype."""
+        config, cache = self.config, step.cache
+        num_tokens = len(cache.blocks_T)
+        q, k, v = self._queries_keys_values(layer, normed_PD, num_tokens)
+        q = rotate(q.float(), step.cos, step.sin).mul_(config.head_dim**-0.5)
+        k = rotate(k.float(), step.cos, step.sin).to(self.dtype)
+        pool.write(index, cache.blocks_T, cache.offsets_T, k, v)
+        attended = torch.empty_like(q)
+        for group in cache.groups:
+            keys, values = pool.gather(index, group.tables_SN)
+            attended[group.rows] = _attend_group(
+                q[group.rows], keys, values, group, config, config.window(index)
+            )
+        return attended.to(self.dtype).flatten(1)
+
+    def _queries_keys_values(
+        self, layer: Layer, normed_PD: Tensor, num_tokens: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the first `num_tokens` rows, before rotation: (T, heads, head_dim) each, in the model's dtype."""
+        config = self.config
+        qkv_TO = self.kernel.linear(normed_PD, layer.qkv_OD)[:num_tokens]
+        if layer.qkv_bias_O is not None:
+            qkv_TO = qkv_TO + layer.qkv_bias_O
+        qkv = qkv_TO.view(num_tokens, -1, config.head_dim)
+        q, k, v = torch.split(qkv, [config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            if config.qk_norm == "whole_width":
+                q = self.norm(q.flatten(1), layer.q_norm).view(q.shape)
+                k = self.norm(k.flatten(1), layer.k_norm).view(k.shape)
+            else:
+                q, k = self.norm(q, layer.q_norm), self.norm(k, layer.k_norm)
+        if config.clip_qkv is not None:
+            q, k, v = (part.clamp(-config.clip_qkv, config.clip_qkv) for part in (q, k, v))
+        return q, k, v
+
+    def _output(self, attended_TO: Tensor, layer: Layer) -> Tensor:
+        """The attention's output projection of padded rows, (P, D)."""
+        output_PD = self.kernel.linear(self.pad(attended_TO), layer.output_DO)
+        return output_PD if layer.output_bias_D is None else output_PD + layer.output_bias_D
+
+
+def _attend_group(
+    q_RHd: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    group: AttentionGroup,
+    config: ModelConfig,
+    window: int | None,
+) -> Tensor:
+    """Bring query rows into (sequence x kv head, rows) form, attend, and back. Returns (R, heads, head_dim)."""
+    num_sequences, count = group.limits_SC.shape
+    per_kv = config.num_heads // config.num_kv_heads
+    q = q_RHd.view(num_sequences, count, config.num_kv_heads, per_kv, config.head_dim)
+    q_BMd = q.transpose(1, 2).reshape(num_sequences * config.num_kv_heads, count * per_kv, config.head_dim)
+    limits = group.limits_SC.repeat_interleave(per_kv, dim=1).repeat_interleave(config.num_kv_heads, dim=0)
+    num_rows = q_BMd.shape[1]
+    missing = -num_rows % ROW_MULTIPLE
+    if missing:
+        q_BMd = torch.cat((q_BMd, q_BMd.new_zeros(q_BMd.shape[0], missing, config.head_dim)), dim=1)
+        limits = torch.cat((limits, limits[:, -1:].expand(-1, missing)), dim=1)
+    out = attend(q_BMd, keys, values, limits, window)[:, :num_rows]
+    out = out.reshape(num_sequences, config.num_kv_heads, count, per_kv, config.head_dim).transpose(1, 2)
+    return out.reshape(num_sequences * count, config.num_heads, config.head_dim)
