@@ -197,7 +197,7 @@ def draw_frontiers(job: Job, results: dict[str, Any]) -> None:
     ):
         series = {
             f"native, {eviction}": [
-                FrontierPoint(rate, text["perplexity"], f"{share:.3g}", text["perplexity_95"])
+                FrontierPoint(rate, text["perplexity"], f"{share:.3g}")
                 for share, rate in zip(curves["shares"], rates, strict=True)
                 if share in FRONTIER_SHARES
             ]

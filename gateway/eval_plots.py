@@ -147,7 +147,16 @@ def draw_frontier(axes: Axes, series: Mapping[str, Sequence[FrontierPoint]], tit
                 axes.vlines(point.miss_rate, *point.interval, color=colour, alpha=0.4)
             if point.label:
                 place = (point.miss_rate, point.perplexity)
-                axes.annotate(point.label, place, (4, 5), textcoords="offset points", fontsize="x-small")
+                offset = (0, 6 + 9 * number)  # level lines would write over each other
+                axes.annotate(
+                    point.label,
+                    place,
+                    offset,
+                    textcoords="offset points",
+                    fontsize="x-small",
+                    color=colour,
+                    ha="center",
+                )
     axes.set_title(title, fontsize="medium")
     axes.set_xlabel("missed share of expert uses")
     axes.set_ylabel("perplexity")
