@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Optional
@@ -14,9 +11,8 @@ import typer
 
 from gateway.budget_options import ExpertBudgetOption, read_budgets
 from gateway.errors import BatchOutputRefused
+from gateway.progress import shown_progress
 
-LINE_INTERVAL_S = 5.0
-"""Between two lines of progress where stderr is no terminal."""
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it for the command of a submitted job, whose current folder is a copy that goes away."""
 ADDRESS_VARIABLE = "RAY_ADDRESS"
@@ -72,7 +68,7 @@ def batch(
     budgets = read_budgets(expert_budget, None, lambda line: typer.echo(line, err=True))
     options = BatchOptions(root, name, input, output, dtype, defaults, budgets)
     try:
-        with interruptible(), _progress() as show:
+        with interruptible(), shown_progress("rows") as show:
             report = run_batch(options, partial(compute_with_ray, ray_address), show)
     except KeyboardInterrupt:
         typer.echo(f"stopped; the same command goes on with what {output} has", err=True)
@@ -83,53 +79,3 @@ def batch(
         f"{output}: {report.rows} rows in {report.num_parts} parts, {report.errors} with an error; "
         f"{report.prompt_tokens} prompt and {report.completion_tokens} completion tokens"
     )
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar with rate and remaining time on a terminal, else a line now and then; both on stderr."""
-    from rich import progress
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield ProgressLines(time.monotonic, lambda line: typer.echo(line, err=True)).show
-        return
-    columns = (
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TextColumn("rows"),
-        progress.TimeElapsedColumn(),
-        progress.TimeRemainingColumn(),
-    )
-    with progress.Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-class ProgressLines:
-    """Plain lines: the first and the last report, and others LINE_INTERVAL_S apart."""
-
-    def __init__(self, clock: Callable[[], float], write: Callable[[str], None]) -> None:
-        self._clock, self._write = clock, write
-        self._started_at: float | None = None
-        self._shown_at = 0.0
-        self._first_done = 0
-
-    def show(self, done: int, total: int) -> None:
-        """done: rows that have ended, those of earlier runs included."""
-        now = self._clock()
-        if self._started_at is None:
-            self._started_at, self._first_done = now, done
-        elif done < total and now - self._shown_at < LINE_INTERVAL_S:
-            return
-        self._shown_at = now
-        self._write(f"{done} of {total} rows{self._rate(done, total, now - self._started_at)}")
-
-    def _rate(self, done: int, total: int, elapsed_s: float) -> str:
-        new = done - self._first_done
-        if new <= 0 or elapsed_s <= 0.0:
-            return ""
-        rate = new / elapsed_s
-        left = f", about {(total - done) / rate / 60:.1f} min left" if done < total else ""
-        return f", {rate:.1f} rows/s{left}"

@@ -19,9 +19,11 @@ from gateway.budget_options import ExpertBudgetOption, HostBudgetOption, print_p
 from gateway.chat_command import chat
 from gateway.compare_command import compare
 from gateway.errors import GatewayError
+from gateway.eval_command import evaluate
 from gateway.extract_command import extract
 from gateway.serve_command import serve
 from gateway.store_command import store as store_app
+from gateway.study_options import MaskOption, ReplayOption, TraceOption
 from router.errors import RouterError
 
 app = typer.Typer(
@@ -125,9 +127,14 @@ def generate(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling noise.")] = 0,
     dtype: DtypeOption = None,
+    trace: TraceOption = None,
+    mask_experts: MaskOption = None,
+    replay_routing: ReplayOption = None,
     eviction: Annotated[
         str, typer.Option(metavar="NAME", help="Which expert goes first: lfu, lru or trust.")
     ] = "lfu",
+    expert_budget: ExpertBudgetOption = None,
+    host_budget: HostBudgetOption = None,
     policy: Annotated[str, typer.Option(help="Routing: native or snarc.")] = "native",
     effort: Annotated[str, typer.Option(help="Experts per token: wake, focus, crisis or auto.")] = "focus",
     snarc: Annotated[
@@ -137,8 +144,6 @@ def generate(
     explain: Annotated[
         bool, typer.Option("--explain", help="With --json: why every token got its experts.")
     ] = False,
-    expert_budget: ExpertBudgetOption = None,
-    host_budget: HostBudgetOption = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print the text as it is generated.")] = False,
     trust: Annotated[
         bool, typer.Option("--trust/--no-trust", help="Learn which experts to trust. [--no-trust]")
@@ -161,28 +166,32 @@ def generate(
     from gateway.service_options import parse_eviction
     from gateway.state_folder import resolve_state_folder
     from gateway.store_source import resolve_runnable
+    from gateway.study import Study
     from router.loading import EngineOptions
     from router.scoring import DEFAULT_PRESET, read_weights
     from router.trust_session import TrustOptions
 
+    study = Study(trace, mask_experts, replay_routing)
     routing = read_choice(policy, effort, is_explained=explain)
     weights = read_weights(snarc or DEFAULT_PRESET)
+    learning = TrustOptions(str(resolve_state_folder(state_dir))) if trust else None
+    options = EngineOptions(dtype=dtype, eviction=parse_eviction(eviction), snarc=weights, trust=learning)
     sampling: dict[str, Any] = {"max_tokens": max_tokens, "seed": seed}
     if temperature is not None:
         sampling["temperature"] = temperature
     show = _write_at_once if stream else _keep_quiet
-    learning = TrustOptions(str(resolve_state_folder(state_dir))) if trust else None
     budgets = read_budgets(expert_budget, host_budget, _announce)
     is_asked = expert_budget is not None or host_budget is not None
     result = run(
         resolve_runnable(store, announce=_announce),
         chosen_prompt,
         sampling,
-        EngineOptions(dtype=dtype, eviction=parse_eviction(eviction), snarc=weights, trust=learning),
+        options,
         show,
         routing,
         budgets,
         print_plan if is_asked else _keep_quiet,
+        study,
     )
     if as_json:
         typer.echo(json.dumps(result.as_json(), ensure_ascii=False))
@@ -225,6 +234,7 @@ app.command()(serve)
 app.command()(chat)
 app.command()(batch)
 app.add_typer(store_app, name="store")
+app.command("eval")(evaluate)
 app.command()(compare)
 
 

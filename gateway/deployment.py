@@ -14,7 +14,7 @@ import os
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,13 +48,15 @@ from gateway.errors import ApiError, GatewayError, RouterBusy, RouterUnavailable
 from gateway.http_app import GatewaySettings, build_app
 from gateway.router_client import RouterHealth
 from gateway.routing_rules import NATIVE_ONLY, RoutingRules
+from gateway.study import trace_service
 from gateway.tokenizer import TextTokenizer
-from router.errors import EngineStopped, QueueFull, RequestTooLong, RouterError, StreamMissing
+from router.errors import EngineStopped, QueueFull, RequestTooLong, RouterError, StreamMissing, TraceFailed
 from router.loading import EngineOptions, LoadedEngine, load_engine
 from router.metrics import local_actor, render_metrics
 from router.model_config import read_model_config
 from router.request import GenerationRequest, TokenEvent
 from router.service import RouterService
+from router.trace import RoutingTrace
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +80,9 @@ class DeploymentSpec:
     routing: RoutingRules = NATIVE_ONLY
     memory: MemoryPlan | None = None
     """How the node's memory was divided at the start."""
+    trace_folder: str | None = None
+    """Where routing traces go; None means nowhere."""
+    is_trace_with_tokens: bool = False
 
 
 class RouterDeployment:
@@ -91,6 +96,11 @@ class RouterDeployment:
         self._service = RouterService(loaded, sinks)
         self._capacity = Capacity()
         self._size = _service_size(self._service.loaded, spec.num_actors)
+        self._trace: RoutingTrace | None = None
+        if spec.trace_folder is not None:
+            self._trace = trace_service(
+                self._service.loaded, Path(spec.trace_folder), has_tokens=spec.is_trace_with_tokens
+            )
 
     def _load_engine(self) -> LoadedEngine:
         store = ExpertStore.open(Path(self._spec.store_root))
@@ -104,7 +114,10 @@ class RouterDeployment:
         return load_engine(store, self._spec.engine, connect, SupervisedTrust)
 
     def __del__(self) -> None:
-        """Called by Serve when the replica stops in an orderly way."""
+        """Called by Serve when the replica stops in an orderly way; a failure is in the log already."""
+        with suppress(AttributeError, TraceFailed):
+            if self._trace is not None:
+                self._trace.close()
         service = getattr(self, "_service", None)
         if service is not None and service.loaded.trust is not None:
             service.loaded.trust.close()

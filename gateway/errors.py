@@ -282,6 +282,17 @@ class BatchFailed(GatewayError):
         return f"the batch stopped: {self.reason}; run the same command again to go on"
 
 
+class EvaluationFailed(GatewayError):
+    """A text could not be scored, or a picture not drawn."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return self.reason
+
+
 def to_api_error(error: GatewayError) -> ApiError:
     """The answer that a client gets for an error of the gateway or the router."""
     if isinstance(error, ApiError):

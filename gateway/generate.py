@@ -13,8 +13,9 @@ from experts.budget import BudgetRequest
 from experts.store import ExpertStore
 from gateway.errors import GenerationFailed
 from gateway.memory import plan_engine
-from gateway.quality import describe_quality
+from gateway.quality import MODIFIED, describe_quality
 from gateway.settings import read_eos_token_ids, read_sampling_defaults
+from gateway.study import NO_STUDY, Study, studied
 from gateway.tokenizer import TextTokenizer
 from router.loading import EngineOptions, LoadedEngine, load_engine
 from router.request import GenerationRequest, SamplingParams
@@ -33,6 +34,8 @@ class Generation:
     tokens_per_s: float
     """Of the tokens after the first; 0 where there is only one."""
     resident_bytes: dict[str, int]
+    policy: str
+    """`native`, or what replaced the checkpoint's routing."""
     expert_budget_bytes: int | None
     """Most bytes of experts that were kept; None means no bound."""
     reports: tuple[RoutingReport, ...] = ()
@@ -54,10 +57,16 @@ class Generation:
             },
             "timings": {"ttft_s": round(self.ttft_s, 6), "tokens_per_s": round(self.tokens_per_s, 3)},
             "resident_bytes": self.resident_bytes,
-            "sage": describe_quality(self.reports, self.quantization),
+            "policy": self.policy,
             "expert_budget_bytes": self.expert_budget_bytes,
             "quantization": self.quantization,
+            "sage": describe_quality(self.reports, self.quantization) | self._study_quality(),
         }
+
+    def _study_quality(self) -> dict[str, Any]:
+        """What masks and replays change, of which the engine has no report."""
+        is_studied = self.policy in ("masked", "replayed")
+        return {"quality": MODIFIED, "policy": self.policy} if is_studied else {}
 
 
 def generate(
@@ -69,13 +78,14 @@ def generate(
     routing: RoutingChoice = NATIVE_CHOICE,
     budgets: tuple[BudgetRequest, ...] = (),
     on_plan: Callable[[MemoryPlan], None] = lambda plan: None,
+    study: Study = NO_STUDY,
 ) -> Generation:
     """Generate one answer; `on_text` is called with each piece of text as it becomes stable.
 
     sampling: fields of SamplingParams that were chosen; the checkpoint's recommendation fills in the others.
     budgets: of experts; resolved against this machine's memory and then told to `on_plan`. Without any, those of the
     options hold.
-    Raises GenerationFailed, or what loading the engine raises.
+    Raises OptionInvalid, GenerationFailed, what loading the engine raises, or what `studied` raises.
     """
     store = ExpertStore.open(root)
     tokenizer = TextTokenizer.from_folder(root)
@@ -89,15 +99,20 @@ def generate(
     eos = read_eos_token_ids(manifest, loaded.config.vocab_size)
     params = SamplingParams(stop_token_ids=eos, **(facts | dict(sampling)))
     try:
-        return _run(
-            loaded, tokenizer, GenerationRequest("generate", prompt_ids, params, routing=routing), on_text
-        )
+        policy = study.policy_beside(routing)
+        with studied(loaded, study, policy):
+            request = GenerationRequest("generate", prompt_ids, params, routing=routing)
+            return _run(loaded, tokenizer, request, on_text, policy)
     finally:
         loaded.close()
 
 
 def _run(
-    loaded: LoadedEngine, tokenizer: TextTokenizer, request: GenerationRequest, on_text: Callable[[str], None]
+    loaded: LoadedEngine,
+    tokenizer: TextTokenizer,
+    request: GenerationRequest,
+    on_text: Callable[[str], None],
+    policy: str,
 ) -> Generation:
     started = time.perf_counter()
     engine = loaded.engine
@@ -131,6 +146,7 @@ def _run(
         first_at - started,
         (len(tokens) - 1) / (ended - first_at) if len(tokens) > 1 else 0.0,
         resident_bytes(loaded),
+        policy,
         loaded.worker.budget_bytes,
         () if report is None else (report,),
         None if quantization is None else quantization.name,

@@ -24,6 +24,7 @@ from experts.store import ExpertStore
 from gateway.bind_address import BindAddress, check_bind, check_free, resolve_bind
 from gateway.errors import DeploymentFailed, OptionInvalid
 from gateway.memory import plan_service, this_node
+from gateway.output_file import prepare_folder
 from gateway.service_options import ServiceOptions
 from gateway.state_folder import resolve_state_folder
 from router.batcher import BatchLimits
@@ -54,6 +55,8 @@ def running_service(options: ServiceOptions, on_plan: OnPlan = lambda plan, unkn
     address = resolve_bind(options.host, options.port)
     check_bind(options.host, address, len(options.keys))
     check_free(options.host, address)
+    if options.trace_folder is not None:
+        prepare_folder(options.trace_folder)
     config, dtype = _read_model(options)
     threads = plan_threads(num_cores(), options.num_actors, config.expert_elements)
     node = this_node()
@@ -201,6 +204,8 @@ def _deploy(
         options.cors_origins,
         options.routing,
         plan,
+        None if options.trace_folder is None else str(options.trace_folder.resolve()),
+        options.is_trace_with_tokens,
     )
     stack.callback(_quietly, serve.shutdown)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)

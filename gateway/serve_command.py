@@ -65,6 +65,13 @@ def serve(
     cors_origin: Annotated[
         Words, typer.Option(metavar="ORIGIN", help="Web origin whose pages may call, or *; repeatable.")
     ] = None,
+    trace: Annotated[
+        Word,
+        typer.Option(metavar="DIR", help="Write which experts each token was given (docs/trace-format.md)."),
+    ] = None,
+    trace_tokens: Annotated[
+        bool, typer.Option("--trace-tokens", help="Traces hold token ids too: they give prompts away.")
+    ] = False,
     policy: Annotated[
         Word, typer.Option(help="Routing unless asked otherwise: native or snarc. [native]")
     ] = None,
@@ -118,6 +125,8 @@ def serve(
         "api-key": api_key or None,
         "api-key-file": api_key_file or None,
         "cors-origin": cors_origin or None,
+        "trace": trace,
+        "trace-tokens": trace_tokens or None,
         "policy": policy,
         "effort": effort,
         "allow-policy": allow_policy or None,

@@ -132,6 +132,8 @@ class OptionValues(BaseModel):
     api_key: Texts = Field((), description=_TEXTS)
     api_key_file: Texts = Field((), description=_TEXTS)
     cors_origin: Annotated[Texts, AfterValidator(_check_origins)] = Field((), description=_TEXTS)
+    trace: Text | None = Field(None, description="a folder's path of 1 to 512 printable characters")
+    trace_tokens: bool = Field(False, description="true or false")
     policy: PolicyName = Field("native", description=_one_of(POLICIES))
     effort: EffortChoice = Field("focus", description=_one_of(EFFORT_CHOICES))
     allow_policy: Annotated[tuple[PolicyName, ...], BeforeValidator(_read_list)] = Field(
@@ -176,6 +178,10 @@ class ServiceOptions:
     """In place of `expert_budgets`, by node name or address."""
     keys: KeyRing = NO_KEYS
     cors_origins: tuple[str, ...] = ()
+    trace_folder: Path | None = None
+    """Where the router writes which experts each token was given; None means nowhere."""
+    is_trace_with_tokens: bool = False
+    """Whether traces hold token ids, which give the prompts away."""
     routing: RoutingRules = NATIVE_ONLY
     snarc: SnarcWeights = PRESETS[DEFAULT_PRESET]
     is_trust_learned: bool = True
@@ -186,6 +192,8 @@ class ServiceOptions:
         if self.max_num_seqs > self.max_batch_tokens:
             reason = f"({self.max_num_seqs}) is above max-batch-tokens ({self.max_batch_tokens}): "
             raise OptionInvalid("max-num-seqs", f"{reason}each running request needs a row in every step")
+        if self.is_trace_with_tokens and self.trace_folder is None:
+            raise OptionInvalid("trace-tokens", "goes with trace, which says where traces are written")
         if "*" in self.cors_origins and not self.keys:
             reason = "* without an API key lets every web page use the service; name origins or give a key"
             raise OptionInvalid("cors-origin", reason)
@@ -209,6 +217,8 @@ class ServiceOptions:
             "node-budgets": {name: format_budget(budget) for name, budget in self.node_budgets.items()},
             "api-keys": len(self.keys),
             "cors-origin": list(self.cors_origins),
+            "trace": str(self.trace_folder) if self.trace_folder else None,
+            "trace-tokens": self.is_trace_with_tokens,
             "policy": self.routing.policy,
             "effort": self.routing.effort,
             "allow-policy": list(self.routing.policies),
@@ -262,6 +272,8 @@ def compose_options(values: OptionValues, store_root: Path, store_name: str, key
         node_budgets=values.node_budgets,
         keys=keys,
         cors_origins=tuple(dict.fromkeys(values.cors_origin)),
+        trace_folder=None if values.trace is None else Path(values.trace),
+        is_trace_with_tokens=values.trace_tokens,
         routing=RoutingRules(values.policy, values.effort, values.allow_policy, values.allow_effort),
         snarc=values.snarc,
         is_trust_learned=values.trust,

@@ -299,7 +299,9 @@ class Engine:
         return batch, finishing
 
     def _routing(self, chunks: SequenceOf[Chunk], sequences: SequenceOf[Sequence]) -> StepRouting:
-        owners = (SpanOwner(s.request, c.first, c.count) for c, s in zip(chunks, sequences, strict=True))
+        owners = (
+            SpanOwner(s.request, c.first, c.count, s.tokens) for c, s in zip(chunks, sequences, strict=True)
+        )
         return StepRouting(tuple(owners), self.policy, self.watchers)
 
     def _hand_out(

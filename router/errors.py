@@ -97,6 +97,53 @@ class EngineStopped(RouterError):
         return f"the engine has stopped: {self.reason}"
 
 
+class TraceFailed(RouterError):
+    """A routing trace could not be written."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"the trace {self.path} cannot be written: {self.reason}"
+
+
+class TraceInvalid(RouterError):
+    """A file is no routing trace, or none of this model."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+class RoutingMissing(RouterError):
+    """A replay reached a token that the trace does not have."""
+
+    def __init__(self, request: int, position: int, layer: int) -> None:
+        super().__init__(request, position, layer)
+        self.request, self.position, self.layer = request, position, layer
+
+    def __str__(self) -> str:
+        return (
+            f"the replayed trace has no routing for position {self.position} of request {self.request} "
+            f"in layer {self.layer}; give the same prompts and no more tokens than it was made with"
+        )
+
+
+class MaskInvalid(RouterError):
+    """A list of masked experts cannot be read, or does not fit the model."""
+
+    def __init__(self, part: str, reason: str) -> None:
+        super().__init__(part, reason)
+        self.part, self.reason = part, reason
+
+    def __str__(self) -> str:
+        return f"masked experts {self.part[:80]!r}: {self.reason}"
+
+
 class WeightsInvalid(RouterError):
     """The weights of the snarc policy cannot be used."""
 

@@ -71,6 +71,8 @@ class GenerationRequest:
     """Report each generated token's logprob and those of this many best ones; None reports none."""
     num_prompt_logprobs: int | None = None
     """The same for the prompt's tokens."""
+    num_unscored: int = 0
+    """So many of the prompt's first tokens are reported without logprobs: they are context, and cost no head."""
     group: str | None = None
     """Requests of one group have the same prompt, which is then computed once where that is possible."""
     routing: RoutingChoice = NATIVE_CHOICE

@@ -60,7 +60,7 @@ class Sequence:
         self.prompt_logprobs: list[TokenLogprob | None] = []
         """Of the prompt's first tokens, as far as they are known; stays when the sequence is computed again."""
         if self.wants_prompt_logprobs:
-            self.prompt_logprobs.append(None)
+            self.prompt_logprobs.extend([None] * max(1, min(request.num_unscored, len(request.prompt_ids))))
         self._history: TokenHistory | None = None
         self._position_shift = 0
         if inputs.positions_3P is not None:

@@ -26,6 +26,8 @@ class SpanOwner:
     first: int
     """Position of the first row in the request's text: prompt, then answer."""
     count: int
+    tokens: Sequence[int] = ()
+    """The request's text as far as it is known, prompt first. It grows; what is there stays as it is."""
 
 
 @dataclass(frozen=True)

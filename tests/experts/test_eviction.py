@@ -42,29 +42,45 @@ class PlainCache:
         self.uses: dict[ExpertKey, list[float]] = {}
         self.order: list[ExpertKey] = []
 
-    def admit(self, wave: Sequence[ExpertKey], sizes: Sequence[int], now: float) -> list[ExpertKey]:
+    def check(
+        self, evicted: Sequence[ExpertKey], wave: Sequence[ExpertKey], sizes: Sequence[int], now: float
+    ) -> None:
+        """Each must be of lowest worth, but for rounding, and of those exactly alike the one used longest ago; there
+        must be as many as room is needed for, and no more."""
         needed = sum(n for k, n in zip(wave, sizes, strict=True) if k not in self.sizes)
-        evicted = []
-        while sum(self.sizes.values()) + needed > self.budget_bytes:
-            going = min((k for k in self.sizes if k not in wave), key=lambda k: self.rank(k, now))
+        for going in evicted:
+            assert sum(self.sizes.values()) + needed > self.budget_bytes
+            others = [k for k in self.sizes if k not in wave]
+            assert going in others
+            assert self.worth(going, now) <= min(self.worth(k, now) for k in others) + 1e-9
+            alike = [k for k in others if self.facts(k) == self.facts(going)]
+            assert going == min(alike, key=self.last_use)
             del self.sizes[going]
-            evicted.append(going)
+        assert sum(self.sizes.values()) + needed <= self.budget_bytes
         for k, n in zip(wave, sizes, strict=True):
             self.sizes[k] = n
             self.uses.setdefault(k, []).append(now)
             self.order.append(k)
-        return evicted
 
-    def rank(self, k: ExpertKey, now: float) -> tuple[float, int]:
-        last = len(self.order) - 1 - self.order[::-1].index(k)
+    def last_use(self, k: ExpertKey) -> int:
+        return len(self.order) - 1 - self.order[::-1].index(k)
+
+    def worth(self, k: ExpertKey, now: float) -> float:
         if self.eviction == "lru":
-            return 0.0, last
+            return 0.0
         if self.eviction == "lfu":
-            return round(sum(2.0 ** ((use - now) / LFU_HALF_LIFE) for use in self.uses[k]), 9), last
+            return sum(2.0 ** ((use - now) / LFU_HALF_LIFE) for use in self.uses[k])
         age = (now - self.uses[k][-1]) / WEIGHTS.horizon
         size = self.sizes[k] / WEIGHTS.size_unit
-        reasons = WEIGHTS.recency * age + WEIGHTS.distrust * (1 - trust_of(k)) + WEIGHTS.size * size
-        return -round(reasons, 9), last
+        return -(WEIGHTS.recency * age + WEIGHTS.distrust * (1 - trust_of(k)) + WEIGHTS.size * size)
+
+    def facts(self, k: ExpertKey) -> object:
+        """All that the worth depends on."""
+        if self.eviction == "lru":
+            return None
+        return (
+            tuple(self.uses[k]) if self.eviction == "lfu" else (self.uses[k][-1], trust_of(k), self.sizes[k])
+        )
 
 
 def sizes_of(keys: Sequence[ExpertKey]) -> list[int]:
@@ -90,7 +106,7 @@ def test_evicts_what_the_plain_reference_evicts(
         for wave in residency.waves(sizes_of(keys)):
             part = keys[wave.start : wave.stop]
             exchange = residency.admit(part, sizes_of(part), now)
-            assert list(exchange.evict) == plain.admit(part, sizes_of(part), now)
+            plain.check(exchange.evict, part, sizes_of(part), now)
             assert residency.resident_bytes == sum(plain.sizes.values()) <= budget
             assert not set(exchange.evict) & set(part)
             assert {k for k in map(key, range(12)) if k in residency} == set(plain.sizes)

@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.processes import end_processes
-from gateway.batch_command import LINE_INTERVAL_S, ProgressLines
 from gateway.batch_job import BatchOptions, compute_here, run_batch
 from gateway.batch_plan import RowDefaults
+from gateway.progress import LINE_INTERVAL_S, ProgressLines
 
 REPOSITORY = Path(__file__).parent.parent.parent
 SCRIPTS = Path(sys.executable).parent
@@ -58,7 +58,7 @@ def test_what_cannot_be_run_is_one_line_before_ray_is_started(stories_store: Pat
 
 def test_progress_lines_are_few_and_tell_rate_and_time_left() -> None:
     now, lines = 100.0, []
-    progress = ProgressLines(lambda: now, lines.append)
+    progress = ProgressLines(lambda: now, lines.append, "rows")
     for done in range(100, 501, 100):
         progress.show(done, 500)
         now += LINE_INTERVAL_S / 2

@@ -1,0 +1,241 @@
+"""What does it cost in quality and in misses to run the bundled model in a fraction of its memory?
+
+Reproduces every number and picture of docs/quality.md, over the texts of `benchmarks/texts`. Works in parts: each is
+kept when it is done, so that a run that was stopped goes on with the next one, and a part is computed again only where
+its settings or the model changed. Perplexities are deterministic and may be measured on a busy machine; speeds may not
+and are left out.
+
+Usage: python -m benchmarks.quality [--part NAME ...] [--max-tokens N] [--work FOLDER] [--keep]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.report import RESULTS, finish
+from experts.budget import BudgetRequest
+from experts.store import ExpertStore
+from gateway.byte_sizes import parse_budget
+from gateway.eval_page import draw_page
+from gateway.eval_plots import FrontierPoint, draw_frontier, draw_miss_curves, new_figure, to_png
+from gateway.eval_report import as_json
+from gateway.eval_routing import by_text, select
+from gateway.eval_run import EvalOptions, EvalText, Evaluation, evaluate, read_texts
+from gateway.eval_windows import Sliding, cut_windows
+from gateway.output_file import write_output
+from gateway.store_source import resolve_store
+from gateway.study import Study
+from gateway.tokenizer import TextTokenizer
+from router.trace_reader import read_trace
+from router.trace_statistics import busier_half, miss_curves, moe_layers, use_counts, use_entropy
+
+MODEL = "stories"
+TEXTS = ("brown-fairy-book.txt", "treasure-island.txt", "wikitext-2-test.txt")
+FOLDER = Path(__file__).parent / "texts"
+SLIDING = Sliding(256, 128)
+BUDGETS = ("100%", "50%", "25%", "12.5%", "one expert")
+MISS_SHARES = (0.0625, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
+FRONTIER_SHARES = (0.125, 0.25, 0.5)
+MISS_TOKENS = 16384
+"""Of each text; as many as the curves need to settle, in minutes."""
+TIMES = ("seconds", "tokens_per_s")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all parts share."""
+
+    root: Path
+    store: str
+    max_tokens: int | None
+    work: Path
+
+    @property
+    def trace(self) -> Path:
+        return self.work / f"trace-{self.store[:16]}-{self.max_tokens or 'all'}.parquet"
+
+    def picture(self, name: str) -> Path:
+        return self.work / f"quality_{name}.png"
+
+    def evaluate(self, options: EvalOptions) -> Evaluation:
+        return evaluate(self.root, self.read_texts, options, _show)
+
+    def read_texts(self, tokenizer: TextTokenizer) -> list[EvalText]:
+        return read_texts(tokenizer, [FOLDER / name for name in TEXTS], self.max_tokens)
+
+    def settings(self) -> dict[str, Any]:
+        """What a part's numbers depend on; a kept part with others is computed again."""
+        return {
+            "model": MODEL,
+            "store": self.store,
+            "texts": list(TEXTS),
+            "max_tokens": self.max_tokens,
+            "context": SLIDING.context,
+            "stride": SLIDING.stride,
+            "miss_shares": list(MISS_SHARES),
+            "miss_tokens": MISS_TOKENS,
+        }
+
+
+def native_at(budget: str, job: Job) -> dict[str, Any]:
+    """Perplexity under native routing at one budget; misses are those of steps of 512 rows."""
+    options = EvalOptions(SLIDING, budgets=(_request(job, budget),))
+    return _without_times(as_json(job.evaluate(options)))
+
+
+def _request(job: Job, budget: str) -> BudgetRequest:
+    if budget != "one expert":
+        return parse_budget(budget)
+    store = ExpertStore.open(job.root)
+    try:
+        return BudgetRequest(num_bytes=max(store.record(key).nbytes for key in store.expert_keys()))
+    finally:
+        store.close()
+
+
+def routing(job: Job) -> dict[str, Any]:
+    """How evenly experts are used, by text and layer; draws the page of `sage-moe eval --plot`."""
+    evaluation = _traced(job)
+    table = by_text(read_trace(job.trace), evaluation.windows)
+    write_output(job.picture("routing"), draw_page(evaluation, job.trace))
+    layers = moe_layers(table)
+    found: dict[str, Any] = {"layers": layers}
+    for number, name in enumerate(table.names):
+        counts = use_counts(select(table, table.requests_N == number))
+        found[name] = {
+            "entropy": _rounded(use_entropy(counts)[layers]),
+            "busier_half": _rounded(busier_half(counts)[layers]),
+            "unused": (counts[layers] == 0).sum(axis=1).tolist(),
+        }
+    return found
+
+
+def misses(job: Job) -> dict[str, Any]:
+    """Misses token by token, as one stream decodes, by eviction and share of experts that stays, from a cold cache;
+    draws the curves."""
+    if not job.trace.exists():
+        _traced(job)
+    texts = job.read_texts(TextTokenizer.from_folder(job.root))
+    windows = {text.name: cut_windows(len(text.ids), SLIDING) for text in texts}
+    table = by_text(read_trace(job.trace), windows)
+    figure = new_figure(4.3 * len(table.names), 4.0)
+    axes = figure.subplots(1, len(table.names), squeeze=False)[0]
+    found: dict[str, Any] = {"shares": list(MISS_SHARES)}
+    for number, name in enumerate(table.names):
+        part = select(table, table.requests_N == number)
+        curves = miss_curves(part, MISS_SHARES, MISS_TOKENS)
+        draw_miss_curves(axes[number], MISS_SHARES, curves, f"Native routing, {name}")
+        found[name] = {curve.eviction: [round(rate, 5) for rate in curve.miss_rates] for curve in curves}
+    write_output(job.picture("misses"), to_png(figure))
+    return found
+
+
+PARTS: dict[str, Callable[[Job], dict[str, Any]]] = {
+    **{f"native {budget}": partial(native_at, budget) for budget in BUDGETS},
+    "routing": routing,
+    "misses": misses,
+}
+"""In the order in which they are computed."""
+
+
+def _traced(job: Job) -> Evaluation:
+    """Leaves the trace of the texts' native routing."""
+    return job.evaluate(EvalOptions(SLIDING, study=Study(trace=job.trace)))
+
+
+def _rounded(values: np.ndarray) -> list[float]:
+    return [round(float(value), 4) for value in values]
+
+
+def _without_times(report: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in report.items() if key not in TIMES}
+    kept["texts"] = [{k: v for k, v in text.items() if k not in TIMES} for text in report["texts"]]
+    return kept
+
+
+def _show(done: int, total: int) -> None:
+    sys.stderr.write(f"\r{done:,} of {total:,} tokens")
+    if done == total:
+        sys.stderr.write("\n")
+    sys.stderr.flush()
+
+
+def run_part(name: str, job: Job) -> dict[str, Any]:
+    """A part's numbers: those that are kept where the settings are the same, else new ones, which are kept."""
+    kept = job.work / f"{name.replace(' ', '-')}.json"
+    settings = job.settings()
+    if kept.exists():
+        record = json.loads(kept.read_text())
+        if record["settings"] == settings:
+            return dict(record["results"])
+    sys.stderr.write(f"{name} ...\n")
+    started = time.perf_counter()
+    results = PARTS[name](job)
+    record = {"settings": settings, "results": results, "seconds": round(time.perf_counter() - started)}
+    write_output(kept, json.dumps(record, indent=1).encode())
+    return results
+
+
+def draw_frontiers(job: Job, results: dict[str, Any]) -> None:
+    """Perplexity against misses, a panel for each text; native routing is level, whatever is evicted."""
+    native, curves = results.get(f"native {BUDGETS[0]}"), results.get("misses")
+    if native is None or curves is None:
+        return
+    figure = new_figure(4.3 * len(native["texts"]), 4.0)
+    for axes, text in zip(
+        figure.subplots(1, len(native["texts"]), squeeze=False)[0], native["texts"], strict=True
+    ):
+        series = {
+            f"native, {eviction}": [
+                FrontierPoint(rate, text["perplexity"], f"{share:.3g}")
+                for share, rate in zip(curves["shares"], rates, strict=True)
+                if share in FRONTIER_SHARES
+            ]
+            for eviction, rates in curves[text["text"]].items()
+        }
+        draw_frontier(axes, series, f"{text['text']} (numbers: resident share)")
+    write_output(job.picture("frontier"), to_png(figure))
+
+
+def check_native(results: dict[str, Any]) -> None:
+    """Native perplexity is the same to the digit at every budget."""
+    found = {name: part["nll"] for name, part in results.items() if name.startswith("native ")}
+    if len(set(found.values())) > 1:
+        raise SystemExit(f"native routing is not exact: {found}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--part", action="append", choices=PARTS, help="only this one; repeatable")
+    parser.add_argument("--max-tokens", type=int, help="of each text, the first so many")
+    parser.add_argument("--work", type=Path, default=Path("build/quality"), help="where parts are kept")
+    parser.add_argument("--keep", action="store_true", help="keep the result under benchmarks/results")
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    root = resolve_store(MODEL, announce=lambda line: print(line, file=sys.stderr))
+    store = ExpertStore.open(root)
+    store.close()
+    job = Job(root, store.hash, arguments.max_tokens, arguments.work)
+    results = {name: run_part(name, job) for name in arguments.part or PARTS}
+    check_native(results)
+    draw_frontiers(job, results)
+    if arguments.keep:
+        for picture in job.work.glob("quality_*.png"):
+            write_output(RESULTS / picture.name, picture.read_bytes())
+    finish("quality", job.settings(), results, is_kept=arguments.keep)
+
+
+if __name__ == "__main__":
+    main()
