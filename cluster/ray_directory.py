@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -43,6 +44,10 @@ class RayDirectory:
     def run(self, call: ExpertCall) -> Tensor:
         """See ExpertDirectory.run."""
         return self.remote.run(call)
+
+    def prefetch(self, component: str, layer: int, experts: Sequence[int]) -> None:
+        """See RemoteDirectory.prefetch."""
+        self.remote.prefetch(component, layer, experts)
 
     def resident(self, component: str, layer: int) -> frozenset[int]:
         """See ExpertDirectory.resident."""

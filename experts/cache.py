@@ -1,8 +1,8 @@
 """The experts that are in memory: which, in what buffers, and how the others get there.
 
 Puts together decisions (`experts.residency`), memory (`experts.buffers`) and reading (`experts.loader`). Large experts
-arrive one by one, so that the caller can compute those that are there meanwhile. Used by `experts.worker`, under its
-lock.
+arrive one by one, so that the caller can compute those that are there meanwhile, and may be read ahead of their use
+(`experts.guessed_reads`). Used by `experts.worker`, under its lock.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from experts.buffers import BufferPool
 from experts.eviction import DEFAULT_EVICTION, Eviction, make_worth
 from experts.ffn import ExpertWeights
+from experts.guessed_reads import MOST_READS, GuessedReads
 from experts.loader import MIN_PARALLEL_BYTES, ExpertLoader
 from experts.quantised import ExpertForm
 from experts.residency import Residency
@@ -66,6 +67,8 @@ class ExpertCache:
             direct=is_scarce and is_large if options.direct is None else options.direct,
             copies=options.copies,
         )
+        self._can_guess = is_large and all(map(self._is_in_place, keys))
+        self._guesses = GuessedReads(self._loader)
         self._pool = BufferPool(budget, is_aligned=self._loader.direct)
         self._buffers: dict[ExpertKey, Tensor] = {}
         self._held = {key: self._held_bytes(key) for key in keys}
@@ -88,6 +91,12 @@ class ExpertCache:
     def allocated_bytes(self) -> int:
         """Of all buffers, free ones too; never above the budget."""
         return self._pool.allocated_bytes
+
+    @property
+    def prefetched(self) -> tuple[int, int]:
+        """Experts that were read by a guess, and how many of these were then needed. Both count among `bytes_read`; a
+        use that a guess had come before is a miss all the same, since its expert was not there by earlier uses."""
+        return self._guesses.begun, self._guesses.used
 
     def __len__(self) -> int:
         return len(self._residency)
@@ -123,23 +132,51 @@ class ExpertCache:
         All at once where nothing is missing or experts are small; else first those that were there. Close the iterator
         when it is not run to its end. Raises what reading the store raises; what was loaded by then stays.
         """
+        self._receive_guesses(wave)
         sizes = [self._held[key] for key in wave]
         exchange = self._residency.admit(wave, sizes, now)
         if self._shadows is not None:
             self._shadows.use(wave, sizes, now)
         for key in exchange.evict:
             self._drop(key)
-        missing = exchange.load
-        self.hits += len(wave) - len(missing)
-        self.misses += len(missing)
-        if missing and self._is_beside and all(map(self._is_in_place, missing)):
-            absent = frozenset(missing)
-            return self._load_beside([key for key in wave if key not in absent], missing)
+        missing, under_way = exchange.load, self._guesses.claim(wave)
+        num_misses = len(missing) + self._guesses.count_used(wave)
+        self.hits += len(wave) - num_misses
+        self.misses += num_misses
+        if under_way or (missing and self._is_beside and all(map(self._is_in_place, missing))):
+            return self._load_beside(wave, missing, under_way)
         return self._load_here(wave, missing)
+
+    def prefetch(self, guess: Sequence[ExpertKey]) -> None:
+        """Begin to read experts that may be needed next, likeliest first; waits for nothing.
+
+        A hint, which changes no result: only large experts that are used as they are stored are read ahead, and none
+        while a read of an earlier guess is under way, since the disk then has enough to do.
+        """
+        self._receive_guesses()
+        if not self._can_guess or self._guesses.is_reading:
+            return
+        exchange = self._residency.expect(guess, [self._held[key] for key in guess], MOST_READS)
+        for key in exchange.evict:
+            self._drop(key)
+        for key in exchange.load:
+            self._buffers[key] = window = self._pool.take(self._held[key])
+            self._guesses.begin(key, window)
 
     def close(self) -> None:
         """Ends the loading threads; the store belongs to the caller."""
+        self._guesses.cancel()
         self._loader.close()
+
+    def _receive_guesses(self, wave: Sequence[ExpertKey] = ()) -> None:
+        """Keep what has come; what is still queued and no part of the wave would only be in its way."""
+        for key, raw in self._guesses.receive():
+            if raw is None:
+                self._forget(key)
+            else:
+                self._keep(key, raw)
+        for key in self._guesses.cancel(wave):
+            self._forget(key)
 
     def _load_here(
         self, wave: Sequence[ExpertKey], missing: Sequence[ExpertKey]
@@ -155,19 +192,20 @@ class ExpertCache:
         yield wave
 
     def _load_beside(
-        self, resident: Sequence[ExpertKey], missing: Sequence[ExpertKey]
+        self, wave: Sequence[ExpertKey], missing: Sequence[ExpertKey], under_way: dict[Future[Tensor], ExpertKey]
     ) -> Generator[Sequence[ExpertKey]]:
-        loads: dict[Future[Tensor], ExpertKey] = {}
+        absent = frozenset((*missing, *under_way.values()))
+        loads = dict(under_way)
         try:
             for key in missing:
                 self._buffers[key] = window = self._pool.take(self._held[key])
                 loads[self._loader.start(key, window)] = key
-            yield resident
+            yield [key for key in wave if key not in absent]
             while loads:
                 done = wait(loads, return_when=FIRST_COMPLETED).done
                 yield [self._place(loads, future) for future in sorted(done, key=loads.__getitem__)]
         finally:
-            self._settle(loads, missing)
+            self._settle(loads, absent)
 
     def _place(self, loads: dict[Future[Tensor], ExpertKey], future: Future[Tensor]) -> ExpertKey:
         raw = future.result()
@@ -175,12 +213,12 @@ class ExpertCache:
         self._keep(key, raw)
         return key
 
-    def _settle(self, loads: dict[Future[Tensor], ExpertKey], missing: Sequence[ExpertKey]) -> None:
+    def _settle(self, loads: dict[Future[Tensor], ExpertKey], absent: Collection[ExpertKey]) -> None:
         """After an error: wait until no thread writes to a buffer any more, and keep what came."""
         for future in wait(loads).done:
             if future.exception() is None:
                 self._keep(loads[future], future.result())
-        for key in missing:
+        for key in absent:
             if key not in self.weights:
                 self._forget(key)
 
@@ -203,6 +241,8 @@ class ExpertCache:
         self._drop(key)
 
     def _drop(self, key: ExpertKey) -> None:
+        if self._guesses.stop(key):
+            self.bytes_read += self._store.record(key).nbytes
         self.weights.pop(key, None)
         buffer = self._buffers.pop(key, None)
         if buffer is not None:

@@ -5,6 +5,7 @@ The implementation over actors is `experts.remote_directory`; what Ray adds to i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -43,6 +44,11 @@ class ExpertDirectory(Protocol):
         """
         ...
 
+    def prefetch(self, component: str, layer: int, experts: Sequence[int]) -> None:
+        """A hint that a layer will probably ask for these experts next, likeliest first. Returns at once; may do
+        nothing, and changes no result."""
+        ...
+
     def stats(self) -> DirectoryStats: ...
 
     def close(self) -> None: ...
@@ -59,6 +65,9 @@ class LocalDirectory:
 
     def resident(self, component: str, layer: int) -> frozenset[int]:
         return self.worker.resident(component, layer)
+
+    def prefetch(self, component: str, layer: int, experts: Sequence[int]) -> None:
+        self.worker.prefetch(component, layer, experts)
 
     def stats(self) -> DirectoryStats:
         return DirectoryStats(self.worker.stats.rows, 0, 0.0, 0)

@@ -137,10 +137,13 @@ class EvictionOrder:
         before = self._current.get(key)
         self._current[key] = entry
         if before is None or entry < before:
-            heapq.heappush(self._heap, entry)
-            if len(self._heap) > 2 * len(self._current) + 16:
-                self._heap = list(self._current.values())
-                heapq.heapify(self._heap)
+            self._push(entry)
+
+    def expect(self, key: ExpertKey) -> None:
+        """Let an expert enter that nobody has used yet. It counts no use, and goes before all that were used."""
+        self._ticks += 1
+        self._current[key] = entry = (-math.inf, self._ticks, key)
+        self._push(entry)
 
     def discard(self, key: ExpertKey) -> None:
         """Take an expert out of the order; its uses still count."""
@@ -166,3 +169,9 @@ class EvictionOrder:
         for entry in passed:
             heapq.heappush(self._heap, entry)
         return key
+
+    def _push(self, entry: tuple[float, int, ExpertKey]) -> None:
+        heapq.heappush(self._heap, entry)
+        if len(self._heap) > 2 * len(self._current) + 16:
+            self._heap = list(self._current.values())
+            heapq.heapify(self._heap)

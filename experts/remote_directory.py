@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -198,6 +198,9 @@ class RemoteDirectory:
             self._report(name, connections[name])
             results.append((shares[name], self._run_local(shares[name].call)))
         return _join(results, call.num_rows)
+
+    def prefetch(self, component: str, layer: int, experts: Sequence[int]) -> None:
+        """Does nothing: a hint would take a round trip of its own, about as long as the next call is away."""
 
     def resident(self, component: str, layer: int) -> frozenset[int]:
         """See ExpertDirectory.resident."""

@@ -79,11 +79,30 @@ class Residency:
         for key, nbytes in zip(wave, sizes, strict=True):
             if self.budget_bytes is not None:
                 self._order.use(key, nbytes, now)
-            if key not in self._sizes:
-                self._sizes[key] = nbytes
-                self._of_layer.setdefault((key.component, key.layer), set()).add(key.expert)
-        self.resident_bytes += needed
+            self._enter(key, nbytes)
         return Exchange(tuple(evict), tuple(load))
+
+    def expect(self, guess: Sequence[ExpertKey], sizes: Sequence[int], most: int) -> Exchange:
+        """Make room for experts that may be used next, likeliest first, as far as they fit beside one another.
+
+        most: experts to load. No use is counted, and until there is one they go first. The caller carries out the
+        exchange as that of `admit`.
+        """
+        load: list[tuple[ExpertKey, int]] = []
+        kept, held = [], 0
+        for key, nbytes in zip(guess, sizes, strict=True):
+            held += nbytes
+            if len(load) == most or (self.budget_bytes is not None and held > self.budget_bytes):
+                break
+            kept.append(key)
+            if key not in self._sizes:
+                load.append((key, nbytes))
+        evict = self._make_room(sum(nbytes for _, nbytes in load), kept)
+        for key, nbytes in load:
+            if self.budget_bytes is not None:
+                self._order.expect(key)
+            self._enter(key, nbytes)
+        return Exchange(tuple(evict), tuple(key for key, _ in load))
 
     def forget(self, key: ExpertKey) -> None:
         """Take back an admission whose load failed."""
@@ -99,6 +118,12 @@ class Residency:
             evict.append(self._order.pop(kept))
             self._remove(evict[-1])
         return evict
+
+    def _enter(self, key: ExpertKey, nbytes: int) -> None:
+        if key not in self._sizes:
+            self._sizes[key] = nbytes
+            self._of_layer.setdefault((key.component, key.layer), set()).add(key.expert)
+            self.resident_bytes += nbytes
 
     def _remove(self, key: ExpertKey) -> None:
         self.resident_bytes -= self._sizes.pop(key)

@@ -43,6 +43,10 @@ class WorkerStats:
     experts_used: set[ExpertKey] = field(default_factory=set)
     hit_rates: dict[Eviction, float] = field(default_factory=dict)
     """See `ExpertCache.hit_rates`."""
+    prefetched: int = 0
+    """Experts read because the layer before them was taken to know them; see `ExpertCache.prefetched`."""
+    prefetched_used: int = 0
+    """Of these, those that were then needed."""
 
 
 class ExpertWorker:
@@ -87,6 +91,7 @@ class ExpertWorker:
         stats, cache = self._stats, self.cache
         stats.hits, stats.misses, stats.bytes_read = cache.hits, cache.misses, cache.bytes_read
         stats.hit_rates = cache.hit_rates()
+        stats.prefetched, stats.prefetched_used = cache.prefetched
         return stats
 
     @property
@@ -122,6 +127,16 @@ class ExpertWorker:
             self._stats.calls += 1
             self._stats.rows += call.num_rows
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def prefetch(self, component: str, layer: int, experts: Sequence[int]) -> None:
+        """Begin to read what the next call may ask for, likeliest first. See `ExpertCache.prefetch`.
+
+        Raises UnknownExpert.
+        """
+        keys = [ExpertKey(component, layer, expert) for expert in experts]
+        known = [key for key in keys if self._answers_for(key) and self._store.record(key)]
+        with self._lock:
+            self.cache.prefetch(known)
 
     def load_all(self) -> None:
         """Read as much of the group as the budget holds, so that the first requests find it."""

@@ -133,6 +133,12 @@ def generate(
     eviction: Annotated[
         str, typer.Option(metavar="NAME", help="Which expert goes first: lfu, lru or trust.")
     ] = "lfu",
+    prefetch: Annotated[
+        bool,
+        typer.Option(
+            "--prefetch/--no-prefetch", help="Read experts ahead by the next layer's gate. [--no-prefetch]"
+        ),
+    ] = False,
     expert_budget: ExpertBudgetOption = None,
     host_budget: HostBudgetOption = None,
     policy: Annotated[str, typer.Option(help="Routing: native or snarc.")] = "native",
@@ -175,7 +181,9 @@ def generate(
     routing = read_choice(policy, effort, is_explained=explain)
     weights = read_weights(snarc or DEFAULT_PRESET)
     learning = TrustOptions(str(resolve_state_folder(state_dir))) if trust else None
-    options = EngineOptions(dtype=dtype, eviction=parse_eviction(eviction), snarc=weights, trust=learning)
+    options = EngineOptions(
+        dtype=dtype, eviction=parse_eviction(eviction), prefetch=prefetch, snarc=weights, trust=learning
+    )
     sampling: dict[str, Any] = {"max_tokens": max_tokens, "seed": seed}
     if temperature is not None:
         sampling["temperature"] = temperature

@@ -138,6 +138,7 @@ def engine_options(options: ServiceOptions, dtype: str, num_threads: int) -> Eng
         dtype=dtype,
         kv_budget_bytes=options.kv_budget_bytes,
         eviction=options.eviction,
+        prefetch=options.is_prefetching,
         limits=BatchLimits(
             max_batch_tokens=options.max_batch_tokens,
             max_running=options.max_num_seqs,

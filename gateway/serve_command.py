@@ -54,6 +54,12 @@ def serve(
     eviction: Annotated[
         Word, typer.Option(metavar="NAME", help="Which expert goes first: lfu, lru or trust. [lfu]")
     ] = None,
+    prefetch: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option(
+            "--prefetch/--no-prefetch", help="Read experts ahead by the next layer's gate. [--no-prefetch]"
+        ),
+    ] = None,
     expert_budget: ExpertBudgetOption = None,
     host_budget: HostBudgetOption = None,
     api_key: Annotated[
@@ -120,6 +126,7 @@ def serve(
         "max-batch-tokens": max_batch_tokens,
         "kv-budget": kv_budget,
         "eviction": eviction,
+        "prefetch": prefetch,
         "expert-budget": expert_budget,
         "host-budget": host_budget,
         "api-key": api_key or None,

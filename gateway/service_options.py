@@ -122,6 +122,7 @@ class OptionValues(BaseModel):
     max_batch_tokens: int = _whole(1, PROVEN_BATCH_TOKENS, PROVEN_BATCH_TOKENS)
     kv_budget: Size = Field(2**30, description="a size such as 512MiB or 2GiB")
     eviction: Eviction = Field(DEFAULT_EVICTION, description="lfu, lru or trust")
+    prefetch: bool = Field(False, description="true or false")
     expert_budget: Budget | None = Field(None, description=BUDGET_ADVICE.removeprefix("must be "))
     host_budget: Budget | None = Field(None, description=BUDGET_ADVICE.removeprefix("must be "))
     node_budgets: dict[Text, Budget] = Field(
@@ -172,6 +173,8 @@ class ServiceOptions:
     max_batch_tokens: int = PROVEN_BATCH_TOKENS
     kv_budget_bytes: int = 2**30
     eviction: Eviction = DEFAULT_EVICTION
+    is_prefetching: bool = False
+    """Whether the router's process reads experts ahead by the next layer's gate."""
     expert_budgets: tuple[BudgetRequest, ...] = (FIT,)
     """Bytes of experts on each node, added up; the experts' tiers on a machine that computes in host memory."""
     node_budgets: Mapping[str, BudgetRequest] = field(default_factory=dict)
@@ -194,6 +197,8 @@ class ServiceOptions:
             raise OptionInvalid("max-num-seqs", f"{reason}each running request needs a row in every step")
         if self.is_trace_with_tokens and self.trace_folder is None:
             raise OptionInvalid("trace-tokens", "goes with trace, which says where traces are written")
+        if self.is_prefetching and self.num_actors:
+            raise OptionInvalid("prefetch", f"goes with no expert actors, not {self.num_actors}: they do not read ahead")
         if "*" in self.cors_origins and not self.keys:
             reason = "* without an API key lets every web page use the service; name origins or give a key"
             raise OptionInvalid("cors-origin", reason)
@@ -213,6 +218,7 @@ class ServiceOptions:
             "max-batch-tokens": self.max_batch_tokens,
             "kv-budget": format_bytes(self.kv_budget_bytes),
             "eviction": self.eviction,
+            "prefetch": self.is_prefetching,
             "expert-budget": " + ".join(map(format_budget, self.expert_budgets)),
             "node-budgets": {name: format_budget(budget) for name, budget in self.node_budgets.items()},
             "api-keys": len(self.keys),
@@ -268,6 +274,7 @@ def compose_options(values: OptionValues, store_root: Path, store_name: str, key
         max_batch_tokens=values.max_batch_tokens,
         kv_budget_bytes=values.kv_budget,
         eviction=values.eviction,
+        is_prefetching=values.prefetch,
         expert_budgets=one_memory(values.expert_budget, values.host_budget),
         node_budgets=values.node_budgets,
         keys=keys,

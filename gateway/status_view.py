@@ -48,6 +48,8 @@ def render_status(status: Mapping[str, Any]) -> RenderableType:
     line = f"Requests: {requests['running']} running, {requests['waiting']} waiting; {memory}"
     if "capacity" in status:
         line = f"{status['capacity']['shown']}. {line}"
+    if own.get("prefetched"):
+        line += f". Prefetched {own['prefetched']:,} experts, {own['prefetched_used'] / own['prefetched']:.0%} used"
     quantization = router.get("quantization")
     title = f"{status['model']} ({router['numerics_class']})"
     title += f", experts quantised to {quantization}: answers are modified" if quantization else ""

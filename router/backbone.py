@@ -17,6 +17,7 @@ from experts.store import ExpertStore
 from router.decoder_layer import LayerArithmetic
 from router.kv_cache import KvPool
 from router.model_config import ModelConfig
+from router.prefetch import Prefetcher
 from router.step_batch import StepBatch, StepOutput
 from router.weights import TensorLoader, load_layer
 
@@ -47,6 +48,8 @@ class Backbone:
             self.embeddings_VD if config.has_tied_head else load("lm_head.weight", config.vocab_size, width)
         )
         self.arithmetic = LayerArithmetic(config, kernel, dtype)
+        self.prefetcher: Prefetcher | None = None
+        """Hints each layer's successor's experts; None hints nothing."""
         self.progressed_at = time.monotonic()
         """When a layer was last finished; a step of a large model may take long without being stuck."""
 
@@ -75,6 +78,8 @@ class Backbone:
             hidden_PD = self.arithmetic.attention(index, layer, hidden_PD, inputs, pool)
             attended = time.perf_counter()
             hidden_PD = self.arithmetic.feed_forward(layer, hidden_PD, batch)
+            if self.prefetcher is not None:
+                self.prefetcher.hint(index, hidden_PD, num_tokens)
             phases["attention"] += attended - started
             phases["experts"] += time.perf_counter() - attended
             self.progressed_at = time.monotonic()

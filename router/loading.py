@@ -24,6 +24,7 @@ from router.errors import ConfigUnsupported
 from router.expert_facts import FactSource
 from router.kv_cache import KvPool, blocks_for
 from router.model_config import ModelConfig, read_model_config
+from router.prefetch import Prefetcher
 from router.scoring import DEFAULT_PRESET, PRESETS, SnarcWeights
 from router.self_test import prove_row_invariance
 from router.stand_in import OutputMeans
@@ -46,6 +47,8 @@ class EngineOptions:
     """Resident bytes of experts in this process; None means no bound."""
     eviction: Eviction = DEFAULT_EVICTION
     """Which expert goes first when room is needed."""
+    prefetch: bool = False
+    """Whether experts of this process are read ahead by the next layer's gate (docs/memory.md)."""
     limits: BatchLimits = field(default_factory=BatchLimits)
     num_threads: int | None = None
     """Torch threads of the process; None means what suits machine and model."""
@@ -127,6 +130,8 @@ def load_engine(
     )
     directory = connect(worker)
     backbone = Backbone(store, component.name, config, kernel, directory, dtype)
+    if options.prefetch:
+        backbone.prefetcher = Prefetcher(backbone.layers, backbone.arithmetic, directory)
     pool = KvPool(config, num_kv_blocks(config, dtype, options), dtype)
     engine = Engine(backbone, pool, options.limits, swap_budget_bytes=options.kv_budget_bytes)
     if config.moe_layers:

@@ -73,6 +73,8 @@ class _Collector:
                 ("hits", "expert_hits", "Experts that were resident when needed."),
                 ("misses", "expert_misses", "Experts that had to be read."),
                 ("bytes_read", "expert_read_bytes", "Bytes of experts read."),
+                ("prefetched", "experts_prefetched", "Experts read by a guess, before they were needed."),
+                ("prefetched_used", "experts_prefetched_used", "Of these, those that were then needed."),
             )
         }
         for actor in [local_actor(self._service), *self._actors]:
@@ -103,6 +105,8 @@ def local_actor(service: RouterService) -> dict[str, Any]:
         "misses": stats.misses,
         "hit_rates": stats.hit_rates,
         "bytes_read": stats.bytes_read,
+        "prefetched": stats.prefetched,
+        "prefetched_used": stats.prefetched_used,
     }
 
 
