@@ -132,22 +132,27 @@ class Bench:
         """Raises TurnFailed."""
         warmup = tokens // 2
         task = Task(kind, str(self.store_root), str(self.checkpoint), budget, warmup, tokens, seed=3)
-        forget_files(_weights(self.checkpoint, self.store_root))
-        command = [sys.executable, "-m", "benchmarks.budget_contender", json.dumps(asdict(task))]
-        with memory_cap(limit, "bench-budget") as cap:
-            done = subprocess.run(
-                command,
-                preexec_fn=cap.enter,
-                capture_output=True,
-                text=True,
-                timeout=TURN_TIMEOUT_S,
-                check=False,
-            )
-            peak = cap.peak_bytes()
-        if done.returncode:
-            raise TurnFailed(kind, done.returncode, done.stderr[-1000:] or f"limit of {limit} bytes")
-        report = Report(**json.loads(done.stdout.splitlines()[-1]))
-        return Turn(report, limit, peak, cap.reason)
+        return run_turn(task, limit)
+
+
+def run_turn(task: Task, limit: int) -> Turn:
+    """One contender in a process and a memory group of its own, with no file of its cached. Raises TurnFailed."""
+    forget_files(_weights(Path(task.checkpoint), Path(task.store)))
+    command = [sys.executable, "-m", "benchmarks.budget_contender", json.dumps(asdict(task))]
+    with memory_cap(limit, "bench-budget") as cap:
+        done = subprocess.run(
+            command,
+            preexec_fn=cap.enter,
+            capture_output=True,
+            text=True,
+            timeout=TURN_TIMEOUT_S,
+            check=False,
+        )
+        peak = cap.peak_bytes()
+    if done.returncode:
+        raise TurnFailed(task.kind, done.returncode, done.stderr[-1000:] or f"limit of {limit} bytes")
+    report = Report(**json.loads(done.stdout.splitlines()[-1]))
+    return Turn(report, limit, peak, cap.reason)
 
 
 def _name(residency: float) -> str:

@@ -14,7 +14,7 @@ import json
 import mmap
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 
@@ -27,7 +27,7 @@ from experts.call import ExpertCall
 from experts.directory import ExpertDirectory, LocalDirectory
 from experts.ffn import ExpertWeights, compute_experts, view_expert
 from experts.store import ExpertStore
-from experts.worker import ExpertWorker
+from experts.worker import ExpertWorker, WorkerStats
 from extraction.manifest import ExpertKey
 from router.loading import EngineOptions, LoadedEngine, load_engine
 
@@ -47,6 +47,8 @@ class Task:
     """Tokens that are not counted."""
     counted: int
     seed: int
+    prefetch: bool = False
+    """Of a budget: whether experts are read ahead by the next layer's gate."""
 
 
 @dataclass
@@ -58,6 +60,8 @@ class Report:
     head_s: list[float] = field(default_factory=list)
     misses: int = 0
     hits: int = 0
+    prefetched: int = 0
+    prefetched_used: int = 0
     bytes_read: int = 0
     """Of experts, by the worker; 0 where the kernel pages them in."""
     anonymous_bytes: int = 0
@@ -124,7 +128,9 @@ def _load(task: Task) -> LoadedEngine:
     def connect(worker: ExpertWorker) -> ExpertDirectory:
         return MappedExperts(worker, store) if task.kind == "mapped" else LocalDirectory(worker)
 
-    options = EngineOptions(kv_budget_bytes=KV_BUDGET_BYTES, expert_budget_bytes=task.budget_bytes)
+    options = EngineOptions(
+        kv_budget_bytes=KV_BUDGET_BYTES, expert_budget_bytes=task.budget_bytes, prefetch=task.prefetch
+    )
     loaded = load_engine(store, options, connect)
     if task.kind == "budget":
         for key in store.expert_keys():
@@ -145,10 +151,10 @@ def _measure(
     topics = HiddenShape(width).num_topics
     ids = token_walk(task.warmup + task.counted, vocab_size, topics, generator)
     report = Report()
-    before = (0, 0, 0)
+    before = WorkerStats()
     for number, token in enumerate(torch.split(ids, 1)):
         if number == task.warmup and worker is not None:
-            before = (worker.stats.misses, worker.stats.hits, worker.stats.bytes_read)
+            before = replace(worker.stats)
         started = perf_counter()
         hidden_1D = step(token)
         stepped = perf_counter()
@@ -157,11 +163,9 @@ def _measure(
             report.step_s.append(stepped - started)
             report.head_s.append(perf_counter() - stepped)
     if worker is not None:
-        report.misses, report.hits, report.bytes_read = (
-            worker.stats.misses - before[0],
-            worker.stats.hits - before[1],
-            worker.stats.bytes_read - before[2],
-        )
+        stats = worker.stats
+        for name in ("misses", "hits", "bytes_read", "prefetched", "prefetched_used"):
+            setattr(report, name, getattr(stats, name) - getattr(before, name))
     report.anonymous_bytes = anonymous_bytes()
     hidden_D = hidden_1D.detach().float().flatten()
     report.hidden_sha256 = hashlib.sha256(hidden_D.numpy().data).hexdigest()

@@ -7,7 +7,7 @@ and hands a buffer back only after `stop`. Not safe for several threads.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 
 from torch import Tensor
 
@@ -78,5 +78,4 @@ class GuessedReads:
         if future.cancel():
             self.begun -= 1
             return False
-        wait((future,))
-        return future.exception() is None
+        return future.exception() is None  # waits for it

@@ -7,6 +7,7 @@ import random
 import pytest
 
 from experts.errors import BudgetTooSmall
+from experts.eviction import make_worth
 from experts.residency import Residency
 from extraction.manifest import ExpertKey
 
@@ -56,6 +57,31 @@ def test_forgotten_expert_frees_its_bytes() -> None:
     residency.forget(_keys(1)[0])
     assert residency.resident_bytes == 10
     assert residency.admit(_keys(3), [10]).evict == ()
+
+
+def test_expected_experts_enter_as_far_as_they_fit_beside_one_another() -> None:
+    residency = Residency(30, make_worth("lru"))
+    for number in (1, 2, 3):
+        residency.admit(_keys(number), [10])
+    exchange = residency.expect(_keys(9, 1, 8, 7), [10] * 4, most=4)
+    assert (exchange.evict, exchange.load) == (tuple(_keys(2, 3)), tuple(_keys(9, 8)))
+    assert residency.resident_bytes == 30
+
+
+def test_no_more_than_asked_for_are_expected_and_none_evicts_another() -> None:
+    residency = Residency(30)
+    assert residency.expect(_keys(1, 2, 3), [10] * 3, most=2).load == tuple(_keys(1, 2))
+    assert residency.expect(_keys(4), [31], most=2).load == (), "one that never fits is no error"
+    assert Residency(None).expect(_keys(1, 2), [10, 10], most=2).load == tuple(_keys(1, 2))
+
+
+def test_expected_experts_go_first_until_they_are_used() -> None:
+    residency = Residency(30)
+    residency.admit(_keys(1), [10])
+    residency.expect(_keys(2, 3), [10, 10], most=2)
+    assert residency.admit(_keys(2), [10]).load == (), "it is there already"
+    assert residency.admit(_keys(4), [10]).evict == tuple(_keys(3))
+    assert residency.admit(_keys(5), [10], now=1.0).evict == tuple(_keys(1))
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -139,6 +139,8 @@ def test_misplaced_key_is_not_repeated() -> None:
 def test_values_that_do_not_go_together_are_refused() -> None:
     with pytest.raises(OptionInvalid, match=r"max-num-seqs \(64\) is above max-batch-tokens \(32\)"):
         _options({"max-batch-tokens": 32}, {})
+    with pytest.raises(OptionInvalid, match=r"prefetch goes with no expert actors, not 2"):
+        _options({"prefetch": True, "actors": 2}, {})
     with pytest.raises(OptionInvalid, match="without an API key lets every web page"):
         _options({"cors-origin": ["*"]}, {})
     assert _options({"cors-origin": ["*"]}, {}, KeyRing.of(["k"])).cors_origins == ("*",)
