@@ -3,11 +3,11 @@
 - How good the guess is: on the bundled model and texts that it has not seen, token by token (deterministic): of the
   experts used, of those that a cache lacks, and what share of the reads would be useful.
 - What it brings: tokens/s with and without, alternating, on a slice at Qwen3-30B-A3B's width under a budget, experts
-  read past the page cache from the disk, each turn a process in a memory group of its own. The slice's layers change the
-  hidden state little, so its guesses are better than a trained model's: what is measured is the most that there is
-  to gain. `--accuracy-only` leaves this out.
+  read past the page cache from the disk, each turn a process in a memory group of its own. The slice's layers change
+  the hidden state little, so its guesses are better than a trained model's: what is measured is the most that there
+  is to gain. `--accuracy-only` leaves this out.
 
-Usage: python -m benchmarks.bench_prefetch [--rounds N] [--tokens N] [--layers N] [--share S ...] [--folder DIR] [--keep]
+Usage: python -m benchmarks.bench_prefetch [--rounds N] [--tokens N] [--share S ...] [--folder DIR] [--keep]
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How well the next layer's gate guesses, on a recorded text: used by `benchmarks.bench_prefetch`. No time is measured."""
+"""How well the next layer's gate guesses, on a text. Used by `benchmarks.bench_prefetch`; measures no time."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ def record_guesses(store_root: Path, texts: Sequence[Path], num_tokens: int, con
     try:
         tokenizer = TextTokenizer.from_folder(store_root)
         ids = [token for text in texts for token in tokenizer.encode(text.read_text(encoding="utf-8"))]
-        for piece in torch.tensor(ids[:num_tokens]).split(context):
+        for piece in torch.split(torch.tensor(ids[:num_tokens]), context):
             sequence = OneSequence(loaded.engine.backbone, len(piece))
-            for token_1 in piece.split(1):
+            for token_1 in torch.split(piece, 1):
                 sequence.step(token_1)
         assert isinstance(loaded.directory, GuessRecorder)
         return loaded.directory.guesses

@@ -192,7 +192,10 @@ class ExpertCache:
         yield wave
 
     def _load_beside(
-        self, wave: Sequence[ExpertKey], missing: Sequence[ExpertKey], under_way: dict[Future[Tensor], ExpertKey]
+        self,
+        wave: Sequence[ExpertKey],
+        missing: Sequence[ExpertKey],
+        under_way: dict[Future[Tensor], ExpertKey],
     ) -> Generator[Sequence[ExpertKey]]:
         absent = frozenset((*missing, *under_way.values()))
         loads = dict(under_way)

@@ -198,7 +198,9 @@ class ServiceOptions:
         if self.is_trace_with_tokens and self.trace_folder is None:
             raise OptionInvalid("trace-tokens", "goes with trace, which says where traces are written")
         if self.is_prefetching and self.num_actors:
-            raise OptionInvalid("prefetch", f"goes with no expert actors, not {self.num_actors}: they do not read ahead")
+            raise OptionInvalid(
+                "prefetch", f"goes with no expert actors, not {self.num_actors}: they do not read ahead"
+            )
         if "*" in self.cors_origins and not self.keys:
             reason = "* without an API key lets every web page use the service; name origins or give a key"
             raise OptionInvalid("cors-origin", reason)

@@ -2,7 +2,8 @@
 
 The gate of a layer sees what its attention adds; without it the guess is mostly right, since a layer changes the hidden
 state little. A guess changes no result. Called by `router.backbone` where options ask for it.
-Source: A. Eliseev and D. Mazur, "Fast Inference of Mixture-of-Experts Language Models with Offloading", 2023, section 3.2.
+Source: A. Eliseev and D. Mazur, "Fast Inference of Mixture-of-Experts Language Models with Offloading", 2023,
+"Speculative Expert Loading".
 """
 
 from __future__ import annotations

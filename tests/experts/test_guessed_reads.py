@@ -148,7 +148,9 @@ def test_a_right_guess_is_there_when_it_is_needed_and_counts_as_a_miss(
     assert (stats.prefetched, stats.prefetched_used, stats.hits, stats.misses) == (2, 2, 0, 2)
     worker.compute(_call(1, 5))
     stats = worker.stats
-    assert (stats.prefetched_used, stats.hits, stats.misses) == (2, 2, 2), "later uses are hits like any other"
+    assert (stats.prefetched_used, stats.hits, stats.misses) == (2, 2, 2), (
+        "later uses are hits like any other"
+    )
     assert stats.bytes_read == 2 * EXPERT_BYTES
 
 

@@ -42,7 +42,8 @@ def test_status_of_a_hostile_service_cannot_steer_the_terminal() -> None:
     evil = "\x1b[2J[red]x[/red]"
     actor = {"name": evil, "pid": 1, "node": evil, "group": 2, "state": evil}
     actor |= {"hit_rates": {"trust": 0.834, "lfu": 0.8, evil: 0.731}}
-    router = {"pid": 1, "numerics_class": evil, "experts": {"resident_bytes": 1}, "backbone_bytes": 1}
+    router = {"pid": 1, "numerics_class": evil, "backbone_bytes": 1}
+    router |= {"experts": {"resident_bytes": 1, "prefetched": 1200, "prefetched_used": 900}}
     status = {
         "model": evil,
         "router": router | {"kv_bytes": 1},
@@ -56,3 +57,4 @@ def test_status_of_a_hostile_service_cannot_steer_the_terminal() -> None:
     assert "\x1b[2J" not in capture.get()
     assert capture.get().count("\\x1b[2J[red]x[/red]") == 9
     assert "trust 83%, lfu 80%, " in capture.get()
+    assert "Prefetched 1,200 experts, 75% used" in capture.get()

@@ -25,6 +25,8 @@ ACTOR = {
     "hits": 3,
     "misses": 2,
     "bytes_read": 9,
+    "prefetched": 6,
+    "prefetched_used": 5,
     "hit_rates": {"trust": 0.83, "lfu": 0.6},
 }
 
@@ -97,6 +99,9 @@ def test_actors_and_the_routers_own_experts_have_one_line_each(families: dict[st
     assert _value(families, "expert_hits", **where) == 3
     assert _value(families, "expert_misses", **where) == 2
     assert _value(families, "expert_read_bytes", **where) == 9
+    assert _value(families, "experts_prefetched", **where) == 6
+    assert _value(families, "experts_prefetched_used", **where) == 5
+    assert _value(families, "experts_prefetched", actor="router", node="") == 0
     assert _value(families, "expert_misses", actor="router", node="") > 0
     assert _value(families, "expert_hit_ratio", **where, eviction="trust") == 0.83
     assert _value(families, "expert_hit_ratio", **where, eviction="lfu") == 0.6

@@ -59,7 +59,9 @@ def test_a_row_of_no_numbers_is_no_error() -> None:
     assert set(likely_experts(torch.full((1, 4), torch.nan), 2)) <= set(range(4))
 
 
-def test_each_layer_with_experts_but_the_first_is_guessed_just_before_it_is_asked(stories_store: Path) -> None:
+def test_each_layer_with_experts_but_the_first_is_guessed_just_before_it_is_asked(
+    stories_store: Path,
+) -> None:
     loaded = open_engine(stories_store, EngineOptions(prefetch=True), ListeningDirectory)
     run_to_end(loaded.engine, REQUESTS[:1])
     assert isinstance(loaded.directory, ListeningDirectory)
@@ -107,5 +109,9 @@ def test_prefetching_at_any_budget_equals_unlimited(
     stats = loaded.worker.stats
     if num_budget > 1 or name == "stories":
         assert stats.prefetched > 0
-    assert loaded.worker.resident_bytes <= loaded.worker.cache.allocated_bytes <= num_budget * (expert_bytes + 8192)
+    assert (
+        loaded.worker.resident_bytes
+        <= loaded.worker.cache.allocated_bytes
+        <= num_budget * (expert_bytes + 8192)
+    )
     loaded.close()
