@@ -133,10 +133,11 @@ class ExpertWorker:
 
         Raises UnknownExpert.
         """
-        keys = [ExpertKey(component, layer, expert) for expert in experts]
-        known = [key for key in keys if self._answers_for(key) and self._store.record(key)]
+        keys = [key for expert in experts if self._answers_for(key := ExpertKey(component, layer, expert))]
+        for key in keys:
+            self._store.record(key)
         with self._lock:
-            self.cache.prefetch(known)
+            self.cache.prefetch(keys)
 
     def load_all(self) -> None:
         """Read as much of the group as the budget holds, so that the first requests find it."""
