@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from cluster.placement import split_experts
 from cluster.resources import NAMESPACE, SUPERVISOR_NAME, expert_actor_options, supervisor_options
 from experts.actor import ActorSpec, ExpertActor
 from experts.eviction import DEFAULT_EVICTION, Eviction
+from experts.group_trust import HandDown, group_scores
 from experts.remote_directory import ResidentExperts, Roster
 from experts.store import ExpertStore
 from experts.transport import Endpoint
@@ -63,6 +65,8 @@ class _Member:
     handle: Any = None
     endpoint: Endpoint | None = None
     resident: ResidentExperts = field(default_factory=dict)
+    told_share: tuple[int, Fraction] | None = None
+    """The incarnation that was told, and what."""
     failures: int = 0
     retry_at: float = 0.0
     last_error: str = ""
@@ -78,7 +82,10 @@ class Supervisor:
         self._version = int(time.time())
         self._members = [_Member(member) for member in self._plan()]
         self._ledger: TrustLedger | None = None
+        self._trust_options: TrustOptions | None = None
         self._ledger_lock = threading.Lock()
+        self._hand_down = HandDown()
+        self._share = Fraction(1)
         self._closing = threading.Event()
         self._wake = threading.Event()
         threading.Thread(target=self._run, name="reconcile", daemon=True).start()
@@ -112,10 +119,15 @@ class Supervisor:
         """Keep a router's report; see `TrustLedger.add`."""
         return self._owned_ledger(identity, options).add(report)
 
+    def set_share(self, share: Fraction) -> None:
+        """How much of its group each actor keeps in memory, within its budget; new actors are told too."""
+        self._share = share
+        self._wake.set()
+
     def _owned_ledger(self, identity: TrustIdentity, options: TrustOptions) -> TrustLedger:
         with self._ledger_lock:
             if self._ledger is None:
-                self._ledger = open_local_ledger(identity, options)
+                self._ledger, self._trust_options = open_local_ledger(identity, options), options
             return self._ledger
 
     def wait_ready(self, timeout_s: float = START_TIMEOUT_S) -> None:
@@ -192,8 +204,28 @@ class Supervisor:
                 self._create(member)
             for member in starting:
                 self._await_endpoint(member)
+            self._tell_actors()
             self._wake.wait(CHECK_INTERVAL_S)
             self._wake.clear()
+
+    def _tell_actors(self) -> None:
+        """What actors with a bound go by: trust, and the share of their group that they may keep."""
+        with self._ledger_lock:
+            table = self._ledger.table() if self._ledger is not None else None
+            options = self._trust_options
+        now_s = time.monotonic()
+        for member in self._members:
+            name, incarnation = member.spec.name, member.spec.incarnation
+            if member.endpoint is None or member.spec.budget_bytes is None:
+                continue
+            if member.told_share != (incarnation, self._share):
+                member.told_share = (incarnation, self._share)
+                member.handle.set_share.remote(member.told_share[1])
+            if table is None or options is None:
+                continue
+            if self._hand_down.is_due(name, incarnation, table.num_tokens, now_s):
+                member.handle.set_trust.remote(group_scores(table, options.settings, member.spec.group))
+                self._hand_down.note(name, incarnation, table.num_tokens, now_s)
 
     def _is_due(self, member: _Member) -> bool:
         """Whether a member has to be (re)created now."""

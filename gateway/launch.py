@@ -206,6 +206,7 @@ def _deploy(
         plan,
         None if options.trace_folder is None else str(options.trace_folder.resolve()),
         options.is_trace_with_tokens,
+        options.capacity == "auto",
     )
     stack.callback(_quietly, serve.shutdown)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)

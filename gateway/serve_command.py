@@ -54,6 +54,9 @@ def serve(
     eviction: Annotated[
         Word, typer.Option(metavar="NAME", help="Which expert goes first: lfu, lru or trust. [lfu]")
     ] = None,
+    capacity: Annotated[
+        Word, typer.Option(metavar="MODE", help="auto gives experts' memory back when idle. [fixed]")
+    ] = None,
     expert_budget: ExpertBudgetOption = None,
     host_budget: HostBudgetOption = None,
     api_key: Annotated[
@@ -120,6 +123,7 @@ def serve(
         "max-batch-tokens": max_batch_tokens,
         "kv-budget": kv_budget,
         "eviction": eviction,
+        "capacity": capacity,
         "expert-budget": expert_budget,
         "host-budget": host_budget,
         "api-key": api_key or None,
