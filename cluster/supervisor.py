@@ -54,6 +54,8 @@ class ServiceSpec:
     host: str = "127.0.0.1"
     spin_s: float = 0.0
     """See `TransportLimits`; actors and routers use the same."""
+    store_copies: tuple[str, ...] = ()
+    """See `ActorSpec`."""
     secret: bytes = field(default=b"", repr=False)
 
 
@@ -193,6 +195,7 @@ class Supervisor:
                 spec.host,
                 spec.spin_s,
                 spec.secret,
+                spec.store_copies,
             )
             for index, group in enumerate(groups)
         ]

@@ -45,6 +45,8 @@ class ActorSpec:
     host: str
     spin_s: float
     secret: bytes = field(repr=False)
+    store_copies: tuple[str, ...] = ()
+    """Further folders of the same store, read where it fails."""
 
     def fingerprint(self) -> str:
         """Equal for specs that compute the same for the same routers; leaves out the incarnation."""
@@ -73,6 +75,7 @@ class ExpertActor:
             budget_bytes=spec.budget_bytes,
             eviction=spec.eviction,
             trust=self._trust.score,
+            copies=tuple(map(Path, spec.store_copies)),
         )
         info = ServiceInfo(spec.width, dtype, self._worker.numerics_class, components)
         self._server = ExpertServer(
@@ -119,6 +122,7 @@ class ExpertActor:
             "hits": stats.hits,
             "misses": stats.misses,
             "hit_rates": stats.hit_rates,
+            "experts_trusted": self._trust.num_known,
             "bytes_read": stats.bytes_read,
             "rows": stats.rows,
             "numerics_class": worker.numerics_class,

@@ -48,6 +48,11 @@ class GroupTrust:
             raise TrustMismatch("scores from 0 to 1", "scores that are out of range")
         self._scores = dict(zip(self._group, scores_G.tolist(), strict=True))
 
+    @property
+    def num_known(self) -> int:
+        """Experts whose score is another than that of an unseen one."""
+        return sum(score != UNSEEN for score in self._scores.values())
+
     def score(self, key: ExpertKey) -> float:
         """In [0, 1]; `UNSEEN` before anything was told."""
         return self._scores.get(key, UNSEEN)

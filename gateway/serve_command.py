@@ -59,6 +59,10 @@ def serve(
     ] = None,
     expert_budget: ExpertBudgetOption = None,
     host_budget: HostBudgetOption = None,
+    store_copy: Annotated[
+        Words,
+        typer.Option(metavar="FOLDER", help="A copy of the store, read where the store fails; repeatable."),
+    ] = None,
     api_key: Annotated[
         Words, typer.Option(metavar="KEY|@FILE", help="Key that clients must send; repeatable.")
     ] = None,
@@ -126,6 +130,7 @@ def serve(
         "capacity": capacity,
         "expert-budget": expert_budget,
         "host-budget": host_budget,
+        "store-copy": store_copy or None,
         "api-key": api_key or None,
         "api-key-file": api_key_file or None,
         "cors-origin": cors_origin or None,

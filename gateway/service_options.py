@@ -133,6 +133,7 @@ class OptionValues(BaseModel):
         max_length=1024,
         description="a mapping of node names or addresses to budgets, such as 'node-7: 2GiB'",
     )
+    store_copy: Texts = Field((), description=_TEXTS)
     api_key: Texts = Field((), description=_TEXTS)
     api_key_file: Texts = Field((), description=_TEXTS)
     cors_origin: Annotated[Texts, AfterValidator(_check_origins)] = Field((), description=_TEXTS)
@@ -181,6 +182,8 @@ class ServiceOptions:
     """Bytes of experts on each node, added up; the experts' tiers on a machine that computes in host memory."""
     node_budgets: Mapping[str, BudgetRequest] = field(default_factory=dict)
     """In place of `expert_budgets`, by node name or address."""
+    store_copies: tuple[Path, ...] = ()
+    """Further folders of the same store, read where it fails."""
     keys: KeyRing = NO_KEYS
     cors_origins: tuple[str, ...] = ()
     trace_folder: Path | None = None
@@ -221,6 +224,7 @@ class ServiceOptions:
             "capacity": self.capacity,
             "expert-budget": " + ".join(map(format_budget, self.expert_budgets)),
             "node-budgets": {name: format_budget(budget) for name, budget in self.node_budgets.items()},
+            "store-copy": [str(path) for path in self.store_copies],
             "api-keys": len(self.keys),
             "cors-origin": list(self.cors_origins),
             "trace": str(self.trace_folder) if self.trace_folder else None,
@@ -277,6 +281,7 @@ def compose_options(values: OptionValues, store_root: Path, store_name: str, key
         capacity=values.capacity,
         expert_budgets=one_memory(values.expert_budget, values.host_budget),
         node_budgets=values.node_budgets,
+        store_copies=tuple(Path(folder) for folder in dict.fromkeys(values.store_copy)),
         keys=keys,
         cors_origins=tuple(dict.fromkeys(values.cors_origin)),
         trace_folder=None if values.trace is None else Path(values.trace),
