@@ -218,17 +218,26 @@ class Supervisor:
             options = self._trust_options
         now_s = time.monotonic()
         for member in self._members:
-            name, incarnation = member.spec.name, member.spec.incarnation
             if member.endpoint is None or member.spec.budget_bytes is None:
                 continue
-            if member.told_share != (incarnation, self._share):
-                member.told_share = (incarnation, self._share)
-                member.handle.set_share.remote(member.told_share[1])
+            name, incarnation, share = member.spec.name, member.spec.incarnation, self._share
+            if member.told_share != (incarnation, share) and self._tell(member.handle.set_share, share):
+                member.told_share = (incarnation, share)
             if table is None or options is None:
                 continue
             if self._hand_down.is_due(name, incarnation, table.num_tokens, now_s):
-                member.handle.set_trust.remote(group_scores(table, options.settings, member.spec.group))
-                self._hand_down.note(name, incarnation, table.num_tokens, now_s)
+                scores_G = group_scores(table, options.settings, member.spec.group)
+                if self._tell(member.handle.set_trust, scores_G):
+                    self._hand_down.note(name, incarnation, table.num_tokens, now_s)
+
+    def _tell(self, method: Any, value: object) -> bool:
+        """Whether an actor has taken it; one call at a time, since an actor's may overtake each other."""
+        try:
+            ray.get(method.remote(value), timeout=ANSWER_TIMEOUT_S)
+        except (ray.exceptions.RayError, TimeoutError) as error:
+            logger.warning("an expert actor was not told: %s", type(error).__name__)
+            return False
+        return True
 
     def _is_due(self, member: _Member) -> bool:
         """Whether a member has to be (re)created now."""

@@ -46,24 +46,34 @@ class Worth(Protocol):
 
 
 class LayerClock:
-    """When each layer was visited last, and so how far off its next visit is. All layers take turns."""
+    """When each layer had its last turn, and how far off its next one is. All layers take turns."""
 
     def __init__(self) -> None:
-        self._now = 0.0
+        self._now = self._before = -math.inf
+        """This step and the one before."""
         self._num_visits = 0
         self._last: dict[Layer, tuple[float, int]] = {}
         """Step and number of the last visit."""
 
-    def visit(self, layer: Layer, now: float) -> None:
+    def visit(self, layer: Layer, now: float) -> bool:
+        """Whether this begins a step."""
         last = self._last.get(layer)
-        if last is None or last[0] != now:
-            self._now = now
-            self._num_visits += 1
-            self._last[layer] = (now, self._num_visits)
+        if last is not None and last[0] == now:
+            return False
+        self._num_visits += 1
+        self._last[layer] = (now, self._num_visits)
+        if now == self._now:
+            return False
+        self._before, self._now = self._now, now
+        return True
+
+    def is_done(self, layer: Layer) -> bool:
+        """Whether the layer had its turn in this step; it had the one before in any case, if only to be left out."""
+        return self._last[layer][0] == self._now
 
     def turn(self, layer: Layer) -> float:
-        """The step of the layer's last turn. One that is passed over has had its turn with the others."""
-        return max(self._last[layer][0], self._now - 1.0)
+        """The step of the layer's last turn."""
+        return self._now if self.is_done(layer) else self._before
 
     def until_next(self, layer: Layer) -> float:
         """Steps until the layer's next turn, above 0 and at most 1."""
@@ -92,9 +102,10 @@ class FrequencyWorth:
     rare that is the order of counts. Where a step needs nearly every expert, it keeps Belady's optimum for a loop:
     experts of the layer just left go, not those that come next.
 
-    Kept as log2 of the sum of 2 ** (step of use / half-life): decay changes all experts of a layer alike, so nobody has
-    to be visited when time passes, and the logarithm never overflows. Experts that went keep their count, since what
-    was needed often before will be again: one number for each expert of the store.
+    Kept as log2 of the sum of 2 ** (step of use / half-life): decay changes all experts of a layer alike, so nobody has to
+    be visited when time passes, and the logarithm never overflows. Steps are counted in the same way, from the first one
+    on. Experts that went keep their count, since what was needed often before will be again: one number for each expert
+    of the store.
     """
 
     def __init__(self, half_life: float) -> None:
@@ -102,29 +113,33 @@ class FrequencyWorth:
         self._half_life = half_life
         self._level: dict[ExpertKey, float] = {}
         self._clock = LayerClock()
-        self._always = -math.log2(1.0 - 2.0 ** (-1.0 / half_life))
-        """log2 of the decayed count of an expert that is used in every step."""
+        self._steps = self._steps_before = -math.inf
+        """The decayed number of steps, with and without this one."""
 
     def visit(self, layer: Layer, now: float) -> None:
-        self._clock.visit(layer, now)
+        if self._clock.visit(layer, now):
+            self._steps_before = self._steps
+            self._steps = _add_log2(self._steps, now / self._half_life)
 
     def of_use(self, key: ExpertKey, nbytes: int, now: float) -> float:
         use = now / self._half_life
         level = self._level.get(key)
-        if level is None:
-            level = use
-        else:
-            high, low = (use, level) if use > level else (level, use)
-            level = high + math.log2(1.0 + 2.0 ** (low - high))
-        self._level[key] = level
+        self._level[key] = level = use if level is None else _add_log2(level, use)
         return level
 
     def present(self, layer: Layer, worth: float) -> float:
         """Minus log2 of the expected wait, in steps."""
-        rarity = max(0.0, self._always + self._clock.turn(layer) / self._half_life - worth)
+        turns = self._steps if self._clock.is_done(layer) else self._steps_before
+        rarity = max(0.0, turns - worth)
         if rarity > MAX_DOUBLINGS:  # the way to the next turn is nothing beside it
             return -rarity
         return -math.log2(2.0**rarity - 1.0 + self._clock.until_next(layer))
+
+
+def _add_log2(first: float, second: float) -> float:
+    """log2 of the sum of two numbers of which the log2 is given."""
+    high, low = (second, first) if second > first else (first, second)
+    return high + math.log2(1.0 + 2.0 ** (low - high))
 
 
 @dataclass(frozen=True)

@@ -128,9 +128,12 @@ class RouterDeployment:
 
     def _observe_capacity(self) -> CapacityState:
         """Whenever Serve checks the router's health and somebody asks."""
-        health, limit = self._service.engine_thread.health(), self._spec.engine.limits.max_running
+        health = self._service.engine_thread.health()
         is_idle = not self._service.num_open  # what else runs are probes
-        load = Load(0, 0, limit) if is_idle else Load(health.num_running, health.num_waiting, limit)
+        return self._look(0, 0) if is_idle else self._look(health.num_running, health.num_waiting)
+
+    def _look(self, num_running: int, num_waiting: int) -> CapacityState:
+        load = Load(num_running, num_waiting, self._spec.engine.limits.max_running)
         return self._capacity.look(load, time.monotonic())
 
     def _begin_resize(self, share: Fraction) -> None:
@@ -147,9 +150,9 @@ class RouterDeployment:
 
     async def submit(self, gateway: str, request: GenerationRequest) -> None:
         self._service.submit(gateway, request)
-        # A request ends rest at once; whether it has to wait shows at the next look.
-        num_running = max(1, self._service.engine_thread.health().num_running)
-        self._capacity.look(Load(num_running, 0, self._spec.engine.limits.max_running), time.monotonic())
+        # A request ends rest at once; whether it has to wait shows at a later look.
+        health = self._service.engine_thread.health()
+        self._look(max(1, health.num_running), max(0, health.num_waiting - 1))
 
     async def cancel_request(self, request_id: str) -> None:
         self._service.cancel(request_id)
