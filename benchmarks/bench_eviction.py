@@ -61,7 +61,7 @@ class RoutingRecorder:
                 self._experts[place] = chosen[row + index]
             row += owner.count
 
-    def trace(self, component: str, rows: int) -> tuple[Trace, list[int]]:
+    def trace(self, component: str, rows: int = 1) -> tuple[Trace, list[int]]:
         """One call for each layer and step of up to `rows` tokens of a sequence, sequence after sequence, and the step
         of each call."""
         needed: dict[tuple[str, int, int], set[int]] = {}
@@ -72,7 +72,9 @@ class RoutingRecorder:
         for request, part, layer in sorted(needed):
             if (request, part) != last:
                 num_steps, last = num_steps + 1, (request, part)
-            trace.append([ExpertKey(component, layer, expert) for expert in sorted(needed[request, part, layer])])
+            trace.append(
+                [ExpertKey(component, layer, expert) for expert in sorted(needed[request, part, layer])]
+            )
             steps.append(num_steps)
         return trace, steps
 

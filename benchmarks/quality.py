@@ -15,13 +15,14 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.quality_ways import ABLATION_SHARE, ABLATIONS, SHARES, WAYS, Way, against, windows_of
 from benchmarks.report import RESULTS, finish
 from experts.budget import BudgetRequest
 from experts.store import ExpertStore
@@ -48,6 +49,9 @@ MISS_SHARES = (0.0625, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
 FRONTIER_SHARES = (0.125, 0.25, 0.5)
 MISS_TOKENS = 16384
 """Of each text; as many as the curves need to settle, in minutes."""
+FRONTIER_TOKENS = 8192
+"""Of each text, for every way of routing; those of FULL_WAYS go over all of the texts as well."""
+FULL_WAYS = ("native, lfu", "warmth 0.1", "thrifty", "WAKE", "CRISIS")
 TIMES = ("seconds", "tokens_per_s")
 
 
@@ -140,10 +144,38 @@ def misses(job: Job) -> dict[str, Any]:
     return found
 
 
+def native_windows(max_tokens: int | None, job: Job) -> dict[str, Any]:
+    """What every way of routing is compared with, window by window."""
+    evaluation = replace(job, max_tokens=max_tokens).evaluate(EvalOptions(SLIDING))
+    return {"windows": windows_of(evaluation)}
+
+
+def way_at(way: Way, share: str, max_tokens: int | None, job: Job) -> dict[str, Any]:
+    """Misses of one decoding stream and the perplexity that they come with, routed one way."""
+    base = run_part(_base_name(max_tokens), job)["windows"]
+    evaluation = replace(job, max_tokens=max_tokens).evaluate(way.options(SLIDING, share))
+    return against(evaluation, base)
+
+
+def _base_name(max_tokens: int | None) -> str:
+    return f"windows {max_tokens or 'all'}"
+
+
 PARTS: dict[str, Callable[[Job], dict[str, Any]]] = {
     **{f"native {budget}": partial(native_at, budget) for budget in BUDGETS},
     "routing": routing,
     "misses": misses,
+    **{_base_name(tokens): partial(native_windows, tokens) for tokens in (FRONTIER_TOKENS, None)},
+    **{
+        f"frontier {share} {name}": partial(way_at, way, share, FRONTIER_TOKENS)
+        for name, way in WAYS.items()
+        for share in SHARES
+    },
+    **{
+        f"ablation {name}": partial(way_at, way, ABLATION_SHARE, FRONTIER_TOKENS)
+        for name, way in ABLATIONS.items()
+    },
+    **{f"full {name}": partial(way_at, WAYS[name], ABLATION_SHARE, None) for name in FULL_WAYS},
 }
 """In the order in which they are computed."""
 

@@ -44,6 +44,10 @@ class RandomStore(ExpertStore):
         self._seeds = {key: seed for seed, key in enumerate(sorted(self._layout.experts))}
         self._shape = (3 * expert_width, width)
 
+    @property
+    def quantization(self) -> None:
+        return None
+
     def expert_keys(self, component: str | None = None) -> tuple[ExpertKey, ...]:
         return tuple(self._seeds)
 

@@ -102,10 +102,10 @@ class FrequencyWorth:
     rare that is the order of counts. Where a step needs nearly every expert, it keeps Belady's optimum for a loop:
     experts of the layer just left go, not those that come next.
 
-    Kept as log2 of the sum of 2 ** (step of use / half-life): decay changes all experts of a layer alike, so nobody has to
-    be visited when time passes, and the logarithm never overflows. Steps are counted in the same way, from the first one
-    on. Experts that went keep their count, since what was needed often before will be again: one number for each expert
-    of the store.
+    Kept as log2 of the sum of 2 ** (step of use / half-life): decay changes all experts of a layer alike, so nobody
+    has to be visited when time passes, and the logarithm never overflows. Steps are counted in the same way, from the
+    first one on. Experts that went keep their count, since what was needed often before will be again: one number for
+    each expert of the store.
     """
 
     def __init__(self, half_life: float) -> None:

@@ -146,7 +146,7 @@ def expert_form(
     store: ExpertStore, kernel: RowKernel, dtype: torch.dtype, widths: Mapping[str, int]
 ) -> ExpertForm:
     """For the components that have a width here. Raises NotRowInvariant or StoreDamaged."""
-    quantization = store.manifest.quantization
+    quantization = store.quantization
     if quantization is None:
         return FloatForm(dtype, widths)
     shapes = set()
@@ -159,7 +159,7 @@ def expert_form(
 
 def planned_form(store: ExpertStore, dtype: torch.dtype, widths: Mapping[str, int]) -> ExpertForm:
     """The form that `expert_form` nearly always finds, for planning only: nothing is proven."""
-    quantization = store.manifest.quantization
+    quantization = store.quantization
     if quantization is None:
         return FloatForm(dtype, widths)
     return QuantisedForm(quantization, dtype, widths, RowKernel(1), "pack")

@@ -34,6 +34,7 @@ from extraction.manifest import (
     read_manifest,
     store_hash,
 )
+from extraction.quantise import Quantization
 from extraction.safetensors_file import CODES, TensorHeader, read_header
 
 BLOCK_BYTES = 4096
@@ -87,6 +88,11 @@ class ExpertStore:
             return self.manifest.served
         except ExtractionError as error:
             raise StoreDamaged(str(self.root), str(error)) from error
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """Of the experts; None where they are in a float dtype."""
+        return self.manifest.quantization
 
     def component(self, name: str) -> Component:
         for component in self.manifest.components:

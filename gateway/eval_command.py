@@ -60,6 +60,13 @@ def evaluate(
     batch_tokens: Annotated[
         int, typer.Option(min=1, max=512, help="Token rows in a step; 1 needs experts as decode does.")
     ] = 512,
+    one_stream: Annotated[
+        bool,
+        typer.Option(
+            "--one-stream",
+            help="Route and count token by token, as one stream that decodes with a cache of the budget's size.",
+        ),
+    ] = False,
     dtype: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="float32 or bfloat16; default: as stored."),
@@ -103,7 +110,7 @@ def evaluate(
     budgets = read_budgets(budget, None, _announce)
     weights = read_weights(snarc or DEFAULT_PRESET)
     options = EvalOptions(
-        sliding, batch_tokens, budgets, parse_eviction(eviction), dtype, routing, weights, study
+        sliding, batch_tokens, budgets, parse_eviction(eviction), dtype, routing, weights, study, one_stream
     )
     with tempfile.TemporaryDirectory(prefix="sage-moe-eval-") as folder:
         if plot is not None and trace is None:

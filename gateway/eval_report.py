@@ -39,6 +39,7 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
         "context": options.sliding.context,
         "stride": options.sliding.stride,
         "batch_tokens": options.batch_tokens,
+        "is_one_stream": options.is_one_stream,
         "confidence_method": METHOD,
         "store": evaluation.store_hash,
         "dtype": evaluation.dtype,
@@ -51,7 +52,7 @@ def _numbers(scores: Sequence[TextScore]) -> dict[str, Any]:
     found = estimate([score.clusters for score in scores])
     counts = [score.experts for score in scores]
     seconds = sum(score.seconds for score in scores)
-    uses = sum(count.hits + count.misses for count in counts)
+    uses = sum(count.hits + count.misses + count.stand_ins for count in counts)
     misses = sum(count.misses for count in counts)
     choice_misses = [count.choice_misses for count in counts]
     return {
@@ -60,7 +61,8 @@ def _numbers(scores: Sequence[TextScore]) -> dict[str, Any]:
         "nll": found.mean,
         "nll_standard_error": found.standard_error,
         "misses": misses,
-        "hits": uses - misses,
+        "hits": sum(count.hits for count in counts),
+        "stand_ins": sum(count.stand_ins for count in counts),
         "miss_rate": misses / uses if uses else 0.0,
         "choice_misses": None if None in choice_misses else sum(filter(None, choice_misses)),
         "first_loads": sum(count.first_loads for count in counts),
@@ -77,7 +79,7 @@ def render(report: dict[str, Any]) -> Table:
     """For people: one line a text and one for all."""
     title = (
         f"{report['policy']}, {report['dtype']}, windows of {report['context']} by {report['stride']}, "
-        f"{report['batch_tokens']} rows a step"
+        + ("one stream" if report["is_one_stream"] else f"{report['batch_tokens']} rows a step")
     )
     table = Table(title=title, title_justify="left")
     table.add_column("text")

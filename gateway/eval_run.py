@@ -11,10 +11,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from experts.budget import BudgetRequest, measure_experts
+from experts.budget import BudgetRequest, ExpertBytes, measure_experts, resolve_budget
 from experts.eviction import DEFAULT_EVICTION, Eviction
 from experts.quantised import planned_form
 from experts.store import ExpertStore
@@ -28,9 +28,11 @@ from gateway.tokenizer import TextTokenizer
 from router.batcher import BatchLimits
 from router.engine import Engine
 from router.loading import EngineOptions, LoadedEngine, load_engine
+from router.one_stream import OneStream
 from router.request import GenerationRequest, SamplingParams, TokenEvent
 from router.routing_choice import NATIVE_CHOICE, RoutingChoice
 from router.scoring import DEFAULT_PRESET, PRESETS, SnarcWeights
+from router.steering import SteeredPolicy
 
 MAX_TEXT_BYTES = 256 << 20
 WAITING_WINDOWS = 4
@@ -59,6 +61,9 @@ class EvalOptions:
     routing: RoutingChoice = NATIVE_CHOICE
     snarc: SnarcWeights = PRESETS[DEFAULT_PRESET]
     study: Study = NO_STUDY
+    is_one_stream: bool = False
+    """Route every row, and count misses, as one stream that decodes would with a cache of the budget's size; see
+    `router.one_stream`. Nothing is then kept out of memory."""
 
     def __post_init__(self) -> None:
         """Raises OptionInvalid."""
@@ -81,6 +86,18 @@ class ExpertCounts:
     """Misses of experts that were never needed before: no cache has fewer."""
     choice_misses: int | None = None
     """Experts of single tokens that were not resident when they were chosen; known where routing is not native."""
+    stand_ins: int = 0
+    """Uses for which mean outputs stood in; they are neither hits nor misses."""
+
+    def since(self, earlier: ExpertCounts) -> ExpertCounts:
+        """Without what was counted earlier."""
+        return ExpertCounts(
+            self.hits - earlier.hits,
+            self.misses - earlier.misses,
+            self.bytes_read - earlier.bytes_read,
+            self.first_loads - earlier.first_loads,
+            stand_ins=self.stand_ins - earlier.stand_ins,
+        )
 
 
 @dataclass(frozen=True)
@@ -167,11 +184,14 @@ def evaluate(
             show(num_done, total)
 
         show(0, total)
-        with studied(loaded, options.study, options.policy):
-            scores = [_score_text(loaded, n, text, options, count) for n, text in enumerate(texts)]
         keys = store.expert_keys(store.served.name)
         form = planned_form(store, loaded.dtype, {store.served.name: loaded.config.hidden_size})
         expert_bytes = measure_experts(store, keys, form).total
+        with studied(loaded, options.study, options.policy):
+            counter = _worker_counter(loaded)
+            if options.is_one_stream:
+                counter = follow_one_stream(loaded, options, expert_bytes)
+            scores = [_score_text(loaded, n, text, options, counter, count) for n, text in enumerate(texts)]
         return Evaluation(
             tuple(scores),
             options,
@@ -179,7 +199,7 @@ def evaluate(
             str(loaded.dtype).removeprefix("torch."),
             loaded.worker.numerics_class,
             expert_bytes,
-            min(expert_bytes, loaded.worker.budget_bytes or expert_bytes),
+            _budget_bytes(loaded, options, expert_bytes),
         )
     finally:
         loaded.close()
@@ -195,14 +215,70 @@ def _engine_options(store: ExpertStore, options: EvalOptions) -> EngineOptions:
         max_model_len=options.sliding.context,
         snarc=options.snarc,
     )
-    return plan_engine(store, engine, options.budgets)[0] if options.budgets else engine
+    is_bounded = options.budgets and not options.is_one_stream
+    return plan_engine(store, engine, options.budgets)[0] if is_bounded else engine
+
+
+def _budget_bytes(loaded: LoadedEngine, options: EvalOptions, expert_bytes: int) -> int:
+    if options.is_one_stream:
+        return resolve_budget(options.budgets, ExpertBytes(expert_bytes, 1), expert_bytes)
+    return min(expert_bytes, loaded.worker.budget_bytes or expert_bytes)
+
+
+Counter = Callable[[], ExpertCounts]
+"""What experts were asked for since the start."""
+
+
+def _worker_counter(loaded: LoadedEngine) -> Counter:
+    """One use is one expert in one layer of one step."""
+
+    def count() -> ExpertCounts:
+        stats = loaded.worker.stats
+        return ExpertCounts(stats.hits, stats.misses, stats.bytes_read, len(stats.experts_used))
+
+    return count
+
+
+def follow_one_stream(loaded: LoadedEngine, options: EvalOptions, expert_bytes: int) -> Counter:
+    """Let `OneStream` route and count from now on: one use is one expert of one row.
+
+    The budget holds the same number of experts of every layer, rounded down. Raises OptionInvalid.
+    """
+    config, policy = loaded.config, loaded.engine.policy
+    num_layers = len(config.moe_layers)
+    bytes_each = expert_bytes // (num_layers * config.num_experts)
+    budget = _budget_bytes(loaded, options, expert_bytes)
+    capacity = min(config.num_experts, budget // (bytes_each * num_layers))
+    if capacity < 1 or not isinstance(policy, SteeredPolicy):
+        raise OptionInvalid(
+            "--one-stream", "needs the model's own routing and a budget of one expert a layer"
+        )
+    stream = OneStream(config.num_experts, capacity, options.eviction, options.snarc, policy.means)
+    if options.routing.is_plain:
+        loaded.engine.watchers = (*loaded.engine.watchers, stream)
+    else:
+        policy.chooser = stream
+
+    def count() -> ExpertCounts:
+        done = stream.counts
+        hits = done.uses - done.misses - done.stand_ins
+        first_loads = len(loaded.worker.stats.experts_used)
+        return ExpertCounts(
+            hits, done.misses, done.misses * bytes_each, first_loads, stand_ins=done.stand_ins
+        )
+
+    return count
 
 
 def _score_text(
-    loaded: LoadedEngine, number: int, text: EvalText, options: EvalOptions, count: Callable[[int], None]
+    loaded: LoadedEngine,
+    number: int,
+    text: EvalText,
+    options: EvalOptions,
+    counter: Counter,
+    count: Callable[[int], None],
 ) -> TextScore:
-    stats = loaded.worker.stats
-    before = (stats.hits, stats.misses, stats.bytes_read, len(stats.experts_used))
+    before = counter()
     started = time.perf_counter()
     windows = cut_windows(len(text.ids), options.sliding)
     requests = (window_request(number, text, window, options.routing) for window in windows)
@@ -216,10 +292,7 @@ def _score_text(
         count(len(logprobs))
     seconds = time.perf_counter() - started
     scores = [WindowScore(window, found[window_name(number, window)]) for window in windows]
-    stats = loaded.worker.stats
-    after = (stats.hits, stats.misses, stats.bytes_read, len(stats.experts_used))
-    hits, misses, bytes_read, first_loads = (late - early for early, late in zip(before, after, strict=True))
-    counts = ExpertCounts(hits, misses, bytes_read, first_loads, choice_misses)
+    counts = replace(counter().since(before), choice_misses=choice_misses)
     return TextScore(text, tuple(scores), counts, seconds)
 
 

@@ -89,7 +89,6 @@ class _Collector:
         yield from (gauge for gauge in (budget, rates) if gauge.samples)
         yield from counters.values()
 
-
     def _trust(self) -> Iterable[Metric]:
         """As the router knows it; nothing where nobody learns it."""
         trust = self._service.loaded.trust

@@ -93,11 +93,12 @@ PRESETS: dict[str, SnarcWeights] = {
     "scaled": SnarcWeights(),
     "seed": SnarcWeights(is_scaled=False),
     "warm": SnarcWeights(router=1.0, novelty=0.0, trust=0.0, warmth=0.1),
-    "thrifty": SnarcWeights(router=1.0, novelty=0.0, trust=0.0, warmth=0.0, stand_in=0.7),
+    "thrifty": SnarcWeights(router=1.0, novelty=0.0, trust=0.0, warmth=0.05, stand_in=0.6),
 }
 """scaled: the seed's weights with all terms on one scale. seed: its literal form, on raw logits. warm: the gate and
-nothing but warmth. thrifty: the gate alone, with mean outputs in place of absent experts that hardly weigh."""
-DEFAULT_PRESET = "scaled"
+nothing but warmth. thrifty: the gate, a little warmth, and mean outputs in place of absent experts that hardly weigh;
+of those tried it cost the least quality for the misses that it saved (docs/quality.md)."""
+DEFAULT_PRESET = "thrifty"
 
 
 def read_weights(text: str) -> SnarcWeights:

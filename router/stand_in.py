@@ -18,8 +18,11 @@ from router.dispatch import Dispatch
 from router.scoring import ABSENT, Routing, StandIns
 from router.step_routing import GateOutput, SpanOwner
 
-MIN_USES = 32
+MIN_USES = 64
 """Of an expert, before its mean stands in for it."""
+LAYER_EXPONENT = 0.5
+"""How far an expert's size counts a layer that adds little as such: 0 compares experts with their own layer only, 1
+with the whole model. Between the two cost least on the bundled model."""
 HALF_LIFE_USES = 4096
 """After so many uses of the expert, what it answered before counts half."""
 FEW_ROWS = 64
@@ -34,7 +37,7 @@ def spare(
 
     Those that are not resident, whose mean is known, and whose part in the token's output is less than `threshold` of
     an even share: part = mixing weight / sum of weights * K * the expert's size. A token's heaviest expert is always
-    computed. size_E: the experts' mean output norm, relative to the layer's mean.
+    computed. size_E: how large the experts' outputs are, around 1; see `OutputMeans.sizes`.
     """
     weights_TK, experts_TK = routing.weights_TK, routing.experts_TK
     can_E = ((warmth_E == 0) & known_E).float()
@@ -68,45 +71,49 @@ class _LayerMeans:
     """What one layer's experts answered so far. Sums decay with each expert's own uses."""
 
     output_ED: Tensor
-    """Sum of output rows times mixing weight."""
-    weight_E: Tensor
+    """Sum of output rows."""
     norm_E: Tensor
     """Sum of output norms."""
     uses_E: Tensor
     num_calls: int = 0
+    mean_norm: float = 0.0
+    """Of all uses in the layer."""
 
-    def learn(self, experts: Tensor, counts: Tensor, rows_RD: Tensor, weights_R: Tensor) -> None:
+    def learn(self, experts: Tensor, counts: Tensor, rows_RD: Tensor) -> None:
         keep = torch.exp2(counts / -HALF_LIFE_USES)
         expert_R = experts.repeat_interleave(counts)
         rows_RD = rows_RD.float()
         self.output_ED[experts] *= keep.unsqueeze(-1)
-        self.output_ED.index_add_(0, expert_R, rows_RD * weights_R.unsqueeze(-1))
+        self.output_ED.index_add_(0, expert_R, rows_RD)
         for total_E, values_R in (
-            (self.weight_E, weights_R),
             (self.norm_E, rows_RD.norm(dim=-1)),
             (self.uses_E, torch.ones(len(expert_R))),
         ):
             total_E[experts] *= keep
             total_E.index_add_(0, expert_R, values_R)
+        self.mean_norm = float(self.norm_E.sum() / self.uses_E.sum())
 
 
 class OutputMeans:
     """The mean outputs of a component's experts, learned from all of its traffic. Not safe for several threads.
 
-    Holds (D + 3) float32 numbers an expert: 8 KB for one of 9.4 MB.
+    Holds (D + 2) float32 numbers an expert: 8 KB for one of 9.4 MB.
     """
 
     def __init__(self, num_experts: int, width: int, layers: Sequence[int]) -> None:
         self.is_learning = False
         """Set with the first request that could use it: a service that never has one pays nothing."""
+        self._norm_of_layers = 0.0
+        self._num_seen = 0
+        """Layers that something is known of, and the sum of their mean norms."""
         self._layers = {
-            layer: _LayerMeans(torch.zeros(num_experts, width), *torch.zeros(3, num_experts))
+            layer: _LayerMeans(torch.zeros(num_experts, width), *torch.zeros(2, num_experts))
             for layer in layers
         }
 
     @property
     def nbytes(self) -> int:
-        return sum(4 * (m.output_ED.numel() + 3 * m.uses_E.numel()) for m in self._layers.values())
+        return sum(4 * (m.output_ED.numel() + 2 * m.uses_E.numel()) for m in self._layers.values())
 
     def watch(
         self,
@@ -123,27 +130,25 @@ class OutputMeans:
         layer.num_calls += 1
         if len(rows_RD) < FEW_ROWS and layer.num_calls % LEARNED_OF:
             return
-        weights = routing.weights_TK.flatten()
-        if dispatched.absent_TK is None:
-            slots = dispatched.row_of_slot
-        else:
-            present = (~dispatched.absent_TK).flatten()
-            slots, weights = dispatched.row_of_slot[present], weights[present]
-        weights_R = torch.empty(len(rows_RD)).index_copy_(0, slots, weights)
         call = dispatched.call
-        layer.learn(torch.tensor(call.experts), torch.tensor(call.counts), rows_RD, weights_R)
+        before = layer.mean_norm
+        layer.learn(torch.tensor(call.experts), torch.tensor(call.counts), rows_RD)
+        self._norm_of_layers += layer.mean_norm - before
+        self._num_seen += not before
 
-    def stand_in(self, layer: int, routing: Routing, warmth_E: Tensor, threshold: float) -> Tensor | None:
-        """See `spare`."""
+    def sizes(self, layer: int) -> tuple[Tensor, Tensor]:
+        """(E,) mean output norms, and (E,) bool of which experts enough is known.
+
+        Norms are parts of a mean: of the layer's own to the power 1 - LAYER_EXPONENT times the layers' mean to the
+        power LAYER_EXPONENT.
+        """
         means = self._layers[layer]
         known_E = means.uses_E >= MIN_USES
-        norm_E = means.norm_E / means.uses_E.clamp_min(1.0)
-        size_E = norm_E / (norm_E[known_E].mean() if bool(known_E.any()) else 1.0)
-        return spare(routing, warmth_E, size_E, known_E, threshold)
+        own, model = means.mean_norm, self._norm_of_layers / max(1, self._num_seen)
+        unit = own ** (1 - LAYER_EXPONENT) * model**LAYER_EXPONENT
+        return means.norm_E / means.uses_E.clamp_min(1.0) / max(unit, 1e-9), known_E
 
-    def replaced(self, layer: int, routing: Routing, spared_TK: Tensor) -> Routing:
-        """See `replace_spared`."""
+    def means(self, layer: int) -> Tensor:
+        """(E, D) mean outputs."""
         means = self._layers[layer]
-        return replace_spared(
-            routing, spared_TK, means.output_ED / means.weight_E.clamp_min(1e-9).unsqueeze(-1)
-        )
+        return means.output_ED / means.uses_E.clamp_min(1e-9).unsqueeze(-1)

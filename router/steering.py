@@ -13,19 +13,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from router.choosing import Choice, Chooser, ResidentChooser
 from router.effort import follow
 from router.expert_facts import FactSource
 from router.explanation import explain
 from router.routing_choice import RoutingReport
 from router.scoring import (
     ABSENT,
-    ExpertFacts,
     Routing,
     ScoreTerms,
     SnarcWeights,
     StandIns,
-    route_native,
-    route_scored,
     score_terms,
 )
 from router.signal_memory import MemorySpan, RecallIndex, SignalMemory
@@ -92,7 +90,8 @@ class SteeredPolicy:
     ) -> None:
         """means: stand in where the weights let them; the engine must let them watch."""
         self._shape, self._facts, self._weights = shape, facts, weights
-        self._means = means
+        self.means = means
+        self.chooser: Chooser = ResidentChooser(facts.warmth, weights, means)
         self._sketch = Sketch.for_width(shape.hidden_size)
         self._memory = SignalMemory(self._sketch.signs_GS.shape[1])
         self._requests: dict[str, SteeredRequest] = {}
@@ -156,8 +155,8 @@ class SteeredPolicy:
             self._index_signals(step)
         if any(group.policy == "snarc" for group in plan.groups):
             self._is_use_counted = self._weights.novelty > 0
-            if self._means is not None:
-                self._means.is_learning = True
+            if self.means is not None:
+                self.means.is_learning = True
         return step
 
     def _needs(self, spans: Sequence[SteeredSpan]) -> SignalNeeds:
@@ -192,47 +191,35 @@ class SteeredPolicy:
 
     def _route_steered(self, step: _Step, gate: GateOutput) -> Routing:
         logits_TE = gate.logits_TE.float()
-        warmth_E = self._facts.warmth(gate.layer)
         signals = self._signals(step, gate, logits_TE) if step.index is not None else Signals()
         parts = []
         for group in step.plan.groups:
             if group.is_native and not group.explained:
                 parts.append(_rows_of(gate.native(), group.rows))
                 continue
-            routing, terms = self._route_group(group, gate, logits_TE, signals, warmth_E)
-            spared_TK = None
-            if group.policy == "snarc" and self._means is not None:
-                spared_TK = self._means.stand_in(gate.layer, routing, warmth_E, self._weights.stand_in)
-            if not group.is_native:
-                _count(step, group, (1.0 - warmth_E)[routing.experts_TK], spared_TK)
+            logits_RE = _picked(logits_TE, group.rows)
+            terms = self._terms(group, gate.layer, logits_RE, signals) if group.policy == "snarc" else None
+            choice = None
+            if group.is_native:
+                chosen = routing = _rows_of(gate.native(), group.rows)
+            else:
+                choice = self.chooser.choose(gate, logits_RE, terms, group.experts_per_token)
+                chosen, routing = choice.chosen, choice.routing
+                _count(step, group, choice)
             if group.explained:
-                explain(group, gate.layer, routing, terms, signals, spared_TK)
-            if spared_TK is not None and self._means is not None:
-                routing = self._means.replaced(gate.layer, routing, spared_TK)
+                shown = terms or ScoreTerms(logits_RE, None, None, None)
+                explain(group, gate.layer, chosen, shown, signals, choice.spared_RK if choice else None)
             parts.append(routing)
         return _merged(step.plan, parts)
 
-    def _route_group(
-        self, group: RowGroup, gate: GateOutput, logits_TE: Tensor, signals: Signals, warmth_E: Tensor
-    ) -> tuple[Routing, ScoreTerms]:
-        k = group.experts_per_token
-        logits_RE = _picked(logits_TE, group.rows)
-        if group.policy == "native":
-            routing = (
-                _rows_of(gate.native(), group.rows)
-                if group.is_native
-                else route_native(logits_RE, k, gate.normalise)
-            )
-            return routing, ScoreTerms(logits_RE, None, None, None)
-        facts: ExpertFacts = self._facts.facts(gate.layer, warmth_E)
-        terms = score_terms(
+    def _terms(self, group: RowGroup, layer: int, logits_RE: Tensor, signals: Signals) -> ScoreTerms:
+        return score_terms(
             logits_RE,
             None if signals.surprise_T is None else _picked(signals.surprise_T, group.rows),
             None if signals.reward_T is None else _picked(signals.reward_T, group.rows),
-            facts,
+            self._facts.facts(layer, self._facts.warmth(layer)),
             self._weights,
         )
-        return route_scored(logits_RE, terms.total(), k, gate.normalise, self._weights.keep_best), terms
 
     def _signals(self, step: _Step, gate: GateOutput, logits_TE: Tensor) -> Signals:
         """Of the step's T rows; those of plain requests have zeros."""
@@ -285,15 +272,11 @@ def _follow_span(span: SteeredSpan, drives: Sequence[Sequence[float]]) -> None:
                 state.effort_at[position + 1] = state.control.effort
 
 
-def _count(step: _Step, group: RowGroup, missed_RK: Tensor, spared_RK: Tensor | None) -> None:
-    """missed_RK: 1 for experts that were not resident. What was spared is no miss."""
+def _count(step: _Step, group: RowGroup, choice: Choice) -> None:
     rows = torch.arange(step.plan.num_rows) if group.rows is None else group.rows
-    missed_R = missed_RK.sum(-1)
-    if spared_RK is not None:
-        spared_R = spared_RK.sum(-1)
-        step.spared_T.index_add_(0, rows, spared_R.float())
-        missed_R = missed_R - spared_R
-    step.misses_T.index_add_(0, rows, missed_R)
+    step.misses_T.index_add_(0, rows, choice.missed_R)
+    if choice.spared_RK is not None:
+        step.spared_T.index_add_(0, rows, choice.spared_RK.sum(-1).float())
 
 
 def _picked(rows: Tensor, wanted: Tensor | None) -> Tensor:

@@ -105,4 +105,7 @@ def test_memory_is_given_back_after_a_minute_of_silence_and_taken_again_with_the
 
 def test_where_nobody_is_told_the_state_is_shown_all_the_same() -> None:
     watch = CapacityWatch(SIZE)
-    assert [watch.look(load, now_s) for load, now_s in ((IDLE, 0.0), (IDLE, REST_AFTER_S))] == ["wake", "rest"]
+    assert [watch.look(load, now_s) for load, now_s in ((IDLE, 0.0), (IDLE, REST_AFTER_S))] == [
+        "wake",
+        "rest",
+    ]

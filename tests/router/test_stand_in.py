@@ -99,19 +99,19 @@ def means() -> OutputMeans:
     return means
 
 
-def test_means_are_weighted_and_need_enough_uses(means: OutputMeans) -> None:
+def test_means_need_enough_uses(means: OutputMeans) -> None:
     tokens_TD = torch.tensor([[0.0] * WIDTH, [4.0] * WIDTH]).repeat(MIN_USES, 1)
     light_then_heavy = torch.tensor([[0.9, 0.1], [0.7, 0.3]]).repeat(MIN_USES, 1)
     routing = Routing(torch.tensor([[1, 2]]).repeat(2 * MIN_USES, 1), light_then_heavy)
     cold = torch.zeros(NUM_EXPERTS)
-    assert means.stand_in(0, routing, cold, 0.7) is None, "nothing is known yet"
+    assert spare(routing, cold, *means.sizes(0), 0.7) is None, "nothing is known yet"
     _watched(means, routing, tokens_TD)
-    spared = means.stand_in(0, routing, cold, 0.7)
+    spared = spare(routing, cold, *means.sizes(0), 0.7)
     assert spared is not None and spared[0].tolist() == [False, True]
-    replaced = means.replaced(0, routing, spared)
+    replaced = replace_spared(routing, spared, means.means(0))
     assert replaced.stand_ins is not None
-    # Expert 2 answered 2 with weight 0.1 and 6 with weight 0.3: 5 on average.
-    assert replaced.stand_ins.output_ND[0].tolist() == pytest.approx([0.1 * 5.0] * WIDTH, rel=1e-3)
+    # Expert 2 answered 2 as often as 6.
+    assert replaced.stand_ins.output_ND[0].tolist() == pytest.approx([0.1 * 4.0] * WIDTH, rel=1e-3)
 
 
 def test_rows_without_a_stand_in_keep_their_bits(means: OutputMeans) -> None:
@@ -120,7 +120,7 @@ def test_rows_without_a_stand_in_keep_their_bits(means: OutputMeans) -> None:
     _watched(means, routing, tokens_TD)
     spared = torch.zeros(70, 2, dtype=torch.bool)
     spared[3, 1] = True
-    replaced = means.replaced(0, routing, spared)
+    replaced = replace_spared(routing, spared, means.means(0))
 
     def output(chosen: Routing) -> torch.Tensor:
         dispatched = dispatch("text", 0, tokens_TD, chosen)
@@ -137,7 +137,7 @@ def test_nothing_is_learned_before_somebody_could_use_it() -> None:
     means = OutputMeans(NUM_EXPERTS, WIDTH, [0])
     routing = Routing(torch.tensor([[1, 2]]).repeat(99, 1), torch.tensor([[0.9, 0.1]]).repeat(99, 1))
     _watched(means, routing, torch.ones(99, WIDTH))
-    assert means.stand_in(0, routing, torch.zeros(NUM_EXPERTS), 0.7) is None
+    assert spare(routing, torch.zeros(NUM_EXPERTS), *means.sizes(0), 0.7) is None
 
 
 @pytest.mark.parametrize("text", ["stand_in=-1", "stand_in=nan", "stand_in=17", "stand_in=x"])

@@ -45,7 +45,7 @@ def request(
 
 @pytest.fixture
 def loaded(tiny_store: Path) -> Iterator[LoadedEngine]:
-    loaded = open_engine(tiny_store, EngineOptions())
+    loaded = open_engine(tiny_store, EngineOptions(snarc=PRESETS["scaled"]))
     yield loaded
     loaded.close()
 

@@ -1,0 +1,129 @@
+"""What one stream that decodes token by token would find resident, while many rows are computed at once.
+
+For evaluation. A step of many rows needs most experts of a layer at once, so its misses say little about decoding; one
+row a step says it, and takes hours. Here every row of a step, in order, finds what the rows before it left in a cache
+that holds a share of each layer's experts, and is routed by that: the same choices, perplexity and misses as a single
+stream has under teacher forcing with such a cache, except that mean outputs are those known before the step. No weights
+are in these caches: experts are computed by the engine as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from experts.eviction import Eviction, make_worth
+from experts.residency import Residency
+from extraction.manifest import ExpertKey
+from router.choosing import Choice
+from router.dispatch import Dispatch
+from router.scoring import Routing, ScoreTerms, SnarcWeights, route_native, route_scored
+from router.stand_in import OutputMeans, replace_spared, spare
+from router.step_routing import GateOutput, SpanOwner
+
+
+@dataclass
+class StreamCounts:
+    """Of experts that single rows asked for."""
+
+    uses: int = 0
+    misses: int = 0
+    stand_ins: int = 0
+
+
+class _LayerCache:
+    """Which experts of one layer a stream would have in memory."""
+
+    def __init__(self, layer: int, num_experts: int, capacity: int, eviction: Eviction) -> None:
+        self._keys = [ExpertKey("", layer, expert) for expert in range(num_experts)]
+        self._residency = Residency(capacity, make_worth(eviction))
+        self._now = 0
+        self.warmth_E = torch.zeros(num_experts)
+
+    def use(self, experts: list[int]) -> int:
+        """Count one row's experts as used; returns how many were not there."""
+        self._now += 1
+        keys = [self._keys[expert] for expert in experts]
+        num_missed = 0
+        for wave in self._residency.waves([1] * len(keys)):
+            part = keys[wave.start : wave.stop]
+            exchange = self._residency.admit(part, [1] * len(part), self._now)
+            num_missed += len(exchange.load)
+            self.warmth_E[[key.expert for key in exchange.evict]] = 0.0
+            self.warmth_E[[key.expert for key in exchange.load]] = 1.0
+        return num_missed
+
+
+class OneStream:
+    """A `Chooser` for rows whose routing is not native, and a `RoutingWatcher` that counts for those whose is."""
+
+    def __init__(
+        self,
+        num_experts: int,
+        capacity: int,
+        eviction: Eviction,
+        weights: SnarcWeights,
+        means: OutputMeans | None,
+    ) -> None:
+        """capacity: experts of each layer that stay."""
+        self._shape = num_experts, capacity, eviction
+        self._weights, self._means = weights, means
+        self._caches: dict[int, _LayerCache] = {}
+        self.counts = StreamCounts()
+
+    def choose(self, gate: GateOutput, logits_RE: Tensor, terms: ScoreTerms | None, k: int) -> Choice:
+        """See Chooser. One row after another, since each finds what the one before it left."""
+        if terms is None:
+            chosen = route_native(logits_RE, k, gate.normalise)
+            return Choice(chosen, None, self._count(gate.layer, chosen.experts_TK), chosen)
+        cache, weights = self._cache(gate.layer), self._weights
+        score_RE = replace(terms, warmth_E=None).total()
+        sizes = self._means.sizes(gate.layer) if self._means is not None else None
+        rows, spared, missed = [], [], []
+        for logits_1E, score_1E in zip(torch.split(logits_RE, 1), torch.split(score_RE, 1), strict=True):
+            warm_1E = score_1E + weights.warmth * cache.warmth_E
+            row = route_scored(logits_1E, warm_1E, k, gate.normalise, weights.keep_best)
+            spared_1K = None if sizes is None else spare(row, cache.warmth_E, *sizes, weights.stand_in)
+            is_computed = torch.ones(1, k).bool() if spared_1K is None else ~spared_1K
+            missed.append(cache.use(row.experts_TK[is_computed].tolist()))
+            rows.append(row)
+            spared.append(~is_computed)
+        chosen = Routing(
+            torch.cat([row.experts_TK for row in rows]), torch.cat([row.weights_TK for row in rows])
+        )
+        spared_RK = torch.cat(spared)
+        self.counts.uses += chosen.experts_TK.numel()
+        self.counts.misses += sum(missed)
+        self.counts.stand_ins += int(spared_RK.sum())
+        missed_R = torch.tensor(missed, dtype=torch.float32)
+        if self._means is None or not bool(spared_RK.any()):
+            return Choice(chosen, None, missed_R, chosen)
+        routing = replace_spared(chosen, spared_RK, self._means.means(gate.layer))
+        return Choice(chosen, spared_RK, missed_R, routing)
+
+    def watch(
+        self,
+        owners: Sequence[SpanOwner],
+        gate: GateOutput,
+        routing: Routing,
+        dispatched: Dispatch,
+        rows_RD: Tensor,
+    ) -> None:
+        """See RoutingWatcher; only for steps whose rows all have native routing."""
+        self._count(gate.layer, routing.experts_TK)
+
+    def _count(self, layer: int, experts_TK: Tensor) -> Tensor:
+        cache = self._cache(layer)
+        missed = [cache.use(experts) for experts in experts_TK.tolist()]
+        self.counts.uses += experts_TK.numel()
+        self.counts.misses += sum(missed)
+        return torch.tensor(missed, dtype=torch.float32)
+
+    def _cache(self, layer: int) -> _LayerCache:
+        if layer not in self._caches:
+            num_experts, capacity, eviction = self._shape
+            self._caches[layer] = _LayerCache(layer, num_experts, capacity, eviction)
+        return self._caches[layer]
