@@ -25,8 +25,8 @@ class Exchange:
 
 
 class Residency:
-    """Costs O(log n) per expert of a wave, and one look at every layer where something goes. Not safe for several threads
-    at once."""
+    """Costs O(log n) per expert of a wave, and one look at every layer where something goes. Not safe for several
+    threads at once."""
 
     def __init__(self, budget_bytes: int | None, worth: Worth | None = None) -> None:
         """budget_bytes: None means that everything may stay. worth: None means the default eviction's."""
