@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.quality_ways import ABLATION_SHARE, ABLATIONS, SHARES, WAYS, Way, against, windows_of
+from benchmarks.quality_ways import FRONTIER, SHARES, SINGLE, SINGLE_SHARE, Way, against, windows_of
 from benchmarks.report import RESULTS, finish
 from experts.budget import BudgetRequest
 from experts.store import ExpertStore
@@ -51,7 +51,7 @@ MISS_TOKENS = 16384
 """Of each text; as many as the curves need to settle, in minutes."""
 FRONTIER_TOKENS = 8192
 """Of each text, for every way of routing; those of FULL_WAYS go over all of the texts as well."""
-FULL_WAYS = ("native, lfu", "warmth 0.1", "thrifty", "WAKE", "CRISIS")
+FULL_WAYS = ("thrifty",)
 TIMES = ("seconds", "tokens_per_s")
 
 
@@ -168,14 +168,14 @@ PARTS: dict[str, Callable[[Job], dict[str, Any]]] = {
     **{_base_name(tokens): partial(native_windows, tokens) for tokens in (FRONTIER_TOKENS, None)},
     **{
         f"frontier {share} {name}": partial(way_at, way, share, FRONTIER_TOKENS)
-        for name, way in WAYS.items()
+        for name, way in FRONTIER.items()
         for share in SHARES
     },
     **{
-        f"ablation {name}": partial(way_at, way, ABLATION_SHARE, FRONTIER_TOKENS)
-        for name, way in ABLATIONS.items()
+        f"frontier {SINGLE_SHARE} {name}": partial(way_at, way, SINGLE_SHARE, FRONTIER_TOKENS)
+        for name, way in SINGLE.items()
     },
-    **{f"full {name}": partial(way_at, WAYS[name], ABLATION_SHARE, None) for name in FULL_WAYS},
+    **{f"full {name}": partial(way_at, FRONTIER[name], SINGLE_SHARE, None) for name in FULL_WAYS},
 }
 """In the order in which they are computed."""
 
