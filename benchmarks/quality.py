@@ -46,7 +46,6 @@ FOLDER = Path(__file__).parent / "texts"
 SLIDING = Sliding(256, 128)
 BUDGETS = ("100%", "50%", "25%", "12.5%", "one expert")
 MISS_SHARES = (0.0625, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
-FRONTIER_SHARES = (0.125, 0.25, 0.5)
 MISS_TOKENS = 16384
 """Of each text; as many as the curves need to settle, in minutes."""
 FRONTIER_TOKENS = 8192
@@ -219,24 +218,34 @@ def run_part(name: str, job: Job) -> dict[str, Any]:
 
 
 def draw_frontiers(job: Job, results: dict[str, Any]) -> None:
-    """Perplexity against misses, a panel for each text; native routing is level, whatever is evicted."""
-    native, curves = results.get(f"native {BUDGETS[0]}"), results.get("misses")
-    if native is None or curves is None:
+    """Perplexity, as a multiple of the native one, against misses: a panel for all texts and one for each."""
+    frontier = {
+        name: {share: results.get(f"frontier {share} {name}") for share in SHARES} for name in FRONTIER
+    }
+    if any(part is None for parts in frontier.values() for part in parts.values()):
         return
-    figure = new_figure(4.3 * len(native["texts"]), 4.0)
-    for axes, text in zip(
-        figure.subplots(1, len(native["texts"]), squeeze=False)[0], native["texts"], strict=True
-    ):
+    figure = new_figure(4.3 * (1 + len(TEXTS)), 4.0)
+    panels = figure.subplots(1, 1 + len(TEXTS), squeeze=False)[0]
+    for axes, text in zip(panels, (None, *TEXTS), strict=True):
         series = {
-            f"native, {eviction}": [
-                FrontierPoint(rate, text["perplexity"], f"{share:.3g}")
-                for share, rate in zip(curves["shares"], rates, strict=True)
-                if share in FRONTIER_SHARES
+            name: [
+                _point(share, part if text is None else part["texts"][text]) for share, part in parts.items()
             ]
-            for eviction, rates in curves[text["text"]].items()
+            for name, parts in frontier.items()
         }
-        draw_frontier(axes, series, f"{text['text']} (numbers: resident share)")
+        title = "all texts" if text is None else text
+        draw_frontier(axes, series, f"{title} (labels: resident share)", "perplexity, native = 1")
     write_output(job.picture("frontier"), to_png(figure))
+
+
+def _point(share: str, part: dict[str, Any]) -> FrontierPoint:
+    interval = part["perplexity_to_native_95"]
+    return FrontierPoint(
+        part["miss_rate"],
+        part["perplexity_to_native"],
+        share,
+        None if interval is None else (interval[0], interval[1]),
+    )
 
 
 def check_native(results: dict[str, Any]) -> None:

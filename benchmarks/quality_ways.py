@@ -60,7 +60,6 @@ SINGLE = {
     "thrifty without warmth": Way(SNARC, replace(PRESETS["thrifty"], warmth=0.0)),
     "thrifty without stand-ins": Way(SNARC, replace(PRESETS["thrifty"], stand_in=0.0)),
     "scaled without novelty": Way(SNARC, replace(SCALED, novelty=0.0)),
-    "scaled without trust": Way(SNARC, replace(SCALED, trust=0.0)),
     "scaled without warmth": Way(SNARC, replace(SCALED, warmth=0.0)),
 }
 SINGLE_SHARE = "25%"
