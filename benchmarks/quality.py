@@ -219,11 +219,9 @@ def run_part(name: str, job: Job) -> dict[str, Any]:
 
 def draw_frontiers(job: Job, results: dict[str, Any]) -> None:
     """Perplexity, as a multiple of the native one, against misses: a panel for all texts and one for each."""
-    frontier = {
-        name: {share: results.get(f"frontier {share} {name}") for share in SHARES} for name in FRONTIER
-    }
-    if any(part is None for parts in frontier.values() for part in parts.values()):
+    if any(f"frontier {share} {name}" not in results for share in SHARES for name in FRONTIER):
         return
+    frontier = {name: {share: results[f"frontier {share} {name}"] for share in SHARES} for name in FRONTIER}
     figure = new_figure(4.3 * (1 + len(TEXTS)), 4.0)
     panels = figure.subplots(1, 1 + len(TEXTS), squeeze=False)[0]
     for axes, text in zip(panels, (None, *TEXTS), strict=True):
