@@ -60,8 +60,15 @@ def serve(
             "--prefetch/--no-prefetch", help="Read experts ahead by the next layer's gate. [--no-prefetch]"
         ),
     ] = None,
+    capacity: Annotated[
+        Word, typer.Option(metavar="MODE", help="auto gives experts' memory back when idle. [fixed]")
+    ] = None,
     expert_budget: ExpertBudgetOption = None,
     host_budget: HostBudgetOption = None,
+    store_copy: Annotated[
+        Words,
+        typer.Option(metavar="FOLDER", help="A copy of the store, read where the store fails; repeatable."),
+    ] = None,
     api_key: Annotated[
         Words, typer.Option(metavar="KEY|@FILE", help="Key that clients must send; repeatable.")
     ] = None,
@@ -127,8 +134,10 @@ def serve(
         "kv-budget": kv_budget,
         "eviction": eviction,
         "prefetch": prefetch,
+        "capacity": capacity,
         "expert-budget": expert_budget,
         "host-budget": host_budget,
+        "store-copy": store_copy or None,
         "api-key": api_key or None,
         "api-key-file": api_key_file or None,
         "cors-origin": cors_origin or None,

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from experts.errors import BudgetTooSmall
-from experts.eviction import make_worth
+from experts.eviction import EVICTIONS, Eviction, make_worth
 from experts.residency import Residency
 from extraction.manifest import ExpertKey
 
@@ -75,6 +75,16 @@ def test_no_more_than_asked_for_are_expected_and_none_evicts_another() -> None:
     assert Residency(None).expect(_keys(1, 2), [10, 10], most=2).load == tuple(_keys(1, 2))
 
 
+@pytest.mark.parametrize("eviction", EVICTIONS)
+def test_expected_experts_go_before_used_ones_of_every_layer(eviction: Eviction) -> None:
+    residency = Residency(30, make_worth(eviction))
+    residency.admit(_keys(1), [10])
+    residency.admit([ExpertKey("model", 1, 1)], [10])
+    guess = ExpertKey("model", 2, 1)
+    residency.expect([guess], [10], most=1)
+    assert residency.admit(_keys(2), [10], now=1.0).evict == (guess,)
+
+
 def test_expected_experts_go_first_until_they_are_used() -> None:
     residency = Residency(30)
     residency.admit(_keys(1), [10])
@@ -82,6 +92,21 @@ def test_expected_experts_go_first_until_they_are_used() -> None:
     assert residency.admit(_keys(2), [10]).load == (), "it is there already"
     assert residency.admit(_keys(4), [10]).evict == tuple(_keys(3))
     assert residency.admit(_keys(5), [10], now=1.0).evict == tuple(_keys(1))
+
+
+def test_smaller_budget_lets_the_least_worth_go_and_a_larger_one_nothing() -> None:
+    residency = Residency(40)
+    for number in (1, 2, 3, 4, 2):
+        residency.admit(_keys(number), [10])
+    assert residency.set_budget(25) == tuple(_keys(1, 3))
+    assert (residency.resident_bytes, residency.budget_bytes) == (20, 25)
+    assert residency.set_budget(40) == ()
+    assert residency.admit(_keys(5, 6), [10, 10]).evict == ()
+
+
+def test_budget_cannot_be_set_where_uses_were_not_counted() -> None:
+    with pytest.raises(ValueError, match="nobody knows"):
+        Residency(None).set_budget(10)
 
 
 @pytest.mark.parametrize("seed", range(10))
