@@ -1,11 +1,12 @@
 """How often is an expert in memory when it is needed, by eviction and share of experts that fit?
 
 Routing is recorded from the bundled model and replayed, token after token and layer after layer, as one sequence in
-decode would ask for it, against caches that all layers share: no weights are read and no time is measured. Beside the
-evictions stands Belady's optimum, which knows the future. The text is what TEXT files hold, or else stories that the
-model writes itself. Trust is unknown here, so that `trust` is its recency alone.
+decode would ask for it, and again in steps of many rows, as prompts do: against caches that all layers share, no
+weights are read and no time is measured. Beside the evictions stands Belady's optimum, which knows the future. The text
+is what TEXT files hold, or else stories that the model writes itself. Trust is unknown here, so that `trust` is its
+recency alone.
 
-Usage: python -m benchmarks.bench_eviction [TEXT ...] [--tokens N] [--half-lives N ...] [--keep]
+Usage: python -m benchmarks.bench_eviction [TEXT ...] [--tokens N] [--rows N ...] [--half-lives N ...] [--keep]
 """
 
 from __future__ import annotations
@@ -60,16 +61,21 @@ class RoutingRecorder:
                 self._experts[place] = chosen[row + index]
             row += owner.count
 
-    def trace(self, component: str) -> tuple[Trace, list[int]]:
-        """One call for each token and layer, sequence after sequence, and the step of each: tokens so far."""
-        trace, steps, tokens = [], [], 0
+    def trace(self, component: str, rows: int = 1) -> tuple[Trace, list[int]]:
+        """One call for each layer and step of up to `rows` tokens of a sequence, sequence after sequence, and the step
+        of each call."""
+        needed: dict[tuple[str, int, int], set[int]] = {}
+        for (request, position, layer), experts in self._experts.items():
+            needed.setdefault((request, position // rows, layer), set()).update(experts)
+        trace, steps, num_steps = [], [], 0
         last: tuple[str, int] | None = None
-        for request, position, layer in sorted(self._experts):
-            if (request, position) != last:
-                tokens, last = tokens + 1, (request, position)
-            experts = self._experts[request, position, layer]
-            trace.append([ExpertKey(component, layer, expert) for expert in sorted(experts)])
-            steps.append(tokens)
+        for request, part, layer in sorted(needed):
+            if (request, part) != last:
+                num_steps, last = num_steps + 1, (request, part)
+            trace.append(
+                [ExpertKey(component, layer, expert) for expert in sorted(needed[request, part, layer])]
+            )
+            steps.append(num_steps)
         return trace, steps
 
 
@@ -121,6 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("texts", nargs="*", type=Path)
     parser.add_argument("--tokens", type=int, default=10_000)
+    parser.add_argument("--rows", nargs="*", type=int, default=[1, 64, 512], help="tokens of a step")
     parser.add_argument("--half-lives", nargs="*", type=float, default=[16, 64, 256, 1024])
     parser.add_argument("--keep", action="store_true")
     arguments = parser.parse_args()
@@ -135,12 +142,15 @@ def main() -> None:
         component = loaded.store.served.name
         num_experts = len(loaded.store.expert_keys(component))
         loaded.close()
-    trace, steps = recorder.trace(component)
-    rates = compare(trace, steps, num_experts, arguments.half_lives)
+    rates = {}
+    for rows in arguments.rows:
+        trace, steps = recorder.trace(component, rows)
+        print(f"steps of {rows} rows: {steps[-1]}", flush=True)
+        rates[f"{rows} rows"] = compare(trace, steps, num_experts, arguments.half_lives)
     config = {
         "model": STORIES.name,
         "texts": [text.name for text in arguments.texts] or "written by the model",
-        "tokens": steps[-1],
+        "tokens": arguments.tokens,
         "experts": num_experts,
         "lfu_half_life": LFU_HALF_LIFE,
     }

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.quality_ways import ABLATION_SHARE, ABLATIONS, SHARES, WAYS, Way, against, windows_of
+from benchmarks.quality_ways import FRONTIER, SHARES, SINGLE, SINGLE_SHARE, Way, against, windows_of
 from benchmarks.report import RESULTS, finish
 from experts.budget import BudgetRequest
 from experts.store import ExpertStore
@@ -46,12 +46,11 @@ FOLDER = Path(__file__).parent / "texts"
 SLIDING = Sliding(256, 128)
 BUDGETS = ("100%", "50%", "25%", "12.5%", "one expert")
 MISS_SHARES = (0.0625, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
-FRONTIER_SHARES = (0.125, 0.25, 0.5)
 MISS_TOKENS = 16384
 """Of each text; as many as the curves need to settle, in minutes."""
 FRONTIER_TOKENS = 8192
 """Of each text, for every way of routing; those of FULL_WAYS go over all of the texts as well."""
-FULL_WAYS = ("native, lfu", "warmth 0.1", "thrifty", "WAKE", "CRISIS")
+FULL_WAYS = ("thrifty",)
 TIMES = ("seconds", "tokens_per_s")
 
 
@@ -168,14 +167,14 @@ PARTS: dict[str, Callable[[Job], dict[str, Any]]] = {
     **{_base_name(tokens): partial(native_windows, tokens) for tokens in (FRONTIER_TOKENS, None)},
     **{
         f"frontier {share} {name}": partial(way_at, way, share, FRONTIER_TOKENS)
-        for name, way in WAYS.items()
+        for name, way in FRONTIER.items()
         for share in SHARES
     },
     **{
-        f"ablation {name}": partial(way_at, way, ABLATION_SHARE, FRONTIER_TOKENS)
-        for name, way in ABLATIONS.items()
+        f"frontier {SINGLE_SHARE} {name}": partial(way_at, way, SINGLE_SHARE, FRONTIER_TOKENS)
+        for name, way in SINGLE.items()
     },
-    **{f"full {name}": partial(way_at, WAYS[name], ABLATION_SHARE, None) for name in FULL_WAYS},
+    **{f"full {name}": partial(way_at, FRONTIER[name], SINGLE_SHARE, None) for name in FULL_WAYS},
 }
 """In the order in which they are computed."""
 
@@ -219,24 +218,32 @@ def run_part(name: str, job: Job) -> dict[str, Any]:
 
 
 def draw_frontiers(job: Job, results: dict[str, Any]) -> None:
-    """Perplexity against misses, a panel for each text; native routing is level, whatever is evicted."""
-    native, curves = results.get(f"native {BUDGETS[0]}"), results.get("misses")
-    if native is None or curves is None:
+    """Perplexity, as a multiple of the native one, against misses: a panel for all texts and one for each."""
+    if any(f"frontier {share} {name}" not in results for share in SHARES for name in FRONTIER):
         return
-    figure = new_figure(4.3 * len(native["texts"]), 4.0)
-    for axes, text in zip(
-        figure.subplots(1, len(native["texts"]), squeeze=False)[0], native["texts"], strict=True
-    ):
+    frontier = {name: {share: results[f"frontier {share} {name}"] for share in SHARES} for name in FRONTIER}
+    figure = new_figure(4.3 * (1 + len(TEXTS)), 4.0)
+    panels = figure.subplots(1, 1 + len(TEXTS), squeeze=False)[0]
+    for axes, text in zip(panels, (None, *TEXTS), strict=True):
         series = {
-            f"native, {eviction}": [
-                FrontierPoint(rate, text["perplexity"], f"{share:.3g}")
-                for share, rate in zip(curves["shares"], rates, strict=True)
-                if share in FRONTIER_SHARES
+            name: [
+                _point(share, part if text is None else part["texts"][text]) for share, part in parts.items()
             ]
-            for eviction, rates in curves[text["text"]].items()
+            for name, parts in frontier.items()
         }
-        draw_frontier(axes, series, f"{text['text']} (numbers: resident share)")
+        title = "all texts" if text is None else text
+        draw_frontier(axes, series, f"{title} (labels: resident share)", "perplexity, native = 1")
     write_output(job.picture("frontier"), to_png(figure))
+
+
+def _point(share: str, part: dict[str, Any]) -> FrontierPoint:
+    interval = part["perplexity_to_native_95"]
+    return FrontierPoint(
+        part["miss_rate"],
+        part["perplexity_to_native"],
+        share,
+        None if interval is None else (interval[0], interval[1]),
+    )
 
 
 def check_native(results: dict[str, Any]) -> None:

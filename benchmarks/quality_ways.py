@@ -44,26 +44,25 @@ class Way:
         )
 
 
-WAYS = {
+FRONTIER = {
     "native, lfu": Way(),
-    "native, lru": Way(eviction="lru"),
-    **{f"warmth {w:g}": Way(SNARC, replace(GATE_ONLY, warmth=w)) for w in (0.05, 0.1, 0.2)},
-    **{f"stand-in {s:g}": Way(SNARC, replace(GATE_ONLY, stand_in=s)) for s in (0.5, 0.6, 0.7)},
+    "warmth 0.1": Way(SNARC, replace(GATE_ONLY, warmth=0.1)),
+    "warmth 0.2": Way(SNARC, replace(GATE_ONLY, warmth=0.2)),
     "thrifty": Way(SNARC, PRESETS["thrifty"]),
     "scaled": Way(SNARC, SCALED),
+}
+"""Compared at every one of SHARES."""
+SHARES = ("12.5%", "25%", "50%")
+SINGLE = {
     "seed": Way(SNARC, PRESETS["seed"]),
     "WAKE": Way(RoutingChoice("native", "wake")),
     "CRISIS": Way(RoutingChoice("native", "crisis")),
-}
-SHARES = ("12.5%", "25%", "50%")
-ABLATIONS = {
     "thrifty without warmth": Way(SNARC, replace(PRESETS["thrifty"], warmth=0.0)),
     "thrifty without stand-ins": Way(SNARC, replace(PRESETS["thrifty"], stand_in=0.0)),
     "scaled without novelty": Way(SNARC, replace(SCALED, novelty=0.0)),
-    "scaled without trust": Way(SNARC, replace(SCALED, trust=0.0)),
     "scaled without warmth": Way(SNARC, replace(SCALED, warmth=0.0)),
 }
-ABLATION_SHARE = "25%"
+SINGLE_SHARE = "25%"
 
 
 def windows_of(evaluation: Evaluation) -> list[list[tuple[int, float]]]:

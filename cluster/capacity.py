@@ -2,12 +2,13 @@
 
 REST is an idle service, WAKE a light load, FOCUS a usual one, CRISIS more than it can take at once. A state stands for
 resident bytes (the seed's: half, one and two times the native number of experts in every layer) and for a number of
-actors. A request's effort plays no part. Watched by `gateway.deployment`, shown in status and metrics.
+actors. A request's effort plays no part. Watched by `cluster.capacity_watch`, shown in status and metrics.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 CapacityState = Literal["rest", "wake", "focus", "crisis"]
@@ -80,6 +81,17 @@ def resident_experts(state: CapacityState, size: ServiceSize) -> int:
 
 def resident_bytes(state: CapacityState, size: ServiceSize) -> int:
     return resident_experts(state, size) * size.num_layers * size.expert_bytes
+
+
+def kept_share(state: CapacityState, size: ServiceSize) -> Fraction:
+    """Of a process's experts, how many it may keep within its budget, where capacity is automatic.
+
+    At rest what the state stands for. Under any load all of them: the states' bytes are for services that grow, and
+    would take memory away that the user has given, just when it is of use.
+    """
+    if state != "rest" or not size.num_experts:
+        return Fraction(1)
+    return Fraction(resident_experts(state, size), size.num_experts)
 
 
 def num_actors(state: CapacityState, size: ServiceSize) -> int:

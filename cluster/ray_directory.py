@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from fractions import Fraction
 from typing import Any
 
 import ray
@@ -61,6 +62,10 @@ class RayDirectory:
         """What the supervisor knows of every actor. Raises RayError when it does not answer."""
         entries: list[dict[str, Any]] = ray.get(self._supervisor.status.remote(), timeout=ANSWER_TIMEOUT_S)
         return entries
+
+    def set_share(self, share: Fraction) -> None:
+        """How much of its group every actor keeps in memory; see `Supervisor.set_share`. Does not wait."""
+        self._supervisor.set_share.remote(share)
 
     def _report_lost(self, name: str) -> None:
         """Called on the engine's or the heartbeat thread: leave the work to the follower."""

@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from cluster.placement import split_experts
 from cluster.resources import NAMESPACE, SUPERVISOR_NAME, expert_actor_options, supervisor_options
 from experts.actor import ActorSpec, ExpertActor
 from experts.eviction import DEFAULT_EVICTION, Eviction
+from experts.group_trust import HandDown, group_scores
 from experts.remote_directory import ResidentExperts, Roster
 from experts.store import ExpertStore
 from experts.transport import Endpoint
@@ -52,6 +54,8 @@ class ServiceSpec:
     host: str = "127.0.0.1"
     spin_s: float = 0.0
     """See `TransportLimits`; actors and routers use the same."""
+    store_copies: tuple[str, ...] = ()
+    """See `ActorSpec`."""
     secret: bytes = field(default=b"", repr=False)
 
 
@@ -63,6 +67,8 @@ class _Member:
     handle: Any = None
     endpoint: Endpoint | None = None
     resident: ResidentExperts = field(default_factory=dict)
+    told_share: tuple[int, Fraction] | None = None
+    """The incarnation that was told, and what."""
     failures: int = 0
     retry_at: float = 0.0
     last_error: str = ""
@@ -78,7 +84,10 @@ class Supervisor:
         self._version = int(time.time())
         self._members = [_Member(member) for member in self._plan()]
         self._ledger: TrustLedger | None = None
+        self._trust_options: TrustOptions | None = None
         self._ledger_lock = threading.Lock()
+        self._hand_down = HandDown()
+        self._share = Fraction(1)
         self._closing = threading.Event()
         self._wake = threading.Event()
         threading.Thread(target=self._run, name="reconcile", daemon=True).start()
@@ -112,10 +121,15 @@ class Supervisor:
         """Keep a router's report; see `TrustLedger.add`."""
         return self._owned_ledger(identity, options).add(report)
 
+    def set_share(self, share: Fraction) -> None:
+        """How much of its group each actor keeps in memory, within its budget; new actors are told too."""
+        self._share = share
+        self._wake.set()
+
     def _owned_ledger(self, identity: TrustIdentity, options: TrustOptions) -> TrustLedger:
         with self._ledger_lock:
             if self._ledger is None:
-                self._ledger = open_local_ledger(identity, options)
+                self._ledger, self._trust_options = open_local_ledger(identity, options), options
             return self._ledger
 
     def wait_ready(self, timeout_s: float = START_TIMEOUT_S) -> None:
@@ -181,6 +195,7 @@ class Supervisor:
                 spec.host,
                 spec.spin_s,
                 spec.secret,
+                spec.store_copies,
             )
             for index, group in enumerate(groups)
         ]
@@ -192,8 +207,37 @@ class Supervisor:
                 self._create(member)
             for member in starting:
                 self._await_endpoint(member)
+            self._tell_actors()
             self._wake.wait(CHECK_INTERVAL_S)
             self._wake.clear()
+
+    def _tell_actors(self) -> None:
+        """What actors with a bound go by: trust, and the share of their group that they may keep."""
+        with self._ledger_lock:
+            table = self._ledger.table() if self._ledger is not None else None
+            options = self._trust_options
+        now_s = time.monotonic()
+        for member in self._members:
+            if member.endpoint is None or member.spec.budget_bytes is None:
+                continue
+            name, incarnation, share = member.spec.name, member.spec.incarnation, self._share
+            if member.told_share != (incarnation, share) and self._tell(member.handle.set_share, share):
+                member.told_share = (incarnation, share)
+            if table is None or options is None:
+                continue
+            if self._hand_down.is_due(name, incarnation, table.num_tokens, now_s):
+                scores_G = group_scores(table, options.settings, member.spec.group)
+                if self._tell(member.handle.set_trust, scores_G):
+                    self._hand_down.note(name, incarnation, table.num_tokens, now_s)
+
+    def _tell(self, method: Any, value: object) -> bool:
+        """Whether an actor has taken it; one call at a time, since an actor's may overtake each other."""
+        try:
+            ray.get(method.remote(value), timeout=ANSWER_TIMEOUT_S)
+        except (ray.exceptions.RayError, TimeoutError) as error:
+            logger.warning("an expert actor was not told: %s", type(error).__name__)
+            return False
+        return True
 
     def _is_due(self, member: _Member) -> bool:
         """Whether a member has to be (re)created now."""

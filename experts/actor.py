@@ -10,12 +10,15 @@ import logging
 import os
 import threading
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from experts.budget import share_of
 from experts.eviction import Eviction
+from experts.group_trust import GroupTrust, Scores
 from experts.numerics import calibrate
 from experts.store import ExpertStore
 from experts.transport import Endpoint, ExpertServer, ServiceInfo, TransportLimits
@@ -42,6 +45,8 @@ class ActorSpec:
     host: str
     spin_s: float
     secret: bytes = field(repr=False)
+    store_copies: tuple[str, ...] = ()
+    """Further folders of the same store, read where it fails."""
 
     def fingerprint(self) -> str:
         """Equal for specs that compute the same for the same routers; leaves out the incarnation."""
@@ -60,6 +65,7 @@ class ExpertActor:
         self._spec = spec
         self._store = ExpertStore.open(Path(spec.store_root))
         components = tuple(sorted({key.component for key in spec.group}))
+        self._trust = GroupTrust(spec.group)
         self._worker = ExpertWorker(
             self._store,
             kernel,
@@ -68,6 +74,8 @@ class ExpertActor:
             group=spec.group,
             budget_bytes=spec.budget_bytes,
             eviction=spec.eviction,
+            trust=self._trust.score,
+            copies=tuple(map(Path, spec.store_copies)),
         )
         info = ServiceInfo(spec.width, dtype, self._worker.numerics_class, components)
         self._server = ExpertServer(
@@ -91,6 +99,14 @@ class ExpertActor:
         layers = {(key.component, key.layer) for key in self._spec.group}
         return {layer: self._worker.resident(*layer) for layer in layers}
 
+    def set_trust(self, scores_G: Scores) -> None:
+        """Trust from now on, in the order of the spec's group. Raises TrustMismatch."""
+        self._trust.tell(scores_G)
+
+    def set_share(self, share: Fraction) -> None:
+        """Keep at most this share of the group in memory, and never more than the spec's budget."""
+        self._worker.set_budget(share_of(share, self._worker.group_bytes))
+
     def status(self) -> dict[str, Any]:
         """Plain values for `sage-moe status` and metrics."""
         worker, stats = self._worker, self._worker.stats
@@ -101,11 +117,12 @@ class ExpertActor:
             "group": len(self._spec.group),
             "resident_experts": worker.num_resident,
             "resident_bytes": worker.resident_bytes,
-            "budget_bytes": self._spec.budget_bytes,
+            "budget_bytes": worker.budget_bytes,
             "experts_used": len(stats.experts_used),
             "hits": stats.hits,
             "misses": stats.misses,
             "hit_rates": stats.hit_rates,
+            "experts_trusted": self._trust.num_known,
             "bytes_read": stats.bytes_read,
             "rows": stats.rows,
             "numerics_class": worker.numerics_class,

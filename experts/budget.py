@@ -7,6 +7,7 @@ as the node has room for. `gateway.byte_sizes` reads it, `cluster.memory_plan` r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -66,3 +67,8 @@ def resolve_budget(requests: Iterable[BudgetRequest], experts: ExpertBytes, room
     if total < experts.largest:
         raise BudgetTooSmall(max(0, total), experts.largest)
     return total
+
+
+def share_of(share: Fraction, num_bytes: int) -> int:
+    """A share of some bytes, rounded up."""
+    return math.ceil(share * num_bytes)

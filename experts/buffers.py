@@ -47,6 +47,11 @@ class BufferPool:
         else:
             self._free.setdefault(buffer.numel(), []).append(buffer)
 
+    def set_limit(self, limit_bytes: int) -> None:
+        """Another limit, where there was one; free buffers beyond it go at once. Used ones are the caller's."""
+        self._limit_bytes = limit_bytes
+        self._shrink(limit_bytes)
+
     def _shrink(self, target_bytes: int) -> None:
         """Let free buffers of other sizes go until no more than the target is held."""
         for nbytes, free in self._free.items():

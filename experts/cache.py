@@ -70,14 +70,29 @@ class ExpertCache:
         self._buffers: dict[ExpertKey, Tensor] = {}
         self._held = {key: self._held_bytes(key) for key in keys}
         self._residency = Residency(budget, make_worth(options.eviction, options.trust))
+        self._planned_bytes = budget
+        self.group_bytes = sum(self._held.values())
+        """Of all experts that will ever be asked for, in memory."""
+        self._largest = max(self._held.values(), default=0)
         self._shadows = None
-        if budget is not None and sum(self._held.values()) > budget:
-            largest = max(self._held.values())
-            self._shadows = ShadowCaches(budget, largest, options.eviction, options.trust)
+        if budget is not None and self.group_bytes > budget:
+            self._shadows = ShadowCaches(budget, self._largest, options.eviction, options.trust)
 
     @property
     def budget_bytes(self) -> int | None:
         return self._residency.budget_bytes
+
+    def set_budget(self, budget_bytes: int) -> None:
+        """Keep at most so many bytes from now on: at least one expert, at most the budget of the beginning. What is
+        too much goes at once, and its memory with it. Raises ValueError where there never was a bound."""
+        if self._planned_bytes is None:
+            raise ValueError("a cache without a bound cannot get one")
+        budget_bytes = min(self._planned_bytes, max(budget_bytes, self._largest))
+        for key in self._residency.set_budget(budget_bytes):
+            self._drop(key)
+        self._pool.set_limit(budget_bytes)
+        if self._shadows is not None:
+            self._shadows.set_budget(budget_bytes)
 
     @property
     def resident_bytes(self) -> int:

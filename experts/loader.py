@@ -76,6 +76,12 @@ class ExpertLoader:
         return self.load(key, window)
 
 
+def check_copies(store: ExpertStore, copies: Sequence[Path]) -> None:
+    """Raises StoreDamaged for a folder that holds another store, or what opening one raises."""
+    for path in copies:
+        _open_copy(path, store).close()
+
+
 def _open_copy(path: Path, store: ExpertStore) -> ExpertStore:
     copy = ExpertStore.open(path)
     if copy.hash != store.hash:

@@ -8,6 +8,7 @@ wave needs. Who goes first is for `experts.eviction` to say.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 from experts.errors import BudgetTooSmall
@@ -24,7 +25,8 @@ class Exchange:
 
 
 class Residency:
-    """Costs O(log n) per expert of a wave. Not safe for several threads at once."""
+    """Costs O(log n) per expert of a wave, and one look at every layer where something goes. Not safe for several
+    threads at once."""
 
     def __init__(self, budget_bytes: int | None, worth: Worth | None = None) -> None:
         """budget_bytes: None means that everything may stay. worth: None means the default eviction's."""
@@ -71,6 +73,8 @@ class Residency:
         """
         load = []
         needed = 0
+        if self.budget_bytes is not None:
+            self._order.visit(wave, now)
         for key, nbytes in zip(wave, sizes, strict=True):
             if key not in self._sizes:
                 load.append(key)
@@ -85,6 +89,16 @@ class Residency:
         self.resident_bytes += needed
         return Exchange(tuple(evict), tuple(load))
 
+    def set_budget(self, budget_bytes: int) -> tuple[ExpertKey, ...]:
+        """Keep to another number of bytes from now on. Returns what has to go, lowest worth first.
+
+        Raises ValueError where there was no bound: uses were then not counted.
+        """
+        if self.budget_bytes is None:
+            raise ValueError("without a bound nobody knows which expert goes first")
+        self.budget_bytes = budget_bytes
+        return tuple(self._make_room(0, ()))
+
     def forget(self, key: ExpertKey) -> None:
         """Take back an admission whose load failed."""
         self._order.discard(key)
@@ -94,10 +108,10 @@ class Residency:
         evict: list[ExpertKey] = []
         if self.budget_bytes is None or self.resident_bytes + needed <= self.budget_bytes:
             return evict
-        kept = frozenset(wave)
-        while self.resident_bytes + needed > self.budget_bytes:
-            evict.append(self._order.pop(kept))
-            self._remove(evict[-1])
+        with closing(self._order.going(frozenset(wave))) as going:
+            while self.resident_bytes + needed > self.budget_bytes:
+                evict.append(next(going))
+                self._remove(evict[-1])
         return evict
 
     def _remove(self, key: ExpertKey) -> None:

@@ -10,6 +10,7 @@ Source of the sampling: C. Waldspurger et al., "Efficient MRC Construction with 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 
 from experts.eviction import EVICTIONS, Eviction, EvictionOrder, make_worth
 from extraction.manifest import ExpertKey
@@ -24,20 +25,32 @@ class _Shadow:
 
     def __init__(self, budget_bytes: int, order: EvictionOrder) -> None:
         self.misses = 0
-        self._free_bytes = budget_bytes
+        self._budget_bytes = self._free_bytes = budget_bytes
         self._order = order
         self._sizes: dict[ExpertKey, int] = {}
 
-    def use(self, wave: Sequence[ExpertKey], sizes: Sequence[int], now: float, *, fits: bool) -> None:
-        kept = wave if fits else ()
+    def use(self, wave: Sequence[ExpertKey], sizes: Sequence[int], now: float) -> None:
+        """A wave that fits the budget."""
+        self._order.visit(wave, now)
+        missing = [(key, nbytes) for key, nbytes in zip(wave, sizes, strict=True) if key not in self._sizes]
+        if missing:
+            self.misses += len(missing)
+            self._make_room(sum(nbytes for _, nbytes in missing), wave)
+            self._sizes.update(missing)
         for key, nbytes in zip(wave, sizes, strict=True):
-            if key not in self._sizes:
-                self.misses += 1
-                while self._free_bytes < nbytes:
-                    self._free_bytes += self._sizes.pop(self._order.pop(kept))
-                self._free_bytes -= nbytes
-                self._sizes[key] = nbytes
             self._order.use(key, nbytes, now)
+
+    def set_budget(self, budget_bytes: int) -> None:
+        self._free_bytes += budget_bytes - self._budget_bytes
+        self._budget_bytes = budget_bytes
+        self._make_room(0, ())
+
+    def _make_room(self, needed: int, wave: Sequence[ExpertKey]) -> None:
+        self._free_bytes -= needed
+        if self._free_bytes < 0:
+            with closing(self._order.going(frozenset(wave))) as going:
+                while self._free_bytes < 0:
+                    self._free_bytes += self._sizes.pop(next(going))
 
 
 class ShadowCaches:
@@ -53,6 +66,7 @@ class ShadowCaches:
         """expert_bytes: size of the largest expert."""
         is_sampled = budget_bytes >= SAMPLED_FROM * expert_bytes
         self._in_use = in_use
+        self._expert_bytes = expert_bytes
         self._one_in = SAMPLE_ONE_IN if is_sampled else 1
         self._budget_bytes = budget_bytes // self._one_in
         self._caches = {
@@ -70,8 +84,16 @@ class ShadowCaches:
             wave, sizes = [wave[index] for index in indices], [sizes[index] for index in indices]
         self._uses += len(wave)
         fits = sum(sizes) <= self._budget_bytes
+        parts = [range(len(wave))] if fits else [range(index, index + 1) for index in range(len(wave))]
         for cache in self._caches.values():
-            cache.use(wave, sizes, now, fits=fits)
+            for part in parts:
+                cache.use(wave[part.start : part.stop], sizes[part.start : part.stop], now)
+
+    def set_budget(self, budget_bytes: int) -> None:
+        """Follow the real cache, whose budget has become another; a sample keeps to at least one expert."""
+        self._budget_bytes = max(budget_bytes // self._one_in, self._expert_bytes)
+        for cache in self._caches.values():
+            cache.set_budget(self._budget_bytes)
 
     def hit_rates(self, uses: int, hits: int) -> dict[Eviction, float]:
         """By eviction, best first. uses, hits: of the real cache. Empty before anything was followed."""

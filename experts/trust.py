@@ -192,6 +192,16 @@ def trust_scores(table: TrustTable, settings: TrustSettings) -> Floats:
     return np.clip(scores_LE, 0.0, 1.0)
 
 
+def aspect_means(table: TrustTable, settings: TrustSettings) -> dict[str, float]:
+    """Mean score of each aspect over the experts that were observed in it; aspects without any are left out."""
+    scores_ALE = aspect_scores(table, settings)
+    return {
+        name: float(scores_LE[counts_LE > 0].mean())
+        for name, scores_LE, counts_LE in zip(ASPECTS, scores_ALE, table.counts_ALE, strict=True)
+        if counts_LE.any()
+    }
+
+
 def bucket_means(tables: Sequence[TrustTable], settings: TrustSettings) -> Floats:
     """(B,) mean NLL in nats over all tables; NaN for a bucket that has seen nothing."""
     clock = max(table.clock for table in tables)

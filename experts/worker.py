@@ -94,6 +94,16 @@ class ExpertWorker:
         """Most bytes of experts that stay; None means no bound."""
         return self.cache.budget_bytes
 
+    def set_budget(self, budget_bytes: int) -> None:
+        """See `ExpertCache.set_budget`; between two calls, so waits for the one that is computed. Changes no bit."""
+        with self._lock:
+            self.cache.set_budget(budget_bytes)
+
+    @property
+    def group_bytes(self) -> int:
+        """Of all experts that it answers for, in memory."""
+        return self.cache.group_bytes
+
     @property
     def resident_bytes(self) -> int:
         return self.cache.resident_bytes

@@ -14,8 +14,10 @@ import os
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +26,13 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from cluster.capacity import (
-    Capacity,
-    CapacityState,
-    Load,
-    ServiceSize,
-    num_actors,
-    observe,
-    present_state,
-    resident_bytes,
-)
+from cluster.capacity import CapacityState, Load, ServiceSize, num_actors, present_state, resident_bytes
+from cluster.capacity_watch import CapacityWatch
 from cluster.memory_plan import MemoryPlan
 from cluster.ray_directory import RayDirectory
 from cluster.resources import gateway_deployment_options, router_deployment_options
 from cluster.trust_keeper import SupervisedTrust
+from experts.budget import share_of
 from experts.directory import LocalDirectory
 from experts.store import ExpertStore
 from experts.worker import ExpertWorker
@@ -83,6 +78,8 @@ class DeploymentSpec:
     trace_folder: str | None = None
     """Where routing traces go; None means nowhere."""
     is_trace_with_tokens: bool = False
+    is_capacity_auto: bool = False
+    """Whether the capacity state sets how many experts stay in memory."""
 
 
 class RouterDeployment:
@@ -94,8 +91,9 @@ class RouterDeployment:
         loaded = await asyncio.to_thread(self._load_engine)
         sinks = (loaded.trust.collector,) if loaded.trust is not None else ()
         self._service = RouterService(loaded, sinks)
-        self._capacity = Capacity()
         self._size = _service_size(self._service.loaded, spec.num_actors)
+        self._resizer = ThreadPoolExecutor(1, "capacity")  # one after another, and off the event loop
+        self._capacity = CapacityWatch(self._size, self._begin_resize if spec.is_capacity_auto else None)
         self._trace: RoutingTrace | None = None
         if spec.trace_folder is not None:
             self._trace = trace_service(
@@ -131,12 +129,30 @@ class RouterDeployment:
     def _observe_capacity(self) -> CapacityState:
         """Whenever Serve checks the router's health and somebody asks."""
         health = self._service.engine_thread.health()
-        load = Load(health.num_running, health.num_waiting, self._spec.engine.limits.max_running)
-        self._capacity = observe(self._capacity, load, time.monotonic())
-        return self._capacity.state
+        is_idle = not self._service.num_open  # what else runs are probes
+        return self._look(0, 0) if is_idle else self._look(health.num_running, health.num_waiting)
+
+    def _look(self, num_running: int, num_waiting: int) -> CapacityState:
+        load = Load(num_running, num_waiting, self._spec.engine.limits.max_running)
+        return self._capacity.look(load, time.monotonic())
+
+    def _begin_resize(self, share: Fraction) -> None:
+        self._resizer.submit(self._resize, share)
+
+    def _resize(self, share: Fraction) -> None:
+        """On the resizer's thread: waits for the call that is being computed."""
+        worker = self._service.loaded.worker
+        logger.info("keeping at most %s of the experts within the budget", share)
+        if worker.budget_bytes is not None:
+            worker.set_budget(share_of(share, worker.group_bytes))
+        if self._directory is not None:
+            self._directory.set_share(share)
 
     async def submit(self, gateway: str, request: GenerationRequest) -> None:
         self._service.submit(gateway, request)
+        # A request ends rest at once; whether it has to wait shows at a later look.
+        health = self._service.engine_thread.health()
+        self._look(max(1, health.num_running), max(0, health.num_waiting - 1))
 
     async def cancel_request(self, request_id: str) -> None:
         self._service.cancel(request_id)

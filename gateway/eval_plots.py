@@ -134,8 +134,13 @@ def draw_miss_curves(axes: Axes, shares: Sequence[float], curves: Sequence[MissC
     axes.legend(fontsize="small")
 
 
-def draw_frontier(axes: Axes, series: Mapping[str, Sequence[FrontierPoint]], title: str) -> None:
-    """Perplexity against misses, one line for each way of choosing; lower left is better."""
+def draw_frontier(
+    axes: Axes, series: Mapping[str, Sequence[FrontierPoint]], title: str, height: str = "perplexity"
+) -> None:
+    """Perplexity against misses, one line for each way of choosing; lower left is better.
+
+    height: the axis's label, where perplexities are given in other units.
+    """
     for number, (name, points) in enumerate(series.items()):
         ordered = sorted(points, key=lambda point: point.miss_rate)
         misses = [point.miss_rate for point in ordered]
@@ -159,7 +164,7 @@ def draw_frontier(axes: Axes, series: Mapping[str, Sequence[FrontierPoint]], tit
                 )
     axes.set_title(title, fontsize="medium")
     axes.set_xlabel("missed share of expert uses")
-    axes.set_ylabel("perplexity")
+    axes.set_ylabel(height)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")

@@ -19,6 +19,7 @@ from typing import Any
 from cluster.errors import ClusterError
 from cluster.memory_plan import MemoryPlan, Node, unmatched
 from cluster.resources import gateway_deployment_options, plan_threads, router_deployment_options
+from experts.loader import check_copies
 from experts.numerics import num_cores
 from experts.store import ExpertStore
 from gateway.bind_address import BindAddress, check_bind, check_free, resolve_bind
@@ -83,6 +84,7 @@ def running_service(options: ServiceOptions, on_plan: OnPlan = lambda plan, unkn
             threads_per_actor=threads.expert_actor,
             eviction=options.eviction,
             actor_budgets=plan.actor_budgets,
+            store_copies=_copies(options),
             spin_s=plan_spin_s(num_cores(), options.num_actors),
             secret=secrets.token_bytes(32),
         )
@@ -110,11 +112,13 @@ def _wait_for_actors(supervisor: Any) -> None:
 
 
 def _read_model(options: ServiceOptions) -> tuple[ModelConfig, str]:
-    """The model's configuration and the dtype to compute in. Raises OptionInvalid for a context it does not have."""
+    """The model's configuration and the dtype to compute in. Raises OptionInvalid for a context it does not have, and
+    StoreDamaged for a copy that is none."""
     store = ExpertStore.open(options.store_root)
     try:
         config = read_model_config(store.served.config)
         dtype = options.dtype or stored_dtype(store)
+        check_copies(store, options.store_copies)
     finally:
         store.close()
     if (options.max_model_len or 0) > config.max_position_embeddings:
@@ -138,6 +142,7 @@ def engine_options(options: ServiceOptions, dtype: str, num_threads: int) -> Eng
         dtype=dtype,
         kv_budget_bytes=options.kv_budget_bytes,
         eviction=options.eviction,
+        store_copies=_copies(options),
         limits=BatchLimits(
             max_batch_tokens=options.max_batch_tokens,
             max_running=options.max_num_seqs,
@@ -150,6 +155,10 @@ def engine_options(options: ServiceOptions, dtype: str, num_threads: int) -> Eng
         if options.is_trust_learned
         else None,
     )
+
+
+def _copies(options: ServiceOptions) -> tuple[str, ...]:
+    return tuple(str(path.resolve()) for path in options.store_copies)
 
 
 def http_options(address: BindAddress) -> dict[str, Any]:
@@ -206,6 +215,7 @@ def _deploy(
         plan,
         None if options.trace_folder is None else str(options.trace_folder.resolve()),
         options.is_trace_with_tokens,
+        options.capacity == "auto",
     )
     stack.callback(_quietly, serve.shutdown)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)

@@ -54,8 +54,15 @@ def serve(
     eviction: Annotated[
         Word, typer.Option(metavar="NAME", help="Which expert goes first: lfu, lru or trust. [lfu]")
     ] = None,
+    capacity: Annotated[
+        Word, typer.Option(metavar="MODE", help="auto gives experts' memory back when idle. [fixed]")
+    ] = None,
     expert_budget: ExpertBudgetOption = None,
     host_budget: HostBudgetOption = None,
+    store_copy: Annotated[
+        Words,
+        typer.Option(metavar="FOLDER", help="A copy of the store, read where the store fails; repeatable."),
+    ] = None,
     api_key: Annotated[
         Words, typer.Option(metavar="KEY|@FILE", help="Key that clients must send; repeatable.")
     ] = None,
@@ -120,8 +127,10 @@ def serve(
         "max-batch-tokens": max_batch_tokens,
         "kv-budget": kv_budget,
         "eviction": eviction,
+        "capacity": capacity,
         "expert-budget": expert_budget,
         "host-budget": host_budget,
+        "store-copy": store_copy or None,
         "api-key": api_key or None,
         "api-key-file": api_key_file or None,
         "cors-origin": cors_origin or None,

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
@@ -31,6 +31,9 @@ from router.scoring import DEFAULT_PRESET, PRESETS, SnarcWeights, read_weights
 PROVEN_BATCH_TOKENS = 512
 """Rows for which the self-test at start proves exactness (docs/exactness.md)."""
 MAX_SHOWN_CHARS = 80
+CapacityMode = Literal["fixed", "auto"]
+CAPACITY_MODES: tuple[CapacityMode, ...] = get_args(CapacityMode)
+"""Whether the capacity state changes how many experts stay in memory (docs/routing.md)."""
 BUDGET_ADVICE = "must be a size such as 2GiB, a percentage such as 25%, or fit"
 OWN_MESSAGE = "own_message"
 """Type of validation errors whose text is ready to be shown."""
@@ -122,6 +125,7 @@ class OptionValues(BaseModel):
     max_batch_tokens: int = _whole(1, PROVEN_BATCH_TOKENS, PROVEN_BATCH_TOKENS)
     kv_budget: Size = Field(2**30, description="a size such as 512MiB or 2GiB")
     eviction: Eviction = Field(DEFAULT_EVICTION, description="lfu, lru or trust")
+    capacity: CapacityMode = Field("fixed", description=_one_of(CAPACITY_MODES))
     expert_budget: Budget | None = Field(None, description=BUDGET_ADVICE.removeprefix("must be "))
     host_budget: Budget | None = Field(None, description=BUDGET_ADVICE.removeprefix("must be "))
     node_budgets: dict[Text, Budget] = Field(
@@ -129,6 +133,7 @@ class OptionValues(BaseModel):
         max_length=1024,
         description="a mapping of node names or addresses to budgets, such as 'node-7: 2GiB'",
     )
+    store_copy: Texts = Field((), description=_TEXTS)
     api_key: Texts = Field((), description=_TEXTS)
     api_key_file: Texts = Field((), description=_TEXTS)
     cors_origin: Annotated[Texts, AfterValidator(_check_origins)] = Field((), description=_TEXTS)
@@ -172,10 +177,13 @@ class ServiceOptions:
     max_batch_tokens: int = PROVEN_BATCH_TOKENS
     kv_budget_bytes: int = 2**30
     eviction: Eviction = DEFAULT_EVICTION
+    capacity: CapacityMode = "fixed"
     expert_budgets: tuple[BudgetRequest, ...] = (FIT,)
     """Bytes of experts on each node, added up; the experts' tiers on a machine that computes in host memory."""
     node_budgets: Mapping[str, BudgetRequest] = field(default_factory=dict)
     """In place of `expert_budgets`, by node name or address."""
+    store_copies: tuple[Path, ...] = ()
+    """Further folders of the same store, read where it fails."""
     keys: KeyRing = NO_KEYS
     cors_origins: tuple[str, ...] = ()
     trace_folder: Path | None = None
@@ -213,8 +221,10 @@ class ServiceOptions:
             "max-batch-tokens": self.max_batch_tokens,
             "kv-budget": format_bytes(self.kv_budget_bytes),
             "eviction": self.eviction,
+            "capacity": self.capacity,
             "expert-budget": " + ".join(map(format_budget, self.expert_budgets)),
             "node-budgets": {name: format_budget(budget) for name, budget in self.node_budgets.items()},
+            "store-copy": [str(path) for path in self.store_copies],
             "api-keys": len(self.keys),
             "cors-origin": list(self.cors_origins),
             "trace": str(self.trace_folder) if self.trace_folder else None,
@@ -268,8 +278,10 @@ def compose_options(values: OptionValues, store_root: Path, store_name: str, key
         max_batch_tokens=values.max_batch_tokens,
         kv_budget_bytes=values.kv_budget,
         eviction=values.eviction,
+        capacity=values.capacity,
         expert_budgets=one_memory(values.expert_budget, values.host_budget),
         node_budgets=values.node_budgets,
+        store_copies=tuple(Path(folder) for folder in dict.fromkeys(values.store_copy)),
         keys=keys,
         cors_origins=tuple(dict.fromkeys(values.cors_origin)),
         trace_folder=None if values.trace is None else Path(values.trace),

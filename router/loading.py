@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -46,6 +47,8 @@ class EngineOptions:
     """Resident bytes of experts in this process; None means no bound."""
     eviction: Eviction = DEFAULT_EVICTION
     """Which expert goes first when room is needed."""
+    store_copies: tuple[str, ...] = ()
+    """Further folders of the same store, read where it fails."""
     limits: BatchLimits = field(default_factory=BatchLimits)
     num_threads: int | None = None
     """Torch threads of the process; None means what suits machine and model."""
@@ -108,7 +111,8 @@ def load_engine(
     """connect: makes the way to the experts, given a worker for those that are computed here. open_keeper: of trust,
     where options ask for it.
 
-    Raises ConfigUnsupported, WeightMismatch, NotRowInvariant, or what reading the store raises.
+    Raises ConfigUnsupported, WeightMismatch, NotRowInvariant, StoreDamaged for a copy of another store, or what reading
+    the store raises.
     """
     dtype = chosen_dtype(store, options)
     component = store.served
@@ -124,6 +128,7 @@ def load_engine(
         budget_bytes=options.expert_budget_bytes,
         eviction=options.eviction,
         trust=trust.book.score if trust is not None else None,
+        copies=tuple(map(Path, options.store_copies)),
     )
     directory = connect(worker)
     backbone = Backbone(store, component.name, config, kernel, directory, dtype)

@@ -29,6 +29,7 @@ class _Collector:
     def collect(self) -> Iterable[Metric]:
         yield from self._engine()
         yield from self._experts()
+        yield from self._trust()
 
     def _engine(self) -> Iterable[Metric]:
         engine = self._service.loaded.engine
@@ -87,6 +88,22 @@ class _Collector:
         yield resident
         yield from (gauge for gauge in (budget, rates) if gauge.samples)
         yield from counters.values()
+
+    def _trust(self) -> Iterable[Metric]:
+        """As the router knows it; nothing where nobody learns it."""
+        trust = self._service.loaded.trust
+        if trust is None:
+            return
+        status = trust.status()
+        yield _gauge("trust_experts", "Experts that trust has observed.", status["experts_observed"])
+        yield _counter("trust_tokens", "Tokens that trust has seen.", status["tokens"])
+        means = GaugeMetricFamily(
+            PREFIX + "trust_mean", "Mean score of the experts observed, by aspect.", labels=["aspect"]
+        )
+        for aspect, mean in status["means"].items():
+            means.add_metric([aspect], mean)
+        if means.samples:
+            yield means
 
 
 def local_actor(service: RouterService) -> dict[str, Any]:

@@ -73,6 +73,11 @@ class RouterService:
         self.engine_thread = EngineThread(loaded.engine, self._on_engine_events)
         self.engine_thread.start()
 
+    @property
+    def num_open(self) -> int:
+        """Requests of gateways that are not answered yet; probes are none."""
+        return len(self._outbox_of)
+
     def submit(self, gateway: str, request: GenerationRequest) -> None:
         """Queue a request whose events go to the stream that `gateway` has open.
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from experts.errors import ExpertError, LedgerUnusable
 from experts.store import ExpertStore
-from experts.trust import TrustSettings
+from experts.trust import TrustSettings, aspect_means
 from experts.trust_book import TrustBook
 from experts.trust_ledger import TrustIdentity, TrustLedger, ledger_path
 from experts.trust_reporter import TrustKeeper, TrustReporter
@@ -97,6 +97,7 @@ class TrustSession:
         table = self.book.view()
         return {
             "is_kept": self._keeper is not None,
+            "means": aspect_means(table, self.book.settings),
             "tokens": table.num_tokens,
             "experts_observed": int(table.counts_ALE.any(axis=0).sum()),
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 
 import pytest
 
@@ -13,12 +14,14 @@ from cluster.capacity import (
     CapacityState,
     Load,
     ServiceSize,
+    kept_share,
     num_actors,
     observe,
     present_state,
     resident_bytes,
     resident_experts,
 )
+from cluster.capacity_watch import CapacityWatch
 
 SIZE = ServiceSize(num_layers=48, num_experts=128, experts_per_token=8, expert_bytes=9, max_actors=3)
 IDLE, LIGHT, USUAL, FULL = Load(0, 0, 16), Load(1, 0, 16), Load(8, 0, 16), Load(16, 4, 16)
@@ -75,3 +78,34 @@ def test_states_stand_for_actors(state: CapacityState, count: int) -> None:
 def test_state_is_shown_with_what_it_means() -> None:
     assert present_state("rest", SIZE) == "idle (REST)"
     assert present_state("wake", SIZE) == "WAKE (4 experts a layer)"
+
+
+@pytest.mark.parametrize("state", ["wake", "focus", "crisis"])
+def test_under_load_the_whole_budget_may_be_used(state: CapacityState) -> None:
+    assert kept_share(state, SIZE) == 1
+
+
+def test_at_rest_what_rest_stands_for_is_kept() -> None:
+    assert kept_share("rest", SIZE) * SIZE.num_experts == resident_experts("rest", SIZE) == 1
+    assert kept_share("rest", ServiceSize(0, 0, 0, 0, 0)) == 1, "a model without experts"
+
+
+def test_memory_is_given_back_after_a_minute_of_silence_and_taken_again_with_the_first_request() -> None:
+    told: list[Fraction] = []
+    watch = CapacityWatch(SIZE, told.append)
+    for now_s in (0.0, 10.0, REST_AFTER_S - 1):
+        watch.look(IDLE, now_s)
+    assert told == [1]
+    for now_s in (REST_AFTER_S, REST_AFTER_S + 10):
+        assert watch.look(IDLE, now_s) == "rest"
+    assert told == [1, Fraction(1, 128)]
+    assert watch.look(LIGHT, REST_AFTER_S + 11) == "wake"
+    assert told == [1, Fraction(1, 128), 1]
+
+
+def test_where_nobody_is_told_the_state_is_shown_all_the_same() -> None:
+    watch = CapacityWatch(SIZE)
+    assert [watch.look(load, now_s) for load, now_s in ((IDLE, 0.0), (IDLE, REST_AFTER_S))] == [
+        "wake",
+        "rest",
+    ]

@@ -58,6 +58,21 @@ def test_forgotten_expert_frees_its_bytes() -> None:
     assert residency.admit(_keys(3), [10]).evict == ()
 
 
+def test_smaller_budget_lets_the_least_worth_go_and_a_larger_one_nothing() -> None:
+    residency = Residency(40)
+    for number in (1, 2, 3, 4, 2):
+        residency.admit(_keys(number), [10])
+    assert residency.set_budget(25) == tuple(_keys(1, 3))
+    assert (residency.resident_bytes, residency.budget_bytes) == (20, 25)
+    assert residency.set_budget(40) == ()
+    assert residency.admit(_keys(5, 6), [10, 10]).evict == ()
+
+
+def test_budget_cannot_be_set_where_uses_were_not_counted() -> None:
+    with pytest.raises(ValueError, match="nobody knows"):
+        Residency(None).set_budget(10)
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_random_use_never_exceeds_the_budget(seed: int) -> None:
     chance = random.Random(seed)

@@ -67,5 +67,33 @@ def test_a_sample_tells_how_evictions_differ() -> None:
     assert told == pytest.approx(real, abs=0.03)
 
 
+def test_shadows_follow_a_budget_that_changes() -> None:
+    chance = random.Random(1)
+    real = {eviction: Residency(12, make_worth(eviction, trust_of)) for eviction in EVICTIONS}
+    shadows = ShadowCaches(12, 1, "lfu", trust_of)
+    uses, hits = 0, dict.fromkeys(EVICTIONS, 0)
+    for step in range(300):
+        if step % 50 == 49:
+            for cache in real.values():
+                cache.set_budget(4 + step % 9)
+            shadows.set_budget(4 + step % 9)
+        call = [ExpertKey("model", 0, number) for number in sorted(chance.sample(range(16), 4))]
+        ones = [1] * len(call)
+        uses += len(call)
+        for eviction, cache in real.items():
+            hits[eviction] += len(call) - len(cache.admit(call, ones, step).load)
+        shadows.use(call, ones, step)
+    assert shadows.hit_rates(uses, hits["lfu"]) == pytest.approx({name: n / uses for name, n in hits.items()})
+
+
+def test_a_sample_survives_a_budget_of_less_than_one_expert_each() -> None:
+    shadows = ShadowCaches(SAMPLED_FROM * 10, 10, "lfu")
+    call = [ExpertKey("model", 0, number) for number in range(512)]
+    shadows.use(call, [10] * 512, 0)
+    shadows.set_budget(10)
+    shadows.use(call, [10] * 512, 1)
+    assert min(shadows.hit_rates(1024, 10).values()) >= 0.0
+
+
 def test_nothing_used_tells_nothing() -> None:
     assert ShadowCaches(10, 1, "lfu").hit_rates(0, 0) == {}

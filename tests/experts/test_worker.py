@@ -139,6 +139,27 @@ def test_waves_under_any_budget_give_the_same_bits_and_stay_within_it(
         assert stats.misses == len(stats.experts_used), "nothing is read twice where everything fits"
 
 
+def test_budget_that_changes_between_calls_holds_at_once_and_changes_no_bit(
+    store: WatchedStore, kernel: RowKernel
+) -> None:
+    worker = _worker(store, kernel, 7 * EXPERT_BYTES)
+    chance = random.Random(3)
+    for _ in range(40):
+        asked = chance.randint(0, 9) * EXPERT_BYTES
+        worker.set_budget(asked)
+        budget = min(max(asked, EXPERT_BYTES), 7 * EXPERT_BYTES)
+        assert worker.budget_bytes == budget
+        assert worker.resident_bytes <= store.live_bytes == worker.cache.allocated_bytes <= budget
+        call = _call(chance)
+        assert torch.equal(worker.compute(call), _reference(store, kernel, call))
+        assert worker.resident_bytes == store.live_bytes <= budget
+
+
+def test_budget_of_a_worker_without_bound_cannot_be_set(store: WatchedStore, kernel: RowKernel) -> None:
+    with pytest.raises(ValueError, match="without a bound"):
+        _worker(store, kernel).set_budget(EXPERT_BYTES)
+
+
 def test_failed_load_leaves_the_books_right(store: WatchedStore, kernel: RowKernel) -> None:
     budget = 4 * EXPERT_BYTES
     worker = _worker(store, kernel, budget)

@@ -23,6 +23,7 @@ import pytest
 import ray
 from prometheus_client.parser import text_string_to_metric_families
 
+from cluster.resources import NAMESPACE
 from experts.budget import FIT, BudgetRequest
 from experts.errors import LedgerBusy
 from experts.store import ExpertStore
@@ -247,6 +248,12 @@ def test_supervisor_keeps_what_the_router_learns(service: Service, stories_store
     while not read_ledger(path, identity).num_tokens and time.monotonic() < deadline:
         time.sleep(0.2)
     assert read_ledger(path, identity).counts_ALE.any()
+
+
+def test_expert_actors_are_told_what_was_learned(service: Service) -> None:
+    service.post(GREEDY | {"max_tokens": 20})
+    actors = [ray.get_actor(f"experts-{index}", namespace=NAMESPACE) for index in range(2)]
+    _wait_until(lambda: all(ray.get(actor.status.remote())["experts_trusted"] > 0 for actor in actors))
 
 
 def test_service_is_ready_when_idle_and_under_load(service: Service) -> None:

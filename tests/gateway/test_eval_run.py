@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from gateway.eval_windows import Sliding
 from gateway.study import Study
 from gateway.tokenizer import TextTokenizer
 from router.routing_choice import RoutingChoice
+from router.scoring import PRESETS
 from router.trace_reader import read_trace
 from router.trace_statistics import use_counts
 from tests.reference import RELATIVE_TOLERANCE, load_published, random_prompt
@@ -105,7 +107,7 @@ def test_other_routing_is_named_and_costs_quality_or_misses(tiny_store: Path) ->
     native = as_json(_evaluate(tiny_store))
     choices = (
         replace(OPTIONS, study=Study(mask="0:0-3")),
-        replace(OPTIONS, routing=RoutingChoice("snarc", "focus")),
+        replace(OPTIONS, routing=RoutingChoice("snarc", "focus"), snarc=PRESETS["scaled"]),
         replace(OPTIONS, routing=RoutingChoice("native", "wake")),
     )
     reports = [as_json(_evaluate(tiny_store, options)) for options in choices]
@@ -169,3 +171,44 @@ def test_texts_are_named_by_their_files_and_cut(tiny_store: Path, tmp_path: Path
         read_texts(tokenizer, paths, None)
     with pytest.raises(FileUnusable):
         read_texts(tokenizer, [tmp_path / "none.txt"], None)
+
+
+HALF = (BudgetRequest(share=Fraction(1, 2)),)
+
+
+def test_one_stream_counts_what_one_row_a_step_misses(tiny_store: Path) -> None:
+    """The tiny model has two layers with experts, which a cache of all bytes would share; of equal shares each has
+    half, so the one-row run is given the same by a budget that holds everything."""
+    rowwise = as_json(_evaluate(tiny_store, replace(OPTIONS, batch_tokens=1)))
+    stream = _evaluate(
+        tiny_store, replace(OPTIONS, is_one_stream=True, budgets=(BudgetRequest(share=Fraction(1)),))
+    )
+    report = as_json(stream)
+    for name in ("hits", "misses", "bytes_read", "perplexity"):
+        assert report[name] == rowwise[name], name
+    assert report["stand_ins"] == 0
+
+
+def test_one_stream_misses_more_with_less_and_changes_no_score_under_native_routing(tiny_store: Path) -> None:
+    reference = _evaluate(tiny_store)
+    found = _evaluate(tiny_store, replace(OPTIONS, is_one_stream=True, budgets=HALF))
+    assert [score.windows for score in found.texts] == [score.windows for score in reference.texts]
+    report = as_json(found)
+    assert report["misses"] > as_json(reference)["first_loads"]
+    assert report["budget_bytes"] * 2 == report["expert_bytes"]
+
+
+def test_one_stream_lets_means_stand_in(stories_store: Path) -> None:
+    texts = [EvalText("tokens", random_prompt(600))]
+    options = EvalOptions(Sliding(128, 64), is_one_stream=True, budgets=HALF, routing=RoutingChoice("snarc"))
+    evaluation = evaluate(stories_store, lambda tokenizer: texts, options)
+    report = as_json(evaluation)
+    assert report["stand_ins"] > 0
+    uses = report["hits"] + report["misses"] + report["stand_ins"]
+    assert uses == report["computed_tokens"] * 6 * 8
+    assert report["choice_misses"] == report["misses"]
+
+
+def test_one_stream_needs_room_for_an_expert_a_layer(tiny_store: Path) -> None:
+    with pytest.raises(OptionInvalid, match="one expert a layer"):
+        _evaluate(tiny_store, replace(OPTIONS, is_one_stream=True, budgets=(BudgetRequest(num_bytes=100),)))

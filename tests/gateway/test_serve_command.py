@@ -24,6 +24,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from experts.errors import ExpertError
 from gateway.cli import app
 from gateway.errors import GatewayError
 
@@ -93,6 +94,15 @@ def test_refusal_is_one_line_before_anything_starts(
     assert message in str(result.exception) and "two words" not in str(result.exception)
     assert "\n" not in str(result.exception)
     assert "ray" not in result.output
+
+
+def test_copy_that_holds_another_store_is_refused_before_anything_starts(
+    stories_store: Path, tiny_store: Path
+) -> None:
+    command = ["serve", str(stories_store), "--store-copy", str(tiny_store), "--dry-run"]
+    result = CliRunner().invoke(app, command)
+    assert isinstance(result.exception, ExpertError)
+    assert "is no copy of" in str(result.exception)
 
 
 @contextmanager

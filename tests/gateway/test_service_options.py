@@ -60,6 +60,13 @@ def test_budgets_of_both_tiers_are_one_memory_and_none_is_fit() -> None:
     assert _options({"host-budget": "2GiB"}, {}).expert_budgets == (size,)
 
 
+def test_copies_of_the_store_and_capacity_are_what_was_given() -> None:
+    options = _options({"store-copy": ["/b", "/c", "/b"]}, {"store-copy": "/d", "capacity": "auto"})
+    assert options.store_copies == (Path("/b"), Path("/c"))
+    assert options.capacity == "auto"
+    assert options.shown()["store-copy"] == ["/b", "/c"]
+
+
 def test_node_budgets_come_from_the_file_by_name_or_address(tmp_path: Path) -> None:
     (tmp_path / NAME).write_text("node-budgets: {node-7: 2GiB, 10.0.0.8: 25%, '::1': fit}\n")
     options = _options({}, read_config(tmp_path / NAME))

@@ -195,6 +195,22 @@ def test_any_expert_budget_equals_unlimited(
     _check(root, budget, requests, reference)
 
 
+def test_expert_budget_that_changes_while_requests_run_equals_unlimited(
+    root: Path, dtype: str, requests: list[GenerationRequest], reference: Outcome
+) -> None:
+    """As by the capacity state, and worse: another after every layer, down to one expert and up again."""
+    loaded = open_engine(root, EngineOptions(dtype=dtype, expert_budget_bytes=1 << 30))
+    chance = random.Random(5)
+
+    class Resizer:
+        def watch(self, *layer: object, **more: object) -> None:
+            loaded.worker.set_budget(int(loaded.worker.group_bytes * chance.choice((0, 0.1, 0.3, 1))))
+
+    loaded.engine.watchers = (*loaded.engine.watchers, Resizer())
+    assert_same_bits(run_to_end(loaded.engine, requests, JOIN_AT), reference)
+    loaded.close()
+
+
 @pytest.mark.parametrize("how", ["swap", "recompute"])
 def test_preemption_equals_undisturbed(
     root: Path, dtype: str, requests: list[GenerationRequest], reference: Outcome, how: str

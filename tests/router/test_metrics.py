@@ -11,10 +11,12 @@ import pytest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from experts.trust import ASPECTS, aspect_means
 from router.loading import EngineOptions, LoadedEngine
 from router.metrics import PREFIX, local_actor, render_metrics
 from router.request import GenerationRequest, SamplingParams
 from router.service import RouterService
+from router.trust_session import TrustOptions
 from tests.engines import open_engine, run_to_end, small_engine
 
 ACTOR = {
@@ -113,6 +115,29 @@ def test_evictions_are_compared_where_not_all_experts_fit(tiny_store: Path) -> N
     assert set(stats.hit_rates) == {"lfu", "lru", "trust"}
     assert stats.hit_rates["lru"] == stats.hits / (stats.hits + stats.misses)
     assert 0 < stats.hit_rates["lru"] < 1
+
+
+def test_trust_is_told_by_aspect_where_it_is_learned(tiny_store: Path, tmp_path: Path) -> None:
+    options = EngineOptions(dtype="float32", trust=TrustOptions(str(tmp_path)))
+    loaded = open_engine(tiny_store, options)
+    run_to_end(loaded.engine, [GenerationRequest("r", (1, 2, 3, 4, 5), SamplingParams(max_tokens=40))])
+    assert loaded.trust is not None
+    loaded.trust.collector.flush()
+
+    async def render() -> str:
+        service = RouterService(loaded)
+        service.engine_thread.stop()
+        return render_metrics(service, [])
+
+    told = {family.name: family for family in text_string_to_metric_families(asyncio.run(render()))}
+    table = loaded.trust.book.view()
+    loaded.close()
+    assert _value(told, "trust_experts") == table.counts_ALE.any(axis=0).sum() > 0
+    assert _value(told, "trust_tokens") == table.num_tokens > 0
+    means = {sample.labels["aspect"]: sample.value for sample in told[PREFIX + "trust_mean"].samples}
+    assert means == pytest.approx(aspect_means(table, loaded.trust.book.settings))
+    assert means.keys() <= set(ASPECTS)
+    assert means
 
 
 def test_phases_of_a_step_are_timed(families: dict[str, Metric]) -> None:
