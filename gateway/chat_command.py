@@ -33,7 +33,9 @@ def chat(
         Optional[float],  # noqa: UP045
         typer.Option(min=0.0, max=2.0, help="0 is greedy; default: the checkpoint's."),
     ] = None,
-    seed: Annotated[Number, typer.Option(min=0, help="Seed of the sampling noise; default: random.")] = None,
+    seed: Annotated[
+        Number, typer.Option(min=0, max=2**64 - 1, help="Seed of the sampling noise; default: random.")
+    ] = None,
     dtype: Annotated[Word, typer.Option(help="With STORE: float32 or bfloat16; default: as stored.")] = None,
     expert_budget: ExpertBudgetOption = None,
     api_key: Annotated[

@@ -125,7 +125,7 @@ def generate(
         Optional[float],  # noqa: UP045
         typer.Option(min=0.0, max=2.0, help="0 is greedy; default: the checkpoint's."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Seed of the sampling noise.")] = 0,
     dtype: DtypeOption = None,
     trace: TraceOption = None,
     mask_experts: MaskOption = None,
@@ -179,7 +179,7 @@ def generate(
 
     study = Study(trace, mask_experts, replay_routing)
     routing = read_choice(policy, effort, is_explained=explain)
-    weights = read_weights(snarc or DEFAULT_PRESET)
+    weights = read_weights(DEFAULT_PRESET if snarc is None else snarc)
     learning = TrustOptions(str(resolve_state_folder(state_dir))) if trust else None
     options = EngineOptions(
         dtype=dtype, eviction=parse_eviction(eviction), prefetch=prefetch, snarc=weights, trust=learning

@@ -46,6 +46,8 @@ class Comparison:
     """What was found."""
 
     layers: tuple[LayerDifference, ...]
+    quantization: str | None = None
+    """Of the store's experts, which takes them out of any tolerance; None where they are as published."""
 
     @property
     def is_within(self) -> bool:
@@ -55,6 +57,7 @@ class Comparison:
         return {
             "tolerance": TOLERANCE,
             "is_within": self.is_within,
+            "quantization": self.quantization,
             "layers": [layer.as_json() for layer in self.layers],
         }
 
@@ -85,7 +88,8 @@ def compare(
             hidden_TD = theirs.hidden_TD
     finally:
         store.close()
-    return Comparison(tuple(found))
+    quantization = store.manifest.quantization
+    return Comparison(tuple(found), None if quantization is None else quantization.name)
 
 
 def _compared_component(plan: ExtractionPlan, store: ExpertStore) -> Component:

@@ -108,7 +108,7 @@ def evaluate(
         check_plots()
     root = resolve_runnable(store, announce=_announce)
     budgets = read_budgets(budget, None, _announce)
-    weights = read_weights(snarc or DEFAULT_PRESET)
+    weights = read_weights(DEFAULT_PRESET if snarc is None else snarc)
     options = EvalOptions(
         sliding, batch_tokens, budgets, parse_eviction(eviction), dtype, routing, weights, study, one_stream
     )
@@ -116,8 +116,8 @@ def evaluate(
         if plot is not None and trace is None:
             options = replace(options, study=replace(study, trace=Path(folder) / "trace.parquet"))
         evaluation = _run(root, texts, max_tokens, options)
+        _print(evaluation, as_json)  # first: what took hours is not lost where a file cannot be written
         _write(evaluation, parquet, plot)
-    _print(evaluation, as_json)
 
 
 Choice = TypeVar("Choice", bound=str)

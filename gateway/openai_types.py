@@ -57,9 +57,9 @@ class SageOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    policy: PolicyName | None = None
-    effort: EffortChoice | None = None
-    explain: bool | None = None
+    policy: PolicyName | None = Field(None, description="native or snarc")
+    effort: EffortChoice | None = Field(None, description="wake, focus, crisis or auto")
+    explain: bool | None = Field(None, description="true or false")
 
 
 class FeedbackRequest(BaseModel):
@@ -227,14 +227,17 @@ def _refuse_value(param: str, wanted: str) -> None:
 def _refusal(kind: type[BaseModel], error: ErrorDetails) -> ApiError:
     path = [str(part)[:64] for part in error["loc"]]
     param = ".".join(path)
-    field = kind.model_fields.get(path[0])
+    owner: type[BaseModel] = SageOptions if path[0] == "sage" and len(path) > 1 else kind
+    field = owner.model_fields.get(path[-1] if owner is SageOptions else path[0])
     if error["type"] == "missing":
         return ApiError(
             400, f"Missing required field {param}.", param=param, code="missing_required_parameter"
         )
-    if error["type"] in READ_BY_HAND:
+    if error["type"] == "extra_forbidden":
+        wanted = f"is no field here; fields are {', '.join(owner.model_fields)}"
+    elif error["type"] in READ_BY_HAND:
         wanted = error["msg"]
-    elif field is not None and field.description is not None and (len(path) == 1 or path[0] == "sage"):
+    elif field is not None and field.description is not None and (len(path) == 1 or owner is SageOptions):
         wanted = f"must be {field.description}"
     else:
         wanted = error["msg"]

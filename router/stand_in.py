@@ -80,13 +80,17 @@ class _LayerMeans:
     """Of all uses in the layer."""
 
     def learn(self, experts: Tensor, counts: Tensor, rows_RD: Tensor) -> None:
+        """Leaves a call out whose rows are not all finite: it would stay in every mean for good."""
+        rows_RD = rows_RD.float()
+        norms_R = rows_RD.norm(dim=-1)
+        if not bool(norms_R.isfinite().all()):
+            return
         keep = torch.exp2(counts / -HALF_LIFE_USES)
         expert_R = experts.repeat_interleave(counts)
-        rows_RD = rows_RD.float()
         self.output_ED[experts] *= keep.unsqueeze(-1)
         self.output_ED.index_add_(0, expert_R, rows_RD)
         for total_E, values_R in (
-            (self.norm_E, rows_RD.norm(dim=-1)),
+            (self.norm_E, norms_R),
             (self.uses_E, torch.ones(len(expert_R))),
         ):
             total_E[experts] *= keep
@@ -134,7 +138,7 @@ class OutputMeans:
         before = layer.mean_norm
         layer.learn(torch.tensor(call.experts), torch.tensor(call.counts), rows_RD)
         self._norm_of_layers += layer.mean_norm - before
-        self._num_seen += not before
+        self._num_seen += not before and layer.mean_norm > 0
 
     def sizes(self, layer: int) -> tuple[Tensor, Tensor]:
         """(E,) mean output norms, and (E,) bool of which experts enough is known.

@@ -123,13 +123,12 @@ class RoutingTrace:
             return
         try:
             work()
-        except (OSError, pa.ArrowException, TraceFailed) as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, the engine must not wait for a thread that is gone
             path = str(self._file.path if self._file is not None else "")
-            failure = error if isinstance(error, TraceFailed) else TraceFailed(path, str(error))
-            logger.error("%s; no more is traced", failure)
+            self._failure = error if isinstance(error, TraceFailed) else TraceFailed(path, _reason(error))
+            logger.error("%s; no more is traced", self._failure)
             if self._file is not None:
                 self._file.discard()
-            self._failure = failure
 
     def _write_pending(self) -> None:
         """Wait for a row group's worth, or until a part has its age, and write it."""
@@ -164,13 +163,18 @@ class RoutingTrace:
         if self._pending:
             pending, self._pending = self._pending, []
             self._write(pending)
-        file, self._file = self._file, None
+        file = self._file
         if file is None:
             return
         if not self._is_kept or (self._has_parts and not file.num_rows):
             file.discard()
         else:
             file.finish()
+        self._file = None  # not before: what cannot be finished is to be named and discarded
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def to_batches(routed: Sequence[RoutedLayer], *, has_tokens: bool) -> Iterator[pa.RecordBatch]:

@@ -87,9 +87,10 @@ class TraceFile:
         os.replace(self._temporary, self.path)
 
     def discard(self) -> None:
-        """Leave nothing behind."""
-        with suppress(OSError):
+        """Leave nothing behind. What is buffered is written by closing, which may be refused again, and closes."""
+        with suppress(OSError, pa.ArrowException):
             self._writer.close()
-        self._file.close()
+        with suppress(OSError):
+            self._file.close()
         with suppress(OSError):
             os.unlink(self._temporary)

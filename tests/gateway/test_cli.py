@@ -146,6 +146,8 @@ def test_same_seed_gives_the_same_sample(cache: Path) -> None:
         (("--prompt", "a", "--max-tokens", "0"), 2, "max-tokens"),
         (("--prompt", "a", "--max-tokens", "100000"), 1, "at most 2048 fit"),
         (("--prompt", "a", "--temperature", "nan"), 2, "temperature"),
+        (("--prompt", "a", "--seed", str(2**64)), 2, "18446744073709551615"),
+        (("--prompt", "a", "--snarc", ""), 1, "no preset"),
         (("--prompt", "a", "--dtype", "int8"), 1, "float32 or bfloat16"),
     ],
 )

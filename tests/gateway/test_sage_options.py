@@ -145,17 +145,20 @@ def test_service_default_applies_and_native_may_be_asked_for(ask: Ask) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sage", "param"),
+    ("sage", "param", "wanted"),
     [
-        ({"policy": "fast"}, "sage.policy"),
-        ({"effort": "FOCUS"}, "sage.effort"),
-        ({"explain": 1}, "sage.explain"),
-        ({"k": 3}, "sage.k"),
+        ({"policy": "fast"}, "sage.policy", "must be native or snarc."),
+        ({"effort": "FOCUS"}, "sage.effort", "must be wake, focus, crisis or auto."),
+        ({"explain": 1}, "sage.explain", "must be true or false."),
+        ({"k": 3}, "sage.k", "is no field here; fields are policy, effort, explain."),
+        ([], "sage", "must be an object with policy"),
     ],
 )
-def test_unknown_values_and_fields_are_refused(ask: Ask, sage: dict[str, Any], param: str) -> None:
+def test_unknown_values_and_fields_are_refused(ask: Ask, sage: object, param: str, wanted: str) -> None:
     response = ask({**BODY, "sage": sage})[0]
-    assert response.status_code == 400 and response.json()["error"]["param"] == param
+    error = response.json()["error"]
+    assert response.status_code == 400 and error["param"] == param
+    assert f"Invalid value for {param}: {wanted}" in error["message"]
 
 
 def test_feedback_becomes_the_reward_of_later_requests(ask: Ask) -> None:

@@ -140,6 +140,18 @@ def test_nothing_is_learned_before_somebody_could_use_it() -> None:
     assert spare(routing, torch.zeros(NUM_EXPERTS), *means.sizes(0), 0.7) is None
 
 
+@pytest.mark.parametrize("number", [torch.inf, torch.nan, 3e38], ids=["inf", "nan", "norm overflows"])
+def test_one_answer_that_overflows_does_not_spoil_the_means(means: OutputMeans, number: float) -> None:
+    routing = Routing(torch.tensor([[1, 2]]).repeat(99, 1), torch.tensor([[0.9, 0.1]]).repeat(99, 1))
+    _watched(means, routing, torch.ones(99, WIDTH))
+    before = means.means(0), *means.sizes(0)
+    _watched(means, routing, torch.cat([torch.ones(98, WIDTH), torch.full((1, WIDTH), number)]))
+    after = means.means(0), *means.sizes(0)
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    _watched(means, routing, torch.ones(99, WIDTH))
+    assert means.means(0).isfinite().all() and means.sizes(0)[0].isfinite().all()
+
+
 @pytest.mark.parametrize("text", ["stand_in=-1", "stand_in=nan", "stand_in=17", "stand_in=x"])
 def test_hostile_thresholds_are_refused(text: str) -> None:
     with pytest.raises(WeightsInvalid, match="stand_in must be a number"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from router import trace
+from router import trace, trace_file
 from router.batcher import BatchLimits
 from router.dispatch import Dispatch
 from router.errors import TraceFailed
@@ -160,6 +161,52 @@ def test_full_disk_stops_the_trace_and_not_the_engine(
     for step in range(20):
         _watch(writer, _routed("a", step * 4, 4))
     with pytest.raises(TraceFailed, match=r"trace\.parquet cannot be written: .*No space left"):
+        writer.close()
+    assert not list(tmp_path.iterdir())
+
+
+class _FullDisk(io.FileIO):
+    """A file that was made, and takes no byte."""
+
+    def write(self, data: object) -> int:
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("num_rows", [4, 4000], ids=["at the end", "in between and at the end"])
+@pytest.mark.parametrize("has_parts", [False, True], ids=["file", "folder"])
+def test_disk_that_takes_nothing_is_told_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_parts: bool, num_rows: int
+) -> None:
+    """What is buffered is refused when it is written and again when the file is closed."""
+    monkeypatch.setattr(trace, "GROUP_ROWS", 1000)
+    monkeypatch.setattr(trace, "MAX_PENDING_ROWS", 2000)
+    monkeypatch.setattr(
+        trace_file, "open", lambda path, mode: io.BufferedWriter(_FullDisk(path, mode)), raising=False
+    )
+    if has_parts:
+        writer = RoutingTrace.to_folder(tmp_path, "trace", FACTS)
+    else:
+        writer = RoutingTrace.to_file(tmp_path / "trace.parquet", FACTS)
+    for first in range(0, num_rows, 4):
+        _watch(writer, _routed("a", first, 4))
+    with pytest.raises(TraceFailed, match=r"trace\S*\.parquet cannot be written: No space left on device$"):
+        writer.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_error_that_nobody_foresaw_does_not_leave_the_engine_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stumble(self: TraceFile, rows: object) -> None:
+        raise OverflowError("too large")
+
+    monkeypatch.setattr(TraceFile, "write", stumble)
+    monkeypatch.setattr(trace, "GROUP_ROWS", 4)
+    monkeypatch.setattr(trace, "MAX_PENDING_ROWS", 8)
+    writer = RoutingTrace.to_file(tmp_path / "trace.parquet", FACTS)
+    for step in range(20):
+        _watch(writer, _routed("a", step * 4, 4))
+    with pytest.raises(TraceFailed, match=r"trace\.parquet cannot be written: too large"):
         writer.close()
     assert not list(tmp_path.iterdir())
 
