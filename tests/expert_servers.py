@@ -10,12 +10,14 @@ from cluster.placement import split_experts
 from experts.numerics import calibrate
 from experts.remote_directory import Roster
 from experts.store import ExpertStore
-from experts.transport import Endpoint, ExpertServer, ServiceInfo
+from experts.transport import Endpoint, ExpertServer, ServiceInfo, TransportLimits
 from experts.worker import DTYPES, ExpertWorker
 from router.loading import stored_dtype
 from router.model_config import read_model_config
 
 SECRET = b"a secret for tests, 32 bytes long"
+PATIENT = TransportLimits(heartbeat_misses=240)
+"""For tests that count rows: on a busy machine a live peer may well be silent for longer than a service would wait."""
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from gateway.settings import GatewaySettings
 from gateway.tokenizer import TextTokenizer
 from router.loading import EngineOptions, load_engine
 from router.service import RouterService
-from tests.expert_servers import SECRET, expert_servers
+from tests.expert_servers import PATIENT, SECRET, expert_servers
 from tests.one_process import OneProcessClient
 
 MODEL = "stories"
@@ -41,7 +41,9 @@ def roster(stories_store: Path) -> Iterator[Roster]:
 async def _ask(store_root: Path, roster: Roster, body: dict[str, Any]) -> tuple[httpx.Response, int]:
     """The answer to a completion, and how many expert rows crossed a socket for it."""
     store = ExpertStore.open(store_root)
-    loaded = load_engine(store, EngineOptions(), lambda worker: RemoteDirectory(worker, roster, SECRET))
+    loaded = load_engine(
+        store, EngineOptions(), lambda worker: RemoteDirectory(worker, roster, SECRET, limits=PATIENT)
+    )
     service = RouterService(loaded)
     tokenizer = TextTokenizer.from_folder(store_root)
     facts = (MODEL, loaded.config.max_position_embeddings, loaded.config.vocab_size, 1)

@@ -18,7 +18,6 @@ import torch
 
 from experts.remote_directory import RemoteDirectory, Roster
 from experts.store import ExpertStore
-from experts.transport import TransportLimits
 from extraction.extract import extract
 from extraction.quantise import Quantization
 from router.batcher import BatchLimits
@@ -28,10 +27,8 @@ from router.model_config import read_model_config
 from router.request import GenerationRequest, SamplingParams
 from tests.checkpoints import write_tiny
 from tests.engines import Outcome, assert_same_bits, open_engine, run_to_end, small_engine
-from tests.expert_servers import SECRET, expert_servers
+from tests.expert_servers import PATIENT, SECRET, expert_servers
 
-PATIENT = TransportLimits(heartbeat_misses=120)
-"""A busy machine may keep a heartbeat waiting, and these tests count failovers."""
 SWITCHES: dict[str, dict[str, Any]] = {
     "qwen2_moe": {
         "num_hidden_layers": 4,
