@@ -52,7 +52,7 @@ def spare(
 def replace_spared(routing: Routing, spared_TK: Tensor, means_ED: Tensor) -> Routing:
     """The routing without the spared experts, with the weighted sum of their means in their place.
 
-    The weights of the others stay: giving them more costs far more quality than what is spared.
+    The weights of the others stay: giving them more was tried, and cost far more quality than it saved.
     """
     mix_TE = routing.weights_TK.new_zeros(len(spared_TK), len(means_ED))
     mix_TE.scatter_(-1, routing.experts_TK, routing.weights_TK * spared_TK)
