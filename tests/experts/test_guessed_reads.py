@@ -309,7 +309,7 @@ def test_any_guesses_leave_bits_and_budget_as_they_were(
     store: HeldStore, open_worker: Any, num_budget: int | None, direct: bool
 ) -> None:
     """Guesses at random, right and wrong, whenever their reads come; no waiting between hint and call."""
-    chance = random.Random(num_budget)
+    chance = random.Random(num_budget or 0)
     expert_bytes = store._store.window_bytes(ExpertKey("model", 0, 0), direct=direct)
     budget = None if num_budget is None else num_budget * expert_bytes + expert_bytes // 2
     worker = open_worker(budget_bytes=budget, direct=direct, eviction=chance.choice(("lru", "lfu", "trust")))
@@ -327,4 +327,5 @@ def test_any_guesses_leave_bits_and_budget_as_they_were(
         assert worker.resident_bytes <= worker.cache.allocated_bytes <= (budget or 1 << 30)
     stats = worker.stats
     assert stats.hits + stats.misses == num_uses
-    assert 0 < stats.prefetched_used <= stats.prefetched
+    assert stats.prefetched > 0
+    assert stats.prefetched_used <= stats.prefetched  # how many were in time for their call is chance

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -92,7 +94,7 @@ def test_logits_that_are_all_equal_are_scored() -> None:
 
 def test_weights_are_read_from_presets_and_pairs() -> None:
     assert read_weights("seed") == PRESETS["seed"]
-    assert read_weights("warmth=0.3") == SnarcWeights(warmth=0.3)
+    assert read_weights("warmth=0.3") == replace(PRESETS["thrifty"], warmth=0.3)
     expected = SnarcWeights(1.0, 0.0, 0.0, 0.2, keep_best=2, is_scaled=False)
     assert read_weights("warm,warmth=0.2,keep_best=2,is_scaled=false") == expected
 
