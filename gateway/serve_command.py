@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -226,8 +227,10 @@ def _serve(options: ServiceOptions) -> None:
         try:
             with running_service(options, _print_memory) as url:
                 names = " and ".join([options.model_name, *options.model_aliases])
-                typer.echo(f"{names} is served at {url}/v1 (Ctrl-C stops it)")
-                wait_for_interrupt()
+                # From the moment that it is announced, stopping it is no failure.
+                with suppress(KeyboardInterrupt):
+                    typer.echo(f"{names} is served at {url}/v1 (Ctrl-C stops it)")
+                    wait_for_interrupt()
         except KeyboardInterrupt:
             sys.exit(130)
 
