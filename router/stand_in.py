@@ -2,8 +2,8 @@
 
 Reading an expert for a token to which it contributes a few percent is what a small budget spends most of its time on.
 Dropping it costs quality; what it says on average, learned from the traffic, costs one vector in memory and recovers
-most of that. Only for requests whose routing is not native, and named in their answers. Asked by `router.steering`,
-which the engine also has as a watcher of what experts answer.
+most of that. Only for requests whose routing is not native, and named in their answers. Asked by `router.choosing`;
+`OutputMeans` watches what experts answer.
 """
 
 from __future__ import annotations
