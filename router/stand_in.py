@@ -115,10 +115,6 @@ class OutputMeans:
             for layer in layers
         }
 
-    @property
-    def nbytes(self) -> int:
-        return sum(4 * (m.output_ED.numel() + 2 * m.uses_E.numel()) for m in self._layers.values())
-
     def watch(
         self,
         owners: Sequence[SpanOwner],
