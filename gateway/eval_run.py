@@ -220,7 +220,7 @@ def _engine_options(store: ExpertStore, options: EvalOptions) -> EngineOptions:
 
 
 def _budget_bytes(loaded: LoadedEngine, options: EvalOptions, expert_bytes: int) -> int:
-    if options.is_one_stream:
+    if options.is_one_stream and options.budgets:
         return resolve_budget(options.budgets, ExpertBytes(expert_bytes, 1), expert_bytes)
     return min(expert_bytes, loaded.worker.budget_bytes or expert_bytes)
 
@@ -249,10 +249,10 @@ def follow_one_stream(loaded: LoadedEngine, options: EvalOptions, expert_bytes: 
     bytes_each = expert_bytes // (num_layers * config.num_experts)
     budget = _budget_bytes(loaded, options, expert_bytes)
     capacity = min(config.num_experts, budget // (bytes_each * num_layers))
-    if capacity < 1 or not isinstance(policy, SteeredPolicy):
-        raise OptionInvalid(
-            "--one-stream", "needs the model's own routing and a budget of one expert a layer"
-        )
+    if not isinstance(policy, SteeredPolicy):
+        raise OptionInvalid("--one-stream", "goes with neither --mask-experts nor --replay-routing")
+    if capacity < 1:
+        raise OptionInvalid("--one-stream", "needs a budget of at least one expert a layer")
     stream = OneStream(config.num_experts, capacity, options.eviction, options.snarc, policy.means)
     if options.routing.is_plain:
         loaded.engine.watchers = (*loaded.engine.watchers, stream)

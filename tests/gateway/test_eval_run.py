@@ -212,3 +212,8 @@ def test_one_stream_lets_means_stand_in(stories_store: Path) -> None:
 def test_one_stream_needs_room_for_an_expert_a_layer(tiny_store: Path) -> None:
     with pytest.raises(OptionInvalid, match="one expert a layer"):
         _evaluate(tiny_store, replace(OPTIONS, is_one_stream=True, budgets=(BudgetRequest(num_bytes=100),)))
+
+
+def test_one_stream_has_a_routing_of_its_own(tiny_store: Path) -> None:
+    with pytest.raises(OptionInvalid, match="neither --mask-experts nor --replay-routing"):
+        _evaluate(tiny_store, replace(OPTIONS, is_one_stream=True, study=Study(mask="0:0-3")))
