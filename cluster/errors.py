@@ -64,3 +64,17 @@ class NodeTooSmall(ClusterError):
             f"({self.expert_bytes} bytes): of {self.available_bytes} available, {needs}; "
             "lower kv-budget or name a size"
         )
+
+
+class NoRoomForExperts(ClusterError):
+    """The nodes' memory and disks together do not hold every expert."""
+
+    def __init__(self, needed_bytes: int, room_bytes: int) -> None:
+        super().__init__(needed_bytes, room_bytes)
+        self.needed_bytes, self.room_bytes = needed_bytes, room_bytes
+
+    def __str__(self) -> str:
+        return (
+            f"experts of {self.needed_bytes} bytes have no room: the nodes have memory for {self.room_bytes} bytes, "
+            "in pieces of at least one expert, and no node with memory for one has a store or disk for the rest"
+        )

@@ -1,11 +1,189 @@
-"""Which expert actor is responsible for which experts: a pure decision. Called by `cluster.supervisor`."""
+"""Which expert actor is responsible for which experts, and on which machine: a pure decision.
+
+`place` plans a cluster of uneven machines (docs/placement.md), `plan_local` one machine with a given number of actors.
+Called by whoever starts or changes a service, by `sage-moe plan`, and by the simulator.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
+import numpy as np
+
+from cluster.assignment import NOWHERE, Ints, Trade, Work, assign_by_expert, work_of
+from cluster.demand import Demand
+from cluster.layer_ranges import assign_by_layer
 from cluster.plan import ActorPlan, ExpertGroup, ServicePlan
+from cluster.replicas import plan_replicas
+from cluster.step_time import Seat
+from cluster.topology import NodeFacts, Topology
 from extraction.manifest import ExpertKey, group_of
+
+Grouping = Literal["expert", "layer"]
+NO_LIMIT = 2**62
+
+
+@dataclass(frozen=True)
+class PlacementOptions:
+    """What a plan is made for."""
+
+    grouping: Grouping = "expert"
+    """Every layer's experts over all machines, or whole layers to machines."""
+    num_streams: int = 1
+    """Tokens that are computed together in a step."""
+    replicas: int = 2
+    """Actors of a group, on different nodes, where room is left; hottest groups first."""
+    actors_per_node: int = 1
+    """On a node without GPUs other than the router's; with GPUs, one for each."""
+    slack: float = 0.1
+    """How far above its best possible time a layer may go to have experts on one actor that fire together."""
+    message_s: float = 30e-6
+    """The router's own work for one message and its answer."""
+    horizon_tokens: float = 100_000.0
+    """Within which an expert's move must win back the time that its bytes take on the way."""
+
+    def __post_init__(self) -> None:
+        if min(self.num_streams, self.replicas, self.actors_per_node) < 1:
+            raise ValueError("num_streams, replicas and actors_per_node must be at least 1")
+        if min(self.slack, self.message_s, self.horizon_tokens) < 0:
+            raise ValueError("slack, message_s and horizon_tokens must not be negative")
+
+
+DEFAULT_OPTIONS = PlacementOptions()
+
+
+def place(
+    topology: Topology,
+    demand: Demand,
+    current: ServicePlan | None = None,
+    options: PlacementOptions = DEFAULT_OPTIONS,
+) -> ServicePlan:
+    """A plan for these machines. current: what runs now; little of it moves.
+
+    Every expert is in one group or in the routers' process. No node is given more bytes than its room: what a group
+    has beyond its actor's budget stays on the node's disk. Equal arguments give equal plans, in any order of nodes.
+    Raises NoRoomForExperts.
+    """
+    seats = seats_of(topology, options.actors_per_node)
+    work = work_of(demand, options.num_streams)
+    names = _Names.of(seats, current)
+    trade = Trade(options.slack, options.message_s, options.horizon_tokens / options.num_streams)
+    assign = assign_by_expert if options.grouping == "expert" else assign_by_layer
+    seat_X = assign(work, seats, names.homes(work, current), trade)
+    plan = _planned(work, seats, seat_X, names)
+    replicas = plan_replicas(topology, demand, plan, current, options.replicas)
+    return _share_gpus(topology, replace(plan, actors=(*plan.actors, *replicas)))
+
+
+def seats_of(topology: Topology, actors_per_node: int = 1) -> tuple[Seat, ...]:
+    """The routers' process first, then by node: one for each GPU, or as many as are asked for."""
+    router = topology.node(topology.router_node)
+    seats = [_seat(router, 0, 1.0, True)]
+    for node in sorted(topology.nodes, key=lambda node: node.node_id):
+        if node.node_id == router.node_id:
+            continue
+        memory = [gpu.memory_bytes for gpu in node.gpus] or [1] * actors_per_node
+        seats += [_seat(node, index, part / sum(memory), False) for index, part in enumerate(memory)]
+    return tuple(seats)
+
+
+def _seat(node: NodeFacts, index: int, share: float, is_router: bool) -> Seat:
+    """share: of the node's memory, disk and speed."""
+    room = int(node.room_bytes * share)
+    most = NO_LIMIT if node.has_store else max(room, int(node.disk_bytes * share))
+    return Seat(
+        node.node_id,
+        index,
+        is_router,
+        room,
+        most,
+        1.0 / (node.expert_bytes_s * share),
+        1.0 / (node.disk_bytes_s * share) if most > room else float("inf"),
+        0.0 if is_router else 1.0 / node.bandwidth_bytes_s,
+        0.0 if is_router else node.round_trip_s,
+    )
+
+
+@dataclass(frozen=True)
+class _Names:
+    """What the groups and actors of seats are called: as now, or a number that was not used."""
+
+    groups: tuple[str, ...]
+    actors: tuple[str, ...]
+
+    @classmethod
+    def of(cls, seats: Sequence[Seat], current: ServicePlan | None) -> _Names:
+        there = _firsts(current)
+        taken = {actor.name for actor in current.actors} if current else set()
+        taken |= {group.name for group in current.groups} if current else set()
+        fresh = (
+            name for name in (f"experts-{n}" for n in range(len(seats) + len(taken))) if name not in taken
+        )
+        groups, actors = [], []
+        for seat in seats:
+            actor = there.get((seat.node_id, seat.index)) if not seat.is_router else None
+            name = next(fresh) if actor is None and not seat.is_router else ""
+            groups.append(name if actor is None else actor.group)
+            actors.append(name if actor is None else actor.name)
+        return cls(tuple(groups), tuple(actors))
+
+    def homes(self, work: Work, current: ServicePlan | None) -> Ints:
+        """(X,) the seat on which each expert is now, or NOWHERE."""
+        home_X = np.full(len(work.keys), NOWHERE, dtype=np.int64)
+        if current is None:
+            return home_X
+        seat_of = dict.fromkeys(current.router_keys, 0)
+        for group in current.groups:
+            if group.name in self.groups:
+                seat_of |= dict.fromkeys(group.keys, self.groups.index(group.name))
+        for number, key in enumerate(work.keys):
+            home_X[number] = seat_of.get(key, NOWHERE)
+        return home_X
+
+
+def _firsts(current: ServicePlan | None) -> dict[tuple[str, int], ActorPlan]:
+    """The first actor of each group, by its node and its number there."""
+    firsts: dict[str, ActorPlan] = {}
+    for actor in current.actors if current else ():
+        firsts.setdefault(actor.group, actor)
+    by_seat: dict[tuple[str, int], ActorPlan] = {}
+    counts: dict[str, int] = {}
+    for actor in firsts.values():
+        if actor.node_id is not None:
+            index = counts[actor.node_id] = counts.get(actor.node_id, -1) + 1
+            by_seat[actor.node_id, index] = actor
+    return by_seat
+
+
+def _planned(work: Work, seats: Sequence[Seat], seat_X: Ints, names: _Names) -> ServicePlan:
+    keys: list[list[ExpertKey]] = [[] for _ in seats]
+    sizes = [0] * len(seats)
+    for key, num_bytes, seat in zip(work.keys, work.bytes_X.tolist(), seat_X.tolist(), strict=True):
+        keys[seat].append(key)
+        sizes[seat] += num_bytes
+    groups, actors = [], []
+    for number, seat in enumerate(seats):
+        if keys[number] and not seat.is_router:
+            groups.append(ExpertGroup(names.groups[number], tuple(keys[number])))
+            budget = min(sizes[number], seat.room_bytes)
+            actors.append(ActorPlan(names.actors[number], names.groups[number], seat.node_id, budget))
+    return ServicePlan(tuple(groups), tuple(actors), tuple(keys[0]), min(sizes[0], seats[0].room_bytes))
+
+
+def _share_gpus(topology: Topology, plan: ServicePlan) -> ServicePlan:
+    """Ray's share of a GPU for every actor on a node that has some; and to the routers what nobody else takes."""
+    actors = []
+    for actor in plan.actors:
+        assert actor.node_id is not None
+        num_gpus = len(topology.node(actor.node_id).gpus)
+        num_actors = sum(other.node_id == actor.node_id for other in plan.actors)
+        share = 0.0 if num_gpus == 0 else 1.0 / -(-num_actors // num_gpus)
+        actors.append(replace(actor, num_gpus=share))
+    router = topology.router_node
+    taken = sum(actor.budget_bytes or 0 for actor in actors if actor.node_id == router)
+    return replace(plan, actors=tuple(actors), router_budget_bytes=topology.node(router).room_bytes - taken)
 
 
 def split_experts(keys: Sequence[ExpertKey], num_groups: int) -> list[tuple[ExpertKey, ...]]:

@@ -45,6 +45,8 @@ class ServicePlan:
     actors: tuple[ActorPlan, ...]
     router_keys: tuple[ExpertKey, ...] = ()
     """Experts that routers keep in their own process: no message, and no actor. Sorted."""
+    router_budget_bytes: int | None = None
+    """Of experts in the memory of that process, those of lost actors included; None for no bound."""
 
     def __post_init__(self) -> None:
         names = [actor.name for actor in self.actors]

@@ -37,6 +37,8 @@ class NodeFacts:
     """The least time from a call to its answer, both ends' work included; 0 for the router's node itself."""
     disk_bytes: int = 0
     """Free for copies of expert records."""
+    disk_bytes_s: float = 1e9
+    """Of expert records that it reads from its disk in a second."""
     has_store: bool = False
     """Whether its disk, or one that it shares, holds the whole store."""
     numerics_class: str = ""

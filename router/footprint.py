@@ -6,6 +6,7 @@ on what one step of a full batch has in memory at a time (docs/memory.md).
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,12 +68,16 @@ def measure_footprint(store: ExpertStore, options: EngineOptions) -> Footprint:
 
 def backbone_bytes(component: Component, config: ModelConfig, dtype: torch.dtype) -> int:
     """What `Backbone.nbytes` will be."""
+    return weight_bytes({tensor.name: tensor.shape for tensor in component.tensors}, config, dtype)
+
+
+def weight_bytes(shapes: Mapping[str, Sequence[int]], config: ModelConfig, dtype: torch.dtype) -> int:
+    """Of a backbone with tensors of these shapes, by canonical name."""
     elements = 0
-    for tensor in component.tensors:
-        if config.has_tied_head and tensor.name == "lm_head.weight":
+    for name, (rows, *rest) in shapes.items():
+        if config.has_tied_head and name == "lm_head.weight":
             continue
-        rows, *rest = tensor.shape
-        if tensor.name.endswith("shared_expert_gate.weight"):
+        if name.endswith("shared_expert_gate.weight"):
             rows = SHARED_GATE_ROWS
         elements += rows * torch.Size(rest).numel()
     return elements * dtype.itemsize

@@ -1,0 +1,236 @@
+"""What a plan will give: messages, bytes, the network's and the weights' share of a token, tokens/s, single copies.
+
+Small functions over plain values, for `sage-moe plan`, the simulator and whoever compares plans. Formulas, and how far
+the result is from measurements: docs/placement.md. Rates are those of the topology; what software takes beside them is
+`StepCosts`. Does not promise a token rate: it states a range and what it assumes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from cluster.demand import Demand
+from cluster.holdings import Holding, Layer, holdings
+from cluster.model_sizes import ModelSizes
+from cluster.plan import ServicePlan
+from cluster.step_time import expected_slowest, is_called
+from cluster.topology import Topology
+from experts.frame import HEADER_BYTES
+from extraction.manifest import ExpertKey
+
+INDEX_BYTES = 4
+"""Of every number in a call's body: experts, counts, row map (docs/wire-format.md)."""
+SLOW_FACTOR = 1.5
+"""Between a quiet machine and the same machine with others at work, as measured here."""
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """Seconds that software takes beside weights and wires, on one core of a machine of 2024."""
+
+    step_s: float = 0.6e-3
+    """Scheduling, head's sampling, handing tokens out: once a step."""
+    layer_s: float = 0.35e-3
+    """Norms, attention, gate, sorting rows: once a layer."""
+    expert_s: float = 25e-6
+    """Starting one expert's products."""
+    message_s: float = 30e-6
+    """The router's own work for one message and its answer."""
+    local_round_trip_s: float = 100e-6
+    """To an actor on the router's node, its scheduling included."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Between the router and one process, or all of them, per token."""
+
+    messages: float
+    """Calls; each has an answer."""
+    bytes: float
+    """Both ways, frames included."""
+
+
+@dataclass(frozen=True)
+class ProcessForecast:
+    """One process."""
+
+    name: str
+    node_id: str
+    group_bytes: int
+    resident_bytes: int
+    uses: float
+    """Expected experts per token, of all layers."""
+    missed: float
+    compute_s: float
+    """Of its own per token, reading not included."""
+    traffic: Traffic
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a plan will give, per token of one stream where nothing else is said."""
+
+    processes: tuple[ProcessForecast, ...]
+    traffic: Traffic
+    messages_per_layer: float
+    network_floor_s: float
+    """Round trips and bytes on the slowest way, layer after layer: no code is faster than that."""
+    backbone_s: float
+    expert_s: float
+    """The slowest process of every layer, reading of hottest-first misses included."""
+    miss_rate: float
+    """Of all uses, with the most used experts in memory."""
+    tokens_per_s: tuple[float, float]
+    """Low and high, of all streams together."""
+
+
+def forecast(
+    plan: ServicePlan,
+    topology: Topology,
+    demand: Demand,
+    model: ModelSizes,
+    *,
+    num_streams: int = 1,
+    context: int = 0,
+    costs: StepCosts | None = None,
+) -> Forecast:
+    """num_streams: tokens computed together in a step. context: positions that attention reads for each.
+
+    High: the most used experts stay in memory, nothing else runs, half of the context is there. Low: every expert is as
+    likely in memory as any other, all of the context is there, and everything takes SLOW_FACTOR as long.
+    """
+    costs = costs or StepCosts()
+    held = holdings(plan, topology, demand, local_round_trip_s=costs.local_round_trip_s)
+    unsure = holdings(plan, topology, demand, local_round_trip_s=costs.local_round_trip_s, has_hottest=False)
+    processes = tuple(_process(holding, model, num_streams) for holding in held)
+    traffic = total_traffic([process.traffic for process in processes])
+    speed = topology.node(topology.router_node).expert_bytes_s
+    kv_s = model.kv_bytes_per_token * context * num_streams / speed
+    backbone_s = model.active_bytes / speed
+    layers = sorted(layer for layer in {layer for holding in held for layer in holding.layers})
+    expert_s = sum(layer_time_s(held, layer, model, costs, num_streams) for layer in layers)
+    unsure_s = sum(layer_time_s(unsure, layer, model, costs, num_streams) for layer in layers)
+    fixed_s = costs.step_s + model.config.num_layers * costs.layer_s
+    fixed_s += traffic.messages * num_streams * costs.message_s
+    high = num_streams / (fixed_s + backbone_s + kv_s / 2 + expert_s)
+    low = num_streams / (SLOW_FACTOR * (fixed_s + backbone_s + kv_s + unsure_s))
+    uses = sum(process.uses for process in processes)
+    return Forecast(
+        processes,
+        traffic,
+        traffic.messages / max(1, len(layers)),
+        sum(network_time_s(held, layer, model, num_streams) for layer in layers) / num_streams,
+        backbone_s,
+        expert_s,
+        sum(process.missed for process in processes) / uses if uses else 0.0,
+        (low, high),
+    )
+
+
+def layer_time_s(
+    held: Sequence[Holding], layer: Layer, model: ModelSizes, costs: StepCosts, num_streams: int
+) -> float:
+    """Expected time of the slowest process of one layer in a step: hop, weights, reading, answers."""
+    hops, units, means, most = [], [], [], []
+    for holding in held:
+        share = holding.layers.get(layer)
+        if share is None or share.uses <= 0:
+            continue
+        needed = needed_experts(share.uses, share.num_experts, num_streams)
+        rows = share.uses * num_streams / needed
+        unit = costs.expert_s + holding.seat.expert_s(share.expert_bytes, rows * model.row_bytes)
+        missed = share.missed / share.uses
+        if missed > 0:
+            unit += missed * share.expert_bytes * holding.seat.disk_byte_s
+        hops.append(holding.seat.hop_s(int(_asked_rows(share.uses, model, num_streams) * model.row_bytes)))
+        units.append(unit)
+        means.append(needed)
+        most.append(min(share.num_experts, model.config.experts_per_token * num_streams))
+    return expected_slowest(hops, units, means, most)
+
+
+def network_time_s(held: Sequence[Holding], layer: Layer, model: ModelSizes, num_streams: int) -> float:
+    """The same with processes that compute in no time: what the network alone takes in a step."""
+    hops, units, means, most = [], [], [], []
+    for holding in held:
+        share = holding.layers.get(layer)
+        if holding.seat.is_router or share is None or share.uses <= 0:
+            continue
+        needed = needed_experts(share.uses, share.num_experts, num_streams)
+        rows = share.uses * num_streams / needed
+        hops.append(holding.seat.hop_s(int(_asked_rows(share.uses, model, num_streams) * model.row_bytes)))
+        units.append(holding.seat.link_byte_s * rows * model.row_bytes)
+        means.append(needed)
+        most.append(min(share.num_experts, model.config.experts_per_token * num_streams))
+    return expected_slowest(hops, units, means, most)
+
+
+def needed_experts(uses: float, num_experts: int, num_streams: int) -> float:
+    """Distinct experts of a share that a step of some tokens needs, if the share's are used alike."""
+    return float(num_experts * (1.0 - (1.0 - min(1.0, uses / num_experts)) ** num_streams))
+
+
+def layer_traffic(uses: float, num_experts: int, model: ModelSizes, num_streams: int) -> Traffic:
+    """Of one layer and one process, per token. uses: expected experts per token that the process computes."""
+    called = is_called(uses, model.config.experts_per_token, model.config.num_experts, num_streams)
+    rows = uses * num_streams
+    tokens = called * _asked_rows(uses, model, num_streams)
+    asked = called * HEADER_BYTES + tokens * model.row_bytes + rows * INDEX_BYTES
+    asked += 2 * INDEX_BYTES * needed_experts(uses, num_experts, num_streams)
+    answered = called * HEADER_BYTES + rows * model.row_bytes
+    return Traffic(called / num_streams, (asked + answered) / num_streams)
+
+
+def total_traffic(parts: Sequence[Traffic]) -> Traffic:
+    return Traffic(sum(part.messages for part in parts), sum(part.bytes for part in parts))
+
+
+def _asked_rows(uses: float, model: ModelSizes, num_streams: int) -> float:
+    """Token rows of a call that is made at all."""
+    shape = (model.config.experts_per_token, model.config.num_experts)
+    one, any_one = is_called(uses, *shape), is_called(uses, *shape, num_streams)
+    return num_streams * one / any_one if any_one else 0.0
+
+
+def _process(holding: Holding, model: ModelSizes, num_streams: int) -> ProcessForecast:
+    shares = holding.layers.values()
+    calls = [layer_traffic(share.uses, share.num_experts, model, num_streams) for share in shares]
+    traffic = Traffic(0.0, 0.0) if holding.seat.is_router else total_traffic(calls)
+    return ProcessForecast(
+        holding.name,
+        holding.seat.node_id,
+        holding.group_bytes,
+        holding.resident_bytes,
+        sum(share.uses for share in shares),
+        sum(share.missed for share in shares),
+        sum(share.uses * share.expert_bytes for share in shares) * holding.seat.byte_s,
+        traffic,
+    )
+
+
+@dataclass(frozen=True)
+class Copies:
+    """On how many machines experts are, in memory or on disk."""
+
+    single: tuple[ExpertKey, ...]
+    """On one machine only."""
+    unsafe: tuple[ExpertKey, ...]
+    """Of those, the ones whose machine is not the router's: when it is lost, no answer can be computed."""
+
+
+def count_copies(plan: ServicePlan, topology: Topology) -> Copies:
+    """A node has what its actors answer for, and everything where it has the whole store."""
+    stores = frozenset(node.node_id for node in topology.nodes if node.has_store)
+    nodes: dict[ExpertKey, set[str]] = {key: {topology.router_node} for key in plan.router_keys}
+    hosts: dict[str, set[str]] = {group.name: set() for group in plan.groups}
+    for actor in plan.actors:
+        hosts[actor.group].add(actor.node_id or topology.router_node)
+    for group in plan.groups:
+        nodes |= {key: hosts[group.name] for key in group.keys}
+    return _sorted_copies({key: found | stores for key, found in nodes.items()}, topology.router_node)
+
+
+def _sorted_copies(nodes: Mapping[ExpertKey, frozenset[str] | set[str]], router: str) -> Copies:
+    single = sorted(key for key, found in nodes.items() if len(found) < 2)
+    return Copies(tuple(single), tuple(key for key in single if router not in nodes[key]))
