@@ -13,57 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from cluster.demand import Demand
 from cluster.errors import NoRoomForExperts
+from cluster.layer_work import NOWHERE, Bools, Floats, Ints, SeatArrays, Work, water_level
 from cluster.step_time import Seat
-from extraction.manifest import ExpertKey
 
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
-NOWHERE = -1
 LEAST_GAIN = 0.01
 """Of the slowest's time: less is not worth a move."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """X experts in the order of their keys, and what one step asks of them."""
-
-    keys: tuple[ExpertKey, ...]
-    bytes_X: Ints
-    needed_X: Floats
-    """Probability that a step needs the expert at all."""
-    rows_X: Floats
-    """Expected rows in a step."""
-    layers: tuple[slice, ...]
-    row_bytes: int
-    partners: tuple[tuple[tuple[int, float], ...], ...]
-    """Of each expert: others of its layer, and how often both are used at once."""
-
-
-def work_of(demand: Demand, num_streams: int = 1) -> Work:
-    """num_streams: tokens that are computed together in a step."""
-    keys = tuple(sorted(demand.sizes))
-    index = {key: number for number, key in enumerate(keys)}
-    uses_X = np.array([demand.uses[key] for key in keys])
-    bounds = [n for n, key in enumerate(keys) if n == 0 or key[:2] != keys[n - 1][:2]] + [len(keys)]
-    partners: list[list[tuple[int, float]]] = [[] for _ in keys]
-    for (first, second), use in sorted(demand.together.items()):
-        partners[index[first]].append((index[second], use))
-        partners[index[second]].append((index[first], use))
-    return Work(
-        keys,
-        np.array([demand.sizes[key] for key in keys], dtype=np.int64),
-        1.0 - (1.0 - np.minimum(uses_X, 1.0)) ** num_streams,
-        uses_X * num_streams,
-        tuple(slice(start, end) for start, end in zip(bounds[:-1], bounds[1:], strict=True)),
-        demand.row_bytes,
-        tuple(map(tuple, partners)),
-    )
 
 
 @dataclass(frozen=True)
@@ -76,38 +35,6 @@ class Trade:
     """The router's work for one message."""
     horizon_steps: float
     """Steps within which a move of a placed expert must have paid for itself."""
-
-
-class SeatArrays:
-    """B seats as arrays; `memory_B` and `held_B` are what is left, and go down as experts are seated."""
-
-    def __init__(self, seats: Sequence[Seat], row_bytes: int, largest_bytes: int) -> None:
-        self.hop_B = np.array([seat.hop_s(row_bytes) for seat in seats])
-        self.byte_s_B = np.array([seat.byte_s for seat in seats])
-        self.disk_B = np.array([seat.disk_byte_s for seat in seats])
-        self.link_B = np.array([seat.link_byte_s for seat in seats])
-        self.room_B = np.array([seat.room_bytes for seat in seats], dtype=np.int64)
-        # Less memory than one expert is of no use, with or without a disk.
-        self.is_usable_B = self.room_B >= largest_bytes
-        self.memory_B = np.where(self.is_usable_B, self.room_B, 0)
-        self.held_B = np.where(self.is_usable_B, [seat.most_bytes for seat in seats], 0)
-
-    def cost_EB(self, work: Work, part: slice) -> Floats:
-        """Expected seconds of a layer's E experts on each seat, when they are in memory there."""
-        weights_E = work.needed_X[part] * work.bytes_X[part]
-        rows_E = work.rows_X[part] * work.row_bytes
-        cost: Floats = np.outer(weights_E, self.byte_s_B) + np.outer(rows_E, self.link_B)
-        return cost
-
-    def loading_s(self, num_bytes: int, seat: int) -> float:
-        """What it takes to bring experts to a seat: over its link, or from the disk beside the routers."""
-        link_s, disk_s = float(self.link_B[seat]), float(self.disk_B[seat])
-        return num_bytes * (link_s or (disk_s if np.isfinite(disk_s) else 0.0))
-
-    def reading_EB(self, work: Work, part: slice) -> Floats:
-        """What reading from disk adds."""
-        reading: Floats = np.outer(work.needed_X[part] * work.bytes_X[part], self.disk_B)
-        return reading
 
 
 def assign_by_expert(work: Work, seats: Sequence[Seat], home_X: Ints, trade: Trade) -> Ints:
@@ -127,6 +54,18 @@ def assign_by_expert(work: Work, seats: Sequence[Seat], home_X: Ints, trade: Tra
         layer = _Layer(work, part, arrays, quota_B, trade, fits_in_memory)
         result[part] = layer.assign(home_X[part])
     return result
+
+
+class _Saved(NamedTuple):
+    """A layer's state at a moment; see `_Layer`."""
+
+    seat_E: Ints
+    busy_B: Floats
+    count_B: Ints
+    in_memory_E: Bools
+    memory_B: Ints
+    held_B: Ints
+    quota_B: Ints
 
 
 class _Layer:
@@ -168,18 +107,18 @@ class _Layer:
             self._seat_soonest(expert)
         before = self._saved()
         self._improve()
-        if not self._pays(home_E, before[0], float(before[1].max())):
+        if not self._pays(home_E, before):
             self._restore(before)
         return self.seat_E
 
-    def _memory_ok(self, expert: int, limit_B: Ints) -> npt.NDArray[np.bool_]:
+    def _memory_ok(self, expert: int, limit_B: Ints) -> Bools:
         num_bytes = self.bytes_E[expert]
-        is_ok: npt.NDArray[np.bool_] = (num_bytes <= limit_B) & (num_bytes <= self.arrays.held_B)
+        is_ok: Bools = (num_bytes <= limit_B) & (num_bytes <= self.arrays.held_B)
         return is_ok
 
-    def _disk_ok(self, expert: int) -> npt.NDArray[np.bool_]:
+    def _disk_ok(self, expert: int) -> Bools:
         arrays = self.arrays
-        is_ok: npt.NDArray[np.bool_] = (
+        is_ok: Bools = (
             np.isfinite(arrays.disk_B) & arrays.is_usable_B & (self.bytes_E[expert] <= arrays.held_B)
         )
         return is_ok
@@ -300,37 +239,28 @@ class _Layer:
         self._put(other, slowest, True)
         return True
 
-    def _pays(self, home_E: Ints, before_E: Ints, slowest_before: float) -> bool:
+    def _pays(self, home_E: Ints, before: _Saved) -> bool:
         """Whether what moves from where it could have stayed is won back within the horizon."""
-        is_moved_E = (home_E == before_E) & (self.seat_E != before_E)
+        is_moved_E = (home_E == before.seat_E) & (self.seat_E != before.seat_E)
         if not is_moved_E.any():
             return True
         moved = np.flatnonzero(is_moved_E).tolist()
         cost_s = sum(self.arrays.loading_s(int(self.bytes_E[e]), int(self.seat_E[e])) for e in moved)
-        gained_s = slowest_before - float(self.busy_B.max())
+        gained_s = float(before.busy_B.max()) - float(self.busy_B.max())
         return gained_s * self.trade.horizon_steps >= cost_s
 
-    def _saved(self) -> tuple[Ints, Floats, Ints, npt.NDArray[np.bool_], Ints, Ints, Ints]:
+    def _saved(self) -> _Saved:
         arrays = self.arrays
-        state = (self.seat_E, self.busy_B, self.count_B, self.in_memory_E)
-        left = (arrays.memory_B, arrays.held_B, self.quota_B)
-        seat_E, busy_B, count_B, in_memory_E = (array.copy() for array in state)
-        memory_B, held_B, quota_B = (array.copy() for array in left)
-        return seat_E, busy_B, count_B, in_memory_E, memory_B, held_B, quota_B
+        return _Saved(
+            self.seat_E.copy(),
+            self.busy_B.copy(),
+            self.count_B.copy(),
+            self.in_memory_E.copy(),
+            arrays.memory_B.copy(),
+            arrays.held_B.copy(),
+            self.quota_B.copy(),
+        )
 
-    def _restore(self, saved: tuple[Ints, Floats, Ints, npt.NDArray[np.bool_], Ints, Ints, Ints]) -> None:
+    def _restore(self, saved: _Saved) -> None:
         self.seat_E, self.busy_B, self.count_B, self.in_memory_E, *left = saved
         self.arrays.memory_B, self.arrays.held_B, self.quota_B = left
-
-
-def water_level(weight_bytes: float, hop_B: Floats, byte_s_B: Floats) -> float:
-    """0 for no machine; else the time in which all together could do a layer's work if it could be cut anywhere: a lower bound.
-
-    Each one that takes part takes (time - hop) / byte_s bytes; one whose hop is longer takes none.
-    """
-    if not len(hop_B):
-        return 0.0
-    order_B = np.argsort(hop_B, kind="stable")
-    rates_B = 1.0 / byte_s_B[order_B]
-    rate, paid = np.cumsum(rates_B), np.cumsum(rates_B * hop_B[order_B])
-    return float(np.min((weight_bytes + paid) / rate))

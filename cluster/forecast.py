@@ -227,7 +227,7 @@ def count_copies(plan: ServicePlan, topology: Topology) -> Copies:
     for actor in plan.actors:
         hosts[actor.group].add(actor.node_id or topology.router_node)
     for group in plan.groups:
-        nodes |= {key: hosts[group.name] for key in group.keys}
+        nodes |= dict.fromkeys(group.keys, hosts[group.name])
     return _sorted_copies({key: found | stores for key, found in nodes.items()}, topology.router_node)
 
 

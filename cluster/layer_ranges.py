@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cluster.assignment import NOWHERE, Floats, Ints, SeatArrays, Trade, Work
+from cluster.assignment import Trade
 from cluster.errors import NoRoomForExperts
+from cluster.layer_work import NOWHERE, Floats, Ints, SeatArrays, Work
 from cluster.step_time import Seat
 
 

@@ -12,9 +12,10 @@ from typing import Literal
 
 import numpy as np
 
-from cluster.assignment import NOWHERE, Ints, Trade, Work, assign_by_expert, work_of
+from cluster.assignment import Trade, assign_by_expert
 from cluster.demand import Demand
 from cluster.layer_ranges import assign_by_layer
+from cluster.layer_work import NOWHERE, Ints, Work, work_of
 from cluster.plan import ActorPlan, ExpertGroup, ServicePlan
 from cluster.replicas import plan_replicas
 from cluster.step_time import Seat
@@ -71,7 +72,7 @@ def place(
     names = _Names.of(seats, current)
     trade = Trade(options.slack, options.message_s, options.horizon_tokens / options.num_streams)
     assign = assign_by_expert if options.grouping == "expert" else assign_by_layer
-    seat_X = assign(work, seats, names.homes(work, current), trade)
+    seat_X = assign(work, seats, _homes(work, seats, current), trade)
     plan = _planned(work, seats, seat_X, names)
     replicas = plan_replicas(topology, demand, plan, current, options.replicas)
     return _share_gpus(topology, replace(plan, actors=(*plan.actors, *replicas)))
@@ -129,18 +130,20 @@ class _Names:
             actors.append(name if actor is None else actor.name)
         return cls(tuple(groups), tuple(actors))
 
-    def homes(self, work: Work, current: ServicePlan | None) -> Ints:
-        """(X,) the seat on which each expert is now, or NOWHERE."""
-        home_X = np.full(len(work.keys), NOWHERE, dtype=np.int64)
-        if current is None:
-            return home_X
-        seat_of = dict.fromkeys(current.router_keys, 0)
-        for group in current.groups:
-            if group.name in self.groups:
-                seat_of |= dict.fromkeys(group.keys, self.groups.index(group.name))
-        for number, key in enumerate(work.keys):
-            home_X[number] = seat_of.get(key, NOWHERE)
+
+def _homes(work: Work, seats: Sequence[Seat], current: ServicePlan | None) -> Ints:
+    """(X,) the seat on whose node each expert is now, or NOWHERE."""
+    home_X = np.full(len(work.keys), NOWHERE, dtype=np.int64)
+    if current is None:
         return home_X
+    number_of = {(seat.node_id, seat.index): number for number, seat in enumerate(seats)}
+    home_of = dict.fromkeys(current.router_keys, 0)
+    for (node_id, index), actor in _firsts(current).items():
+        number = number_of.get((node_id, index), number_of.get((node_id, 0), NOWHERE))
+        home_of |= dict.fromkeys(current.group(actor.group).keys, number)
+    for number, key in enumerate(work.keys):
+        home_X[number] = home_of.get(key, NOWHERE)
+    return home_X
 
 
 def _firsts(current: ServicePlan | None) -> dict[tuple[str, int], ActorPlan]:

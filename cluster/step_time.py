@@ -88,7 +88,9 @@ def expected_slowest(
 def _binomial(most: int, probability: float) -> Floats:
     """(most + 1,) probabilities of 0 to `most`."""
     if probability >= 1.0:
-        return np.eye(most + 1)[most]
+        certain: Floats = np.zeros(most + 1)
+        certain[most] = 1.0
+        return certain
     counts_K = np.arange(1, most + 1)
     ratios_K = np.log((most - counts_K + 1) / counts_K) + math.log(probability / (1.0 - probability))
     logs_K = most * math.log1p(-probability) + np.concatenate(([0.0], np.cumsum(ratios_K)))

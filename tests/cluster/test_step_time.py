@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from cluster.assignment import water_level
+from cluster.layer_work import water_level
 from cluster.step_time import expected_slowest, is_called
 
 
