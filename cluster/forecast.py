@@ -1,8 +1,8 @@
 """What a plan will give: messages, bytes, the network's and the weights' share of a token, tokens/s, single copies.
 
 Small functions over plain values, for `sage-moe plan`, the simulator and whoever compares plans. Formulas, and how far
-the result is from measurements: docs/placement.md. Rates are those of the topology; what software takes beside them is
-`StepCosts`. Does not promise a token rate: it states a range and what it assumes.
+the result is from measurements: docs/placement.md. Rates are those of the topology; what software takes beside them are
+the simulator's `Costs`. Does not promise a token rate: it states a range and what it assumes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from cluster.demand import Demand
 from cluster.holdings import Holding, Layer, holdings
 from cluster.model_sizes import ModelSizes
 from cluster.plan import ServicePlan
+from cluster.simulated_worker import Costs
 from cluster.step_time import expected_slowest, is_called
 from cluster.topology import Topology
 from experts.frame import HEADER_BYTES
@@ -25,20 +26,20 @@ SLOW_FACTOR = 1.5
 """Between a quiet machine and the same machine with others at work, as measured here."""
 
 
-@dataclass(frozen=True)
-class StepCosts:
-    """Seconds that software takes beside weights and wires, on one core of a machine of 2024."""
-
-    step_s: float = 0.6e-3
-    """Scheduling, head's sampling, handing tokens out: once a step."""
-    layer_s: float = 0.35e-3
-    """Norms, attention, gate, sorting rows: once a layer."""
-    expert_s: float = 25e-6
-    """Starting one expert's products."""
-    message_s: float = 30e-6
-    """The router's own work for one message and its answer."""
-    local_round_trip_s: float = 100e-6
-    """To an actor on the router's node, its scheduling included."""
+def typical_costs(num_layers: int) -> Costs:
+    """Seconds that software takes on one core of a usual machine beside weights and wires, for a model of so many
+    layers; rates are infinite, since those are the topology's. `benchmarks/bench_plan.py` measures them."""
+    return Costs(
+        step_s=0.5e-3 + num_layers * 0.3e-3,
+        row_s=num_layers * 0.03e-3,
+        layer_s=0.15e-3,
+        layer_row_s=0.01e-3,
+        call_s=0.05e-3,
+        expert_s=0.02e-3,
+        expert_row_s=0.005e-3,
+        message_s=0.03e-3,
+        disk_bytes_s=float("inf"),
+    )
 
 
 @dataclass(frozen=True)
@@ -93,25 +94,25 @@ def forecast(
     *,
     num_streams: int = 1,
     context: int = 0,
-    costs: StepCosts | None = None,
+    costs: Costs | None = None,
 ) -> Forecast:
     """num_streams: tokens computed together in a step. context: positions that attention reads for each.
 
     High: the most used experts stay in memory, nothing else runs, half of the context is there. Low: every expert is as
     likely in memory as any other, all of the context is there, and everything takes SLOW_FACTOR as long.
     """
-    costs = costs or StepCosts()
-    held = holdings(plan, topology, demand, local_round_trip_s=costs.local_round_trip_s)
-    unsure = holdings(plan, topology, demand, local_round_trip_s=costs.local_round_trip_s, has_hottest=False)
+    costs = costs or typical_costs(model.config.num_layers)
+    held, unsure = (holdings(plan, topology, demand, has_hottest=is_sure) for is_sure in (True, False))
     processes = tuple(_process(holding, model, num_streams) for holding in held)
     traffic = total_traffic([process.traffic for process in processes])
     speed = topology.node(topology.router_node).expert_bytes_s
     kv_s = model.kv_bytes_per_token * context * num_streams / speed
     backbone_s = model.active_bytes / speed
-    layers = sorted(layer for layer in {layer for holding in held for layer in holding.layers})
+    layers = sorted({layer for holding in held for layer in holding.layers})
     expert_s = sum(layer_time_s(held, layer, model, costs, num_streams) for layer in layers)
     unsure_s = sum(layer_time_s(unsure, layer, model, costs, num_streams) for layer in layers)
-    fixed_s = costs.step_s + model.config.num_layers * costs.layer_s
+    more = num_streams - 1
+    fixed_s = costs.step_s + more * costs.row_s + len(layers) * (costs.layer_s + more * costs.layer_row_s)
     fixed_s += traffic.messages * num_streams * costs.message_s
     high = num_streams / (fixed_s + backbone_s + kv_s / 2 + expert_s)
     low = num_streams / (SLOW_FACTOR * (fixed_s + backbone_s + kv_s + unsure_s))
@@ -129,7 +130,7 @@ def forecast(
 
 
 def layer_time_s(
-    held: Sequence[Holding], layer: Layer, model: ModelSizes, costs: StepCosts, num_streams: int
+    held: Sequence[Holding], layer: Layer, model: ModelSizes, costs: Costs, num_streams: int
 ) -> float:
     """Expected time of the slowest process of one layer in a step: hop, weights, reading, answers."""
     hops, units, means, most = [], [], [], []
@@ -139,11 +140,15 @@ def layer_time_s(
             continue
         needed = needed_experts(share.uses, share.num_experts, num_streams)
         rows = share.uses * num_streams / needed
-        unit = costs.expert_s + holding.seat.expert_s(share.expert_bytes, rows * model.row_bytes)
+        factor = 1.0 if holding.seat.is_router else costs.actor_factor
+        waiting = max(1.0, holding.beside * costs.threads / holding.num_cores)
+        software_s = factor * waiting * (costs.expert_s + (rows - 1.0) * costs.expert_row_s)
+        unit = software_s + holding.seat.expert_s(share.expert_bytes, rows * model.row_bytes)
         missed = share.missed / share.uses
         if missed > 0:
             unit += missed * share.expert_bytes * holding.seat.disk_byte_s
-        hops.append(holding.seat.hop_s(int(_asked_rows(share.uses, model, num_streams) * model.row_bytes)))
+        asked = int(_asked_rows(share.uses, model, num_streams) * model.row_bytes)
+        hops.append(holding.seat.hop_s(asked) + factor * costs.call_s)
         units.append(unit)
         means.append(needed)
         most.append(min(share.num_experts, model.config.experts_per_token * num_streams))

@@ -40,6 +40,10 @@ class Holding:
     group_bytes: int
     resident_bytes: int
     layers: Mapping[Layer, LayerShare]
+    beside: int = 1
+    """Processes of its node that answer for experts, this one included."""
+    num_cores: int = 1
+    """Of its node."""
 
 
 def holdings(
@@ -47,14 +51,12 @@ def holdings(
     topology: Topology,
     demand: Demand,
     *,
-    local_round_trip_s: float = 0.0,
     has_hottest: bool = True,
 ) -> tuple[Holding, ...]:
     """The routers' process first, then the plan's actors, without replicas. An actor without a node is beside the
     router; processes of one node share its speed.
 
-    local_round_trip_s: to an actor on the router's node. has_hottest: whether those are in memory that are used most;
-    if not, every expert is there as often as any other.
+    has_hottest: whether those are in memory that are used most; if not, every expert is there as often as any other.
     """
     firsts: dict[str, ActorPlan] = {}
     for actor in plan.actors:
@@ -64,18 +66,18 @@ def holdings(
     computing = [*hosts, *([router] if plan.router_keys else [])]
     unowned = [key for group in plan.groups if group.name not in firsts for key in group.keys]
     own = (*plan.router_keys, *unowned)
-    router_share = 1 / max(1, sum(host is router for host in computing))
-    found = [
-        _holding(
-            ROUTER, own, _seat(router, router_share, True, 0.0), plan.router_budget_bytes, demand, has_hottest
-        )
-    ]
-    for actor, host in zip(firsts.values(), hosts, strict=True):
-        share = 1 / sum(other is host for other in computing)
-        round_trip_s = local_round_trip_s if host is router else host.round_trip_s
-        seat = _seat(host, share, False, round_trip_s)
-        keys = plan.group(actor.group).keys
-        found.append(_holding(actor.name, keys, seat, actor.budget_bytes, demand, has_hottest))
+    found = []
+    for name, host, keys, budget in [
+        (ROUTER, router, own, plan.router_budget_bytes),
+        *(
+            (actor.name, host, plan.group(actor.group).keys, actor.budget_bytes)
+            for actor, host in zip(firsts.values(), hosts, strict=True)
+        ),
+    ]:
+        beside = max(1, sum(other is host for other in computing))
+        layers, group_bytes, resident_bytes = _shares(keys, demand, budget, has_hottest)
+        seat = _seat(host, 1 / beside, name == ROUTER)
+        found.append(Holding(name, seat, group_bytes, resident_bytes, layers, beside, host.num_cores))
     return tuple(found)
 
 
@@ -91,7 +93,7 @@ def resident_keys(keys: Iterable[ExpertKey], demand: Demand, budget_bytes: int |
     return kept
 
 
-def _seat(node: NodeFacts, share: float, is_router: bool, round_trip_s: float) -> Seat:
+def _seat(node: NodeFacts, share: float, is_router: bool) -> Seat:
     can_read = node.has_store or node.disk_bytes > 0
     return Seat(
         node.node_id,
@@ -102,22 +104,18 @@ def _seat(node: NodeFacts, share: float, is_router: bool, round_trip_s: float) -
         1.0 / (node.expert_bytes_s * share),
         1.0 / (node.disk_bytes_s * share) if can_read else float("inf"),
         0.0 if is_router else 1.0 / node.bandwidth_bytes_s,
-        round_trip_s,
+        0.0 if is_router else node.round_trip_s,
     )
 
 
-def _holding(
-    name: str,
-    keys: tuple[ExpertKey, ...],
-    seat: Seat,
-    budget_bytes: int | None,
-    demand: Demand,
-    has_hottest: bool,
-) -> Holding:
+def _shares(
+    keys: tuple[ExpertKey, ...], demand: Demand, budget_bytes: int | None, has_hottest: bool
+) -> tuple[dict[Layer, LayerShare], int, int]:
+    """By layer, and the bytes of all keys and of those in memory."""
     group_bytes = sum(demand.sizes[key] for key in keys)
     kept = resident_keys(keys, demand, budget_bytes)
     resident_bytes = sum(demand.sizes[key] for key in kept)
-    even_share = 1.0 - resident_bytes / group_bytes if group_bytes else 0.0
+    absent = 1.0 - resident_bytes / group_bytes if group_bytes else 0.0
     by_layer: dict[Layer, list[ExpertKey]] = {}
     for key in keys:
         by_layer.setdefault(key[:2], []).append(key)
@@ -127,7 +125,5 @@ def _holding(
         weight = sum(demand.uses[key] * demand.sizes[key] for key in members)
         missed = sum(demand.uses[key] for key in members if key not in kept)
         mean_bytes = weight / uses if uses else 0.0
-        layers[layer] = LayerShare(
-            len(members), uses, missed if has_hottest else uses * even_share, mean_bytes
-        )
-    return Holding(name, seat, group_bytes, resident_bytes, layers)
+        layers[layer] = LayerShare(len(members), uses, missed if has_hottest else uses * absent, mean_bytes)
+    return layers, group_bytes, resident_bytes

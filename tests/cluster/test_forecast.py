@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -9,11 +10,12 @@ import pytest
 import torch
 
 from benchmarks.random_store import QWEN3_30B_A3B
-from cluster.forecast import Forecast, StepCosts, count_copies, forecast
+from cluster.forecast import Forecast, count_copies, forecast, typical_costs
 from cluster.holdings import ROUTER, holdings
 from cluster.model_sizes import ModelSizes, measure_model
 from cluster.placement import PlacementOptions, place, plan_local
 from cluster.plan import ActorPlan, ExpertGroup, ServicePlan
+from cluster.simulated_worker import Costs
 from cluster.topology import NodeFacts, Topology
 from experts.call import ExpertCall
 from experts.frame import HEADER_BYTES, Agreement, encode_call
@@ -29,7 +31,8 @@ SMALL = QWEN3_30B_A3B | {
     "num_experts_per_tok": 4,
     "num_hidden_layers": 2,
 }
-FREE = StepCosts(0.0, 0.0, 0.0, 0.0, 0.0)
+FREE = Costs(0, 0, 0, 0, 0, 0, 0, 0, float("inf"))
+"""Software that takes no time."""
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +63,9 @@ def test_messages_and_bytes_are_those_of_frames_for_random_routing(
 ) -> None:
     keys = [key for key in model.expert_sizes() if key.layer == 0]
     plan = plan_local(keys, num_actors)
-    owners = {key: names[0] for key, names in plan.owners().items()}
+    owners = plan.owners()
     demand = model.uniform_demand()
-    demand = replace(
-        demand, sizes={key: 1 for key in keys}, uses={key: demand.uses[key] for key in keys}
-    )
+    demand = replace(demand, sizes=dict.fromkeys(keys, 1), uses={key: demand.uses[key] for key in keys})
     topology = Topology((machine("a"),), "a")
     result = forecast(plan, topology, demand, model, num_streams=num_streams)
     messages, num_bytes = _drawn_traffic(owners, model, num_streams, steps=400)
@@ -73,11 +74,12 @@ def test_messages_and_bytes_are_those_of_frames_for_random_routing(
 
 
 def _drawn_traffic(
-    owners: dict[ExpertKey, str], model: ModelSizes, num_streams: int, steps: int
+    owners: Mapping[ExpertKey, tuple[str, ...]], model: ModelSizes, num_streams: int, steps: int
 ) -> tuple[float, float]:
     random = np.random.default_rng(0)
     agreed = Agreement(1, model.config.hidden_size, torch.float32, (model.component,), 1024)
     num_experts, per_token = model.config.num_experts, model.config.experts_per_token
+    present = frozenset(name for names in owners.values() for name in names)
     messages = num_bytes = 0
     for _ in range(steps):
         experts_TK = np.stack(
@@ -90,7 +92,7 @@ def _drawn_traffic(
         call = ExpertCall(
             model.component, 0, tuple(experts.tolist()), tuple(counts.tolist()), rows, tokens_TD, ""
         )
-        for share in split_by_owner(call, owners, frozenset(owners.values())).values():
+        for share in split_by_owner(call, owners, present).values():
             messages += 1
             asked = len(encode_call(share.call, agreed, 1, 1)) + share.call.tokens_TD.nbytes
             num_bytes += asked + HEADER_BYTES + len(share.rows) * model.row_bytes
@@ -121,10 +123,10 @@ def test_what_is_not_in_memory_is_missed_and_slows_the_low_end_most(model: Model
 def test_actors_of_one_machine_share_its_speed(model: ModelSizes) -> None:
     topology = Topology((machine("a"),), "a")
     keys = list(model.expert_sizes())
-    held = holdings(plan_local(keys, 4), topology, model.uniform_demand(), local_round_trip_s=5e-5)
+    held = holdings(plan_local(keys, 4), topology, model.uniform_demand())
     assert [holding.name for holding in held] == [ROUTER, *(f"experts-{index}" for index in range(4))]
     assert {holding.seat.byte_s for holding in held[1:]} == {4 / 1e10}
-    assert {holding.seat.round_trip_s for holding in held[1:]} == {5e-5}
+    assert {holding.seat.round_trip_s for holding in held[1:]} == {1e-4}
 
 
 def test_group_without_an_actor_is_computed_by_the_router(model: ModelSizes) -> None:
@@ -157,3 +159,14 @@ def test_copies_count_stores_actors_and_the_router() -> None:
     assert copies.unsafe == (second,)
     stored = (replace(nodes[0], has_store=True), *nodes[1:])
     assert count_copies(plan, Topology(stored, "a")).single == (third,)
+
+
+def test_software_that_takes_time_lowers_both_ends(model: ModelSizes) -> None:
+    topology = Topology((machine("a"),), "a")
+    plan = plan_local(list(model.expert_sizes()), 2)
+    demand = model.uniform_demand()
+    free = forecast(plan, topology, demand, model, costs=FREE).tokens_per_s
+    usual = forecast(plan, topology, demand, model, costs=typical_costs(2)).tokens_per_s
+    assert usual[0] < free[0] and usual[1] < free[1]
+    slow = replace(typical_costs(2), actor_factor=3.0)
+    assert forecast(plan, topology, demand, model, costs=slow).tokens_per_s[1] < usual[1]
