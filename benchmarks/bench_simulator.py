@@ -63,7 +63,6 @@ def measure_costs(here: Contender, one: Contender, two: Contender, num_rounds: i
         expert_row_s=row_s,
         message_s=hop.message_s,
         actor_factor=hop.actor_factor,
-        disk_bytes_s=float("inf"),
         threads=threads.expert_actor,
     )
     return costs, hop.round_trip_s

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cluster.topology import NodeFacts
 from experts.residency import Residency
 from extraction.manifest import ExpertKey
 
@@ -43,8 +44,6 @@ class Costs:
     """Of a row at an expert, besides the first."""
     message_s: float
     """The router's own time for a message and its answer: no two overlap."""
-    disk_bytes_s: float
-    """Of reading experts that are not resident."""
     actor_factor: float = 1.0
     """How much longer an actor computes the same than the router's own worker: its core has slept in between."""
     threads: int = 1
@@ -94,7 +93,7 @@ class SimulatedWorker:
         if self._residency.budget_bytes is not None:
             self._residency.set_budget(budget_bytes)
 
-    def compute(self, keys: Sequence[ExpertKey], num_rows: int, expert_bytes_s: float, step: int) -> Work:
+    def compute(self, keys: Sequence[ExpertKey], num_rows: int, node: NodeFacts, step: int) -> Work:
         """A call for `num_rows` rows of distinct experts. Misses are read while the experts that are there compute.
 
         Raises BudgetTooSmall where not even one expert fits.
@@ -109,8 +108,8 @@ class SimulatedWorker:
             misses += len(exchange.load)
         compute_s = (
             costs.call_s
-            + len(keys) * (costs.expert_s + nbytes / expert_bytes_s)
+            + len(keys) * (costs.expert_s + nbytes / node.expert_bytes_s)
             + (num_rows - len(keys)) * costs.expert_row_s
         )
-        read_s = misses * nbytes / costs.disk_bytes_s
+        read_s = misses * nbytes / node.disk_bytes_s
         return Work(max(self._factor * compute_s, read_s), len(keys), misses)

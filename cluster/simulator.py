@@ -152,7 +152,7 @@ class Simulation:
         for name, share in shares.items():
             node_id = self._router_node if name is None else self._node_of[name]
             worker = self._router if name is None else self._workers[name]
-            work = worker.compute(share.keys, share.rows, self._nodes[node_id].expert_bytes_s, step)
+            work = worker.compute(share.keys, share.rows, self._nodes[node_id], step)
             busy_s.setdefault(node_id, []).append(work.compute_s)
             if name is not None:
                 nbytes = (share.tokens + share.rows) * self._shape.row_bytes

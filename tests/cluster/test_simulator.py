@@ -24,7 +24,6 @@ COSTS = Costs(
     expert_s=0.0,
     expert_row_s=1e-6,
     message_s=3e-5,
-    disk_bytes_s=1e9,
     notice_s=0.5,
     start_s=2.0,
 )
@@ -82,7 +81,7 @@ def test_misses_are_read_at_the_disks_rate_and_counted() -> None:
     _run(simulation, np.array([[[[0, 2], [4, 6]]]] * 10))
     report = simulation.report
     assert report.uses == 40 and report.misses >= 30
-    assert report.step_s[-1] > 4 * SHAPE.expert_bytes / COSTS.disk_bytes_s
+    assert report.step_s[-1] > 4 * SHAPE.expert_bytes / HOME.disk_bytes_s
 
 
 def test_every_use_is_counted_once_whatever_the_plan() -> None:
