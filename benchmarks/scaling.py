@@ -3,9 +3,9 @@
 Qwen3-30B-A3B in bfloat16 (58 GB of experts), routing drawn as skewed and local as a slice's: the busier half of the
 experts takes 75%, neighbouring tokens share 30% (`benchmarks.slice_routing`); placed by `cluster.placement` from the
 routing of other tokens, decoded by `cluster.simulator`. Machines: desktops that read weights at 25 GB/s and have 16 GB
-for experts; a "mixed" cluster has every second one with 6 GB at 10 GB/s. The router is one more desktop, with 8 GB left;
-a "fast router" reads the backbone at 500 GB/s. Links of 1, 10 and 100 Gb/s with 150 us from call to answer. Where memory
-is short the rest is read from disk, at 2 GB/s.
+for experts; a "mixed" cluster has every second one with 6 GB at 10 GB/s. The router is one more desktop, with 8 GB
+left; a "fast router" reads the backbone at 500 GB/s. Links of 1, 10 and 100 Gb/s with 150 us from call to answer.
+Where memory is short the rest is read from disk, at 2 GB/s.
 
 Usage: python -m benchmarks.scaling [--steps N] [--keep]
 """
