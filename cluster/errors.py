@@ -64,3 +64,14 @@ class NodeTooSmall(ClusterError):
             f"({self.expert_bytes} bytes): of {self.available_bytes} available, {needs}; "
             "lower kv-budget or name a size"
         )
+
+
+class NodeAddressInvalid(ClusterError):
+    """What Ray names as a node's address is no numeric address of one machine."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address)
+        self.address = address
+
+    def __str__(self) -> str:
+        return f"{self.address!r} is no node's IP address; start its Ray with --node-ip-address"
