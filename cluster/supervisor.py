@@ -9,6 +9,7 @@ restart it finds the actors in Ray and the plan in `cluster.service_record`. Cal
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -225,6 +226,10 @@ class Supervisor:
             if is_hopeless or time.monotonic() > deadline:
                 raise ActorsNotStarted(name, backoff.error if backoff else "no answer in time")
             time.sleep(0.05)
+
+    def pid(self) -> int:
+        """Of the supervisor's process."""
+        return os.getpid()
 
     def status(self) -> dict[str, Any]:
         """Plain values: actors with their states and what they say of themselves, the plan, what waits for a machine,
