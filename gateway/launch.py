@@ -87,7 +87,7 @@ def running_service(options: ServiceOptions, on_plan: OnPlan = lambda plan, unkn
             threads_per_actor=threads.expert_actor,
             eviction=options.eviction,
             store_copies=_copies(options),
-            spin_s=plan_spin_s(num_cores(), options.num_actors),
+            spin_s=plan_spin_s(num_cores(), options.num_actors, threads.expert_actor),
             secret=secrets.token_bytes(32),
         )
         if options.num_actors:
