@@ -26,7 +26,9 @@ class Patience:
     """How long what may take. Times in seconds."""
 
     start_s: float = 300.0
-    """From an actor's creation to its first answer; where it waits for a machine, without end."""
+    """From an actor's creation to its first answer."""
+    wait_s: float = 3600.0
+    """The same where it waits for a machine; then Ray is asked anew."""
     find_s: float = 20.0
     """For an actor that was found to say who it is."""
     silence_s: float = 10.0
@@ -115,7 +117,7 @@ def checked(member: Member, now_s: float, patience: Patience) -> Member:
     if member.state == "found":
         return turned(member, "orphan", now_s) if silent_s >= patience.find_s else member
     if member.state == "starting":
-        is_late = silent_s >= patience.start_s and not member.is_waiting_for_node
+        is_late = silent_s >= (patience.wait_s if member.is_waiting_for_node else patience.start_s)
         return replace(turned(member, "failed", now_s), error="no answer in time") if is_late else member
     if member.state not in ("ready", "draining", "retiring"):
         return member

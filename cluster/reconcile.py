@@ -92,15 +92,26 @@ def reconcile(
 ) -> tuple[Action, ...]:
     """The next actions, in order. taken: names that Ray still has though they are no members any more."""
     current = {wanted.name: _current(target, wanted, members) for wanted in target.wanted}
+    back = _taken_back(target, current, members)
     chosen = {member.name for member in current.values() if member is not None}
     superseded = [m for m in members if m.state in ("ready", "starting") and m.name not in chosen]
-    endings: list[Action] = [
-        *(action for member in members if (action := _ending(member, now_s, patience)) is not None),
+    endings = (_ending(m, now_s, patience) for m in members if m.name not in back.values())
+    return (
+        *(action for action in endings if action is not None),
         *(End(m.name, "is not wanted any more") for m in superseded if m.state == "starting"),
-    ]
-    drains = _drains(target, current, [m for m in superseded if m.state == "ready"])
-    creations = _creations(target, current, members, superseded, backoffs, taken, now_s)
-    return (*endings, *drains, *creations)
+        *_drains(target, current, [m for m in superseded if m.state == "ready"]),
+        *(Turn(name, "ready", "is wanted again") for name in back.values()),
+        *_creations(target, current, back, members, superseded, backoffs, taken, now_s),
+    )
+
+
+def _taken_back(
+    target: Target, current: Mapping[str, Member | None], members: Sequence[Member]
+) -> dict[str, str]:
+    """Of the plan's actors that nobody is, those that an actor could be which is just being drained -> its name."""
+    absent = [wanted for wanted in target.wanted if current[wanted.name] is None]
+    leaving = {wanted.name: _fitting(target, wanted, members, ("draining",)) for wanted in absent}
+    return {name: member.name for name, member in leaving.items() if member is not None}
 
 
 def fits(target: Target, wanted: WantedActor, member: Member) -> bool:
@@ -180,6 +191,7 @@ def _drains(
 def _creations(
     target: Target,
     current: Mapping[str, Member | None],
+    back: Collection[str],
     members: Sequence[Member],
     superseded: Sequence[Member],
     backoffs: Mapping[str, Backoff],
@@ -197,11 +209,9 @@ def _creations(
     creations: list[Action] = []
     for wanted in target.wanted:
         backoff = backoffs.get(wanted.name)
-        if current[wanted.name] is not None or (backoff is not None and now_s < backoff.retry_at_s):
+        if current[wanted.name] is not None or wanted.name in back:
             continue
-        leaving = _fitting(target, wanted, members, ("draining",))
-        if leaving is not None:
-            creations.append(Turn(leaving.name, "ready", "it is wanted again"))
+        if backoff is not None and now_s < backoff.retry_at_s:
             continue
         if wanted.name in serving:
             if num_replaced >= MAX_REPLACED_AT_ONCE:
