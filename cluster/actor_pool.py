@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -17,21 +16,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster.plan import ActorPlan
 from cluster.resources import NAMESPACE, expert_actor_options
 from experts.actor import ActorSpec, ExpertActor
-from experts.actor_report import ActorIdentity, ActorPulse
+from experts.actor_report import ActorIdentity, Answer, Death
 
 logger = logging.getLogger(__name__)
 
 MAX_ERROR_CHARS = 300
-
-
-@dataclass(frozen=True)
-class Death:
-    """Ray says that the actor is dead, or will never live."""
-
-    error: str
-
-
-Answer = ActorIdentity | ActorPulse | Death
 
 
 class ActorPool:
@@ -73,10 +62,10 @@ class ActorPool:
         self._handles[name] = handle
         return True
 
-    def create(self, spec: ActorSpec, plan: ActorPlan, node_id: str | None, memory_bytes: int) -> None:
+    def create(self, spec: ActorSpec, plan: ActorPlan, node_id: str | None, memory_bytes: int) -> str:
         """Start an actor. memory_bytes: what Ray is to count against the node's memory; 0 for nothing.
 
-        Raises ValueError where Ray has an actor of that name, or RayError.
+        Returns why that could not be; empty where it could.
         """
         options = expert_actor_options(spec.name, spec.num_threads)
         if plan.num_gpus:
@@ -85,7 +74,11 @@ class ActorPool:
             options["memory"] = memory_bytes
         if node_id is not None:
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node_id, soft=False)
-        self._handles[spec.name] = ray.remote(ExpertActor).options(**options).remote(spec)
+        try:
+            self._handles[spec.name] = ray.remote(ExpertActor).options(**options).remote(spec)
+        except (ray.exceptions.RayError, ValueError) as error:  # the latter for a name that is taken
+            return short_reason(error)
+        return ""
 
     def hear(self, timeout_s: float) -> dict[str, Answer]:
         """Ask every actor that has no question open, and return the answers that are there within the time-out."""

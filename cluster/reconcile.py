@@ -285,8 +285,13 @@ def make_owners(target: Target, members: Sequence[Member]) -> Owners:
     return owners
 
 
+def missing_actor(target: Target, members: Iterable[Member]) -> str | None:
+    """One of the plan's actors that nobody is yet; None where all are there."""
+    ready = [member for member in members if member.state == "ready"]
+    absent = (wanted.name for wanted in target.wanted if _current(target, wanted, ready) is None)
+    return next(absent, None)
+
+
 def is_settled(target: Target, members: Sequence[Member]) -> bool:
     """Whether what runs is what is planned, and nothing else."""
-    current = [_current(target, wanted, members) for wanted in target.wanted]
-    is_there = all(member is not None and member.state == "ready" for member in current)
-    return is_there and len(members) == len(current)
+    return missing_actor(target, members) is None and len(members) == len(target.wanted)

@@ -6,11 +6,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cluster.fleet import Note
 from cluster.members import Backoffs, Member
 from cluster.plan import ServicePlan
-
-Decisions = Sequence[tuple[float, str, str, str]]
-"""Unix time, what was done, to whom, why; the oldest first."""
 
 
 def actor_entries(
@@ -100,7 +98,7 @@ def pending_entries(members: Sequence[Member]) -> list[dict[str, Any]]:
     ]
 
 
-def decision_entries(decisions: Decisions) -> list[dict[str, Any]]:
+def note_entries(notes: Sequence[Note]) -> list[dict[str, Any]]:
     return [
         {
             "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at)),
@@ -108,5 +106,5 @@ def decision_entries(decisions: Decisions) -> list[dict[str, Any]]:
             "name": name,
             "reason": reason,
         }
-        for at, kind, name, reason in decisions
+        for at, kind, name, reason in notes
     ]

@@ -40,3 +40,13 @@ class ActorPulse:
     hits: int
     misses: int
     resident: ResidentExperts
+
+
+@dataclass(frozen=True)
+class Death:
+    """In place of an answer: the actor is dead, or will never live."""
+
+    error: str
+
+
+Answer = ActorIdentity | ActorPulse | Death

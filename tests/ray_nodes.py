@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 from collections.abc import Iterator, Sequence
@@ -34,11 +35,13 @@ def ray_nodes(num_nodes: int) -> Iterator[tuple[Cluster, list[str]]]:
     try:
         for _ in range(num_nodes):
             cluster.add_node(num_cpus=1, object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False)
-        ray.init(address=cluster.address, namespace=NAMESPACE, log_to_driver=False, logging_level="WARNING")
+        ray.init(
+            address=cluster.address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING
+        )
         yield cluster, [node.node_id for node in (cluster.head_node, *cluster.worker_nodes)]
     finally:
         ray.shutdown()
-        cluster.shutdown()
+        cluster.shutdown()  # type: ignore[no-untyped-call]
 
 
 def service_spec(root: Path, plan: Any, **more: Any) -> ServiceSpec:
