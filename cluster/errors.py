@@ -78,3 +78,14 @@ class NoRoomForExperts(ClusterError):
             f"experts of {self.needed_bytes} bytes have no room: the nodes have memory for {self.room_bytes} bytes, "
             "in pieces of at least one expert, and no node with memory for one has a store or disk for the rest"
         )
+
+
+class NodeAddressInvalid(ClusterError):
+    """What Ray names as a node's address is no numeric address of one machine."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address)
+        self.address = address
+
+    def __str__(self) -> str:
+        return f"{self.address!r} is no node's IP address; start its Ray with --node-ip-address"

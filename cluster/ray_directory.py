@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+import uuid
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
 import ray
 from torch import Tensor
 
+from cluster.router_book import RouterLoad
 from cluster.supervisor import find_supervisor
 from experts.call import ExpertCall
 from experts.directory import DirectoryStats
@@ -36,6 +38,10 @@ class RayDirectory:
         self._wake = threading.Event()
         self._closing = threading.Event()
         self._lost: set[str] = set()
+        self._name = uuid.uuid4().hex
+        self._version = roster.version
+        """Of the roster that was carried out last."""
+        self._load: Callable[[], RouterLoad] | None = None
         self.remote = RemoteDirectory(
             local, roster, secret, limits=TransportLimits(spin_s=spin_s), on_lost=self._report_lost
         )
@@ -63,10 +69,15 @@ class RayDirectory:
         self._follower.join()
         self.remote.close()
 
-    def actors(self) -> list[dict[str, Any]]:
-        """What the supervisor knows of every actor. Raises RayError when it does not answer."""
-        entries: list[dict[str, Any]] = ray.get(self._supervisor.status.remote(), timeout=ANSWER_TIMEOUT_S)
-        return entries
+    def status(self) -> dict[str, Any]:
+        """What the supervisor tells; see `Supervisor.status`. Raises RayError when it does not answer."""
+        told: dict[str, Any] = ray.get(self._supervisor.status.remote(), timeout=ANSWER_TIMEOUT_S)
+        return told
+
+    def report_load(self, source: Callable[[], RouterLoad]) -> None:
+        """Tell the supervisor of this router's load from now on, about once a second. source: must not block; called
+        on a thread of this directory."""
+        self._load = source
 
     def set_share(self, share: Fraction) -> None:
         """How much of its group every actor keeps in memory; see `Supervisor.set_share`. Does not wait."""
@@ -86,6 +97,18 @@ class RayDirectory:
             try:
                 while self._lost:
                     self._supervisor.report_lost.remote(self._lost.pop())
-                self.remote.update(ray.get(self._supervisor.roster.remote(), timeout=ANSWER_TIMEOUT_S))
+                if self._load is not None:
+                    self._supervisor.report_load.remote(self._name, self._load())
+                while self._follow_roster():
+                    pass
             except (ray.exceptions.RayError, TimeoutError) as error:
                 logger.warning("the supervisor does not answer: %s", error)
+
+    def _follow_roster(self) -> bool:
+        """Whether the roster has changed, which the supervisor is then to be told at once."""
+        told = self._supervisor.roster.remote(self._name, self._version)
+        roster = ray.get(told, timeout=ANSWER_TIMEOUT_S)
+        self.remote.update(roster)
+        is_newer = roster.version > self._version
+        self._version = max(roster.version, self._version)
+        return is_newer and not self._closing.is_set()

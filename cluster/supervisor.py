@@ -1,96 +1,77 @@
-"""The Ray shell that alone creates expert actors, replaces dead ones, and tells routers who is where.
+"""The Ray shell that alone creates expert actors, and keeps what runs as it is planned.
 
-Detached and named. After its own restart it adopts the actors it finds by name; an actor that answers with
-another group than the plan's is an orphan and is ended. Decides nothing itself: who owns what is
-`cluster.placement`. Called by `gateway.launch` (start, stop), `cluster.ray_directory` and `sage-moe status`.
+Detached and named; Ray restarts it. It looks at all actors at once, about once a second, and waits for none; what to
+do is decided by `cluster.reconcile`, and where the plan follows the load, by `cluster.autoscaler`. After its own
+restart it finds the actors in Ray and the plan in `cluster.service_record`. Called by `gateway.launch` (start, stop),
+`cluster.ray_directory` and `sage-moe status`.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import ray
 
+from cluster.actor_notices import ActorNotices
+from cluster.actor_pool import ActorPool
 from cluster.errors import ActorsNotStarted, SupervisorMissing
-from cluster.placement import split_experts
-from cluster.resources import NAMESPACE, SUPERVISOR_NAME, expert_actor_options, supervisor_options
-from experts.actor import ActorSpec, ExpertActor
-from experts.eviction import DEFAULT_EVICTION, Eviction
-from experts.group_trust import HandDown, group_scores
-from experts.roster import ResidentExperts, Roster
-from experts.store import ExpertStore
-from experts.transport import Endpoint
+from cluster.fleet import Fleet
+from cluster.plan import ServicePlan
+from cluster.reconcile import Target, is_settled, missing_actor
+from cluster.resources import NAMESPACE, SUPERVISOR_NAME, supervisor_options
+from cluster.router_book import RouterLoad
+from cluster.scaling import PlanScaler
+from cluster.service_record import ServiceRecord, forget_record, load_record, save_record
+from cluster.service_spec import ServiceSpec, service_of, wanted_actors
+from cluster.supervisor_status import actor_entries, note_entries, pending_entries, plan_entry
+from cluster.trust_desk import TrustDesk
+from experts.roster import Roster
 from experts.trust import TrustReport, TrustTable
-from experts.trust_ledger import TrustIdentity, TrustLedger
-from router.trust_session import TrustOptions, open_local_ledger
+from experts.trust_ledger import TrustIdentity
+from router.trust_session import TrustOptions
 
 logger = logging.getLogger(__name__)
 
-CHECK_INTERVAL_S = 1.0
+CALM_INTERVAL_S, BUSY_INTERVAL_S = 1.0, 0.1
+"""Between two looks: while nothing changes, and while something does."""
+HEAR_TIMEOUT_S = 0.3
+STATUS_TIMEOUT_S = 3.0
 START_TIMEOUT_S = 300.0
 ANSWER_TIMEOUT_S = 10.0
-BACKOFF_LIMIT_S = 30.0
-
-
-@dataclass(frozen=True)
-class ServiceSpec:
-    """What the supervisor keeps running."""
-
-    store_root: str
-    dtype: str
-    width: int
-    expert_width: int
-    num_actors: int
-    threads_per_actor: int
-    eviction: Eviction = DEFAULT_EVICTION
-    actor_budgets: tuple[int, ...] = ()
-    """Bytes of experts that each actor keeps, in the order of their groups; without any, no bound."""
-    host: str = "127.0.0.1"
-    spin_s: float = 0.0
-    """See `TransportLimits`; actors and routers use the same."""
-    store_copies: tuple[str, ...] = ()
-    """See `ActorSpec`."""
-    secret: bytes = field(default=b"", repr=False)
-
-
-@dataclass
-class _Member:
-    """One expert actor as the supervisor sees it."""
-
-    spec: ActorSpec
-    handle: Any = None
-    endpoint: Endpoint | None = None
-    resident: ResidentExperts = field(default_factory=dict)
-    told_share: tuple[int, Fraction] | None = None
-    """The incarnation that was told, and what."""
-    failures: int = 0
-    retry_at: float = 0.0
-    last_error: str = ""
+MAX_FAILURES_AT_START = 3
+MAX_QUARANTINES = 3
+"""Of actors of one node, after which nothing is placed there."""
 
 
 class Supervisor:
-    """Reconciles the plan with what is running, about once a second."""
+    """Reconciles the plan with what is running."""
 
     def __init__(self, spec: ServiceSpec) -> None:
         logging.basicConfig(level=logging.INFO)
         self._spec = spec
-        self._lock = threading.Lock()
-        self._version = int(time.time())
-        self._members = [_Member(member) for member in self._plan()]
-        self._ledger: TrustLedger | None = None
-        self._trust_options: TrustOptions | None = None
-        self._ledger_lock = threading.Lock()
-        self._hand_down = HandDown()
-        self._share = Fraction(1)
+        self._lock = threading.RLock()
+        service = service_of(spec)
+        self._record = load_record(service) or ServiceRecord(service, spec.plan)
+        self._wanted = wanted_actors(spec, self._record.plan)
+        self._pool = ActorPool()
+        self._fleet = Fleet(spec, self._pool)
+        self._rooms: Mapping[str, int] = {}
+        self._trust = TrustDesk()
+        self._notices = ActorNotices()
+        self._scaler = PlanScaler(spec.scaling) if spec.scaling is not None else None
         self._closing = threading.Event()
         self._wake = threading.Event()
-        threading.Thread(target=self._run, name="reconcile", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="reconcile", daemon=True)
+        self._thread.start()
+
+    # What routers ask and tell
 
     def secret(self) -> bytes:
         """The data plane's secret, for routers of this Ray cluster."""
@@ -100,214 +81,203 @@ class Supervisor:
         """How long a router's connections look for an answer before they sleep."""
         return self._spec.spin_s
 
-    def roster(self) -> Roster:
-        """Who is where now."""
+    def roster(self, router: str = "", version: int = -1) -> Roster:
+        """Who is where now. version: what the router that asks has carried out."""
         with self._lock:
-            endpoints = {m.spec.name: m.endpoint for m in self._members if m.endpoint is not None}
-            owners = {key: (m.spec.name,) for m in self._members for key in m.spec.group}
-            resident = {m.spec.name: m.resident for m in self._members if m.endpoint is not None}
-            return Roster(self._version, endpoints, owners, resident)
+            fleet = self._fleet
+            if router:
+                fleet.routers.follows(router, version, time.monotonic())
+                if fleet.is_changing:
+                    self._wake.set()
+            there = fleet.roster.endpoints.keys() & fleet.pulses.keys()
+            return replace(fleet.roster, resident={name: fleet.pulses[name].resident for name in there})
+
+    def report_load(self, router: str, report: RouterLoad) -> None:
+        """What a router has to do, and what its requests ask of experts."""
+        with self._lock:
+            self._fleet.routers.report(router, report, time.monotonic())
 
     def report_lost(self, name: str) -> None:
         """A router lost its connection: look at that actor now rather than at the next check."""
-        logger.info("router lost expert actor %s", name)
+        logger.info("a router lost expert actor %s", name)
+        with self._lock:
+            self._fleet.suspect(name)
+        self._wake.set()
+
+    def report_bad(self, name: str, incarnation: int, reason: str) -> None:
+        """A router was sent wrong rows: end that actor, and in the end leave its node alone."""
+        with self._lock:
+            member = self._fleet.quarantine(name, incarnation, reason, time.monotonic())
+            if member is not None and member.node_id is not None:
+                counts = dict(self._record.quarantines)
+                counts[member.node_id] = counts.get(member.node_id, 0) + 1
+                self._keep(replace(self._record, quarantines=counts))
         self._wake.set()
 
     def trust_table(self, identity: TrustIdentity, options: TrustOptions) -> TrustTable:
         """What is kept. Raises LedgerBusy or LedgerUnusable."""
-        return self._owned_ledger(identity, options).table()
+        return self._trust.table(identity, options)
 
     def add_trust(self, identity: TrustIdentity, options: TrustOptions, report: TrustReport) -> TrustTable:
         """Keep a router's report; see `TrustLedger.add`."""
-        return self._owned_ledger(identity, options).add(report)
+        return self._trust.add(identity, options, report)
 
     def set_share(self, share: Fraction) -> None:
         """How much of its group each actor keeps in memory, within its budget; new actors are told too."""
-        self._share = share
+        with self._lock:
+            if share != self._record.share:
+                self._keep(replace(self._record, share=share))
         self._wake.set()
 
-    def _owned_ledger(self, identity: TrustIdentity, options: TrustOptions) -> TrustLedger:
-        with self._ledger_lock:
-            if self._ledger is None:
-                self._ledger, self._trust_options = open_local_ledger(identity, options), options
-            return self._ledger
+    # What is to run
+
+    def apply(self, plan: ServicePlan, reason: str = "asked for") -> None:
+        """Bring another plan about, without failing a request. Returns at once; see `wait_settled`."""
+        wanted = wanted_actors(self._spec, plan)
+        with self._lock:
+            self._wanted = wanted
+            self._keep(replace(self._record, plan=plan))
+            self._fleet.note("apply", f"{len(plan.actors)} actors", reason)
+        self._wake.set()
+
+    def roll(self, reason: str = "asked for") -> None:
+        """Replace every actor by a new one, one after another. Returns at once; see `wait_settled`."""
+        with self._lock:
+            self._keep(replace(self._record, least_incarnation=self._fleet.next_incarnation()))
+            self._fleet.note("roll", f"{len(self._record.plan.actors)} actors", reason)
+        self._wake.set()
+
+    def plan(self) -> ServicePlan:
+        """What is to run, as of now."""
+        return self._record.plan
 
     def wait_ready(self, timeout_s: float = START_TIMEOUT_S) -> None:
-        """Return when every actor has answered. Raises ActorsNotStarted."""
+        """Return when every actor of the plan has answered. Raises ActorsNotStarted."""
+        self._wait(lambda: missing_actor(self._target(), self._fleet.members.values()), timeout_s)
+
+    def wait_settled(self, timeout_s: float = START_TIMEOUT_S) -> None:
+        """Return when what runs is what is planned, and nothing else. Raises ActorsNotStarted."""
+
+        def unmet() -> str | None:
+            target, members = self._target(), tuple(self._fleet.members.values())
+            name = missing_actor(target, members)
+            return name or (None if is_settled(target, members) else "of an earlier plan")
+
+        self._wait(unmet, timeout_s)
+
+    def _wait(self, unmet: Callable[[], str | None], timeout_s: float) -> None:
+        """Until `unmet` names no actor any more."""
         deadline = time.monotonic() + timeout_s
         while True:
             with self._lock:
-                absent = [member for member in self._members if member.endpoint is None]
-            if not absent:
+                name = unmet()
+                backoff = self._fleet.backoffs.get(name or "")
+            if name is None:
                 return
-            if time.monotonic() > deadline or absent[0].failures >= 3:
-                raise ActorsNotStarted(absent[0].spec.name, absent[0].last_error or "no answer in time")
+            is_hopeless = backoff is not None and backoff.failures >= MAX_FAILURES_AT_START
+            if is_hopeless or time.monotonic() > deadline:
+                raise ActorsNotStarted(name, backoff.error if backoff else "no answer in time")
             time.sleep(0.05)
 
-    def status(self) -> list[dict[str, Any]]:
-        """One entry an actor: name, state, node, and what the actor says of itself."""
+    def pid(self) -> int:
+        """Of the supervisor's process."""
+        return os.getpid()
+
+    def status(self) -> dict[str, Any]:
+        """Plain values: actors with their states and what they say of themselves, the plan, what waits for a machine,
+        and the last decisions with their reasons."""
         with self._lock:
-            members = [(m.spec, m.handle, m.endpoint) for m in self._members]
-        asked = [handle.status.remote() if endpoint and handle else None for _, handle, endpoint in members]
-        entries = []
-        for (spec, _, endpoint), answer in zip(members, asked, strict=True):
-            entry: dict[str, Any] = {"name": spec.name, "group": len(spec.group), "state": "starting"}
-            if answer is not None and endpoint is not None:
-                entry |= {"node": endpoint.host, "state": "ready"}
-                try:
-                    entry |= ray.get(answer, timeout=ANSWER_TIMEOUT_S)
-                except (ray.exceptions.RayError, TimeoutError):
-                    entry["state"] = "lost"
-            entries.append(entry)
-        return entries
+            fleet, record, now_s = self._fleet, self._record, time.monotonic()
+            members, notes, backoffs = tuple(fleet.members.values()), tuple(fleet.notes), fleet.backoffs
+        told = self._pool.ask_all([m.name for m in members if m.state == "ready"], STATUS_TIMEOUT_S)
+        return {
+            "actors": actor_entries(record.plan, members, backoffs, told, now_s),
+            "plan": plan_entry(record.plan),
+            "pending": pending_entries(members),
+            "quarantines": dict(record.quarantines),
+            "capacity": self._scaler.state if self._scaler is not None else None,
+            "decisions": note_entries(notes),
+        }
 
     def shut_down(self) -> None:
         """End every expert actor and let go of the trust ledger. The supervisor itself is ended by its caller."""
         self._closing.set()
         self._wake.set()
-        with self._ledger_lock:
-            if self._ledger is not None:
-                self._ledger.close()
+        self._thread.join(ANSWER_TIMEOUT_S)
+        self._trust.close()
         with self._lock:
-            for member in self._members:
-                if member.handle is not None:
-                    ray.kill(member.handle)
+            forget_record()
+            self._pool.end_all()
 
-    def _plan(self) -> list[ActorSpec]:
-        spec = self._spec
-        if spec.num_actors == 0:
-            return []
-        store = ExpertStore.open(Path(spec.store_root))
-        groups = split_experts(store.expert_keys(store.served.name), spec.num_actors)
-        store.close()
-        return [
-            ActorSpec(
-                f"experts-{index}",
-                0,
-                spec.store_root,
-                spec.dtype,
-                group,
-                spec.width,
-                spec.expert_width,
-                spec.actor_budgets[index] if spec.actor_budgets else None,
-                spec.eviction,
-                spec.threads_per_actor,
-                spec.host,
-                spec.spin_s,
-                spec.secret,
-                spec.store_copies,
-            )
-            for index, group in enumerate(groups)
-        ]
+    # The loop
 
     def _run(self) -> None:
         while not self._closing.is_set():
-            starting = [member for member in self._members if self._is_due(member)]
-            for member in starting:
-                self._create(member)
-            for member in starting:
-                self._await_endpoint(member)
-            self._tell_actors()
-            self._wake.wait(CHECK_INTERVAL_S)
+            try:
+                self._look()
+            except Exception:  # nobody else would ever look again
+                logger.exception("a look at the actors failed")
+            self._wake.wait(BUSY_INTERVAL_S if self._fleet.is_changing else CALM_INTERVAL_S)
             self._wake.clear()
 
-    def _tell_actors(self) -> None:
-        """What actors with a bound go by: trust, and the share of their group that they may keep."""
-        with self._ledger_lock:
-            table = self._ledger.table() if self._ledger is not None else None
-            options = self._trust_options
+    def _look(self) -> None:
+        found, answers, memory = self._pool.find(), self._pool.hear(HEAR_TIMEOUT_S), _living_nodes()
         now_s = time.monotonic()
-        for member in self._members:
-            if member.endpoint is None or member.spec.budget_bytes is None:
-                continue
-            name, incarnation, share = member.spec.name, member.spec.incarnation, self._share
-            if member.told_share != (incarnation, share) and self._tell(member.handle.set_share, share):
-                member.told_share = (incarnation, share)
-            if table is None or options is None:
-                continue
-            if self._hand_down.is_due(name, incarnation, table.num_tokens, now_s):
-                scores_G = group_scores(table, options.settings, member.spec.group)
-                if self._tell(member.handle.set_trust, scores_G):
-                    self._hand_down.note(name, incarnation, table.num_tokens, now_s)
-
-    def _tell(self, method: Any, value: object) -> bool:
-        """Whether an actor has taken it; one call at a time, since an actor's may overtake each other."""
-        try:
-            ray.get(method.remote(value), timeout=ANSWER_TIMEOUT_S)
-        except (ray.exceptions.RayError, TimeoutError) as error:
-            logger.warning("an expert actor was not told: %s", type(error).__name__)
-            return False
-        return True
-
-    def _is_due(self, member: _Member) -> bool:
-        """Whether a member has to be (re)created now."""
-        if member.endpoint is not None and self._answers(member):
-            return False
-        if member.endpoint is not None:
-            logger.warning("expert actor %s is gone", member.spec.name)
-            self._set_endpoint(member, None)
-        return time.monotonic() >= member.retry_at
-
-    def _answers(self, member: _Member) -> bool:
-        """Whether a member is the one that it was; notes what it holds."""
-        asked = [member.handle.endpoint.remote(), member.handle.resident.remote()]
-        try:
-            endpoint, member.resident = ray.get(asked, timeout=ANSWER_TIMEOUT_S)
-            return bool(endpoint == member.endpoint)
-        except (ray.exceptions.RayError, TimeoutError):
-            return False
-
-    def _create(self, member: _Member) -> None:
-        if self._closing.is_set() or self._adopt(member):
-            return
-        incarnation = max(member.spec.incarnation + 1, int(time.time()))
-        member.spec = replace(member.spec, incarnation=incarnation)
-        options = expert_actor_options(member.spec.name, member.spec.num_threads)
-        try:
-            member.handle = ray.remote(ExpertActor).options(**options).remote(member.spec)
-        except (ray.exceptions.RayError, ValueError) as error:
-            self._failed(member, error)
-
-    def _adopt(self, member: _Member) -> bool:
-        """Take over an actor of this name that answers; end one that does not, or is not ours."""
-        try:
-            handle: Any = ray.get_actor(member.spec.name, namespace=NAMESPACE)
-        except ValueError:
-            return False
-        try:
-            status: dict[str, Any] = ray.get(handle.status.remote(), timeout=ANSWER_TIMEOUT_S)
-            if status["fingerprint"] == member.spec.fingerprint():
-                member.handle = handle
-                member.spec = replace(member.spec, incarnation=status["incarnation"])
-                return True
-        except (ray.exceptions.RayError, TimeoutError):
-            logger.warning("an actor named %s exists and does not answer; ending it", member.spec.name)
-        ray.kill(handle)
-        _wait_name_free(member.spec.name)
-        return False
-
-    def _await_endpoint(self, member: _Member) -> None:
-        if member.handle is None or self._closing.is_set():
-            return
-        try:
-            endpoint = ray.get(member.handle.endpoint.remote(), timeout=START_TIMEOUT_S)
-        except (ray.exceptions.RayError, TimeoutError) as error:
-            self._failed(member, error)
-            return
-        member.failures = 0
-        self._set_endpoint(member, endpoint)
-
-    def _failed(self, member: _Member, error: Exception) -> None:
-        member.failures += 1
-        member.retry_at = time.monotonic() + min(BACKOFF_LIMIT_S, 0.5 * 2**member.failures)
-        member.last_error = str(error).strip().splitlines()[-1][:300]
-        logger.error("expert actor %s failed to start: %s", member.spec.name, member.last_error)
-        member.handle = None
-
-    def _set_endpoint(self, member: _Member, endpoint: Endpoint | None) -> None:
         with self._lock:
-            member.endpoint, member.resident = endpoint, {}
-            self._version += 1
+            if self._closing.is_set():
+                return
+            self._rooms = self._usable(memory)
+            self._fleet.observe(found, answers, now_s)
+            self._fleet.act(self._target(), self._record.plan, memory, now_s)
+            self._tell(now_s)
+            self._scale(now_s)
+
+    def _usable(self, memory: Mapping[str, int]) -> dict[str, int]:
+        """Node id -> room; without nodes that were quarantined too often, unless that leaves none."""
+        rooms = {node_id: self._spec.rooms.get(node_id, num_bytes) for node_id, num_bytes in memory.items()}
+        counts = self._record.quarantines
+        trusted = {
+            node_id: room for node_id, room in rooms.items() if counts.get(node_id, 0) < MAX_QUARANTINES
+        }
+        return trusted or rooms
+
+    def _target(self) -> Target:
+        return Target(self._wanted, self._record.least_incarnation, self._rooms, self._spec.is_local_only)
+
+    def _tell(self, now_s: float) -> None:
+        """What actors with a bound go by."""
+        budgets = {actor.name: actor.budget_bytes for actor in self._record.plan.actors}
+        bounded = {
+            name: (member, self._pool.handle(name))
+            for name, member in self._fleet.members.items()
+            if member.state == "ready" and member.budget_bytes is not None
+        }
+        limits = {
+            name: (budgets.get(member.actor) or member.budget_bytes or 0, self._record.share)
+            for name, (member, _) in bounded.items()
+        }
+        self._notices.tell(bounded, limits, self._trust.known(), now_s)
+
+    def _scale(self, now_s: float) -> None:
+        if self._scaler is None:
+            return
+        plan, decisions = self._scaler.look(
+            self._record.plan, self._fleet, self._rooms, self._trust.known(), now_s
+        )
+        for decision in decisions:
+            self._fleet.note(decision.kind, decision.actor, decision.reason)
+        if decisions:
+            self.apply(plan, "the autoscaler")
+
+    def _keep(self, record: ServiceRecord) -> None:
+        self._record = record
+        save_record(record)
+
+
+def _living_nodes() -> dict[str, int]:
+    """Node id -> bytes of memory that Ray counts there."""
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return {node["NodeID"]: int(node["Resources"].get("memory", 0)) for node in nodes if node["Alive"]}
 
 
 def start_supervisor(spec: ServiceSpec) -> Any:
@@ -330,18 +300,7 @@ def stop_supervisor() -> None:
     except SupervisorMissing:
         return
     try:
-        ray.get(supervisor.shut_down.remote(), timeout=ANSWER_TIMEOUT_S)
+        ray.get(supervisor.shut_down.remote(), timeout=2 * ANSWER_TIMEOUT_S)
     except (ray.exceptions.RayError, TimeoutError) as error:
         logger.warning("the supervisor did not shut its actors down: %s", error)
     ray.kill(supervisor)
-
-
-def _wait_name_free(name: str, timeout_s: float = 10.0) -> None:
-    """Ray frees a killed actor's name a moment later."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        try:
-            ray.get_actor(name, namespace=NAMESPACE)
-        except ValueError:
-            return
-        time.sleep(0.05)

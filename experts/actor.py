@@ -9,14 +9,19 @@ import hmac
 import logging
 import os
 import threading
+import time
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
+from torch import Tensor
 
+from experts.actor_report import ActorIdentity, ActorPulse
 from experts.budget import share_of
+from experts.call import ExpertCall
 from experts.eviction import Eviction
 from experts.group_trust import GroupTrust, Scores
 from experts.numerics import calibrate
@@ -33,6 +38,7 @@ class ActorSpec:
     """Everything an expert actor needs to start."""
 
     name: str
+    """In Ray and in rosters."""
     incarnation: int
     store_root: str
     dtype: str
@@ -43,15 +49,24 @@ class ActorSpec:
     eviction: Eviction
     num_threads: int
     host: str
+    """Where its data plane listens; empty means the address of its node in Ray."""
     spin_s: float
     secret: bytes = field(repr=False)
     store_copies: tuple[str, ...] = ()
     """Further folders of the same store, read where it fails."""
+    actor: str = ""
+    """The plan's actor that it stands for."""
 
     def fingerprint(self) -> str:
-        """Equal for specs that compute the same for the same routers; leaves out the incarnation."""
-        facts = repr((self.store_root, self.dtype, self.group, self.budget_bytes, self.eviction)).encode()
-        return hmac.new(self.secret, facts, "sha256").hexdigest()
+        """Equal for specs that compute the same for the same routers, whenever, wherever and within whatever budget."""
+        return self._sign((self.store_root, self.dtype, self.group, self.eviction))
+
+    def service(self) -> str:
+        """Equal for all actors that know the same secret."""
+        return self._sign("service")
+
+    def _sign(self, facts: object) -> str:
+        return hmac.new(self.secret, repr(facts).encode(), "sha256").hexdigest()
 
 
 class ExpertActor:
@@ -77,35 +92,52 @@ class ExpertActor:
             trust=self._trust.score,
             copies=tuple(map(Path, spec.store_copies)),
         )
+        self._calls = threading.Lock()
+        self._num_active = 0
+        self._busy_s = self._busy_since_s = 0.0
         info = ServiceInfo(spec.width, dtype, self._worker.numerics_class, components)
+        self._host = spec.host or str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
         self._server = ExpertServer(
-            self._worker.compute,
+            self._compute,
             info,
             secret=spec.secret,
             incarnation=spec.incarnation,
-            host=spec.host,
+            host=self._host,
             limits=TransportLimits(spin_s=spec.spin_s),
         )
         self._server.start()
         # Requests do not wait for this: an expert that is not there yet is read when it is first asked for.
         threading.Thread(target=self._worker.load_all, name="expert-warm-up", daemon=True).start()
 
-    def endpoint(self) -> Endpoint:
-        """Where the data plane listens; the answer also says that the actor is alive."""
-        return Endpoint(self._spec.name, self._spec.host, self._server.port, self._spec.incarnation)
+    def identity(self) -> ActorIdentity:
+        """Who this is; answered as soon as its data plane listens."""
+        spec = self._spec
+        return ActorIdentity(
+            spec.service(),
+            spec.actor,
+            spec.incarnation,
+            spec.fingerprint(),
+            spec.budget_bytes,
+            ray.get_runtime_context().get_node_id(),
+            Endpoint(spec.name, self._host, self._server.port, spec.incarnation),
+            spec.group,
+        )
 
-    def resident(self) -> dict[tuple[str, int], frozenset[int]]:
-        """Numbers of the experts that are in memory, by component and layer."""
+    def pulse(self) -> ActorPulse:
+        """How it does; the answer also says that the actor is alive."""
+        stats = self._worker.stats
         layers = {(key.component, key.layer) for key in self._spec.group}
-        return {layer: self._worker.resident(*layer) for layer in layers}
+        resident = {layer: self._worker.resident(*layer) for layer in layers}
+        return ActorPulse(self._num_active, self._busy_s, stats.rows, stats.hits, stats.misses, resident)
 
     def set_trust(self, scores_G: Scores) -> None:
         """Trust from now on, in the order of the spec's group. Raises TrustMismatch."""
         self._trust.tell(scores_G)
 
-    def set_share(self, share: Fraction) -> None:
-        """Keep at most this share of the group in memory, and never more than the spec's budget."""
-        self._worker.set_budget(share_of(share, self._worker.group_bytes))
+    def set_limits(self, budget_bytes: int, share: Fraction) -> None:
+        """Keep at most so many bytes and at most this share of the group in memory, and never more than the spec's
+        budget. Raises ValueError where that has no bound."""
+        self._worker.set_budget(min(budget_bytes, share_of(share, self._worker.group_bytes)))
 
     def status(self) -> dict[str, Any]:
         """Plain values for `sage-moe status` and metrics."""
@@ -128,6 +160,20 @@ class ExpertActor:
             "numerics_class": worker.numerics_class,
             "fingerprint": self._spec.fingerprint(),
         }
+
+    def _compute(self, call: ExpertCall) -> Tensor:
+        """On the thread of a router's connection."""
+        with self._calls:
+            if self._num_active == 0:
+                self._busy_since_s = time.perf_counter()
+            self._num_active += 1
+        try:
+            return self._worker.compute(call)
+        finally:
+            with self._calls:
+                self._num_active -= 1
+                if self._num_active == 0:
+                    self._busy_s += time.perf_counter() - self._busy_since_s
 
     def stop(self) -> None:
         self._server.stop()

@@ -172,7 +172,8 @@ class RouterDeployment:
     async def metrics(self) -> str:
         state = self._observe_capacity()
         own = render_capacity(state, resident_bytes(state, self._size), num_actors(state, self._size))
-        return render_metrics(self._service, await self._actors()) + own
+        actors = (await self._cluster()).get("actors", [])
+        return render_metrics(self._service, actors) + own
 
     async def status(self) -> dict[str, object]:
         """Plain values: the router itself, its experts, the actors and nodes."""
@@ -181,7 +182,7 @@ class RouterDeployment:
         engine = loaded.engine
         health = service.engine_thread.health()
         quantization = loaded.store.manifest.quantization
-        actors = await self._actors()
+        cluster = await self._cluster()
         state = self._observe_capacity()
         return {
             "model": self._spec.model_name,
@@ -205,7 +206,8 @@ class RouterDeployment:
                 "resident_bytes": resident_bytes(state, self._size),
                 "actors": num_actors(state, self._size),
             },
-            "actors": actors,
+            "actors": cluster.pop("actors", []),
+            "cluster": cluster,
             "memory": self._spec.memory.as_json() if self._spec.memory else None,
             "nodes": await asyncio.to_thread(_nodes),
             "requests": {
@@ -216,14 +218,15 @@ class RouterDeployment:
             },
         }
 
-    async def _actors(self) -> list[dict[str, Any]]:
+    async def _cluster(self) -> dict[str, Any]:
+        """What the supervisor tells; nothing where none runs."""
         if self._directory is None:
-            return []
+            return {}
         try:
-            return await asyncio.to_thread(self._directory.actors)
+            return await asyncio.to_thread(self._directory.status)
         except (ray.exceptions.RayError, TimeoutError) as error:
             logger.warning("no status of the expert actors: %s", error)
-            return []
+            return {}
 
 
 def _service_size(loaded: LoadedEngine, max_actors: int) -> ServiceSize:

@@ -18,6 +18,8 @@ from typing import Any
 
 from cluster.errors import ClusterError
 from cluster.memory_plan import MemoryPlan, Node, unmatched
+from cluster.placement import plan_local
+from cluster.plan import ServicePlan
 from cluster.resources import gateway_deployment_options, plan_threads, router_deployment_options
 from experts.loader import check_copies
 from experts.numerics import num_cores
@@ -73,17 +75,17 @@ def running_service(options: ServiceOptions, on_plan: OnPlan = lambda plan, unkn
         start_ray(options.ray_address, options.num_cpus)
         stack.enter_context(interruptible())  # again: Ray has put its own handler in place
 
-        from cluster.supervisor import ServiceSpec, start_supervisor, stop_supervisor
+        from cluster.service_spec import ServiceSpec
+        from cluster.supervisor import start_supervisor, stop_supervisor
 
         spec = ServiceSpec(
             store_root=str(options.store_root.resolve()),
             dtype=dtype,
             width=config.hidden_size,
             expert_width=config.expert_width,
-            num_actors=options.num_actors,
+            plan=_plan_actors(options, plan),
             threads_per_actor=threads.expert_actor,
             eviction=options.eviction,
-            actor_budgets=plan.actor_budgets,
             store_copies=_copies(options),
             spin_s=plan_spin_s(num_cores(), options.num_actors, threads.expert_actor),
             secret=secrets.token_bytes(32),
@@ -135,6 +137,15 @@ def _plan_memory(options: ServiceOptions, dtype: str, num_threads: int, node: No
         return plan_service(store, engine, options.num_actors, *budgets, node)
     finally:
         store.close()
+
+
+def _plan_actors(options: ServiceOptions, plan: MemoryPlan) -> ServicePlan:
+    store = ExpertStore.open(options.store_root)
+    try:
+        keys = store.expert_keys(store.served.name)
+    finally:
+        store.close()
+    return plan_local(keys, options.num_actors, plan.actor_budgets)
 
 
 def engine_options(options: ServiceOptions, dtype: str, num_threads: int) -> EngineOptions:

@@ -1,0 +1,297 @@
+"""What to do so that what runs becomes what is planned: from the plan and the actors as seen to actions. Pure.
+
+Called by `cluster.supervisor` about once a second, which carries the actions out; nothing is remembered in between but
+the members themselves. An actor that is wanted is never ended. One that is not, or no longer as it is, serves until
+those that take its experts over are ready and known to all routers; then it is drained, retired and ended. A
+replacement therefore lives beside what it replaces, under a name of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from cluster.members import Backoff, Member, MemberState, Patience
+from cluster.plan import ActorPlan
+from experts.roster import Owners
+from extraction.manifest import ExpertKey
+
+MAX_REPLACED_AT_ONCE = 1
+"""Of actors that serve while their replacement starts: each is a second copy of a group in memory."""
+
+
+@dataclass(frozen=True)
+class WantedActor:
+    """One of the plan's actors, and what it is to compute."""
+
+    plan: ActorPlan
+    fingerprint: str
+    keys: tuple[ExpertKey, ...]
+
+    @property
+    def name(self) -> str:
+        return self.plan.name
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is to run."""
+
+    wanted: tuple[WantedActor, ...]
+    least_incarnation: int = 0
+    """Older ones are replaced: how a rolling restart is asked for."""
+    rooms: Mapping[str, int] = field(default_factory=dict)
+    """Nodes that live and may be used -> bytes that experts may take there."""
+    is_one_machine: bool = True
+    """Whether an actor without a node may run anywhere, without asking for room."""
+
+
+@dataclass(frozen=True)
+class Create:
+    """Start an actor."""
+
+    name: str
+    wanted: WantedActor
+    node_id: str | None
+    """None leaves it to Ray."""
+    is_waiting_for_node: bool
+    """Whether Ray is to be asked for the room, since no node has it: it then shows as a demand, and Ray's own
+    autoscaler adds a machine."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Bring a member into another state."""
+
+    name: str
+    state: MemberState
+    reason: str
+
+
+@dataclass(frozen=True)
+class End:
+    """End an actor's process, and forget it."""
+
+    name: str
+    reason: str
+    is_failure: bool = False
+    """Whether the plan's actor has to wait before it is tried again."""
+
+
+Action = Create | Turn | End
+
+
+def reconcile(
+    target: Target,
+    members: Sequence[Member],
+    backoffs: Mapping[str, Backoff],
+    taken: Collection[str],
+    now_s: float,
+    patience: Patience,
+) -> tuple[Action, ...]:
+    """The next actions, in order. taken: names that Ray still has though they are no members any more."""
+    current = {wanted.name: _current(target, wanted, members) for wanted in target.wanted}
+    back = _taken_back(target, current, members)
+    chosen = {member.name for member in current.values() if member is not None}
+    superseded = [m for m in members if m.state in ("ready", "starting") and m.name not in chosen]
+    endings = (_ending(m, now_s, patience) for m in members if m.name not in back.values())
+    return (
+        *(action for action in endings if action is not None),
+        *(End(m.name, "is not wanted any more") for m in superseded if m.state == "starting"),
+        *_drains(target, current, [m for m in superseded if m.state == "ready"]),
+        *(Turn(name, "ready", "is wanted again") for name in back.values()),
+        *_creations(target, current, back, members, superseded, backoffs, taken, now_s),
+    )
+
+
+def _taken_back(
+    target: Target, current: Mapping[str, Member | None], members: Sequence[Member]
+) -> dict[str, str]:
+    """Of the plan's actors that nobody is, those that an actor could be which is just being drained -> its name."""
+    absent = [wanted for wanted in target.wanted if current[wanted.name] is None]
+    leaving = {wanted.name: _fitting(target, wanted, members, ("draining",)) for wanted in absent}
+    return {name: member.name for name, member in leaving.items() if member is not None}
+
+
+def fits(target: Target, wanted: WantedActor, member: Member) -> bool:
+    """Whether a member is what the plan wants of that actor."""
+    return (
+        member.actor == wanted.name
+        and member.fingerprint == wanted.fingerprint
+        and member.incarnation >= target.least_incarnation
+        and _has_budget(member, wanted.plan.budget_bytes)
+        and _is_in_place(target, wanted, member)
+    )
+
+
+def _has_budget(member: Member, budget_bytes: int | None) -> bool:
+    """An actor can be told to keep less than it was started with, and not more."""
+    if member.budget_bytes is None or budget_bytes is None:
+        return member.budget_bytes == budget_bytes
+    return budget_bytes <= member.budget_bytes
+
+
+def _is_in_place(target: Target, wanted: WantedActor, member: Member) -> bool:
+    if wanted.plan.node_id in target.rooms:
+        return member.node_id == wanted.plan.node_id
+    # Its node is gone, or it never had one: it may stay wherever it has found room.
+    return member.is_waiting_for_node or target.is_one_machine or member.node_id in target.rooms
+
+
+def _current(target: Target, wanted: WantedActor, members: Iterable[Member]) -> Member | None:
+    """The member that stands for one of the plan's actors."""
+    return _fitting(target, wanted, members, ("ready", "starting"))
+
+
+def _fitting(
+    target: Target, wanted: WantedActor, members: Iterable[Member], states: tuple[MemberState, ...]
+) -> Member | None:
+    """Of several one that is ready, of these the newest."""
+    fitting = [m for m in members if m.state in states and fits(target, wanted, m)]
+    return max(fitting, key=lambda m: (m.state == "ready", m.incarnation, m.name), default=None)
+
+
+def _ending(member: Member, now_s: float, patience: Patience) -> Action | None:
+    """What a member's own state leads to, whatever is planned."""
+    age_s = now_s - member.since_s
+    match member.state:
+        case "orphan":
+            return End(member.name, "is none of this service's actors")
+        case "lost":
+            return End(member.name, f"was lost: {member.error}")
+        case "failed":
+            return End(member.name, f"failed: {member.error}", is_failure=True)
+        case "quarantined":
+            return End(member.name, f"is quarantined: {member.error}")
+        case "draining" if (member.is_known and member.is_idle) or age_s >= patience.drain_s:
+            return Turn(member.name, "retiring", "it has finished what it had")
+        case "retiring" if member.is_known or age_s >= patience.retire_s:
+            return End(member.name, "is retired")
+        case _:
+            return None
+
+
+def _drains(
+    target: Target, current: Mapping[str, Member | None], superseded: Sequence[Member]
+) -> list[Action]:
+    """Those whose experts others answer for by now, as all routers know."""
+    if not superseded:
+        return []
+    planned = {key for wanted in target.wanted for key in wanted.keys}
+    standing = [m for m in current.values() if m is not None and m.state == "ready" and m.is_known]
+    missing = planned.difference(*(member.keys for member in standing))
+    return [
+        Turn(m.name, "draining", "others have taken over" if planned else "no actor is wanted")
+        for m in superseded
+        if missing.isdisjoint(m.keys)
+    ]
+
+
+def _creations(
+    target: Target,
+    current: Mapping[str, Member | None],
+    back: Collection[str],
+    members: Sequence[Member],
+    superseded: Sequence[Member],
+    backoffs: Mapping[str, Backoff],
+    taken: Collection[str],
+    now_s: float,
+) -> list[Action]:
+    if any(member.state == "found" for member in members):
+        return []  # one of them may be what is wanted
+    serving = {member.actor for member in superseded if member.state == "ready"}
+    starting = [m.actor for m in current.values() if m is not None and m.state == "starting"]
+    num_replaced = sum(actor in serving for actor in starting)
+    num_replaced += sum(member.state in ("draining", "retiring") for member in members)
+    used = {*taken, *(member.name for member in members if not member.is_gone)}
+    rooms = _free_rooms(target, members)
+    creations: list[Action] = []
+    for wanted in target.wanted:
+        backoff = backoffs.get(wanted.name)
+        if current[wanted.name] is not None or wanted.name in back:
+            continue
+        if backoff is not None and now_s < backoff.retry_at_s:
+            continue
+        if wanted.name in serving:
+            if num_replaced >= MAX_REPLACED_AT_ONCE:
+                continue
+            num_replaced += 1
+        node_id, is_waiting = _choose_node(target, wanted, rooms)
+        name = _free_name(wanted.name, used)
+        used.add(name)
+        reason = "replaces what serves" if wanted.name in serving else "nothing answers for it"
+        creations.append(Create(name, wanted, node_id, is_waiting, reason))
+    return creations
+
+
+def _free_rooms(target: Target, members: Iterable[Member]) -> dict[str, int]:
+    rooms = dict(target.rooms)
+    for member in members:
+        if member.node_id in rooms and not member.is_gone:
+            rooms[member.node_id] -= member.budget_bytes or 0
+    return rooms
+
+
+def _choose_node(target: Target, wanted: WantedActor, rooms: dict[str, int]) -> tuple[str | None, bool]:
+    """Where to start an actor, and whether it waits for a machine: on the plan's node; without one, or where it is
+    gone, on the node with the most room, if that is enough. Takes the room."""
+    node_id, budget_bytes = wanted.plan.node_id, wanted.plan.budget_bytes or 0
+    if node_id not in target.rooms:
+        if target.is_one_machine:
+            return None, False
+        node_id = min(rooms, key=lambda node: (-rooms[node], node), default=None)
+        if node_id is None or rooms[node_id] < budget_bytes:
+            return None, True
+    assert node_id is not None
+    rooms[node_id] -= budget_bytes
+    return node_id, False
+
+
+def _free_name(actor: str, used: Collection[str]) -> str:
+    """The plan's name, or that with the lowest number that is free: names, and labels of metrics, stay few."""
+    if actor not in used:
+        return actor
+    return next(name for number in range(2, len(used) + 3) if (name := f"{actor}.{number}") not in used)
+
+
+def reservation(create: Create, memory: Mapping[str, int], members: Iterable[Member]) -> int:
+    """Bytes that Ray is to count for an actor. memory: what Ray counts in all, by node.
+
+    On a node of the plan's choice never more than Ray has left there: the plan knows better what fits. One that waits
+    for a machine asks for all it needs.
+    """
+    budget_bytes = create.wanted.plan.budget_bytes or 0
+    if create.node_id is None:
+        return budget_bytes
+    counted = sum(m.budget_bytes or 0 for m in members if m.node_id == create.node_id and not m.is_gone)
+    return min(budget_bytes, max(0, memory.get(create.node_id, 0) - counted))
+
+
+# Who is where
+
+
+def make_owners(target: Target, members: Sequence[Member]) -> Owners:
+    """Expert -> names of the actors that answer for it: the plan's, in its order, then those that still serve until
+    these have taken over. Draining ones are left out."""
+    ready = [member for member in members if member.state == "ready"]
+    current = [_current(target, wanted, ready) for wanted in target.wanted]
+    first = [member for member in current if member is not None]
+    names = {member.name for member in first}
+    owners: dict[ExpertKey, tuple[str, ...]] = {}
+    for member in (*first, *(member for member in ready if member.name not in names)):
+        for key in member.keys:
+            owners[key] = (*owners.get(key, ()), member.name)
+    return owners
+
+
+def missing_actor(target: Target, members: Iterable[Member]) -> str | None:
+    """One of the plan's actors that nobody is yet; None where all are there."""
+    ready = [member for member in members if member.state == "ready"]
+    absent = (wanted.name for wanted in target.wanted if _current(target, wanted, ready) is None)
+    return next(absent, None)
+
+
+def is_settled(target: Target, members: Sequence[Member]) -> bool:
+    """Whether what runs is what is planned, and nothing else."""
+    return missing_actor(target, members) is None and len(members) == len(target.wanted)

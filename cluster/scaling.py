@@ -1,0 +1,97 @@
+"""Gathers what the autoscaler decides by, from the supervisor's last look at actors and routers. Pure.
+
+The decisions are `cluster.autoscaler`'s; `cluster.supervisor` applies them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from cluster.autoscaler import Decision, GroupLoad, LoadSnapshot, ScalerState, carry_out, decide
+from cluster.capacity import Capacity, observe
+from cluster.fleet import Fleet
+from cluster.plan import ServicePlan
+from cluster.scaling_room import NodeLoad
+from cluster.service_spec import Scaling
+from experts.group_trust import group_scores
+from experts.trust import TrustSettings, TrustTable
+
+Trust = tuple[TrustTable, TrustSettings]
+
+
+class PlanScaler:
+    """Changes a plan as the load changes. Times are of a monotonic clock."""
+
+    def __init__(self, scaling: Scaling) -> None:
+        self._scaling = scaling
+        self._state = ScalerState()
+        self._capacity = Capacity("wake")
+        self._looked_at_s: float | None = None
+        self._busy_s: dict[tuple[str, int], float] = {}
+        """By an actor's name and incarnation: what it had computed at the last look."""
+
+    @property
+    def state(self) -> str:
+        """The capacity state as of the last look."""
+        return self._capacity.state
+
+    def look(
+        self,
+        plan: ServicePlan,
+        fleet: Fleet,
+        rooms: Mapping[str, int],
+        trust: Trust | None,
+        now_s: float,
+    ) -> tuple[ServicePlan, tuple[Decision, ...]]:
+        """The plan from now on, and what was decided. Nothing changes before a router has told its load."""
+        load, looked_at_s = fleet.routers.load(), self._looked_at_s
+        if load is None or (looked_at_s is not None and now_s - looked_at_s < self._scaling.interval_s):
+            return plan, ()
+        self._looked_at_s = now_s
+        self._capacity = observe(self._capacity, load, now_s)
+        busy_s = self._busy_by_group(plan, fleet)
+        rows = fleet.routers.take_demand({group.name: group.keys for group in plan.groups})
+        if looked_at_s is None:  # counted since nobody knows when
+            return plan, ()
+        elapsed_s = now_s - looked_at_s
+        size = self._scaling.expert_bytes
+        groups = tuple(
+            GroupLoad(
+                group.name,
+                rows[group.name] / elapsed_s,
+                busy_s[group.name] / elapsed_s,
+                len(group.keys) * size,
+                size,
+                0.5 if trust is None else float(group_scores(*trust, group.keys).mean()),
+            )
+            for group in plan.groups
+        )
+        nodes = tuple(NodeLoad(node_id, room_bytes) for node_id, room_bytes in sorted(rooms.items()))
+        snapshot = LoadSnapshot(self._capacity.state, groups, nodes)
+        seen = _where_it_runs(plan, fleet)
+        self._state, decisions = decide(self._state, snapshot, seen, self._scaling.settings, now_s)
+        return carry_out(plan, decisions), decisions
+
+    def _busy_by_group(self, plan: ServicePlan, fleet: Fleet) -> dict[str, float]:
+        """Seconds that each group's actors computed since the last look."""
+        group_of = {actor.name: actor.group for actor in plan.actors}
+        busy_s = {group.name: 0.0 for group in plan.groups}
+        before, self._busy_s = self._busy_s, {}
+        for member in fleet.members.values():
+            pulse, group = fleet.pulses.get(member.name), group_of.get(member.actor)
+            if pulse is None or group is None:
+                continue
+            known = (member.name, member.incarnation)
+            self._busy_s[known] = pulse.busy_s
+            busy_s[group] += pulse.busy_s - before.get(known, pulse.busy_s)
+        return busy_s
+
+
+def _where_it_runs(plan: ServicePlan, fleet: Fleet) -> ServicePlan:
+    """The plan with the nodes that Ray has chosen where it was free to."""
+    node_of = {member.actor: member.node_id for member in fleet.members.values() if member.state == "ready"}
+    actors = (
+        actor if actor.node_id else replace(actor, node_id=node_of.get(actor.name)) for actor in plan.actors
+    )
+    return replace(plan, actors=tuple(actors))

@@ -1,0 +1,87 @@
+"""What a service is told to keep running, and what follows for each of its expert actors. Plain values.
+
+Made by `gateway.launch`; read by `cluster.supervisor`, from whose plan it may depart later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from cluster.autoscaler import ScalerSettings
+from cluster.plan import ActorPlan, ExpertGroup, ServicePlan
+from cluster.reconcile import WantedActor
+from experts.actor import ActorSpec
+from experts.eviction import DEFAULT_EVICTION, Eviction
+
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How the plan follows the load."""
+
+    settings: ScalerSettings
+    expert_bytes: int
+    """Of one expert in memory."""
+    interval_s: float = 1.0
+    """Between two looks."""
+
+
+@dataclass(frozen=True)
+class ServiceSpec:
+    """What the supervisor keeps running."""
+
+    store_root: str
+    dtype: str
+    width: int
+    expert_width: int
+    plan: ServicePlan
+    threads_per_actor: int
+    eviction: Eviction = DEFAULT_EVICTION
+    is_local_only: bool = True
+    """Whether the data plane listens on loopback alone, since all of Ray is on this machine."""
+    spin_s: float = 0.0
+    """See `TransportLimits`; actors and routers use the same."""
+    store_copies: tuple[str, ...] = ()
+    """See `ActorSpec`."""
+    secret: bytes = field(default=b"", repr=False)
+    rooms: Mapping[str, int] = field(default_factory=dict)
+    """Node id -> bytes that experts may take there. Of nodes that are not named, what Ray counts as their memory."""
+    scaling: Scaling | None = None
+    """None leaves the plan as it is."""
+
+
+def actor_spec(
+    spec: ServiceSpec, plan: ServicePlan, actor: ActorPlan, name: str, incarnation: int
+) -> ActorSpec:
+    """Of one of the plan's actors, under the name that it has in Ray."""
+    return ActorSpec(
+        name,
+        incarnation,
+        spec.store_root,
+        spec.dtype,
+        plan.group(actor.group).keys,
+        spec.width,
+        spec.expert_width,
+        actor.budget_bytes,
+        spec.eviction,
+        spec.threads_per_actor,
+        LOOPBACK if spec.is_local_only else "",
+        spec.spin_s,
+        spec.secret,
+        spec.store_copies,
+        actor.name,
+    )
+
+
+def service_of(spec: ServiceSpec) -> str:
+    """See `ActorSpec.service`."""
+    nobody = ActorPlan("", "")
+    return actor_spec(spec, ServicePlan((ExpertGroup("", ()),), ()), nobody, "", 0).service()
+
+
+def wanted_actors(spec: ServiceSpec, plan: ServicePlan) -> tuple[WantedActor, ...]:
+    """Takes a while for many experts; holds until the plan changes."""
+    specs = [(actor, actor_spec(spec, plan, actor, "", 0)) for actor in plan.actors]
+    return tuple(WantedActor(actor, told.fingerprint(), told.group) for actor, told in specs)

@@ -1,0 +1,52 @@
+"""What an expert actor tells its supervisor: once who it is, and then again and again how it does. Plain values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from experts.roster import ResidentExperts
+from experts.transport import Endpoint
+from extraction.manifest import ExpertKey
+
+
+@dataclass(frozen=True)
+class ActorIdentity:
+    """Does not change while an actor lives."""
+
+    service: str
+    """Equal for all actors of one service, and of no other; see `ActorSpec.service`."""
+    actor: str
+    """The plan's actor that it stands for."""
+    incarnation: int
+    fingerprint: str
+    """Equal for actors that compute the same for the same routers; see `ActorSpec.fingerprint`."""
+    budget_bytes: int | None
+    """Of experts, from its start; it may be told to keep less, never more. None means no bound."""
+    node_id: str
+    """Ray's id of the node that it runs on."""
+    endpoint: Endpoint
+    keys: tuple[ExpertKey, ...]
+
+
+@dataclass(frozen=True)
+class ActorPulse:
+    """The actor at a moment; counters are since its start."""
+
+    num_active: int
+    """Calls that it computes now."""
+    busy_s: float
+    """Time in which it computed."""
+    rows: int
+    hits: int
+    misses: int
+    resident: ResidentExperts
+
+
+@dataclass(frozen=True)
+class Death:
+    """In place of an answer: the actor is dead, or will never live."""
+
+    error: str
+
+
+Answer = ActorIdentity | ActorPulse | Death

@@ -1,0 +1,204 @@
+"""The supervisor on a Ray of two nodes: what is planned runs where it is planned, whatever is changed or killed, and
+a client that streams meanwhile gets the same tokens."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from cluster.placement import plan_local
+from cluster.plan import ActorPlan, ServicePlan
+from cluster.ray_directory import RayDirectory
+from cluster.resources import NAMESPACE
+from cluster.supervisor import find_supervisor, start_supervisor, stop_supervisor
+from experts.store import ExpertStore
+from router.loading import EngineOptions, LoadedEngine
+from tests.engines import open_engine, run_to_end
+from tests.ray_nodes import WAIT_S, Stream, greedy, pids, ray_nodes, service_spec, states, wait_settled
+
+pytestmark = pytest.mark.ray
+
+
+@dataclass
+class Running:
+    """A service of two groups, one on each node, and a router connected to it."""
+
+    supervisor: Any
+    plan: ServicePlan
+    nodes: list[str]
+    loaded: LoadedEngine
+    directory: RayDirectory
+    expected: list[int]
+
+    def status(self) -> dict[str, Any]:
+        told: dict[str, Any] = ray.get(self.supervisor.status.remote(), timeout=WAIT_S)
+        return told
+
+    def apply(self, plan: ServicePlan) -> None:
+        ray.get(self.supervisor.apply.remote(plan), timeout=WAIT_S)
+
+    def wait_connected(self, *names: str) -> None:
+        _wait_until(lambda: self.directory.remote.connected() == set(names))
+
+    def stream(self) -> Stream:
+        return Stream(self.loaded)
+
+    def is_unharmed(self, stream: Stream) -> bool:
+        """Every answer is the expected one, and no call found its actor gone."""
+        return not stream.errors and all(answer == self.expected for answer in stream.answers)
+
+
+def _wait_until(is_reached: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not is_reached():
+        assert time.monotonic() < deadline, "not reached in time"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def service(stories_store: Path) -> Iterator[Running]:
+    store = ExpertStore.open(stories_store)
+    keys = store.expert_keys(store.served.name)
+    store.close()
+    local = open_engine(stories_store, EngineOptions())
+    expected = run_to_end(local.engine, [greedy("alone")]).tokens["alone"]
+    local.close()
+    with ray_nodes(2) as (_, nodes):
+        plan = plan_local(keys, 2)
+        plan = replace(
+            plan,
+            actors=tuple(
+                replace(actor, node_id=node) for actor, node in zip(plan.actors, nodes, strict=True)
+            ),
+        )
+        supervisor = start_supervisor(service_spec(stories_store, plan))
+        try:
+            ray.get(supervisor.wait_ready.remote(), timeout=WAIT_S)
+            directories: list[RayDirectory] = []
+
+            def connect(worker: Any) -> RayDirectory:
+                directories.append(RayDirectory(worker))
+                return directories[0]
+
+            loaded = open_engine(stories_store, EngineOptions(), connect)
+            yield Running(supervisor, plan, nodes, loaded, directories[0], expected)
+            loaded.close()
+        finally:
+            stop_supervisor()
+
+
+@pytest.fixture(autouse=True)
+def as_planned(service: Running) -> Iterator[None]:
+    """Every test begins with the first plan, connected."""
+    service.apply(service.plan)
+    wait_settled(service.supervisor)
+    _wait_until(lambda: len(service.directory.remote.connected()) == 2)
+    yield
+
+
+def test_actors_run_on_the_nodes_of_the_plan(service: Running) -> None:
+    entries = service.status()["actors"]
+    assert [(entry["name"], entry["node_id"]) for entry in entries] == [
+        ("experts-0", service.nodes[0][:12]),
+        ("experts-1", service.nodes[1][:12]),
+    ]
+    assert [(entry["group_name"], entry["replica"], entry["state"]) for entry in entries] == [
+        ("experts-0", 0, "ready"),
+        ("experts-1", 0, "ready"),
+    ]
+
+
+def test_restarted_supervisor_adopts_what_runs_and_remembers_the_plan(service: Running) -> None:
+    grown = replace(
+        service.plan,
+        actors=(*service.plan.actors, ActorPlan("replica", "experts-0", service.nodes[1])),
+    )
+    service.apply(grown)
+    wait_settled(service.supervisor)
+    before = service.status()["actors"]
+    pid = ray.get(service.supervisor.pid.remote(), timeout=WAIT_S)
+    os.kill(pid, signal.SIGKILL)
+    _wait_until(lambda: _pid(service.supervisor) not in (None, pid))
+    wait_settled(service.supervisor)
+    after = service.status()["actors"]
+    assert pids(after) == pids(before)
+    assert len(pids(after)) == 3
+    assert [entry["incarnation"] for entry in after] == [entry["incarnation"] for entry in before]
+
+
+def _pid(supervisor: Any) -> int | None:
+    try:
+        return int(ray.get(supervisor.pid.remote(), timeout=10.0))
+    except (ray.exceptions.RayError, TimeoutError):
+        return None
+
+
+def test_group_moves_to_another_node_while_a_client_streams(service: Running) -> None:
+    moved = replace(
+        service.plan,
+        actors=tuple(replace(actor, node_id=service.nodes[1]) for actor in service.plan.actors),
+    )
+    with service.stream() as stream:
+        service.apply(moved)
+        wait_settled(service.supervisor)
+    entries = service.status()["actors"]
+    assert {entry["node_id"] for entry in entries} == {service.nodes[1][:12]}
+    assert service.is_unharmed(stream)
+    assert service.loaded.directory.stats().failovers == 0
+
+
+def test_rolling_restart_replaces_every_actor_while_a_client_streams(service: Running) -> None:
+    before = service.status()["actors"]
+    with service.stream() as stream:
+        ray.get(service.supervisor.roll.remote(), timeout=WAIT_S)
+        wait_settled(service.supervisor)
+    after = service.status()["actors"]
+    assert pids(before).isdisjoint(pids(after))
+    assert min(entry["incarnation"] for entry in after) > max(entry["incarnation"] for entry in before)
+    assert service.is_unharmed(stream)
+    assert service.loaded.directory.stats().failovers == 0
+
+
+def test_service_goes_down_to_no_actor_and_comes_back_while_a_client_streams(service: Running) -> None:
+    with service.stream() as stream:
+        service.apply(replace(service.plan, actors=()))
+        wait_settled(service.supervisor)
+        assert service.status()["actors"] == []
+        service.wait_connected()
+        service.apply(service.plan)
+        wait_settled(service.supervisor)
+        _wait_until(lambda: len(service.directory.remote.connected()) == 2)
+    assert service.is_unharmed(stream)
+    assert service.loaded.directory.stats().failovers == 0
+
+
+def test_actor_that_computes_what_is_wrong_is_replaced(service: Running) -> None:
+    bad = service.status()["actors"][0]
+    wrong = service.supervisor.report_bad.remote(bad["name"], bad["incarnation"] - 1, "of an earlier one")
+    ray.get(wrong, timeout=WAIT_S)
+    assert states(service.status())[bad["name"]] == "ready"
+    told = service.supervisor.report_bad.remote(bad["name"], bad["incarnation"], "rows of NaN")
+    ray.get(told, timeout=WAIT_S)
+    wait_settled(service.supervisor)
+    status = service.status()
+    assert bad["pid"] not in pids(status["actors"])
+    assert status["quarantines"] == {service.nodes[0]: 1}
+    assert ("quarantine", "rows of NaN") in [(d["kind"], d["reason"]) for d in status["decisions"]]
+
+
+def test_stopped_service_leaves_no_actor_behind(service: Running) -> None:
+    """The last one: it stops what the others use."""
+    stop_supervisor()
+    _wait_until(
+        lambda: not [entry for entry in ray.util.list_named_actors(True) if entry["namespace"] == NAMESPACE]
+    )
+    with pytest.raises(Exception, match="no supervisor"):
+        find_supervisor()
