@@ -194,9 +194,9 @@ class Channel:
         except BlockingIOError:
             now_s = time.monotonic()
             if now_s >= deadline_s:
-                raise LinkLost("the deadline passed") from None
+                raise LinkLost("the deadline passed", kind="late") from None
             if now_s - self.heard_at_s >= silence_s:
-                raise LinkLost(f"nothing heard for {now_s - self.heard_at_s:.2f} s") from None
+                raise LinkLost(f"nothing heard for {now_s - self.heard_at_s:.2f} s", kind="silent") from None
             return 0
         except OSError as error:
             raise self._lost(error) from error
@@ -204,7 +204,8 @@ class Channel:
             raise self._closed(is_orderly=needed == HEADER_BYTES and flags == 0)
         self.heard_at_s = time.monotonic()
         if self.heard_at_s >= deadline_s and count < needed:
-            raise LinkLost("the deadline passed")  # else a peer that sends byte by byte would never meet it
+            # Else a peer that sends byte by byte would never meet it.
+            raise LinkLost("the deadline passed", kind="late")
         return count
 
     def _spin(self, view: memoryview) -> int:
@@ -238,7 +239,7 @@ class Channel:
             rest[0] = rest[0][sent:]
             now_s = time.monotonic()
             if now_s >= deadline_s or now_s - moved_at_s >= self._stall_s:
-                raise LinkLost("the peer does not read what is sent to it")
+                raise LinkLost("the peer does not read what is sent to it", kind="silent")
             try:
                 sent = self._socket.sendmsg(rest)
                 moved_at_s = time.monotonic()

@@ -76,7 +76,7 @@ class ExpertWorker:
         self._stats = WorkerStats()
         self._store = store
         self._kernel = kernel
-        self._widths = widths
+        self.widths = widths
         self._group = None if group is None else frozenset(group)
         self._keys = tuple(key for key in store.expert_keys() if self._answers_for(key))
         options = CacheOptions(budget_bytes, eviction, trust, direct, tuple(copies))
@@ -165,7 +165,7 @@ class ExpertWorker:
         self.cache.close()
 
     def _answers_for(self, key: ExpertKey) -> bool:
-        return key.component in self._widths and (self._group is None or key in self._group)
+        return key.component in self.widths and (self._group is None or key in self._group)
 
     def _count_step(self, call: ExpertCall) -> None:
         """Time for evictions: how often the layer that was called most often was called."""
