@@ -76,6 +76,7 @@ class ExpertActor:
             eviction=spec.eviction,
             trust=self._trust.score,
             copies=tuple(map(Path, spec.store_copies)),
+            has_guests=True,
         )
         info = ServiceInfo(spec.width, dtype, self._worker.numerics_class, components)
         self._server = ExpertServer(

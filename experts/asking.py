@@ -84,8 +84,11 @@ class Asker:
                 self.times.end(name, call.num_rows, None, started_s)
         return Question(name, link, share, started_s)
 
-    def hear(self, question: Question, *, is_checked: bool = True) -> Tensor | Failure:
-        """Wait for the rows. is_checked: rows that are not finite are a failure, unless the activations are not."""
+    def hear(
+        self, question: Question, *, is_checked: bool = True, is_counted: bool = True
+    ) -> Tensor | Failure:
+        """Wait for the rows. is_checked: rows that are not finite are a failure, unless the activations are not.
+        is_counted: among the rows, since they go into an answer."""
         name, link, share = question.name, question.link, question.share
         waiting_since_s = self._clock()
         seconds: float | None = None
@@ -102,6 +105,8 @@ class Asker:
         if is_checked and not are_finite(rows_RD) and are_finite(share.call.tokens_TD):
             return self._failed(name, link, share, AnswerNotFinite(name), rows_RD)
         self.suspensions.clear(name, (share.call.component, share.call.layer))
+        if not is_counted:
+            return rows_RD
         with self._counting:
             self.counters.remote_rows += share.call.num_rows
             if link.info.numerics_class != self._own_class:

@@ -88,9 +88,14 @@ class _Plan(NamedTuple):
 class _Ranks:
     """Who may be asked for each expert while roster and connections stay as they are."""
 
-    def __init__(self, view: View, reach: Reach) -> None:
+    def __init__(self, view: View, reach: Reach, before: _Ranks | None = None) -> None:
+        """before: whose findings are kept where they still hold."""
         self.view, self.reach = view, reach
         self._tiers: dict[ExpertKey, Tiers] = {}
+        if before is not None and before.reach == reach:
+            old = before.view
+            if old.owners is view.owners and old.fallbacks is view.fallbacks:
+                self._tiers = before._tiers
 
     def of(self, key: ExpertKey) -> Tiers:
         tiers = self._tiers.get(key)
@@ -228,7 +233,8 @@ class RemoteDirectory:
         view, ranks = self._links.view, self._ranks
         present = frozenset(name for name, link in view.links.items() if link.is_open)
         if view is not ranks.view or present != ranks.reach.present:
-            self._ranks = ranks = _Ranks(view, Reach(present, view.class_of, self._local.numerics_class))
+            reach = Reach(present, view.class_of, self._local.numerics_class)
+            self._ranks = ranks = _Ranks(view, reach, ranks)
         return ranks
 
     def _ask(
@@ -305,12 +311,9 @@ class RemoteDirectory:
         able = frozenset.intersection(*(frozenset(p for tier in each for p in tier) for each in tiers))
         share = Share(call, tuple(range(call.num_rows)))
         for other in (other for tier in tiers[0] for other in tier if other in able and other != place):
-            if other is None:
-                with_error = self._opinion_here(call)
-            else:
-                with_error = self._opinion_of(other, share, ranks.view)
-            if with_error is not None:
-                yield with_error
+            opinion = self._opinion_of(other, share, ranks.view) if other else self._opinion_here(call)
+            if opinion is not None:
+                yield opinion
 
     def _opinion_here(self, call: ExpertCall) -> Opinion | None:
         try:
@@ -323,7 +326,7 @@ class RemoteDirectory:
         question = self._asker.ask(name, view.links[name], share)
         if isinstance(question, Failure):
             return None
-        rows = self._asker.hear(question, is_checked=False)
+        rows = self._asker.hear(question, is_checked=False, is_counted=False)
         return None if isinstance(rows, Failure) else _opinion(question, rows)
 
     def _found_wrong(self, opinion: Opinion) -> None:
