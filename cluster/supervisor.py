@@ -113,6 +113,15 @@ class Supervisor:
         logger.info("router lost expert actor %s", name)
         self._wake.set()
 
+    def report_bad(self, name: str, incarnation: int, reason: str) -> None:
+        """A router found that this life of an actor gives wrong rows, and asks it no more: replace it."""
+        logger.error("router asks expert actor %s no more: it answered with %s", name, reason)
+        with self._lock:
+            accused = [m for m in self._members if (m.spec.name, m.spec.incarnation) == (name, incarnation)]
+        for member in accused:
+            ray.kill(member.handle)
+        self._wake.set()
+
     def trust_table(self, identity: TrustIdentity, options: TrustOptions) -> TrustTable:
         """What is kept. Raises LedgerBusy or LedgerUnusable."""
         return self._owned_ledger(identity, options).table()

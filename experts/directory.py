@@ -49,8 +49,10 @@ class DirectoryStats:
     foreign_rows: int = 0
     """See ExpertDirectory.foreign_rows."""
     audits: AuditStats = AuditStats()
+    num_quarantined: int = 0
+    """Lives of actors that gave wrong rows, and are not asked any more."""
     quarantined: tuple[str, ...] = ()
-    """Lives of actors that gave wrong rows, as name/incarnation; not asked any more. The latest ones."""
+    """The latest of these, as name/incarnation."""
     latencies: Mapping[str, LatencySummary] = field(default_factory=dict)
     """Actor name -> of its latest answers, from the call to its last row."""
 

@@ -132,7 +132,7 @@ class RemoteDirectory:
         self._asker = Asker(self._links, CallTimes(self._options.call_timeout_s), local.numerics_class)
         self._ranks = _Ranks(self._links.view, Reach(frozenset(), {}, local.numerics_class))
         self._counting = threading.Lock()
-        self._local_rows = 0
+        self._local_rows = self._num_quarantined = 0
         self._quarantined: deque[str] = deque(maxlen=QUARANTINED_SHOWN)
         share, seed = self._options.audit_share, self._options.audit_seed
         self.auditor = Auditor(share, seed, self._opinions, self._found_wrong)
@@ -186,6 +186,7 @@ class RemoteDirectory:
             dict(asker.failures),
             asker.counters.foreign_rows,
             AuditStats(auditor.done, auditor.disagreed, auditor.undecided, auditor.owed),
+            self._num_quarantined,
             tuple(self._quarantined),
             asker.times.summary(),
         )
@@ -339,7 +340,9 @@ class RemoteDirectory:
         """Ask this life of an actor no more, and report it; once."""
         if self._links.refuse(name, incarnation):
             logger.error("expert actor %s is asked no more: it answered with %s", name, reason)
-            self._quarantined.append(f"{name}/{incarnation}")
+            with self._counting:
+                self._num_quarantined += 1
+                self._quarantined.append(f"{name}/{incarnation}")
             self._on_bad(name, incarnation, reason)
 
 
