@@ -2,9 +2,9 @@
 
 Which answers is decided by a seeded count, each with the same chance r whatever came before: an actor that is always
 wrong stays unknown for n answers with probability (1 - r)^n, so for 4.6 / r of them with 1%. Of an answer every expert
-is computed again, but of each only a few rows. That happens on a thread of its own with a short queue; while it is full,
-answers that are due are owed, and later ones of the same actor audited in their place. An audit comes after its answer
-was used: it finds out who must not be asked again, it does not mend a token. Used by `experts.remote_directory`.
+is computed again, but of each only a few rows. That happens on a thread of its own with a short queue; while it is
+full, answers that are due are owed, and later ones of the same actor audited in their place. An audit comes after its
+answer was used: it finds out who must not be asked again, it does not mend a token. Used by `experts.remote_directory`.
 """
 
 from __future__ import annotations

@@ -5,9 +5,10 @@ Called by `experts.remote_directory` with a clock of its own; safe for several t
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from experts.replicas import MESSAGE_S, NO_LOAD_ROW_S, ActorLoad
@@ -105,9 +106,9 @@ class CallTimes:
         }
 
 
-def percentile(ascending: list[float] | deque[float], share: float) -> float:
+def percentile(ascending: Sequence[float], share: float) -> float:
     """The smallest value that at least `share` of all do not exceed."""
-    return ascending[min(len(ascending) - 1, int(share * len(ascending)))]
+    return ascending[max(0, math.ceil(share * len(ascending)) - 1)]
 
 
 def _note(recent: _Recent, num_rows: int, seconds: float, now_s: float) -> None:

@@ -16,7 +16,6 @@ from experts.call_times import LatencySummary
 from experts.errors import LossKind
 from experts.worker import ExpertWorker
 
-
 FailureKind = Literal[LossKind, "error", "not finite"]
 """Why an actor's answer could not be used."""
 FAILURE_KINDS: tuple[FailureKind, ...] = ("lost", "late", "silent", "error", "not finite")

@@ -38,14 +38,21 @@ class NotInGroup(ExpertError):
 
 
 class ExpertUnavailable(ExpertError):
-    """Nobody computes an expert: no actor answers for it, and this process cannot."""
+    """Nobody computes some experts of a layer: no actor answers for them, and this process cannot."""
 
-    def __init__(self, key: str, waited_s: float, reason: str) -> None:
-        super().__init__(key, waited_s, reason)
-        self.key, self.waited_s, self.reason = key, waited_s, reason
+    def __init__(
+        self, component: str, layer: int, experts: tuple[int, ...], waited_s: float, reason: str
+    ) -> None:
+        super().__init__(component, layer, experts, waited_s, reason)
+        self.component, self.layer, self.experts = component, layer, experts
+        self.waited_s, self.reason = waited_s, reason
 
     def __str__(self) -> str:
-        return f"nobody has computed expert {self.key} for {self.waited_s:.0f} s: {self.reason}"
+        numbers = ", ".join(map(str, self.experts))
+        return (
+            f"nobody could compute {self.component}, layer {self.layer}, experts {numbers}, "
+            f"for {self.waited_s:.0f} s: {self.reason}"
+        )
 
 
 class NotRowInvariant(ExpertError):

@@ -151,6 +151,10 @@ class RemoteDirectory:
         """Names of the actors that calls can go to now."""
         return self._links.open()
 
+    def outstanding_rows(self, name: str) -> int:
+        """Rows that an actor was asked for and has not answered yet."""
+        return self._asker.times.load(name, time.monotonic()).outstanding_rows
+
     def update(self, roster: Roster) -> None:
         """Follow a newer roster; see `ActorLinks.update`."""
         self._links.update(roster)
@@ -201,7 +205,7 @@ class RemoteDirectory:
         """All rows of a call, from whoever can do it and was not tried."""
         plan = self._plan(call, attempt)
         while plan.lacking is not None:
-            attempt = self._wait_for_replacement(plan.view, plan.lacking, attempt)
+            attempt = self._wait_for_replacement(call, plan.view, plan.lacking, attempt)
             plan = self._plan(call, attempt)
         shares = split_by_place(call, plan.places)
         results, failures = self._ask(shares, plan.view, not attempt.is_second_opinion)
@@ -291,7 +295,9 @@ class RemoteDirectory:
         self._quarantine(place, failure.incarnation, NOT_FINITE)
         return second_RD
 
-    def _wait_for_replacement(self, view: View, lacking: ExpertKey, attempt: _Attempt) -> _Attempt:
+    def _wait_for_replacement(
+        self, call: ExpertCall, view: View, lacking: ExpertKey, attempt: _Attempt
+    ) -> _Attempt:
         """Until the roster brings news; then everybody may be tried again. Raises when there is nothing to wait for."""
         error = attempt.error
         assert error is not None, "somebody was tried"
@@ -300,7 +306,8 @@ class RemoteDirectory:
         now_s, wait_s = time.monotonic(), self._options.replacement_wait_s
         until_s = now_s + wait_s if attempt.until_s is None else attempt.until_s
         if not self._links.wait_for_news(view, max(0.0, until_s - now_s)) or time.monotonic() >= until_s:
-            raise ExpertUnavailable(str(tuple(lacking)), time.monotonic() - until_s + wait_s, str(error))
+            waited_s = time.monotonic() - until_s + wait_s
+            raise ExpertUnavailable(call.component, call.layer, call.experts, waited_s, str(error))
         return _Attempt(error=error, is_second_opinion=attempt.is_second_opinion, until_s=until_s)
 
     # Finding who is wrong

@@ -50,7 +50,8 @@ class WorkerStats:
 
 
 class ExpertWorker:
-    """Computes the experts of one group, and others as guests. Calls from several threads are computed one after another."""
+    """Computes the experts of one group, and maybe others as guests. Calls are computed one after another, whatever
+    threads they come from."""
 
     def __init__(
         self,

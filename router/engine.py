@@ -385,9 +385,7 @@ class Engine:
         found = (
             () if request.num_logprobs is None else (token_logprob(logits_V, token, request.num_logprobs),)
         )
-        return TokenEvent(
-            sequence.name, (token,), reason, None, found, prompt, routing, sequence.is_mixed
-        )
+        return TokenEvent(sequence.name, (token,), reason, None, found, prompt, routing, sequence.is_mixed)
 
     def _fail_non_finite(self, sequence: Sequence) -> TokenEvent:
         logger.error("request %s: non-finite logits", sequence.name)
