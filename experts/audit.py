@@ -160,7 +160,8 @@ class Auditor:
     def _run(self) -> None:
         while (audited := self._queue.get()) is not None:
             try:
-                self._audit(audited)
+                if self._share:  # else it is closing
+                    self._audit(audited)
             except Exception:  # an audit must not end the thread; nothing of an answer hangs on it
                 logger.exception("an audit of %s failed", audited.first.place)
             finally:

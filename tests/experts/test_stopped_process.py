@@ -26,9 +26,9 @@ A = NAMES[0]
 PATIENCE_S = 30.0
 
 
-@pytest.fixture
-def stoppable(tiny_store: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """A server's process, and its port."""
+@pytest.fixture(scope="module")
+def server(tiny_store: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A server's process, and its port. It takes seconds to start."""
     command = [sys.executable, "-m", "tests.experts.stopped_server", str(tiny_store), "1"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -37,6 +37,13 @@ def stoppable(tiny_store: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
         finally:
             process.send_signal(signal.SIGCONT)
             process.kill()
+
+
+@pytest.fixture
+def stoppable(server: tuple[subprocess.Popen[str], int]) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """It is stopped by the test and goes on after it."""
+    yield server
+    server[0].send_signal(signal.SIGCONT)
 
 
 def _is_stopped(pid: int) -> bool:
