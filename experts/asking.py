@@ -5,6 +5,7 @@ What follows from a failure is decided elsewhere, in `experts.remote_directory`,
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -138,9 +139,9 @@ class Asker:
 
 
 def are_finite(values: Tensor) -> bool:
-    """Whether no value is infinite or not a number. One pass over finite values of ordinary size: a sum in float32
-    is finite only where all of them are."""
-    if torch.isfinite(values.sum(dtype=torch.float32)):
+    """Whether no value is infinite or not a number. One pass over finite values of ordinary size: their sum is finite
+    only where all of them are."""
+    if math.isfinite(values.sum().item()):
         return True
     return bool(torch.isfinite(values).all())  # a sum of very large ones may overflow
 

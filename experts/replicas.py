@@ -6,6 +6,7 @@ each expert of a call. Called by `experts.remote_directory`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -91,22 +92,28 @@ def choose(
     free = [index for index, tier in enumerate(equals) if len(tier) > 1]
     if not free:
         return places
-    loads = {name: load_of(name) for index in free for name in equals[index] if name is not None}
-    ready_s = {name: load.outstanding_rows * load.row_s for name, load in loads.items()}
-    asked: set[Place] = set()
-
-    def end_s(name: str, num_rows: int) -> float:
-        return ready_s[name] + num_rows * loads[name].row_s + (0.0 if name in asked else MESSAGE_S)
+    loads = {name: load_of(name) for name in {name for index in free for name in equals[index]} if name}
+    row_s = {name: load.row_s for name, load in loads.items()}
+    ready_s = {name: MESSAGE_S + load.outstanding_rows * load.row_s for name, load in loads.items()}
+    """When an actor could begin; MESSAGE_S later while it is not asked."""
+    unasked = set(loads)
 
     def give(index: int, name: str) -> None:
         places[index] = name
-        asked.add(name)
-        ready_s[name] += counts[index] * loads[name].row_s
+        ready_s[name] += counts[index] * row_s[name]
+        if name in unasked:
+            unasked.remove(name)
+            ready_s[name] -= MESSAGE_S
 
     for index, tier in enumerate(equals):
         if len(tier) == 1 and tier[0] is not None and tier[0] in loads:
             give(index, tier[0])
-    for index in sorted(free, key=lambda index: -counts[index]):
-        names = [name for name in equals[index] if name is not None]
-        give(index, min(names, key=lambda name: end_s(name, counts[index])))
+    for index in sorted(free, key=counts.__getitem__, reverse=True):
+        count, best, soonest_s = counts[index], "", math.inf
+        for name in equals[index]:
+            assert name is not None, "this process stands alone in its tier"
+            end_s = ready_s[name] + count * row_s[name]
+            if end_s < soonest_s:
+                best, soonest_s = name, end_s
+        give(index, best)
     return places
