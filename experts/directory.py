@@ -43,7 +43,9 @@ class DirectoryStats:
     """Time spent waiting for remote rows, after the local ones were done."""
     failovers: int
     """Calls whose rows an actor did not answer and that were computed elsewhere."""
-    failovers_by_kind: Mapping[FailureKind, int] = field(default_factory=dict)
+    failovers_by_kind: Mapping[FailureKind, int] = field(
+        default_factory=lambda: dict.fromkeys(FAILURE_KINDS, 0)
+    )
     """Of these, by what was wrong."""
     foreign_rows: int = 0
     """See ExpertDirectory.foreign_rows."""

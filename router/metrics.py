@@ -134,7 +134,8 @@ def _trouble(way: DirectoryStats) -> Iterable[Metric]:
     for name, latency in way.latencies.items():
         latencies.add_metric([name, "0.5"], latency.p50_s)
         latencies.add_metric([name, "0.99"], latency.p99_s)
-    yield latencies
+    if latencies.samples:
+        yield latencies
 
 
 def local_actor(service: RouterService) -> dict[str, Any]:
