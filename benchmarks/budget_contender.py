@@ -90,7 +90,7 @@ class MappedExperts(LocalDirectory):
         raw = torch.frombuffer(
             self._map(part.file), dtype=torch.uint8, count=record.nbytes, offset=part.offset
         )
-        return view_expert(raw, self.worker.dtype, self.worker._widths[key.component])
+        return view_expert(raw, self.worker.dtype, self.worker.widths[key.component])
 
     def _map(self, file: str) -> mmap.mmap:
         if file not in self._files:

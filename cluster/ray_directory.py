@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 import uuid
+from collections import deque
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
@@ -16,7 +18,7 @@ from cluster.router_book import RouterLoad
 from cluster.supervisor import find_supervisor
 from experts.call import ExpertCall
 from experts.directory import DirectoryStats
-from experts.remote_directory import RemoteDirectory
+from experts.remote_directory import DirectoryOptions, RemoteDirectory
 from experts.transport import TransportLimits
 from experts.worker import ExpertWorker
 
@@ -29,8 +31,8 @@ ANSWER_TIMEOUT_S = 10.0
 class RayDirectory:
     """An `ExpertDirectory` over the expert actors of this Ray cluster."""
 
-    def __init__(self, local: ExpertWorker) -> None:
-        """local: computes what no actor does. Raises SupervisorMissing."""
+    def __init__(self, local: ExpertWorker, audit_share: float = 0.0) -> None:
+        """local: computes what no actor does. audit_share: see `DirectoryOptions`. Raises SupervisorMissing."""
         self._supervisor = find_supervisor()
         supervisor = self._supervisor
         asked = [supervisor.secret.remote(), supervisor.spin_s.remote(), supervisor.roster.remote()]
@@ -42,11 +44,24 @@ class RayDirectory:
         self._version = roster.version
         """Of the roster that was carried out last."""
         self._load: Callable[[], RouterLoad] | None = None
+        self._bad: deque[tuple[str, int, str]] = deque()
         self.remote = RemoteDirectory(
-            local, roster, secret, limits=TransportLimits(spin_s=spin_s), on_lost=self._report_lost
+            local,
+            roster,
+            secret,
+            limits=TransportLimits(spin_s=spin_s),
+            # A seed that nobody can know: which answers are audited must not be foreseen.
+            options=DirectoryOptions(audit_share=audit_share, audit_seed=secrets.randbits(64)),
+            on_lost=self._report_lost,
+            on_bad=self._report_bad,
         )
         self._follower = threading.Thread(target=self._follow, name="roster", daemon=True)
         self._follower.start()
+
+    @property
+    def foreign_rows(self) -> int:
+        """See ExpertDirectory.foreign_rows."""
+        return self.remote.foreign_rows
 
     def run(self, call: ExpertCall) -> Tensor:
         """See ExpertDirectory.run."""
@@ -88,6 +103,11 @@ class RayDirectory:
         self._lost.add(name)
         self._wake.set()
 
+    def _report_bad(self, name: str, incarnation: int, reason: str) -> None:
+        """Called on the engine's or the auditor's thread."""
+        self._bad.append((name, incarnation, reason))
+        self._wake.set()
+
     def _follow(self) -> None:
         while not self._closing.is_set():
             self._wake.wait(POLL_INTERVAL_S)
@@ -97,6 +117,8 @@ class RayDirectory:
             try:
                 while self._lost:
                     self._supervisor.report_lost.remote(self._lost.pop())
+                while self._bad:
+                    self._supervisor.report_bad.remote(*self._bad.popleft())
                 if self._load is not None:
                     self._supervisor.report_load.remote(self._name, self._load())
                 while self._follow_roster():

@@ -91,6 +91,7 @@ class ExpertActor:
             eviction=spec.eviction,
             trust=self._trust.score,
             copies=tuple(map(Path, spec.store_copies)),
+            has_guests=True,
         )
         self._calls = threading.Lock()
         self._num_active = 0

@@ -52,8 +52,10 @@ class ExpertCache:
         form: ExpertForm,
         keys: Collection[ExpertKey],
         options: CacheOptions,
+        guests: Collection[ExpertKey] = (),
     ) -> None:
-        """keys: all experts that will ever be asked for. form: what records become in memory."""
+        """keys: the experts that it is for. form: what records become in memory. guests: further experts that may be
+        asked for; they share the budget, or stay for one call where there is none."""
         self.weights: dict[ExpertKey, ExpertWeights] = {}
         self.hits = self.misses = self.bytes_read = 0
         self._store, self._form = store, form
@@ -71,11 +73,12 @@ class ExpertCache:
         self._guesses = GuessedReads(self._loader)
         self._pool = BufferPool(budget, is_aligned=self._loader.direct)
         self._buffers: dict[ExpertKey, Tensor] = {}
-        self._held = {key: self._held_bytes(key) for key in keys}
+        self._held = {key: self._held_bytes(key) for key in (*keys, *guests)}
+        self._guests = frozenset(guests)
         self._residency = Residency(budget, make_worth(options.eviction, options.trust))
         self._planned_bytes = budget
-        self.group_bytes = sum(self._held.values())
-        """Of all experts that will ever be asked for, in memory."""
+        self.group_bytes = sum(self._held[key] for key in keys)
+        """Of all experts that it is for, in memory."""
         self._largest = max(self._held.values(), default=0)
         self._shadows = None
         if budget is not None and self.group_bytes > budget:
@@ -177,6 +180,12 @@ class ExpertCache:
         for key in exchange.load:
             self._buffers[key] = window = self._pool.take(self._held[key])
             self._guesses.begin(key, window)
+
+    def let_guests_go(self, keys: Sequence[ExpertKey]) -> None:
+        """After a call: without a budget nothing else would ever make them."""
+        if self.budget_bytes is None:
+            for key in self._guests.intersection(keys):
+                self._forget(key)
 
     def close(self) -> None:
         """Ends the loading threads; the store belongs to the caller."""

@@ -199,9 +199,9 @@ class Channel:
             now_s = time.monotonic()
             self._last_wait_s = now_s - began_s
             if now_s >= deadline_s:
-                raise LinkLost("the deadline passed") from None
+                raise LinkLost("the deadline passed", kind="late") from None
             if now_s - self.heard_at_s >= silence_s:
-                raise LinkLost(f"nothing heard for {now_s - self.heard_at_s:.2f} s") from None
+                raise LinkLost(f"nothing heard for {now_s - self.heard_at_s:.2f} s", kind="silent") from None
             return 0
         except OSError as error:
             raise self._lost(error) from error
@@ -210,7 +210,8 @@ class Channel:
         self.heard_at_s = time.monotonic()
         self._last_wait_s = self.heard_at_s - began_s
         if self.heard_at_s >= deadline_s and count < needed:
-            raise LinkLost("the deadline passed")  # else a peer that sends byte by byte would never meet it
+            # Else a peer that sends byte by byte would never meet it.
+            raise LinkLost("the deadline passed", kind="late")
         return count
 
     def _spin(self, view: memoryview, began_s: float) -> int:
@@ -248,7 +249,7 @@ class Channel:
             rest[0] = rest[0][sent:]
             now_s = time.monotonic()
             if now_s >= deadline_s or now_s - moved_at_s >= self._stall_s:
-                raise LinkLost("the peer does not read what is sent to it")
+                raise LinkLost("the peer does not read what is sent to it", kind="silent")
             try:
                 sent = self._socket.sendmsg(rest)
                 moved_at_s = time.monotonic()

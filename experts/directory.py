@@ -5,14 +5,32 @@ The implementation over actors is `experts.remote_directory`; what Ray adds to i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
 from torch import Tensor
 
 from experts.call import ExpertCall
+from experts.call_times import LatencySummary
+from experts.errors import LossKind
 from experts.worker import ExpertWorker
+
+FailureKind = Literal[LossKind, "error", "not finite"]
+"""Why an actor's answer could not be used."""
+FAILURE_KINDS: tuple[FailureKind, ...] = ("lost", "late", "silent", "error", "not finite")
+
+
+@dataclass(frozen=True)
+class AuditStats:
+    """Counters of answers that were computed again elsewhere; see `experts.audit`."""
+
+    done: int = 0
+    disagreed: int = 0
+    undecided: int = 0
+    """Of those that disagreed, where nobody could say who was right."""
+    owed: int = 0
+    """Due, but not done for want of time; made up for later."""
 
 
 @dataclass(frozen=True)
@@ -25,15 +43,34 @@ class DirectoryStats:
     """Time spent waiting for remote rows, after the local ones were done."""
     failovers: int
     """Calls whose rows an actor did not answer and that were computed elsewhere."""
+    failovers_by_kind: Mapping[FailureKind, int] = field(
+        default_factory=lambda: dict.fromkeys(FAILURE_KINDS, 0)
+    )
+    """Of these, by what was wrong."""
+    foreign_rows: int = 0
+    """See ExpertDirectory.foreign_rows."""
+    audits: AuditStats = AuditStats()
+    num_quarantined: int = 0
+    """Lives of actors that gave wrong rows, and are not asked any more."""
+    quarantined: tuple[str, ...] = ()
+    """The latest of these, as name/incarnation."""
+    latencies: Mapping[str, LatencySummary] = field(default_factory=dict)
+    """Actor name -> of its latest answers, from the call to its last row."""
 
 
 class ExpertDirectory(Protocol):
     """Computes calls for experts, wherever they are."""
 
+    @property
+    def foreign_rows(self) -> int:
+        """Rows so far that were computed in another numerics class than this process's, and are not bitwise the same
+        as its own."""
+        ...
+
     def run(self, call: ExpertCall) -> Tensor:
         """The call's R output rows, (R, D) in the expert dtype, in the call's order.
 
-        Bitwise the same whatever actor computes a row. Raises ExpertError.
+        Bitwise the same whatever actor of this numerics class computes a row. Raises ExpertError.
         """
         ...
 
@@ -56,6 +93,8 @@ class ExpertDirectory(Protocol):
 
 class LocalDirectory:
     """All experts in this process; costs no hop."""
+
+    foreign_rows = 0
 
     def __init__(self, worker: ExpertWorker) -> None:
         self.worker = worker

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+LossKind = Literal["lost", "late", "silent"]
+"""Why a connection ended: it was closed or broke, its deadline passed, or nothing was heard of the peer."""
+
 
 class ExpertError(Exception):
     """Root of the experts' errors."""
@@ -30,6 +35,24 @@ class NotInGroup(ExpertError):
 
     def __str__(self) -> str:
         return f"{self.key} does not belong to this worker's group"
+
+
+class ExpertUnavailable(ExpertError):
+    """Nobody computes some experts of a layer: no actor answers for them, and this process cannot."""
+
+    def __init__(
+        self, component: str, layer: int, experts: tuple[int, ...], waited_s: float, reason: str
+    ) -> None:
+        super().__init__(component, layer, experts, waited_s, reason)
+        self.component, self.layer, self.experts = component, layer, experts
+        self.waited_s, self.reason = waited_s, reason
+
+    def __str__(self) -> str:
+        numbers = ", ".join(map(str, self.experts))
+        return (
+            f"nobody could compute {self.component}, layer {self.layer}, experts {numbers}, "
+            f"for {self.waited_s:.0f} s: {self.reason}"
+        )
 
 
 class NotRowInvariant(ExpertError):
@@ -136,9 +159,9 @@ class FrameFault(TransportError):
 class LinkLost(TransportError):
     """A socket can carry no more frames. `is_orderly` when the peer left between two frames."""
 
-    def __init__(self, reason: str, is_orderly: bool = False) -> None:
-        super().__init__(reason, is_orderly)
-        self.reason, self.is_orderly = reason, is_orderly
+    def __init__(self, reason: str, is_orderly: bool = False, kind: LossKind = "lost") -> None:
+        super().__init__(reason, is_orderly, kind)
+        self.reason, self.is_orderly, self.kind = reason, is_orderly, kind
 
     def __str__(self) -> str:
         return self.reason
@@ -169,9 +192,9 @@ class HandshakeRefused(TransportError):
 class PeerLost(TransportError):
     """The connection to an actor is closed; what was asked is not answered and never will be on it."""
 
-    def __init__(self, name: str, reason: str) -> None:
-        super().__init__(name, reason)
-        self.name, self.reason = name, reason
+    def __init__(self, name: str, reason: str, kind: LossKind = "lost") -> None:
+        super().__init__(name, reason, kind)
+        self.name, self.reason, self.kind = name, reason, kind
 
     def __str__(self) -> str:
         return f"connection to {self.name} lost: {self.reason}"
@@ -186,3 +209,14 @@ class RemoteExpertError(TransportError):
 
     def __str__(self) -> str:
         return f"{self.name} answered with error {self.code}: {self.message}"
+
+
+class AnswerNotFinite(TransportError):
+    """An actor answered finite activations with rows that are infinite or not a number."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+    def __str__(self) -> str:
+        return f"{self.name} answered with values that are not finite"

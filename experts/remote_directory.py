@@ -1,7 +1,11 @@
-"""An expert directory over expert actors: splits a call by owner, asks all of them at once, and joins the rows.
+"""An expert directory over expert actors: asks all that a call needs at once, checks what they answer, and asks others
+for what is lost or wrong.
 
-Experts that no actor owns, and those whose actor is lost, are computed by a worker in this process, with the same
-bits. Knows sockets and nothing of Ray; who is where comes from a `Roster`. Used by `cluster.ray_directory`.
+Who can be asked for an expert, in this order: its owners, which are replicas of each other; actors with its record on
+their disk; a worker in this process; and all of the wanted numerics class before any of another (`experts.replicas`).
+Where nobody is left, a call waits for the roster to bring a replacement, and fails after a bounded time with an error
+that names the expert. No row is ever left out. Knows sockets and nothing of Ray; who is where comes from a `Roster`.
+Used by `cluster.ray_directory`.
 """
 
 from __future__ import annotations
@@ -9,77 +13,100 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
+from experts.asking import Asker, Failure, Question, are_finite
+from experts.audit import Auditor, Opinion
 from experts.call import ExpertCall
-from experts.directory import DirectoryStats
-from experts.errors import TransportError
-from experts.numerics import quantization_in
-from experts.roster import Owners, ResidentExperts, Roster, choose_owner
-from experts.transport import Endpoint, ExpertConnection, ServiceInfo, TransportLimits
+from experts.call_times import CallTimes
+from experts.directory import AuditStats, DirectoryStats
+from experts.errors import ExpertError, ExpertUnavailable
+from experts.links import ActorLinks, View
+from experts.replicas import Reach, Tiers, best_left, choose, rank
+from experts.roster import Roster
+from experts.shares import Place, Share, join, split_by_place
+from experts.transport import TransportLimits
 from experts.worker import ExpertWorker
 from extraction.manifest import ExpertKey
 
 logger = logging.getLogger(__name__)
 
+QUARANTINED_SHOWN = 16
+NOT_FINITE = "values that are not finite, where others computed finite ones"
+NOT_THE_OTHERS = "other values than others computed, found by an audit"
+
+OnBad = Callable[[str, int, str], None]
+"""An actor's name and incarnation, and what was wrong with its rows."""
+
 
 @dataclass(frozen=True)
-class Share:
-    """The part of a call that goes to one owner, and where its rows belong in the whole."""
+class DirectoryOptions:
+    """What a service may choose about the way to its experts."""
 
-    call: ExpertCall
-    rows: tuple[int, ...]
-
-
-def split_by_owner(call: ExpertCall, owners: Owners, present: frozenset[str]) -> dict[str | None, Share]:
-    """Cut a call by owner; None stands for this process. Each share carries only the tokens that it needs."""
-    groups: dict[str | None, list[int]] = {}
-    for index, expert in enumerate(call.experts):
-        key = ExpertKey(call.component, call.layer, expert)
-        groups.setdefault(choose_owner(owners.get(key, ()), present), []).append(index)
-    if len(groups) == 1:
-        name = next(iter(groups))
-        return {name: Share(call, tuple(range(call.num_rows)))}
-    starts = [0]
-    for count in call.counts:
-        starts.append(starts[-1] + count)
-    return {name: _share(call, indices, starts) for name, indices in groups.items()}
+    call_timeout_s: float = 30.0
+    """The longest that an actor may take for a part of a call; less where its answers have lately been quick."""
+    replacement_wait_s: float = 30.0
+    """How long a call waits for somebody who can compute an expert that nobody can now."""
+    audit_share: float = 0.0
+    """Share of the answers that are computed again elsewhere; see `experts.audit`."""
+    audit_seed: int = 0
 
 
-def _share(call: ExpertCall, indices: list[int], starts: list[int]) -> Share:
-    rows = [row for index in indices for row in range(starts[index], starts[index + 1])]
-    tokens = sorted({call.token_of_R[row] for row in rows})
-    place = {token: index for index, token in enumerate(tokens)}
-    tokens_TD = call.tokens_TD
-    if len(tokens) < tokens_TD.shape[0]:
-        tokens_TD = tokens_TD.index_select(0, torch.tensor(tokens, device=tokens_TD.device))
-    part = ExpertCall(
-        call.component,
-        call.layer,
-        tuple(call.experts[index] for index in indices),
-        tuple(call.counts[index] for index in indices),
-        tuple(place[call.token_of_R[row]] for row in rows),
-        tokens_TD,
-        call.request_id,
-    )
-    return Share(part, tuple(rows))
+@dataclass(frozen=True)
+class _Attempt:
+    """How far the search for somebody who computes some experts has come."""
+
+    avoided: frozenset[Place] = frozenset()
+    """Suspended: asked only where nobody else is left."""
+    tried: frozenset[Place] = frozenset()
+    error: ExpertError | None = None
+    """Why the last one of these did not do it."""
+    is_second_opinion: bool = False
+    until_s: float | None = None
+    """Monotonic, once it has begun to wait for a replacement."""
+
+    def after(self, failure: Failure) -> _Attempt:
+        is_second = self.is_second_opinion or failure.rows_RD is not None
+        tried = self.tried | {failure.place}
+        return replace(self, tried=tried, error=failure.error, is_second_opinion=is_second)
 
 
-class _View(NamedTuple):
-    """What a call reads once: every owner that has a connection announced all components that it owns."""
+class _Plan(NamedTuple):
+    """Who is asked for what of a call, and the view that says where they are."""
 
-    owners: Owners
-    connections: Mapping[str, ExpertConnection]
-    resident: Mapping[str, ResidentExperts]
+    view: View
+    places: list[Place]
+    lacking: ExpertKey | None = None
+    """An expert that nobody is left for; then there are no places."""
+
+
+class _Ranks:
+    """Who may be asked for each expert while roster and connections stay as they are."""
+
+    def __init__(self, view: View, reach: Reach, before: _Ranks | None = None) -> None:
+        """before: whose findings are kept where they still hold."""
+        self.view, self.reach = view, reach
+        self._tiers: dict[ExpertKey, Tiers] = {}
+        if before is not None and before.reach == reach:
+            old = before.view
+            if old.owners is view.owners and old.fallbacks is view.fallbacks:
+                self._tiers = before._tiers
+
+    def of(self, key: ExpertKey) -> Tiers:
+        tiers = self._tiers.get(key)
+        if tiers is None:
+            owners, fallbacks = self.view.owners.get(key, ()), self.view.fallbacks.get(key, ())
+            self._tiers[key] = tiers = rank(owners, fallbacks, self.reach)
+        return tiers
 
 
 class RemoteDirectory:
-    """Long-lived connections to the actors of a roster, tended by a thread of its own. Any thread may call."""
+    """See `ExpertDirectory`. Any thread may call."""
 
     def __init__(
         self,
@@ -88,215 +115,244 @@ class RemoteDirectory:
         secret: bytes,
         *,
         limits: TransportLimits | None = None,
-        call_timeout_s: float = 30.0,
+        options: DirectoryOptions | None = None,
         on_lost: Callable[[str], None] = lambda name: None,
+        on_bad: OnBad = lambda name, incarnation, reason: None,
     ) -> None:
         """local: computes what no actor does.
 
         on_lost: called with an actor's name when its connection failed, maybe more than once, on the thread that
-        noticed. It must neither wait nor raise.
+        noticed. on_bad: when an actor was found to give wrong rows, once; it is not asked any more in this
+        incarnation. Neither may wait or raise.
         """
         self._local = local
-        self._secret = secret
-        self._limits = limits or TransportLimits()
-        self._call_timeout_s = call_timeout_s
-        self._on_lost = on_lost
-        self._view = _View({}, {}, {})
-        self._roster_version = -1
-        self._refused: frozenset[Endpoint] = frozenset()
-        """Actors that cannot compute what is wanted of them; not asked again in the same incarnation."""
-        self._changes = threading.Lock()
-        self._local_rows = self._remote_rows = self._failovers = 0
-        self._hop_seconds = 0.0
-        self._closing = threading.Event()
+        self._options = options or DirectoryOptions()
+        self._on_bad = on_bad
+        self._links = ActorLinks(local, secret, limits or TransportLimits(), on_lost)
+        self._asker = Asker(self._links, CallTimes(self._options.call_timeout_s), local.numerics_class)
+        self._ranks = _Ranks(self._links.view, Reach(frozenset(), {}, local.numerics_class))
+        self._counting = threading.Lock()
+        self._local_rows = self._num_quarantined = 0
+        self._quarantined: deque[str] = deque(maxlen=QUARANTINED_SHOWN)
+        share, seed = self._options.audit_share, self._options.audit_seed
+        self.auditor = Auditor(share, seed, self._opinions, self._found_wrong)
         self.update(roster)
-        self._tender = threading.Thread(target=self._tend, name="expert-heartbeat", daemon=True)
-        self._tender.start()
 
     @property
     def local(self) -> ExpertWorker:
         return self._local
 
+    @property
+    def foreign_rows(self) -> int:
+        """See ExpertDirectory.foreign_rows."""
+        return self._asker.counters.foreign_rows
+
     def connected(self) -> frozenset[str]:
         """Names of the actors that calls can go to now."""
-        return frozenset(name for name, link in self._view.connections.items() if link.is_open)
+        return self._links.open()
+
+    def outstanding_rows(self, name: str) -> int:
+        """Rows that an actor was asked for and has not answered yet."""
+        return self._asker.times.load(name, time.monotonic()).outstanding_rows
 
     def update(self, roster: Roster) -> None:
-        """Follow a newer roster: connect to actors that are new or restarted, drop those that are gone.
-
-        An actor that cannot be reached, or does not fit the worker in this process, is left out, and its experts
-        are computed here.
-        """
-        with self._changes:
-            if self._closing.is_set() or roster.version < self._roster_version:
-                return
-            self._roster_version = roster.version
-            self._refused = self._refused.intersection(roster.endpoints.values())
-            components = _components_by_owner(roster.owners)
-            before = self._view.connections
-            kept = {
-                name: link
-                for name, link in before.items()
-                if link.is_open
-                and roster.endpoints.get(name) == link.endpoint
-                and self._is_fit(link.endpoint, link.info, components.get(name, frozenset()))
-            }
-            self._view = _View(roster.owners, kept, roster.resident)
-            for name, link in before.items():
-                if name not in kept:
-                    link.close()
-            for name, endpoint in roster.endpoints.items():
-                if name not in kept and endpoint not in self._refused and not self._closing.is_set():
-                    self._add(name, endpoint, components.get(name, frozenset()))
+        """Follow a newer roster; see `ActorLinks.update`."""
+        self._links.update(roster)
+        listed = self._links.view.class_of.keys()
+        self._asker.times.keep_only(listed)
+        self._asker.suspensions.keep_only(listed)
 
     def run(self, call: ExpertCall) -> Tensor:
-        """See ExpertDirectory.run."""
-        owners, connections, _ = self._view
-        present = frozenset(name for name, link in connections.items() if link.is_open)
-        shares = split_by_owner(call, owners, present)
-        if not shares or list(shares) == [None]:
-            return self._run_local(call)
-        results: list[tuple[Share, Tensor]] = []
-        asked: list[str] = []
-        failed: list[str] = []
-        try:
-            # By name, since a connection is held until its answer: two threads in two orders would wait for ever.
-            for name in sorted(name for name in shares if name is not None):
-                (asked if self._start(connections[name], shares[name]) else failed).append(name)
-            if None in shares:
-                results.append((shares[None], self._run_local(shares[None].call)))
-            while asked:
-                rows = self._finish(connections[asked[0]], shares[asked[0]])
-                name = asked.pop(0)
-                if rows is None:
-                    failed.append(name)
-                else:
-                    results.append((shares[name], rows))
-        finally:
-            # Only after an error: an answer that nobody waits for must not be taken for the next call's.
-            for name in asked:
-                connections[name].close()
-        for name in failed:
-            self._failovers += 1
-            self._report(name, connections[name])
-            results.append((shares[name], self._run_local(shares[name].call)))
-        return _join(results, call.num_rows)
+        """See ExpertDirectory.run. Raises ExpertUnavailable, or what computing here raises."""
+        suspended = self._asker.suspensions.of((call.component, call.layer), time.monotonic())
+        return self._compute(call, _Attempt(frozenset(suspended)))
 
     def prefetch(self, component: str, layer: int, experts: Sequence[int]) -> None:
         """Does nothing: a hint would take a round trip of its own, about as long as the next call is away."""
 
     def resident(self, component: str, layer: int) -> frozenset[int]:
         """See ExpertDirectory.resident."""
-        owners, connections, resident = self._view
-        present = frozenset(name for name, link in connections.items() if link.is_open)
+        ranks = self._current_ranks()
+        present, resident = ranks.reach.present, ranks.view.resident
         here = self._local.resident(component, layer)
         if present:
-            here = frozenset(
-                e for e in here if present.isdisjoint(owners.get(ExpertKey(component, layer, e), ()))
-            )
+            here = frozenset(e for e in here if ranks.of(ExpertKey(component, layer, e))[0] == (None,))
         there = (resident.get(name, {}).get((component, layer), frozenset()) for name in present)
         return here.union(*there)
 
     def stats(self) -> DirectoryStats:
-        return DirectoryStats(self._local_rows, self._remote_rows, self._hop_seconds, self._failovers)
+        asker, auditor = self._asker, self.auditor
+        return DirectoryStats(
+            self._local_rows,
+            asker.counters.remote_rows,
+            asker.counters.hop_seconds,
+            sum(asker.failures.values()),
+            dict(asker.failures),
+            asker.counters.foreign_rows,
+            AuditStats(auditor.done, auditor.disagreed, auditor.undecided, auditor.owed),
+            self._num_quarantined,
+            tuple(self._quarantined),
+            asker.times.summary(),
+        )
 
     def close(self) -> None:
-        self._closing.set()
-        self._tender.join()
-        with self._changes:
-            connections = self._view.connections
-            self._view = _View({}, {}, {})
-            for link in connections.values():
-                link.close()
+        self._links.close()
+        self.auditor.close()
 
-    def _add(self, name: str, endpoint: Endpoint, components: frozenset[str]) -> None:
-        """Connect to an actor; calls and heartbeats go there from now on."""
+    # Computing
+
+    def _compute(self, call: ExpertCall, attempt: _Attempt) -> Tensor:
+        """All rows of a call, from whoever can do it and was not tried."""
+        plan = self._plan(call, attempt)
+        while plan.lacking is not None:
+            attempt = self._wait_for_replacement(call, plan.view, plan.lacking, attempt)
+            plan = self._plan(call, attempt)
+        shares = split_by_place(call, plan.places)
+        results, failures = self._ask(shares, plan.view, not attempt.is_second_opinion)
+        for failure in failures:
+            logger.warning("%s; its rows are computed elsewhere", failure.error)
+            rows_RD = self._compute(failure.share.call, attempt.after(failure))
+            if failure.rows_RD is not None:
+                rows_RD = self._settle(failure, failure.rows_RD, rows_RD)
+            results.append((failure.share, rows_RD))
+        return join(results, call.num_rows)
+
+    def _plan(self, call: ExpertCall, attempt: _Attempt) -> _Plan:
+        ranks = self._current_ranks()
+        keys = [ExpertKey(call.component, call.layer, expert) for expert in call.experts]
+        tiers = [ranks.of(key) for key in keys]
+        out = attempt.tried | attempt.avoided
+        if not out:
+            equals = [each[0] for each in tiers]  # never empty: this process is among them
+        else:
+            equals = [best_left(each, out) or best_left(each, attempt.tried) for each in tiers]
+            lacking = next((key for key, left in zip(keys, equals, strict=True) if not left), None)
+            if lacking is not None:
+                return _Plan(ranks.view, [], lacking)
+        now_s = time.monotonic()
+        places = choose(call.counts, equals, lambda name: self._asker.times.load(name, now_s))
+        return _Plan(ranks.view, places)
+
+    def _current_ranks(self) -> _Ranks:
+        """Those of before while they are good, which is nearly always."""
+        view, ranks = self._links.view, self._ranks
+        present = frozenset(name for name, link in view.links.items() if link.is_open)
+        if view is not ranks.view or present != ranks.reach.present:
+            reach = Reach(present, view.class_of, self._local.numerics_class)
+            self._ranks = ranks = _Ranks(view, reach, ranks)
+        return ranks
+
+    def _ask(
+        self, shares: dict[Place, Share], view: View, is_checked: bool
+    ) -> tuple[list[tuple[Share, Tensor]], list[Failure]]:
+        """Send all shares, compute this process's own meanwhile, and hear the answers."""
+        results: list[tuple[Share, Tensor]] = []
+        failures: list[Failure] = []
+        asked: deque[Question] = deque()
+
+        def sort(share: Share, outcome: Tensor | Failure) -> None:
+            if isinstance(outcome, Failure):
+                failures.append(outcome)
+            else:
+                results.append((share, outcome))
+
         try:
-            link = ExpertConnection(endpoint, secret=self._secret, limits=self._limits)
-        except TransportError as error:
-            logger.warning("cannot reach expert actor %s: %s", endpoint.name, error)
-            return
-        if not self._is_fit(endpoint, link.info, components):
-            link.close()
-            return
-        if link.info.numerics_class != self._local.numerics_class:
-            logger.warning(
-                "expert actor %s computes in another numerics class (%s, here %s): results are not bitwise equal",
-                endpoint.name,
-                link.info.numerics_class,
-                self._local.numerics_class,
-            )
-        view = self._view
-        self._view = view._replace(connections={**view.connections, name: link})
-
-    def _is_fit(self, endpoint: Endpoint, info: ServiceInfo, components: frozenset[str]) -> bool:
-        """Whether an actor computes the components that it owns as this process does; says so when it does not."""
-        widths = self._local._widths
-        reasons = [f"has no component {name!r}" for name in sorted(components.difference(info.components))]
-        if info.dtype != self._local.dtype:
-            reasons.append(f"computes in {info.dtype}, here {self._local.dtype}")
-        theirs, ours = (quantization_in(name) for name in (info.numerics_class, self._local.numerics_class))
-        if theirs != ours:
-            reasons.append(f"has experts in {theirs or 'full precision'}, here in {ours or 'full precision'}")
-        for name in info.components:
-            if widths.get(name) != info.width:
-                reasons.append(f"has component {name!r} of width {info.width}, here {widths.get(name)}")
-        if reasons:
-            logger.warning(
-                "expert actor %s is refused, its experts are computed here: it %s",
-                endpoint.name,
-                "; ".join(reasons),
-            )
-            self._refused |= {endpoint}
-        return not reasons
-
-    def _run_local(self, call: ExpertCall) -> Tensor:
-        self._local_rows += call.num_rows
-        return self._local.compute(call)
-
-    def _start(self, link: ExpertConnection, share: Share) -> bool:
-        try:
-            link.start(share.call, timeout_s=self._call_timeout_s)
-        except TransportError as error:
-            logger.warning("expert actor %s did not take a call: %s", link.endpoint.name, error)
-            return False
-        return True
-
-    def _finish(self, link: ExpertConnection, share: Share) -> Tensor | None:
-        waiting_since = time.perf_counter()
-        try:
-            rows = link.finish()
-        except TransportError as error:
-            logger.warning("expert actor %s did not answer, computing here: %s", link.endpoint.name, error)
-            return None
+            # By name, since a connection is held until its answer: two threads in two orders would wait for ever.
+            for name in sorted(name for name in shares if name is not None):
+                begun = self._asker.ask(name, view.links[name], shares[name])
+                if isinstance(begun, Question):
+                    asked.append(begun)
+                else:
+                    failures.append(begun)
+            if None in shares:
+                sort(shares[None], self._run_local(shares[None]))
+            while asked:
+                outcome = self._asker.hear(asked[0], is_checked=is_checked)
+                question = asked.popleft()
+                if not isinstance(outcome, Failure) and self._options.audit_share:
+                    self.auditor.offer(question.share.call, _opinion(question, outcome))
+                sort(question.share, outcome)
         finally:
-            self._hop_seconds += time.perf_counter() - waiting_since
-        self._remote_rows += share.call.num_rows
-        return rows
+            for question in asked:  # only after an error
+                self._asker.drop(question)
+        return results, failures
 
-    def _tend(self) -> None:
-        while not self._closing.wait(self._limits.heartbeat_interval_s):
-            for name, link in self._view.connections.items():
-                if link.is_open and not link.tend():
-                    self._report(name, link)
+    def _run_local(self, share: Share) -> Tensor | Failure:
+        try:
+            rows_RD = self._local.compute(share.call)
+        except ExpertError as error:
+            return Failure(None, share, error)
+        with self._counting:
+            self._local_rows += share.call.num_rows
+        return rows_RD
 
-    def _report(self, name: str, link: ExpertConnection) -> None:
-        """Tell of a lost connection, but not of one that still stands or that was closed here on purpose."""
-        if not link.is_open and self._view.connections.get(name) is link:
-            self._on_lost(name)
+    def _settle(self, failure: Failure, first_RD: Tensor, second_RD: Tensor) -> Tensor:
+        """Of an answer that is not finite and a second opinion, the right one: two of a mind are the model's own."""
+        if not are_finite(second_RD):
+            return first_RD
+        place = failure.place
+        assert place is not None, "what is computed here is not checked"
+        self._quarantine(place, failure.incarnation, NOT_FINITE)
+        return second_RD
+
+    def _wait_for_replacement(
+        self, call: ExpertCall, view: View, lacking: ExpertKey, attempt: _Attempt
+    ) -> _Attempt:
+        """Until the roster brings news; then everybody may be tried again. Raises when there is nothing to wait for."""
+        error = attempt.error
+        assert error is not None, "somebody was tried"
+        if not view.owners.get(lacking) and not view.fallbacks.get(lacking):
+            raise error
+        now_s, wait_s = time.monotonic(), self._options.replacement_wait_s
+        until_s = now_s + wait_s if attempt.until_s is None else attempt.until_s
+        if not self._links.wait_for_news(view, max(0.0, until_s - now_s)) or time.monotonic() >= until_s:
+            waited_s = time.monotonic() - until_s + wait_s
+            raise ExpertUnavailable(call.component, call.layer, call.experts, waited_s, str(error))
+        return _Attempt(error=error, is_second_opinion=attempt.is_second_opinion, until_s=until_s)
+
+    # Finding who is wrong
+
+    def _opinions(self, call: ExpertCall, place: Place) -> Iterator[Opinion]:
+        """The same rows from all others who can compute the whole call, best first."""
+        ranks = self._current_ranks()
+        tiers = [ranks.of(ExpertKey(call.component, call.layer, expert)) for expert in call.experts]
+        able = frozenset.intersection(*(frozenset(p for tier in each for p in tier) for each in tiers))
+        share = Share(call, tuple(range(call.num_rows)))
+        for other in (other for tier in tiers[0] for other in tier if other in able and other != place):
+            opinion = self._opinion_of(other, share, ranks.view) if other else self._opinion_here(call)
+            if opinion is not None:
+                yield opinion
+
+    def _opinion_here(self, call: ExpertCall) -> Opinion | None:
+        try:
+            return Opinion(None, 0, self._local.numerics_class, self._local.compute(call))
+        except ExpertError as error:
+            logger.warning("no second opinion here: %s", error)
+            return None
+
+    def _opinion_of(self, name: str, share: Share, view: View) -> Opinion | None:
+        question = self._asker.ask(name, view.links[name], share)
+        if isinstance(question, Failure):
+            return None
+        rows = self._asker.hear(question, is_checked=False, is_counted=False)
+        return None if isinstance(rows, Failure) else _opinion(question, rows)
+
+    def _found_wrong(self, opinion: Opinion) -> None:
+        if opinion.place is None:
+            logger.error("this process computes other expert rows than two actors that agree")
+        else:
+            self._quarantine(opinion.place, opinion.incarnation, NOT_THE_OTHERS)
+
+    def _quarantine(self, name: str, incarnation: int, reason: str) -> None:
+        """Ask this life of an actor no more, and report it; once."""
+        if self._links.refuse(name, incarnation):
+            logger.error("expert actor %s is asked no more: it answered with %s", name, reason)
+            with self._counting:
+                self._num_quarantined += 1
+                self._quarantined.append(f"{name}/{incarnation}")
+            self._on_bad(name, incarnation, reason)
 
 
-def _components_by_owner(owners: Owners) -> dict[str, frozenset[str]]:
-    pairs = {(name, key.component) for key, names in owners.items() for name in names}
-    return {name: frozenset(component for of, component in pairs if of == name) for name, _ in pairs}
-
-
-def _join(results: list[tuple[Share, Tensor]], num_rows: int) -> Tensor:
-    """Put the shares' rows where they belong in the whole call."""
-    if len(results) == 1:
-        return results[0][1]
-    first = results[0][1]
-    joined = first.new_empty(num_rows, first.shape[1])
-    for share, rows in results:
-        joined.index_copy_(0, torch.tensor(share.rows, device=joined.device), rows)
-    return joined
+def _opinion(question: Question, rows_RD: Tensor) -> Opinion:
+    link = question.link
+    return Opinion(question.name, link.endpoint.incarnation, link.info.numerics_class, rows_RD)

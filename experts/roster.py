@@ -30,8 +30,3 @@ class Roster:
     """Actor name -> what it held when it was last asked. Changes without a new version."""
     fallbacks: Owners = field(default_factory=dict)
     """Actors that do not own an expert but have its record on their disk: asked where no owner answers."""
-
-
-def choose_owner(owners: tuple[str, ...], present: frozenset[str]) -> str | None:
-    """The first that can be asked; None where there is none."""
-    return next((name for name in owners if name in present), None)

@@ -140,6 +140,8 @@ class ExpertConnection:
     def finish(self) -> Tensor:
         """The rows of the call that was started. Raises PeerLost, or RemoteExpertError (the connection stays good)."""
         assert self._is_asked, "no call was started"
+        # Until now nobody read: an answer that came in time lies there, maybe behind heartbeats.
+        self._deadline_s = max(self._deadline_s, time.monotonic() + self._limits.heartbeat_interval_s)
         try:
             parts = [self._receive_rows()]
             while self._unsent:
@@ -203,7 +205,7 @@ class ExpertConnection:
         header = self._next_header()
         while header.kind == Kind.HEARTBEAT:
             if time.monotonic() >= self._deadline_s:  # heartbeats without a pause would put it off for ever
-                raise LinkLost("the deadline passed")
+                raise LinkLost("the deadline passed", kind="late")
             header = self._next_header()
         if header.kind == Kind.ERROR:
             raise self._remote_error(header)
@@ -235,12 +237,13 @@ class ExpertConnection:
                 raise FrameFault(f"frame of kind {header.kind} although nothing was asked")
         silent_s = time.monotonic() - self._channel.heard_at_s
         if silent_s >= self._limits.silence_s:
-            raise LinkLost(f"nothing heard for {silent_s:.2f} s")
+            raise LinkLost(f"nothing heard for {silent_s:.2f} s", kind="silent")
 
     def _lost(self, error: LinkLost | FrameFault) -> PeerLost:
         self._is_open = False
         self._channel.close()
-        return PeerLost(self.endpoint.name, str(error))
+        kind = error.kind if isinstance(error, LinkLost) else "lost"
+        return PeerLost(self.endpoint.name, str(error), kind)
 
 
 class ExpertServer:

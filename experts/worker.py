@@ -50,7 +50,8 @@ class WorkerStats:
 
 
 class ExpertWorker:
-    """Computes the experts of one group. Calls from several threads are computed one after another."""
+    """Computes the experts of one group, and maybe others as guests. Calls are computed one after another, whatever
+    threads they come from."""
 
     def __init__(
         self,
@@ -65,8 +66,10 @@ class ExpertWorker:
         trust: Callable[[ExpertKey], float] | None = None,
         direct: bool | None = None,
         copies: Sequence[Path] = (),
+        has_guests: bool = False,
     ) -> None:
-        """widths: model width D of each component. group: the experts it answers for; None means all of these.
+        """widths: model width D of each component. group: the experts it is for; None means all of these.
+        has_guests: whether it also computes, for whoever lost an actor, the other experts of these components.
 
         The other options are those of `CacheOptions`.
         """
@@ -76,11 +79,14 @@ class ExpertWorker:
         self._stats = WorkerStats()
         self._store = store
         self._kernel = kernel
-        self._widths = widths
+        self.widths = widths
         self._group = None if group is None else frozenset(group)
-        self._keys = tuple(key for key in store.expert_keys() if self._answers_for(key))
+        self._has_guests = has_guests
+        known = [key for key in store.expert_keys() if key.component in widths]
+        self._keys = tuple(key for key in known if self._is_for(key))
+        guests = [key for key in known if not self._is_for(key)] if has_guests else []
         options = CacheOptions(budget_bytes, eviction, trust, direct, tuple(copies))
-        self.cache = ExpertCache(store, form, self._keys, options)
+        self.cache = ExpertCache(store, form, self._keys, options, guests)
         self._steps: dict[tuple[str, int], int] = {}
         self._now = 0
         self._lock = threading.Lock()
@@ -106,7 +112,7 @@ class ExpertWorker:
 
     @property
     def group_bytes(self) -> int:
-        """Of all experts that it answers for, in memory."""
+        """Of all experts that it is for, in memory."""
         return self.cache.group_bytes
 
     @property
@@ -133,7 +139,10 @@ class ExpertWorker:
             self._store.record(key)
         with self._lock:
             self._count_step(call)
-            parts = [self._compute_wave(call, wave, keys) for wave in self.cache.waves(keys)]
+            try:
+                parts = [self._compute_wave(call, wave, keys) for wave in self.cache.waves(keys)]
+            finally:
+                self.cache.let_guests_go(keys)
             self._stats.calls += 1
             self._stats.rows += call.num_rows
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -143,7 +152,7 @@ class ExpertWorker:
 
         Raises UnknownExpert.
         """
-        keys = [key for expert in experts if self._answers_for(key := ExpertKey(component, layer, expert))]
+        keys = [key for expert in experts if self._is_for(key := ExpertKey(component, layer, expert))]
         for key in keys:
             self._store.record(key)
         with self._lock:
@@ -164,8 +173,11 @@ class ExpertWorker:
         """Ends the loading threads; the store belongs to the caller."""
         self.cache.close()
 
+    def _is_for(self, key: ExpertKey) -> bool:
+        return key.component in self.widths and (self._group is None or key in self._group)
+
     def _answers_for(self, key: ExpertKey) -> bool:
-        return key.component in self._widths and (self._group is None or key in self._group)
+        return self._is_for(key) or (self._has_guests and key.component in self.widths)
 
     def _count_step(self, call: ExpertCall) -> None:
         """Time for evictions: how often the layer that was called most often was called."""

@@ -56,6 +56,8 @@ class Totals:
     """Of the tokens that came after each answer's first event; 0 where there are none."""
     reports: tuple[RoutingReport, ...] = ()
     """Of the answers whose routing was not the plain one."""
+    is_mixed: bool = False
+    """Whether experts of another numerics class took part in any answer."""
 
 
 def plain_answer(head: AnswerHead, choices: Sequence[ChoiceAnswer], totals: Totals) -> dict[str, Any]:
@@ -91,12 +93,14 @@ def end_chunk(head: AnswerHead, index: int, finish_reason: str) -> dict[str, Any
     return _chunk(head, [{"index": index, "text": "", "logprobs": None, "finish_reason": finish_reason}])
 
 
-def with_quality(head: AnswerHead, chunk: dict[str, Any], reports: Sequence[RoutingReport]) -> dict[str, Any]:
+def with_quality(
+    head: AnswerHead, chunk: dict[str, Any], reports: Sequence[RoutingReport], is_mixed: bool
+) -> dict[str, Any]:
     """The last chunk with choices of a stream without usage: only this one can say that the answer is modified, or
     explain it. A plain answer's is left as OpenAI has it."""
-    if not reports and head.quantization is None:
+    if not reports and head.quantization is None and not is_mixed:
         return chunk
-    return {**chunk, "sage": describe_quality(reports, head.quantization)}
+    return {**chunk, "sage": describe_quality(reports, head.quantization, is_mixed=is_mixed)}
 
 
 def usage_chunk(head: AnswerHead, totals: Totals) -> dict[str, Any]:
@@ -133,7 +137,8 @@ def _envelope(head: AnswerHead, kind: str) -> dict[str, Any]:
 def _closing(head: AnswerHead, totals: Totals) -> dict[str, Any]:
     prompt, answer = totals.num_prompt_tokens, totals.num_answer_tokens
     timings = {"ttft_s": round(totals.ttft_s, 6), "tokens_per_s": round(totals.tokens_per_s, 3)}
+    quality = describe_quality(totals.reports, head.quantization, is_mixed=totals.is_mixed)
     return {
         "usage": {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer},
-        "sage": {**describe_quality(totals.reports, head.quantization), "timings": timings},
+        "sage": {**quality, "timings": timings},
     }

@@ -60,6 +60,8 @@ class Piece:
     """Tokens of the whole answer, in its last piece."""
     routing: RoutingReport | None = None
     """Of the whole answer, in its last piece, where its routing was not the plain one."""
+    is_mixed: bool = False
+    """See TokenEvent.is_mixed; of the whole answer, in its last piece."""
 
 
 @dataclass
@@ -76,6 +78,7 @@ async def whole_answer(job: Job, backend: Backend) -> dict[str, Any]:
     answers = [_Answer() for _ in job.choices]
     clocks = _clocks(job, backend)
     num_tokens = 0
+    is_mixed = False
     reports: list[RoutingReport] = []
     async with aclosing(_pieces(job, backend, clocks)) as pieces:
         async for piece in pieces:
@@ -84,12 +87,13 @@ async def whole_answer(job: Job, backend: Backend) -> dict[str, Any]:
             answer.tokens.extend(piece.tokens)
             num_tokens += piece.num_tokens
             reports.extend(_reports(piece))
+            is_mixed |= piece.is_mixed
             answer.finish_reason = piece.finish_reason or answer.finish_reason
     choices = [
         ChoiceAnswer("".join(answer.texts), _logprobs(job, backend, answer.tokens), answer.finish_reason)
         for answer in answers
     ]
-    return plain_answer(job.head, choices, _totals(job, clocks, num_tokens, reports))
+    return plain_answer(job.head, choices, _totals(job, clocks, num_tokens, reports, is_mixed))
 
 
 async def answer_events(job: Job, backend: Backend) -> AsyncGenerator[bytes, None]:
@@ -97,6 +101,7 @@ async def answer_events(job: Job, backend: Backend) -> AsyncGenerator[bytes, Non
     router has taken a request and answered."""
     clocks = _clocks(job, backend)
     num_tokens = num_ended = 0
+    is_mixed = False
     reports: list[RoutingReport] = []
     begun: set[int] = set()
     async with aclosing(_pieces(job, backend, clocks)) as pieces:
@@ -111,11 +116,12 @@ async def answer_events(job: Job, backend: Backend) -> AsyncGenerator[bytes, Non
                 num_tokens += piece.num_tokens
                 num_ended += 1
                 reports.extend(_reports(piece))
+                is_mixed |= piece.is_mixed
                 end = end_chunk(job.head, piece.index, piece.finish_reason)
                 is_last = num_ended == len(job.choices) and not job.has_usage_chunk
-                yield encode_event(with_quality(job.head, end, reports) if is_last else end)
+                yield encode_event(with_quality(job.head, end, reports, is_mixed) if is_last else end)
     if job.has_usage_chunk:
-        yield encode_event(usage_chunk(job.head, _totals(job, clocks, num_tokens, reports)))
+        yield encode_event(usage_chunk(job.head, _totals(job, clocks, num_tokens, reports, is_mixed)))
     yield DONE_EVENT
 
 
@@ -124,9 +130,9 @@ def _clocks(job: Job, backend: Backend) -> list[TokenClock]:
 
 
 def _totals(
-    job: Job, clocks: Sequence[TokenClock], num_tokens: int, reports: Sequence[RoutingReport]
+    job: Job, clocks: Sequence[TokenClock], num_tokens: int, reports: Sequence[RoutingReport], is_mixed: bool
 ) -> Totals:
-    return Totals(job.num_prompt_tokens, num_tokens, *join_clocks(clocks), tuple(reports))
+    return Totals(job.num_prompt_tokens, num_tokens, *join_clocks(clocks), tuple(reports), is_mixed)
 
 
 def _reports(piece: Piece) -> tuple[RoutingReport, ...]:
@@ -159,6 +165,7 @@ async def _generate(
     )
     must_echo = choice.is_echoed
     routing: RoutingReport | None = None
+    is_mixed = False
     events = cast(AsyncGenerator[TokenEvent, None], backend.client.generate(request))
     async with aclosing(events):
         async for event in events:
@@ -167,6 +174,7 @@ async def _generate(
                 raise failure
             if event.routing is not None:
                 routing = event.routing.after(routing)
+            is_mixed |= event.is_mixed
             if must_echo:
                 must_echo = False
                 shown, offsets = text.echo(request.prompt_ids)
@@ -183,7 +191,7 @@ async def _generate(
     shown += text.flush()
     is_stopped = text.is_stopped or event.finish_reason == "stop"
     reason: Literal["stop", "length"] = "stop" if is_stopped else "length"
-    yield Piece(choice.index, shown, tokens, reason, text.num_tokens, routing)
+    yield Piece(choice.index, shown, tokens, reason, text.num_tokens, routing, is_mixed)
 
 
 def _failure(event: TokenEvent) -> Exception | None:

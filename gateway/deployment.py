@@ -106,7 +106,7 @@ class RouterDeployment:
             return load_engine(store, self._spec.engine, LocalDirectory)
 
         def connect(worker: ExpertWorker) -> RayDirectory:
-            self._directory = RayDirectory(worker)
+            self._directory = RayDirectory(worker, self._spec.engine.audit_share)
             return self._directory
 
         return load_engine(store, self._spec.engine, connect, SupervisedTrust)

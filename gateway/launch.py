@@ -154,6 +154,7 @@ def engine_options(options: ServiceOptions, dtype: str, num_threads: int) -> Eng
         kv_budget_bytes=options.kv_budget_bytes,
         eviction=options.eviction,
         prefetch=options.is_prefetching,
+        audit_share=options.audit_share,
         store_copies=_copies(options),
         limits=BatchLimits(
             max_batch_tokens=options.max_batch_tokens,

@@ -13,19 +13,26 @@ from router.routing_choice import ExplainedLayer, RoutingReport
 
 EXACT = "exact"
 MODIFIED = "modified"
+MIXED = "mixed"
+"""The answer's rows are of more than one numerics class, and equal a single one's within docs/exactness.md's
+tolerance, not bit for bit."""
 SIGNALS = ("surprise", "novelty", "arousal", "reward", "conflict")
 
 
-def describe_quality(reports: Sequence[RoutingReport], quantization: str | None = None) -> dict[str, Any]:
+def describe_quality(
+    reports: Sequence[RoutingReport], quantization: str | None = None, *, is_mixed: bool = False
+) -> dict[str, Any]:
     """quality, and for a modified answer its policy, effort, k, misses and stand-ins. reports: of the answer's
-    sequences that had one. quantization: of the experts, None where they are as published. Explanations are added for
-    those that asked for them."""
+    sequences that had one. quantization: of the experts, None where they are as published. is_mixed: whether experts of
+    another numerics class took part. Explanations are added for those that asked for them."""
     described: dict[str, Any] = {"quality": EXACT}
     if quantization is not None:
         described = {"quality": MODIFIED, "quantization": quantization}
     modified = [report for report in reports if _is_modified(report)]
     if modified:
         described |= {"quality": MODIFIED, **_describe_routing(modified)}
+    if is_mixed:
+        described["numerics"] = MIXED
     explained = [_explanation(report) for report in reports if report.choice.is_explained]
     return described | ({"explain": explained} if explained else {})
 

@@ -64,6 +64,10 @@ def serve(
     capacity: Annotated[
         Word, typer.Option(metavar="MODE", help="auto gives experts' memory back when idle. [fixed]")
     ] = None,
+    audit_share: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(metavar="SHARE", help="Part of actors' answers that is computed twice. [0.0001]"),
+    ] = None,
     expert_budget: ExpertBudgetOption = None,
     host_budget: HostBudgetOption = None,
     store_copy: Annotated[
@@ -136,6 +140,7 @@ def serve(
         "eviction": eviction,
         "prefetch": prefetch,
         "capacity": capacity,
+        "audit-share": audit_share,
         "expert-budget": expert_budget,
         "host-budget": host_budget,
         "store-copy": store_copy or None,

@@ -30,6 +30,9 @@ from router.scoring import DEFAULT_PRESET, PRESETS, SnarcWeights, read_weights
 
 PROVEN_BATCH_TOKENS = 512
 """Rows for which the self-test at start proves exactness (docs/exactness.md)."""
+DEFAULT_AUDIT_SHARE = 1e-4
+"""An actor that is always wrong is found within 46,000 answers, some minutes of decoding, for a ten-thousandth of the
+experts' work (docs/serving.md)."""
 MAX_SHOWN_CHARS = 80
 CapacityMode = Literal["fixed", "auto"]
 CAPACITY_MODES: tuple[CapacityMode, ...] = get_args(CapacityMode)
@@ -127,6 +130,9 @@ class OptionValues(BaseModel):
     eviction: Eviction = Field(DEFAULT_EVICTION, description="lfu, lru or trust")
     prefetch: bool = Field(False, description="true or false")
     capacity: CapacityMode = Field("fixed", description=_one_of(CAPACITY_MODES))
+    audit_share: float = Field(
+        DEFAULT_AUDIT_SHARE, ge=0.0, le=1.0, allow_inf_nan=False, description="a number from 0 to 1"
+    )
     expert_budget: Budget | None = Field(None, description=BUDGET_ADVICE.removeprefix("must be "))
     host_budget: Budget | None = Field(None, description=BUDGET_ADVICE.removeprefix("must be "))
     node_budgets: dict[Text, Budget] = Field(
@@ -181,6 +187,8 @@ class ServiceOptions:
     is_prefetching: bool = False
     """Whether the router's process reads experts ahead by the next layer's gate."""
     capacity: CapacityMode = "fixed"
+    audit_share: float = DEFAULT_AUDIT_SHARE
+    """Share of expert actors' answers that are computed again elsewhere and compared."""
     expert_budgets: tuple[BudgetRequest, ...] = (FIT,)
     """Bytes of experts on each node, added up; the experts' tiers on a machine that computes in host memory."""
     node_budgets: Mapping[str, BudgetRequest] = field(default_factory=dict)
@@ -230,6 +238,7 @@ class ServiceOptions:
             "eviction": self.eviction,
             "prefetch": self.is_prefetching,
             "capacity": self.capacity,
+            "audit-share": self.audit_share,
             "expert-budget": " + ".join(map(format_budget, self.expert_budgets)),
             "node-budgets": {name: format_budget(budget) for name, budget in self.node_budgets.items()},
             "store-copy": [str(path) for path in self.store_copies],
@@ -288,6 +297,7 @@ def compose_options(values: OptionValues, store_root: Path, store_name: str, key
         eviction=values.eviction,
         is_prefetching=values.prefetch,
         capacity=values.capacity,
+        audit_share=values.audit_share,
         expert_budgets=one_memory(values.expert_budget, values.host_budget),
         node_budgets=values.node_budgets,
         store_copies=tuple(Path(folder) for folder in dict.fromkeys(values.store_copy)),

@@ -36,6 +36,7 @@ class Backbone:
     ) -> None:
         """Reads every backbone tensor of the component. Raises WeightMismatch, or what reading the store raises."""
         self.config, self.kernel, self.dtype = config, kernel, dtype
+        self.directory = directory
         load = TensorLoader(store, component, dtype)
         width = config.hidden_size
         self.embeddings_VD = load("embed_tokens.weight", config.vocab_size, width)

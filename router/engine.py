@@ -207,6 +207,7 @@ class Engine:
         self.allocator.extend(child.name, num_positions)
         self.pool.copy(self.allocator.unshare(child.name, shared_positions(num_prompt), num_prompt))
         child.num_computed = num_prompt - 1
+        child.is_mixed = self._running[parent].is_mixed
 
     def _preempt(self, name: str) -> None:
         """Take a running sequence's blocks; it goes to the front of the queue."""
@@ -226,12 +227,16 @@ class Engine:
     def _compute(self, chunks: SequenceOf[Chunk]) -> list[TokenEvent]:
         sequences = [self._running[chunk.name] for chunk in chunks]
         batch, finishing = self._batch(chunks, sequences)
+        foreign_rows = self.backbone.directory.foreign_rows
         try:
             output = self.backbone.forward(batch, self.pool)
         except ExpertError as error:
             logger.error("step failed, request %s and %d others end: %s", batch.trace, len(chunks) - 1, error)
             return [self._fail(sequence, EXPERT_FAILED) for sequence in sequences]
         started = time.perf_counter()
+        if self.backbone.directory.foreign_rows != foreign_rows:
+            for sequence in sequences:  # whose rows they were is not told
+                sequence.is_mixed = True
         self._hand_out(chunks, sequences, output.captured)
         events = self._score_prompts(chunks, sequences, output.scored_RD)
         self._score_probed(chunks, sequences, output.scored_RD)
@@ -362,7 +367,14 @@ class Engine:
         if not request.sampling.max_tokens:
             routing = self._routing_report(sequence)
             self._end(sequence)
-            return TokenEvent(sequence.name, (), "length", prompt_logprobs=prompt, routing=routing)
+            return TokenEvent(
+                sequence.name,
+                (),
+                "length",
+                prompt_logprobs=prompt,
+                routing=routing,
+                is_mixed=sequence.is_mixed,
+            )
         token = sample(sequence.drawable(logits_V), request.sampling, sequence.num_generated)
         sequence.append(token)
         self.stats.generated_tokens += 1
@@ -373,7 +385,7 @@ class Engine:
         found = (
             () if request.num_logprobs is None else (token_logprob(logits_V, token, request.num_logprobs),)
         )
-        return TokenEvent(sequence.name, (token,), reason, None, found, prompt, routing)
+        return TokenEvent(sequence.name, (token,), reason, None, found, prompt, routing, sequence.is_mixed)
 
     def _fail_non_finite(self, sequence: Sequence) -> TokenEvent:
         logger.error("request %s: non-finite logits", sequence.name)

@@ -60,6 +60,8 @@ class EngineOptions:
     Only bounds the cache that is allocated."""
     snarc: SnarcWeights = PRESETS[DEFAULT_PRESET]
     """Of requests that ask for the snarc policy."""
+    audit_share: float = 0.0
+    """Share of expert actors' answers that are computed again elsewhere; see `experts.audit`."""
     trust: TrustOptions | None = None
     """Whether and where trust is learned; None means that nobody watches."""
 

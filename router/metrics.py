@@ -8,6 +8,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from experts.directory import DirectoryStats
 from router.service import RouterService
 
 PREFIX = "sage_moe_"
@@ -57,7 +58,7 @@ class _Collector:
         yield _counter("expert_local_rows", "Expert rows computed in the router.", way.local_rows)
         yield _counter("expert_remote_rows", "Expert rows computed by actors.", way.remote_rows)
         yield _counter("hop_seconds", "Time spent waiting for actors.", way.hop_seconds)
-        yield _counter("failovers", "Calls to lost actors, computed elsewhere.", way.failovers)
+        yield from _trouble(way)
         labels = ["actor", "node", "tier"]
         resident = GaugeMetricFamily(PREFIX + "resident_bytes", "Expert bytes held.", labels=labels)
         rates = GaugeMetricFamily(
@@ -106,6 +107,35 @@ class _Collector:
             means.add_metric([aspect], mean)
         if means.samples:
             yield means
+
+
+def _trouble(way: DirectoryStats) -> Iterable[Metric]:
+    """What went wrong on the way to the experts, and what is done to find out."""
+    failovers = CounterMetricFamily(
+        PREFIX + "failovers", "Calls that an actor did not answer, computed elsewhere.", labels=["kind"]
+    )
+    for kind, count in way.failovers_by_kind.items():
+        failovers.add_metric([kind], count)
+    yield failovers
+    yield _counter("expert_foreign_rows", "Expert rows of another numerics class.", way.foreign_rows)
+    audits = CounterMetricFamily(
+        PREFIX + "audits", "Answers computed again elsewhere, by what came out.", labels=["outcome"]
+    )
+    audits.add_metric(["agreed"], way.audits.done - way.audits.disagreed)
+    audits.add_metric(["disagreed"], way.audits.disagreed)
+    yield audits
+    yield _gauge("audits_owed", "Audits that are due but not done for want of time.", way.audits.owed)
+    yield _counter("actors_quarantined", "Lives of actors that gave wrong rows.", way.num_quarantined)
+    latencies = GaugeMetricFamily(
+        PREFIX + "actor_latency_seconds",
+        "Of an actor's latest answers, from the call to the last row.",
+        labels=["actor", "quantile"],
+    )
+    for name, latency in way.latencies.items():
+        latencies.add_metric([name, "0.5"], latency.p50_s)
+        latencies.add_metric([name, "0.99"], latency.p99_s)
+    if latencies.samples:
+        yield latencies
 
 
 def local_actor(service: RouterService) -> dict[str, Any]:

@@ -96,6 +96,8 @@ class TokenEvent:
     token, so it has None."""
     routing: RoutingReport | None = None
     """With the tokens of a request whose routing is not the plain one."""
+    is_mixed: bool = False
+    """Whether the answer so far rests on experts of more than one numerics class (docs/exactness.md)."""
 
     def followed_by(self, later: TokenEvent) -> TokenEvent:
         """Both in one."""
@@ -107,4 +109,5 @@ class TokenEvent:
             self.logprobs + later.logprobs,
             self.prompt_logprobs or later.prompt_logprobs,
             later.routing.after(self.routing) if later.routing is not None else self.routing,
+            self.is_mixed or later.is_mixed,
         )

@@ -56,6 +56,8 @@ class Sequence:
         self.inputs = inputs
         self.tokens = [*request.prompt_ids, *request.generated_ids]
         self.num_computed = 0
+        self.is_mixed = False
+        """Whether something that it rests on was computed by experts of another numerics class."""
         self.swapped: tuple[Tensor, Tensor] | None = None
         self.prompt_logprobs: list[TokenLogprob | None] = []
         """Of the prompt's first tokens, as far as they are known; stays when the sequence is computed again."""

@@ -21,8 +21,11 @@ PATIENT = TransportLimits(heartbeat_misses=240)
 
 
 @contextmanager
-def expert_servers(root: Path, num_actors: int, dtype: str | None = None) -> Iterator[Roster]:
-    """The roster that lists them; they and the store are closed at the end. dtype: None means as stored."""
+def expert_servers(
+    root: Path, num_actors: int, dtype: str | None = None, *, numerics_class: str | None = None
+) -> Iterator[Roster]:
+    """The roster that lists them; they and the store are closed at the end. dtype: None means as stored.
+    numerics_class: what they announce; None means their own."""
     with ExitStack() as stack:
         store = ExpertStore.open(root)
         stack.callback(store.close)
@@ -33,7 +36,7 @@ def expert_servers(root: Path, num_actors: int, dtype: str | None = None) -> Ite
         endpoints, owners = {}, {}
         for index, group in enumerate(split_experts(store.expert_keys(component), num_actors)):
             worker = ExpertWorker(store, kernel, kind, widths={component: width}, group=group)
-            info = ServiceInfo(width, kind, worker.numerics_class, (component,))
+            info = ServiceInfo(width, kind, numerics_class or worker.numerics_class, (component,))
             server = ExpertServer(worker.compute, info, secret=SECRET, incarnation=index + 1)
             server.start()
             stack.callback(server.stop)

@@ -85,6 +85,8 @@ def _worker(
     budget_bytes: int | None = None,
     group: list[ExpertKey] | None = None,
     dtype: torch.dtype = torch.float32,
+    *,
+    has_guests: bool = False,
 ) -> ExpertWorker:
     return ExpertWorker(
         cast(ExpertStore, store),
@@ -93,6 +95,7 @@ def _worker(
         widths={"model": WIDTH},
         group=group,
         budget_bytes=budget_bytes,
+        has_guests=has_guests,
     )
 
 
@@ -316,3 +319,40 @@ def test_call_whose_fields_disagree_is_refused(fields: dict[str, tuple[int, ...]
     call = ExpertCall("model", 0, tokens_TD=torch.ones(2, WIDTH), **(good | fields))
     with pytest.raises(ValueError, match=reason):
         call.validate()
+
+
+@pytest.mark.parametrize("num_budget", [1, 3, 5, None])
+def test_guests_have_the_same_bits_and_share_the_budget(
+    store: WatchedStore, kernel: RowKernel, num_budget: int | None
+) -> None:
+    """A worker that stands in for a lost actor computes experts outside of its group."""
+    group = [ExpertKey("model", layer, expert) for layer in LAYERS for expert in (0, 1, 2)]
+    budget = None if num_budget is None else num_budget * EXPERT_BYTES
+    worker = _worker(store, kernel, budget, group, has_guests=True)
+    assert worker.group_bytes == len(group) * EXPERT_BYTES
+    chance = random.Random(num_budget)
+    for _ in range(25):
+        call = _call(chance)
+        assert torch.equal(worker.compute(call), _reference(store, kernel, call))
+        assert worker.resident_bytes == store.live_bytes
+        if num_budget is None:
+            here = {(layer, e) for layer in LAYERS for e in worker.resident("model", layer)}
+            assert here <= {(key.layer, key.expert) for key in group}, "without a budget guests leave at once"
+    if num_budget is not None:
+        assert store.most_bytes <= num_budget * EXPERT_BYTES
+
+
+def test_guests_are_not_read_before_they_are_asked_for(store: WatchedStore, kernel: RowKernel) -> None:
+    group = [ExpertKey("model", 0, 0), ExpertKey("model", 2, 5)]
+    worker = _worker(store, kernel, None, group, has_guests=True)
+    worker.load_all()
+    worker.prefetch("model", 0, [1, 2])
+    assert worker.num_resident == store.num_reads == 2
+
+
+def test_guest_that_cannot_be_read_leaves_nothing_behind(store: WatchedStore, kernel: RowKernel) -> None:
+    worker = _worker(store, kernel, None, [ExpertKey("model", 0, 0)], has_guests=True)
+    store.failing = {3}
+    with pytest.raises(ExpertCorrupt):
+        worker.compute(ExpertCall("model", 0, (0, 2, 3), (1, 1, 1), (0, 0, 0), torch.ones(1, WIDTH)))
+    assert worker.resident("model", 0) <= {0}

@@ -37,6 +37,7 @@ class Step:
     error: str | None = None
     raises: Exception | None = None
     hangs: bool = False
+    is_mixed: bool = False
 
 
 @dataclass
@@ -63,7 +64,13 @@ class FakeRouter:
                     self.is_hanging.set()
                     await asyncio.Event().wait()
                 is_done = step.finish_reason is not None
-                yield TokenEvent(request.request_id, step.token_ids, step.finish_reason, step.error)
+                yield TokenEvent(
+                    request.request_id,
+                    step.token_ids,
+                    step.finish_reason,
+                    step.error,
+                    is_mixed=step.is_mixed,
+                )
         finally:
             if not is_done:
                 self.cancelled.append(request.request_id)

@@ -60,6 +60,11 @@ def test_budgets_of_both_tiers_are_one_memory_and_none_is_fit() -> None:
     assert _options({"host-budget": "2GiB"}, {}).expert_budgets == (size,)
 
 
+def test_audit_share_is_a_number_whole_or_not() -> None:
+    assert _options({}, {"audit-share": 0}).audit_share == 0.0
+    assert _options({"audit-share": 0.25}, {"audit-share": 1}).audit_share == 0.25
+
+
 def test_copies_of_the_store_and_capacity_are_what_was_given() -> None:
     options = _options({"store-copy": ["/b", "/c", "/b"]}, {"store-copy": "/d", "capacity": "auto"})
     assert options.store_copies == (Path("/b"), Path("/c"))
@@ -115,6 +120,11 @@ def test_unknown_key_is_named_with_the_nearest_known_one(name: str, nearest: str
         ("node-budgets", {"a": 7}, "must be a size such as 2GiB"),
         ("node-budgets", {"a\x1b": "2GiB"}, "must be a mapping of node names or addresses to budgets"),
         ("node-budgets", {7: "2GiB"}, "must be a mapping of node names or addresses to budgets"),
+        ("audit-share", 1.5, "must be a number from 0 to 1, not '1.5'"),
+        ("audit-share", -0.1, "must be a number from 0 to 1"),
+        ("audit-share", float("nan"), "must be a number from 0 to 1"),
+        ("audit-share", "0.1", "must be a number from 0 to 1"),
+        ("audit-share", True, "must be a number from 0 to 1"),
         ("max-model-len", 1, "must be a whole number of tokens"),
         ("max-num-seqs", 513, "from 1 to 512"),
         ("max-batch-tokens", 513, "from 1 to 512"),

@@ -11,6 +11,7 @@ import pytest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from experts.remote_directory import DirectoryOptions, RemoteDirectory
 from experts.trust import ASPECTS, aspect_means
 from router.loading import EngineOptions, LoadedEngine
 from router.metrics import PREFIX, local_actor, render_metrics
@@ -18,6 +19,7 @@ from router.request import GenerationRequest, SamplingParams
 from router.service import RouterService
 from router.trust_session import TrustOptions
 from tests.engines import open_engine, run_to_end, small_engine
+from tests.expert_servers import PATIENT, SECRET, expert_servers
 
 ACTOR = {
     "name": "experts-0",
@@ -143,6 +145,40 @@ def test_trust_is_told_by_aspect_where_it_is_learned(tiny_store: Path, tmp_path:
     assert means == pytest.approx(aspect_means(table, loaded.trust.book.settings))
     assert means.keys() <= set(ASPECTS)
     assert means
+
+
+def test_trouble_with_actors_is_told_by_kind_even_before_there_was_any(families: dict[str, Metric]) -> None:
+    kinds = {sample.labels["kind"]: sample.value for sample in families[PREFIX + "failovers"].samples}
+    assert kinds == {"lost": 0, "late": 0, "silent": 0, "error": 0, "not finite": 0}
+    assert (
+        _value(families, "audits", outcome="agreed") == _value(families, "audits", outcome="disagreed") == 0
+    )
+    assert _value(families, "actors_quarantined") == _value(families, "expert_foreign_rows") == 0
+
+
+def test_actors_latencies_and_audits_are_told(tiny_store: Path) -> None:
+    with expert_servers(tiny_store, 1, "float32") as roster:
+        options = DirectoryOptions(audit_share=1.0)
+        loaded = open_engine(
+            tiny_store,
+            EngineOptions(dtype="float32"),
+            lambda worker: RemoteDirectory(worker, roster, SECRET, limits=PATIENT, options=options),
+        )
+        run_to_end(loaded.engine, [GenerationRequest("r", (1, 2, 3), SamplingParams(max_tokens=3))])
+        assert isinstance(loaded.directory, RemoteDirectory)
+        loaded.directory.auditor.drain()
+
+        async def render() -> str:
+            service = RouterService(loaded)
+            service.engine_thread.stop()
+            return render_metrics(service, [])
+
+        told = {family.name: family for family in text_string_to_metric_families(asyncio.run(render()))}
+        loaded.close()
+    median = _value(told, "actor_latency_seconds", actor="experts-0", quantile="0.5")
+    assert 0 < median <= _value(told, "actor_latency_seconds", actor="experts-0", quantile="0.99")
+    assert _value(told, "audits", outcome="agreed") > 0
+    assert _value(told, "audits", outcome="disagreed") == 0
 
 
 def test_phases_of_a_step_are_timed(families: dict[str, Metric]) -> None:

@@ -1,0 +1,152 @@
+"""Asks one actor for one share of a call, and keeps account: deadlines, latencies, failures, rows.
+
+What follows from a failure is decided elsewhere, in `experts.remote_directory`, which uses this.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from experts.call_times import CallTimes
+from experts.directory import FAILURE_KINDS, FailureKind
+from experts.errors import AnswerNotFinite, ExpertError, PeerLost, TransportError
+from experts.links import ActorLinks
+from experts.shares import Place, Share
+from experts.suspensions import ALL_LAYERS, Suspensions
+from experts.transport import ExpertConnection
+
+
+@dataclass(frozen=True)
+class Question:
+    """A share that was sent to an actor; its connection is held until `Asker.hear` or `Asker.drop`."""
+
+    name: str
+    link: ExpertConnection
+    share: Share
+    started_s: float
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A share that somebody did not compute, or not well."""
+
+    place: Place
+    share: Share
+    error: ExpertError
+    rows_RD: Tensor | None = None
+    """What came, where the values are what is wrong."""
+    incarnation: int = 0
+    """Of the actor."""
+
+
+@dataclass
+class AskCounters:
+    """Since the start. Guarded by the asker's lock."""
+
+    remote_rows: int = 0
+    foreign_rows: int = 0
+    """Of another numerics class."""
+    hop_seconds: float = 0.0
+
+
+class Asker:
+    """Safe for several threads."""
+
+    def __init__(
+        self, links: ActorLinks, times: CallTimes, own_class: str, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """clock: monotonic, in seconds."""
+        self.counters = AskCounters()
+        self.failures: dict[FailureKind, int] = dict.fromkeys(FAILURE_KINDS, 0)
+        self.times = times
+        self.suspensions = Suspensions()
+        self._links, self._own_class, self._clock = links, own_class, clock
+        self._counting = threading.Lock()
+
+    def ask(self, name: str, link: ExpertConnection, share: Share) -> Question | Failure:
+        """Send a share. Raises ValueError when the call does not fit the connection, which stays good."""
+        call, started_s = share.call, self._clock()
+        is_sent = False
+        timeout_s = self.times.begin(name, call.num_rows, len(call.experts))
+        try:
+            link.start(call, timeout_s=timeout_s)
+            is_sent = True
+        except TransportError as error:
+            return self._failed(name, link, share, error)
+        finally:
+            if not is_sent:
+                self.times.end(name, call.num_rows, None, started_s)
+        return Question(name, link, share, started_s)
+
+    def hear(
+        self, question: Question, *, is_checked: bool = True, is_counted: bool = True
+    ) -> Tensor | Failure:
+        """Wait for the rows. is_checked: rows that are not finite are a failure, unless the activations are not.
+        is_counted: among the rows, since they go into an answer."""
+        name, link, share = question.name, question.link, question.share
+        waiting_since_s = self._clock()
+        seconds: float | None = None
+        try:
+            rows_RD = link.finish()
+            seconds = self._clock() - question.started_s
+        except TransportError as error:
+            return self._failed(name, link, share, error)
+        finally:
+            now_s = self._clock()
+            self.times.end(name, share.call.num_rows, seconds, now_s)
+            with self._counting:
+                self.counters.hop_seconds += now_s - waiting_since_s
+        if is_checked and not are_finite(rows_RD) and are_finite(share.call.tokens_TD):
+            return self._failed(name, link, share, AnswerNotFinite(name), rows_RD)
+        self.suspensions.clear(name, (share.call.component, share.call.layer))
+        if not is_counted:
+            return rows_RD
+        with self._counting:
+            self.counters.remote_rows += share.call.num_rows
+            if link.info.numerics_class != self._own_class:
+                self.counters.foreign_rows += share.call.num_rows
+        return rows_RD
+
+    def drop(self, question: Question) -> None:
+        """Close the connection: an answer that nobody waits for must not be taken for the next call's."""
+        question.link.close()
+        self.times.end(question.name, question.share.call.num_rows, None, self._clock())
+
+    def _failed(
+        self,
+        name: str,
+        link: ExpertConnection,
+        share: Share,
+        error: TransportError,
+        rows_RD: Tensor | None = None,
+    ) -> Failure:
+        kind, now_s = _kind_of(error), self._clock()
+        with self._counting:
+            self.failures[kind] += 1
+        if kind == "error":
+            self.suspensions.note(name, (share.call.component, share.call.layer), now_s)
+        elif kind == "late":  # its heartbeats come: it would be connected and asked again at once
+            self.suspensions.note(name, ALL_LAYERS, now_s)
+        self._links.tell_lost(name, link)
+        return Failure(name, share, error, rows_RD, link.endpoint.incarnation)
+
+
+def are_finite(values: Tensor) -> bool:
+    """Whether no value is infinite or not a number. One pass over finite values of ordinary size: their sum is finite
+    only where all of them are."""
+    if math.isfinite(values.sum().item()):
+        return True
+    return bool(torch.isfinite(values).all())  # a sum of very large ones may overflow
+
+
+def _kind_of(error: TransportError) -> FailureKind:
+    if isinstance(error, PeerLost):
+        return error.kind
+    return "not finite" if isinstance(error, AnswerNotFinite) else "error"
