@@ -18,7 +18,7 @@ SIGNALS = ("surprise", "novelty", "arousal", "reward", "conflict")
 
 def describe_quality(reports: Sequence[RoutingReport], quantization: str | None = None) -> dict[str, Any]:
     """quality, and for a modified answer its policy, effort, k, misses and stand-ins. reports: of the answer's
-    sequences that had one. quantization: of the experts, None where they are as published. Explanations are added for
+    sequences that had one. quantization: of the weights, None where they are as published. Explanations are added for
     those that asked for them."""
     described: dict[str, Any] = {"quality": EXACT}
     if quantization is not None:

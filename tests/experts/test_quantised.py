@@ -17,6 +17,7 @@ from experts.worker import ExpertWorker
 from extraction.extract import extract
 from extraction.manifest import ExpertKey
 from extraction.quantise import Quantization
+from extraction.quantised_parts import QuantisedParts
 from tests.checkpoints import write_tiny_qwen3_moe
 
 INT8 = Quantization(scheme="int8", group_size=None)
@@ -38,7 +39,9 @@ def store(
     folder = tmp_path_factory.mktemp("store")
     sizes = {"hidden_size": widths[0], "moe_intermediate_size": widths[1]}
     extract(
-        write_tiny_qwen3_moe(folder / "checkpoint", **sizes), folder / "store", quantization=request.param
+        write_tiny_qwen3_moe(folder / "checkpoint", **sizes),
+        folder / "store",
+        quantised=QuantisedParts(request.param),
     )
     return ExpertStore.open(folder / "store")
 
