@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.quality_stores import STORES, store_bytes, store_of
+from benchmarks.quality_stores import NOT_QUANTISED, STORES, store_bytes, store_of
 from benchmarks.quality_ways import FRONTIER, SHARES, SINGLE, SINGLE_SHARE, Way, against, windows_of
 from benchmarks.report import RESULTS, finish
 from experts.budget import BudgetRequest
@@ -159,13 +159,15 @@ def way_at(way: Way, share: str, max_tokens: int | None, job: Job) -> dict[str, 
 
 def quantised(name: str, job: Job) -> dict[str, Any]:
     """Perplexity of a quantised store under native routing, and what it takes on disk and in memory."""
-    base = run_part(_base_name(None), job)["windows"]
     root = store_of(name, resolve_checkpoint(MODEL), job.work / f"stores-{job.store[:16]}")
     evaluation = replace(job, root=root).evaluate(EvalOptions(SLIDING))
     report = as_json(evaluation)
     found = {key: report[key] for key in ("perplexity", "perplexity_95", "nll", "tokens", "numerics_class")}
-    texts = {text["text"]: text["perplexity"] for text in report["texts"]}
-    return store_bytes(root) | found | {"texts": texts, "against bf16": against(evaluation, base)}
+    found["texts"] = {text["text"]: text["perplexity"] for text in report["texts"]}
+    if name == NOT_QUANTISED:
+        return store_bytes(root) | found | {"windows": windows_of(evaluation)}
+    base = run_part(f"quantised {NOT_QUANTISED}", job)["windows"]
+    return store_bytes(root) | found | {"against bf16": against(evaluation, base)}
 
 
 def _base_name(max_tokens: int | None) -> str:
@@ -260,8 +262,11 @@ def _point(share: str, part: dict[str, Any]) -> FrontierPoint:
 
 
 def check_native(results: dict[str, Any]) -> None:
-    """Native perplexity is the same to the digit at every budget."""
-    found = {name: part["nll"] for name, part in results.items() if name.startswith("native ")}
+    """Native perplexity is the same to the digit at every budget, and from a copy of the checkpoint."""
+    copied = f"quantised {NOT_QUANTISED}"
+    found = {
+        name: part["nll"] for name, part in results.items() if name.startswith("native ") or name == copied
+    }
     if len(set(found.values())) > 1:
         raise SystemExit(f"native routing is not exact: {found}")
 

@@ -17,8 +17,9 @@ from router.loading import EngineOptions
 
 INT8 = Quantization(scheme="int8", group_size=None)
 INT4 = Quantization(scheme="int4", group_size=32)
+NOT_QUANTISED = "bf16"
 STORES = {
-    "bf16": QuantisedParts(),
+    NOT_QUANTISED: QuantisedParts(),
     "experts int8": QuantisedParts(INT8),
     "all int8": QuantisedParts(INT8, INT8, INT8),
     "experts int4": QuantisedParts(INT4),

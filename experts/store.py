@@ -161,7 +161,6 @@ class ExpertStore:
         entry = self._entry(component, name)
         if entry.dtype not in TORCH_DTYPES:
             raise StoreDamaged(entry.file, f"has tensor {name!r} as {entry.dtype}, which it cannot be")
-        self._check_indexed(entry.file, entry.offset, entry.nbytes, entry.dtype)
         (raw,) = self._read_entry(component, entry, (entry.nbytes,))
         return raw.view(TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
 
@@ -205,6 +204,7 @@ class ExpertStore:
         cut_short = f"is cut short inside tensor {entry.name!r} at offset {entry.offset}"
         if not self._holds(entry.file, entry.offset, entry.nbytes):
             raise StoreDamaged(entry.file, cut_short)
+        self._check_indexed(entry.file, entry.offset, entry.nbytes, entry.dtype)
         parts, offset, digest = [], entry.offset, hashlib.sha256()
         for size in sizes:
             raw = torch.empty(size, dtype=torch.uint8)
