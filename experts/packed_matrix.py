@@ -26,7 +26,7 @@ INT8_MULTIPLES = (4, 16)
 INT4_OUTPUTS = 16
 ROWS_PACKED_AT_ONCE = 256
 """Packing takes 32-bit codes: eight times the memory, so some rows at a time. A multiple of every kernel's blocks."""
-ROWS_DEQUANTISED_AT_ONCE = 4096
+ROWS_DEQUANTISED_AT_ONCE = 1024
 """A head has 150,000 rows, which would take more than a gigabyte as float32."""
 INNER_K_TILES = 2
 """An argument that the CPU's packing takes and does not use."""
