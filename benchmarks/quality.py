@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.quality_stores import NOT_QUANTISED, STORES, store_bytes, store_of
 from benchmarks.quality_ways import FRONTIER, SHARES, SINGLE, SINGLE_SHARE, Way, against, windows_of
 from benchmarks.report import RESULTS, finish
 from experts.budget import BudgetRequest
@@ -34,7 +35,7 @@ from gateway.eval_routing import by_text, select
 from gateway.eval_run import EvalOptions, EvalText, Evaluation, evaluate, read_texts
 from gateway.eval_windows import Sliding, cut_windows
 from gateway.output_file import write_output
-from gateway.store_source import resolve_store
+from gateway.store_source import resolve_checkpoint, resolve_store
 from gateway.study import Study
 from gateway.tokenizer import TextTokenizer
 from router.trace_reader import read_trace
@@ -156,6 +157,19 @@ def way_at(way: Way, share: str, max_tokens: int | None, job: Job) -> dict[str, 
     return against(evaluation, base)
 
 
+def quantised(name: str, job: Job) -> dict[str, Any]:
+    """Perplexity of a quantised store under native routing, and what it takes on disk and in memory."""
+    root = store_of(name, resolve_checkpoint(MODEL), job.work / f"stores-{job.store[:16]}")
+    evaluation = replace(job, root=root).evaluate(EvalOptions(SLIDING))
+    report = as_json(evaluation)
+    found = {key: report[key] for key in ("perplexity", "perplexity_95", "nll", "tokens", "numerics_class")}
+    found["texts"] = {text["text"]: text["perplexity"] for text in report["texts"]}
+    if name == NOT_QUANTISED:
+        return store_bytes(root) | found | {"windows": windows_of(evaluation)}
+    base = run_part(f"quantised {NOT_QUANTISED}", job)["windows"]
+    return store_bytes(root) | found | {"against bf16": against(evaluation, base)}
+
+
 def _base_name(max_tokens: int | None) -> str:
     return f"windows {max_tokens or 'all'}"
 
@@ -174,6 +188,7 @@ PARTS: dict[str, Callable[[Job], dict[str, Any]]] = {
         f"frontier {SINGLE_SHARE} {name}": partial(way_at, way, SINGLE_SHARE, FRONTIER_TOKENS)
         for name, way in SINGLE.items()
     },
+    **{f"quantised {name}": partial(quantised, name) for name in STORES},
     **{f"full {name}": partial(way_at, FRONTIER[name], SINGLE_SHARE, None) for name in FULL_WAYS},
 }
 """In the order in which they are computed."""
@@ -247,8 +262,11 @@ def _point(share: str, part: dict[str, Any]) -> FrontierPoint:
 
 
 def check_native(results: dict[str, Any]) -> None:
-    """Native perplexity is the same to the digit at every budget."""
-    found = {name: part["nll"] for name, part in results.items() if name.startswith("native ")}
+    """Native perplexity is the same to the digit at every budget, and from a copy of the checkpoint."""
+    copied = f"quantised {NOT_QUANTISED}"
+    found = {
+        name: part["nll"] for name, part in results.items() if name.startswith("native ") or name == copied
+    }
     if len(set(found.values())) > 1:
         raise SystemExit(f"native routing is not exact: {found}")
 

@@ -15,16 +15,16 @@ from torch import Tensor
 
 from experts.call import ExpertCall
 from experts.numerics import RowKernel, swiglu
-from experts.packed_matrix import PackedMatrix
+from experts.packed_matrix import PackedMatrix, Weight, multiply
 
 
 @dataclass(frozen=True)
 class ExpertWeights:
     """One expert's projections as they lie in memory; gate and up are one matrix."""
 
-    gate_up_FD: Tensor | PackedMatrix
+    gate_up_FD: Weight
     """(2F, D): the gate's rows, then the up projection's."""
-    down_DF: Tensor | PackedMatrix
+    down_DF: Weight
 
     @property
     def nbytes(self) -> int:
@@ -86,19 +86,12 @@ def compute_segments(
     two_f = weights[0].gate_up_FD.shape[0]
     gate_up_PF = x_PD.new_empty(x_PD.shape[0], two_f)
     for (start, end), expert in zip(segments, weights, strict=True):
-        _multiply(kernel, x_PD[start:end], expert.gate_up_FD, gate_up_PF[start:end])
+        multiply(kernel, x_PD[start:end], expert.gate_up_FD, gate_up_PF[start:end])
     hidden_PF = swiglu(gate_up_PF)
     y_PD = torch.empty_like(x_PD)
     for (start, end), expert in zip(segments, weights, strict=True):
-        _multiply(kernel, hidden_PF[start:end], expert.down_DF, y_PD[start:end])
+        multiply(kernel, hidden_PF[start:end], expert.down_DF, y_PD[start:end])
     return y_PD
-
-
-def _multiply(kernel: RowKernel, x_PI: Tensor, weight_OI: Tensor | PackedMatrix, out_PO: Tensor) -> None:
-    if isinstance(weight_OI, Tensor):
-        kernel.multiply(x_PI, weight_OI, out_PO)
-    else:
-        weight_OI.multiply(x_PI, out_PO)
 
 
 def _segments(counts: Sequence[int], kernel: RowKernel) -> list[tuple[int, int]]:

@@ -8,6 +8,7 @@ taken on trust: `experts.quantised` proves a product before it is used.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,6 +26,8 @@ INT8_MULTIPLES = (4, 16)
 INT4_OUTPUTS = 16
 ROWS_PACKED_AT_ONCE = 256
 """Packing takes 32-bit codes: eight times the memory, so some rows at a time. A multiple of every kernel's blocks."""
+ROWS_DEQUANTISED_AT_ONCE = 1024
+"""A head has 150,000 rows, which would take more than a gigabyte as float32."""
 INNER_K_TILES = 2
 """An argument that the CPU's packing takes and does not use."""
 
@@ -43,6 +46,10 @@ class CanonicalMatrix:
     @property
     def shape(self) -> tuple[int, int]:
         return self.codes.shape[0], self.inputs
+
+    def rows(self, first: int, end: int) -> CanonicalMatrix:
+        """Some of its outputs; copies nothing."""
+        return CanonicalMatrix(self.codes[first:end], self.scales[first:end], self.inputs, self.quantization)
 
     def codes_as_int8(self) -> Tensor:
         """(outputs, inputs), from -128 to 127 or from -8 to 7."""
@@ -76,12 +83,11 @@ class PackedMatrix:
     def nbytes(self) -> int:
         return self.codes.nbytes + self.scales.nbytes
 
-    def multiply(self, x_PI: Tensor, out_PO: Tensor) -> Tensor:
+    def multiply(self, x_PI: Tensor, out_PO: Tensor | None = None) -> Tensor:
         """x @ weight.T, as RowKernel.multiply."""
         outputs, inputs = self.shape
         if self.kernel is not None:
-            matrix = CanonicalMatrix(self.codes, self.scales, inputs, self.quantization)
-            return self.kernel.multiply(x_PI, matrix.dequantised().to(x_PI.dtype), out_PO)
+            return self._multiply_dequantised(self.kernel, x_PI, out_PO)
         missing = padded_shape(self.shape, self.quantization)[1] - inputs
         x_PI = pad(x_PI, (0, missing)) if missing else x_PI.contiguous()
         if self.quantization.group_size is None:
@@ -90,7 +96,45 @@ class PackedMatrix:
             y_PO = torch.ops.aten._weight_int4pack_mm_for_cpu(
                 x_PI, self.codes, self.quantization.group_size, self.scales
             )
-        return out_PO.copy_(y_PO[:, :outputs])
+        return y_PO[:, :outputs] if out_PO is None else out_PO.copy_(y_PO[:, :outputs])
+
+    def _multiply_dequantised(self, kernel: RowKernel, x_PI: Tensor, out_PO: Tensor | None) -> Tensor:
+        outputs, inputs = self.shape
+        matrix = CanonicalMatrix(self.codes, self.scales, inputs, self.quantization)
+        out_PO = x_PI.new_empty(x_PI.shape[0], outputs) if out_PO is None else out_PO
+        for first in range(0, outputs, ROWS_DEQUANTISED_AT_ONCE):
+            end = min(first + ROWS_DEQUANTISED_AT_ONCE, outputs)
+            out_PO[:, first:end] = kernel.multiply(x_PI, matrix.rows(first, end).dequantised().to(x_PI.dtype))
+        return out_PO
+
+
+Weight = Tensor | PackedMatrix
+"""A matrix (outputs, inputs) to multiply with, quantised or not."""
+
+
+def multiply(kernel: RowKernel, x_PI: Tensor, weight_OI: Weight, out_PO: Tensor | None = None) -> Tensor:
+    """x @ weight.T for a number of rows that is a multiple of the kernel's. Writes to `out_PO` where it is given."""
+    if isinstance(weight_OI, PackedMatrix):
+        return weight_OI.multiply(x_PI, out_PO)
+    return kernel.multiply(x_PI, weight_OI, out_PO)
+
+
+def linear(kernel: RowKernel, x_RI: Tensor, weight_OI: Weight) -> Tensor:
+    """x @ weight.T for any number of rows. Returns (R, O), maybe a view of a padded buffer."""
+    num_rows = x_RI.shape[0]
+    missing = kernel.padded(num_rows) - num_rows
+    if missing:
+        x_RI = torch.cat((x_RI, x_RI[-1:].expand(missing, -1)))
+    return multiply(kernel, x_RI, weight_OI)[:num_rows]
+
+
+def stacked(matrices: Sequence[CanonicalMatrix]) -> CanonicalMatrix:
+    """One below the other, as one; they have the same inputs and are quantised alike."""
+    first = matrices[0]
+    if len(matrices) == 1:
+        return first
+    codes, scales = (torch.cat(parts) for parts in zip(*((m.codes, m.scales) for m in matrices), strict=True))
+    return CanonicalMatrix(codes, scales, first.inputs, first.quantization)
 
 
 def pack(matrix: CanonicalMatrix, dtype: torch.dtype) -> PackedMatrix:
@@ -113,6 +157,13 @@ def padded_shape(shape: tuple[int, int], quantization: Quantization) -> tuple[in
         -(-size // multiple) * multiple for size, multiple in zip(shape, multiples, strict=True)
     )
     return outputs, inputs
+
+
+def packed_bytes(shape: tuple[int, int], quantization: Quantization, dtype: torch.dtype) -> int:
+    """Of `pack`, where its codes are a copy."""
+    outputs, inputs = padded_shape(shape, quantization)
+    codes = outputs * inputs if quantization.group_size is None else outputs * inputs // 2
+    return codes + packed_scale_bytes(shape, quantization, dtype)
 
 
 def packed_scale_bytes(shape: tuple[int, int], quantization: Quantization, dtype: torch.dtype) -> int:

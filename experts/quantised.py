@@ -2,7 +2,8 @@
 
 Chooses the product with packed codes by proof, when a worker is made: right within rounding, checked against the plain
 dequantised product, since a wrong packing fails silently; and row by row the same bits whatever stands beside, as
-docs/exactness.md promises. Where the kernel fails, codes are dequantised for each product. Called by `experts.worker`.
+docs/exactness.md promises. Where the kernel fails, codes are dequantised for each product. Called by `experts.worker`,
+and by `router.linears` for the backbone's matrices.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch import Tensor
 from experts.errors import NotRowInvariant, StoreDamaged
 from experts.ffn import ExpertWeights, view_expert
 from experts.numerics import (
+    MANY_ROWS_OUTPUTS,
+    MAX_TESTED_OUTPUTS,
     REFERENCE_ROWS,
     RowKernel,
     gives_few_rows_their_bits,
@@ -25,10 +28,12 @@ from experts.numerics import (
     one_thread,
 )
 from experts.packed_matrix import (
+    ROWS_DEQUANTISED_AT_ONCE,
     CanonicalMatrix,
     PackedMatrix,
     PackedProduct,
     keep,
+    linear,
     pack,
     packed_scale_bytes,
     padded_shape,
@@ -98,7 +103,7 @@ class QuantisedForm:
 
     @property
     def class_suffix(self) -> str:
-        return f"/{self.quantization.name}/{self.product}-1"
+        return product_suffix(self.quantization, self.product)
 
     def loaded_bytes(self, record: ExpertRecord) -> int:
         shapes = self._shapes(record)
@@ -134,12 +139,17 @@ class QuantisedForm:
             codes = codes if is_view or self.quantization.scheme == "int4" else codes.clone()
             matrices.append(CanonicalMatrix(codes, scales, shape[1], self.quantization))
             codes_at, scales_at = codes_at + code_bytes, scales_at + scale_bytes
-        gate_up, down = (_packed(matrix, self.product, self.dtype, self.kernel) for matrix in matrices)
+        gate_up, down = (packed_for(self.product, matrix, self.dtype, self.kernel) for matrix in matrices)
         return ExpertWeights(gate_up, down)
 
     def _shapes(self, record: ExpertRecord) -> list[tuple[int, int]]:
         """Of gate and up together, and of down. Raises StoreDamaged."""
         return expert_shapes(record, self.quantization, self.widths[record.key.component])
+
+
+def product_suffix(quantization: Quantization, product: PackedProduct) -> str:
+    """In the name of a numerics class."""
+    return f"/{quantization.name}/{product}-1"
 
 
 def expert_form(
@@ -207,34 +217,43 @@ def _is_proven(
     dtype: torch.dtype,
     kernel: RowKernel,
 ) -> bool:
-    """Close to the plain product, and every row by itself."""
+    """Close to the plain product, and every row by itself. Of a large matrix the first rows, as `calibrate` does."""
     generator = torch.Generator().manual_seed(4)
+    shape = (min(shape[0], MAX_TESTED_OUTPUTS), shape[1])
     matrix = _random_matrix(shape, quantization, generator)
     x = torch.randn(REFERENCE_ROWS, shape[1], generator=generator).to(dtype)
-    plain = x.double() @ matrix.dequantised().double().t()
     try:
-        packed = _packed(matrix, product, dtype, kernel)
+        packed = packed_for(product, matrix, dtype, kernel)
+        part = packed_for(product, matrix.rows(0, MANY_ROWS_OUTPUTS), dtype, kernel)
         with one_thread():
-            reference = packed.multiply(x, x.new_empty(REFERENCE_ROWS, shape[0]))
+            reference = packed.multiply(x)
     except (AttributeError, NotImplementedError, RuntimeError) as error:
         logger.warning("%s %s: %s", quantization.name, product, str(error).split("\n")[0])
         return False
-    error_ratio = (reference.double() - plain).abs().max() / plain.abs().max()
-
-    def linear(rows: Tensor) -> Tensor:
-        padded = torch.cat((rows, rows[-1:].expand(kernel.padded(len(rows)) - len(rows), -1)))
-        return packed.multiply(padded, rows.new_empty(len(padded), shape[0]))[: len(rows)]
-
     return (
-        bool(error_ratio <= TOLERANCES[dtype])
-        and gives_few_rows_their_bits(linear, x, reference)
-        and gives_many_rows_their_bits(linear, x, reference)
+        _error_ratio(reference, x, matrix) <= TOLERANCES[dtype]
+        and gives_few_rows_their_bits(lambda rows: linear(kernel, rows, packed), x, reference)
+        and gives_many_rows_their_bits(
+            lambda rows: linear(kernel, rows, part), x, reference[:, :MANY_ROWS_OUTPUTS]
+        )
     )
 
 
-def _packed(
-    matrix: CanonicalMatrix, product: PackedProduct, dtype: torch.dtype, kernel: RowKernel
+def _error_ratio(found: Tensor, x: Tensor, matrix: CanonicalMatrix) -> float:
+    """Largest error against the plain product in float64, in parts of that one's largest value."""
+    error = largest = 0.0
+    for first in range(0, matrix.shape[0], ROWS_DEQUANTISED_AT_ONCE):
+        rows = matrix.rows(first, first + ROWS_DEQUANTISED_AT_ONCE)
+        plain = x.double() @ rows.dequantised().double().t()
+        error = max(error, float((found[:, first : first + len(rows.codes)].double() - plain).abs().max()))
+        largest = max(largest, float(plain.abs().max()))
+    return error / largest
+
+
+def packed_for(
+    product: PackedProduct, matrix: CanonicalMatrix, dtype: torch.dtype, kernel: RowKernel
 ) -> PackedMatrix:
+    """The matrix as the product wants it."""
     return pack(matrix, dtype) if product == "pack" else keep(matrix, kernel)
 
 

@@ -13,6 +13,7 @@ import errno
 import hashlib
 import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -29,12 +30,14 @@ from extraction.manifest import (
     ExpertKey,
     ExpertRecord,
     Manifest,
+    TensorEntry,
     check_files,
     read_expert_index,
     read_manifest,
     store_hash,
 )
 from extraction.quantise import Quantization
+from extraction.quantised_parts import QuantisedParts
 from extraction.safetensors_file import CODES, TensorHeader, read_header
 
 BLOCK_BYTES = 4096
@@ -94,6 +97,11 @@ class ExpertStore:
         """Of the experts; None where they are in a float dtype."""
         return self.manifest.quantization
 
+    @property
+    def quantised(self) -> QuantisedParts:
+        """Of experts, backbone and head."""
+        return self.manifest.quantised
+
     def component(self, name: str) -> Component:
         for component in self.manifest.components:
             if component.name == name:
@@ -149,21 +157,29 @@ class ExpertStore:
         return raw
 
     def read_tensor(self, component: str, name: str) -> Tensor:
-        """A backbone tensor in its stored dtype and shape. Raises StoreDamaged."""
-        entry = self._tensors.get((component, name))
-        if entry is None:
-            raise StoreDamaged(str(self.root), f"has no tensor {name!r} in component {component!r}")
-        if not self._holds(entry.file, entry.offset, entry.nbytes):
-            raise StoreDamaged(entry.file, f"is cut short inside tensor {name!r} at offset {entry.offset}")
-        self._check_indexed(entry.file, entry.offset, entry.nbytes, entry.dtype)
-        raw = torch.empty(entry.nbytes, dtype=torch.uint8)
-        if not self._read_into(entry.file, entry.offset, raw):
-            raise StoreDamaged(entry.file, f"is cut short inside tensor {name!r} at offset {entry.offset}")
-        digest = _sha256(raw)
-        expected = entry.sha256 or self._recorded.expect(f"{component} {name}", digest)
-        if digest != expected:
-            raise StoreDamaged(entry.file, f"tensor {name!r} at offset {entry.offset} was altered")
+        """A backbone tensor in its stored dtype and shape. Raises StoreDamaged, also where it is quantised."""
+        entry = self._entry(component, name)
+        if entry.dtype not in TORCH_DTYPES:
+            raise StoreDamaged(entry.file, f"has tensor {name!r} as {entry.dtype}, which it cannot be")
+        (raw,) = self._read_entry(component, entry, (entry.nbytes,))
         return raw.view(TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
+
+    def read_quantised(
+        self, component: str, name: str, quantization: Quantization
+    ) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        """A quantised backbone matrix: its codes (uint8), its scales (bfloat16), and its (outputs, inputs).
+
+        Raises StoreDamaged, also where it is not quantised in this way.
+        """
+        entry = self._entry(component, name)
+        if entry.dtype != quantization.scheme:
+            reason = f"has tensor {name!r} as {entry.dtype}, the manifest says {quantization.name}"
+            raise StoreDamaged(entry.file, reason)
+        outputs, inputs = entry.shape
+        sizes = (quantization.code_bytes(entry.shape), quantization.scale_bytes(entry.shape))
+        codes, scales = self._read_entry(component, entry, sizes)
+        scales = scales.view(torch.bfloat16).view(quantization.scale_shape(entry.shape))
+        return codes.view(quantization.code_shape(entry.shape)), scales, (outputs, inputs)
 
     def close(self) -> None:
         with self._lock:
@@ -175,6 +191,33 @@ class ExpertStore:
             self._descriptors.clear()
             self._direct.clear()
             self._headers.clear()
+
+    def _entry(self, component: str, name: str) -> TensorEntry:
+        """Raises StoreDamaged."""
+        entry = self._tensors.get((component, name))
+        if entry is None:
+            raise StoreDamaged(str(self.root), f"has no tensor {name!r} in component {component!r}")
+        return entry
+
+    def _read_entry(self, component: str, entry: TensorEntry, sizes: Sequence[int]) -> list[Tensor]:
+        """Its bytes, cut into buffers of these sizes. Raises StoreDamaged."""
+        cut_short = f"is cut short inside tensor {entry.name!r} at offset {entry.offset}"
+        if not self._holds(entry.file, entry.offset, entry.nbytes):
+            raise StoreDamaged(entry.file, cut_short)
+        self._check_indexed(entry.file, entry.offset, entry.nbytes, entry.dtype)
+        parts, offset, digest = [], entry.offset, hashlib.sha256()
+        for size in sizes:
+            raw = torch.empty(size, dtype=torch.uint8)
+            if not self._read_into(entry.file, offset, raw):
+                raise StoreDamaged(entry.file, cut_short)
+            digest.update(raw.numpy().data)
+            parts.append(raw)
+            offset += size
+        found = digest.hexdigest()
+        expected = entry.sha256 or self._recorded.expect(f"{component} {entry.name}", found)
+        if found != expected:
+            raise StoreDamaged(entry.file, f"tensor {entry.name!r} at offset {entry.offset} was altered")
+        return parts
 
     def _check_place(self, record: ExpertRecord) -> None:
         """Raises ExpertCorrupt where the file ends before, StoreDamaged where it is another file."""

@@ -21,7 +21,6 @@ from extraction.journal import Journal, is_journal_of
 from extraction.manifest import (
     FORMAT_VERSION,
     INDEX_NAME,
-    QUANTISED_VERSION,
     ROLES,
     Component,
     Dtype,
@@ -31,11 +30,12 @@ from extraction.manifest import (
     Manifest,
     RecordPart,
     TensorEntry,
+    version_for,
     write_expert_index,
     write_manifest,
 )
 from extraction.plan import ExtractionPlan, SourceTensor, plan_extraction
-from extraction.quantise import Quantization
+from extraction.quantised_parts import NOT_QUANTISED, QuantisedParts
 from extraction.safetensors_file import ALIGNMENT
 from extraction.selection import Selection, select
 from extraction.shards import FolderShards, ShardSupply
@@ -70,7 +70,7 @@ class Job:
     left_out: LeftOut | None
     layout: StoreFiles | None
     """None where no weights are copied."""
-    quantization: Quantization | None = None
+    quantised: QuantisedParts = NOT_QUANTISED
 
     @property
     def kind(self) -> Literal["copied", "indexed"]:
@@ -99,7 +99,7 @@ def extract(
     index_only: bool = False,
     selection: Selection | None = None,
     dtype: Dtype | None = None,
-    quantization: Quantization | None = None,
+    quantised: QuantisedParts = NOT_QUANTISED,
     progress: Progress | None = None,
     shards: ShardSupply | None = None,
 ) -> ExtractionReport:
@@ -107,13 +107,13 @@ def extract(
 
     index_only copies no weights: the store then points into the original shards, which must stay where they are.
     selection: of layers and components; a store that lacks some is partial and says so. dtype: of all weights in the
-    store; None keeps each as it is. quantization: of the experts, from the checkpoint's values whatever the dtype.
+    store; None keeps each as it is. quantised: parts that become codes, of the checkpoint's values.
     shards: where weights are read from instead of `source`, which then needs headers.
     Raises an ExtractionError; whatever is raised, nothing is left behind, except for what a supply of shards that
     failed needs to go on.
     """
     check_vacant(dest)
-    job = prepare(source, index_only=index_only, selection=selection, dtype=dtype, quantization=quantization)
+    job = prepare(source, index_only=index_only, selection=selection, dtype=dtype, quantised=quantised)
     if job.layout is None:
         _check_nameable(source)
     supply = shards or FolderShards(source)
@@ -130,7 +130,7 @@ def extract(
             components, records = _index_in_place(job.plan)
         else:
             digests, resumed = _copy_weights(job.layout, root, supply, key, progress)
-            components, records = describe(job.plan, job.layout, digests)
+            components, records = describe(job.plan, job.layout, digests, quantised)
         _write_descriptions(job, root, components, records)
     layers = {(key.component, key.layer) for key in job.plan.experts}
     weight_bytes = job.plan.weight_bytes
@@ -145,18 +145,18 @@ def prepare(
     index_only: bool = False,
     selection: Selection | None = None,
     dtype: Dtype | None = None,
-    quantization: Quantization | None = None,
+    quantised: QuantisedParts = NOT_QUANTISED,
 ) -> Job:
     """Read headers and descriptions; decide what goes where. Raises an ExtractionError."""
     if index_only and dtype is not None:
         raise OptionRefused("--dtype", "an index points to the weights as they are; leave out --index-only")
-    if index_only and quantization is not None:
+    if index_only and quantised.name is not None:
         raise OptionRefused(
             "--quantize", "an index points to the weights as they are; leave out --index-only"
         )
     plan, left_out = select(plan_extraction(source), selection or Selection())
-    layout = None if index_only else lay_out(plan, dtype, quantization)
-    return Job(plan, left_out, layout, quantization)
+    layout = None if index_only else lay_out(plan, dtype, quantised)
+    return Job(plan, left_out, layout, quantised)
 
 
 def _check_nameable(source: Path) -> None:
@@ -271,12 +271,14 @@ def _write_descriptions(
         files[name] = FileEntry(nbytes=len(content), sha256=hashlib.sha256(content).hexdigest())
     files[INDEX_NAME] = write_expert_index(root, records)
     manifest = Manifest(
-        format_version=FORMAT_VERSION if job.quantization is None else QUANTISED_VERSION,
+        format_version=version_for(job.quantised),
         family=plan.family,
         kind=job.kind,
         source_root=str(plan.source.resolve()) if job.kind == "indexed" else None,
         left_out=job.left_out,
-        quantization=job.quantization,
+        quantization=job.quantised.experts,
+        backbone_quantization=job.quantised.backbone,
+        head_quantization=job.quantised.head,
         config=plan.config,
         generation_config=plan.generation_config,
         components=components,

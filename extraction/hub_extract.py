@@ -31,7 +31,7 @@ from extraction.hub import (
     silence_downloads,
 )
 from extraction.manifest import Dtype
-from extraction.quantise import Quantization
+from extraction.quantised_parts import NOT_QUANTISED, QuantisedParts
 from extraction.safetensors_file import read_header
 from extraction.selection import Selection
 
@@ -96,7 +96,7 @@ def extract_from_hub(
     discard_source: bool = False,
     selection: Selection | None = None,
     dtype: Dtype | None = None,
-    quantization: Quantization | None = None,
+    quantised: QuantisedParts = NOT_QUANTISED,
     progress: Progress | None = None,
 ) -> ExtractionReport:
     """Like `extract`, of a checkpoint on the hub; only shards that the selection needs are downloaded.
@@ -110,7 +110,7 @@ def extract_from_hub(
     with tempfile.TemporaryDirectory(prefix="sage-moe-") as folder:
         outline = Path(folder)
         fetch_outline(remote, outline)
-        job = prepare(outline, selection=selection, dtype=dtype, quantization=quantization)
+        job = prepare(outline, selection=selection, dtype=dtype, quantised=quantised)
         supply = HubShards(remote, outline, discard_source)
         _check_space(job, supply, dest, announce)
         if discard_source:
@@ -122,7 +122,7 @@ def extract_from_hub(
             dest,
             selection=selection,
             dtype=dtype,
-            quantization=quantization,
+            quantised=quantised,
             progress=progress,
             shards=supply,
         )

@@ -24,10 +24,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from extraction.errors import ManifestInvalid
 from extraction.files import read_small_file
 from extraction.quantise import Quantization
+from extraction.quantised_parts import QuantisedParts
 
 FORMAT_VERSION: Literal[1] = 1
 QUANTISED_VERSION: Literal[2] = 2
-"""Of stores with quantised experts; all others stay readable for programs that know version 1 only."""
+"""Of stores of which the experts are quantised and nothing else."""
+BACKBONE_VERSION: Literal[3] = 3
+"""Of stores whose backbone or head is quantised. Each store bears the lowest version that can say what it holds, so
+that programs which know only that one can read it."""
+VERSIONS = (FORMAT_VERSION, QUANTISED_VERSION, BACKBONE_VERSION)
+_FIELDS_SINCE = {"quantization": 2, "backbone_quantization": 3, "head_quantization": 3}
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "experts.parquet"
 MAX_MANIFEST_BYTES = 256 * 1024 * 1024
@@ -38,6 +44,8 @@ MAX_FILE_BYTES = 1 << 60
 ROLES = ("gate", "up", "down")
 SCALE_ROLES = ("gate_scale", "up_scale", "down_scale")
 """Of quantised experts, behind the codes under the names of ROLES."""
+SCALE_SUFFIX = "_scale"
+"""Of a quantised backbone tensor's scales, in the header of their file."""
 ITEM_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 ARROW_SCHEMA_KEY = b"ARROW:schema"
@@ -45,6 +53,8 @@ ARROW_SCHEMA_KEY = b"ARROW:schema"
 that name that is registered in the process, and some unpickle what the file holds: an index has none."""
 
 Dtype = Literal["bfloat16", "float16", "float32"]
+StoredDtype = Literal["bfloat16", "float16", "float32", "int8", "int4"]
+"""Of a backbone tensor: a dtype, or the scheme of a quantised one."""
 SHA256_PATTERN = "[0-9a-f]{64}"
 NAME_PATTERN = "[A-Za-z0-9_.-]{1,256}"
 Name = Annotated[str, Field(pattern=f"^{NAME_PATTERN}$")]
@@ -112,11 +122,12 @@ class TensorEntry(_Model):
     source: str
     """Its name in the checkpoint."""
     file: str
-    dtype: Dtype
+    dtype: StoredDtype
     shape: tuple[Annotated[int, Field(ge=0, le=MAX_FILE_BYTES)], ...] = Field(max_length=16)
     offset: int = Field(ge=0, le=MAX_FILE_BYTES)
     nbytes: int = Field(ge=0, le=MAX_FILE_BYTES)
     sha256: Sha256 | None
+    """Of a quantised one over codes, then scales."""
 
     @field_validator("file")
     @classmethod
@@ -125,9 +136,14 @@ class TensorEntry(_Model):
 
     @model_validator(mode="after")
     def _fills_its_shape(self) -> Self:
-        if math.prod(self.shape) * ITEM_SIZES[self.dtype] != self.nbytes:
-            raise ValueError(f"tensor {self.name!r}: {self.nbytes} bytes do not hold {self.shape}")
+        if self.dtype in ITEM_SIZES:
+            self.check_bytes(math.prod(self.shape) * ITEM_SIZES[self.dtype])
         return self
+
+    def check_bytes(self, expected: int) -> None:
+        """Raises ValueError."""
+        if expected != self.nbytes:
+            raise ValueError(f"tensor {self.name!r}: {self.nbytes} bytes do not hold {self.shape}")
 
 
 class Component(_Model):
@@ -182,7 +198,7 @@ class LeftOut(_Model):
 class Manifest(_Model):
     """What `manifest.json` holds."""
 
-    format_version: Literal[1, 2]
+    format_version: Literal[1, 2, 3]
     family: str
     kind: Literal["copied", "indexed"]
     source_root: str | None
@@ -190,7 +206,11 @@ class Manifest(_Model):
     left_out: LeftOut | None
     """None in a store that holds the whole model."""
     quantization: Quantization | None = None
-    """Of all experts; in version 2 only, and always there."""
+    """Of all experts; from version 2 on, in which it is always there."""
+    backbone_quantization: Quantization | None = None
+    """Of the decoders' linear layers; from version 3 on."""
+    head_quantization: Quantization | None = None
+    """Of the decoders' heads; from version 3 on."""
     config: dict[str, Any]
     generation_config: dict[str, Any]
     components: tuple[Component, ...]
@@ -204,6 +224,10 @@ class Manifest(_Model):
             raise ManifestInvalid(MANIFEST_NAME, "the store has no experts: it lists no component")
         return self.components[0]
 
+    @property
+    def quantised(self) -> QuantisedParts:
+        return QuantisedParts(self.quantization, self.backbone_quantization, self.head_quantization)
+
     @field_validator("files")
     @classmethod
     def _stay_inside(cls, value: dict[str, FileEntry]) -> dict[str, FileEntry]:
@@ -215,11 +239,9 @@ class Manifest(_Model):
     def _is_whole(self) -> Self:
         if (self.kind == "indexed") != (self.source_root is not None):
             raise ValueError("names no folder of original shards, or one that it does not use")
-        if (self.format_version == QUANTISED_VERSION) != (self.quantization is not None):
-            raise ValueError(
-                "says how experts are quantised in another version than 2, or does not in that one"
-            )
-        if self.quantization is not None and self.kind == "indexed":
+        if self.format_version != version_for(self.quantised):
+            raise ValueError("says what is quantised in another version than the one for it")
+        if self.quantised.name is not None and self.kind == "indexed":
             raise ValueError("is quantised and points to original shards")
         if self.source_root is not None and not PurePosixPath(self.source_root).is_absolute():
             raise ValueError(f"source_root {self.source_root[:200]!r} is no absolute path")
@@ -230,7 +252,25 @@ class Manifest(_Model):
                 raise ValueError(f"names a tensor of component {component.name!r} twice")
             if self.kind == "copied" and any(tensor.sha256 is None for tensor in component.tensors):
                 raise ValueError("has a copied tensor without a hash")
+            for tensor in component.tensors:
+                if tensor.dtype not in ITEM_SIZES:
+                    _check_quantised(tensor, self.quantised)
         return self
+
+
+def version_for(quantised: QuantisedParts) -> Literal[1, 2, 3]:
+    """The lowest version that can say so."""
+    if quantised.backbone is not None or quantised.head is not None:
+        return BACKBONE_VERSION
+    return FORMAT_VERSION if quantised.experts is None else QUANTISED_VERSION
+
+
+def _check_quantised(tensor: TensorEntry, quantised: QuantisedParts) -> None:
+    """Raises ValueError."""
+    quantization = quantised.of_tensor(tensor.name)
+    if quantization is None or quantization.scheme != tensor.dtype or len(tensor.shape) != 2:
+        raise ValueError(f"tensor {tensor.name!r} is {tensor.dtype}, which the store does not say of it")
+    tensor.check_bytes(quantization.code_bytes(tensor.shape) + quantization.scale_bytes(tensor.shape))
 
 
 INDEX_SCHEMA = pa.schema(
@@ -273,8 +313,8 @@ def read_manifest(root: Path) -> Manifest:
     raw = read_small_file(root, MANIFEST_NAME, MAX_MANIFEST_BYTES)
     try:
         version = json.loads(raw).get("format_version")
-        if version not in (FORMAT_VERSION, QUANTISED_VERSION):
-            known = f"{FORMAT_VERSION} and {QUANTISED_VERSION}"
+        if version not in VERSIONS:
+            known = f"{VERSIONS[0]} to {VERSIONS[-1]}"
             raise ManifestInvalid(MANIFEST_NAME, f"format version {version!r}; this program reads {known}")
         return Manifest.model_validate_json(raw)
     except ValidationError as error:
@@ -286,10 +326,9 @@ def read_manifest(root: Path) -> Manifest:
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
-    # Version 1 has no such field.
-    text = manifest.model_dump_json(
-        indent=1, exclude={"quantization"} if manifest.quantization is None else None
-    )
+    # Fields that a version does not have are left out, for readers that know that version only.
+    unknown = {name for name, since in _FIELDS_SINCE.items() if since > manifest.format_version}
+    text = manifest.model_dump_json(indent=1, exclude=unknown)
     (root / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
 
 

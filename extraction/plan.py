@@ -92,6 +92,8 @@ class PlannedComponent:
     config: Mapping[str, Any]
     backbone: Mapping[str, SourceTensor]
     """By canonical name, sorted."""
+    is_decoder: bool = True
+    """False where tensors are carried as they are."""
 
 
 @dataclass(frozen=True)
@@ -240,7 +242,9 @@ def _components(layout: Layout, placed: Mapping[Place, SourceTensor]) -> tuple[P
         if isinstance(place, BackboneTensor):
             backbones[place.component][place.name] = tensor
     return tuple(
-        PlannedComponent(part.name, part.config, dict(sorted(backbones[part.name].items())))
+        PlannedComponent(
+            part.name, part.config, dict(sorted(backbones[part.name].items())), part.decoder is not None
+        )
         for part in layout.components
     )
 

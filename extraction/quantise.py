@@ -1,4 +1,4 @@
-"""Expert matrices as int8 or int4 codes with scales, bit for bit the same on every machine: `--quantize`.
+"""Matrices as int8 or int4 codes with scales, bit for bit the same on every machine: `--quantize`.
 
 Both forms are symmetric: a value is its code times its scale. int8 has one scale an output row, int4 one for each group
 of consecutive inputs in a row; the last group of a row may be shorter. Scales are bfloat16, and codes are chosen for
@@ -29,7 +29,7 @@ DEFAULT_GROUP_SIZE = 32
 
 
 class Quantization(BaseModel):
-    """How a store's experts are quantised; also sizes and shapes of what becomes of a matrix, (outputs, inputs)."""
+    """How a part of a store is quantised; also sizes and shapes of what becomes of a matrix, (outputs, inputs)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -14,6 +14,7 @@ from extraction.manifest import (
     ITEM_SIZES,
     ROLES,
     SCALE_ROLES,
+    SCALE_SUFFIX,
     Component,
     Dtype,
     ExpertKey,
@@ -23,6 +24,7 @@ from extraction.manifest import (
 )
 from extraction.plan import ExpertParts, ExtractionPlan, PlannedComponent, SourceTensor
 from extraction.quantise import Quantization
+from extraction.quantised_parts import EMBEDDING, HEAD, NOT_QUANTISED, QuantisedParts
 from extraction.safetensors_file import ALIGNMENT, CODES, write_header
 
 HeaderRow = tuple[str, str, tuple[int, ...], int]
@@ -112,34 +114,52 @@ class StoreFiles:
 
 
 def lay_out(
-    plan: ExtractionPlan, dtype: Dtype | None, quantization: Quantization | None = None
+    plan: ExtractionPlan, dtype: Dtype | None, quantised: QuantisedParts = NOT_QUANTISED
 ) -> StoreFiles:
     """dtype: of all weights in the store that are not quantised; None leaves each as it is.
 
-    quantization: of the experts, which are then made from the values of the checkpoint, not of `dtype`.
+    quantised: parts that are then made from the values of the checkpoint, not of `dtype`.
     """
     files: dict[str, StoreFile] = {}
     owners: dict[str, tuple[Piece, ...]] = {}
     for component in plan.components:
         if component.backbone:
-            _lay_out_backbone(component, dtype, files, owners)
+            _lay_out_backbone(component, dtype, quantised, files, owners)
     for (name, layer), experts in _by_layer(plan.experts).items():
         file = f"experts/{name}-layer-{layer:04d}.safetensors"
-        if quantization is None:
+        if quantised.experts is None:
             _lay_out_layer(file, experts, dtype, files, owners)
         else:
-            _lay_out_quantised_layer(file, experts, quantization, files, owners)
+            _lay_out_quantised_layer(file, experts, quantised.experts, files, owners)
     return StoreFiles(files, owners)
 
 
+def stored_tensors(
+    component: PlannedComponent, quantised: QuantisedParts
+) -> dict[str, tuple[SourceTensor, Quantization | None]]:
+    """What a store keeps of a component's backbone, by canonical name, sorted.
+
+    A head that is the embedding becomes a tensor of its own where it is quantised: the embedding never is.
+    """
+    if not component.is_decoder:
+        return {name: (tensor, None) for name, tensor in component.backbone.items()}
+    tensors = dict(component.backbone)
+    if quantised.head is not None and HEAD not in tensors:
+        tensors[HEAD] = tensors[EMBEDDING]
+    return {name: (tensor, quantised.of_tensor(name)) for name, tensor in sorted(tensors.items())}
+
+
 def describe(
-    plan: ExtractionPlan, layout: StoreFiles, digests: Mapping[str, str]
+    plan: ExtractionPlan,
+    layout: StoreFiles,
+    digests: Mapping[str, str],
+    quantised: QuantisedParts = NOT_QUANTISED,
 ) -> tuple[tuple[Component, ...], list[ExpertRecord]]:
-    """What manifest and index say of the copied weights. digests: of every owner."""
+    """What manifest and index say of the copied weights. digests: of every owner. quantised: as in `lay_out`."""
     components = []
     for part in plan.components:
         entries = []
-        for name in part.backbone:
+        for name in stored_tensors(part, quantised):
             owner = tensor_owner(part.name, name)
             (piece,) = layout.owners[owner]
             entries.append(_entry(name, piece, digests[owner]))
@@ -179,10 +199,10 @@ def _entry(name: str, piece: Piece, digest: str) -> TensorEntry:
         name=name,
         source=piece.tensor,
         file=piece.file,
-        dtype=piece.dtype,
+        dtype=piece.dtype if piece.quantization is None else piece.quantization.scheme,
         shape=piece.shape,
         offset=piece.offset,
-        nbytes=piece.nbytes,
+        nbytes=piece.nbytes + piece.scales_nbytes,
         sha256=digest,
     )
 
@@ -199,20 +219,34 @@ def _by_layer(
 def _lay_out_backbone(
     component: PlannedComponent,
     dtype: Dtype | None,
+    quantised: QuantisedParts,
     files: dict[str, StoreFile],
     owners: dict[str, tuple[Piece, ...]],
 ) -> None:
-    """Tensors back to back, in the order of their names."""
+    """Tensors back to back, in the order of their names; the scales of a quantised one follow its codes."""
     file = f"backbone/{component.name}.safetensors"
-    named = [(name, tensor, dtype or tensor.dtype) for name, tensor in component.backbone.items()]
-    header = write_header([_header_row(name, tensor, kept) for name, tensor, kept in named])
-    offset = len(header)
-    for name, tensor, kept in named:
-        owner = tensor_owner(component.name, name)
-        piece = _piece(owner, tensor, file, offset, kept)
-        owners[owner] = (piece,)
-        offset += piece.nbytes
-    files[file] = StoreFile(file, header, offset)
+    rows: list[HeaderRow] = []
+    placed: list[Piece] = []
+    position = 0
+    for name, (tensor, quantization) in stored_tensors(component, quantised).items():
+        piece = _piece(tensor_owner(component.name, name), tensor, file, position, dtype or tensor.dtype)
+        if quantization is None:
+            rows.append(_header_row(name, tensor, piece.dtype))
+        else:
+            piece = replace(piece, dtype=tensor.dtype, quantization=quantization)
+            piece = replace(piece, scales_offset=position + piece.nbytes)
+            rows += [
+                _codes_row(name, tensor.shape, quantization),
+                _scales_row(name + SCALE_SUFFIX, tensor.shape, quantization),
+            ]
+        placed.append(piece)
+        position += piece.nbytes + piece.scales_nbytes
+    header = write_header(rows)
+    start = len(header)
+    for piece in placed:
+        scales_offset = piece.scales_offset + start if piece.quantization is not None else 0
+        owners[piece.owner] = (replace(piece, offset=piece.offset + start, scales_offset=scales_offset),)
+    files[file] = StoreFile(file, header, start + position)
 
 
 def _lay_out_layer(
@@ -248,23 +282,11 @@ def _lay_out_quantised_layer(
     owners: dict[str, tuple[Piece, ...]],
 ) -> None:
     """Records of the codes of gate, up and down, then their scales, all back to back."""
-    code = "I8" if quantization.scheme == "int8" else "U8"
     rows = {}
     for key, parts in experts.items():
         named = list(zip(ROLES, SCALE_ROLES, (part.shape for part in parts), strict=True))
-        codes: list[HeaderRow] = [
-            (_expert_name(key, role), code, quantization.code_shape(shape), quantization.code_bytes(shape))
-            for role, _, shape in named
-        ]
-        scales: list[HeaderRow] = [
-            (
-                _expert_name(key, role),
-                "BF16",
-                quantization.scale_shape(shape),
-                quantization.scale_bytes(shape),
-            )
-            for _, role, shape in named
-        ]
+        codes = [_codes_row(_expert_name(key, role), shape, quantization) for role, _, shape in named]
+        scales = [_scales_row(_expert_name(key, role), shape, quantization) for _, role, shape in named]
         rows[key] = codes + scales
     files[file], starts = _align(file, rows)
     for key, parts in experts.items():
@@ -304,6 +326,15 @@ def _align(file: str, records: Mapping[ExpertKey, list[HeaderRow]]) -> tuple[Sto
 
 def _header_row(name: str, tensor: SourceTensor, dtype: Dtype) -> HeaderRow:
     return name, CODES[dtype], tensor.shape, math.prod(tensor.shape) * ITEM_SIZES[dtype]
+
+
+def _codes_row(name: str, shape: tuple[int, ...], quantization: Quantization) -> HeaderRow:
+    code = "I8" if quantization.scheme == "int8" else "U8"
+    return name, code, quantization.code_shape(shape), quantization.code_bytes(shape)
+
+
+def _scales_row(name: str, shape: tuple[int, ...], quantization: Quantization) -> HeaderRow:
+    return name, "BF16", quantization.scale_shape(shape), quantization.scale_bytes(shape)
 
 
 def _piece(owner: str, tensor: SourceTensor, file: str, offset: int, dtype: Dtype) -> Piece:

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from extraction.decoder_config import MAX_EXPERTS, MAX_LAYERS
 from extraction.errors import ManifestInvalid
 from extraction.manifest import (
@@ -85,6 +87,10 @@ class StoreSummary:
     """All of the store."""
     quantization: Mapping[str, Any] | None
     """Scheme and group size of the experts; None where they are as published."""
+    backbone_quantization: Mapping[str, Any] | None
+    """The same of the decoders' linear layers."""
+    head_quantization: Mapping[str, Any] | None
+    """The same of the head."""
     left_out: Mapping[str, Any] | None
     """Components, and layers by component, that a partial store lacks; None in a whole one."""
 
@@ -121,9 +127,15 @@ def summarize(root: Path) -> StoreSummary:
         bytes_by_component=backbone | {"experts": _resident_bytes(layers, experts)},
         memory_table=_memory_table(backbone, layers, min(per_token, experts)),
         components=tuple(_row(part, index, part is component) for part in manifest.components),
-        quantization=None if manifest.quantization is None else manifest.quantization.model_dump(mode="json"),
-        left_out=None if manifest.left_out is None else manifest.left_out.model_dump(mode="json"),
+        quantization=_as_json(manifest.quantization),
+        backbone_quantization=_as_json(manifest.backbone_quantization),
+        head_quantization=_as_json(manifest.head_quantization),
+        left_out=_as_json(manifest.left_out),
     )
+
+
+def _as_json(model: BaseModel | None) -> dict[str, Any] | None:
+    return None if model is None else model.model_dump(mode="json")
 
 
 def _shown(manifest: Manifest, index: Mapping[ExpertKey, ExpertRecord]) -> Component:

@@ -1,6 +1,6 @@
 """Proves that a store holds a checkpoint: every tensor bit for bit, or converted as recorded, and all experts.
 
-Of quantised experts it proves that codes and scales are, bit for bit, those that the checkpoint's values give.
+Of quantised parts it proves that codes and scales are, bit for bit, those that the checkpoint's values give.
 
 Reads everything, both sides; holds nothing but buffers. Trusts neither the store's index nor its hashes: places come
 from the manifest and the index, what must be at them from the checkpoint. `sage-moe extract SOURCE STORE --verify`.
@@ -29,13 +29,16 @@ from extraction.manifest import (
     LeftOut,
     Manifest,
     RecordPart,
+    TensorEntry,
     check_files,
     read_expert_index,
     read_manifest,
 )
 from extraction.plan import ExtractionPlan, SourceTensor, plan_extraction
 from extraction.quantise import Quantization, quantise_rows
+from extraction.quantised_parts import QuantisedParts
 from extraction.selection import without
+from extraction.store_files import stored_tensors
 
 
 @dataclass(frozen=True)
@@ -78,9 +81,12 @@ def verify(store: Path, source: Path, *, progress: Progress | None = None) -> Ve
     index = read_expert_index(store, manifest)
     plan = without(plan_extraction(source), manifest.left_out)
     _check_descriptions(plan, manifest)
-    owners = [*_backbone(plan, manifest), *_experts(plan, index, manifest.quantization)]
+    owners = [
+        *_backbone(plan, manifest, manifest.quantised),
+        *_experts(plan, index, manifest.quantization),
+    ]
     weights = Path(manifest.source_root) if manifest.source_root else store
-    meter = Meter(plan.weight_bytes, progress)
+    meter = Meter(sum(pair.source.nbytes for owner in owners for pair in owner.pairs), progress)
     with ThreadPoolExecutor(num_threads(), thread_name_prefix="verify") as pool:
         futures = [pool.submit(_compare, owner, source, weights, meter) for owner in owners]
         try:
@@ -101,21 +107,36 @@ def _check_descriptions(plan: ExtractionPlan, manifest: Manifest) -> None:
         raise ManifestInvalid(MANIFEST_NAME, f"has components {ours}, the checkpoint has {theirs}")
 
 
-def _backbone(plan: ExtractionPlan, manifest: Manifest) -> Iterator[_Owner]:
+def _backbone(plan: ExtractionPlan, manifest: Manifest, quantised: QuantisedParts) -> Iterator[_Owner]:
     for part, component in zip(plan.components, manifest.components, strict=True):
         entries = {entry.name: entry for entry in component.tensors}
-        surplus = entries.keys() - part.backbone.keys()
+        expected = stored_tensors(part, quantised)
+        surplus = entries.keys() - expected.keys()
         if surplus:
             entry = entries[min(surplus)]
             raise StoreDiffers(entry.name, entry.file, entry.offset, "the checkpoint has no such tensor")
-        for name, tensor in part.backbone.items():
+        for name, (tensor, quantization) in expected.items():
             found = entries.get(name)
             if found is None:
                 raise _absent(tensor, MANIFEST_NAME)
             if found.shape != tensor.shape or found.source != tensor.name:
                 reason = f"is kept as {found.source} of shape {list(found.shape)}, not {list(tensor.shape)}"
                 raise StoreDiffers(tensor.name, found.file, found.offset, reason)
-            yield _Owner((_Pair(tensor, found.file, found.offset, found.nbytes, found.dtype),), found.sha256)
+            yield _Owner((_pair(tensor, found, quantization),), found.sha256, quantization)
+
+
+def _pair(tensor: SourceTensor, entry: TensorEntry, quantization: Quantization | None) -> _Pair:
+    """Raises StoreDiffers where only one of the two is quantised."""
+    if quantization is None and entry.dtype in ITEM_SIZES:
+        return _Pair(tensor, entry.file, entry.offset, entry.nbytes, entry.dtype)
+    if quantization is None or entry.dtype != quantization.scheme:
+        reason = f"is kept as {entry.dtype}, other than the store says of it"
+        raise StoreDiffers(tensor.name, entry.file, entry.offset, reason)
+    code_bytes = quantization.code_bytes(tensor.shape)
+    scales = RecordPart(
+        "scales", entry.file, entry.offset + code_bytes, quantization.scale_bytes(tensor.shape)
+    )
+    return _Pair(tensor, entry.file, entry.offset, code_bytes, entry.dtype, scales)
 
 
 def _experts(

@@ -101,7 +101,7 @@ class BatchWorker:
             self._tokenizer,
             self.loaded.engine,
             self._folder,
-            self.loaded.worker.numerics_class,
+            self.loaded.numerics_class,
             2 * self.loaded.engine.limits.max_running,
         )
         return run.summaries(parts)

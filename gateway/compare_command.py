@@ -92,6 +92,6 @@ def _verdict(result: Comparison) -> str:
     outside = [str(layer.layer) for layer in result.layers if not layer.is_within]
     if outside:
         names = f"layer {outside[0]} is" if len(outside) == 1 else f"layers {', '.join(outside)} are"
-        why = f"; the store's experts are quantised to {result.quantization}" if result.quantization else ""
+        why = f"; the store is quantised ({result.quantization})" if result.quantization else ""
         return f"{names} outside the tolerance of {TOLERANCE:g}{why}"
     return f"all {len(result.layers)} layers agree with transformers within {TOLERANCE:g}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -47,7 +47,7 @@ class Comparison:
 
     layers: tuple[LayerDifference, ...]
     quantization: str | None = None
-    """Of the store's experts, which takes them out of any tolerance; None where they are as published."""
+    """What of the store's layers is quantised, which takes them out of any tolerance; None where nothing is."""
 
     @property
     def is_within(self) -> bool:
@@ -88,8 +88,7 @@ def compare(
             hidden_TD = theirs.hidden_TD
     finally:
         store.close()
-    quantization = store.manifest.quantization
-    return Comparison(tuple(found), None if quantization is None else quantization.name)
+    return Comparison(tuple(found), replace(store.quantised, head=None).name)
 
 
 def _compared_component(plan: ExtractionPlan, store: ExpertStore) -> Component:

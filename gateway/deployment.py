@@ -181,15 +181,14 @@ class RouterDeployment:
         loaded = service.loaded
         engine = loaded.engine
         health = service.engine_thread.health()
-        quantization = loaded.store.manifest.quantization
         cluster = await self._cluster()
         state = self._observe_capacity()
         return {
             "model": self._spec.model_name,
             "router": {
                 "pid": os.getpid(),
-                "numerics_class": loaded.worker.numerics_class,
-                "quantization": quantization.name if quantization is not None else None,
+                "numerics_class": loaded.numerics_class,
+                "quantization": loaded.store.manifest.quantised.name,
                 "row_multiple": loaded.kernel.row_multiple,
                 "backbone_bytes": engine.backbone.nbytes,
                 "kv_bytes": engine.pool.nbytes,

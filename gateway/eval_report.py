@@ -34,6 +34,8 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
         **_numbers(texts),
         **setting,
         "snarc_weights": asdict(options.snarc) if options.routing.policy == "snarc" else None,
+        "quantization": evaluation.quantization,
+        "backbone_bytes": evaluation.backbone_bytes,
         "expert_bytes": evaluation.expert_bytes,
         "cache_start": CACHE_START,
         "context": options.sliding.context,
@@ -78,7 +80,7 @@ def _numbers(scores: Sequence[TextScore]) -> dict[str, Any]:
 def render(report: dict[str, Any]) -> Table:
     """For people: one line a text and one for all."""
     title = (
-        f"{report['policy']}, {report['dtype']}, windows of {report['context']} by {report['stride']}, "
+        f"{report['policy']}, {_weights(report)}, windows of {report['context']} by {report['stride']}, "
         + ("one stream" if report["is_one_stream"] else f"{report['batch_tokens']} rows a step")
     )
     table = Table(title=title, title_justify="left")
@@ -91,6 +93,13 @@ def render(report: dict[str, Any]) -> Table:
         table.add_section()
         table.add_row("all", *_cells(report))
     return table
+
+
+def _weights(report: dict[str, Any]) -> str:
+    """What they are and how much memory they take: what quantisation saves, beside what it costs."""
+    form = f", quantised ({report['quantization']})" if report["quantization"] else ""
+    backbone, experts = (report[name] / 2**20 for name in ("backbone_bytes", "budget_bytes"))
+    return f"{report['dtype']}{form}, {backbone:,.1f} MiB of backbone and {experts:,.1f} MiB of experts"
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

@@ -133,8 +133,12 @@ class Evaluation:
     store_hash: str
     dtype: str
     numerics_class: str
+    quantization: str | None
+    """What of the weights is quantised; None where nothing is."""
+    backbone_bytes: int
+    """In memory; all of it stays."""
     expert_bytes: int
-    """Of all experts, in the dtype that was computed in."""
+    """Of all experts, as they are in memory."""
     budget_bytes: int
     """What of them may stay."""
 
@@ -197,7 +201,9 @@ def evaluate(
             options,
             store.hash,
             str(loaded.dtype).removeprefix("torch."),
-            loaded.worker.numerics_class,
+            loaded.numerics_class,
+            store.quantised.name,
+            loaded.engine.backbone.nbytes,
             expert_bytes,
             _budget_bytes(loaded, options, expert_bytes),
         )

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from extraction.hub import HubId
     from extraction.manifest import LeftOut
     from extraction.quantise import Quantization
+    from extraction.quantised_parts import QuantisedParts
     from extraction.selection import Selection
 
 
@@ -28,7 +29,7 @@ class WeightDtype(StrEnum):
 
 
 class QuantizeScheme(StrEnum):
-    """What a store's experts can be quantised to."""
+    """What parts of a store can be quantised to."""
 
     INT8 = "int8"
     INT4 = "int4"
@@ -68,6 +69,14 @@ def extract(
         Optional[QuantizeScheme],  # noqa: UP045
         typer.Option(help="Experts as 8-bit or 4-bit codes: smaller, and another model."),
     ] = None,
+    quantize_backbone: Annotated[
+        Optional[QuantizeScheme],  # noqa: UP045
+        typer.Option(help="The same of attention projections, dense layers and shared experts."),
+    ] = None,
+    quantize_head: Annotated[
+        Optional[QuantizeScheme],  # noqa: UP045
+        typer.Option(help="The same of the head; the embedding stays as it is."),
+    ] = None,
     group_size: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(metavar="32|64|128", help="With int4: inputs that share a scale; default: 32."),
@@ -86,7 +95,7 @@ def extract(
     from gateway.store_source import hub_id_of, resolve_checkpoint
 
     if verify:
-        others = (layers, components, groups, dtype, quantize, group_size)
+        others = (layers, components, groups, dtype, quantize, quantize_backbone, quantize_head, group_size)
         if index_only or discard_source or any(others):
             raise typer.BadParameter("--verify takes no other option: the store says how it was made")
         return _verify(dest, resolve_checkpoint(source))
@@ -95,11 +104,12 @@ def extract(
         raise typer.BadParameter(
             "--discard-source is for copying from a hub id; it removes nobody's own files"
         )
-    chosen, quantization = _selection(layers, components, groups), _quantization(quantize, group_size)
+    chosen = _selection(layers, components, groups)
+    quantised = _quantised(quantize, quantize_backbone, quantize_head, group_size)
     if hub_id is not None and not index_only:
-        return _from_hub(hub_id, dest, chosen, dtype, quantization, discard_source)
+        return _from_hub(hub_id, dest, chosen, dtype, quantised, discard_source)
     folder = resolve_checkpoint(source) if hub_id is None else _downloaded(hub_id)
-    return _from_folder(folder, dest, chosen, dtype, quantization, index_only)
+    return _from_folder(folder, dest, chosen, dtype, quantised, index_only)
 
 
 def _selection(layers: str | None, components: str | None, groups: str | None) -> Selection:
@@ -112,11 +122,27 @@ def _selection(layers: str | None, components: str | None, groups: str | None) -
     )
 
 
-def _quantization(scheme: QuantizeScheme | None, group_size: int | None) -> Quantization | None:
-    from extraction.quantise import DEFAULT_GROUP_SIZE, GROUP_SIZES, Quantization
+def _quantised(
+    experts: QuantizeScheme | None,
+    backbone: QuantizeScheme | None,
+    head: QuantizeScheme | None,
+    group_size: int | None,
+) -> QuantisedParts:
+    """group_size: of all parts that are int4."""
+    from extraction.quantise import GROUP_SIZES
+    from extraction.quantised_parts import QuantisedParts
 
-    if group_size is not None and (scheme is not QuantizeScheme.INT4 or group_size not in GROUP_SIZES):
-        raise typer.BadParameter("--group-size is 32, 64 or 128, and goes with --quantize int4")
+    has_groups = QuantizeScheme.INT4 in (experts, backbone, head)
+    if group_size is not None and (not has_groups or group_size not in GROUP_SIZES):
+        raise typer.BadParameter(
+            "--group-size is 32, 64 or 128, and goes with --quantize, --quantize-backbone or --quantize-head int4"
+        )
+    return QuantisedParts(*(_quantization(scheme, group_size) for scheme in (experts, backbone, head)))
+
+
+def _quantization(scheme: QuantizeScheme | None, group_size: int | None) -> Quantization | None:
+    from extraction.quantise import DEFAULT_GROUP_SIZE, Quantization
+
     if scheme is None:
         return None
     size = (group_size or DEFAULT_GROUP_SIZE) if scheme is QuantizeScheme.INT4 else None
@@ -134,7 +160,7 @@ def _from_hub(
     dest: Path,
     selection: Selection,
     dtype: WeightDtype | None,
-    quantization: Quantization | None,
+    quantised: QuantisedParts,
     discards: bool,
 ) -> None:
     from extraction.hub_extract import extract_from_hub
@@ -147,7 +173,7 @@ def _from_hub(
             discard_source=discards,
             selection=selection,
             dtype=None if dtype is None else dtype.value,
-            quantization=quantization,
+            quantised=quantised,
             progress=progress,
         )
     _print_report(report)
@@ -158,7 +184,7 @@ def _from_folder(
     dest: Path,
     selection: Selection,
     dtype: WeightDtype | None,
-    quantization: Quantization | None,
+    quantised: QuantisedParts,
     index_only: bool,
 ) -> None:
     from extraction.extract import extract as run
@@ -170,7 +196,7 @@ def _from_folder(
             index_only=index_only,
             selection=selection,
             dtype=None if dtype is None else dtype.value,
-            quantization=quantization,
+            quantised=quantised,
             progress=progress,
         )
     _print_report(report)

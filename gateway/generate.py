@@ -41,7 +41,7 @@ class Generation:
     reports: tuple[RoutingReport, ...] = ()
     """How it was routed, where not plainly."""
     quantization: str | None = None
-    """Of the experts; None where they are as published."""
+    """What of the weights is quantised; None where nothing is."""
 
     def as_json(self) -> dict[str, Any]:
         prompt, answer = len(self.prompt_token_ids), len(self.token_ids)
@@ -135,7 +135,6 @@ def _run(
             on_text(pieces[-1])
             reason = event.finish_reason or ""
     ended = time.perf_counter()
-    quantization = loaded.store.manifest.quantization
     pieces.append(decoder.flush())
     on_text(pieces[-1])
     return Generation(
@@ -149,7 +148,7 @@ def _run(
         policy,
         loaded.worker.budget_bytes,
         () if report is None else (report,),
-        None if quantization is None else quantization.name,
+        loaded.store.manifest.quantised.name,
     )
 
 

@@ -58,11 +58,20 @@ def _partial(summary: StoreSummary) -> list[RenderableType]:
 
 
 def _quantised(summary: StoreSummary) -> list[RenderableType]:
-    if summary.quantization is None:
-        return []
-    size = summary.quantization["group_size"]
-    scales = "a scale for each output row" if size is None else f"a scale for each group of {size}"
-    return [Text(f"Experts quantised to {summary.quantization['scheme']}, {scales}: answers are modified")]
+    parts = {
+        "Experts": summary.quantization,
+        "Backbone": summary.backbone_quantization,
+        "Head": summary.head_quantization,
+    }
+    lines: list[RenderableType] = []
+    for part, quantization in parts.items():
+        if quantization is not None:
+            size = quantization["group_size"]
+            scales = "a scale for each output row" if size is None else f"a scale for each group of {size}"
+            lines.append(
+                Text(f"{part} quantised to {quantization['scheme']}, {scales}: answers are modified")
+            )
+    return lines
 
 
 def _ranges(numbers: list[int]) -> str:

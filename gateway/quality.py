@@ -23,7 +23,7 @@ def describe_quality(
     reports: Sequence[RoutingReport], quantization: str | None = None, *, is_mixed: bool = False
 ) -> dict[str, Any]:
     """quality, and for a modified answer its policy, effort, k, misses and stand-ins. reports: of the answer's
-    sequences that had one. quantization: of the experts, None where they are as published. is_mixed: whether experts of
+    sequences that had one. quantization: of the weights, None where they are as published. is_mixed: whether experts of
     another numerics class took part. Explanations are added for those that asked for them."""
     described: dict[str, Any] = {"quality": EXACT}
     if quantization is not None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from extraction.quantise import Quantization
+from extraction.quantised_parts import QuantisedParts
 from gateway.api_keys import NO_KEYS, KeyRing
 from gateway.errors import ModelFileInvalid
 from gateway.routing_rules import NATIVE_ONLY, RoutingRules
@@ -33,7 +33,7 @@ class StoreFacts(ModelFacts, Protocol):
     """That and what was done to the weights."""
 
     @property
-    def quantization(self) -> Quantization | None: ...
+    def quantised(self) -> QuantisedParts: ...
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class GatewaySettings:
     """`max_tokens` of /v1/completions when absent; chat then uses the rest of the context."""
     system_fingerprint: str | None = None
     quantization: str | None = None
-    """Of the experts, as answers name it; None where they are as published."""
+    """What of the weights is quantised, as answers name it; None where nothing is."""
     is_request_id_sent: bool = True
     """False where the server in front adds the header x-request-id to answers itself, as Ray Serve does."""
     model_aliases: tuple[str, ...] = ()
@@ -104,7 +104,7 @@ class GatewaySettings:
     ) -> GatewaySettings:
         """Raises ModelFileInvalid when the generation config holds values that cannot be used."""
         generation = manifest.generation_config
-        quantization = None if manifest.quantization is None else manifest.quantization.name
+        quantization = manifest.quantised.name
         facts = repr((sorted(manifest.config.items()), sorted(generation.items())))
         if quantization is not None:
             facts += quantization

@@ -52,7 +52,7 @@ def render_status(status: Mapping[str, Any]) -> RenderableType:
         line += f". Prefetched {own['prefetched']:,} experts, {own['prefetched_used'] / own['prefetched']:.0%} used"
     quantization = router.get("quantization")
     title = f"{status['model']} ({router['numerics_class']})"
-    title += f", experts quantised to {quantization}: answers are modified" if quantization else ""
+    title += f", quantised ({quantization}): answers are modified" if quantization else ""
     return Group(title, actors, *plan, nodes, line)
 
 

@@ -112,7 +112,7 @@ def trace_facts(loaded: LoadedEngine, policy: str, *, has_tokens: bool) -> Trace
         num_layers=config.num_layers,
         num_experts=config.num_experts,
         experts_per_token=config.experts_per_token,
-        numerics_class=loaded.worker.numerics_class,
+        numerics_class=loaded.numerics_class,
         sage_moe=program_version(),
         has_tokens=has_tokens,
     )

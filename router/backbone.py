@@ -13,9 +13,11 @@ from torch import Tensor
 
 from experts.directory import ExpertDirectory
 from experts.numerics import RowKernel
+from experts.packed_matrix import linear
 from experts.store import ExpertStore
 from router.decoder_layer import LayerArithmetic
 from router.kv_cache import KvPool
+from router.linears import FLOAT, LinearForms
 from router.model_config import ModelConfig
 from router.prefetch import Prefetcher
 from router.step_batch import StepBatch, StepOutput
@@ -33,11 +35,15 @@ class Backbone:
         kernel: RowKernel,
         directory: ExpertDirectory,
         dtype: torch.dtype,
+        forms: LinearForms = FLOAT,
     ) -> None:
-        """Reads every backbone tensor of the component. Raises WeightMismatch, or what reading the store raises."""
+        """Reads every backbone tensor of the component. forms: of its quantised matrices.
+
+        Raises WeightMismatch, or what reading the store raises.
+        """
         self.config, self.kernel, self.dtype = config, kernel, dtype
         self.directory = directory
-        load = TensorLoader(store, component, dtype)
+        load = TensorLoader(store, component, dtype, kernel, forms)
         width = config.hidden_size
         self.embeddings_VD = load("embed_tokens.weight", config.vocab_size, width)
         self.layers = [
@@ -45,9 +51,7 @@ class Backbone:
             for index in range(config.num_layers)
         ]
         self.norm_D = load("norm.weight", width)
-        self.head_VD = (
-            self.embeddings_VD if config.has_tied_head else load("lm_head.weight", config.vocab_size, width)
-        )
+        self.head_VD = load.head(config, self.embeddings_VD)
         self.arithmetic = LayerArithmetic(config, kernel, dtype)
         self.prefetcher: Prefetcher | None = None
         """Hints each layer's successor's experts; None hints nothing."""
@@ -56,11 +60,10 @@ class Backbone:
 
     @property
     def nbytes(self) -> int:
-        """Resident bytes of the weights; a tied head counts once."""
-        tensors = [self.embeddings_VD, self.norm_D]
-        if not self.config.has_tied_head:
-            tensors.append(self.head_VD)
-        return sum(tensor.nbytes for tensor in tensors) + sum(layer.nbytes for layer in self.layers)
+        """Resident bytes of the weights; a head that is the embedding counts once."""
+        head_bytes = 0 if self.head_VD is self.embeddings_VD else self.head_VD.nbytes
+        layers = sum(layer.nbytes for layer in self.layers)
+        return self.embeddings_VD.nbytes + self.norm_D.nbytes + head_bytes + layers
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch, pool: KvPool) -> StepOutput:
@@ -98,7 +101,7 @@ class Backbone:
         """Float32 logits of final hidden states. No rows are a chunk that does not reach its prompt's end."""
         if not len(hidden_LD):
             return hidden_LD.new_empty(0, self.config.vocab_size, dtype=torch.float32)
-        return self.kernel.linear(self.arithmetic.norm(hidden_LD, self.norm_D), self.head_VD).float()
+        return linear(self.kernel, self.arithmetic.norm(hidden_LD, self.norm_D), self.head_VD).float()
 
     def _embed(self, batch: StepBatch) -> Tensor:
         hidden_TD = self.embeddings_VD.index_select(0, batch.token_ids_T)

@@ -1,7 +1,7 @@
 """What one decoder layer computes for the rows of a step: attention, then dense layer or mixture of experts.
 
-Every product goes through the row kernel, so a row's bits do not depend on the batch. Called by `router.backbone` for
-the layers of a model, and by `router.layer_comparison` for one at a time.
+Every product goes through the row kernel or one that was proven like it, so a row's bits do not depend on the batch.
+Called by `router.backbone` for the layers of a model, and by `router.single_layer` for one at a time.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from experts.ffn import compute_segments
 from experts.numerics import RowKernel
+from experts.packed_matrix import linear
 from router.attention import ROW_MULTIPLE, attend
 from router.kv_cache import KvPool
 from router.model_config import ModelConfig
@@ -97,7 +98,7 @@ class LayerArithmetic:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Of the first `num_tokens` rows, before rotation: (T, heads, head_dim) each, in the model's dtype."""
         config = self.config
-        qkv_TO = self.kernel.linear(normed_PD, layer.qkv_OD)[:num_tokens]
+        qkv_TO = linear(self.kernel, normed_PD, layer.qkv_OD)[:num_tokens]
         if layer.qkv_bias_O is not None:
             qkv_TO = qkv_TO + layer.qkv_bias_O
         qkv = qkv_TO.view(num_tokens, -1, config.head_dim)
@@ -114,7 +115,7 @@ class LayerArithmetic:
 
     def _output(self, attended_TO: Tensor, layer: Layer) -> Tensor:
         """The attention's output projection of padded rows, (P, D)."""
-        output_PD = self.kernel.linear(self.pad(attended_TO), layer.output_DO)
+        output_PD = linear(self.kernel, self.pad(attended_TO), layer.output_DO)
         return output_PD if layer.output_bias_D is None else output_PD + layer.output_bias_D
 
 

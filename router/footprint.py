@@ -14,10 +14,12 @@ import torch
 from experts.budget import ExpertBytes, measure_experts
 from experts.quantised import planned_form
 from experts.store import ExpertStore
-from extraction.manifest import Component
+from extraction.manifest import ITEM_SIZES, Component
+from extraction.quantised_parts import HEAD
 from router.attention import BLOCK_POSITIONS, MAX_SCORE_ELEMENTS
 from router.batcher import BatchLimits
 from router.kv_cache import KvPool, blocks_for
+from router.linears import FLOAT, LinearForms, planned_linears
 from router.loading import EngineOptions, chosen_dtype, num_kv_blocks
 from router.model_config import SHARED_GATE_ROWS, ModelConfig, read_model_config
 
@@ -52,7 +54,7 @@ def measure_footprint(store: ExpertStore, options: EngineOptions) -> Footprint:
     if options.max_model_len:
         most_blocks = options.limits.max_running * blocks_for(options.max_model_len)
     return Footprint(
-        backbone_bytes=backbone_bytes(component, config, dtype),
+        backbone_bytes=backbone_bytes(component, config, dtype, planned_linears(store.quantised, dtype)),
         kv_bytes=num_blocks * block_bytes,
         swap_bytes=options.kv_budget_bytes if num_blocks <= most_blocks else 0,
         buffer_bytes=buffer_bytes(config, dtype, options.limits, num_blocks),
@@ -66,16 +68,24 @@ def measure_footprint(store: ExpertStore, options: EngineOptions) -> Footprint:
     )
 
 
-def backbone_bytes(component: Component, config: ModelConfig, dtype: torch.dtype) -> int:
+def backbone_bytes(
+    component: Component, config: ModelConfig, dtype: torch.dtype, forms: LinearForms = FLOAT
+) -> int:
     """What `Backbone.nbytes` will be."""
-    return weight_bytes({tensor.name: tensor.shape for tensor in component.tensors}, config, dtype)
+    packed = 0
+    if forms.backbone is not None:
+        packed += sum(map(forms.backbone.loaded_bytes, config.backbone_matrices()))
+    if forms.head is not None:
+        packed += forms.head.loaded_bytes((config.vocab_size, config.hidden_size))
+    plain = {tensor.name: tensor.shape for tensor in component.tensors if tensor.dtype in ITEM_SIZES}
+    return packed + weight_bytes(plain, config, dtype)
 
 
 def weight_bytes(shapes: Mapping[str, Sequence[int]], config: ModelConfig, dtype: torch.dtype) -> int:
-    """Of a backbone with tensors of these shapes, by canonical name."""
+    """Of a backbone's unquantised tensors of these shapes, by canonical name."""
     elements = 0
     for name, (rows, *rest) in shapes.items():
-        if config.has_tied_head and name == "lm_head.weight":
+        if config.has_tied_head and name == HEAD:
             continue
         if name.endswith("shared_expert_gate.weight"):
             rows = SHARED_GATE_ROWS

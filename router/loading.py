@@ -24,6 +24,7 @@ from router.engine import Engine
 from router.errors import ConfigUnsupported
 from router.expert_facts import FactSource
 from router.kv_cache import KvPool, blocks_for
+from router.linears import FLOAT, LinearForms, prove_linears
 from router.model_config import ModelConfig, read_model_config
 from router.prefetch import Prefetcher
 from router.scoring import DEFAULT_PRESET, PRESETS, SnarcWeights
@@ -77,7 +78,13 @@ class LoadedEngine:
     config: ModelConfig
     kernel: RowKernel
     dtype: torch.dtype
+    forms: LinearForms = FLOAT
     trust: TrustSession | None = None
+
+    @property
+    def numerics_class(self) -> str:
+        """Of its answers. An expert actor's has no more than the part that the worker's has."""
+        return self.worker.numerics_class + self.forms.class_suffix
 
     def close(self) -> None:
         if self.trust is not None:
@@ -124,6 +131,7 @@ def load_engine(
     config = read_model_config(component.config)
     torch.set_num_threads(options.num_threads or useful_threads(num_cores(), config.expert_elements))
     kernel = prove_row_invariance(config, dtype)
+    forms = prove_linears(store.quantised, config, kernel, dtype)
     trust = TrustSession(store, config, options.trust, open_keeper) if options.trust is not None else None
     worker = ExpertWorker(
         store,
@@ -136,7 +144,7 @@ def load_engine(
         copies=tuple(map(Path, options.store_copies)),
     )
     directory = connect(worker)
-    backbone = Backbone(store, component.name, config, kernel, directory, dtype)
+    backbone = Backbone(store, component.name, config, kernel, directory, dtype, forms)
     if options.prefetch:
         backbone.prefetcher = Prefetcher(backbone.layers, backbone.arithmetic, directory)
     pool = KvPool(config, num_kv_blocks(config, dtype, options), dtype)
@@ -155,13 +163,14 @@ def load_engine(
         engine.policy = engine.reporter = SteeredPolicy(shape, facts, options.snarc, means)
     if trust is not None:
         trust.attach(engine)
+    loaded = LoadedEngine(engine, store, worker, directory, config, kernel, dtype, forms, trust)
     logger.info(
         "engine ready: %s, backbone %d bytes, KV %d bytes",
-        worker.numerics_class,
+        loaded.numerics_class,
         backbone.nbytes,
         pool.nbytes,
     )
-    return LoadedEngine(engine, store, worker, directory, config, kernel, dtype, trust)
+    return loaded
 
 
 def num_kv_blocks(config: ModelConfig, dtype: torch.dtype, options: EngineOptions) -> int:

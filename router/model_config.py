@@ -96,14 +96,26 @@ class ModelConfig:
         }
         return [self.hidden_size, *by_kind[self.qk_norm]]
 
+    @property
+    def _attention_matrices(self) -> list[tuple[int, int]]:
+        """Queries, keys and values as one; the output."""
+        width = self.hidden_size
+        return [(self.q_width + 2 * self.kv_width, width), (width, self.q_width)]
+
+    def backbone_matrices(self) -> list[tuple[int, int]]:
+        """(out, in) of every matrix of all layers, without experts and gates, as they lie in memory: queries, keys and
+        values are one, and so are gated projections and their gates."""
+        shapes = self._attention_matrices * self.num_layers
+        num_dense = self.num_layers - len(self.moe_layers)
+        for inner, count in ((self.dense_width, num_dense), (self.shared_width, len(self.moe_layers))):
+            if inner is not None:
+                shapes += [(2 * inner, self.hidden_size), (self.hidden_size, inner)] * count
+        return shapes
+
     def linear_shapes(self) -> list[tuple[int, int]]:
         """(out, in) of every matrix product of the model, for the self-test."""
         width = self.hidden_size
-        shapes = [
-            (self.q_width + 2 * self.kv_width, width),
-            (width, self.q_width),
-            (self.vocab_size, width),
-        ]
+        shapes = [*self._attention_matrices, (self.vocab_size, width)]
         if self.moe_layers:
             shapes.append((self.num_experts, width))
             if self.shared_width is not None:

@@ -19,6 +19,7 @@ from extraction.manifest import Component
 from router.decoder_layer import LayerArithmetic
 from router.dispatch import Dispatch
 from router.kv_cache import KvPool, blocks_for
+from router.linears import prove_linears
 from router.model_config import read_model_config
 from router.scoring import Routing
 from router.self_test import prove_row_invariance
@@ -51,6 +52,8 @@ class SingleLayers:
         torch.set_num_threads(useful_threads(num_cores(), self.config.expert_elements))
         # The head, by far the largest matrix, is not computed here.
         self._kernel = prove_row_invariance(replace(self.config, vocab_size=self.config.hidden_size), DTYPE)
+        quantised = replace(store.quantised, head=None)
+        self._forms = prove_linears(quantised, self.config, self._kernel, DTYPE)
 
     @torch.inference_mode()
     def compute(self, index: int, hidden_TD: Tensor, expert_budget_bytes: int) -> LayerOutput:
@@ -67,7 +70,7 @@ class SingleLayers:
             widths={self._name: config.hidden_size},
             budget_bytes=expert_budget_bytes,
         )
-        load = TensorLoader(self._store, self._name, DTYPE)
+        load = TensorLoader(self._store, self._name, DTYPE, self._kernel, self._forms)
         layer = load_layer(load, index, self._name, config, self._kernel, LocalDirectory(worker))
         # One layer in the cache: its own, at index 0.
         windowed = frozenset({0}) if config.window(index) is not None else frozenset[int]()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +11,11 @@ from torch import Tensor
 from experts.directory import ExpertDirectory
 from experts.ffn import ExpertWeights
 from experts.numerics import RowKernel
+from experts.packed_matrix import CanonicalMatrix, PackedMatrix, Weight
 from experts.store import ExpertStore
+from extraction.quantised_parts import HEAD
 from router.errors import WeightMismatch
+from router.linears import FLOAT, LinearForm, LinearForms
 from router.model_config import ModelConfig
 from router.moe_block import MoeBlock
 from router.shared_expert import SharedExpert, padded_gate
@@ -22,12 +26,12 @@ class Layer:
     """Weights of one decoder layer; `moe` or `dense` is set. What a family does not have is None."""
 
     input_norm_D: Tensor
-    qkv_OD: Tensor
+    qkv_OD: Weight
     qkv_bias_O: Tensor | None
     q_norm: Tensor | None
     """(head_dim,) or, over the whole width, (heads * head_dim,)."""
     k_norm: Tensor | None
-    output_DO: Tensor
+    output_DO: Weight
     output_bias_D: Tensor | None
     post_norm_D: Tensor
     moe: MoeBlock | None
@@ -46,16 +50,48 @@ class Layer:
 
 
 class TensorLoader:
-    """Reads backbone tensors of one component, checks shapes, converts the dtype."""
+    """Reads backbone tensors of one component, checks shapes, converts the dtype or packs."""
 
-    def __init__(self, store: ExpertStore, component: str, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        store: ExpertStore,
+        component: str,
+        dtype: torch.dtype,
+        kernel: RowKernel,
+        forms: LinearForms = FLOAT,
+    ) -> None:
+        """kernel: of products with quantised matrices, which lie in `forms`."""
         self._store, self._component, self._dtype = store, component, dtype
+        self._kernel, self._forms = kernel, forms
 
     def __call__(self, name: str, *shape: int) -> Tensor:
         tensor = self._store.read_tensor(self._component, name)
         if tuple(tensor.shape) != shape:
             raise WeightMismatch(name, tuple(tensor.shape), shape)
         return tensor.to(self._dtype).contiguous()
+
+    def linear(self, rows: Mapping[str, int], inputs: int) -> Weight:
+        """Matrices of a layer one below the other, as one; rows: of each. Names are those without `.weight`."""
+        names = {f"{name}.weight": count for name, count in rows.items()}
+        if self._forms.backbone is not None:
+            return self._packed(self._forms.backbone, names, inputs)
+        matrices = [self(name, count, inputs) for name, count in names.items()]
+        return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
+
+    def head(self, config: ModelConfig, embeddings_VD: Tensor) -> Weight:
+        """The embedding itself where the head is tied to it and not quantised."""
+        if self._forms.head is not None:
+            return self._packed(self._forms.head, {HEAD: config.vocab_size}, config.hidden_size)
+        return embeddings_VD if config.has_tied_head else self(HEAD, config.vocab_size, config.hidden_size)
+
+    def _packed(self, form: LinearForm, rows: Mapping[str, int], inputs: int) -> PackedMatrix:
+        matrices = []
+        for name, count in rows.items():
+            codes, scales, shape = self._store.read_quantised(self._component, name, form.quantization)
+            if shape != (count, inputs):
+                raise WeightMismatch(name, shape, (count, inputs))
+            matrices.append(CanonicalMatrix(codes, scales, inputs, form.quantization))
+        return form.packed(matrices, self._kernel)
 
 
 def load_layer(
@@ -89,15 +125,13 @@ def load_layer(
     outputs = {"q": q_width, "k": kv_width, "v": kv_width}
     return Layer(
         input_norm_D=load(prefix + "input_layernorm.weight", width),
-        qkv_OD=torch.cat(
-            [load(f"{attention}{name}_proj.weight", size, width) for name, size in outputs.items()]
-        ),
+        qkv_OD=load.linear({f"{attention}{name}_proj": size for name, size in outputs.items()}, width),
         qkv_bias_O=torch.cat([load(f"{attention}{name}_proj.bias", size) for name, size in outputs.items()])
         if config.has_qkv_bias
         else None,
         q_norm=q_norm,
         k_norm=k_norm,
-        output_DO=load(attention + "o_proj.weight", width, q_width),
+        output_DO=load.linear({attention + "o_proj": width}, q_width),
         output_bias_D=load(attention + "o_proj.bias", width) if config.has_output_bias else None,
         post_norm_D=load(prefix + "post_attention_layernorm.weight", width),
         moe=moe,
@@ -106,8 +140,8 @@ def load_layer(
 
 
 def _load_gated(load: TensorLoader, prefix: str, inner: int, width: int) -> ExpertWeights:
-    gate, up = (load(f"{prefix}{name}_proj.weight", inner, width) for name in ("gate", "up"))
-    return ExpertWeights(torch.cat((gate, up)), load(prefix + "down_proj.weight", width, inner))
+    gate_up_FD = load.linear({f"{prefix}{name}_proj": inner for name in ("gate", "up")}, width)
+    return ExpertWeights(gate_up_FD, load.linear({prefix + "down_proj": width}, inner))
 
 
 def _load_shared(

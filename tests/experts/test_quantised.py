@@ -17,6 +17,7 @@ from experts.worker import ExpertWorker
 from extraction.extract import extract
 from extraction.manifest import ExpertKey
 from extraction.quantise import Quantization
+from extraction.quantised_parts import QuantisedParts
 from tests.checkpoints import write_tiny_qwen3_moe
 
 INT8 = Quantization(scheme="int8", group_size=None)
@@ -38,7 +39,9 @@ def store(
     folder = tmp_path_factory.mktemp("store")
     sizes = {"hidden_size": widths[0], "moe_intermediate_size": widths[1]}
     extract(
-        write_tiny_qwen3_moe(folder / "checkpoint", **sizes), folder / "store", quantization=request.param
+        write_tiny_qwen3_moe(folder / "checkpoint", **sizes),
+        folder / "store",
+        quantised=QuantisedParts(request.param),
     )
     return ExpertStore.open(folder / "store")
 
@@ -153,7 +156,7 @@ def test_product_whose_rows_depend_on_their_number_is_not_used(monkeypatch: pyte
     kernel = calibrate(SHAPES, torch.float32)
     multiply = PackedMatrix.multiply
 
-    def uneven(matrix: PackedMatrix, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    def uneven(matrix: PackedMatrix, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         return multiply(matrix, x, out).mul_(1 + 1e-6 * (x.shape[0] > 32 and matrix.kernel is None))
 
     monkeypatch.setattr(PackedMatrix, "multiply", uneven)
@@ -161,7 +164,7 @@ def test_product_whose_rows_depend_on_their_number_is_not_used(monkeypatch: pyte
 
 
 def test_machine_on_which_no_product_passes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(matrix: PackedMatrix, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    def fail(matrix: PackedMatrix, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         raise RuntimeError("no kernel")
 
     monkeypatch.setattr(PackedMatrix, "multiply", fail)

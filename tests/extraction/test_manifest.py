@@ -45,6 +45,15 @@ def _replace_index(store: Path, table: pa.Table, *, with_arrow_schema: bool = Fa
     _edit(store, lambda table: table["files"].update({INDEX_NAME: entry}))
 
 
+INT8 = {"scheme": "int8", "group_size": None}
+
+
+def _quantised_tensor(table: dict[str, Any], name: str) -> None:
+    """As if the backbone had been quantised, that tensor with it, and its bytes were still those of a float dtype."""
+    table.update(format_version=3, head_quantization=INT8, backbone_quantization=INT8)
+    next(tensor for tensor in table["components"][0]["tensors"] if tensor["name"] == name)["dtype"] = "int8"
+
+
 def test_manifest_round_trips(store: Path) -> None:
     read = read_manifest(store)
     assert (read.family, read.kind, read.source_root) == ("qwen3_moe", "copied", None)
@@ -54,12 +63,15 @@ def test_manifest_round_trips(store: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "reason"),
     [
-        (lambda m: m.update(format_version=3), "format version 3; this program reads 1 and 2"),
-        (lambda m: m.update(format_version=2), "how experts are quantised"),
-        (
-            lambda m: m.update(quantization={"scheme": "int8", "group_size": None}),
-            "how experts are quantised",
-        ),
+        (lambda m: m.update(format_version=4), "format version 4; this program reads 1 to 3"),
+        (lambda m: m.update(format_version=3), "what is quantised"),
+        (lambda m: m.update(format_version=2), "what is quantised"),
+        (lambda m: m.update(quantization=INT8), "what is quantised"),
+        (lambda m: m.update(head_quantization=INT8), "what is quantised"),
+        (lambda m: m.update(format_version=2, quantization=INT8, backbone_quantization=INT8), "quantised"),
+        (lambda m: m["components"][0]["tensors"][0].update(dtype="int8"), "does not say of it"),
+        (lambda m: _quantised_tensor(m, "lm_head.weight"), "do not hold"),
+        (lambda m: _quantised_tensor(m, "norm.weight"), "does not say of it"),
         (lambda m: m.update(surprise=1), "surprise"),
         (lambda m: m.pop("family"), "family"),
         (lambda m: m["components"][0]["tensors"][0].update(file="../x"), "leads out"),

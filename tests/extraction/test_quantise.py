@@ -27,6 +27,7 @@ from extraction.manifest import (
     store_hash,
 )
 from extraction.quantise import Quantization, quantise_rows
+from extraction.quantised_parts import QuantisedParts
 from extraction.summary import summarize
 from extraction.verify import verify
 from tests.checkpoints import write_tiny_qwen3_moe
@@ -116,7 +117,7 @@ def quantization(request: pytest.FixtureRequest) -> Quantization:
 def test_store_is_proven_to_be_the_checkpoint_quantised(
     checkpoint: Path, quantization: Quantization, tmp_path: Path
 ) -> None:
-    extract(checkpoint, tmp_path / "store", quantization=quantization)
+    extract(checkpoint, tmp_path / "store", quantised=QuantisedParts(quantization))
     assert verify(tmp_path / "store", checkpoint).num_experts == 16
     manifest = read_manifest(tmp_path / "store")
     assert (manifest.format_version, manifest.quantization) == (2, quantization)
@@ -131,18 +132,18 @@ def test_store_is_proven_to_be_the_checkpoint_quantised(
 def test_chunks_and_shards_do_not_change_the_store(
     checkpoint: Path, quantization: Quantization, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    extract(checkpoint, tmp_path / "one", quantization=quantization)
+    extract(checkpoint, tmp_path / "one", quantised=QuantisedParts(quantization))
     monkeypatch.setattr(copying, "BUFFER_BYTES", 500)
-    extract(checkpoint, tmp_path / "two", quantization=quantization)
+    extract(checkpoint, tmp_path / "two", quantised=QuantisedParts(quantization))
     whole = write_tiny_qwen3_moe(tmp_path / "whole", dtype=torch.bfloat16, **ODD)
-    extract(whole, tmp_path / "three", quantization=quantization)
+    extract(whole, tmp_path / "three", quantised=QuantisedParts(quantization))
     assert store_hash(tmp_path / "one") == store_hash(tmp_path / "two") == store_hash(tmp_path / "three")
 
 
 def test_killed_run_is_continued_to_the_same_store(
     checkpoint: Path, quantization: Quantization, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    extract(checkpoint, tmp_path / "undisturbed", quantization=quantization)
+    extract(checkpoint, tmp_path / "undisturbed", quantised=QuantisedParts(quantization))
     add, steps = Journal.add, []
     saved = tmp_path / "saved"
     (tmp_path / "work").mkdir()
@@ -156,11 +157,11 @@ def test_killed_run_is_continued_to_the_same_store(
 
     monkeypatch.setattr(Journal, "add", die_late)
     with pytest.raises(KeyboardInterrupt):
-        extract(checkpoint, tmp_path / "work" / "store", quantization=quantization)
+        extract(checkpoint, tmp_path / "work" / "store", quantised=QuantisedParts(quantization))
     monkeypatch.setattr(Journal, "add", add)
     (tmp_path / "work").rmdir()
     saved.rename(tmp_path / "work")
-    report = extract(checkpoint, tmp_path / "work" / "store", quantization=quantization)
+    report = extract(checkpoint, tmp_path / "work" / "store", quantised=QuantisedParts(quantization))
     assert report.resumed_bytes > 0
     assert store_hash(tmp_path / "work" / "store") == store_hash(tmp_path / "undisturbed")
 
@@ -170,7 +171,7 @@ def test_flipped_bit_of_codes_or_scales_is_named(
     checkpoint: Path, quantization: Quantization, tmp_path: Path, part: int
 ) -> None:
     store = tmp_path / "store"
-    extract(checkpoint, store, quantization=quantization)
+    extract(checkpoint, store, quantised=QuantisedParts(quantization))
     record = read_expert_index(store, read_manifest(store))[ExpertKey("model", 1, 5)]
     where = record.parts[part]
     with (store / where.file).open("r+b") as file:
@@ -185,7 +186,7 @@ def test_flipped_bit_of_codes_or_scales_is_named(
 
 
 def test_safetensors_opens_the_files(checkpoint: Path, quantization: Quantization, tmp_path: Path) -> None:
-    extract(checkpoint, tmp_path / "store", quantization=quantization)
+    extract(checkpoint, tmp_path / "store", quantised=QuantisedParts(quantization))
     with safe_open(tmp_path / "store/experts/model-layer-0001.safetensors", "pt") as file:
         for role, scale_role, shape in zip(ROLES, SCALE_ROLES, [(35, 52), (35, 52), (52, 35)], strict=True):
             codes = file.get_tensor(f"layers.1.experts.3.{role}")
@@ -198,13 +199,13 @@ def test_safetensors_opens_the_files(checkpoint: Path, quantization: Quantizatio
 
 def test_index_and_codes_that_are_quantised_already_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionRefused, match="--quantize"):
-        extract(checkpoint, tmp_path / "store", index_only=True, quantization=INT8)
+        extract(checkpoint, tmp_path / "store", index_only=True, quantised=QuantisedParts(INT8))
     whole = write_tiny_qwen3_moe(tmp_path / "whole", dtype=torch.bfloat16)
     tensors = load_file(whole / "model.safetensors")
     name = "model.layers.0.mlp.experts.2.up_proj.weight"
     save_file(tensors | {name: tensors[name].to(torch.int8)}, whole / "model.safetensors")
     with pytest.raises(TensorUnexpected, match="I8"):
-        extract(whole, tmp_path / "store", quantization=INT8)
+        extract(whole, tmp_path / "store", quantised=QuantisedParts(INT8))
     save_file(tensors | {name: tensors[name] * math.nan}, whole / "model.safetensors")
     with pytest.raises(TensorUnexpected, match="cannot be quantised"):
-        extract(whole, tmp_path / "store", quantization=INT8)
+        extract(whole, tmp_path / "store", quantised=QuantisedParts(INT8))

@@ -18,6 +18,7 @@ from extraction.extract import extract
 from extraction.manifest import INDEX_NAME, Component, ExpertKey, FileEntry, Manifest, TensorEntry
 from extraction.plan import SMALL_FILES
 from extraction.quantise import Quantization
+from extraction.quantised_parts import QuantisedParts
 from tests.conftest import REPOSITORY
 
 DOCUMENT = (REPOSITORY / "docs/store-format.md").read_text(encoding="utf-8")
@@ -47,7 +48,7 @@ def test_example_computes_a_quantised_expert(stories_checkpoint: Path, tmp_path:
         {"scheme": scheme, "group_size": 64 if scheme == "int4" else None}
     )
     extract(stories_checkpoint, tmp_path / "plain")
-    extract(stories_checkpoint, tmp_path / "quantised", quantization=quantization)
+    extract(stories_checkpoint, tmp_path / "quantised", quantised=QuantisedParts(quantization))
     (tmp_path / "read_expert.py").write_text(re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)[0])
     totals = []
     for store in ("plain", "quantised"):

@@ -18,6 +18,7 @@ from extraction.errors import OptionRefused
 from extraction.extract import extract
 from extraction.plan import plan_extraction
 from extraction.quantise import Quantization
+from extraction.quantised_parts import QuantisedParts
 from extraction.selection import Selection
 from gateway.cli import app
 from gateway.comparison import Comparison, ComparisonOptions, compare
@@ -107,10 +108,14 @@ def test_wrong_weight_is_found_in_its_layer_and_in_no_other(
 def test_quantised_experts_are_outside_and_the_verdict_says_why(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    extract(tiny_checkpoint, tmp_path / "store", quantization=Quantization(scheme="int4", group_size=32))
+    extract(
+        tiny_checkpoint,
+        tmp_path / "store",
+        quantised=QuantisedParts(Quantization(scheme="int4", group_size=32)),
+    )
     result = CliRunner().invoke(app, ["compare", str(tiny_checkpoint), str(tmp_path / "store")])
     assert result.exit_code == 1
-    assert result.output.endswith("tolerance of 0.0001; the store's experts are quantised to int4-g32\n")
+    assert result.output.endswith("tolerance of 0.0001; the store is quantised (int4-g32)\n")
 
 
 def test_command_prints_a_line_a_layer_and_fails_with_the_layer_s_name(

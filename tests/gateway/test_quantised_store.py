@@ -66,10 +66,43 @@ def test_http_answers_say_that_they_are_modified(root: Path, scheme: str) -> Non
     asyncio.run(run())
 
 
+@pytest.fixture(scope="module")
+def whole(stories_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Backbone and head quantised, each in its own way; experts as published."""
+    store = tmp_path_factory.mktemp("whole") / "store"
+    options = ["--quantize-backbone", "int8", "--quantize-head", "int4", "--group-size", "128"]
+    done = CliRunner().invoke(app, ["extract", str(stories_checkpoint), str(store), *options])
+    assert done.exit_code == 0, done.output
+    return store
+
+
+def test_backbone_and_head_are_chosen_apart_and_every_command_names_them(
+    whole: Path, stories_checkpoint: Path, tmp_path: Path
+) -> None:
+    name = "backbone-int8+head-int4-g128"
+    done = CliRunner().invoke(app, ["extract", str(stories_checkpoint), str(whole), "--verify"])
+    assert done.exit_code == 0 and "quantised as recorded" in done.output
+    done = CliRunner().invoke(app, ["inspect", str(whole)])
+    assert "Backbone quantised to int8" in done.output and "Head quantised to int4" in done.output
+    assert "Experts quantised" not in done.output
+    asked = ["generate", str(whole), "--prompt", PROMPT, "--max-tokens", "4", "--json"]
+    answer = json.loads(CliRunner().invoke(app, asked).stdout)
+    assert answer["quantization"] == name
+    assert answer["sage"] == {"quality": "modified", "quantization": name}
+    (tmp_path / "text.txt").write_text("Once upon a time there was a king who had three daughters.")
+    done = CliRunner().invoke(app, ["eval", str(whole), str(tmp_path / "text.txt"), "--json"])
+    report = json.loads(done.stdout)
+    assert report["quantization"] == name
+    assert report["backbone_bytes"] == answer["resident_bytes"]["backbone"]
+    assert "/backbone-int8/" in report["numerics_class"] and "/head-int4-g128/" in report["numerics_class"]
+
+
 @pytest.mark.parametrize(
     "options",
     [
         ["--group-size", "64"],
+        ["--quantize-head", "int8", "--group-size", "32"],
+        ["--quantize-backbone", "int5"],
         ["--quantize", "int8", "--group-size", "32"],
         ["--quantize", "int4", "--group-size", "48"],
     ],

@@ -21,6 +21,7 @@ from experts.roster import Roster
 from experts.store import ExpertStore
 from extraction.extract import extract
 from extraction.quantise import Quantization
+from extraction.quantised_parts import QuantisedParts
 from router.batcher import BatchLimits
 from router.kv_cache import blocks_for
 from router.loading import EngineOptions
@@ -65,11 +66,23 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "qwen3_omni_moe": {"attention_bias": True},
 }
 """Families beside Qwen3-MoE, each with switches that could tie a row's bits to its neighbours."""
-QUANTISED: dict[str, tuple[Quantization, dict[str, Any]]] = {
-    "int8": (Quantization(scheme="int8", group_size=None), {"moe_intermediate_size": 35}),
-    "int4": (Quantization(scheme="int4", group_size=32), {"moe_intermediate_size": 50}),
+INT8 = Quantization(scheme="int8", group_size=None)
+INT4 = Quantization(scheme="int4", group_size=32)
+QUANTISED: dict[str, tuple[QuantisedParts, str, dict[str, Any]]] = {
+    "int8": (QuantisedParts(INT8), "qwen3_moe", {"moe_intermediate_size": 35}),
+    "int4": (QuantisedParts(INT4), "qwen3_moe", {"moe_intermediate_size": 50}),
+    "all int8": (
+        QuantisedParts(INT8, INT8, INT8),
+        "qwen3_moe",
+        {"hidden_size": 52, "intermediate_size": 38, "mlp_only_layers": [0], "tie_word_embeddings": True},
+    ),
+    "all int4": (
+        QuantisedParts(INT4, INT4, INT4),
+        "qwen2_moe",
+        {"shared_expert_intermediate_size": 50, "intermediate_size": 41, "mlp_only_layers": [0]},
+    ),
 }
-"""Experts of sizes that the kernels do not take as they are."""
+"""Matrices of sizes that the kernels do not take as they are; dense layers, a shared expert, a tied head."""
 LENGTHS = (1, 3, 17, 63, 64, 65, 130, 200)
 FEW_LENGTHS = (1, 64, 63, 130, 200)
 """For the other families: they share all but their switches with Qwen3-MoE."""
@@ -123,13 +136,9 @@ def root(
         extract(write_tiny(name, folder / "checkpoint", **SWITCHES[name]), folder / "store")
         return folder / "store"
     if name in QUANTISED:
-        quantization, sizes = QUANTISED[name]
-        folder = tmp_path_factory.mktemp(name)
-        extract(
-            write_tiny("qwen3_moe", folder / "checkpoint", **sizes),
-            folder / "store",
-            quantization=quantization,
-        )
+        parts, family, sizes = QUANTISED[name]
+        folder = tmp_path_factory.mktemp("quantised")
+        extract(write_tiny(family, folder / "checkpoint", **sizes), folder / "store", quantised=parts)
         return folder / "store"
     return {"stories": stories_store, "tiny": tiny_store}[name]
 

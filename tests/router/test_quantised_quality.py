@@ -9,6 +9,7 @@ import pytest
 
 from extraction.extract import extract
 from extraction.quantise import Quantization
+from extraction.quantised_parts import QuantisedParts
 from gateway.tokenizer import TextTokenizer
 from router.loading import EngineOptions
 from router.request import GenerationRequest, SamplingParams
@@ -64,9 +65,23 @@ def test_quantised_experts_cost_little_and_take_less(
     of 40 KB padded to 4096 bytes."""
     store = tmp_path / "store"
     quantization = Quantization.model_validate({"scheme": scheme, "group_size": group_size})
-    extract(stories_checkpoint, store, quantization=quantization)
+    extract(stories_checkpoint, store, quantised=QuantisedParts(quantization))
     assert abs(perplexity(store, TEXT) / published - 1) < most
     assert _expert_bytes(store) < size * _expert_bytes(stories_store)
+
+
+@pytest.mark.parametrize(("scheme", "group_size", "most"), [("int8", None, 0.01), ("int4", 32, 0.1)])
+def test_everything_quantised_costs_little(
+    published: float,
+    stories_checkpoint: Path,
+    tmp_path: Path,
+    scheme: str,
+    group_size: int | None,
+    most: float,
+) -> None:
+    part = Quantization.model_validate({"scheme": scheme, "group_size": group_size})
+    extract(stories_checkpoint, tmp_path / "store", quantised=QuantisedParts(part, part, part))
+    assert abs(perplexity(tmp_path / "store", TEXT) / published - 1) < most
 
 
 def _expert_bytes(root: Path) -> int:
