@@ -271,8 +271,17 @@ class Supervisor:
 
 def _living_nodes() -> dict[str, int]:
     """Node id -> bytes of memory that Ray counts there."""
+    return {node["NodeID"]: int(node["Resources"].get("memory", 0)) for node in _nodes() if node["Alive"]}
+
+
+def node_addresses() -> list[str]:
+    """Of the nodes that live, as Ray knows them."""
+    return [node["NodeManagerAddress"] for node in _nodes() if node["Alive"]]
+
+
+def _nodes() -> list[dict[str, Any]]:
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    return {node["NodeID"]: int(node["Resources"].get("memory", 0)) for node in nodes if node["Alive"]}
+    return nodes
 
 
 def start_supervisor(spec: ServiceSpec) -> Any:

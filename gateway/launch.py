@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdo
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from cluster.addresses import is_local_only
 from cluster.autoscaler import ScalerSettings
 from cluster.errors import ClusterError
 from cluster.memory_plan import MemoryPlan, Node, unmatched
@@ -80,8 +81,10 @@ def running_service(options: ServiceOptions, on_plan: OnPlan = lambda plan, unkn
         start_ray(options.ray_address, options.num_cpus)
         stack.enter_context(interruptible())  # again: Ray has put its own handler in place
 
+        import ray
+
         from cluster.service_spec import ServiceSpec
-        from cluster.supervisor import start_supervisor, stop_supervisor
+        from cluster.supervisor import node_addresses, start_supervisor, stop_supervisor
 
         engine = replace(
             engine_options(options, dtype, threads.router), expert_budget_bytes=plan.router.budget_bytes
@@ -97,7 +100,8 @@ def running_service(options: ServiceOptions, on_plan: OnPlan = lambda plan, unkn
             store_copies=_copies(options),
             spin_s=plan_spin_s(num_cores(), options.num_actors, threads.expert_actor),
             secret=secrets.token_bytes(32),
-            rooms=_rooms(plan),
+            is_local_only=is_local_only(node_addresses()),
+            rooms={ray.get_runtime_context().get_node_id(): sum(plan.actor_budgets)},
             scaling=_scaling(options, engine),
         )
         if options.num_actors:
@@ -153,13 +157,6 @@ def _plan_actors(options: ServiceOptions, plan: MemoryPlan) -> ServicePlan:
     finally:
         store.close()
     return plan_local(keys, options.num_actors, plan.actor_budgets)
-
-
-def _rooms(plan: MemoryPlan) -> dict[str, int]:
-    """Ray's id of this node -> bytes that its expert actors may take together."""
-    import ray
-
-    return {ray.get_runtime_context().get_node_id(): sum(plan.actor_budgets)}
 
 
 def _scaling(options: ServiceOptions, engine: EngineOptions) -> Scaling | None:
