@@ -43,6 +43,7 @@ class RayDirectory:
         self._name = uuid.uuid4().hex
         self._version = roster.version
         """Of the roster that was carried out last."""
+        self._share: Fraction | None = None
         self._load: Callable[[], RouterLoad] | None = None
         self._bad: deque[tuple[str, int, str]] = deque()
         self.remote = RemoteDirectory(
@@ -95,8 +96,9 @@ class RayDirectory:
         self._load = source
 
     def set_share(self, share: Fraction) -> None:
-        """How much of its group every actor keeps in memory; see `Supervisor.set_share`. Does not wait."""
-        self._supervisor.set_share.remote(share)
+        """How much of its group every actor is to keep in memory for this router. Does not wait."""
+        self._share = share
+        self._wake.set()
 
     def _report_lost(self, name: str) -> None:
         """Called on the engine's or the heartbeat thread: leave the work to the follower."""
@@ -128,7 +130,7 @@ class RayDirectory:
 
     def _follow_roster(self) -> bool:
         """Whether the roster has changed, which the supervisor is then to be told at once."""
-        told = self._supervisor.roster.remote(self._name, self._version)
+        told = self._supervisor.roster.remote(self._name, self._version, self._share)
         roster = ray.get(told, timeout=ANSWER_TIMEOUT_S)
         self.remote.update(roster)
         is_newer = roster.version > self._version

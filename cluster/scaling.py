@@ -45,13 +45,13 @@ class PlanScaler:
         now_s: float,
     ) -> tuple[ServicePlan, tuple[Decision, ...]]:
         """The plan from now on, and what was decided. Nothing changes before a router has told its load."""
-        load, looked_at_s = fleet.routers.load(), self._looked_at_s
+        load, looked_at_s = fleet.routers.load(now_s), self._looked_at_s
         if load is None or (looked_at_s is not None and now_s - looked_at_s < self._scaling.interval_s):
             return plan, ()
         self._looked_at_s = now_s
         self._capacity = observe(self._capacity, load, now_s)
         busy_s = self._busy_by_group(plan, fleet)
-        rows = fleet.routers.take_demand({group.name: group.keys for group in plan.groups})
+        rows = fleet.routers.take_rows({group.name: group.keys for group in plan.groups})
         if looked_at_s is None:  # counted since nobody knows when
             return plan, ()
         elapsed_s = now_s - looked_at_s

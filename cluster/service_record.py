@@ -10,7 +10,6 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fractions import Fraction
 
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 
@@ -28,7 +27,6 @@ class ServiceRecord:
     """See `ActorSpec.service`: a record of another service is none."""
     plan: ServicePlan
     least_incarnation: int = 0
-    share: Fraction = Fraction(1)
     quarantines: Mapping[str, int] = field(default_factory=dict)
     """Node id -> how many of its actors computed what is wrong."""
 

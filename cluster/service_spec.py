@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from cluster.addresses import LOOPBACK
 from cluster.autoscaler import ScalerSettings
 from cluster.plan import ActorPlan, ExpertGroup, ServicePlan
 from cluster.reconcile import WantedActor
 from experts.actor import ActorSpec
 from experts.eviction import DEFAULT_EVICTION, Eviction
-
-LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)

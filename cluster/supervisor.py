@@ -81,12 +81,13 @@ class Supervisor:
         """How long a router's connections look for an answer before they sleep."""
         return self._spec.spin_s
 
-    def roster(self, router: str = "", version: int = -1) -> Roster:
-        """Who is where now. version: what the router that asks has carried out."""
+    def roster(self, router: str = "", version: int = -1, share: Fraction | None = None) -> Roster:
+        """Who is where now. version: what the router that asks has carried out. share: of its group, that it wishes
+        every actor to keep in memory within its budget."""
         with self._lock:
             fleet = self._fleet
             if router:
-                fleet.routers.follows(router, version, time.monotonic())
+                fleet.routers.follows(router, version, share, time.monotonic())
                 if fleet.is_changing:
                     self._wake.set()
             there = fleet.roster.endpoints.keys() & fleet.pulses.keys()
@@ -121,13 +122,6 @@ class Supervisor:
     def add_trust(self, identity: TrustIdentity, options: TrustOptions, report: TrustReport) -> TrustTable:
         """Keep a router's report; see `TrustLedger.add`."""
         return self._trust.add(identity, options, report)
-
-    def set_share(self, share: Fraction) -> None:
-        """How much of its group each actor keeps in memory, within its budget; new actors are told too."""
-        with self._lock:
-            if share != self._record.share:
-                self._keep(replace(self._record, share=share))
-        self._wake.set()
 
     # What is to run
 
@@ -252,8 +246,9 @@ class Supervisor:
             for name, member in self._fleet.members.items()
             if member.state == "ready" and member.budget_bytes is not None
         }
+        share = self._fleet.routers.share()
         limits = {
-            name: (budgets.get(member.actor) or member.budget_bytes or 0, self._record.share)
+            name: (budgets.get(member.actor) or member.budget_bytes or 0, share)
             for name, (member, _) in bounded.items()
         }
         self._notices.tell(bounded, limits, self._trust.known(), now_s)
@@ -276,8 +271,17 @@ class Supervisor:
 
 def _living_nodes() -> dict[str, int]:
     """Node id -> bytes of memory that Ray counts there."""
+    return {node["NodeID"]: int(node["Resources"].get("memory", 0)) for node in _nodes() if node["Alive"]}
+
+
+def node_addresses() -> list[str]:
+    """Of the nodes that live, as Ray knows them."""
+    return [node["NodeManagerAddress"] for node in _nodes() if node["Alive"]]
+
+
+def _nodes() -> list[dict[str, Any]]:
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    return {node["NodeID"]: int(node["Resources"].get("memory", 0)) for node in nodes if node["Alive"]}
+    return nodes
 
 
 def start_supervisor(spec: ServiceSpec) -> Any:

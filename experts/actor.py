@@ -120,16 +120,24 @@ class ExpertActor:
             spec.fingerprint(),
             spec.budget_bytes,
             ray.get_runtime_context().get_node_id(),
-            Endpoint(spec.name, self._host, self._server.port, spec.incarnation),
+            self.endpoint(),
             spec.group,
         )
 
     def pulse(self) -> ActorPulse:
         """How it does; the answer also says that the actor is alive."""
         stats = self._worker.stats
+        counts = (stats.rows, stats.hits, stats.misses)
+        return ActorPulse(self._num_active, self._busy_s, *counts, self.resident())
+
+    def endpoint(self) -> Endpoint:
+        """Where the data plane listens."""
+        return Endpoint(self._spec.name, self._host, self._server.port, self._spec.incarnation)
+
+    def resident(self) -> dict[tuple[str, int], frozenset[int]]:
+        """Numbers of the experts that are in memory, by component and layer."""
         layers = {(key.component, key.layer) for key in self._spec.group}
-        resident = {layer: self._worker.resident(*layer) for layer in layers}
-        return ActorPulse(self._num_active, self._busy_s, stats.rows, stats.hits, stats.misses, resident)
+        return {layer: self._worker.resident(*layer) for layer in layers}
 
     def set_trust(self, scores_G: Scores) -> None:
         """Trust from now on, in the order of the spec's group. Raises TrustMismatch."""

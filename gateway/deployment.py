@@ -31,6 +31,7 @@ from cluster.capacity_watch import CapacityWatch
 from cluster.memory_plan import MemoryPlan
 from cluster.ray_directory import RayDirectory
 from cluster.resources import gateway_deployment_options, router_deployment_options
+from cluster.router_book import RouterLoad
 from cluster.trust_keeper import SupervisedTrust
 from experts.budget import share_of
 from experts.directory import LocalDirectory
@@ -46,6 +47,7 @@ from gateway.routing_rules import NATIVE_ONLY, RoutingRules
 from gateway.study import trace_service
 from gateway.tokenizer import TextTokenizer
 from router.errors import EngineStopped, QueueFull, RequestTooLong, RouterError, StreamMissing, TraceFailed
+from router.expert_use import ExpertUse
 from router.loading import EngineOptions, LoadedEngine, load_engine
 from router.metrics import local_actor, render_metrics
 from router.model_config import read_model_config
@@ -80,6 +82,8 @@ class DeploymentSpec:
     is_trace_with_tokens: bool = False
     is_capacity_auto: bool = False
     """Whether the capacity state sets how many experts stay in memory."""
+    is_autoscaled: bool = False
+    """Whether the supervisor is to hear of the load."""
 
 
 class RouterDeployment:
@@ -94,6 +98,9 @@ class RouterDeployment:
         self._size = _service_size(self._service.loaded, spec.num_actors)
         self._resizer = ThreadPoolExecutor(1, "capacity")  # one after another, and off the event loop
         self._capacity = CapacityWatch(self._size, self._begin_resize if spec.is_capacity_auto else None)
+        self._use = ExpertUse()
+        if spec.is_autoscaled:
+            self._begin_reports(loaded)
         self._trace: RoutingTrace | None = None
         if spec.trace_folder is not None:
             self._trace = trace_service(
@@ -128,9 +135,24 @@ class RouterDeployment:
 
     def _observe_capacity(self) -> CapacityState:
         """Whenever Serve checks the router's health and somebody asks."""
+        return self._capacity.look(self._load(), time.monotonic())
+
+    def _load(self) -> Load:
         health = self._service.engine_thread.health()
-        is_idle = not self._service.num_open  # what else runs are probes
-        return self._look(0, 0) if is_idle else self._look(health.num_running, health.num_waiting)
+        max_running = self._spec.engine.limits.max_running
+        if not self._service.num_open:  # what else runs are probes
+            return Load(0, 0, max_running)
+        return Load(health.num_running, health.num_waiting, max_running)
+
+    def _begin_reports(self, loaded: LoadedEngine) -> None:
+        """Tell the supervisor of the load from now on."""
+        if self._directory is not None:
+            loaded.engine.watchers = (*loaded.engine.watchers, self._use)
+            self._directory.report_load(self._router_load)
+
+    def _router_load(self) -> RouterLoad:
+        """On the directory's thread."""
+        return RouterLoad(self._load(), self._use.take())
 
     def _look(self, num_running: int, num_waiting: int) -> CapacityState:
         load = Load(num_running, num_waiting, self._spec.engine.limits.max_running)

@@ -14,8 +14,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from cluster.addresses import is_local_only
+from cluster.autoscaler import ScalerSettings
 from cluster.errors import ClusterError
 from cluster.memory_plan import MemoryPlan, Node, unmatched
 from cluster.placement import plan_local
@@ -31,9 +33,13 @@ from gateway.output_file import prepare_folder
 from gateway.service_options import ServiceOptions
 from gateway.state_folder import resolve_state_folder
 from router.batcher import BatchLimits
+from router.footprint import measure_footprint
 from router.loading import EngineOptions, stored_dtype
 from router.model_config import ModelConfig, read_model_config
 from router.trust_session import TrustOptions
+
+if TYPE_CHECKING:
+    from cluster.service_spec import Scaling
 
 __all__ = ["ServiceOptions", "describe_plan", "interruptible", "running_service", "wait_for_interrupt"]
 
@@ -75,9 +81,14 @@ def running_service(options: ServiceOptions, on_plan: OnPlan = lambda plan, unkn
         start_ray(options.ray_address, options.num_cpus)
         stack.enter_context(interruptible())  # again: Ray has put its own handler in place
 
-        from cluster.service_spec import ServiceSpec
-        from cluster.supervisor import start_supervisor, stop_supervisor
+        import ray
 
+        from cluster.service_spec import ServiceSpec
+        from cluster.supervisor import node_addresses, start_supervisor, stop_supervisor
+
+        engine = replace(
+            engine_options(options, dtype, threads.router), expert_budget_bytes=plan.router.budget_bytes
+        )
         spec = ServiceSpec(
             store_root=str(options.store_root.resolve()),
             dtype=dtype,
@@ -89,13 +100,13 @@ def running_service(options: ServiceOptions, on_plan: OnPlan = lambda plan, unkn
             store_copies=_copies(options),
             spin_s=plan_spin_s(num_cores(), options.num_actors, threads.expert_actor),
             secret=secrets.token_bytes(32),
+            is_local_only=is_local_only(node_addresses()),
+            rooms={ray.get_runtime_context().get_node_id(): sum(plan.actor_budgets)},
+            scaling=_scaling(options, engine),
         )
         if options.num_actors:
             stack.callback(stop_supervisor)
             _wait_for_actors(start_supervisor(spec))
-        engine = replace(
-            engine_options(options, dtype, threads.router), expert_budget_bytes=plan.router.budget_bytes
-        )
         _deploy(options, address, engine, plan, threads.router, stack)
         yield address.url
     finally:
@@ -146,6 +157,21 @@ def _plan_actors(options: ServiceOptions, plan: MemoryPlan) -> ServicePlan:
     finally:
         store.close()
     return plan_local(keys, options.num_actors, plan.actor_budgets)
+
+
+def _scaling(options: ServiceOptions, engine: EngineOptions) -> Scaling | None:
+    """How the number of actors follows the load, where it does."""
+    if options.actor_range is None:
+        return None
+    from cluster.service_spec import Scaling
+
+    store = ExpertStore.open(options.store_root)
+    try:
+        expert_bytes = measure_footprint(store, engine).experts.largest
+    finally:
+        store.close()
+    least, most = options.actor_range
+    return Scaling(ScalerSettings(most, least), expert_bytes)
 
 
 def engine_options(options: ServiceOptions, dtype: str, num_threads: int) -> EngineOptions:
@@ -229,6 +255,7 @@ def _deploy(
         None if options.trace_folder is None else str(options.trace_folder.resolve()),
         options.is_trace_with_tokens,
         options.capacity == "auto",
+        options.actor_range is not None,
     )
     stack.callback(_quietly, serve.shutdown)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)

@@ -38,6 +38,12 @@ def serve(
     actors: Annotated[
         Number, typer.Option(help="Expert actors; 0 computes all experts in the router's process. [0]")
     ] = None,
+    autoscale: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option("--autoscale/--no-autoscale", help="Let the number of actors follow the load. [off]"),
+    ] = None,
+    min_actors: Annotated[Number, typer.Option(help="Fewest, with --autoscale. [0]")] = None,
+    max_actors: Annotated[Number, typer.Option(help="Most, with --autoscale. [--actors]")] = None,
     dtype: Annotated[Word, typer.Option(help="float32 or bfloat16; default: as stored.")] = None,
     served_model_name: Annotated[
         Words,
@@ -130,6 +136,9 @@ def serve(
         "host": host,
         "port": port,
         "actors": actors,
+        "autoscale": autoscale,
+        "min-actors": min_actors,
+        "max-actors": max_actors,
         "dtype": dtype,
         "served-model-name": served_model_name or None,
         "max-model-len": max_model_len,

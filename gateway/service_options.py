@@ -118,6 +118,9 @@ class OptionValues(BaseModel):
     host: str = Field("127.0.0.1", min_length=1, max_length=253, description="an address or host name")
     port: int = _whole(1, 65535, 8000)
     actors: int = _whole(0, 64, 0)
+    autoscale: bool = Field(False, description="true or false")
+    min_actors: int | None = Field(None, ge=0, le=64, description="a whole number from 0 to 64")
+    max_actors: int | None = Field(None, ge=1, le=64, description="a whole number from 1 to 64")
     dtype: Literal["float32", "bfloat16"] | None = Field(None, description="float32 or bfloat16")
     served_model_name: Texts = Field((), description=_TEXTS)
     max_model_len: int | None = Field(
@@ -206,6 +209,8 @@ class ServiceOptions:
     is_trust_learned: bool = True
     state_dir: str | None = None
     """Where trust is kept; None means the user's state folder."""
+    actor_range: tuple[int, int] | None = None
+    """Fewest and most expert actors, where their number follows the load."""
 
     def __post_init__(self) -> None:
         if self.max_num_seqs > self.max_batch_tokens:
@@ -229,6 +234,9 @@ class ServiceOptions:
             "host": self.host,
             "port": self.port,
             "actors": self.num_actors,
+            "autoscale": self.actor_range is not None,
+            "min-actors": self.actor_range[0] if self.actor_range else None,
+            "max-actors": self.actor_range[1] if self.actor_range else None,
             "dtype": self.dtype or "as stored",
             "max-model-len": self.max_model_len or "the model's context",
             "max-num-seqs": self.max_num_seqs,
@@ -309,7 +317,30 @@ def compose_options(values: OptionValues, store_root: Path, store_name: str, key
         snarc=values.snarc,
         is_trust_learned=values.trust,
         state_dir=values.state_dir,
+        actor_range=_actor_range(values),
     )
+
+
+def _actor_range(values: OptionValues) -> tuple[int, int] | None:
+    """Where the number of actors follows the load: from none up to those of the start, unless told otherwise."""
+    given = {"min-actors": values.min_actors, "max-actors": values.max_actors}
+    if not values.autoscale:
+        for name, number in given.items():
+            if number is not None:
+                raise OptionInvalid(
+                    name, "goes with autoscale, which lets the number of actors follow the load"
+                )
+        return None
+    if not values.actors:
+        raise OptionInvalid(
+            "autoscale", "goes with actors, which says in how many groups experts are dealt out"
+        )
+    least = values.min_actors or 0
+    most = values.actors if values.max_actors is None else values.max_actors
+    if not least <= values.actors <= most:
+        reason = f"({values.actors}) is not from min-actors ({least}) to max-actors ({most})"
+        raise OptionInvalid("actors", reason)
+    return least, most
 
 
 def parse_eviction(word: str) -> Eviction:

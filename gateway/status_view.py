@@ -12,6 +12,9 @@ from rich.table import Table
 from extraction.errors import one_line
 from gateway.memory_view import render_memory
 
+NUM_DECISIONS = 5
+"""That are shown; `--json` has more."""
+
 
 def render_status(status: Mapping[str, Any]) -> RenderableType:
     """Tables of actors, nodes and requests. The service may be anybody's: its texts are made safe to print."""
@@ -53,7 +56,17 @@ def render_status(status: Mapping[str, Any]) -> RenderableType:
     quantization = router.get("quantization")
     title = f"{status['model']} ({router['numerics_class']})"
     title += f", quantised ({quantization}): answers are modified" if quantization else ""
-    return Group(title, actors, *plan, nodes, line)
+    return Group(title, actors, *plan, nodes, *_cluster_lines(status.get("cluster") or {}), line)
+
+
+def _cluster_lines(cluster: Mapping[str, Any]) -> list[str]:
+    """What waits for a machine, and the last decisions with their reasons."""
+    lines = [
+        f"Waits for a machine with {_mib(entry['memory_bytes'])} of memory: {entry['name']}"
+        for entry in cluster.get("pending", ())
+    ]
+    decisions = cluster.get("decisions", ())[-NUM_DECISIONS:]
+    return lines + [f"{d['at']} {d['kind']} {d['name']}: {d['reason']}" for d in decisions]
 
 
 def _printable(value: Any) -> Any:

@@ -7,12 +7,15 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
+from ray.cluster_utils import Cluster
 
 from cluster.placement import plan_local
 from cluster.plan import ActorPlan, ServicePlan
@@ -31,6 +34,7 @@ pytestmark = pytest.mark.ray
 class Running:
     """A service of two groups, one on each node, and a router connected to it."""
 
+    cluster: Cluster
     supervisor: Any
     plan: ServicePlan
     nodes: list[str]
@@ -57,8 +61,12 @@ class Running:
 
 
 def _wait_until(is_reached: Callable[[], bool]) -> None:
+    """A supervisor that is being restarted has not reached anything yet."""
     deadline = time.monotonic() + WAIT_S
-    while not is_reached():
+    while True:
+        with suppress(ray.exceptions.RayError):
+            if is_reached():
+                return
         assert time.monotonic() < deadline, "not reached in time"
         time.sleep(0.05)
 
@@ -71,7 +79,7 @@ def service(stories_store: Path) -> Iterator[Running]:
     local = open_engine(stories_store, EngineOptions())
     expected = run_to_end(local.engine, [greedy("alone")]).tokens["alone"]
     local.close()
-    with ray_nodes(2) as (_, nodes):
+    with ray_nodes(2) as (cluster, nodes):
         plan = plan_local(keys, 2)
         plan = replace(
             plan,
@@ -79,7 +87,7 @@ def service(stories_store: Path) -> Iterator[Running]:
                 replace(actor, node_id=node) for actor, node in zip(plan.actors, nodes, strict=True)
             ),
         )
-        supervisor = start_supervisor(service_spec(stories_store, plan))
+        supervisor = start_supervisor(service_spec(stories_store, plan, is_local_only=False))
         try:
             ray.get(supervisor.wait_ready.remote(), timeout=WAIT_S)
             directories: list[RayDirectory] = []
@@ -89,7 +97,7 @@ def service(stories_store: Path) -> Iterator[Running]:
                 return directories[0]
 
             loaded = open_engine(stories_store, EngineOptions(), connect)
-            yield Running(supervisor, plan, nodes, loaded, directories[0], expected)
+            yield Running(cluster, supervisor, plan, nodes, loaded, directories[0], expected)
             loaded.close()
         finally:
             stop_supervisor()
@@ -192,6 +200,56 @@ def test_actor_that_computes_what_is_wrong_is_replaced(service: Running) -> None
     assert bad["pid"] not in pids(status["actors"])
     assert status["quarantines"] == {service.nodes[0]: 1}
     assert ("quarantine", "rows of NaN") in [(d["kind"], d["reason"]) for d in status["decisions"]]
+
+
+def test_hung_actor_does_not_hold_up_the_replacement_of_a_dead_one_and_is_replaced_itself(
+    service: Running,
+) -> None:
+    hung, dead = service.status()["actors"]
+    process = psutil.Process(hung["pid"])
+    process.suspend()
+    os.kill(dead["pid"], signal.SIGKILL)
+
+    def is_dead_one_replaced() -> bool:
+        entry = service.status()["actors"][-1]
+        return bool(entry["state"] == "ready" and entry.get("pid") not in (None, dead["pid"]))
+
+    _wait_until(is_dead_one_replaced)
+    _wait_until(lambda: not {hung["pid"], dead["pid"]} & pids(service.status()["actors"]))
+    wait_settled(service.supervisor)
+    _wait_until(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE)
+    reasons = [d["reason"] for d in service.status()["decisions"] if d["kind"] == "end"]
+    assert any("silent for" in reason for reason in reasons)
+
+
+def test_actor_that_fits_no_node_waits_for_a_machine_and_keeps_nobody_from_serving(service: Running) -> None:
+    giant = ActorPlan("giant", "experts-0", None, 2**50)
+    service.apply(replace(service.plan, actors=(*service.plan.actors, giant)))
+    _wait_until(lambda: service.status()["pending"] != [])
+    status = service.status()
+    assert [(entry["actor"], entry["memory_bytes"]) for entry in status["pending"]] == [("giant", 2**50)]
+    assert states(status) == {"experts-0": "ready", "experts-1": "ready", "giant": "starting"}
+    outcome = run_to_end(service.loaded.engine, [greedy("beside")])
+    assert outcome.tokens["beside"] == service.expected
+    service.apply(service.plan)
+    wait_settled(service.supervisor)
+    assert service.status()["pending"] == []
+
+
+def test_actors_of_a_lost_node_go_to_one_that_is_left(service: Running) -> None:
+    """Almost the last one: it takes a node away, and maybe the supervisor with it, which Ray then restarts."""
+    (worker,) = service.cluster.worker_nodes
+    with service.stream() as stream:
+        service.cluster.remove_node(worker, allow_graceful=False)
+        _wait_until(lambda: _runs_on(service) == {service.nodes[0][:12]})
+        wait_settled(service.supervisor)
+        _wait_until(lambda: len(service.directory.remote.connected()) == 2)
+    assert service.is_unharmed(stream)
+
+
+def _runs_on(service: Running) -> set[str]:
+    entries = service.status()["actors"]
+    return {entry["node_id"] for entry in entries if entry["state"] == "ready" and len(entries) == 2}
 
 
 def test_stopped_service_leaves_no_actor_behind(service: Running) -> None:

@@ -53,6 +53,29 @@ def test_every_option_of_the_command_is_one_of_the_file_and_the_other_way_round(
     assert names | {"node-budgets"} == set(option_names())
 
 
+def test_number_of_actors_follows_the_load_from_none_to_those_of_the_start_unless_told_otherwise() -> None:
+    assert _options({"actors": 2}, {}).actor_range is None
+    assert _options({"actors": 2, "autoscale": True}, {}).actor_range == (0, 2)
+    bounded = _options({"actors": 2, "autoscale": True}, {"min-actors": 1, "max-actors": 4})
+    assert bounded.actor_range == (1, 4)
+    assert bounded.shown()["max-actors"] == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        ({"actors": 2, "min-actors": 1}, "min-actors goes with autoscale"),
+        ({"autoscale": True}, "autoscale goes with actors"),
+        ({"autoscale": True, "actors": 2, "min-actors": 3}, r"\(2\) is not from min-actors \(3\)"),
+        ({"autoscale": True, "actors": 3, "max-actors": 2}, r"to max-actors \(2\)"),
+        ({"autoscale": True, "actors": 2, "max-actors": 65}, "from 1 to 64"),
+    ],
+)
+def test_bounds_that_do_not_go_together_are_refused(given: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(OptionInvalid, match=complaint):
+        _options(given, {})
+
+
 def test_budgets_of_both_tiers_are_one_memory_and_none_is_fit() -> None:
     quarter, size = BudgetRequest(share=Fraction(1, 4)), BudgetRequest(num_bytes=2**31)
     assert _options({}, {}).expert_budgets == (FIT,)
