@@ -184,7 +184,7 @@ class ExpertCache:
     def let_guests_go(self, keys: Sequence[ExpertKey]) -> None:
         """After a call: without a budget nothing else would ever make them."""
         if self.budget_bytes is None:
-            for key in self._guests.intersection(keys):
+            for key in self._guests.intersection(keys) & self.weights.keys():
                 self._forget(key)
 
     def close(self) -> None:

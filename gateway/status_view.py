@@ -53,6 +53,7 @@ def render_status(status: Mapping[str, Any]) -> RenderableType:
         line = f"{status['capacity']['shown']}. {line}"
     if own.get("prefetched"):
         line += f". Prefetched {own['prefetched']:,} experts, {own['prefetched_used'] / own['prefetched']:.0%} used"
+    line += _trouble(router.get("expert_calls", {}))
     quantization = router.get("quantization")
     title = f"{status['model']} ({router['numerics_class']})"
     title += f", quantised ({quantization}): answers are modified" if quantization else ""
@@ -67,6 +68,17 @@ def _cluster_lines(cluster: Mapping[str, Any]) -> list[str]:
     ]
     decisions = cluster.get("decisions", ())[-NUM_DECISIONS:]
     return lines + [f"{d['at']} {d['kind']} {d['name']}: {d['reason']}" for d in decisions]
+
+
+def _trouble(calls: Mapping[str, Any]) -> str:
+    """What went wrong on the way to the experts; nothing where nothing did."""
+    text = ""
+    if calls.get("failovers"):
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in calls["failovers_by_kind"].items() if count)
+        text += f". Expert calls computed elsewhere: {kinds}"
+    if calls.get("quarantined"):
+        text += f". Asked no more: {', '.join(calls['quarantined'])}"
+    return text
 
 
 def _printable(value: Any) -> Any:
