@@ -78,3 +78,21 @@ class NoRoomForExperts(ClusterError):
             f"experts of {self.needed_bytes} bytes have no room: the nodes have memory for {self.room_bytes} bytes, "
             "in pieces of at least one expert, and no node with memory for one has a store or disk for the rest"
         )
+
+
+class RouterTooSmall(ClusterError):
+    """The router's machine cannot hold what is needed beside experts."""
+
+    def __init__(
+        self, node: str, memory_bytes: int, needed_bytes: int, backbone_bytes: int, kv_bytes: int
+    ) -> None:
+        super().__init__(node, memory_bytes, needed_bytes, backbone_bytes, kv_bytes)
+        self.node, self.memory_bytes, self.needed_bytes = node, memory_bytes, needed_bytes
+        self.backbone_bytes, self.kv_bytes = backbone_bytes, kv_bytes
+
+    def __str__(self) -> str:
+        return (
+            f"{self.node} cannot run the router: {self.needed_bytes} bytes are needed beside experts (backbone "
+            f"{self.backbone_bytes}, KV cache {self.kv_bytes}), {self.memory_bytes} are there; give it more memory, "
+            "or lower --context or --streams"
+        )
