@@ -2,9 +2,9 @@
 
 Engines with all experts in one process and with 1, 2 and 4 local actors (`benchmarks.bench_cluster`, real data plane,
 without Ray) decode the same prompts in turn, with 1 and 16 streams; the forecast is made for the same actors from the
-model's configuration. Two forecasts: "typical" is the command's range, which knows nothing of this machine but its cores
-(and was fitted on a machine of two); "measured" goes by the seconds that `benchmarks.bench_simulator` measures from single calls, none of which is a
-run that is forecast. Compared are tokens/s, and calls and bytes per token.
+model's configuration. Two forecasts: "typical" is the command's range, which knows nothing of this machine but its
+cores, and was fitted on a machine of two; "known" goes by the seconds that `benchmarks.bench_simulator` measures from
+single calls, none of which is a run that is forecast. Compared are tokens/s, and calls and bytes per token.
 
 Usage: python -m benchmarks.bench_plan [--store NAME] [--rounds N] [--tokens N] [--keep]
 """
