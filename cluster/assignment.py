@@ -131,17 +131,21 @@ class _Layer:
             self._put(expert, seat, False)
 
     def _seat_soonest(self, expert: int) -> None:
-        """Where it is done first; where its partners are, if the layer's best time is not exceeded by much."""
+        """Where it is done first; where its partners are, if the layer's best time is not exceeded by much. On a disk
+        only if no memory takes it: on average reading is cheap, but the step that has to read waits long."""
         in_memory_B = self._memory_ok(expert, self.quota_B)
         if not in_memory_B.any() and self.fits_in_memory:
             in_memory_B = self._memory_ok(expert, self.arrays.memory_B)
-        is_ok_B = in_memory_B | self._disk_ok(expert)
+        is_ok_B = in_memory_B
+        if not is_ok_B.any():
+            is_ok_B = self._disk_ok(expert)
         if not is_ok_B.any():
             is_ok_B = in_memory_B = self._memory_ok(expert, self.arrays.memory_B)
         if not is_ok_B.any():
             raise NoRoomForExperts(int(self.work.bytes_X.sum()), int(self.arrays.room_B.sum()))
         done_B = self.busy_B + np.where(self.count_B == 0, self.arrays.hop_B, 0.0) + self.cost_EB[expert]
-        done_B = np.where(in_memory_B, done_B, done_B + np.where(is_ok_B, self.reading_EB[expert], 0.0))
+        if not in_memory_B.any():
+            done_B += self.reading_EB[expert]
         done_B[~is_ok_B] = np.inf
         seat = int(np.argmin(done_B))
         if self.has_pairs:

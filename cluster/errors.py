@@ -89,3 +89,21 @@ class NodeAddressInvalid(ClusterError):
 
     def __str__(self) -> str:
         return f"{self.address!r} is no node's IP address; start its Ray with --node-ip-address"
+
+
+class RouterTooSmall(ClusterError):
+    """The router's machine cannot hold what is needed beside experts."""
+
+    def __init__(
+        self, node: str, memory_bytes: int, needed_bytes: int, backbone_bytes: int, kv_bytes: int
+    ) -> None:
+        super().__init__(node, memory_bytes, needed_bytes, backbone_bytes, kv_bytes)
+        self.node, self.memory_bytes, self.needed_bytes = node, memory_bytes, needed_bytes
+        self.backbone_bytes, self.kv_bytes = backbone_bytes, kv_bytes
+
+    def __str__(self) -> str:
+        return (
+            f"{self.node} cannot run the router: {self.needed_bytes} bytes are needed beside experts (backbone "
+            f"{self.backbone_bytes}, KV cache {self.kv_bytes}), {self.memory_bytes} are there; give it more memory, "
+            "or lower --context or --streams"
+        )

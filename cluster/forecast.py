@@ -15,7 +15,7 @@ from cluster.holdings import Holding, Layer, holdings
 from cluster.model_sizes import ModelSizes
 from cluster.plan import ServicePlan
 from cluster.simulated_worker import Costs
-from cluster.step_time import expected_slowest, is_called
+from cluster.step_time import MESSAGE_S, expected_slowest, is_called
 from cluster.topology import Topology
 from experts.frame import HEADER_BYTES
 from extraction.manifest import ExpertKey
@@ -27,17 +27,17 @@ SLOW_FACTOR = 1.5
 
 
 def typical_costs(num_layers: int) -> Costs:
-    """Seconds that software takes on one core of a usual machine beside weights and wires, for a model of so many
-    layers; rates are infinite, since those are the topology's. `benchmarks/bench_plan.py` measures them."""
+    """Seconds that software takes beside weights and wires, for a model of so many layers; rates are infinite, since
+    those are the topology's. As measured on one machine of two cores (docs/placement.md)."""
     return Costs(
-        step_s=0.5e-3 + num_layers * 0.3e-3,
-        row_s=num_layers * 0.03e-3,
-        layer_s=0.15e-3,
+        step_s=0.5e-3 + num_layers * 0.5e-3,
+        row_s=num_layers * 0.04e-3,
+        layer_s=0.19e-3,
         layer_row_s=0.01e-3,
-        call_s=0.05e-3,
-        expert_s=0.02e-3,
-        expert_row_s=0.005e-3,
-        message_s=0.03e-3,
+        call_s=0.12e-3,
+        expert_s=0.04e-3,
+        expert_row_s=0.002e-3,
+        message_s=MESSAGE_S,
     )
 
 

@@ -18,7 +18,7 @@ from cluster.layer_ranges import assign_by_layer
 from cluster.layer_work import NOWHERE, Ints, Work, work_of
 from cluster.plan import ActorPlan, ExpertGroup, ServicePlan
 from cluster.replicas import plan_replicas
-from cluster.step_time import Seat
+from cluster.step_time import MESSAGE_S, Seat
 from cluster.topology import NodeFacts, Topology
 from extraction.manifest import ExpertKey, group_of
 
@@ -40,7 +40,7 @@ class PlacementOptions:
     """On a node without GPUs other than the router's; with GPUs, one for each."""
     slack: float = 0.1
     """How far above its best possible time a layer may go to have experts on one actor that fire together."""
-    message_s: float = 30e-6
+    message_s: float = MESSAGE_S
     """The router's own work for one message and its answer."""
     horizon_tokens: float = 100_000.0
     """Within which an expert's move must win back the time that its bytes take on the way."""

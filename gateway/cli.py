@@ -21,6 +21,7 @@ from gateway.compare_command import compare
 from gateway.errors import GatewayError
 from gateway.eval_command import evaluate
 from gateway.extract_command import extract
+from gateway.plan_command import plan
 from gateway.serve_command import serve
 from gateway.store_command import store as store_app
 from gateway.study_options import MaskOption, ReplayOption, TraceOption
@@ -239,6 +240,7 @@ def _keep_quiet(_: object) -> None:
 
 
 app.command()(serve)
+app.command()(plan)
 app.command()(chat)
 app.command()(batch)
 app.add_typer(store_app, name="store")

@@ -19,7 +19,7 @@ def render_summary(summary: StoreSummary) -> RenderableType:
         *_partial(summary),
         *_quantised(summary),
         f"{moe}, {summary.experts_per_token} per token; "
-        f"{summary.num_experts} experts of {_size(summary.expert_bytes)}",
+        f"{summary.num_experts} experts of {format_size(summary.expert_bytes)}",
         "",
     ]
     totals = Table(title="Weights of the whole process, by experts resident per layer", title_justify="left")
@@ -29,15 +29,15 @@ def render_summary(summary: StoreSummary) -> RenderableType:
         totals.add_row(
             total.state,
             str(total.experts_per_layer),
-            _size(total.expert_bytes),
-            _size(total.total_bytes),
+            format_size(total.expert_bytes),
+            format_size(total.total_bytes),
             f"{total.reduction:.1%}",
         )
     table = Table(title=f"All experts against {summary.experts_per_token} per layer", title_justify="left")
     for column in ("component", "monolithic", "selective", "saved"):
         table.add_column(column, justify="left" if column == "component" else "right")
     for row in summary.memory_table:
-        cells = (_size(row.monolithic_bytes), _size(row.selective_bytes), f"{row.reduction:.1%}")
+        cells = (format_size(row.monolithic_bytes), format_size(row.selective_bytes), f"{row.reduction:.1%}")
         table.add_row(row.component, *cells)
     note = "Weights only; the KV cache and buffers come on top. Output is the same at any residency."
     if len(summary.components) > 1:
@@ -92,12 +92,12 @@ def _components(summary: StoreSummary) -> Table:
         table.add_column(column, justify="left" if column == "component" else "right")
     for part in summary.components:
         name = f"{part.name} (served)" if part.is_served else part.name
-        sizes = (_size(part.expert_bytes), _size(part.backbone_bytes))
+        sizes = (format_size(part.expert_bytes), format_size(part.backbone_bytes))
         table.add_row(Text(name), str(part.num_moe_layers), str(part.num_experts), *sizes)
     return table
 
 
-def _size(num_bytes: int) -> str:
+def format_size(num_bytes: int) -> str:
     for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if num_bytes >= factor:
             return f"{num_bytes / factor:.1f} {unit}"

@@ -51,9 +51,8 @@ def busier_half(counts_LE: np.ndarray) -> np.ndarray:
     return share_L
 
 
-def coactivation(table: RoutingTable, layer: int) -> np.ndarray:
-    """(E, E) float64: how many times as often two experts of a layer serve the same token as if experts were drawn
-    by their use alone; NaN on the diagonal and for experts that were never used."""
+def joint_counts(table: RoutingTable, layer: int) -> np.ndarray:
+    """(E, E) float64: how many tokens two experts of a layer both served; on the diagonal, each one's own."""
     experts_NK = table.experts_NK[table.layers_N == layer]
     num_tokens, num_experts = len(experts_NK), table.facts.num_experts
     together_EE = np.zeros((num_experts, num_experts))
@@ -63,6 +62,14 @@ def coactivation(table: RoutingTable, layer: int) -> np.ndarray:
         np.put_along_axis(chosen_NE, piece_NK.astype(np.int64), 1.0, axis=1)  # -1 lands in the last column
         chosen_NE = chosen_NE[:, :num_experts]
         together_EE += chosen_NE.T @ chosen_NE
+    return together_EE
+
+
+def coactivation(table: RoutingTable, layer: int) -> np.ndarray:
+    """(E, E) float64: how many times as often two experts of a layer serve the same token as if experts were drawn
+    by their use alone; NaN on the diagonal and for experts that were never used."""
+    together_EE = joint_counts(table, layer)
+    num_tokens = int((table.layers_N == layer).sum())
     uses_E = np.diag(together_EE).copy()
     # Of a token's k experts, k - 1 are left for the others.
     mean_k = uses_E.sum() / max(num_tokens, 1)

@@ -154,6 +154,13 @@ def test_hottest_experts_are_in_the_routers_process_where_that_has_little_room()
         assert min(own) >= max(others)
 
 
+def test_memory_far_away_goes_before_the_disk_at_hand() -> None:
+    topology = cluster(node("a", 8, has_store=True), node("b", 100, round_trip_s=1e-2))
+    plan = place(topology, even_demand(2, 16, 2), None, LONE)
+    assert len(plan.router_keys) == 8
+    assert [actor.budget_bytes for actor in plan.actors] == [24 * EXPERT_BYTES]
+
+
 def test_nothing_is_sent_away_where_a_round_trip_takes_longer_than_the_work() -> None:
     topology = cluster(node("a", 100), node("b", 100, round_trip_s=1e-2))
     assert len(place(topology, skewed_demand(2, 8, 2)).router_keys) == 16

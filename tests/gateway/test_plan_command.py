@@ -1,0 +1,236 @@
+"""`sage-moe plan` as a user runs it: from every kind of source, for one machine and for several."""
+
+from __future__ import annotations
+
+import io
+import json
+import shlex
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.random_store import QWEN3_30B_A3B
+from cluster.errors import RouterTooSmall
+from cluster.model_sizes import measure_model
+from gateway.cli import main
+from gateway.nodes_file import NodeEntry, NodesFile
+from gateway.plan_nodes import Workload, plan_topology, router_memory
+from gateway.plan_source import read_model
+from tests.hub_stand_in import COMMIT, running_hub
+
+THREE = """
+router: desktop
+nodes:
+  - {name: desktop, memory: 30GiB, cores: 16, speed: 35GB/s}
+  - {name: server, memory: 48GiB, speed: 60GB/s, bandwidth: 10Gb/s, round-trip: 0.1ms, disk: 200GiB}
+  - {name: laptop, memory: 14GiB, round-trip: 0.4ms, disk: 50GiB}
+"""
+
+
+def _run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, str, str]:
+    stdout, stderr = io.StringIO(), io.StringIO()
+    monkeypatch.setattr(sys, "argv", ["sage-moe", *arguments])
+    monkeypatch.setenv("COLUMNS", "120")
+    with redirect_stdout(stdout), redirect_stderr(stderr):
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+    return code, stdout.getvalue(), stderr.getvalue()
+
+
+def _report(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> dict[str, Any]:
+    code, stdout, stderr = _run(monkeypatch, "plan", *arguments, "--json")
+    assert code == 0, stderr
+    report: dict[str, Any] = json.loads(stdout)
+    return report
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> Path:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(QWEN3_30B_A3B | {"torch_dtype": "bfloat16"}))
+    return path
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> Path:
+    path = tmp_path / "nodes.yaml"
+    path.write_text(THREE)
+    return path
+
+
+def test_bundled_model_fits_this_machine_and_is_started_by_the_printed_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    code, stdout, stderr = _run(monkeypatch, "plan", "stories")
+    assert code == 0, stderr
+    assert "fits: every expert is in memory" in stdout
+    command = shlex.split(stdout.strip().splitlines()[-1])
+    assert command[:3] == ["sage-moe", "serve", "stories"]
+    code, stdout, stderr = _run(monkeypatch, *command[1:], "--dry-run", "--json")
+    assert code == 0, stderr
+    plan = json.loads(stdout)["options"]
+    assert (plan["max-model-len"], plan["max-num-seqs"]) == (2048, 1)
+
+
+def test_printed_cache_is_what_the_service_then_takes(
+    monkeypatch: pytest.MonkeyPatch, stories_store: Path
+) -> None:
+    report = _report(monkeypatch, str(stories_store), "--context", "512", "--streams", "3")
+    command = shlex.split(report["commands"][-1])
+    code, stdout, stderr = _run(monkeypatch, *command[1:], "--dry-run", "--json")
+    assert code == 0, stderr
+    (router,) = json.loads(stdout)["memory"]["processes"]
+    assert router["kv_bytes"] == report["router_memory"]["kv_bytes"]
+    assert router["backbone_bytes"] == report["router_memory"]["backbone_bytes"]
+    assert router["expert_bytes"] == report["total_expert_bytes"]
+
+
+def test_every_kind_of_source_gives_the_same_numbers(
+    monkeypatch: pytest.MonkeyPatch, stories_checkpoint: Path, stories_store: Path, tmp_path: Path
+) -> None:
+    nodes = tmp_path / "nodes.yaml"
+    nodes.write_text("nodes: [{name: a, memory: 4GiB}]")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    sources = [stories_checkpoint, stories_checkpoint / "config.json", stories_store]
+    reports = [_report(monkeypatch, str(source), "--nodes", str(nodes)) for source in sources]
+    with running_hub({"acme/stories": stories_checkpoint}) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        reports.append(_report(monkeypatch, f"acme/stories@{COMMIT}", "--nodes", str(nodes)))
+        assert hub.downloads() == ["config.json"]
+    for report in reports[1:]:
+        for name in ("experts", "num_experts", "expert_bytes", "router_memory", "forecast"):
+            assert report[name] == reports[0][name]
+    assert reports[-1]["commands"][-1].startswith(f"sage-moe serve acme/stories@{COMMIT} ")
+
+
+def test_published_model_is_spread_over_three_uneven_machines(
+    monkeypatch: pytest.MonkeyPatch, published: Path, three: Path
+) -> None:
+    report = _report(monkeypatch, str(published), "--nodes", str(three))
+    nodes = {node["node"]: node for node in report["nodes"]}
+    assert sum(node["num_experts"] for node in nodes.values()) == 6144
+    assert all(node["left_bytes"] >= 0 for node in nodes.values())
+    assert (
+        nodes["server"]["num_experts"] > nodes["desktop"]["num_experts"] > nodes["laptop"]["num_experts"] > 0
+    )
+    assert nodes["desktop"]["messages"] == 0
+    assert report["verdict"].startswith("fits")
+    assert report["num_unsafe"] == 0
+    low, high = report["forecast"]["tokens_per_s"]
+    assert 0 < low < high
+    assert report["other_grouping"]["traffic"]["messages"] < report["forecast"]["traffic"]["messages"]
+
+
+def test_table_names_every_machine_and_fits_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, published: Path, three: Path
+) -> None:
+    code, stdout, _ = _run(monkeypatch, "plan", str(published), "--nodes", str(three), "--quantize", "int4")
+    assert code == 0
+    assert all(name in stdout for name in ("desktop", "(router)", "server", "laptop", "Machines"))
+    assert "sage-moe extract CHECKPOINT STORE --quantize int4 --group-size 32" in stdout
+    assert "sage-moe serve STORE --kv-budget" in stdout
+
+
+def test_lone_copies_are_named_as_not_safe(
+    monkeypatch: pytest.MonkeyPatch, published: Path, tmp_path: Path
+) -> None:
+    text = THREE.replace("speed: 35GB/s}", "speed: 35GB/s, has-store: false, disk: 30GiB}")
+    path = tmp_path / "nodes.yaml"
+    path.write_text(text)
+    report = _report(monkeypatch, str(published), "--nodes", str(path))
+    assert report["num_unsafe"] > 0
+    assert any(
+        note.startswith(f"not failover-safe: {report['num_unsafe']} experts") for note in report["notes"]
+    )
+
+
+def test_less_memory_than_experts_runs_from_disk_and_says_how_much(
+    monkeypatch: pytest.MonkeyPatch, published: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "nodes.yaml"
+    path.write_text("nodes: [{name: a, memory: 24GiB}]")
+    report = _report(monkeypatch, str(published), "--nodes", str(path))
+    assert report["verdict"].startswith("runs from disk: 3")
+    assert report["forecast"]["miss_rate"] == pytest.approx(0.7, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["nowhere"], "is no store or checkpoint folder"),
+        (["stories", "--context", "4096"], "--context must be at most the model's 2048"),
+        (["stories", "--grouping", "row"], "--grouping must be expert or layer"),
+        (["stories", "--quantize", "int2"], "--quantize must be int8 or int4"),
+        (["stories", "--dtype", "float64"], "--dtype must be float32 or bfloat16"),
+        (["stories", "--trace", "nowhere.parquet"], "nowhere.parquet"),
+        (["stories", "--nodes", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_mistake_is_one_line(monkeypatch: pytest.MonkeyPatch, arguments: list[str], complaint: str) -> None:
+    code, stdout, stderr = _run(monkeypatch, "plan", *arguments)
+    assert (code, stdout) == (1, "")
+    assert complaint in stderr
+    assert stderr.count("\n") == 1
+
+
+def test_hostile_configuration_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for content in (
+        "[]",
+        "{",
+        '{"model_type": "qwen3_moe"}',
+        json.dumps(QWEN3_30B_A3B | {"num_experts": 10**9}),
+    ):
+        path = tmp_path / "config.json"
+        path.write_text(content)
+        code, _, stderr = _run(monkeypatch, "plan", str(path))
+        assert code == 1
+        assert stderr.startswith("error: ") and stderr.count("\n") == 1
+
+
+def test_machine_without_room_for_the_router_is_refused_with_both_numbers() -> None:
+    model = measure_model(QWEN3_30B_A3B, read_model("stories", None, None).sizes.dtype)
+    file = NodesFile.model_construct(
+        router="a", nodes=(NodeEntry.model_construct(name="a", memory=4 << 30, cores=2),)
+    )
+    workload = Workload(4096, 1)
+    needed = router_memory(model, workload, 4 << 30).total_bytes
+    with pytest.raises(
+        RouterTooSmall, match=rf"a cannot run the router: {needed} bytes .* {4 << 30} are there"
+    ):
+        plan_topology(file, model, workload)
+
+
+def test_trace_tells_which_experts_are_worth_their_memory(
+    monkeypatch: pytest.MonkeyPatch, stories_store: Path, tmp_path: Path
+) -> None:
+    trace, nodes = tmp_path / "trace.parquet", tmp_path / "nodes.yaml"
+    arguments = ["generate", str(stories_store), "--prompt", "Once upon a time", "--max-tokens", "40"]
+    code, _, stderr = _run(monkeypatch, *arguments, "--trace", str(trace))
+    assert code == 0, stderr
+    model = read_model(str(stories_store), None, None).sizes
+    beside = router_memory(model, Workload(2048, 1), 0).total_bytes
+    memory_kib = (
+        (beside + model.total_expert_bytes // 4) * 10 // 9 // 1024
+    )  # less the tenth that is left free
+    nodes.write_text(f"nodes: [{{name: a, memory: {memory_kib}KiB}}]")
+    even = _report(monkeypatch, str(stories_store), "--nodes", str(nodes))
+    traced = _report(monkeypatch, str(stories_store), "--nodes", str(nodes), "--trace", str(trace))
+    assert even["forecast"]["miss_rate"] == pytest.approx(0.75, abs=0.02)
+    assert traced["forecast"]["miss_rate"] < even["forecast"]["miss_rate"] - 0.02
+
+
+def test_trace_of_another_model_is_refused(
+    monkeypatch: pytest.MonkeyPatch, published: Path, three: Path, tmp_path: Path
+) -> None:
+    trace = tmp_path / "trace.parquet"
+    arguments = ["generate", "stories", "--prompt", "Once", "--max-tokens", "2", "--trace", str(trace)]
+    assert _run(monkeypatch, *arguments)[0] == 0
+    code, _, stderr = _run(monkeypatch, "plan", str(published), "--nodes", str(three), "--trace", str(trace))
+    assert code == 1
+    assert "is of another model" in stderr
