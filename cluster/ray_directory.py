@@ -68,9 +68,10 @@ class RayDirectory:
         entries: list[dict[str, Any]] = ray.get(self._supervisor.status.remote(), timeout=ANSWER_TIMEOUT_S)
         return entries
 
-    def set_share(self, share: Fraction) -> None:
-        """How much of its group every actor keeps in memory; see `Supervisor.set_share`. Does not wait."""
-        self._supervisor.set_share.remote(share)
+    def set_share(self, router: str, share: Fraction) -> None:
+        """How much of its group every actor keeps in memory for this router; see `Supervisor.set_share`. Does not
+        wait."""
+        self._supervisor.set_share.remote(router, share)
 
     def _report_lost(self, name: str) -> None:
         """Called on the engine's or the heartbeat thread: leave the work to the follower."""

@@ -88,6 +88,8 @@ class Supervisor:
         self._ledger_lock = threading.Lock()
         self._hand_down = HandDown()
         self._share = Fraction(1)
+        self._shares: dict[str, Fraction] = {}
+        """What each router asked for."""
         self._closing = threading.Event()
         self._wake = threading.Event()
         threading.Thread(target=self._run, name="reconcile", daemon=True).start()
@@ -121,9 +123,12 @@ class Supervisor:
         """Keep a router's report; see `TrustLedger.add`."""
         return self._owned_ledger(identity, options).add(report)
 
-    def set_share(self, share: Fraction) -> None:
-        """How much of its group each actor keeps in memory, within its budget; new actors are told too."""
-        self._share = share
+    def set_share(self, router: str, share: Fraction) -> None:
+        """How much of its group each actor keeps in memory for a router, within its budget: the most that any router
+        asks for. New actors are told too."""
+        with self._lock:
+            self._shares[router] = share
+            self._share = max(self._shares.values())
         self._wake.set()
 
     def _owned_ledger(self, identity: TrustIdentity, options: TrustOptions) -> TrustLedger:

@@ -38,6 +38,15 @@ def serve(
     actors: Annotated[
         Number, typer.Option(help="Expert actors; 0 computes all experts in the router's process. [0]")
     ] = None,
+    routers: Annotated[
+        Number, typer.Option(help="Routers that share the expert actors, each with a cache of its own. [1]")
+    ] = None,
+    resume_timeout: Annotated[
+        Number,
+        typer.Option(
+            metavar="SECONDS", help="How long an answer waits for another router when its own is lost. [60]"
+        ),
+    ] = None,
     dtype: Annotated[Word, typer.Option(help="float32 or bfloat16; default: as stored.")] = None,
     served_model_name: Annotated[
         Words,
@@ -126,6 +135,8 @@ def serve(
         "host": host,
         "port": port,
         "actors": actors,
+        "routers": routers,
+        "resume-timeout": resume_timeout,
         "dtype": dtype,
         "served-model-name": served_model_name or None,
         "max-model-len": max_model_len,

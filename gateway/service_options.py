@@ -115,6 +115,7 @@ class OptionValues(BaseModel):
     host: str = Field("127.0.0.1", min_length=1, max_length=253, description="an address or host name")
     port: int = _whole(1, 65535, 8000)
     actors: int = _whole(0, 64, 0)
+    routers: int = _whole(1, 16, 1)
     dtype: Literal["float32", "bfloat16"] | None = Field(None, description="float32 or bfloat16")
     served_model_name: Texts = Field((), description=_TEXTS)
     max_model_len: int | None = Field(
@@ -152,6 +153,7 @@ class OptionValues(BaseModel):
         PRESETS[DEFAULT_PRESET], description="a preset or NAME=VALUE pairs separated by commas"
     )
     trust: bool = Field(True, description="true or false")
+    resume_timeout: int = _whole(0, 3600, 60)
     state_dir: Text | None = Field(None, description="a folder's name of 1 to 512 printable characters")
 
 
@@ -198,6 +200,9 @@ class ServiceOptions:
     is_trust_learned: bool = True
     state_dir: str | None = None
     """Where trust is kept; None means the user's state folder."""
+    num_routers: int = 1
+    resume_timeout_s: int = 60
+    """How long a request whose router was lost waits for another."""
 
     def __post_init__(self) -> None:
         if self.max_num_seqs > self.max_batch_tokens:
@@ -221,6 +226,8 @@ class ServiceOptions:
             "host": self.host,
             "port": self.port,
             "actors": self.num_actors,
+            "routers": self.num_routers,
+            "resume-timeout": self.resume_timeout_s,
             "dtype": self.dtype or "as stored",
             "max-model-len": self.max_model_len or "the model's context",
             "max-num-seqs": self.max_num_seqs,
@@ -299,6 +306,8 @@ def compose_options(values: OptionValues, store_root: Path, store_name: str, key
         snarc=values.snarc,
         is_trust_learned=values.trust,
         state_dir=values.state_dir,
+        num_routers=values.routers,
+        resume_timeout_s=values.resume_timeout,
     )
 
 
