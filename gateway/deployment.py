@@ -212,7 +212,7 @@ class RouterDeployment:
             "model": self._spec.model_name,
             "router": {
                 "pid": os.getpid(),
-                "node": ray.util.get_node_ip_address(),
+                "node": ray.util.get_node_ip_address(),  # type: ignore[no-untyped-call]
                 "numerics_class": loaded.worker.numerics_class,
                 "quantization": quantization.name if quantization is not None else None,
                 "row_multiple": loaded.kernel.row_multiple,

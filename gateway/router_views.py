@@ -54,4 +54,4 @@ def _router(view: RouterView) -> dict[str, object]:
     if view.status is None:
         return known | {"state": "lost"}
     own = {key: view.status[key] for key in ("requests", "capacity")}
-    return known | {"state": "ready"} | view.status["router"] | own
+    return {**known, "state": "ready", **view.status["router"], **own}

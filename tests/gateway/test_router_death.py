@@ -157,7 +157,7 @@ def test_routers_share_the_actor_the_work_and_the_numerics(url: str, stories_sto
 def test_answers_whose_router_is_killed_go_on_with_the_same_tokens(url: str) -> None:
     """Each answer is in one of two routers. One is killed: the other goes on with its answers. Then both, while every
     answer is in the one that is left: they wait for the next processes of either."""
-    max_tokens = 400
+    max_tokens = 150
     undisturbed = [stream.answer() for stream in _run_streams(url, max_tokens)]
     assert all(len(answer[0]) == max_tokens for answer in undisturbed)  # type: ignore[arg-type]
     before = _status(url)["routers"]
@@ -180,3 +180,15 @@ def test_answers_whose_router_is_killed_go_on_with_the_same_tokens(url: str) -> 
     _wait_until(lambda: [each["state"] for each in _status(url)["routers"]] == ["ready"] * 2)
     assert not {each["pid"] for each in _status(url)["routers"]} & {each["pid"] for each in before}
     assert httpx.get(f"{url}/ready", timeout=30.0).status_code == 200
+
+
+@pytest.mark.slow  # half a minute in which nothing happens: a router is left only after its patience
+def test_answers_leave_a_router_that_hangs(url: str) -> None:
+    max_tokens = 150
+    undisturbed = [stream.answer() for stream in _run_streams(url, max_tokens)]
+    victim = _status(url)["routers"][0]["pid"]
+    stopped = [
+        stream.answer() for stream in _run_streams(url, max_tokens, lambda: os.kill(victim, signal.SIGSTOP))
+    ]
+    assert stopped == undisturbed
+    _wait_until(lambda: _status(url)["routers"][0].get("pid") not in (None, victim))
