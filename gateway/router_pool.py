@@ -136,9 +136,13 @@ class RouterPool:
 
     def _note_loss(self, member: _Member, resumable: ResumableRequest, error: RouterUnavailable) -> None:
         member.lost_at_s = self._clock()
-        if isinstance(error, RouterLost):
+        is_lost = isinstance(error, RouterLost)
+        if is_lost:
             resumable.lose()
-        logger.warning("request %s: %s: %s", resumable.request.request_id, member.name, error)
+        level = (
+            logging.WARNING if is_lost else logging.DEBUG
+        )  # while a router starts, every request asks again
+        logger.log(level, "request %s: %s: %s", resumable.request.request_id, member.name, error)
 
     def _check_hope(
         self, resumable: ResumableRequest, failure: RouterUnavailable | RouterBusy, waited_s: float
