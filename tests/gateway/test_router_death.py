@@ -49,9 +49,8 @@ class Stream:
 
 @pytest.fixture(scope="module")
 def url(stories_store: Path) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = int(probe.getsockname()[1])
     options = ServiceOptions(
         stories_store,
         MODEL,
