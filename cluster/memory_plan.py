@@ -18,8 +18,8 @@ from router.footprint import Footprint
 SPARE_PERCENT = 10
 """Of a node's memory, left to others by `fit`."""
 ROUTER_SHARE = 16
-"""With expert actors, the router's own worker gets at most one part in so many, and at least one expert: it computes
-only what a lost actor would have."""
+"""With expert actors, the routers' own workers get at most one part in so many together, and at least one expert each:
+they compute only what a lost actor would have."""
 TIER = "resident"
 
 
@@ -63,17 +63,29 @@ class MemoryPlan:
     budget_bytes: int
     """What the node's processes may hold of experts together."""
     processes: tuple[ProcessMemory, ...]
+    """The routers, then the expert actors."""
+    num_routers: int = 1
 
     @property
     def router(self) -> ProcessMemory:
+        """The first, or the only one."""
         return self.processes[0]
 
     @property
+    def routers(self) -> tuple[ProcessMemory, ...]:
+        return self.processes[: self.num_routers]
+
+    @property
     def actor_budgets(self) -> tuple[int, ...]:
-        return tuple(process.budget_bytes for process in self.processes[1:])
+        return tuple(process.budget_bytes for process in self.processes[self.num_routers :])
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self) | {"processes": [asdict(process) for process in self.processes]}
+
+
+def router_names(num_routers: int) -> tuple[str, ...]:
+    """What routers are called, as processes and as deployments."""
+    return ("router",) if num_routers == 1 else tuple(f"router-{index}" for index in range(num_routers))
 
 
 @dataclass(frozen=True)
@@ -91,20 +103,23 @@ def plan_memory(
     group_bytes: Sequence[int],
     node: Node,
     base: BaseMemory,
+    num_routers: int = 1,
 ) -> MemoryPlan:
-    """group_bytes: of each expert actor's group; none where the router's process computes everything.
+    """group_bytes: of each expert actor's group; none where the routers' processes compute everything.
+
+    Every router has a backbone, a cache, buffers and a worker of its own; an actor has buffers for each of them.
 
     Raises BudgetTooSmall, NodeTooSmall or NodeBudgetTooSmall.
     """
     requests = tuple(requests)
     spare = node.memory.total_bytes * SPARE_PERCENT // 100
-    actor_buffers = footprint.actor_buffer_bytes
+    actor_buffers = num_routers * footprint.actor_buffer_bytes
     needs = {
-        "processes": base.router + base.others + len(group_bytes) * base.expert_actor,
-        "backbone": footprint.backbone_bytes,
-        "KV cache": footprint.kv_bytes,
-        "swap": footprint.swap_bytes,
-        "buffers": footprint.buffer_bytes + len(group_bytes) * actor_buffers,
+        "processes": num_routers * base.router + base.others + len(group_bytes) * base.expert_actor,
+        "backbone": num_routers * footprint.backbone_bytes,
+        "KV cache": num_routers * footprint.kv_bytes,
+        "swap": num_routers * footprint.swap_bytes,
+        "buffers": num_routers * footprint.buffer_bytes + len(group_bytes) * actor_buffers,
         f"{SPARE_PERCENT}% left": spare,
     }
     experts = footprint.experts
@@ -112,49 +127,62 @@ def plan_memory(
     if any(request.is_fit for request in requests) and room < experts.largest:
         raise NodeTooSmall(node.name, max(0, room), experts.largest, node.memory.available_bytes, needs)
     # A router whose actors are all lost can use as much again.
-    useful = experts.total * (2 if group_bytes else 1)
+    useful = experts.total * (num_routers + bool(group_bytes))
     budget = resolve_budget(requests, experts, min(room, useful))
-    router_share, *shares = divide_budget(
-        budget, group_bytes, experts, footprint.experts_per_token, node.name
-    )
-    router = ProcessMemory(
-        "router",
-        base.router,
-        footprint.backbone_bytes,
-        footprint.kv_bytes,
-        footprint.swap_bytes,
-        footprint.buffer_bytes,
-        router_share,
-        experts.total,
-        node.name,
+    shares = divide_budget(budget, group_bytes, experts, footprint.experts_per_token, node.name, num_routers)
+    routers = (
+        ProcessMemory(
+            name,
+            base.router,
+            footprint.backbone_bytes,
+            footprint.kv_bytes,
+            footprint.swap_bytes,
+            footprint.buffer_bytes,
+            share,
+            experts.total,
+            node.name,
+        )
+        for name, share in zip(router_names(num_routers), shares, strict=False)
     )
     actors = (
         ProcessMemory(f"experts-{index}", base.expert_actor, 0, 0, 0, actor_buffers, share, nbytes, node.name)
-        for index, (share, nbytes) in enumerate(zip(shares, group_bytes, strict=True))
+        for index, (share, nbytes) in enumerate(zip(shares[num_routers:], group_bytes, strict=True))
     )
     memory = node.memory
-    return MemoryPlan(node.name, memory.total_bytes, memory.available_bytes, spare, budget, (router, *actors))
+    processes = (*routers, *actors)
+    return MemoryPlan(
+        node.name, memory.total_bytes, memory.available_bytes, spare, budget, processes, num_routers
+    )
 
 
 def divide_budget(
-    budget_bytes: int, group_bytes: Sequence[int], experts: ExpertBytes, experts_per_token: int, node: str
+    budget_bytes: int,
+    group_bytes: Sequence[int],
+    experts: ExpertBytes,
+    experts_per_token: int,
+    node: str,
+    num_routers: int = 1,
 ) -> list[int]:
-    """Divide a node's budget between the router's worker (first) and expert actors, by the bytes of their groups.
+    """Divide a node's budget between the routers' workers (first) and expert actors, by the bytes of their groups.
 
-    Without actors the router gets all. With them it gets the experts of one token, at most a ROUTER_SHARE-th, at
-    least one expert, and whatever the actors have no use for. An actor gets at least one expert and at most its
-    group; one without experts gets nothing. The parts add up to the budget.
+    Without actors the routers get all, in equal parts. With them each gets the experts of one token, at most its
+    part of a ROUTER_SHARE-th, at least one expert, and of whatever the actors have no use for. An actor gets at least
+    one expert and at most its group; one without experts gets nothing. The parts add up to the budget.
     Raises NodeBudgetTooSmall where it is not one expert for each.
     """
-    if not group_bytes:
+    if not group_bytes and num_routers == 1:
         return [budget_bytes]
     largest = experts.largest
-    num_workers = 1 + sum(nbytes > 0 for nbytes in group_bytes)
+    num_workers = num_routers + sum(nbytes > 0 for nbytes in group_bytes)
     if budget_bytes < num_workers * largest:
         raise NodeBudgetTooSmall(node, budget_bytes, num_workers, largest)
-    reserve = max(largest, min(experts_per_token * largest, budget_bytes // ROUTER_SHARE))
+    reserve = num_routers * max(
+        largest, min(experts_per_token * largest, budget_bytes // (ROUTER_SHARE * num_routers))
+    )
     shares = _in_proportion(budget_bytes - reserve, group_bytes, largest)
-    return [budget_bytes - sum(shares), *shares]
+    left = budget_bytes - sum(shares)
+    parts = [left // num_routers + (index < left % num_routers) for index in range(num_routers)]
+    return [*parts, *shares]
 
 
 def _in_proportion(num_bytes: int, group_bytes: Sequence[int], least: int) -> list[int]:

@@ -37,23 +37,29 @@ class ThreadPlan:
     expert_actor: int
 
 
-def plan_threads(num_cores: int, num_actors: int, expert_elements: int) -> ThreadPlan:
-    """Share out the cores. The router waits while actors compute and the other way round, so each side may use
-    all cores; the actors of one machine compute at the same time and share them.
+def plan_threads(num_cores: int, num_actors: int, expert_elements: int, num_routers: int = 1) -> ThreadPlan:
+    """Share out the cores. A router waits while actors compute and the other way round, so each side may use
+    all cores; the actors of one machine compute at the same time and share them, and so do its routers.
 
     expert_elements: of one expert's largest matrix; see `useful_threads`.
     """
     per_actor = max(1, num_cores // max(1, num_actors))
-    return ThreadPlan(useful_threads(num_cores, expert_elements), useful_threads(per_actor, expert_elements))
+    per_router = max(1, num_cores // num_routers)
+    return ThreadPlan(useful_threads(per_router, expert_elements), useful_threads(per_actor, expert_elements))
 
 
-def plan_spin_s(num_cores: int, num_actors: int, threads_per_actor: int) -> float:
-    """How long the data plane's readers look before they sleep: briefly where router and actors have a core each, and
-    as long as traffic lasts where all the actors' threads and the router have. A core that sleeps between layers
+def plan_spin_s(num_cores: int, num_actors: int, threads_per_actor: int, num_routers: int = 1) -> float:
+    """How long the data plane's readers look before they sleep: briefly where routers and actors have a core each, and
+    as long as traffic lasts where all the actors' threads and the routers have. A core that sleeps between layers
     computes the next one up to twice as slowly (measured on 2 cores; benchmarks/bench_cluster.py)."""
-    if num_actors == 0 or num_cores <= num_actors:
+    if num_actors == 0 or num_cores < num_actors + num_routers:
         return 0.0
-    return BUSY_SPIN_S if num_cores > num_actors * threads_per_actor else SPIN_S
+    return BUSY_SPIN_S if num_cores >= num_actors * threads_per_actor + num_routers else SPIN_S
+
+
+def needs_supervisor(num_actors: int, num_routers: int) -> bool:
+    """Whether there are actors to look after, or several routers that learn into one ledger."""
+    return num_actors > 0 or num_routers > 1
 
 
 def process_environment(num_threads: int) -> dict[str, str]:
@@ -100,8 +106,13 @@ def _detached(name: str, num_threads: int) -> dict[str, Any]:
 
 
 def router_deployment_options(num_threads: int) -> dict[str, Any]:
-    """Serve options of the router. Its own admission bounds the work; Serve's limit only has to stay out of the way."""
-    return _deployment(num_threads) | {"max_ongoing_requests": 2000, "max_queued_requests": 2000}
+    """Serve options of one router. Its own admission bounds the work; Serve's limit only has to stay out of the way.
+
+    Serve looks for a dead one at its health checks, while that one's requests wait, and takes one for dead that has not
+    answered three of them.
+    """
+    limits = {"max_ongoing_requests": 2000, "max_queued_requests": 2000}
+    return _deployment(num_threads) | limits | {"health_check_period_s": 1.0, "health_check_timeout_s": 10.0}
 
 
 def gateway_deployment_options(max_open_requests: int) -> dict[str, Any]:

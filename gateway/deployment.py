@@ -1,19 +1,17 @@
-"""The Serve shells: the router deployment, the gateway deployment, and the client between them.
+"""The Serve shells: a deployment for every router, and the gateway deployment in front of them.
 
-Contain no decision. A request's way: `GatewayDeployment` (HTTP, one event loop) -> `ServeRouterClient` -> one
-small call to submit -> `RouterDeployment` -> engine thread; and back in one stream of events for all requests of
-the gateway.
+Contain no decision. A request's way: gateway (HTTP, one event loop) -> `RouterPool` -> `ServeRouterClient` -> one
+small call to submit -> `RouterDeployment` -> engine thread; and back in one stream of events for all requests that
+the gateway has at that router.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import logging
 import os
 import time
-import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from dataclasses import asdict, dataclass, replace
@@ -28,25 +26,26 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.capacity import CapacityState, Load, ServiceSize, num_actors, present_state, resident_bytes
 from cluster.capacity_watch import CapacityWatch
-from cluster.memory_plan import MemoryPlan
+from cluster.memory_plan import MemoryPlan, router_names
 from cluster.ray_directory import RayDirectory
-from cluster.resources import gateway_deployment_options, router_deployment_options
+from cluster.resources import gateway_deployment_options, needs_supervisor, router_deployment_options
 from cluster.router_book import RouterLoad
 from cluster.trust_keeper import SupervisedTrust
 from experts.budget import share_of
-from experts.directory import LocalDirectory
+from experts.directory import ExpertDirectory, LocalDirectory
 from experts.store import ExpertStore
 from experts.worker import ExpertWorker
 from gateway.api_keys import NO_KEYS, KeyRing
 from gateway.capacity_metrics import render_capacity
 from gateway.chat_template import ChatTemplate
-from gateway.errors import ApiError, GatewayError, RouterBusy, RouterUnavailable
 from gateway.http_app import GatewaySettings, build_app
 from gateway.router_client import RouterHealth
+from gateway.router_pool import PoolLimits, RouterPool
 from gateway.routing_rules import NATIVE_ONLY, RoutingRules
+from gateway.serve_router_client import ServeRouterClient
 from gateway.study import trace_service
 from gateway.tokenizer import TextTokenizer
-from router.errors import EngineStopped, QueueFull, RequestTooLong, RouterError, StreamMissing, TraceFailed
+from router.errors import EngineStopped, TraceFailed
 from router.expert_use import ExpertUse
 from router.loading import EngineOptions, LoadedEngine, load_engine
 from router.metrics import local_actor, render_metrics
@@ -54,18 +53,16 @@ from router.model_config import read_model_config
 from router.request import GenerationRequest, TokenEvent
 from router.service import RouterService
 from router.trace import RoutingTrace
+from router.trust_session import open_local_ledger
 
 logger = logging.getLogger(__name__)
 
 APP_NAME = "sage-moe"
-ROUTER_NAME = "router"
-STREAM_RETRIES, STREAM_RETRY_S = 40, 0.05
-"""How often and when a request is offered again to a router that has just ended our idle stream."""
 
 
 @dataclass(frozen=True)
 class DeploymentSpec:
-    """What both deployments need to know."""
+    """What the deployments need to know."""
 
     store_root: str
     model_name: str
@@ -84,13 +81,37 @@ class DeploymentSpec:
     """Whether the capacity state sets how many experts stay in memory."""
     is_autoscaled: bool = False
     """Whether the supervisor is to hear of the load."""
+    num_routers: int = 1
+    resume_timeout_s: float = 60.0
+    """See `PoolLimits`."""
+
+    @property
+    def router_names(self) -> tuple[str, ...]:
+        """Of processes and deployments, in their order."""
+        return router_names(self.num_routers)
+
+    @property
+    def max_open_requests(self) -> int:
+        return self.num_routers * self.engine.limits.max_open
+
+    @property
+    def has_supervisor(self) -> bool:
+        """Whether there are actors to look after, or routers that share what they learn."""
+        return needs_supervisor(self.num_actors, self.num_routers)
+
+    def router_engine(self, index: int) -> EngineOptions:
+        """Of one router: its part of the node's memory for experts."""
+        if self.memory is None:
+            return self.engine
+        return replace(self.engine, expert_budget_bytes=self.memory.routers[index].budget_bytes)
 
 
 class RouterDeployment:
-    """One router replica: `RouterService` behind Serve."""
+    """One router: `RouterService` behind Serve."""
 
-    async def __init__(self, spec: DeploymentSpec) -> None:  # type: ignore[misc]  # Serve awaits it
-        self._spec = spec
+    async def __init__(self, spec: DeploymentSpec, index: int) -> None:  # type: ignore[misc]  # Serve awaits it
+        self._spec, self._index = spec, index
+        self._name = spec.router_names[index]
         self._directory: RayDirectory | None = None
         loaded = await asyncio.to_thread(self._load_engine)
         sinks = (loaded.trust.collector,) if loaded.trust is not None else ()
@@ -108,15 +129,17 @@ class RouterDeployment:
             )
 
     def _load_engine(self) -> LoadedEngine:
-        store = ExpertStore.open(Path(self._spec.store_root))
-        if not self._spec.num_actors:
-            return load_engine(store, self._spec.engine, LocalDirectory)
+        spec = self._spec
+        store = ExpertStore.open(Path(spec.store_root))
 
-        def connect(worker: ExpertWorker) -> RayDirectory:
-            self._directory = RayDirectory(worker, self._spec.engine.audit_share)
+        def connect(worker: ExpertWorker) -> ExpertDirectory:
+            if not spec.num_actors:
+                return LocalDirectory(worker)
+            self._directory = RayDirectory(worker, spec.engine.audit_share)
             return self._directory
 
-        return load_engine(store, self._spec.engine, connect, SupervisedTrust)
+        keeper = SupervisedTrust if spec.has_supervisor else open_local_ledger
+        return load_engine(store, spec.router_engine(self._index), connect, keeper)
 
     def __del__(self) -> None:
         """Called by Serve when the replica stops in an orderly way; a failure is in the log already."""
@@ -132,6 +155,8 @@ class RouterDeployment:
         self._observe_capacity()
         if not self._service.engine_thread.health().is_alive:
             raise EngineStopped("its thread ended")
+        if self._service.is_stuck:
+            raise EngineStopped("it makes no progress")
 
     def _observe_capacity(self) -> CapacityState:
         """Whenever Serve checks the router's health and somebody asks."""
@@ -195,7 +220,7 @@ class RouterDeployment:
         state = self._observe_capacity()
         own = render_capacity(state, resident_bytes(state, self._size), num_actors(state, self._size))
         actors = (await self._cluster()).get("actors", [])
-        return render_metrics(self._service, actors) + own
+        return render_metrics(self._service, actors, self._name) + own
 
     async def status(self) -> dict[str, object]:
         """Plain values: the router itself, its experts, the actors and nodes."""
@@ -209,12 +234,13 @@ class RouterDeployment:
             "model": self._spec.model_name,
             "router": {
                 "pid": os.getpid(),
+                "node": ray.util.get_node_ip_address(),  # type: ignore[no-untyped-call]
                 "numerics_class": loaded.numerics_class,
                 "quantization": loaded.store.manifest.quantised.name,
                 "row_multiple": loaded.kernel.row_multiple,
                 "backbone_bytes": engine.backbone.nbytes,
                 "kv_bytes": engine.pool.nbytes,
-                "experts": local_actor(service),
+                "experts": local_actor(service, self._name),
                 "expert_calls": asdict(loaded.directory.stats()),
                 "connected_actors": len(self._directory.remote.connected()) if self._directory else 0,
                 "phase_seconds": dict(engine.stats.phase_seconds),
@@ -262,140 +288,8 @@ def _service_size(loaded: LoadedEngine, max_actors: int) -> ServiceSize:
     )
 
 
-class ServeRouterClient:
-    """`gateway.router_client.RouterClient` over a Serve handle: one event stream for all requests."""
-
-    def __init__(self, handle: DeploymentHandle[Any]) -> None:
-        self._handle = handle
-        self._name = f"gateway-{uuid.uuid4().hex[:12]}"
-        self._queues: dict[str, asyncio.Queue[TokenEvent | None]] = {}
-        self._reader: asyncio.Task[None] | None = None
-        self._standing = asyncio.Event()
-
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
-        """See RouterClient.generate."""
-        queue: asyncio.Queue[TokenEvent | None] = asyncio.Queue()
-        self._queues[request.request_id] = queue
-        is_done = False
-        try:
-            await self._connect()
-            await self._submit(request)
-            while not is_done:
-                event = await queue.get()
-                if event is None:
-                    is_done = True
-                    raise RouterUnavailable("the router was lost")
-                is_done = event.finish_reason is not None
-                yield event
-        finally:
-            del self._queues[request.request_id]
-            if not is_done:
-                _detached(self._cancel(request.request_id))
-
-    async def _cancel(self, request_id: str) -> None:
-        try:
-            await _response(self._handle.cancel_request.remote(request_id))
-        except ray.exceptions.RayError as error:
-            logger.warning("request %s is not cancelled: %s", request_id, type(error).__name__)
-
-    async def health(self) -> RouterHealth:
-        try:
-            answer: RouterHealth = await asyncio.wait_for(_response(self._handle.health.remote()), 8.0)
-        except TimeoutError:
-            return RouterHealth(False, "the router does not answer")
-        except ray.exceptions.RayError as error:
-            return RouterHealth(False, type(error).__name__)
-        return answer
-
-    async def feedback(self, answer_id: str, score: float) -> bool:
-        return bool(await self._ask(self._handle.feedback.remote(answer_id, score)))
-
-    async def metrics(self) -> str:
-        return str(await self._ask(self._handle.metrics.remote()))
-
-    async def status(self) -> dict[str, object]:
-        return dict(await self._ask(self._handle.status.remote()))
-
-    async def _ask(self, response: Any) -> Any:
-        try:
-            return await _response(response)
-        except ray.exceptions.RayError as error:
-            raise RouterUnavailable(type(error).__name__) from error
-
-    async def _submit(self, request: GenerationRequest) -> None:
-        """Raises what the router's refusal means to a client."""
-        for _ in range(STREAM_RETRIES):
-            try:
-                await _response(self._handle.submit.remote(self._name, request))
-                return
-            except (ray.exceptions.RayTaskError, RouterError) as error:
-                cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
-                if not isinstance(cause, StreamMissing):
-                    raise _refusal(cause) from error
-            except ray.exceptions.RayError as error:
-                raise RouterUnavailable(type(error).__name__) from error
-            # The router has just ended our idle stream; the reader opens another.
-            await asyncio.sleep(STREAM_RETRY_S)
-        raise RouterUnavailable("it has no stream of ours")
-
-    async def _connect(self) -> None:
-        if self._reader is None or self._reader.done():
-            self._standing.clear()
-            self._reader = _detached(self._read())
-        try:
-            await asyncio.wait_for(self._standing.wait(), 30.0)
-        except TimeoutError as error:
-            raise RouterUnavailable("the router does not answer") from error
-
-    async def _read(self) -> None:
-        """Hand events to their requests while there are any. When a stream breaks, every open request is told."""
-        try:
-            while self._queues:
-                await self._read_stream()
-        except ray.exceptions.RayError as error:
-            logger.warning("the router's event stream broke: %s", type(error).__name__)
-        finally:
-            for queue in self._queues.values():
-                queue.put_nowait(None)
-
-    async def _read_stream(self) -> None:
-        """Until the router ends it, which it does when it has none of our requests."""
-        stream: Any = self._handle.options(stream=True).events.remote(self._name)
-        async for events in stream:
-            self._standing.set()
-            for event in events:
-                queue = self._queues.get(event.request_id)
-                if queue is not None:
-                    queue.put_nowait(event)
-
-
-def _refusal(cause: Exception) -> GatewayError:
-    if isinstance(cause, QueueFull):
-        return RouterBusy(cause.retry_after_s)
-    if isinstance(cause, RequestTooLong):
-        return ApiError(400, f"Not enough memory for this request: {cause}.", code="context_length_exceeded")
-    return RouterUnavailable(str(cause))
-
-
-async def _response(response: Any) -> Any:
-    return await response
-
-
-_running: set[asyncio.Task[None]] = set()
-"""The event loop itself keeps only weak references."""
-
-
-def _detached(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-    """Run work that must outlive the request that began it: Serve ends whatever a request's context has called when
-    the request's client leaves."""
-    task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
-    _running.add(task)
-    task.add_done_callback(_running.discard)
-    return task
-
-
-def build_gateway(spec: DeploymentSpec, handle: DeploymentHandle[Any]) -> FastAPI:
-    """The gateway's HTTP app over a router handle. Runs inside the gateway's replica."""
+def build_gateway(spec: DeploymentSpec, handles: Sequence[DeploymentHandle[Any]]) -> FastAPI:
+    """The gateway's HTTP app over a handle for every router. Runs inside the gateway's replica."""
     root = Path(spec.store_root)
     store = ExpertStore.open(root)
     config = read_model_config(store.served.config)
@@ -409,24 +303,31 @@ def build_gateway(spec: DeploymentSpec, handle: DeploymentHandle[Any]) -> FastAP
         keys=spec.keys,
         cors_origins=spec.cors_origins,
         routing=spec.routing,
-        max_open_requests=spec.engine.limits.max_open,
+        max_open_requests=spec.max_open_requests,
     )
     store.close()
     template = ChatTemplate.from_folder(root, tokenizer)
-    return build_app(settings, tokenizer, template, ServeRouterClient(handle))
+    links = {name: ServeRouterClient(handle) for name, handle in zip(spec.router_names, handles, strict=True)}
+    pool = RouterPool(links, PoolLimits(resume_timeout_s=spec.resume_timeout_s))
+    return build_app(settings, tokenizer, template, pool)
 
 
 def build_application(spec: DeploymentSpec, num_threads: int) -> serve.Application:
-    """The Serve application: gateway in front, router behind."""
+    """The Serve application: gateway in front, routers behind. num_threads: of each router."""
 
     def build_app_in_replica() -> FastAPI:
-        return build_gateway(spec, serve.get_deployment_handle(ROUTER_NAME, app_name=APP_NAME))
+        names = spec.router_names
+        return build_gateway(spec, [serve.get_deployment_handle(name, app_name=APP_NAME) for name in names])
 
     deployment: Any = serve.deployment  # its overloads lose the type of what it returns
-    router = deployment(RouterDeployment, name=ROUTER_NAME, **router_deployment_options(num_threads))
-    options = gateway_deployment_options(spec.engine.limits.max_open)
+    options = router_deployment_options(num_threads)
+    routers = [
+        deployment(RouterDeployment, name=name, **options).bind(spec, index)
+        for index, name in enumerate(spec.router_names)
+    ]
+    options = gateway_deployment_options(spec.max_open_requests)
     gateway = deployment(serve.ingress(build_app_in_replica)(), name="gateway", **options)
-    app: serve.Application = gateway.bind(router.bind(spec))
+    app: serve.Application = gateway.bind(*routers)
     return app
 
 

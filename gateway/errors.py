@@ -66,6 +66,13 @@ class RouterUnavailable(GatewayError):
         return f"the router is unavailable: {self.detail}"
 
 
+class RouterLost(RouterUnavailable):
+    """A router that had taken a request will not finish it: it died, or is taken for dead."""
+
+    def __str__(self) -> str:
+        return f"the router was lost: {self.detail}"
+
+
 class GenerationFailed(GatewayError):
     """The router gave up on one request. `reason` is the router's own text, safe to show."""
 

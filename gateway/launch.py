@@ -13,16 +13,21 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cluster.addresses import is_local_only
 from cluster.autoscaler import ScalerSettings
 from cluster.errors import ClusterError
-from cluster.memory_plan import MemoryPlan, Node, unmatched
+from cluster.memory_plan import MemoryPlan, Node, router_names, unmatched
 from cluster.placement import plan_local
 from cluster.plan import ServicePlan
-from cluster.resources import gateway_deployment_options, plan_threads, router_deployment_options
+from cluster.resources import (
+    ThreadPlan,
+    gateway_deployment_options,
+    needs_supervisor,
+    plan_threads,
+    router_deployment_options,
+)
 from experts.loader import check_copies
 from experts.numerics import num_cores
 from experts.store import ExpertStore
@@ -67,7 +72,7 @@ def running_service(options: ServiceOptions, on_plan: OnPlan = lambda plan, unkn
     if options.trace_folder is not None:
         prepare_folder(options.trace_folder)
     config, dtype = _read_model(options)
-    threads = plan_threads(num_cores(), options.num_actors, config.expert_elements)
+    threads = _plan_threads(options, config)
     node = this_node()
     plan = _plan_memory(options, dtype, threads.router, node)
     on_plan(plan, unmatched(options.node_budgets, [node]))
@@ -86,9 +91,7 @@ def running_service(options: ServiceOptions, on_plan: OnPlan = lambda plan, unkn
         from cluster.service_spec import ServiceSpec
         from cluster.supervisor import node_addresses, start_supervisor, stop_supervisor
 
-        engine = replace(
-            engine_options(options, dtype, threads.router), expert_budget_bytes=plan.router.budget_bytes
-        )
+        engine = engine_options(options, dtype, threads.router)
         spec = ServiceSpec(
             store_root=str(options.store_root.resolve()),
             dtype=dtype,
@@ -98,13 +101,13 @@ def running_service(options: ServiceOptions, on_plan: OnPlan = lambda plan, unkn
             threads_per_actor=threads.expert_actor,
             eviction=options.eviction,
             store_copies=_copies(options),
-            spin_s=plan_spin_s(num_cores(), options.num_actors, threads.expert_actor),
+            spin_s=plan_spin_s(num_cores(), options.num_actors, threads.expert_actor, options.num_routers),
             secret=secrets.token_bytes(32),
             is_local_only=is_local_only(node_addresses()),
             rooms={ray.get_runtime_context().get_node_id(): sum(plan.actor_budgets)},
             scaling=_scaling(options, engine),
         )
-        if options.num_actors:
+        if needs_supervisor(options.num_actors, options.num_routers):
             stack.callback(stop_supervisor)
             _wait_for_actors(start_supervisor(spec))
         _deploy(options, address, engine, plan, threads.router, stack)
@@ -140,12 +143,16 @@ def _read_model(options: ServiceOptions) -> tuple[ModelConfig, str]:
     return config, dtype
 
 
+def _plan_threads(options: ServiceOptions, config: ModelConfig) -> ThreadPlan:
+    return plan_threads(num_cores(), options.num_actors, config.expert_elements, options.num_routers)
+
+
 def _plan_memory(options: ServiceOptions, dtype: str, num_threads: int, node: Node) -> MemoryPlan:
     store = ExpertStore.open(options.store_root)
     try:
         engine = engine_options(options, dtype, num_threads)
         budgets = (options.expert_budgets, options.node_budgets)
-        return plan_service(store, engine, options.num_actors, *budgets, node)
+        return plan_service(store, engine, options.num_actors, *budgets, node, options.num_routers)
     finally:
         store.close()
 
@@ -210,13 +217,14 @@ def describe_plan(options: ServiceOptions) -> dict[str, Any]:
     address = resolve_bind(options.host, options.port)
     check_bind(options.host, address, len(options.keys))
     config, dtype = _read_model(options)
-    threads = plan_threads(num_cores(), options.num_actors, config.expert_elements)
+    threads = _plan_threads(options, config)
     plan = _plan_memory(options, dtype, threads.router, this_node())
     shown = options.shown() | {"dtype": dtype, "max-model-len": _context_length(options, config)}
-    max_open = engine_options(options, dtype, threads.router).limits.max_open
+    max_open = options.num_routers * engine_options(options, dtype, threads.router).limits.max_open
     gateway = {"name": "gateway", **gateway_deployment_options(max_open)}
-    router = {"name": "router", **router_deployment_options(threads.router)}
-    application = {"name": "sage-moe", "route_prefix": "/", "deployments": [gateway, router]}
+    router = router_deployment_options(threads.router)
+    routers = ({"name": name, **router} for name in router_names(options.num_routers))
+    application = {"name": "sage-moe", "route_prefix": "/", "deployments": [gateway, *routers]}
     return {
         "options": shown,
         "memory": plan.as_json(),
@@ -256,6 +264,8 @@ def _deploy(
         options.is_trace_with_tokens,
         options.capacity == "auto",
         options.actor_range is not None,
+        options.num_routers,
+        options.resume_timeout_s,
     )
     stack.callback(_quietly, serve.shutdown)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)

@@ -68,6 +68,7 @@ def plan_service(
     requests: tuple[BudgetRequest, ...],
     overrides: Mapping[str, BudgetRequest],
     node: Node,
+    num_routers: int = 1,
 ) -> MemoryPlan:
     """Budgets of a service on one node, and what is left of its memory.
 
@@ -78,4 +79,4 @@ def plan_service(
     form = planned_form(store, chosen_dtype(store, options), {store.served.name: width})
     sizes = [measure_experts(store, group, form).total for group in groups]
     chosen = choose_requests(requests, overrides, node)
-    return plan_memory(chosen, measure_footprint(store, options), sizes, node, SERVICE_BASE)
+    return plan_memory(chosen, measure_footprint(store, options), sizes, node, SERVICE_BASE, num_routers)

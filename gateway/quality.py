@@ -54,7 +54,9 @@ def _describe_routing(reports: Sequence[RoutingReport]) -> dict[str, Any]:
     mean_k = uses / max(sum(used.values()), 1)
     is_auto = first.choice.effort == "auto"
     shown = {present_effort(effort, native_k, num_experts): num for effort, num in used.items()}
-    return {
+    num_resumed = sum(report.num_resumed for report in reports)
+    resumed = {"resumed": num_resumed} if num_resumed else {}
+    return resumed | {
         "policy": first.choice.policy,
         "effort": "auto" if is_auto else next(iter(shown), first.choice.effort),
         "k": int(mean_k) if mean_k.is_integer() else round(mean_k, 3),

@@ -1,4 +1,5 @@
-"""What the gateway needs from a router. `gateway.deployment` implements it over Ray Serve, tests with a fake."""
+"""What the gateway needs from its routers: as one, which `gateway.router_pool` makes of several, and from each, which
+`gateway.serve_router_client` implements over Ray Serve and tests with a fake."""
 
 from __future__ import annotations
 
@@ -18,15 +19,15 @@ class RouterHealth:
 
 
 class RouterClient(Protocol):
-    """One router, seen from the gateway's event loop."""
+    """A router, or several that stand in for each other, seen from the gateway's event loop."""
 
     def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
         """Events of one request until one with a finish reason; an async generator.
 
         `request.request_id` is unique among all open requests. Closing the generator early (`aclose`, or
         cancelling the task that awaits it) cancels the request in the router. The first iteration raises
-        RouterBusy or RouterUnavailable when the request is not taken; later ones RouterUnavailable when the
-        router is lost.
+        RouterBusy or RouterUnavailable when the request is not taken; any raises RouterLost when the router that
+        had taken it is lost.
         """
         ...
 
@@ -42,4 +43,12 @@ class RouterClient(Protocol):
 
     async def status(self) -> dict[str, object]:
         """Plain JSON values. Raises RouterUnavailable."""
+        ...
+
+
+class RouterLink(RouterClient, Protocol):
+    """One router of several."""
+
+    def abandon(self) -> None:
+        """Take it for lost: open generators raise RouterLost, though nothing has told so."""
         ...

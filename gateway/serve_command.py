@@ -44,6 +44,15 @@ def serve(
     ] = None,
     min_actors: Annotated[Number, typer.Option(help="Fewest, with --autoscale. [0]")] = None,
     max_actors: Annotated[Number, typer.Option(help="Most, with --autoscale. [--actors]")] = None,
+    routers: Annotated[
+        Number, typer.Option(help="Routers that share the expert actors, each with a cache of its own. [1]")
+    ] = None,
+    resume_timeout: Annotated[
+        Number,
+        typer.Option(
+            metavar="SECONDS", help="How long an answer waits for another router when its own is lost. [60]"
+        ),
+    ] = None,
     dtype: Annotated[Word, typer.Option(help="float32 or bfloat16; default: as stored.")] = None,
     served_model_name: Annotated[
         Words,
@@ -139,6 +148,8 @@ def serve(
         "autoscale": autoscale,
         "min-actors": min_actors,
         "max-actors": max_actors,
+        "routers": routers,
+        "resume-timeout": resume_timeout,
         "dtype": dtype,
         "served-model-name": served_model_name or None,
         "max-model-len": max_model_len,

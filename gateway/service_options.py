@@ -121,6 +121,7 @@ class OptionValues(BaseModel):
     autoscale: bool = Field(False, description="true or false")
     min_actors: int | None = Field(None, ge=0, le=64, description="a whole number from 0 to 64")
     max_actors: int | None = Field(None, ge=1, le=64, description="a whole number from 1 to 64")
+    routers: int = _whole(1, 16, 1)
     dtype: Literal["float32", "bfloat16"] | None = Field(None, description="float32 or bfloat16")
     served_model_name: Texts = Field((), description=_TEXTS)
     max_model_len: int | None = Field(
@@ -161,6 +162,7 @@ class OptionValues(BaseModel):
         PRESETS[DEFAULT_PRESET], description="a preset or NAME=VALUE pairs separated by commas"
     )
     trust: bool = Field(True, description="true or false")
+    resume_timeout: int = _whole(0, 3600, 60)
     state_dir: Text | None = Field(None, description="a folder's name of 1 to 512 printable characters")
 
 
@@ -211,6 +213,9 @@ class ServiceOptions:
     """Where trust is kept; None means the user's state folder."""
     actor_range: tuple[int, int] | None = None
     """Fewest and most expert actors, where their number follows the load."""
+    num_routers: int = 1
+    resume_timeout_s: int = 60
+    """How long a request whose router was lost waits for another."""
 
     def __post_init__(self) -> None:
         if self.max_num_seqs > self.max_batch_tokens:
@@ -237,6 +242,8 @@ class ServiceOptions:
             "autoscale": self.actor_range is not None,
             "min-actors": self.actor_range[0] if self.actor_range else None,
             "max-actors": self.actor_range[1] if self.actor_range else None,
+            "routers": self.num_routers,
+            "resume-timeout": self.resume_timeout_s,
             "dtype": self.dtype or "as stored",
             "max-model-len": self.max_model_len or "the model's context",
             "max-num-seqs": self.max_num_seqs,
@@ -318,6 +325,8 @@ def compose_options(values: OptionValues, store_root: Path, store_name: str, key
         is_trust_learned=values.trust,
         state_dir=values.state_dir,
         actor_range=_actor_range(values),
+        num_routers=values.routers,
+        resume_timeout_s=values.resume_timeout,
     )
 
 

@@ -20,12 +20,21 @@ def render_status(status: Mapping[str, Any]) -> RenderableType:
     """Tables of actors, nodes and requests. The service may be anybody's: its texts are made safe to print."""
     status = _printable(status)
     router, requests = status["router"], status["requests"]
-    actors = Table(title="Expert actors", title_justify="left")
+    actors = Table(title="Routers and expert actors", title_justify="left")
     for column in ("name", "pid", "node", "group", "state", "resident", "hits"):
         actors.add_column(column, justify="right" if column in ("pid", "group", "resident") else "left")
+    for each in status["routers"]:
+        experts = each.get("experts", {})
+        actors.add_row(
+            each["name"],
+            str(each.get("pid", "")),
+            str(each.get("node", "")),
+            "",
+            each["state"],
+            _mib(experts.get("resident_bytes", 0)),
+            _rates(experts.get("hit_rates", {})),
+        )
     own = router["experts"]
-    rates = _rates(own.get("hit_rates", {}))
-    actors.add_row("router", str(router["pid"]), "", "", "ready", _mib(own["resident_bytes"]), rates)
     for actor in status["actors"]:
         actors.add_row(
             actor["name"],
@@ -42,11 +51,9 @@ def render_status(status: Mapping[str, Any]) -> RenderableType:
     for node in status["nodes"]:
         nodes.add_row(node["node"], node["address"], node["state"], f"{node['cpus']:g}", f"{node['gpus']:g}")
     resident = {actor["name"]: actor.get("resident_bytes", 0) for actor in status["actors"]}
-    plan = (
-        [render_memory(status["memory"], resident | {"router": own["resident_bytes"]})]
-        if status.get("memory")
-        else []
-    )
+    for each in status["routers"]:
+        resident[each["name"]] = each.get("experts", {}).get("resident_bytes", 0)
+    plan = [render_memory(status["memory"], resident)] if status.get("memory") else []
     memory = f"backbone {_mib(router['backbone_bytes'])}, KV cache {_mib(router['kv_bytes'])}"
     line = f"Requests: {requests['running']} running, {requests['waiting']} waiting; {memory}"
     if "capacity" in status:

@@ -436,6 +436,8 @@ def _check_prompt(request: GenerationRequest, vocab_size: int) -> None:
         raise PromptInvalid(f"a stop token or bias is outside the vocabulary of {vocab_size}")
     num_generated, max_tokens = len(request.generated_ids), request.sampling.max_tokens
     is_prompt_all = max_tokens == 0 and not num_generated
+    if request.generated_efforts and len(request.generated_efforts) != num_generated:
+        raise PromptInvalid(f"{len(request.generated_efforts)} efforts for {num_generated} generated tokens")
     if num_generated >= max_tokens and not is_prompt_all:
         raise PromptInvalid(f"max_tokens of {max_tokens} leaves nothing to generate after {num_generated}")
 

@@ -142,7 +142,7 @@ class EngineThread:
         with self._admission:
             self._failure = failure
             names = sorted(self._open)
-        self._emit([TokenEvent(name, (), "error", "the engine failed") for name in names])
+        self._emit([TokenEvent(name, (), "error", "the engine failed", is_resumable=True) for name in names])
 
     def _emit(self, events: Sequence[TokenEvent]) -> None:
         ended = [event.request_id for event in events if event.finish_reason is not None]

@@ -14,10 +14,10 @@ from router.service import RouterService
 PREFIX = "sage_moe_"
 
 
-def render_metrics(service: RouterService, actors: Iterable[Mapping[str, Any]]) -> str:
-    """Prometheus text. actors: one mapping an expert actor, as its `status` gives it."""
+def render_metrics(service: RouterService, actors: Iterable[Mapping[str, Any]], name: str = "router") -> str:
+    """Prometheus text. actors: one mapping an expert actor, as its `status` gives it. name: of the router."""
     registry = CollectorRegistry()
-    registry.register(_Collector(service, list(actors)))
+    registry.register(_Collector(service, [local_actor(service, name), *actors]))
     return generate_latest(registry).decode()
 
 
@@ -25,6 +25,7 @@ class _Collector:
     """Turns counters into metric families once; prometheus_client calls `collect`."""
 
     def __init__(self, service: RouterService, actors: list[Mapping[str, Any]]) -> None:
+        """actors: the router's own experts first."""
         self._service, self._actors = service, actors
 
     def collect(self) -> Iterable[Metric]:
@@ -79,7 +80,7 @@ class _Collector:
                 ("prefetched_used", "experts_prefetched_used", "Of these, those that were then needed."),
             )
         }
-        for actor in [local_actor(self._service), *self._actors]:
+        for actor in self._actors:
             name, node = str(actor["name"]), str(actor.get("node", ""))
             resident.add_metric([name, node, "resident"], actor.get("resident_bytes", 0))
             for eviction, rate in actor.get("hit_rates", {}).items():
@@ -138,12 +139,12 @@ def _trouble(way: DirectoryStats) -> Iterable[Metric]:
         yield latencies
 
 
-def local_actor(service: RouterService) -> dict[str, Any]:
+def local_actor(service: RouterService, name: str) -> dict[str, Any]:
     """The router's own experts, in the form of an expert actor's status."""
     worker = service.loaded.worker
     stats = worker.stats
     return {
-        "name": "router",
+        "name": name,
         "budget_bytes": worker.budget_bytes,
         "resident_bytes": worker.resident_bytes,
         "resident_experts": worker.num_resident,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from router.effort import Effort
 from router.routing_choice import NATIVE_CHOICE, RoutingChoice, RoutingReport
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -61,12 +62,16 @@ class TokenLogprob(NamedTuple):
 @dataclass(frozen=True)
 class GenerationRequest:
     """One sequence to generate. Resubmitting with the tokens already sent in `generated_ids` and the same
-    seed continues it with the same tokens."""
+    seed continues it with the same tokens: they are computed anew, count as part of the answer, and are not reported
+    again (docs/exactness.md)."""
 
     request_id: str
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     generated_ids: tuple[int, ...] = ()
+    generated_efforts: tuple[Effort, ...] = ()
+    """What `generated_ids` were computed at where the effort is `auto`, as their reports told; without them they are
+    taken for a part of the prompt, which has the native number of experts."""
     num_logprobs: int | None = None
     """Report each generated token's logprob and those of this many best ones; None reports none."""
     num_prompt_logprobs: int | None = None
@@ -98,6 +103,8 @@ class TokenEvent:
     """With the tokens of a request whose routing is not the plain one."""
     is_mixed: bool = False
     """Whether the answer so far rests on experts of more than one numerics class (docs/exactness.md)."""
+    is_resumable: bool = False
+    """Whether an error is the engine's and not the request's, which may then go on in another."""
 
     def followed_by(self, later: TokenEvent) -> TokenEvent:
         """Both in one."""
@@ -110,4 +117,5 @@ class TokenEvent:
             self.prompt_logprobs or later.prompt_logprobs,
             later.routing.after(self.routing) if later.routing is not None else self.routing,
             self.is_mixed or later.is_mixed,
+            later.is_resumable,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from router.effort import EffortChoice
+from router.effort import Effort, EffortChoice
 
 PolicyName = Literal["native", "snarc"]
 POLICIES: tuple[PolicyName, ...] = ("native", "snarc")
@@ -80,7 +80,15 @@ class RoutingReport:
     """Since the report before; the other fields are totals."""
     is_cut: bool = False
     """Whether there was more to explain than MAX_EXPLAINED."""
+    efforts: tuple[Effort, ...] = ()
+    """Of `auto`: what each token reported since the report before will be computed at."""
+    num_resumed: int = 0
+    """How often the sequence went on in another router that chose anew for its tokens so far. Routing that is a
+    function of the request, as native routing is, chooses the same and is not counted."""
 
     def after(self, earlier: RoutingReport | None) -> RoutingReport:
         """Both in one."""
-        return self if earlier is None else replace(self, explained=earlier.explained + self.explained)
+        if earlier is None:
+            return self
+        explained, efforts = earlier.explained + self.explained, earlier.efforts + self.efforts
+        return replace(self, explained=explained, efforts=efforts)

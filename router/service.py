@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
 
-from router.engine_thread import EngineThread
+from router.engine_thread import EngineHealth, EngineThread
 from router.errors import RouterError, StreamMissing
 from router.feedback import FeedbackDesk, RewardSink
 from router.loading import LoadedEngine
@@ -22,6 +22,9 @@ from router.request import GenerationRequest, SamplingParams, TokenEvent
 logger = logging.getLogger(__name__)
 
 WEDGED_AFTER_S = 5.0
+STUCK_AFTER_S = 60.0
+"""Without progress the service is not ready; after this long it has to be replaced. Reading the experts of one layer
+from a slow disk is allowed to take a while."""
 PROBE_TIMEOUT_S = 5.0
 PROBE_VALID_S = 2.0
 SEND_INTERVAL_S = 0.01
@@ -128,9 +131,7 @@ class RouterService:
         facts = self.engine_thread.health()
         if not facts.is_alive:
             return ServiceHealth(False, "the engine has stopped")
-        progressed_s = min(
-            facts.seconds_since_step, time.monotonic() - self.loaded.engine.backbone.progressed_at
-        )
+        progressed_s = self._progressed_s(facts)
         if facts.has_work:
             if progressed_s <= WEDGED_AFTER_S:
                 return ServiceHealth(True, f"{facts.num_running} running, {facts.num_waiting} waiting")
@@ -138,6 +139,16 @@ class RouterService:
         if time.monotonic() - self._probed_at <= PROBE_VALID_S:
             return ServiceHealth(True, "idle")
         return await self._probe()
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether it has had work for so long without progress that nothing but a new process will help."""
+        facts = self.engine_thread.health()
+        return facts.has_work and self._progressed_s(facts) > STUCK_AFTER_S
+
+    def _progressed_s(self, facts: EngineHealth) -> float:
+        """Seconds since a step or a layer was finished."""
+        return min(facts.seconds_since_step, time.monotonic() - self.loaded.engine.backbone.progressed_at)
 
     def close(self) -> None:
         self.engine_thread.stop()

@@ -138,6 +138,7 @@ class SteeredPolicy:
             state.stand_ins,
             explained,
             state.is_cut,
+            state.newest_effort,
         )
 
     def _begin(self, owners: Sequence[SpanOwner]) -> _Step:
@@ -269,7 +270,7 @@ def _follow_span(span: SteeredSpan, drives: Sequence[Sequence[float]]) -> None:
             state.control = follow(state.control, arousal_mean, conflict_mean, is_free=is_free)
             state.num_followed = position + 1
             if is_free:
-                state.effort_at[position + 1] = state.control.effort
+                state.effort_at.setdefault(position + 1, state.control.effort)
 
 
 def _count(step: _Step, group: RowGroup, choice: Choice) -> None:

@@ -38,10 +38,20 @@ class SteeredRequest:
     """Of those, what was not handed over yet."""
     is_cut: bool = False
 
+    def __post_init__(self) -> None:
+        self.effort_at.update(enumerate(self.request.generated_efforts, len(self.request.prompt_ids)))
+
+    @property
+    def newest_effort(self) -> tuple[Effort, ...]:
+        """Of `auto`: of the token that the position followed last will be followed by."""
+        return (self.effort(self.num_followed),) if self.request.routing.effort == "auto" else ()
+
     @property
     def num_known(self) -> int:
-        """Tokens that the request came with. `auto` gives them the native number of experts."""
-        return len(self.request.prompt_ids) + len(self.request.generated_ids)
+        """Tokens that the request came with and no effort was chosen for: `auto` gives them the native number of
+        experts."""
+        request = self.request
+        return len(request.prompt_ids) + (0 if request.generated_efforts else len(request.generated_ids))
 
     def add_explained(self, entry: ExplainedLayer) -> None:
         self.explained.append(entry)

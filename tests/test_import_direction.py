@@ -22,6 +22,7 @@ RAY_SHELLS = {
     "gateway/batch_ray.py",
     "gateway/deployment.py",
     "gateway/launch.py",
+    "gateway/serve_router_client.py",
 }
 
 

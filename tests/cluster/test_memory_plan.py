@@ -77,6 +77,41 @@ def test_named_budget_is_not_bound_by_what_seems_free() -> None:
         plan_memory([BudgetRequest(num_bytes=9)], FOOTPRINT, [], _node(0), BASE)
 
 
+def test_every_router_has_a_backbone_a_cache_and_experts_of_its_own() -> None:
+    one = plan_memory([FIT], FOOTPRINT, [2000, 2000], _node(10**6), BASE)
+    two = plan_memory([FIT], FOOTPRINT, [2000, 2000], _node(10**6), BASE, 2)
+    assert [process.process for process in two.processes] == [
+        "router-0",
+        "router-1",
+        "experts-0",
+        "experts-1",
+    ]
+    assert [(r.backbone_bytes, r.kv_bytes, r.budget_bytes) for r in two.routers] == [(500, 300, 4000)] * 2
+    assert two.actor_budgets == one.actor_budgets
+    assert two.processes[2].buffer_bytes == 2 * one.processes[1].buffer_bytes
+
+
+def test_fit_leaves_room_for_every_router() -> None:
+    plan = plan_memory([FIT], FOOTPRINT, [2000], _node(9000), BASE, 3)
+    engines = 3 * (1000 + 500 + 300 + 200 + 100)
+    assert plan.budget_bytes == 9000 - engines - 400 - (700 + 3 * 50) - 1000
+
+
+@given(budget=st.integers(0, 5000), num_routers=st.integers(1, 5), num_actors=st.integers(0, 3))
+def test_routers_share_alike_and_the_parts_add_up(budget: int, num_routers: int, num_actors: int) -> None:
+    groups = [500] * num_actors
+    least = (num_routers + num_actors) * EXPERTS.largest
+    if (groups or num_routers > 1) and budget < least:
+        with pytest.raises(NodeBudgetTooSmall):
+            divide_budget(budget, groups, EXPERTS, 8, "n1", num_routers)
+        return
+    parts = divide_budget(budget, groups, EXPERTS, 8, "n1", num_routers)
+    routers = parts[:num_routers]
+    assert sum(parts) == budget and len(parts) == num_routers + num_actors
+    assert max(routers) - min(routers) <= 1
+    assert not groups or min(parts) >= EXPERTS.largest
+
+
 def test_plan_as_json_names_every_byte() -> None:
     plan = plan_memory([BudgetRequest(num_bytes=100)], FOOTPRINT, [2000, 2000], _node(8000), BASE)
     router, actor, _ = plan.as_json()["processes"]

@@ -9,8 +9,11 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from cluster.resources import (
+    BUSY_SPIN_S,
+    SPIN_S,
     expert_actor_options,
     gateway_deployment_options,
+    plan_spin_s,
     plan_threads,
     router_deployment_options,
     supervisor_options,
@@ -35,6 +38,21 @@ def test_cores_are_shared_out_and_small_experts_get_one_thread(
 ) -> None:
     plan = plan_threads(cores, actors, elements)
     assert (plan.router, plan.expert_actor) == (router, actor)
+
+
+def test_routers_of_one_machine_share_its_cores() -> None:
+    assert plan_threads(16, 2, LARGE_EXPERT, 4).router == 4
+    assert plan_threads(2, 2, LARGE_EXPERT, 4).router == 1
+
+
+def test_readers_look_for_answers_only_where_every_process_has_a_core() -> None:
+    assert plan_spin_s(4, 2, 1, 2) == plan_spin_s(16, 2, 4, 2) == BUSY_SPIN_S
+    assert plan_spin_s(8, 2, 4, 2) == SPIN_S
+    assert plan_spin_s(3, 2, 1, 2) == plan_spin_s(8, 0, 1, 2) == 0.0
+
+
+def test_dead_router_is_noticed_within_a_second() -> None:
+    assert router_deployment_options(2)["health_check_period_s"] == 1.0
 
 
 def test_nothing_of_ours_takes_a_whole_cpu() -> None:

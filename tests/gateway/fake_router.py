@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import httpx
 from fastapi import FastAPI
 
 from gateway.chat_template import ChatTemplate
-from gateway.errors import RouterUnavailable
+from gateway.errors import RouterBusy, RouterLost, RouterUnavailable
 from gateway.http_app import build_app
 from gateway.router_client import RouterHealth
 from gateway.settings import GatewaySettings
@@ -38,6 +38,7 @@ class Step:
     raises: Exception | None = None
     hangs: bool = False
     is_mixed: bool = False
+    is_resumable: bool = False
 
 
 @dataclass
@@ -90,6 +91,115 @@ class FakeRouter:
 
     async def status(self) -> dict[str, object]:
         return {"model": MODEL}
+
+
+def token_at(request: GenerationRequest, position: int) -> int:
+    """What every `MortalRouter` draws: a function of prompt, seed, choice and position."""
+    sampling = request.sampling
+    return 1 + hash((request.prompt_ids, sampling.seed, sampling.choice, position)) % (VOCAB_SIZE - 1)
+
+
+class MortalRouter:
+    """A router that gives one token an event, and dies, comes back, hangs or refuses when told."""
+
+    def __init__(self, name: str = "router") -> None:
+        self.name = name
+        self.attempts: list[GenerationRequest] = []
+        self.num_given = 0
+        self.dies_at: set[int] = set()
+        """Counts of tokens given in all its lives, after which it dies."""
+        self.refusals_until_back = 1
+        """Attempts that a dead one refuses before it lives again; they are counted anew at each death."""
+        self.hangs_at: int | None = None
+        self.is_full = False
+        self.is_ready = True
+        self.ending: Step | None = None
+        """Ends every request in place of its next token."""
+        self.num_open = 0
+        self._num_refused: int | None = None
+        self._lost = asyncio.Event()
+
+    def kill(self) -> None:
+        self._num_refused = 0
+        self._lost.set()
+
+    def abandon(self) -> None:
+        self._lost.set()
+        self._lost = asyncio.Event()
+
+    def _come_back(self) -> None:
+        self._num_refused, self._lost = None, asyncio.Event()
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
+        self.attempts.append(request)
+        if self._num_refused is not None:
+            self._num_refused += 1
+            if self._num_refused <= self.refusals_until_back:
+                raise RouterUnavailable("it is dead")
+            self._come_back()
+        if self.is_full:
+            raise RouterBusy(1.0)
+        self.num_open += 1
+        try:
+            async with aclosing(self._tokens(request, self._lost)) as events:
+                async for event in events:
+                    yield event
+        finally:
+            self.num_open -= 1
+
+    async def _tokens(
+        self, request: GenerationRequest, lost: asyncio.Event
+    ) -> AsyncGenerator[TokenEvent, None]:
+        for position in range(len(request.generated_ids), request.sampling.max_tokens):
+            if self.num_given == self.hangs_at:
+                self.is_ready = False
+                await lost.wait()
+            await asyncio.sleep(0)
+            if lost.is_set():
+                raise RouterLost(f"{self.name} died")
+            if self.ending is not None:
+                ending = self.ending
+                yield TokenEvent(
+                    request.request_id,
+                    (),
+                    ending.finish_reason,
+                    ending.error,
+                    is_resumable=ending.is_resumable,
+                )
+                return
+            self.num_given += 1
+            is_last = position + 1 == request.sampling.max_tokens
+            token = token_at(request, position)
+            yield TokenEvent(request.request_id, (token,), "length" if is_last else None)
+            if self.num_given in self.dies_at:
+                self.dies_at.discard(self.num_given)
+                self.kill()
+
+    async def feedback(self, answer_id: str, score: float) -> bool:
+        self._check()
+        return answer_id in {request.answer_id for request in self.attempts}
+
+    async def health(self) -> RouterHealth:
+        is_ready = self.is_ready and self._num_refused is None
+        return RouterHealth(is_ready, "idle" if is_ready else "it does not answer")
+
+    async def metrics(self) -> str:
+        self._check()
+        return f"{ROUTER_METRICS}# TYPE sage_moe_own gauge\nsage_moe_own {self.num_given}.0\n"
+
+    async def status(self) -> dict[str, object]:
+        self._check()
+        requests = {"running": self.num_open, "waiting": 0}
+        return {
+            "model": MODEL,
+            "router": {"pid": len(self.name), "experts": {"name": self.name}},
+            "requests": requests,
+            "capacity": {"state": "wake", "resident_bytes": len(self.attempts)},
+        }
+
+    def _check(self) -> None:
+        if self._num_refused is not None:
+            raise RouterUnavailable("it is dead")
 
 
 def settings(**changes: object) -> GatewaySettings:

@@ -74,6 +74,18 @@ def test_dry_run_shows_what_would_be_started_and_no_key(
     assert "canary" not in "".join(printed)
 
 
+def test_dry_run_shows_every_router(stories_store: Path) -> None:
+    command = ["serve", str(stories_store), "--routers", "2", "--actors", "1", "--dry-run", "--json"]
+    plan = json.loads(CliRunner().invoke(app, command).stdout)
+    deployments = plan["serve"]["applications"][0]["deployments"]
+    assert [each["name"] for each in deployments] == ["gateway", "router-0", "router-1"]
+    processes = {row["process"]: row for row in plan["memory"]["processes"]}
+    assert list(processes) == ["router-0", "router-1", "experts-0"]
+    assert processes["router-1"]["backbone_bytes"] == processes["router-0"]["backbone_bytes"] > 0
+    assert plan["memory"]["num_routers"] == 2
+    assert deployments[0]["max_ongoing_requests"] == 2 * 2 * (64 + 256) + 384
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -40,8 +40,9 @@ def test_nothing_given_is_the_dataclass_s_defaults() -> None:
 def test_command_line_goes_before_file_before_defaults() -> None:
     options = _options(
         {"port": 1, "kv-budget": None, "served-model-name": ["a", "b", "a"]},
-        {"port": 2, "kv-budget": "512MiB", "served-model-name": "c", "actors": 3},
+        {"port": 2, "kv-budget": "512MiB", "served-model-name": "c", "actors": 3, "routers": 2},
     )
+    assert (options.num_routers, options.shown()["routers"]) == (2, 2)
     assert (options.port, options.kv_budget_bytes, options.num_actors) == (1, 512 * 2**20, 3)
     assert (options.model_name, options.model_aliases) == ("a", ("b",))
     assert options.host == "127.0.0.1"
@@ -131,6 +132,8 @@ def test_unknown_key_is_named_with_the_nearest_known_one(name: str, nearest: str
         ("port", 1.0, "must be a whole number"),
         ("port", None, "must be a whole number"),
         ("actors", -1, "from 0 to 64"),
+        ("routers", 0, "from 1 to 16"),
+        ("resume-timeout", -1, "from 0 to 3600"),
         ("host", "", "must be an address or host name"),
         ("host", ["a"], "must be an address or host name"),
         ("dtype", "int8", "must be float32 or bfloat16, not 'int8'"),

@@ -47,6 +47,7 @@ def test_status_of_a_hostile_service_cannot_steer_the_terminal() -> None:
     status = {
         "model": evil,
         "router": router | {"kv_bytes": 1},
+        "routers": [router | {"name": evil, "state": evil, "node": evil}, {"name": evil, "state": "lost"}],
         "actors": [actor],
         "nodes": [{"node": evil, "address": evil, "state": evil, "cpus": 1.0, "gpus": 0.0}],
         "requests": {"running": 0, "waiting": 0},
@@ -55,6 +56,6 @@ def test_status_of_a_hostile_service_cannot_steer_the_terminal() -> None:
     with console.capture() as capture:
         console.print(render_status(status))
     assert "\x1b[2J" not in capture.get()
-    assert capture.get().count("\\x1b[2J[red]x[/red]") == 9
+    assert capture.get().count("\\x1b[2J[red]x[/red]") == 13
     assert "trust 83%, lfu 80%, " in capture.get()
     assert "Prefetched 1,200 experts, 75% used" in capture.get()

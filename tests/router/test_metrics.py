@@ -190,8 +190,8 @@ def test_local_experts_are_told_like_an_actors(loaded: LoadedEngine) -> None:
     async def status() -> dict[str, object]:
         service = RouterService(replace(loaded, engine=small_engine(loaded, 1)))
         service.engine_thread.stop()
-        return local_actor(service)
+        return local_actor(service, "router-1")
 
     told = asyncio.run(status())
     assert told["resident_bytes"] == loaded.worker.resident_bytes
-    assert told["name"] == "router"
+    assert told["name"] == "router-1"

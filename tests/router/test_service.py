@@ -284,11 +284,14 @@ def test_stuck_engine_is_not_ready_after_five_seconds(
             await asyncio.to_thread(engine.entered.wait, TIMEOUT_S)
             assert (await service.health()).is_ready
             monkeypatch.setattr(time, "monotonic", lambda: now() + ahead_s)
+            ahead_s = 60.1
+            assert service.is_stuck
             ahead_s = 5.1
             stuck = await service.health()
             ahead_s = 0.0
             assert not stuck.is_ready
             assert stuck.detail == "no progress for 5 s with work to do"
+            assert not service.is_stuck
             engine.gate.set()
             await _collect(stream, "r")
             assert (await service.health()).is_ready
@@ -340,6 +343,7 @@ def test_failed_engine_ends_requests_and_is_not_ready(loaded: LoadedEngine) -> N
             service.submit("g", _request("r"))
             end = (await _collect(stream, "r"))["r"][1]
             assert (end.finish_reason, end.error) == ("error", "the engine failed")
+            assert end.is_resumable  # it is no request's fault, as far as anybody knows
             assert not (await service.health()).is_ready
             with pytest.raises(EngineStopped):
                 service.submit("g", _request("s"))
