@@ -17,8 +17,9 @@ from io import StringIO
 from typing import Any
 
 from cluster.errors import ClusterError
+from cluster.joining import join_ray
 from cluster.processes import descendants, end_processes
-from cluster.resources import NO_CPUS, process_environment, start_ray
+from cluster.resources import NO_CPUS, NODE_LABEL, process_environment, start_ray
 from experts.errors import ExpertError
 from experts.numerics import num_cores
 from extraction.errors import ExtractionError
@@ -32,7 +33,6 @@ from router.errors import RouterError
 
 RAY_GRACE_S = 2.0
 EVENT = "event"
-NODE_LABEL = "ray.io/node-id"
 NO_RESTARTS: dict[str, Any] = {"max_restarts": 0, "max_task_retries": 0}
 """A row that ends the process would end it again, and the same command goes on from what is written."""
 
@@ -121,7 +121,10 @@ def _tame_ray_data() -> None:
 def ray_session(address: str | None) -> Iterator[None]:
     """A Ray for as long as the context lasts: the one at `address`, or one of our own on loopback."""
     try:
-        start_ray(address)
+        if address is None:
+            start_ray()
+        else:
+            join_ray(address, is_open_allowed=True)
         yield
     finally:
         with uninterrupted():

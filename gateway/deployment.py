@@ -392,15 +392,19 @@ def build_gateway(spec: DeploymentSpec, handle: DeploymentHandle[Any]) -> FastAP
     return build_app(settings, tokenizer, template, ServeRouterClient(handle))
 
 
-def build_application(spec: DeploymentSpec, num_threads: int) -> serve.Application:
-    """The Serve application: gateway in front, router behind."""
+def build_application(
+    spec: DeploymentSpec, num_threads: int, node_id: str | None = None
+) -> serve.Application:
+    """The Serve application: gateway in front, router behind. node_id: of the node that has the store; None lets Ray
+    choose."""
 
     def build_app_in_replica() -> FastAPI:
         return build_gateway(spec, serve.get_deployment_handle(ROUTER_NAME, app_name=APP_NAME))
 
     deployment: Any = serve.deployment  # its overloads lose the type of what it returns
-    router = deployment(RouterDeployment, name=ROUTER_NAME, **router_deployment_options(num_threads))
-    options = gateway_deployment_options(spec.engine.limits.max_open)
+    router_options = router_deployment_options(num_threads, node_id)
+    router = deployment(RouterDeployment, name=ROUTER_NAME, **router_options)
+    options = gateway_deployment_options(spec.engine.limits.max_open, node_id)
     gateway = deployment(serve.ingress(build_app_in_replica)(), name="gateway", **options)
     app: serve.Application = gateway.bind(router.bind(spec))
     return app

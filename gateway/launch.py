@@ -1,29 +1,29 @@
 """Starts and stops the whole service: Ray, the supervisor with its expert actors, and the Serve application.
 
-Called by `sage-moe serve`. What it started, it stops, in the reverse order, whenever it is interrupted.
+Called by `sage-moe serve`. What it started, it stops, in the reverse order, whenever it is interrupted; a Ray cluster
+that ran before stays.
 """
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import secrets
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, ClusterRefused
 from cluster.memory_plan import MemoryPlan, Node, unmatched
 from cluster.resources import gateway_deployment_options, plan_threads, router_deployment_options
 from experts.loader import check_copies
 from experts.numerics import num_cores
 from experts.store import ExpertStore
 from gateway.bind_address import BindAddress, check_bind, check_free, resolve_bind
-from gateway.errors import DeploymentFailed, OptionInvalid
+from gateway.errors import OptionInvalid
 from gateway.memory import plan_service, this_node
 from gateway.output_file import prepare_folder
 from gateway.service_options import ServiceOptions
@@ -51,11 +51,13 @@ def running_service(options: ServiceOptions, on_plan: OnPlan = lambda plan, unkn
 
     on_plan: told how the memory is divided, before anything starts, and which nodes of `node-budgets` are unknown.
     Raises BindNeedsKey, PortTaken or AddressUnusable, OptionInvalid, what reading the store raises,
-    ConfigUnsupported, BudgetTooSmall, NodeTooSmall, NodeBudgetTooSmall, ActorsNotStarted, or DeploymentFailed.
+    ConfigUnsupported, BudgetTooSmall, NodeTooSmall, NodeBudgetTooSmall, ActorsNotStarted, or DeploymentFailed; with an
+    address of a Ray that runs also ClusterRefused, TokenUnusable, ServiceRunsAlready or ServeTaken.
     """
     address = resolve_bind(options.host, options.port)
     check_bind(options.host, address, len(options.keys))
-    check_free(options.host, address)
+    if options.ray_address is None:  # a service that was killed may have left its port open in the cluster
+        check_free(options.host, address)
     if options.trace_folder is not None:
         prepare_folder(options.trace_folder)
     config, dtype = _read_model(options)
@@ -64,14 +66,20 @@ def running_service(options: ServiceOptions, on_plan: OnPlan = lambda plan, unkn
     plan = _plan_memory(options, dtype, threads.router, node)
     on_plan(plan, unmatched(options.node_budgets, [node]))
 
-    from cluster.resources import plan_spin_s, start_ray
+    from cluster.joining import join_ray
+    from cluster.resources import plan_spin_s, ray_environment, start_ray
 
     stack = ExitStack()
     try:
         stack.callback(_stop_ray)
         os.environ.setdefault(*PROXY_CALLBACK)
-        start_ray(options.ray_address, options.num_cpus)
+        if options.ray_address is None:
+            start_ray(options.num_cpus)
+        else:
+            # A cluster's own processes were started without our environment; those of this service get it from Ray.
+            join_ray(options.ray_address, process_variables=ray_environment() | dict([PROXY_CALLBACK]))
         stack.enter_context(interruptible())  # again: Ray has put its own handler in place
+        node_id = None if options.ray_address is None else _take_cluster(options, address, stack)
 
         from cluster.supervisor import ServiceSpec, start_supervisor, stop_supervisor
 
@@ -94,11 +102,36 @@ def running_service(options: ServiceOptions, on_plan: OnPlan = lambda plan, unkn
         engine = replace(
             engine_options(options, dtype, threads.router), expert_budget_bytes=plan.router.budget_bytes
         )
-        _deploy(options, address, engine, plan, threads.router, stack)
+        _deploy(options, address, engine, plan, threads.router, node_id, stack)
         yield address.url
     finally:
         with _undisturbed():
             stack.close()
+
+
+def _take_cluster(options: ServiceOptions, address: BindAddress, stack: ExitStack) -> str:
+    """Become the one service of the cluster that was joined. Returns Ray's id of this node, its head.
+
+    Ends what a service that was killed has left there. Raises ClusterRefused, ServeTaken, ServiceRunsAlready or
+    PortTaken.
+    """
+    from cluster.joining import driver_node
+
+    node_id, is_head = driver_node()
+    if not is_head:
+        raise ClusterRefused("this machine is a worker of the cluster", "run this on its head, where the port will be")
+
+    from cluster.lease import release_lease, take_lease
+    from cluster.supervisor import stop_supervisor
+    from gateway import serve_instance
+
+    serve_instance.check_free()
+    take_lease(options.model_name, address.url)
+    stack.callback(release_lease)
+    stop_supervisor()
+    serve_instance.stop(is_shared=True)
+    check_free(options.host, address)
+    return node_id
 
 
 def _wait_for_actors(supervisor: Any) -> None:
@@ -197,12 +230,12 @@ def _deploy(
     engine: EngineOptions,
     plan: MemoryPlan,
     num_threads: int,
+    node_id: str | None,
     stack: ExitStack,
 ) -> None:
-    from ray import serve
-    from ray.serve.config import HTTPOptions
-
-    from gateway.deployment import APP_NAME, DeploymentSpec, build_application
+    """node_id: of the node that has the store; None where there is one only."""
+    from gateway import serve_instance
+    from gateway.deployment import DeploymentSpec, build_application
 
     spec = DeploymentSpec(
         str(options.store_root.resolve()),
@@ -218,30 +251,18 @@ def _deploy(
         options.is_trace_with_tokens,
         options.capacity == "auto",
     )
-    stack.callback(_quietly, serve.shutdown)
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(http_options=HTTPOptions(**http_options(address)))
-    try:
-        serve.run(build_application(spec, num_threads), name=APP_NAME, route_prefix="/")
-    except RuntimeError as error:
-        deployments = serve.status().applications[APP_NAME].deployments.values()
-        reasons = [deployment.message for deployment in deployments if deployment.message]
-        raise DeploymentFailed(reasons[0] if reasons else str(error)) from error
-
-
-def _quietly(stop: Callable[[], None]) -> None:
-    """Ray prints that its own tasks fail while it is stopped; a user would take that for an error."""
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        stop()
+    stack.callback(serve_instance.stop, options.ray_address is not None)
+    serve_instance.deploy(build_application(spec, num_threads, node_id), http_options(address))
 
 
 def _stop_ray() -> None:
     import ray
 
     from cluster.processes import descendants, end_processes
+    from gateway.serve_instance import quietly
 
     started = descendants()
-    _quietly(ray.shutdown)
+    quietly(ray.shutdown)
     end_processes(started, RAY_GRACE_S)
 
 

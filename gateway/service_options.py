@@ -114,6 +114,7 @@ class OptionValues(BaseModel):
 
     host: str = Field("127.0.0.1", min_length=1, max_length=253, description="an address or host name")
     port: int = _whole(1, 65535, 8000)
+    address: Text | None = Field(None, description="auto, or HOST:PORT of a Ray cluster's head")
     actors: int = _whole(0, 64, 0)
     dtype: Literal["float32", "bfloat16"] | None = Field(None, description="float32 or bfloat16")
     served_model_name: Texts = Field((), description=_TEXTS)
@@ -166,7 +167,7 @@ class ServiceOptions:
     num_actors: int = 0
     dtype: str | None = None
     ray_address: str | None = None
-    """An existing Ray; None starts one for this service."""
+    """Of a Ray that runs already, `auto` or HOST:PORT; None starts one for this service."""
     num_cpus: int | None = None
     """What a Ray that is started counts as its CPUs; None means the machine's."""
     model_aliases: tuple[str, ...] = ()
@@ -220,6 +221,7 @@ class ServiceOptions:
             "served-model-name": [self.model_name, *self.model_aliases],
             "host": self.host,
             "port": self.port,
+            "address": self.ray_address,
             "actors": self.num_actors,
             "dtype": self.dtype or "as stored",
             "max-model-len": self.max_model_len or "the model's context",
@@ -279,6 +281,7 @@ def compose_options(values: OptionValues, store_root: Path, store_name: str, key
         values.port,
         values.actors,
         values.dtype,
+        values.address,
         model_aliases=tuple(aliases),
         max_model_len=values.max_model_len,
         max_num_seqs=values.max_num_seqs,

@@ -1,0 +1,57 @@
+"""The Ray Serve shell around our application: started, deployed, and stopped without touching anybody else's.
+
+A Ray cluster has one Serve, with one HTTP port for all its applications. Called by `gateway.launch`.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr, redirect_stdout
+from typing import Any
+
+from ray import serve
+from ray.serve.config import HTTPOptions, ProxyLocation
+
+from gateway.deployment import APP_NAME
+from gateway.errors import DeploymentFailed, ServeTaken
+
+
+def deploy(application: serve.Application, http_options: Mapping[str, Any]) -> None:
+    """Start Serve with its HTTP port on the head and run the application. Raises DeploymentFailed."""
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=HTTPOptions(**http_options))
+    try:
+        serve.run(application, name=APP_NAME, route_prefix="/")
+    except RuntimeError as error:
+        deployments = serve.status().applications[APP_NAME].deployments.values()
+        reasons = [deployment.message for deployment in deployments if deployment.message]
+        raise DeploymentFailed(reasons[0] if reasons else str(error)) from error
+
+
+def stop(is_shared: bool) -> None:
+    """End our application, and Serve with it unless it has others by now.
+
+    is_shared: whether the cluster is not ours alone, so that there may be others.
+    """
+    if is_shared and _others():
+        quietly(lambda: serve.delete(APP_NAME))
+    else:
+        quietly(serve.shutdown)
+
+
+def check_free() -> None:
+    """Raises ServeTaken where Serve runs for others: the port and the proxies would be theirs."""
+    if others := _others():
+        raise ServeTaken(others)
+
+
+def _others() -> tuple[str, ...]:
+    return tuple(sorted(name for name in serve.status().applications if name != APP_NAME))
+
+
+def quietly(stop: Callable[[], None]) -> None:
+    """Ray prints that its own tasks fail while it is stopped; a user would take that for an error."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        stop()
