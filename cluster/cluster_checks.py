@@ -31,7 +31,9 @@ def check_cluster(reports: Sequence[NodeReport], store_bytes: int | None = None)
 def check_node(report: NodeReport, store_bytes: int | None = None) -> list[Finding]:
     """One node: what it is, and how fast it is reached and reads."""
     if report.machine is None:
-        mend = "install the same sage-moe there, restart its Ray (sage-moe join), or take it out of the cluster"
+        mend = (
+            "install the same sage-moe there, restart its Ray (sage-moe join), or take it out of the cluster"
+        )
         return [failure(report.name, f"the node tells nothing: {report.problem}", mend)]
     findings = check_machine(report.machine, report.name, store_bytes)
     findings.append(_check_disk(report))
@@ -43,9 +45,13 @@ def check_node(report: NodeReport, store_bytes: int | None = None) -> list[Findi
 def _check_disk(report: NodeReport) -> Finding:
     what = f"its disk gives {report.disk_bytes_s / 1e6:.0f} MB/s"
     if not report.disk_bytes_s:
-        return warning(report.name, "its disk could not be measured", "give --store-cache a folder that can be written")
+        return warning(
+            report.name, "its disk could not be measured", "give --store-cache a folder that can be written"
+        )
     if report.disk_bytes_s < WANTED_DISK_BYTES_S:
-        return warning(report.name, f"{what}: experts that are not in memory will be slow", "put --store-cache on an SSD")
+        return warning(
+            report.name, f"{what}: experts that are not in memory will be slow", "put --store-cache on an SSD"
+        )
     return ok(report.name, what)
 
 
@@ -56,9 +62,13 @@ def _check_link(report: NodeReport) -> Finding:
     rate, round_trip = report.link.bandwidth_bytes_s, report.link.round_trip_s
     what = f"reached at {rate / 1e6:.0f} MB/s, {1e6 * round_trip:.0f} µs there and back"
     if rate < WANTED_LINK_BYTES_S:
-        return warning(report.name, what, "use a wired network of 1 Gb/s or more (ethtool DEVICE shows what it runs at)")
+        return warning(
+            report.name, what, "use a wired network of 1 Gb/s or more (ethtool DEVICE shows what it runs at)"
+        )
     if round_trip > WANTED_ROUND_TRIP_S:
-        return warning(report.name, what, "put the machines on one switch: every layer of every token waits so long")
+        return warning(
+            report.name, what, "put the machines on one switch: every layer of every token waits so long"
+        )
     return ok(report.name, what)
 
 
@@ -68,7 +78,12 @@ def check_versions(reports: Sequence[NodeReport]) -> list[Finding]:
         ("sage-moe", lambda v: f"{v.sage_moe} (code {v.code})", True, "install the same wheel on every node"),
         ("Ray", lambda v: v.ray, True, "pip install the head's version on every node"),
         ("Python", lambda v: v.python, True, "make the environments anew with the head's Python"),
-        ("Torch", lambda v: v.torch, False, "pip install the head's version everywhere, or answers may differ by node"),
+        (
+            "Torch",
+            lambda v: v.torch,
+            False,
+            "pip install the head's version everywhere, or answers may differ by node",
+        ),
     )
     findings = []
     for name, value, is_needed, mend in mends:
@@ -85,11 +100,17 @@ def check_arithmetic(reports: Sequence[NodeReport]) -> list[Finding]:
     """Which nodes compute equal bits: by the names of their classes, and by the bits of a product that each made."""
     computing = [report for report in reports if report.arithmetic is not None]
     findings = [
-        failure(report.name, "no product of its library is exact for every number of rows", "install the head's Torch")
+        failure(
+            report.name,
+            "no product of its library is exact for every number of rows",
+            "install the head's Torch",
+        )
         for report in computing
         if report.arithmetic is not None and not report.arithmetic.numerics_class
     ]
-    able = [report for report in computing if report.arithmetic is not None and report.arithmetic.numerics_class]
+    able = [
+        report for report in computing if report.arithmetic is not None and report.arithmetic.numerics_class
+    ]
     classes = _grouped(able, lambda report: report.arithmetic.numerics_class)  # type: ignore[union-attr]
     if len(classes) == 1:
         findings.append(ok(EVERYWHERE, f"all nodes are of numerics class {next(iter(classes))}"))
@@ -100,13 +121,13 @@ def check_arithmetic(reports: Sequence[NodeReport]) -> list[Finding]:
         digests = _grouped(members, lambda report: report.arithmetic.digest)  # type: ignore[union-attr]
         if len(digests) > 1:
             what = f"nodes of class {name} computed different bits: {_listed(digests)}"
-            findings.append(failure(EVERYWHERE, what, "leave out the odd one: its processor or library is at fault"))
+            findings.append(
+                failure(EVERYWHERE, what, "leave out the odd one: its processor or library is at fault")
+            )
     return findings
 
 
-def _grouped(
-    reports: Iterable[NodeReport], key: Callable[[NodeReport], str]
-) -> dict[str, list[NodeReport]]:
+def _grouped(reports: Iterable[NodeReport], key: Callable[[NodeReport], str]) -> dict[str, list[NodeReport]]:
     """The nodes that told something, by a property."""
     groups: defaultdict[str, list[NodeReport]] = defaultdict(list)
     for report in reports:
@@ -116,4 +137,6 @@ def _grouped(
 
 
 def _listed(groups: dict[str, list[NodeReport]]) -> str:
-    return "; ".join(f"{value} on {', '.join(report.address for report in members)}" for value, members in groups.items())
+    return "; ".join(
+        f"{value} on {', '.join(report.address for report in members)}" for value, members in groups.items()
+    )

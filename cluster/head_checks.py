@@ -10,7 +10,9 @@ from cluster.head_probe import Answer, HeadFacts
 from cluster.machine_facts import Versions
 from cluster.ray_token import Token
 
-COPY_TOKEN = "copy ~/.ray/auth_token from the head to ~/.ray/auth_token here, then chmod 600 ~/.ray/auth_token"
+COPY_TOKEN = (
+    "copy ~/.ray/auth_token from the head to ~/.ray/auth_token here, then chmod 600 ~/.ray/auth_token"
+)
 CLOSE_RAY = (
     "on the head: ray get-auth-token --generate, then start Ray again on every node with RAY_AUTH_MODE=token "
     "and the same ~/.ray/auth_token"
@@ -28,7 +30,11 @@ def check_head(head: HeadFacts, token: Token | None, is_local_only: bool) -> lis
         mend = f"{FIRST_HEAD}; let the machines reach each other on all ports"
         return [failure(where, f"the head does not answer ({head.reason})", mend)]
     if head.without_token is Answer.OTHER:
-        return [failure(where, head.reason, "name the head's own address, HOST:6379 unless it was given another port")]
+        return [
+            failure(
+                where, head.reason, "name the head's own address, HOST:6379 unless it was given another port"
+            )
+        ]
     findings = [ok(where, "the head answers")]
     if head.is_open:
         findings.append(_open(where, is_local_only))

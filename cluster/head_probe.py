@@ -138,7 +138,7 @@ def encode_key() -> bytes:
 
 
 def read_versions(reply: bytes) -> tuple[str, str]:
-    """Of an InternalKVGetReply that holds a JSON object. Its other fields are numbers and short texts without braces."""
+    """Of an InternalKVGetReply that holds a JSON object; its other fields hold no braces."""
     start, end = reply.find(b"{"), reply.rfind(b"}")
     with suppress(ValueError):
         facts = json.loads(reply[start : end + 1])

@@ -47,11 +47,11 @@ def take_lease(model: str, url: str) -> None:
 
 def read_lease() -> dict[str, Any] | None:
     """Of the service that runs, or was killed; None without one."""
-    raw = internal_kv._internal_kv_get(KEY, namespace=NAMESPACE)
+    raw: Any = internal_kv._internal_kv_get(KEY, namespace=NAMESPACE)
     if raw is None:
         return None
-    entry = json.loads(raw)
-    return entry if isinstance(entry, dict) else {}
+    entry: dict[str, Any] = json.loads(raw)
+    return entry
 
 
 def release_lease() -> None:

@@ -1,7 +1,8 @@
 """Which Ray clusters this machine is a node of, and which of them a user means. Reads the process list only.
 
 Ray's own search for `auto` turns a loopback address into the machine's own, where a head on loopback does not listen,
-and takes any cluster where there are several. Called by `cluster.joining` and `sage-moe doctor`, before Ray is imported.
+and takes any cluster where there are several. Called by `cluster.joining` and `sage-moe doctor`, before Ray is
+imported.
 """
 
 from __future__ import annotations
@@ -56,13 +57,15 @@ def choose_ray(address: str, found: Sequence[LocalRay], environment: Mapping[str
     if address == AUTO:
         address = environment.get(ADDRESS_VARIABLE) or AUTO
     if address == AUTO:
-        heads = {node.head: node for node in found}
+        heads = {node.head for node in found}
         if not heads:
             mend = "start one (docs/cluster.md), or leave out --address and have one started"
             raise ClusterRefused("no Ray runs on this machine", mend)
         if len(heads) > 1:
-            raise ClusterRefused(f"{len(heads)} Ray clusters run here", f"name one of {', '.join(sorted(heads))}")
-        return next(iter(heads.values()))
+            raise ClusterRefused(
+                f"{len(heads)} Ray clusters run here", f"name one of {', '.join(sorted(heads))}"
+            )
+        return found[0]
     wanted = parse_head(address)
     for node in found:
         if _is_same(wanted, node.head):

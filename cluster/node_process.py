@@ -38,7 +38,12 @@ def find_ray_command() -> str:
 def run_to_end(command: Sequence[str], environment: Mapping[str, str]) -> None:
     """For a node that outlives this command. Raises NodeLost with what Ray says."""
     result = subprocess.run(
-        command, env=dict(environment), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        command,
+        env=dict(environment),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
     )
     if result.returncode:
         raise NodeLost(last_words(result.stdout.splitlines()))

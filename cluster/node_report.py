@@ -49,7 +49,9 @@ def as_node_facts(report: NodeReport, reserved_bytes: int = 0) -> NodeFacts:
     if report.machine is None or report.arithmetic is None:
         raise ValueError(f"{report.address} told nothing: {report.problem}")
     memory = report.machine.memory
-    room = memory.available_bytes - memory.total_bytes * SPARE_PERCENT // 100 - ACTOR_BASE_BYTES - reserved_bytes
+    room = (
+        memory.available_bytes - memory.total_bytes * SPARE_PERCENT // 100 - ACTOR_BASE_BYTES - reserved_bytes
+    )
     link = report.link
     return NodeFacts(
         report.node_id,
@@ -70,7 +72,9 @@ def as_node_facts(report: NodeReport, reserved_bytes: int = 0) -> NodeFacts:
 def as_topology(reports: Iterable[NodeReport], router_reserved_bytes: int = 0) -> Topology:
     """Of all nodes that can be used; the router runs on the node that asked. Raises ValueError without that one."""
     usable = [
-        report for report in reports if report.machine is not None and (report.link is not None or report.is_here)
+        report
+        for report in reports
+        if report.machine is not None and (report.link is not None or report.is_here)
     ]
     here = [report.node_id for report in usable if report.is_here]
     if not here:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -128,14 +129,15 @@ def _read_rate(paths: Iterable[Path]) -> float:
     ends = time.perf_counter() + MOST_S
     started = time.perf_counter()
     with ThreadPoolExecutor(READERS) as readers:
-        num_bytes = sum(readers.map(lambda place: _read_block(*place, ends), places))
+        num_bytes = sum(readers.map(partial(_read_block, ends), places))
     return num_bytes / max(time.perf_counter() - started, 1e-9)
 
 
-def _read_block(path: Path, offset: int, ends: float) -> int:
+def _read_block(ends: float, place: tuple[Path, int]) -> int:
     """Into a page-aligned buffer, as O_DIRECT wants it; where the file system has none, its cache is emptied first."""
     if time.perf_counter() > ends:
         return 0
+    path, offset = place
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
     except OSError:

@@ -78,7 +78,9 @@ def parse_labels(words: Iterable[str]) -> dict[str, str]:
     for pair in (pair for word in words for pair in word.split(",")):
         key, separator, value = pair.strip().partition("=")
         if not separator or not LABEL_KEY.fullmatch(key) or not LABEL_VALUE.fullmatch(value):
-            reason = "labels are KEY=VALUE of letters, digits, '-', '_' and '.', each of at most 63 characters"
+            reason = (
+                "labels are KEY=VALUE of letters, digits, '-', '_' and '.', each of at most 63 characters"
+            )
             raise ClusterRefused(f"--labels {pair[:80]!r}", reason)
         if key.startswith(RESERVED):
             raise ClusterRefused(f"--labels {key}", f"keys that begin with {RESERVED} are Ray's own")

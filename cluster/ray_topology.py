@@ -67,7 +67,9 @@ class NodeProbe:
         files = [root / name for name in question.files] if root and question and has_store else []
         folder = Path(machine.cache_folder)
         existing = next(path for path in (folder, *folder.parents) if path.exists())
-        return NodeAnswer(machine, measure_arithmetic(shape, threads), measure_disk(files, existing), has_store)
+        return NodeAnswer(
+            machine, measure_arithmetic(shape, threads), measure_disk(files, existing), has_store
+        )
 
     def listen(self, host: str, secret: bytes) -> int:
         """The port on which one peer is served. Raises OSError."""
@@ -86,14 +88,17 @@ def gather(question: StoreQuestion | None = None) -> tuple[NodeReport, ...]:
         answers = {node_id: _await(answer) for node_id, answer in asked.items()}
         local = is_local_only([str(node["NodeManagerAddress"]) for node in alive])
         return tuple(
-            _report(node, answers[str(node["NodeID"])], probes[str(node["NodeID"])], here, local) for node in alive
+            _report(node, answers[str(node["NodeID"])], probes[str(node["NodeID"])], here, local)
+            for node in alive
         )
     finally:
         for probe in probes.values():
             ray.kill(probe)
 
 
-def _report(node: Mapping[str, Any], answer: NodeAnswer | str, probe: Any, here: str, is_local: bool) -> NodeReport:
+def _report(
+    node: Mapping[str, Any], answer: NodeAnswer | str, probe: Any, here: str, is_local: bool
+) -> NodeReport:
     node_id, address = str(node["NodeID"]), str(node["NodeManagerAddress"])
     facts = (node_id, address, HEAD_RESOURCE in node["Resources"], node_id == here)
     labels = dict(node.get("Labels") or {})

@@ -25,10 +25,14 @@ Word = Optional[str]  # noqa: UP045 - typer reads the annotation at run time
 
 def doctor(
     head: Annotated[
-        Word, typer.Argument(metavar="[HEAD[:PORT]]", help="The cluster's head; default: of the Ray that runs here.")
+        Word,
+        typer.Argument(
+            metavar="[HEAD[:PORT]]", help="The cluster's head; default: of the Ray that runs here."
+        ),
     ] = None,
     store: Annotated[
-        Word, typer.Option(metavar="STORE", help="The store to be served: who has it, and who has room for it.")
+        Word,
+        typer.Option(metavar="STORE", help="The store to be served: who has it, and who has room for it."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -107,7 +111,9 @@ def _check_here(store_bytes: int | None) -> list[Finding]:
 def _nothing_runs() -> Finding:
     from cluster.findings import ok
 
-    return ok("here", "no Ray runs on this machine, so nothing else was looked at (`sage-moe serve` starts its own)")
+    return ok(
+        "here", "no Ray runs on this machine, so nothing else was looked at (`sage-moe serve` starts its own)"
+    )
 
 
 def _find(address: str, token: Token | None) -> RunningRay | None:

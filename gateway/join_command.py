@@ -34,7 +34,10 @@ def join(
         typer.Option(metavar="KEY=VALUE", help="Of this node, as Ray shows them; repeatable."),
     ] = None,
     store_cache: Annotated[
-        Word, typer.Option(metavar="DIR", help="Where this node keeps copies of experts. [~/.cache/sage-moe/records]")
+        Word,
+        typer.Option(
+            metavar="DIR", help="Where this node keeps copies of experts. [~/.cache/sage-moe/records]"
+        ),
     ] = None,
     node_address: Annotated[
         Word, typer.Option(metavar="IP", help="By which of its addresses others reach this machine.")
@@ -46,7 +49,13 @@ def join(
     """Make this machine a node of a Ray cluster."""
     from cluster.head_probe import parse_head
     from cluster.node_process import find_ray_command, run_to_end, running_node
-    from cluster.node_start import NodeOptions, parse_labels, raise_open_files, start_command, start_environment
+    from cluster.node_start import (
+        NodeOptions,
+        parse_labels,
+        raise_open_files,
+        start_command,
+        start_environment,
+    )
     from gateway.launch import interruptible
 
     options = NodeOptions(
@@ -83,7 +92,9 @@ def _check(options: NodeOptions) -> list[Finding]:
     token = find_token(os.environ, Path.home())
     facts = probe_head(options.head, token)
     findings = check_head(facts, token, options.is_local_only)
-    findings += check_versions(facts, read_versions(), os.environ.get("RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL", "patch"))
+    findings += check_versions(
+        facts, read_versions(), os.environ.get("RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL", "patch")
+    )
     cache = {STORE_CACHE_VARIABLE: options.store_cache} if options.store_cache else {}
     for finding in failures(findings):
         raise ClusterRefused(finding.what, finding.mend)

@@ -119,7 +119,9 @@ def _take_cluster(options: ServiceOptions, address: BindAddress, stack: ExitStac
 
     node_id, is_head = driver_node()
     if not is_head:
-        raise ClusterRefused("this machine is a worker of the cluster", "run this on its head, where the port will be")
+        raise ClusterRefused(
+            "this machine is a worker of the cluster", "run this on its head, where the port will be"
+        )
 
     from cluster.lease import release_lease, take_lease
     from cluster.supervisor import stop_supervisor

@@ -37,7 +37,9 @@ def serve(
     port: Annotated[Number, typer.Option(help="Port to bind. [8000]")] = None,
     address: Annotated[
         Word,
-        typer.Option(metavar="auto|HOST:PORT", help="Of a running Ray cluster; default: one is started here."),
+        typer.Option(
+            metavar="auto|HOST:PORT", help="Of a running Ray cluster; default: one is started here."
+        ),
     ] = None,
     actors: Annotated[
         Number, typer.Option(help="Expert actors; 0 computes all experts in the router's process. [0]")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from cluster.errors import HeadAddressInvalid
 from cluster.findings import Finding
 from cluster.head_checks import check_head, check_token_file, check_versions
 from cluster.head_probe import Answer, HeadFacts, encode_key, parse_head, read_versions
-from cluster.errors import HeadAddressInvalid
 from cluster.ray_token import Token
 from tests.cluster.machines import VERSIONS
 
@@ -97,7 +97,9 @@ def test_head_is_read_with_and_without_a_port(text: str, address: str) -> None:
     assert parse_head(text) == address
 
 
-@pytest.mark.parametrize("text", ["", ":6379", "head:0", "head:65536", "head:x", "a b", "ray://head:10001", "h\n:1"])
+@pytest.mark.parametrize(
+    "text", ["", ":6379", "head:0", "head:65536", "head:x", "a b", "ray://head:10001", "h\n:1"]
+)
 def test_what_is_no_head_is_refused(text: str) -> None:
     with pytest.raises(HeadAddressInvalid, match="is no HOST or HOST:PORT"):
         parse_head(text)
@@ -109,11 +111,15 @@ def test_versions_are_read_from_ray_s_own_answer() -> None:
     request = gcs_service_pb2.InternalKVGetRequest(key=b"CLUSTER_METADATA", namespace=b"cluster")
     assert encode_key() == request.SerializeToString()
     value = b'{"ray_version": "2.60.0", "python_version": "3.11.9", "more": {}}'
-    assert read_versions(gcs_service_pb2.InternalKVGetReply(value=value).SerializeToString()) == ("2.60.0", "3.11.9")
+    assert read_versions(gcs_service_pb2.InternalKVGetReply(value=value).SerializeToString()) == (
+        "2.60.0",
+        "3.11.9",
+    )
 
 
 @pytest.mark.parametrize(
-    "reply", [b"", b"{", b"}{", b"[1]", b'{"ray_version": 3}', b'{"ray_version": "\\u001b[2J"}', b"\xff\xfe{}"]
+    "reply",
+    [b"", b"{", b"}{", b"[1]", b'{"ray_version": 3}', b'{"ray_version": "\\u001b[2J"}', b"\xff\xfe{}"],
 )
 def test_what_is_no_versions_is_none(reply: bytes) -> None:
     assert read_versions(reply) == ("", "")

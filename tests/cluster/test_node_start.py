@@ -44,13 +44,22 @@ def test_labels_are_read_with_commas_and_repeated() -> None:
     assert parse_labels(["a=1,b=2", "example.com/c=x-y.z"]) == {"a": "1", "b": "2", "example.com/c": "x-y.z"}
 
 
-@pytest.mark.parametrize("word", ["", "a", "a=", "=b", "a=b c", "a=b=c", "a=-b", "a=" + "x" * 64, "ray.io/node-id=x"])
+@pytest.mark.parametrize(
+    "word", ["", "a", "a=", "=b", "a=b c", "a=b=c", "a=-b", "a=" + "x" * 64, "ray.io/node-id=x"]
+)
 def test_labels_that_ray_would_not_take_are_refused(word: str) -> None:
     with pytest.raises(ClusterRefused, match="--labels"):
         parse_labels([word])
 
 
 def test_last_words_of_ray_leave_out_its_stacks() -> None:
-    lines = ["Local node IP: x", "Traceback (most recent call last):", '  File "a"', "RuntimeError: version", "", " "]
+    lines = [
+        "Local node IP: x",
+        "Traceback (most recent call last):",
+        '  File "a"',
+        "RuntimeError: version",
+        "",
+        " ",
+    ]
     assert last_words(lines) == "RuntimeError: version"
     assert last_words([]) == "Ray said nothing"

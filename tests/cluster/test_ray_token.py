@@ -23,8 +23,7 @@ def test_variable_goes_before_named_file_before_usual_file(tmp_path: Path) -> No
     named = _file(tmp_path / "named", b"named")
     both = {"RAY_AUTH_TOKEN": " variable ", "RAY_AUTH_TOKEN_PATH": str(named)}
     found = [
-        find_token(environment, tmp_path)
-        for environment in (both, {"RAY_AUTH_TOKEN_PATH": str(named)}, {})
+        find_token(environment, tmp_path) for environment in (both, {"RAY_AUTH_TOKEN_PATH": str(named)}, {})
     ]
     assert [token.value for token in found if token] == ["variable", "named", "usual"]
     assert [token.source for token in found if token] == ["RAY_AUTH_TOKEN", str(named), str(usual)]
@@ -34,7 +33,9 @@ def test_nothing_there_is_no_token(tmp_path: Path) -> None:
     assert find_token({}, tmp_path) is None
 
 
-@pytest.mark.parametrize(("mode", "is_private"), [(0o600, True), (0o400, True), (0o640, False), (0o604, False)])
+@pytest.mark.parametrize(
+    ("mode", "is_private"), [(0o600, True), (0o400, True), (0o640, False), (0o604, False)]
+)
 def test_file_s_mode_tells_who_may_read_it(tmp_path: Path, mode: int, is_private: bool) -> None:
     path = _file(tmp_path / "token", b"secret", mode)
     token = find_token({"RAY_AUTH_TOKEN_PATH": str(path)}, tmp_path)
@@ -43,7 +44,9 @@ def test_file_s_mode_tells_who_may_read_it(tmp_path: Path, mode: int, is_private
     assert "secret" not in repr(token)
 
 
-@pytest.mark.parametrize("content", [b"", b" \n", b"two words", b"line\nline", b"\xff\xfe", b"a\x1bb", b"x" * 5000])
+@pytest.mark.parametrize(
+    "content", [b"", b" \n", b"two words", b"line\nline", b"\xff\xfe", b"a\x1bb", b"x" * 5000]
+)
 def test_what_can_be_no_token_is_refused_without_being_shown(tmp_path: Path, content: bytes) -> None:
     path = _file(tmp_path / "token", content)
     with pytest.raises(TokenUnusable) as refused:
