@@ -10,13 +10,24 @@ from dataclasses import dataclass, field
 
 from cluster.link_rate import Link
 from cluster.machine_facts import MachineFacts
-from cluster.node_speed import Arithmetic
+from cluster.node_speed import Arithmetic, ExpertShape
 from cluster.topology import NodeFacts, Topology
 
 SPARE_PERCENT = 10
 """Of a node's memory, left to others."""
 ACTOR_BASE_BYTES = 256 << 20
 """An expert actor's process that holds nothing yet; measured (docs/memory.md)."""
+
+
+@dataclass(frozen=True)
+class StoreQuestion:
+    """The store that is to be served, as every node is to look for it."""
+
+    root: str
+    hash: str
+    shape: ExpertShape
+    files: tuple[str, ...]
+    """Of expert records, below the root: what a node that has them reads to measure its disk."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from cluster.head_probe import split_host_port
 from cluster.machine_checks import WANTED_FILES
 from cluster.machine_facts import STORE_CACHE_VARIABLE
 from cluster.ray_token import MODE_VARIABLE
-from cluster.resources import LOCAL_ONLY, OBJECT_STORE_BYTES, ray_environment
+from cluster.resources import OBJECT_STORE_BYTES, ray_environment
 
 LABEL_KEY = re.compile(r"(?:[a-z0-9][a-z0-9.-]{0,252}/)?[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")
 LABEL_VALUE = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")
@@ -39,7 +39,7 @@ class NodeOptions:
 
     @property
     def is_local_only(self) -> bool:
-        """Whether the head is on this machine's loopback, so that the node has to be there, too."""
+        """Whether the head is on this machine's loopback: two nodes on one machine, as in a test."""
         try:
             return is_loopback(split_host_port(self.head)[0])
         except NodeAddressInvalid:
@@ -65,8 +65,6 @@ def start_command(ray: str, options: NodeOptions, is_blocking: bool) -> list[str
 def start_environment(options: NodeOptions, environment: Mapping[str, str]) -> dict[str, str]:
     """Ray's processes on the node, and the actors that are started there later, inherit it."""
     variables = dict(environment) | ray_environment() | {MODE_VARIABLE: "token"}
-    if options.is_local_only:
-        variables |= LOCAL_ONLY
     if options.store_cache is not None:
         variables[STORE_CACHE_VARIABLE] = options.store_cache
     return variables

@@ -20,7 +20,7 @@ from cluster.errors import NodeAddressInvalid
 from cluster.joining import HEAD_RESOURCE
 from cluster.link_rate import SECRET_BYTES, Link, LinkEnd, measure_link
 from cluster.machine_facts import MachineFacts, read_machine
-from cluster.node_report import NodeReport
+from cluster.node_report import NodeReport, StoreQuestion
 from cluster.node_speed import Arithmetic, ExpertShape, measure_arithmetic, measure_disk
 from cluster.resources import NO_CPUS
 from experts.numerics import num_cores, useful_threads
@@ -29,17 +29,6 @@ from extraction.manifest import store_hash
 
 ANSWER_TIMEOUT_S = 60.0
 MAX_REASON_CHARS = 300
-
-
-@dataclass(frozen=True)
-class StoreQuestion:
-    """The store that is to be served, as every node is to look for it."""
-
-    root: str
-    hash: str
-    shape: ExpertShape
-    files: tuple[str, ...]
-    """Of expert records, below the root: what a node that has them reads to measure its disk."""
 
 
 @dataclass(frozen=True)

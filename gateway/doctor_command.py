@@ -79,8 +79,8 @@ def _read_token() -> tuple[Token | None, list[Finding]]:
 
 def _read_store(store: str) -> tuple[Any, int]:
     """What nodes are asked about it, and its size."""
+    from cluster.node_report import StoreQuestion
     from cluster.node_speed import ExpertShape
-    from cluster.ray_topology import StoreQuestion
     from experts.store import ExpertStore
     from experts.worker import DTYPES
     from extraction.manifest import store_hash

@@ -31,13 +31,12 @@ def test_environment_demands_the_token_and_names_the_cache() -> None:
     assert variables["RAY_USAGE_STATS_ENABLED"] == "0"
     assert variables["SAGE_MOE_STORE_CACHE"] == "/data"
     assert variables["HOME"] == "/h"
-    assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in variables
 
 
-def test_node_of_a_head_on_loopback_stays_there() -> None:
-    options = NodeOptions("127.0.0.1:6379")
+def test_second_node_of_a_machine_leaves_the_first_its_port() -> None:
+    options = NodeOptions("127.0.0.2:6379")
     assert options.is_local_only and not NodeOptions("head:6379").is_local_only
-    assert start_environment(options, {})["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0"
+    assert "--dashboard-agent-listen-port=0" in start_command("ray", options, is_blocking=True)
 
 
 def test_labels_are_read_with_commas_and_repeated() -> None:
