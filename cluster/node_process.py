@@ -22,7 +22,8 @@ from cluster.processes import end_processes
 
 STARTED = "Ray runtime started"
 START_TIMEOUT_S = 120.0
-LEAVE_TIMEOUT_S = 30.0
+LEAVE_TIMEOUT_S = 45.0
+"""Ray itself gives work that still runs on a node 30 s."""
 KEPT_LINES = 200
 
 
