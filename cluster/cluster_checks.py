@@ -20,7 +20,7 @@ WANTED_DISK_BYTES_S = 200e6
 
 
 def check_cluster(reports: Sequence[NodeReport], store_bytes: int | None = None) -> list[Finding]:
-    """Everything that can be told of a cluster whose head answers."""
+    """Everything that can be told of a cluster whose head answers. store_bytes: of a store that was looked for."""
     findings = check_versions(reports)
     findings += check_arithmetic(reports)
     for report in reports:
@@ -37,9 +37,21 @@ def check_node(report: NodeReport, store_bytes: int | None = None) -> list[Findi
         return [failure(report.name, f"the node tells nothing: {report.problem}", mend)]
     findings = check_machine(report.machine, report.name, store_bytes)
     findings.append(_check_disk(report))
+    if store_bytes is not None:
+        findings.append(_check_store(report))
     if not report.is_here:
         findings.append(_check_link(report))
     return findings
+
+
+def _check_store(report: NodeReport) -> Finding:
+    if report.has_store:
+        return ok(report.name, "it has the store")
+    if report.is_here:
+        return failure(report.name, "it does not have the store", "run this where the store is")
+    return warning(
+        report.name, "it does not have the store", "copy it to the same path there, or share the folder"
+    )
 
 
 def _check_disk(report: NodeReport) -> Finding:

@@ -91,11 +91,12 @@ def connect(running: RunningRay, process_variables: Mapping[str, str] | None = N
 
 def join_ray(
     address: str, *, process_variables: Mapping[str, str] | None = None, is_open_allowed: bool = False
-) -> None:
+) -> RunningRay:
     """Find, check and connect. Raises ClusterRefused, HeadAddressInvalid or TokenUnusable."""
     running = find_running_ray(address)
     check_usable(running, is_open_allowed)
     connect(running, process_variables)
+    return running
 
 
 def driver_node() -> tuple[str, bool]:

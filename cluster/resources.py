@@ -87,9 +87,13 @@ def expert_actor_options(name: str, num_threads: int) -> dict[str, Any]:
     return _detached(name, num_threads) | {"max_restarts": 0, "max_concurrency": 4}
 
 
-def supervisor_options() -> dict[str, Any]:
-    """Ray options of the supervisor: Ray restarts it for ever, and it then adopts the actors it finds."""
-    return _detached(SUPERVISOR_NAME, 1) | {"max_restarts": -1, "max_concurrency": 16}
+def supervisor_options(node_id: str | None = None) -> dict[str, Any]:
+    """Ray options of the supervisor: Ray restarts it for ever, and it then adopts the actors it finds.
+
+    node_id: where the store and the trust ledger are; None where there is one node only.
+    """
+    options = {"max_restarts": -1, "max_concurrency": 16, **_place(node_id)}
+    return _detached(SUPERVISOR_NAME, 1) | options
 
 
 def _detached(name: str, num_threads: int) -> dict[str, Any]:
@@ -122,14 +126,18 @@ def gateway_deployment_options(max_open_requests: int, node_id: str | None = Non
     }
 
 
+def _place(node_id: str | None) -> dict[str, Any]:
+    """Ray options of what runs on that node and nowhere else."""
+    return {} if node_id is None else {"label_selector": {NODE_LABEL: node_id}}
+
+
 def _deployment(num_threads: int, node_id: str | None) -> dict[str, Any]:
-    place = {} if node_id is None else {"label_selector": {NODE_LABEL: node_id}}
     return {
         "num_replicas": 1,
         "ray_actor_options": {
             "num_cpus": NO_CPUS,
             "runtime_env": {"env_vars": process_environment(num_threads)},
-            **place,
+            **_place(node_id),
         },
         "max_constructor_retry_count": 1,
         "graceful_shutdown_timeout_s": 600.0,

@@ -98,7 +98,7 @@ def running_service(options: ServiceOptions, on_plan: OnPlan = lambda plan, unkn
         )
         if options.num_actors:
             stack.callback(stop_supervisor)
-            _wait_for_actors(start_supervisor(spec))
+            _wait_for_actors(start_supervisor(spec, node_id))
         engine = replace(
             engine_options(options, dtype, threads.router), expert_budget_bytes=plan.router.budget_bytes
         )

@@ -20,7 +20,7 @@ from gateway.errors import DeploymentFailed, ServeTaken
 
 def deploy(application: serve.Application, http_options: Mapping[str, Any]) -> None:
     """Start Serve with its HTTP port on the head and run the application. Raises DeploymentFailed."""
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    _say_little()
     serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=HTTPOptions(**http_options))
     try:
         serve.run(application, name=APP_NAME, route_prefix="/")
@@ -35,6 +35,7 @@ def stop(is_shared: bool) -> None:
 
     is_shared: whether the cluster is not ours alone, so that there may be others.
     """
+    _say_little()
     if is_shared and _others():
         quietly(lambda: serve.delete(APP_NAME))
     else:
@@ -45,6 +46,10 @@ def check_free() -> None:
     """Raises ServeTaken where Serve runs for others: the port and the proxies would be theirs."""
     if others := _others():
         raise ServeTaken(others)
+
+
+def _say_little() -> None:
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
 
 
 def _others() -> tuple[str, ...]:
