@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from cluster.findings import Finding, failures
 from cluster.head_checks import check_head
 from cluster.head_probe import HeadFacts, probe_head
 from cluster.local_ray import LocalRay, choose_ray, is_alone, local_rays
+from cluster.processes import quietly
 from cluster.ray_token import MODE_VARIABLE, Token, find_token
 from cluster.resources import LOCAL_ONLY, NAMESPACE, ray_environment
 
@@ -97,6 +99,18 @@ def join_ray(
     check_usable(running, is_open_allowed)
     connect(running, process_variables)
     return running
+
+
+@contextmanager
+def connected(running: RunningRay) -> Iterator[None]:
+    """A driver of the cluster for as long as the context lasts. Raises ClusterRefused."""
+    connect(running)
+    import ray
+
+    try:
+        yield
+    finally:
+        quietly(ray.shutdown)
 
 
 def driver_node() -> tuple[str, bool]:

@@ -11,14 +11,13 @@ import json
 import logging
 import warnings
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import asdict
-from io import StringIO
 from typing import Any
 
 from cluster.errors import ClusterError
 from cluster.joining import join_ray
-from cluster.processes import descendants, end_processes
+from cluster.processes import descendants, end_processes, quietly
 from cluster.resources import NO_CPUS, NODE_LABEL, process_environment, start_ray
 from experts.errors import ExpertError
 from experts.numerics import num_cores
@@ -135,6 +134,5 @@ def _stop_ray() -> None:
     import ray
 
     started = descendants()
-    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # Ray reports its own stopping as errors
-        ray.shutdown()
+    quietly(ray.shutdown)
     end_processes(started, RAY_GRACE_S)

@@ -155,21 +155,14 @@ def _visit(
     """Ask every node. Raises ClusterRefused."""
     from cluster.cluster_checks import check_cluster
     from cluster.findings import ok
-    from cluster.joining import connect
+    from cluster.joining import connected
 
-    connect(running)
-    import ray
+    with connected(running):
+        from cluster.lease import describe, is_alive, read_lease
+        from cluster.ray_topology import gather
 
-    from cluster.lease import describe, is_alive, read_lease
-    from cluster.ray_topology import gather
-    from gateway.serve_instance import quietly
-
-    try:
-        reports = gather(question)
-        lease = read_lease()
+        reports, lease = gather(question), read_lease()
         findings = check_cluster(reports, store_bytes)
         if lease is not None and is_alive(lease):
             findings.append(ok("cluster", f"a service runs: {describe(lease)}"))
         return reports, findings
-    finally:
-        quietly(ray.shutdown)

@@ -260,8 +260,7 @@ def _deploy(
 def _stop_ray() -> None:
     import ray
 
-    from cluster.processes import descendants, end_processes
-    from gateway.serve_instance import quietly
+    from cluster.processes import descendants, end_processes, quietly
 
     started = descendants()
     quietly(ray.shutdown)

@@ -5,15 +5,14 @@ A Ray cluster has one Serve, with one HTTP port for all its applications. Called
 
 from __future__ import annotations
 
-import io
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Mapping
 from typing import Any
 
 from ray import serve
 from ray.serve.config import HTTPOptions, ProxyLocation
 
+from cluster.processes import quietly
 from gateway.deployment import APP_NAME
 from gateway.errors import DeploymentFailed, ServeTaken
 
@@ -54,9 +53,3 @@ def _say_little() -> None:
 
 def _others() -> tuple[str, ...]:
     return tuple(sorted(name for name in serve.status().applications if name != APP_NAME))
-
-
-def quietly(stop: Callable[[], None]) -> None:
-    """Ray prints that its own tasks fail while it is stopped; a user would take that for an error."""
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        stop()

@@ -12,6 +12,9 @@ PACKAGES = ("extraction", "experts", "router", "cluster", "gateway")
 REPOSITORY = Path(__file__).parent.parent
 RAY_SHELLS = {
     "experts/actor.py",
+    "cluster/joining.py",
+    "cluster/lease.py",
+    "cluster/ray_topology.py",
     "cluster/resources.py",
     "cluster/supervisor.py",
     "cluster/ray_directory.py",
@@ -19,6 +22,7 @@ RAY_SHELLS = {
     "gateway/batch_ray.py",
     "gateway/deployment.py",
     "gateway/launch.py",
+    "gateway/serve_instance.py",
 }
 
 

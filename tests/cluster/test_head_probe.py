@@ -4,91 +4,51 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import grpc
-import pytest
-
-from cluster.head_probe import CHECK_ALIVE, READ_VALUE, Answer, probe_head
+from cluster.head_probe import Answer, probe_head
 from cluster.ray_token import Token
+from tests.cluster.fake_head import FakeHead, listening
 
 TOKEN = Token("right", "a test")
-METADATA = b'\x12\x38{"ray_version": "2.60.0", "python_version": "3.11.9"}'
 
 
-class FakeHead(grpc.GenericRpcHandler):
-    """Ray's two calls; a token of None lets everybody in."""
-
-    def __init__(self, token: str | None) -> None:
-        self._token = token
-        self.seen: list[str | None] = []
-
-    def service(self, details: Any) -> Any:
-        if details.method not in (CHECK_ALIVE, READ_VALUE):
-            return None
-        shown = dict(details.invocation_metadata).get("authorization")
-        self.seen.append(shown)
-        return grpc.unary_unary_rpc_method_handler(
-            lambda _, context: self._answer(details.method, shown, context)
-        )
-
-    def _answer(self, method: str, shown: str | None, context: Any) -> bytes:
-        if self._token is not None and shown != f"Bearer {self._token}":
-            context.abort(grpc.StatusCode.UNAUTHENTICATED, "InvalidAuthToken")
-        return METADATA if method == READ_VALUE else b""
-
-
-@pytest.fixture
-def serve() -> Iterator[Any]:
-    servers = []
-
-    def start(handler: grpc.GenericRpcHandler) -> str:
-        server = grpc.server(ThreadPoolExecutor(2))
-        server.add_generic_rpc_handlers((handler,))
-        port = server.add_insecure_port("127.0.0.1:0")
-        server.start()
-        servers.append(server)
-        return f"127.0.0.1:{port}"
-
-    yield start
-    for server in servers:
-        server.stop(None)
-
-
-def test_closed_head_takes_the_right_token_and_tells_its_versions(serve: Any) -> None:
-    facts = probe_head(serve(FakeHead("right")), TOKEN)
+def test_closed_head_takes_the_right_token_and_tells_its_versions() -> None:
+    with listening(FakeHead("right")) as address:
+        facts = probe_head(address, TOKEN)
     assert (facts.without_token, facts.with_token, facts.is_open) == (Answer.REFUSED, Answer.TAKEN, False)
-    assert (facts.ray_version, facts.python_version) == ("2.60.0", "3.11.9")
+    assert (facts.ray_version, facts.python_version) == ("2.60.0", "3.10.1")
 
 
-def test_closed_head_refuses_the_wrong_token_and_tells_nothing(serve: Any) -> None:
-    facts = probe_head(serve(FakeHead("other")), TOKEN)
+def test_closed_head_refuses_the_wrong_token_and_tells_nothing() -> None:
+    with listening(FakeHead("other")) as address:
+        facts = probe_head(address, TOKEN)
     assert (facts.without_token, facts.with_token) == (Answer.REFUSED, Answer.REFUSED)
     assert facts.ray_version == ""
 
 
-def test_closed_head_without_a_token_to_try(serve: Any) -> None:
-    facts = probe_head(serve(FakeHead("other")), None)
+def test_closed_head_without_a_token_to_try() -> None:
+    with listening(FakeHead("other")) as address:
+        facts = probe_head(address, None)
     assert (facts.without_token, facts.with_token) == (Answer.REFUSED, None)
 
 
-def test_open_head_is_seen_as_open_with_and_without_a_token(serve: Any) -> None:
-    address = serve(FakeHead(None))
-    assert probe_head(address, None).is_open
-    assert probe_head(address, TOKEN).is_open
-    assert probe_head(address, None).ray_version == "2.60.0"
+def test_open_head_is_seen_as_open_with_and_without_a_token() -> None:
+    with listening(FakeHead(None)) as address:
+        assert probe_head(address, None).is_open
+        assert probe_head(address, TOKEN).is_open
+        assert probe_head(address, None).ray_version == "2.60.0"
 
 
-def test_token_is_shown_to_no_one_who_is_no_head(serve: Any) -> None:
+def test_token_is_shown_to_no_one_who_is_no_head() -> None:
     class Another(FakeHead):
         def service(self, details: Any) -> Any:
             super().service(details)
             return None
 
     handler = Another(None)
-    facts = probe_head(serve(handler), TOKEN)
+    with listening(handler) as address:
+        facts = probe_head(address, TOKEN)
     assert facts.without_token is Answer.OTHER
     assert handler.seen == [None]
 
