@@ -73,13 +73,16 @@ def running_service(options: ServiceOptions, on_plan: OnPlan = lambda plan, unkn
     try:
         stack.callback(_stop_ray)
         os.environ.setdefault(*PROXY_CALLBACK)
+        joined, node_id = None, None
         if options.ray_address is None:
             start_ray(options.num_cpus)
         else:
             # A cluster's own processes were started without our environment; those of this service get it from Ray.
-            join_ray(options.ray_address, process_variables=ray_environment() | dict([PROXY_CALLBACK]))
+            variables = ray_environment() | dict([PROXY_CALLBACK])
+            joined = join_ray(options.ray_address, process_variables=variables)
         stack.enter_context(interruptible())  # again: Ray has put its own handler in place
-        node_id = None if options.ray_address is None else _take_cluster(options, address, stack)
+        if joined is not None:
+            node_id = _take_cluster(options, address, stack)
 
         from cluster.supervisor import ServiceSpec, start_supervisor, stop_supervisor
 
