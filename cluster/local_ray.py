@@ -15,7 +15,7 @@ from pathlib import PurePath
 import psutil
 
 from cluster.addresses import is_local_only, is_loopback
-from cluster.errors import ClusterRefused, NodeAddressInvalid
+from cluster.errors import ClusterRefused
 from cluster.head_probe import parse_head, split_host_port
 
 AUTO = "auto"
@@ -77,12 +77,8 @@ def choose_ray(address: str, found: Sequence[LocalRay], environment: Mapping[str
 
 def is_alone(node: LocalRay, found: Sequence[LocalRay]) -> bool:
     """Whether a cluster is this machine's alone: its head and its nodes here listen on loopback only."""
-    try:
-        return is_local_only(
-            [split_host_port(node.head)[0], *(other.node_ip for other in found if other.head == node.head)]
-        )
-    except NodeAddressInvalid:
-        return False
+    nodes = (other.node_ip for other in found if other.head == node.head)
+    return is_local_only([split_host_port(node.head)[0], *nodes])
 
 
 def _is_same(wanted: str, head: str) -> bool:

@@ -38,7 +38,7 @@ class NodeOptions:
     store_cache: str | None = None
 
     @property
-    def is_local_only(self) -> bool:
+    def is_head_here(self) -> bool:
         """Whether the head is on this machine's loopback: two nodes on one machine, as in a test."""
         try:
             return is_loopback(split_host_port(self.head)[0])
@@ -57,7 +57,7 @@ def start_command(ray: str, options: NodeOptions, is_blocking: bool) -> list[str
     }
     command = [ray, "start", f"--address={options.head}", f"--object-store-memory={OBJECT_STORE_BYTES}"]
     command += [f"--{name}={value}" for name, value in given.items() if value is not None]
-    if options.is_local_only:
+    if options.is_head_here:
         command.append("--dashboard-agent-listen-port=0")  # the head's own has the usual one
     return [*command, "--block"] if is_blocking else command
 

@@ -91,7 +91,7 @@ def _check(options: NodeOptions) -> list[Finding]:
 
     token = find_token(os.environ, Path.home())
     facts = probe_head(options.head, token)
-    findings = check_head(facts, token, options.is_local_only)
+    findings = check_head(facts, token, is_local_only=False)
     findings += check_versions(
         facts, read_versions(), os.environ.get("RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL", "patch")
     )

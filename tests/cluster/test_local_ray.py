@@ -49,6 +49,7 @@ def test_cluster_is_alone_where_head_and_nodes_are_on_loopback() -> None:
     assert not is_alone(ONE, [ONE, OTHER])
     assert not is_alone(OTHER, [OTHER, LocalRay(OTHER.head, "192.0.2.5")])
     assert not is_alone(LocalRay("head:6379", "127.0.0.1"), [])
+    assert not is_alone(LocalRay("127.0.0.2:6379", "127.0.0.2"), [])
 
 
 def test_node_is_read_from_ray_s_process_and_no_other() -> None:

@@ -35,7 +35,7 @@ def test_environment_demands_the_token_and_names_the_cache() -> None:
 
 def test_second_node_of_a_machine_leaves_the_first_its_port() -> None:
     options = NodeOptions("127.0.0.2:6379")
-    assert options.is_local_only and not NodeOptions("head:6379").is_local_only
+    assert options.is_head_here and not NodeOptions("head:6379").is_head_here
     assert "--dashboard-agent-listen-port=0" in start_command("ray", options, is_blocking=True)
 
 
