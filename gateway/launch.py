@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.errors import ClusterError, ClusterRefused
 from cluster.memory_plan import MemoryPlan, Node, unmatched
@@ -32,6 +32,9 @@ from router.batcher import BatchLimits
 from router.loading import EngineOptions, stored_dtype
 from router.model_config import ModelConfig, read_model_config
 from router.trust_session import TrustOptions
+
+if TYPE_CHECKING:
+    from cluster.joining import RunningRay
 
 __all__ = ["ServiceOptions", "describe_plan", "interruptible", "running_service", "wait_for_interrupt"]
 
@@ -66,23 +69,15 @@ def running_service(options: ServiceOptions, on_plan: OnPlan = lambda plan, unkn
     plan = _plan_memory(options, dtype, threads.router, node)
     on_plan(plan, unmatched(options.node_budgets, [node]))
 
-    from cluster.joining import join_ray
-    from cluster.resources import plan_spin_s, ray_environment, start_ray
+    from cluster.resources import plan_spin_s
 
     stack = ExitStack()
     try:
         stack.callback(_stop_ray)
         os.environ.setdefault(*PROXY_CALLBACK)
-        joined, node_id = None, None
-        if options.ray_address is None:
-            start_ray(options.num_cpus)
-        else:
-            # A cluster's own processes were started without our environment; those of this service get it from Ray.
-            variables = ray_environment() | dict([PROXY_CALLBACK])
-            joined = join_ray(options.ray_address, process_variables=variables)
+        joined = _reach_ray(options)
         stack.enter_context(interruptible())  # again: Ray has put its own handler in place
-        if joined is not None:
-            node_id = _take_cluster(options, address, stack)
+        node_id = None if joined is None else _take_cluster(options, address, stack)
 
         from cluster.supervisor import ServiceSpec, start_supervisor, stop_supervisor
 
@@ -110,6 +105,18 @@ def running_service(options: ServiceOptions, on_plan: OnPlan = lambda plan, unkn
     finally:
         with _undisturbed():
             stack.close()
+
+
+def _reach_ray(options: ServiceOptions) -> RunningRay | None:
+    """Start a Ray, or join the one that the options name and return it."""
+    from cluster.joining import join_ray
+    from cluster.resources import ray_environment, start_ray
+
+    if options.ray_address is None:
+        start_ray(options.num_cpus)
+        return None
+    # A cluster's own processes were started without our environment; those of this service get it from Ray.
+    return join_ray(options.ray_address, process_variables=ray_environment() | dict([PROXY_CALLBACK]))
 
 
 def _take_cluster(options: ServiceOptions, address: BindAddress, stack: ExitStack) -> str:
