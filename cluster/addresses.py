@@ -12,6 +12,9 @@ from collections.abc import Iterable
 from cluster.errors import NodeAddressInvalid
 
 LOOPBACK = "127.0.0.1"
+RAY_LOOPBACK = frozenset({LOOPBACK, "::1"})
+"""Node addresses with which Ray's processes listen on loopback alone. With any other, of loopback too, its workers
+listen on all of the machine's addresses (seen with Ray 2.60)."""
 
 
 def is_loopback(address: str) -> bool:
@@ -25,9 +28,8 @@ def is_local_only(node_ips: Iterable[str]) -> bool:
     """Whether Ray listens on loopback alone on every node: all of it is on this machine, and closed to others.
 
     A Ray of one node with an address of its own is not: it is open to its network, and other nodes may join it.
-    Raises NodeAddressInvalid.
     """
-    return all(map(is_loopback, node_ips))
+    return all(address in RAY_LOOPBACK for address in node_ips)
 
 
 def data_plane_host(node_ip: str, is_local_only: bool) -> str:

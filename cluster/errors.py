@@ -107,3 +107,58 @@ class RouterTooSmall(ClusterError):
             f"{self.backbone_bytes}, KV cache {self.kv_bytes}), {self.memory_bytes} are there; give it more memory, "
             "or lower --context or --streams"
         )
+
+
+class HeadAddressInvalid(ClusterError):
+    """What a user named as a cluster's head is no host and port."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text = text
+
+    def __str__(self) -> str:
+        return f"{self.text[:80]!r} is no HOST or HOST:PORT with a port from 1 to 65535"
+
+
+class TokenUnusable(ClusterError):
+    """Ray's authentication token cannot be read. The token is in no message."""
+
+    def __init__(self, source: str, reason: str) -> None:
+        super().__init__(source, reason)
+        self.source, self.reason = source, reason
+
+    def __str__(self) -> str:
+        return f"Ray's token: {self.source} {self.reason}"
+
+
+class ClusterRefused(ClusterError):
+    """This machine or the cluster is not as it must be. `mend` is what the user can do."""
+
+    def __init__(self, what: str, mend: str = "") -> None:
+        super().__init__(what, mend)
+        self.what, self.mend = what, mend
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.mend}" if self.mend else self.what
+
+
+class ServiceRunsAlready(ClusterError):
+    """Another service has this Ray cluster."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__(description)
+        self.description = description
+
+    def __str__(self) -> str:
+        return f"a service runs on this Ray cluster already ({self.description}): one cluster takes one; stop it first"
+
+
+class NodeLost(ClusterError):
+    """This machine's Ray node did not start, or ended by itself. `reason` is Ray's own text."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"this machine is no node of the cluster: {self.reason}"

@@ -1,14 +1,22 @@
-"""Ends what Ray leaves running: its agents outlive a stopped Ray by minutes.
+"""Ends what Ray leaves running, and keeps what it says meanwhile from the user: its agents outlive a stopped Ray by
+minutes.
 
-Called by `gateway.launch` and `gateway.demo`.
+Called by whoever starts or leaves a Ray.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+import io
+from collections.abc import Callable, Iterable
 
 import psutil
+
+
+def quietly(stop: Callable[[], None]) -> None:
+    """Ray prints that its own tasks fail while it is stopped; a user would take that for an error."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        stop()
 
 
 def descendants() -> list[psutil.Process]:

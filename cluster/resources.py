@@ -20,11 +20,15 @@ LOCAL_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """For a Ray that serves this machine alone: this is how Ray is told, on any system, to use the loopback address in
 place of the machine's own, so that its ports are closed to others. Ray reads it when it is first imported. Token
 authentication is on by Ray's own default for a Ray that is started here."""
+OBJECT_STORE_BYTES = 256 * 1024 * 1024
+"""In place of a third of the memory: activations and rows do not pass Ray's object store, and experts want it."""
 SPIN_S = 0.0001
 BUSY_SPIN_S = 0.005
 """Longer than router and actor wait for each other in a layer, with experts for which one thread does."""
 SPARE_REQUESTS = 384
 """Requests of a gateway beyond twice its generations; with the default options 1,024 in all."""
+NODE_LABEL = "ray.io/node-id"
+"""Ray puts it on every node; whatever asks for its value runs there and nowhere else."""
 NO_CPUS = 0.0
 """Scheduling weight of our actors and replicas: they share the cores by threads, not by Ray's bookkeeping."""
 
@@ -89,9 +93,13 @@ def expert_actor_options(name: str, num_threads: int) -> dict[str, Any]:
     return _detached(name, num_threads) | {"max_restarts": 0, "max_concurrency": 4}
 
 
-def supervisor_options() -> dict[str, Any]:
-    """Ray options of the supervisor: Ray restarts it for ever, and it then adopts the actors it finds."""
-    return _detached(SUPERVISOR_NAME, 1) | {"max_restarts": -1, "max_concurrency": 16}
+def supervisor_options(node_id: str | None = None) -> dict[str, Any]:
+    """Ray options of the supervisor: Ray restarts it for ever, and it then adopts the actors it finds.
+
+    node_id: where the store and the trust ledger are; None where there is one node only.
+    """
+    options = {"max_restarts": -1, "max_concurrency": 16, **_place(node_id)}
+    return _detached(SUPERVISOR_NAME, 1) | options
 
 
 def _detached(name: str, num_threads: int) -> dict[str, Any]:
@@ -105,33 +113,40 @@ def _detached(name: str, num_threads: int) -> dict[str, Any]:
     }
 
 
-def router_deployment_options(num_threads: int) -> dict[str, Any]:
+def router_deployment_options(num_threads: int, node_id: str | None = None) -> dict[str, Any]:
     """Serve options of one router. Its own admission bounds the work; Serve's limit only has to stay out of the way.
 
     Serve looks for a dead one at its health checks, while that one's requests wait, and takes one for dead that has not
-    answered three of them.
+    answered three of them. node_id: where it has to run, in Ray's own terms; None lets Ray choose.
     """
     limits = {"max_ongoing_requests": 2000, "max_queued_requests": 2000}
-    return _deployment(num_threads) | limits | {"health_check_period_s": 1.0, "health_check_timeout_s": 10.0}
+    checks = {"health_check_period_s": 1.0, "health_check_timeout_s": 10.0}
+    return _deployment(num_threads, node_id) | limits | checks
 
 
-def gateway_deployment_options(max_open_requests: int) -> dict[str, Any]:
+def gateway_deployment_options(max_open_requests: int, node_id: str | None = None) -> dict[str, Any]:
     """Serve options of the gateway. It refuses generation beyond `max_open_requests` itself, with 429; Serve's own
     limit is above that, so that refusals, status and readiness get through, and answers 503."""
     room = 2 * max_open_requests + SPARE_REQUESTS
-    return _deployment(1) | {
+    return _deployment(1, node_id) | {
         "max_ongoing_requests": room,
         "max_queued_requests": room,
         "backpressure_config": {"status_code": 503, "retry_after_s": 1.0},
     }
 
 
-def _deployment(num_threads: int) -> dict[str, Any]:
+def _place(node_id: str | None) -> dict[str, Any]:
+    """Ray options of what runs on that node and nowhere else."""
+    return {} if node_id is None else {"label_selector": {NODE_LABEL: node_id}}
+
+
+def _deployment(num_threads: int, node_id: str | None) -> dict[str, Any]:
     return {
         "num_replicas": 1,
         "ray_actor_options": {
             "num_cpus": NO_CPUS,
             "runtime_env": {"env_vars": process_environment(num_threads)},
+            **_place(node_id),
         },
         "max_constructor_retry_count": 1,
         "graceful_shutdown_timeout_s": 600.0,
@@ -141,29 +156,23 @@ def _deployment(num_threads: int) -> dict[str, Any]:
     }
 
 
-def start_ray(address: str | None = None, num_cpus: int | None = None) -> None:
-    """Connect to the Ray at `address`, or start one for this process on loopback. Raises ConnectionError."""
+def start_ray(num_cpus: int | None = None) -> None:
+    """Start a Ray for this process, on loopback; one that runs already is joined by `cluster.joining`."""
     import logging
 
-    defaults = ray_environment() | (LOCAL_ONLY if address is None else {})
-    if address is None and "ray" not in sys.modules:
+    defaults = ray_environment() | LOCAL_ONLY
+    if "ray" not in sys.modules:
         # What Ray would decide itself, with a warning; once it is imported, it takes a change for a mistake.
         defaults |= {"RAY_AUTH_MODE": "token"}
     os.environ.update({key: os.environ.get(key, value) for key, value in defaults.items()})
     import ray
 
-    settings: dict[str, Any] = {
-        "namespace": NAMESPACE,
-        "log_to_driver": False,
-        "logging_level": logging.WARNING,
-        "configure_logging": True,
-    }
-    if address is not None:
-        ray.init(address=address, **settings)
-        return
     ray.init(
         num_cpus=num_cpus,
         include_dashboard=False,
-        object_store_memory=256 * 1024 * 1024,
-        **settings,
+        object_store_memory=OBJECT_STORE_BYTES,
+        namespace=NAMESPACE,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+        configure_logging=True,
     )

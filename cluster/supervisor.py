@@ -284,9 +284,10 @@ def _nodes() -> list[dict[str, Any]]:
     return nodes
 
 
-def start_supervisor(spec: ServiceSpec) -> Any:
-    """Create the supervisor, or raise ValueError when one of this name runs already. Returns its handle."""
-    return ray.remote(Supervisor).options(**supervisor_options()).remote(spec)
+def start_supervisor(spec: ServiceSpec, node_id: str | None = None) -> Any:
+    """Create the supervisor, on a node that has the store, or raise ValueError when one of this name runs already.
+    Returns its handle."""
+    return ray.remote(Supervisor).options(**supervisor_options(node_id)).remote(spec)
 
 
 def find_supervisor() -> Any:

@@ -11,14 +11,14 @@ import json
 import logging
 import warnings
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import asdict
-from io import StringIO
 from typing import Any
 
 from cluster.errors import ClusterError
-from cluster.processes import descendants, end_processes
-from cluster.resources import NO_CPUS, process_environment, start_ray
+from cluster.joining import join_ray
+from cluster.processes import descendants, end_processes, quietly
+from cluster.resources import NO_CPUS, NODE_LABEL, process_environment, start_ray
 from experts.errors import ExpertError
 from experts.numerics import num_cores
 from extraction.errors import ExtractionError
@@ -32,7 +32,6 @@ from router.errors import RouterError
 
 RAY_GRACE_S = 2.0
 EVENT = "event"
-NODE_LABEL = "ray.io/node-id"
 NO_RESTARTS: dict[str, Any] = {"max_restarts": 0, "max_task_retries": 0}
 """A row that ends the process would end it again, and the same command goes on from what is written."""
 
@@ -121,7 +120,10 @@ def _tame_ray_data() -> None:
 def ray_session(address: str | None) -> Iterator[None]:
     """A Ray for as long as the context lasts: the one at `address`, or one of our own on loopback."""
     try:
-        start_ray(address)
+        if address is None:
+            start_ray()
+        else:
+            join_ray(address, is_open_allowed=True)
         yield
     finally:
         with uninterrupted():
@@ -132,6 +134,5 @@ def _stop_ray() -> None:
     import ray
 
     started = descendants()
-    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # Ray reports its own stopping as errors
-        ray.shutdown()
+    quietly(ray.shutdown)
     end_processes(started, RAY_GRACE_S)

@@ -18,9 +18,11 @@ from gateway.batch_command import batch
 from gateway.budget_options import ExpertBudgetOption, HostBudgetOption, print_plan, read_budgets
 from gateway.chat_command import chat
 from gateway.compare_command import compare
+from gateway.doctor_command import doctor
 from gateway.errors import GatewayError
 from gateway.eval_command import evaluate
 from gateway.extract_command import extract
+from gateway.join_command import join
 from gateway.plan_command import plan
 from gateway.serve_command import serve
 from gateway.store_command import store as store_app
@@ -246,6 +248,8 @@ app.command()(batch)
 app.add_typer(store_app, name="store")
 app.command("eval")(evaluate)
 app.command()(compare)
+app.command()(join)
+app.command()(doctor)
 
 
 @app.command()

@@ -312,20 +312,23 @@ def build_gateway(spec: DeploymentSpec, handles: Sequence[DeploymentHandle[Any]]
     return build_app(settings, tokenizer, template, pool)
 
 
-def build_application(spec: DeploymentSpec, num_threads: int) -> serve.Application:
-    """The Serve application: gateway in front, routers behind. num_threads: of each router."""
+def build_application(
+    spec: DeploymentSpec, num_threads: int, node_id: str | None = None
+) -> serve.Application:
+    """The Serve application: gateway in front, routers behind. num_threads: of each router. node_id: of the node that
+    has the store; None lets Ray choose."""
 
     def build_app_in_replica() -> FastAPI:
         names = spec.router_names
         return build_gateway(spec, [serve.get_deployment_handle(name, app_name=APP_NAME) for name in names])
 
     deployment: Any = serve.deployment  # its overloads lose the type of what it returns
-    options = router_deployment_options(num_threads)
+    options = router_deployment_options(num_threads, node_id)
     routers = [
         deployment(RouterDeployment, name=name, **options).bind(spec, index)
         for index, name in enumerate(spec.router_names)
     ]
-    options = gateway_deployment_options(spec.max_open_requests)
+    options = gateway_deployment_options(spec.max_open_requests, node_id)
     gateway = deployment(serve.ingress(build_app_in_replica)(), name="gateway", **options)
     app: serve.Application = gateway.bind(*routers)
     return app

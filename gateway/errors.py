@@ -192,6 +192,18 @@ class AddressUnusable(GatewayError):
         return f"cannot listen on {self.host}: {self.reason}"
 
 
+class ServeTaken(GatewayError):
+    """The cluster's Ray Serve, which has one HTTP port, runs other applications."""
+
+    def __init__(self, applications: tuple[str, ...]) -> None:
+        super().__init__(applications)
+        self.applications = applications
+
+    def __str__(self) -> str:
+        names = ", ".join(self.applications)
+        return f"Ray Serve runs other applications on this cluster ({names}): delete them, or take another cluster"
+
+
 class DeploymentFailed(GatewayError):
     """Ray Serve could not start the router or the gateway. `reason` is Serve's text with the replica's stack."""
 

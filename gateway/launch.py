@@ -1,23 +1,23 @@
 """Starts and stops the whole service: Ray, the supervisor with its expert actors, and the Serve application.
 
-Called by `sage-moe serve`. What it started, it stops, in the reverse order, whenever it is interrupted.
+Called by `sage-moe serve`. What it started, it stops, in the reverse order, whenever it is interrupted; a Ray cluster
+that ran before stays.
 """
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import secrets
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from cluster.addresses import is_local_only
 from cluster.autoscaler import ScalerSettings
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, ClusterRefused
 from cluster.memory_plan import MemoryPlan, Node, router_names, unmatched
 from cluster.placement import plan_local
 from cluster.plan import ServicePlan
@@ -32,7 +32,7 @@ from experts.loader import check_copies
 from experts.numerics import num_cores
 from experts.store import ExpertStore
 from gateway.bind_address import BindAddress, check_bind, check_free, resolve_bind
-from gateway.errors import DeploymentFailed, OptionInvalid
+from gateway.errors import OptionInvalid
 from gateway.memory import plan_service, this_node
 from gateway.output_file import prepare_folder
 from gateway.service_options import ServiceOptions
@@ -45,6 +45,7 @@ from router.trust_session import TrustOptions
 
 if TYPE_CHECKING:
     from cluster.service_spec import Scaling
+    from cluster.joining import RunningRay
 
 __all__ = ["ServiceOptions", "describe_plan", "interruptible", "running_service", "wait_for_interrupt"]
 
@@ -64,11 +65,13 @@ def running_service(options: ServiceOptions, on_plan: OnPlan = lambda plan, unkn
 
     on_plan: told how the memory is divided, before anything starts, and which nodes of `node-budgets` are unknown.
     Raises BindNeedsKey, PortTaken or AddressUnusable, OptionInvalid, what reading the store raises,
-    ConfigUnsupported, BudgetTooSmall, NodeTooSmall, NodeBudgetTooSmall, ActorsNotStarted, or DeploymentFailed.
+    ConfigUnsupported, BudgetTooSmall, NodeTooSmall, NodeBudgetTooSmall, ActorsNotStarted, or DeploymentFailed; with an
+    address of a Ray that runs also ClusterRefused, TokenUnusable, ServiceRunsAlready or ServeTaken.
     """
     address = resolve_bind(options.host, options.port)
     check_bind(options.host, address, len(options.keys))
-    check_free(options.host, address)
+    if options.ray_address is None:  # a service that was killed may have left its port open in the cluster
+        check_free(options.host, address)
     if options.trace_folder is not None:
         prepare_folder(options.trace_folder)
     config, dtype = _read_model(options)
@@ -77,14 +80,15 @@ def running_service(options: ServiceOptions, on_plan: OnPlan = lambda plan, unkn
     plan = _plan_memory(options, dtype, threads.router, node)
     on_plan(plan, unmatched(options.node_budgets, [node]))
 
-    from cluster.resources import plan_spin_s, start_ray
+    from cluster.resources import plan_spin_s
 
     stack = ExitStack()
     try:
         stack.callback(_stop_ray)
         os.environ.setdefault(*PROXY_CALLBACK)
-        start_ray(options.ray_address, options.num_cpus)
+        joined = _reach_ray(options)
         stack.enter_context(interruptible())  # again: Ray has put its own handler in place
+        node_id = None if joined is None else _take_cluster(options, address, stack)
 
         import ray
 
@@ -109,12 +113,51 @@ def running_service(options: ServiceOptions, on_plan: OnPlan = lambda plan, unkn
         )
         if needs_supervisor(options.num_actors, options.num_routers):
             stack.callback(stop_supervisor)
-            _wait_for_actors(start_supervisor(spec))
-        _deploy(options, address, engine, plan, threads.router, stack)
+            _wait_for_actors(start_supervisor(spec, node_id))
+        _deploy(options, address, engine, plan, threads.router, node_id, stack)
         yield address.url
     finally:
         with _undisturbed():
             stack.close()
+
+
+def _reach_ray(options: ServiceOptions) -> RunningRay | None:
+    """Start a Ray, or join the one that the options name and return it."""
+    from cluster.joining import join_ray
+    from cluster.resources import ray_environment, start_ray
+
+    if options.ray_address is None:
+        start_ray(options.num_cpus)
+        return None
+    # A cluster's own processes were started without our environment; those of this service get it from Ray.
+    return join_ray(options.ray_address, process_variables=ray_environment() | dict([PROXY_CALLBACK]))
+
+
+def _take_cluster(options: ServiceOptions, address: BindAddress, stack: ExitStack) -> str:
+    """Become the one service of the cluster that was joined. Returns Ray's id of this node, its head.
+
+    Ends what a service that was killed has left there. Raises ClusterRefused, ServeTaken, ServiceRunsAlready or
+    PortTaken.
+    """
+    from cluster.joining import driver_node
+
+    node_id, is_head = driver_node()
+    if not is_head:
+        raise ClusterRefused(
+            "this machine is a worker of the cluster", "run this on its head, where the port will be"
+        )
+
+    from cluster.lease import release_lease, take_lease
+    from cluster.supervisor import stop_supervisor
+    from gateway import serve_instance
+
+    serve_instance.check_free()
+    take_lease(options.model_name, address.url)
+    stack.callback(release_lease)
+    stop_supervisor()
+    serve_instance.stop(is_shared=True)
+    check_free(options.host, address)
+    return node_id
 
 
 def _wait_for_actors(supervisor: Any) -> None:
@@ -243,12 +286,12 @@ def _deploy(
     engine: EngineOptions,
     plan: MemoryPlan,
     num_threads: int,
+    node_id: str | None,
     stack: ExitStack,
 ) -> None:
-    from ray import serve
-    from ray.serve.config import HTTPOptions
-
-    from gateway.deployment import APP_NAME, DeploymentSpec, build_application
+    """node_id: of the node that has the store; None where there is one only."""
+    from gateway import serve_instance
+    from gateway.deployment import DeploymentSpec, build_application
 
     spec = DeploymentSpec(
         str(options.store_root.resolve()),
@@ -267,30 +310,17 @@ def _deploy(
         options.num_routers,
         options.resume_timeout_s,
     )
-    stack.callback(_quietly, serve.shutdown)
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(http_options=HTTPOptions(**http_options(address)))
-    try:
-        serve.run(build_application(spec, num_threads), name=APP_NAME, route_prefix="/")
-    except RuntimeError as error:
-        deployments = serve.status().applications[APP_NAME].deployments.values()
-        reasons = [deployment.message for deployment in deployments if deployment.message]
-        raise DeploymentFailed(reasons[0] if reasons else str(error)) from error
-
-
-def _quietly(stop: Callable[[], None]) -> None:
-    """Ray prints that its own tasks fail while it is stopped; a user would take that for an error."""
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        stop()
+    stack.callback(serve_instance.stop, options.ray_address is not None)
+    serve_instance.deploy(build_application(spec, num_threads, node_id), http_options(address))
 
 
 def _stop_ray() -> None:
     import ray
 
-    from cluster.processes import descendants, end_processes
+    from cluster.processes import descendants, end_processes, quietly
 
     started = descendants()
-    _quietly(ray.shutdown)
+    quietly(ray.shutdown)
     end_processes(started, RAY_GRACE_S)
 
 

@@ -35,6 +35,12 @@ def serve(
         Word, typer.Option(help="Address to bind; beyond loopback needs a key. [127.0.0.1]")
     ] = None,
     port: Annotated[Number, typer.Option(help="Port to bind. [8000]")] = None,
+    address: Annotated[
+        Word,
+        typer.Option(
+            metavar="auto|HOST:PORT", help="Of a running Ray cluster; default: one is started here."
+        ),
+    ] = None,
     actors: Annotated[
         Number, typer.Option(help="Expert actors; 0 computes all experts in the router's process. [0]")
     ] = None,
@@ -144,6 +150,7 @@ def serve(
     given = {
         "host": host,
         "port": port,
+        "address": address,
         "actors": actors,
         "autoscale": autoscale,
         "min-actors": min_actors,

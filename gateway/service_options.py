@@ -117,6 +117,7 @@ class OptionValues(BaseModel):
 
     host: str = Field("127.0.0.1", min_length=1, max_length=253, description="an address or host name")
     port: int = _whole(1, 65535, 8000)
+    address: Text | None = Field(None, description="auto, or HOST:PORT of a Ray cluster's head")
     actors: int = _whole(0, 64, 0)
     autoscale: bool = Field(False, description="true or false")
     min_actors: int | None = Field(None, ge=0, le=64, description="a whole number from 0 to 64")
@@ -177,7 +178,7 @@ class ServiceOptions:
     num_actors: int = 0
     dtype: str | None = None
     ray_address: str | None = None
-    """An existing Ray; None starts one for this service."""
+    """Of a Ray that runs already, `auto` or HOST:PORT; None starts one for this service."""
     num_cpus: int | None = None
     """What a Ray that is started counts as its CPUs; None means the machine's."""
     model_aliases: tuple[str, ...] = ()
@@ -238,6 +239,7 @@ class ServiceOptions:
             "served-model-name": [self.model_name, *self.model_aliases],
             "host": self.host,
             "port": self.port,
+            "address": self.ray_address,
             "actors": self.num_actors,
             "autoscale": self.actor_range is not None,
             "min-actors": self.actor_range[0] if self.actor_range else None,
@@ -303,6 +305,7 @@ def compose_options(values: OptionValues, store_root: Path, store_name: str, key
         values.port,
         values.actors,
         values.dtype,
+        values.address,
         model_aliases=tuple(aliases),
         max_model_len=values.max_model_len,
         max_num_seqs=values.max_num_seqs,

@@ -12,6 +12,9 @@ PACKAGES = ("extraction", "experts", "router", "cluster", "gateway")
 REPOSITORY = Path(__file__).parent.parent
 RAY_SHELLS = {
     "experts/actor.py",
+    "cluster/joining.py",
+    "cluster/lease.py",
+    "cluster/ray_topology.py",
     "cluster/resources.py",
     "cluster/supervisor.py",
     "cluster/actor_pool.py",
@@ -23,6 +26,7 @@ RAY_SHELLS = {
     "gateway/deployment.py",
     "gateway/launch.py",
     "gateway/serve_router_client.py",
+    "gateway/serve_instance.py",
 }
 
 

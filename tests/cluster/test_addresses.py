@@ -19,9 +19,13 @@ def test_others_reach_other_addresses(address: str) -> None:
 
 
 def test_one_node_with_an_address_of_its_own_makes_the_cluster_open() -> None:
-    assert is_local_only(["127.0.0.1", "127.0.0.2"])
+    assert is_local_only(["127.0.0.1", "::1"])
     assert not is_local_only(["127.0.0.1", "192.0.2.7"])
     assert not is_local_only(["192.0.2.7"])
+
+
+def test_loopback_address_with_which_ray_listens_everywhere_is_not_local() -> None:
+    assert not is_local_only(["127.0.0.2"])
 
 
 def test_actors_listen_on_their_node_s_address_or_on_loopback_where_all_is_local() -> None:

@@ -1,0 +1,144 @@
+"""The Ray shell that asks every node of a running cluster what it is, and how fast it is reached.
+
+One small actor a node, pinned there, which lives for the question. Contains no decision. Called by `sage-moe doctor`,
+and by whoever plans on the cluster that this process is connected to.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cluster.addresses import data_plane_host, is_local_only
+from cluster.errors import NodeAddressInvalid
+from cluster.joining import HEAD_RESOURCE
+from cluster.link_rate import SECRET_BYTES, Link, LinkEnd, measure_link
+from cluster.machine_facts import MachineFacts, read_machine
+from cluster.node_report import NodeReport, StoreQuestion
+from cluster.node_speed import Arithmetic, ExpertShape, measure_arithmetic, measure_disk
+from cluster.resources import NO_CPUS
+from experts.numerics import num_cores, useful_threads
+from extraction.errors import ExtractionError
+from extraction.manifest import store_hash
+
+ANSWER_TIMEOUT_S = 60.0
+MAX_REASON_CHARS = 300
+
+
+@dataclass(frozen=True)
+class NodeAnswer:
+    """What a node says of itself."""
+
+    machine: MachineFacts
+    arithmetic: Arithmetic
+    disk_bytes_s: float
+    has_store: bool
+
+
+class NodeProbe:
+    """On one node: answers, and holds the far end of one link."""
+
+    def __init__(self) -> None:
+        self._end: LinkEnd | None = None
+
+    def answer(self, question: StoreQuestion | None) -> NodeAnswer:
+        machine = read_machine()
+        shape = question.shape if question else ExpertShape()
+        threads = useful_threads(num_cores(), 2 * shape.expert_width * shape.width)
+        root = Path(question.root) if question else None
+        has_store = root is not None and question is not None and _hash_of(root) == question.hash
+        files = [root / name for name in question.files] if root and question and has_store else []
+        folder = Path(machine.cache_folder)
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        return NodeAnswer(
+            machine, measure_arithmetic(shape, threads), measure_disk(files, existing), has_store
+        )
+
+    def listen(self, host: str, secret: bytes) -> int:
+        """The port on which one peer is served. Raises OSError."""
+        self._end = LinkEnd(host, secret)
+        return self._end.port
+
+
+def gather(question: StoreQuestion | None = None) -> tuple[NodeReport, ...]:
+    """One report for each node that is alive, the head's first. Takes some seconds; links are measured one by one."""
+    alive = [node for node in _nodes() if node["Alive"]]
+    alive.sort(key=lambda node: (HEAD_RESOURCE not in node["Resources"], str(node["NodeManagerAddress"])))
+    here = str(ray.get_runtime_context().get_node_id())
+    probes = {str(node["NodeID"]): _start_probe(str(node["NodeID"])) for node in alive}
+    try:
+        asked = {node_id: probe.answer.remote(question) for node_id, probe in probes.items()}
+        answers = {node_id: _await(answer) for node_id, answer in asked.items()}
+        local = is_local_only([str(node["NodeManagerAddress"]) for node in alive])
+        return tuple(
+            _report(node, answers[str(node["NodeID"])], probes[str(node["NodeID"])], here, local)
+            for node in alive
+        )
+    finally:
+        for probe in probes.values():
+            ray.kill(probe)
+
+
+def _report(
+    node: Mapping[str, Any], answer: NodeAnswer | str, probe: Any, here: str, is_local: bool
+) -> NodeReport:
+    node_id, address = str(node["NodeID"]), str(node["NodeManagerAddress"])
+    facts = (node_id, address, HEAD_RESOURCE in node["Resources"], node_id == here)
+    labels = dict(node.get("Labels") or {})
+    if isinstance(answer, str):
+        return NodeReport(*facts, problem=answer, labels=labels)
+    known = (answer.machine, answer.arithmetic, answer.disk_bytes_s, answer.has_store)
+    if node_id == here:
+        return NodeReport(*facts, *known, labels=labels)
+    link, problem = _measure(probe, address, is_local)
+    return NodeReport(*facts, *known, link=link, link_problem=problem, labels=labels)
+
+
+def _measure(probe: Any, address: str, is_local: bool) -> tuple[Link | None, str]:
+    """The link to a node, or why there is none."""
+    secret = secrets.token_bytes(SECRET_BYTES)
+    try:
+        host = data_plane_host(address, is_local)
+        port = ray.get(probe.listen.remote(host, secret), timeout=ANSWER_TIMEOUT_S)
+        return measure_link(host, port, secret), ""
+    except (OSError, NodeAddressInvalid, ray.exceptions.RayError) as error:
+        return None, _reason(error)
+
+
+def _start_probe(node_id: str) -> Any:
+    strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    return ray.remote(NodeProbe).options(num_cpus=NO_CPUS, scheduling_strategy=strategy).remote()
+
+
+def _await(answer: Any) -> NodeAnswer | str:
+    """What a node answers, or why it does not."""
+    try:
+        result: NodeAnswer = ray.get(answer, timeout=ANSWER_TIMEOUT_S)
+        return result
+    except (ray.exceptions.RayError, TimeoutError) as error:
+        return _reason(error)
+
+
+def _reason(error: Exception) -> str:
+    cause = getattr(error, "cause", None) or error
+    lines = str(cause).strip().splitlines() or [type(cause).__name__]
+    return lines[-1].strip()[:MAX_REASON_CHARS]
+
+
+def _nodes() -> Sequence[Mapping[str, Any]]:
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return nodes
+
+
+def _hash_of(root: Path) -> str:
+    """Empty where there is no store."""
+    try:
+        return store_hash(root)
+    except (ExtractionError, OSError):
+        return ""
