@@ -78,7 +78,8 @@ def _numbers(scores: Sequence[TextScore]) -> dict[str, Any]:
 def render(report: dict[str, Any]) -> Table:
     """For people: one line a text and one for all."""
     title = (
-        f"{report['policy']}, {report['dtype']}, windows of {report['context']} by {report['stride']}, "
+        f"{report['policy']} at {_effort(report['effort'])}, {report['dtype']}, "
+        f"windows of {report['context']} by {report['stride']}, "
         + ("one stream" if report["is_one_stream"] else f"{report['batch_tokens']} rows a step")
     )
     table = Table(title=title, title_justify="left")
@@ -91,6 +92,11 @@ def render(report: dict[str, Any]) -> Table:
         table.add_section()
         table.add_row("all", *_cells(report))
     return table
+
+
+def _effort(effort: str) -> str:
+    """States as people write them."""
+    return effort if effort == "auto" else effort.upper()
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

@@ -30,6 +30,7 @@ from gateway.service_options import ServiceOptions
 from gateway.state_folder import resolve_state_folder
 from router.batcher import BatchLimits
 from router.loading import EngineOptions, stored_dtype
+from router.means_keeper import StandInOptions
 from router.model_config import ModelConfig, read_model_config
 from router.trust_session import TrustOptions
 
@@ -138,6 +139,7 @@ def _plan_memory(options: ServiceOptions, dtype: str, num_threads: int, node: No
 
 
 def engine_options(options: ServiceOptions, dtype: str, num_threads: int) -> EngineOptions:
+    state_folder = str(resolve_state_folder(options.state_dir))
     return EngineOptions(
         dtype=dtype,
         kv_budget_bytes=options.kv_budget_bytes,
@@ -152,9 +154,8 @@ def engine_options(options: ServiceOptions, dtype: str, num_threads: int) -> Eng
         num_threads=num_threads,
         max_model_len=options.max_model_len,
         snarc=options.snarc,
-        trust=TrustOptions(str(resolve_state_folder(options.state_dir)))
-        if options.is_trust_learned
-        else None,
+        stand_ins=StandInOptions(state_folder) if "snarc" in options.routing.policies else None,
+        trust=TrustOptions(state_folder) if options.is_trust_learned else None,
     )
 
 

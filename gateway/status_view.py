@@ -50,10 +50,21 @@ def render_status(status: Mapping[str, Any]) -> RenderableType:
         line = f"{status['capacity']['shown']}. {line}"
     if own.get("prefetched"):
         line += f". Prefetched {own['prefetched']:,} experts, {own['prefetched_used'] / own['prefetched']:.0%} used"
+    line += "".join(f". {notice}" for notice in _not_kept(router))
     quantization = router.get("quantization")
     title = f"{status['model']} ({router['numerics_class']})"
     title += f", experts quantised to {quantization}: answers are modified" if quantization else ""
     return Group(title, actors, *plan, nodes, line)
+
+
+def _not_kept(router: Mapping[str, Any]) -> list[str]:
+    """What is learned and will be forgotten."""
+    states = {"Trust is": router.get("trust"), "Stand-ins are": router.get("stand_ins")}
+    return [
+        f"{text} learned but not kept, see the router's log"
+        for text, state in states.items()
+        if state and not state["is_kept"]
+    ]
 
 
 def _printable(value: Any) -> Any:

@@ -24,11 +24,12 @@ from router.engine import Engine
 from router.errors import ConfigUnsupported
 from router.expert_facts import FactSource
 from router.kv_cache import KvPool, blocks_for
+from router.means_keeper import MeansKeeper, StandInOptions, keep_means
 from router.model_config import ModelConfig, read_model_config
+from router.output_means import OutputMeans
 from router.prefetch import Prefetcher
 from router.scoring import DEFAULT_PRESET, PRESETS, SnarcWeights
 from router.self_test import prove_row_invariance
-from router.stand_in import OutputMeans
 from router.steering import MoeShape, SteeredPolicy
 from router.trust_session import OpenKeeper, TrustOptions, TrustSession, open_local_ledger
 
@@ -60,8 +61,15 @@ class EngineOptions:
     Only bounds the cache that is allocated."""
     snarc: SnarcWeights = PRESETS[DEFAULT_PRESET]
     """Of requests that ask for the snarc policy."""
+    stand_ins: StandInOptions | None = None
+    """Whether mean outputs may stand in for absent experts, where `snarc` lets them; None where no request can ask for
+    the snarc policy."""
     trust: TrustOptions | None = None
     """Whether and where trust is learned; None means that nobody watches."""
+
+    @property
+    def has_stand_ins(self) -> bool:
+        return self.stand_ins is not None and self.snarc.stand_in > 0
 
 
 @dataclass(frozen=True)
@@ -76,10 +84,18 @@ class LoadedEngine:
     kernel: RowKernel
     dtype: torch.dtype
     trust: TrustSession | None = None
+    stand_ins: MeansKeeper | None = None
+    """Of mean outputs, where they are kept."""
 
-    def close(self) -> None:
+    def keep_learned(self) -> None:
+        """Bring what was learned last to where it is kept, and stop keeping."""
         if self.trust is not None:
             self.trust.close()
+        if self.stand_ins is not None:
+            self.stand_ins.close()
+
+    def close(self) -> None:
+        self.keep_learned()
         self.directory.close()
         self.worker.close()
         self.store.close()
@@ -139,6 +155,7 @@ def load_engine(
         backbone.prefetcher = Prefetcher(backbone.layers, backbone.arithmetic, directory)
     pool = KvPool(config, num_kv_blocks(config, dtype, options), dtype)
     engine = Engine(backbone, pool, options.limits, swap_budget_bytes=options.kv_budget_bytes)
+    stand_ins = None
     if config.moe_layers:
         shape = MoeShape(
             config.hidden_size, config.num_experts, config.experts_per_token, tuple(sorted(config.moe_layers))
@@ -147,9 +164,11 @@ def load_engine(
             component.name, config.num_experts, directory.resident, trust.book.scores if trust else None
         )
         means = None
-        if options.snarc.stand_in:
+        if options.stand_ins is not None and options.has_stand_ins:
             means = OutputMeans(shape.num_experts, shape.hidden_size, shape.layers)
             engine.watchers += (means,)
+            if options.stand_ins.state_folder is not None:
+                stand_ins = keep_means(means, store, options.stand_ins.state_folder)
         engine.policy = engine.reporter = SteeredPolicy(shape, facts, options.snarc, means)
     if trust is not None:
         trust.attach(engine)
@@ -159,7 +178,7 @@ def load_engine(
         backbone.nbytes,
         pool.nbytes,
     )
-    return LoadedEngine(engine, store, worker, directory, config, kernel, dtype, trust)
+    return LoadedEngine(engine, store, worker, directory, config, kernel, dtype, trust, stand_ins)
 
 
 def num_kv_blocks(config: ModelConfig, dtype: torch.dtype, options: EngineOptions) -> int:
