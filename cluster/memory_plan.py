@@ -49,6 +49,8 @@ class ProcessMemory:
     """Of all experts that it answers for."""
     node: str = ""
     tier: str = TIER
+    stand_in_bytes: int = 0
+    """Mean outputs of experts, which are in nobody's budget."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,8 @@ def plan_memory(
         "buffers": num_routers * footprint.buffer_bytes + len(group_bytes) * actor_buffers,
         f"{SPARE_PERCENT}% left": spare,
     }
+    if footprint.stand_in_bytes:
+        needs["stand-ins"] = num_routers * footprint.stand_in_bytes
     experts = footprint.experts
     room = node.memory.available_bytes - sum(needs.values())
     if any(request.is_fit for request in requests) and room < experts.largest:
@@ -141,6 +145,7 @@ def plan_memory(
             share,
             experts.total,
             node.name,
+            stand_in_bytes=footprint.stand_in_bytes,
         )
         for name, share in zip(router_names(num_routers), shares, strict=False)
     )
@@ -209,10 +214,14 @@ def choose_requests(
     requests: Iterable[BudgetRequest], overrides: Mapping[str, BudgetRequest], node: Node
 ) -> tuple[BudgetRequest, ...]:
     """What holds for one node: its override, if it is named in one, or else what holds for every node."""
-    for name in (node.name, *node.aliases):
-        if name in overrides:
-            return (overrides[name],)
-    return tuple(requests)
+    name = override_name(overrides, node)
+    return tuple(requests) if name is None else (overrides[name],)
+
+
+def override_name(overrides: Iterable[str], node: Node) -> str | None:
+    """By which of its names a node has a budget of its own; None where it has what holds for every node."""
+    named = set(overrides)
+    return next((name for name in (node.name, *node.aliases) if name in named), None)
 
 
 def unmatched(overrides: Iterable[str], nodes: Sequence[Node]) -> list[str]:

@@ -155,7 +155,7 @@ def generate(
     ] = False,
     stream: Annotated[bool, typer.Option("--stream", help="Print the text as it is generated.")] = False,
     trust: Annotated[
-        bool, typer.Option("--trust/--no-trust", help="Learn which experts to trust. [--no-trust]")
+        bool, typer.Option("--trust/--no-trust", help="Learn about experts and keep it. [--no-trust]")
     ] = False,
     state_dir: Annotated[
         Optional[str],  # noqa: UP045
@@ -177,6 +177,7 @@ def generate(
     from gateway.store_source import resolve_runnable
     from gateway.study import Study
     from router.loading import EngineOptions
+    from router.means_keeper import StandInOptions
     from router.scoring import DEFAULT_PRESET, read_weights
     from router.trust_session import TrustOptions
 
@@ -184,8 +185,14 @@ def generate(
     routing = read_choice(policy, effort, is_explained=explain)
     weights = read_weights(DEFAULT_PRESET if snarc is None else snarc)
     learning = TrustOptions(str(resolve_state_folder(state_dir))) if trust else None
+    kept_in = learning.state_folder if learning is not None else None
     options = EngineOptions(
-        dtype=dtype, eviction=parse_eviction(eviction), prefetch=prefetch, snarc=weights, trust=learning
+        dtype=dtype,
+        eviction=parse_eviction(eviction),
+        prefetch=prefetch,
+        snarc=weights,
+        stand_ins=StandInOptions(kept_in) if routing.policy == "snarc" else None,
+        trust=learning,
     )
     sampling: dict[str, Any] = {"max_tokens": max_tokens, "seed": seed}
     if temperature is not None:

@@ -147,8 +147,8 @@ class RouterDeployment:
             if self._trace is not None:
                 self._trace.close()
         service = getattr(self, "_service", None)
-        if service is not None and service.loaded.trust is not None:
-            service.loaded.trust.close()
+        if service is not None:
+            service.loaded.keep_learned()
 
     async def check_health(self) -> None:
         """Called by Serve; raising makes it replace the replica."""
@@ -246,6 +246,7 @@ class RouterDeployment:
                 "phase_seconds": dict(engine.stats.phase_seconds),
                 "steps": engine.stats.steps,
                 "trust": loaded.trust.status() if loaded.trust is not None else None,
+                "stand_ins": loaded.stand_ins.status() if loaded.stand_ins is not None else None,
             },
             "capacity": {
                 "state": state,

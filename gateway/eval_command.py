@@ -118,6 +118,8 @@ def evaluate(
         evaluation = _run(root, texts, max_tokens, options)
         _print(evaluation, as_json)  # first: what took hours is not lost where a file cannot be written
         _write(evaluation, parquet, plot)
+        if evaluation.trace_failure is not None:
+            raise evaluation.trace_failure
 
 
 Choice = TypeVar("Choice", bound=str)
@@ -150,7 +152,7 @@ def _write(evaluation: Evaluation, parquet: Path | None, plot: Path | None) -> N
 
     if parquet is not None:
         write_output(parquet, windows_parquet(evaluation))
-    if plot is not None:
+    if plot is not None and evaluation.trace_failure is None:
         from gateway.eval_page import draw_page
 
         assert evaluation.options.study.trace is not None

@@ -141,6 +141,7 @@ def draw_frontier(
 
     height: the axis's label, where perplexities are given in other units.
     """
+    labelled: list[tuple[FrontierPoint, str]] = []
     for number, (name, points) in enumerate(series.items()):
         ordered = sorted(points, key=lambda point: point.miss_rate)
         misses = [point.miss_rate for point in ordered]
@@ -150,21 +151,64 @@ def draw_frontier(
         for point in ordered:
             if point.interval is not None:
                 axes.vlines(point.miss_rate, *point.interval, color=colour, alpha=0.4)
-            if point.label:
-                place = (point.miss_rate, point.perplexity)
-                offset = (0, 6 + 9 * number)  # level lines would write over each other
-                axes.annotate(
-                    point.label,
-                    place,
-                    offset,
-                    textcoords="offset points",
-                    fontsize="x-small",
-                    color=colour,
-                    ha="center",
-                )
+        labelled += [(point, colour) for point in ordered]
+    _label_points(axes, labelled)
     axes.set_title(title, fontsize="medium")
     axes.set_xlabel("missed share of expert uses")
     axes.set_ylabel(height)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
+
+
+LABEL_SIDES = (
+    (0.0, 1.0),
+    (0.0, -1.0),
+    (1.0, 0.0),
+    (-1.0, 0.0),
+    (1.0, 1.0),
+    (-1.0, 1.0),
+    (1.0, -1.0),
+    (-1.0, -1.0),
+)
+"""Where a point's label may stand, beginning with the best: above, below, right, left, and the corners."""
+LABEL_SIZE = (0.115, 0.042)
+"""Of the axes, with some room around it."""
+TOUCH = 0.999
+"""Things that only touch cover nothing of each other."""
+
+
+def place_labels(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """On which side of its point each label stands, of LABEL_SIDES: the first on which it covers the fewest points and
+    labels before it. points: in parts of the axes."""
+    width, height = LABEL_SIZE
+    taken: list[tuple[float, float]] = list(points)
+    sides = []
+    for x, y in points:
+
+        def num_covered(side: tuple[float, float], x: float = x, y: float = y) -> int:
+            left, low = x + side[0] * width, y + side[1] * height
+            return sum(abs(left - a) < width * TOUCH and abs(low - b) < height * TOUCH for a, b in taken)
+
+        side = min(LABEL_SIDES, key=num_covered)
+        taken.append((x + side[0] * width, y + side[1] * height))
+        sides.append(side)
+    return sides
+
+
+def _label_points(axes: Axes, labelled: Sequence[tuple[FrontierPoint, str]]) -> None:
+    """Beside the points, once all of them are drawn and the axes have their limits."""
+    axes.autoscale_view()
+    places = [(point.miss_rate, point.perplexity) for point, _ in labelled]
+    sides = place_labels([tuple(axes.transLimits.transform(place)) for place in places])
+    for (point, colour), place, (right, up) in zip(labelled, places, sides, strict=True):
+        axes.annotate(
+            point.label,
+            place,
+            (5 * right, 4 * up),
+            textcoords="offset points",
+            fontsize="x-small",
+            color=colour,
+            ha={0.0: "center", 1.0: "left", -1.0: "right"}[right],
+            va={0.0: "center", 1.0: "bottom", -1.0: "top"}[up],
+        )

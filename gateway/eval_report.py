@@ -80,7 +80,8 @@ def _numbers(scores: Sequence[TextScore]) -> dict[str, Any]:
 def render(report: dict[str, Any]) -> Table:
     """For people: one line a text and one for all."""
     title = (
-        f"{report['policy']}, {_weights(report)}, windows of {report['context']} by {report['stride']}, "
+        f"{report['policy']} at {_effort(report['effort'])}, {_weights(report)}, "
+        f"windows of {report['context']} by {report['stride']}, "
         + ("one stream" if report["is_one_stream"] else f"{report['batch_tokens']} rows a step")
     )
     table = Table(title=title, title_justify="left")
@@ -100,6 +101,11 @@ def _weights(report: dict[str, Any]) -> str:
     form = f", quantised ({report['quantization']})" if report["quantization"] else ""
     backbone, experts = (report[name] / 2**20 for name in ("backbone_bytes", "budget_bytes"))
     return f"{report['dtype']}{form}, {backbone:,.1f} MiB of backbone and {experts:,.1f} MiB of experts"
+
+
+def _effort(effort: str) -> str:
+    """States as people write them."""
+    return effort if effort == "auto" else effort.upper()
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

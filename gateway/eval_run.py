@@ -27,7 +27,9 @@ from gateway.text_file import read_text_file
 from gateway.tokenizer import TextTokenizer
 from router.batcher import BatchLimits
 from router.engine import Engine
+from router.errors import TraceFailed
 from router.loading import EngineOptions, LoadedEngine, load_engine
+from router.means_keeper import StandInOptions
 from router.one_stream import OneStream
 from router.request import GenerationRequest, SamplingParams, TokenEvent
 from router.routing_choice import NATIVE_CHOICE, RoutingChoice
@@ -141,6 +143,8 @@ class Evaluation:
     """Of all experts, as they are in memory."""
     budget_bytes: int
     """What of them may stay."""
+    trace_failure: TraceFailed | None = None
+    """Why there is no trace, though one was asked for and everything was scored."""
 
     @property
     def windows(self) -> dict[str, list[Window]]:
@@ -168,7 +172,8 @@ def evaluate(
 ) -> Evaluation:
     """Score all texts. read: gives them, by the store's tokenizer. show: called with scored tokens and their number.
 
-    Raises OptionInvalid, EvaluationFailed, or what loading the engine, reading texts or `studied` raises.
+    Raises OptionInvalid, EvaluationFailed, or what loading the engine, reading texts or `studied` raises; of a trace
+    that failed once everything is scored, the evaluation tells instead.
     """
     texts = read(TextTokenizer.from_folder(root))
     store = ExpertStore.open(root)
@@ -191,11 +196,7 @@ def evaluate(
         keys = store.expert_keys(store.served.name)
         form = planned_form(store, loaded.dtype, {store.served.name: loaded.config.hidden_size})
         expert_bytes = measure_experts(store, keys, form).total
-        with studied(loaded, options.study, options.policy):
-            counter = _worker_counter(loaded)
-            if options.is_one_stream:
-                counter = follow_one_stream(loaded, options, expert_bytes)
-            scores = [_score_text(loaded, n, text, options, counter, count) for n, text in enumerate(texts)]
+        scores, trace_failure = _score_texts(loaded, texts, options, expert_bytes, count)
         return Evaluation(
             tuple(scores),
             options,
@@ -206,6 +207,7 @@ def evaluate(
             loaded.engine.backbone.nbytes,
             expert_bytes,
             _budget_bytes(loaded, options, expert_bytes),
+            trace_failure,
         )
     finally:
         loaded.close()
@@ -220,6 +222,7 @@ def _engine_options(store: ExpertStore, options: EvalOptions) -> EngineOptions:
         limits=BatchLimits(options.batch_tokens, num_running, WAITING_WINDOWS, admission_reserve=0),
         max_model_len=options.sliding.context,
         snarc=options.snarc,
+        stand_ins=StandInOptions() if options.routing.policy == "snarc" else None,
     )
     is_bounded = options.budgets and not options.is_one_stream
     return plan_engine(store, engine, options.budgets)[0] if is_bounded else engine
@@ -274,6 +277,29 @@ def follow_one_stream(loaded: LoadedEngine, options: EvalOptions, expert_bytes: 
         )
 
     return count
+
+
+def _score_texts(
+    loaded: LoadedEngine,
+    texts: Sequence[EvalText],
+    options: EvalOptions,
+    expert_bytes: int,
+    count: Callable[[int], None],
+) -> tuple[list[TextScore], TraceFailed | None]:
+    """All texts, and why the trace failed once they were scored: what took hours is not lost with it."""
+    scores: list[TextScore] = []
+    try:
+        with studied(loaded, options.study, options.policy):
+            counter = _worker_counter(loaded)
+            if options.is_one_stream:
+                counter = follow_one_stream(loaded, options, expert_bytes)
+            for number, text in enumerate(texts):
+                scores.append(_score_text(loaded, number, text, options, counter, count))
+    except TraceFailed as error:
+        if len(scores) < len(texts):
+            raise
+        return scores, error
+    return scores, None
 
 
 def _score_text(

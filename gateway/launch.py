@@ -40,12 +40,13 @@ from gateway.state_folder import resolve_state_folder
 from router.batcher import BatchLimits
 from router.footprint import measure_footprint
 from router.loading import EngineOptions, stored_dtype
+from router.means_keeper import StandInOptions
 from router.model_config import ModelConfig, read_model_config
 from router.trust_session import TrustOptions
 
 if TYPE_CHECKING:
-    from cluster.service_spec import Scaling
     from cluster.joining import RunningRay
+    from cluster.service_spec import Scaling
 
 __all__ = ["ServiceOptions", "describe_plan", "interruptible", "running_service", "wait_for_interrupt"]
 
@@ -225,6 +226,7 @@ def _scaling(options: ServiceOptions, engine: EngineOptions) -> Scaling | None:
 
 
 def engine_options(options: ServiceOptions, dtype: str, num_threads: int) -> EngineOptions:
+    state_folder = str(resolve_state_folder(options.state_dir))
     return EngineOptions(
         dtype=dtype,
         kv_budget_bytes=options.kv_budget_bytes,
@@ -240,9 +242,8 @@ def engine_options(options: ServiceOptions, dtype: str, num_threads: int) -> Eng
         num_threads=num_threads,
         max_model_len=options.max_model_len,
         snarc=options.snarc,
-        trust=TrustOptions(str(resolve_state_folder(options.state_dir)))
-        if options.is_trust_learned
-        else None,
+        stand_ins=StandInOptions(state_folder) if "snarc" in options.routing.policies else None,
+        trust=TrustOptions(state_folder) if options.is_trust_learned else None,
     )
 
 

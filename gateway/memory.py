@@ -13,12 +13,21 @@ from dataclasses import replace
 
 import psutil
 
-from cluster.memory_plan import BaseMemory, MemoryPlan, Node, choose_requests, plan_memory
+from cluster.memory_plan import (
+    BaseMemory,
+    MemoryPlan,
+    Node,
+    choose_requests,
+    override_name,
+    plan_memory,
+)
 from cluster.placement import split_experts
 from experts.budget import BudgetRequest, measure_experts
+from experts.errors import BudgetTooSmall
 from experts.node_memory import read_node_memory
 from experts.quantised import planned_form
 from experts.store import ExpertStore
+from gateway.errors import OptionInvalid
 from router.footprint import measure_footprint
 from router.loading import EngineOptions, chosen_dtype
 from router.model_config import read_model_config
@@ -72,11 +81,17 @@ def plan_service(
 ) -> MemoryPlan:
     """Budgets of a service on one node, and what is left of its memory.
 
-    Raises BudgetTooSmall, NodeTooSmall or NodeBudgetTooSmall.
+    Raises BudgetTooSmall (OptionInvalid where it is a node's own), NodeTooSmall or NodeBudgetTooSmall.
     """
     groups = split_experts(store.expert_keys(store.served.name), num_actors) if num_actors else []
     width = read_model_config(store.served.config).hidden_size
     form = planned_form(store, chosen_dtype(store, options), {store.served.name: width})
     sizes = [measure_experts(store, group, form).total for group in groups]
     chosen = choose_requests(requests, overrides, node)
-    return plan_memory(chosen, measure_footprint(store, options), sizes, node, SERVICE_BASE, num_routers)
+    try:
+        return plan_memory(chosen, measure_footprint(store, options), sizes, node, SERVICE_BASE, num_routers)
+    except BudgetTooSmall as error:
+        name = override_name(overrides, node)
+        if name is None:
+            raise
+        raise OptionInvalid(f"node-budgets: {name}", str(error)) from error

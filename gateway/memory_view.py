@@ -29,6 +29,11 @@ def render_memory(plan: Mapping[str, Any], resident: Mapping[str, int] | None = 
         texts = (str(row[name]) for name in COLUMNS[:3])
         now = () if resident is None else (_mib(resident.get(row["process"], 0)),)
         table.add_row(*texts, *map(_mib, sizes), _share(row["budget_bytes"], row["expert_bytes"]), *now)
+    stand_in_bytes = {row["process"]: row.get("stand_in_bytes", 0) for row in plan["processes"]}
+    # Below the table, which would not fit a terminal with one column more.
+    held = [f"{_mib(num_bytes)} in {process}" for process, num_bytes in stand_in_bytes.items() if num_bytes]
+    table.caption = f"Beside the budget, stand-ins for experts: {', '.join(held)}" if held else None
+    table.caption_justify = "left"
     return table
 
 

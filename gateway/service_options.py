@@ -18,6 +18,7 @@ from pydantic_core import PydanticCustomError
 
 from experts.budget import FIT, BudgetRequest
 from experts.eviction import DEFAULT_EVICTION, EVICTIONS, Eviction
+from extraction.errors import one_line
 from gateway.api_keys import NO_KEYS, KeyRing
 from gateway.byte_sizes import format_budget, format_bytes, parse_budget, parse_bytes
 from gateway.errors import OptionInvalid
@@ -211,7 +212,7 @@ class ServiceOptions:
     snarc: SnarcWeights = PRESETS[DEFAULT_PRESET]
     is_trust_learned: bool = True
     state_dir: str | None = None
-    """Where trust is kept; None means the user's state folder."""
+    """Where what is learned is kept; None means the user's state folder."""
     actor_range: tuple[int, int] | None = None
     """Fewest and most expert actors, where their number follows the load."""
     num_routers: int = 1
@@ -288,6 +289,8 @@ def merge_values(command_line: Mapping[str, Any], file: Mapping[str, Any], file_
         first = error.errors()[0]
         name = str(first["loc"][0])
         label = f"--{name}" if name in given else f"{file_name}: {name}"
+        if name == "node-budgets":
+            label += _entry(first["loc"])
         raise OptionInvalid(label, _what_it_must_be(name, first)) from error
 
 
@@ -375,6 +378,11 @@ def one_memory(
 def _nearest(name: str) -> str:
     near = difflib.get_close_matches(name.lower().replace("_", "-"), option_names(), n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else f"; options are {', '.join(option_names())}"
+
+
+def _entry(place: Sequence[str | int]) -> str:
+    """Of a mapping, where one value of it is wrong."""
+    return f": {one_line(str(place[1]))[:MAX_SHOWN_CHARS]}" if len(place) == 2 else ""
 
 
 def _what_it_must_be(name: str, first: Any) -> str:

@@ -61,6 +61,7 @@ def render_status(status: Mapping[str, Any]) -> RenderableType:
     if own.get("prefetched"):
         line += f". Prefetched {own['prefetched']:,} experts, {own['prefetched_used'] / own['prefetched']:.0%} used"
     line += _trouble(router.get("expert_calls", {}))
+    line += "".join(f". {notice}" for notice in _not_kept(router))
     quantization = router.get("quantization")
     title = f"{status['model']} ({router['numerics_class']})"
     title += f", quantised ({quantization}): answers are modified" if quantization else ""
@@ -86,6 +87,16 @@ def _trouble(calls: Mapping[str, Any]) -> str:
     if calls.get("quarantined"):
         text += f". Asked no more: {', '.join(calls['quarantined'])}"
     return text
+
+
+def _not_kept(router: Mapping[str, Any]) -> list[str]:
+    """What is learned and will be forgotten."""
+    states = {"Trust is": router.get("trust"), "Stand-ins are": router.get("stand_ins")}
+    return [
+        f"{text} learned but not kept, see the router's log"
+        for text, state in states.items()
+        if state and not state["is_kept"]
+    ]
 
 
 def _printable(value: Any) -> Any:

@@ -153,3 +153,18 @@ class WeightsInvalid(RouterError):
 
     def __str__(self) -> str:
         return f"snarc weights: {self.reason}"
+
+
+class MeansUnusable(RouterError):
+    """The file of mean outputs cannot be read or written."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"stand-ins in {self.path}: {self.reason}"
+
+
+class MeansDamaged(MeansUnusable):
+    """The file of mean outputs is not what was written."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,10 +32,22 @@ def unseen_trust(num_experts: int) -> TrustSource:
     return lambda component, layer: trust_E
 
 
-@dataclass
-class _Warmth:
-    resident: frozenset[int]
+class Residents(NamedTuple):
+    """Which of a layer's E experts are in memory."""
+
+    experts: frozenset[int]
     warmth_E: Tensor
+    """float32: 1 for those that are, else 0."""
+    cold_E: Tensor
+    """bool: those that are not."""
+
+    @classmethod
+    def of(cls, experts: frozenset[int], num_experts: int) -> Residents:
+        is_cold = bytearray(b"\1" * num_experts)
+        for expert in experts:
+            is_cold[expert] = 0
+        cold_E = torch.frombuffer(is_cold, dtype=torch.bool)
+        return cls(experts, (~cold_E).float(), cold_E)
 
 
 @dataclass
@@ -59,18 +72,16 @@ class FactSource:
     ) -> None:
         self._component, self._num_experts = component, num_experts
         self._resident, self._trust = resident, trust or unseen_trust(num_experts)
-        self._warmth: dict[int, _Warmth] = {}
+        self._residents: dict[int, Residents] = {}
         self._use: dict[int, _Use] = {}
 
-    def warmth(self, layer: int) -> Tensor:
-        """(E,) 1 for resident experts, else 0."""
-        resident = self._resident(self._component, layer)
-        known = self._warmth.get(layer)
-        if known is None or known.resident != resident:
-            warmth_E = torch.zeros(self._num_experts)
-            warmth_E[list(resident)] = 1.0
-            known = self._warmth[layer] = _Warmth(resident, warmth_E)
-        return known.warmth_E
+    def residents(self, layer: int) -> Residents:
+        """At this moment."""
+        experts = self._resident(self._component, layer)
+        known = self._residents.get(layer)
+        if known is None or known.experts != experts:
+            known = self._residents[layer] = Residents.of(experts, self._num_experts)
+        return known
 
     def facts(self, layer: int, warmth_E: Tensor) -> ExpertFacts:
         return ExpertFacts(self._use_of(layer).novelty_E, self._trust(self._component, layer), warmth_E)

@@ -22,6 +22,7 @@ from router.kv_cache import KvPool, blocks_for
 from router.linears import FLOAT, LinearForms, planned_linears
 from router.loading import EngineOptions, chosen_dtype, num_kv_blocks
 from router.model_config import SHARED_GATE_ROWS, ModelConfig, read_model_config
+from router.output_means import means_bytes
 
 FLOAT32_BYTES = 4
 LIBRARY_BYTES = 32 << 20
@@ -41,6 +42,8 @@ class Footprint:
     """Of an expert actor that works for it."""
     experts: ExpertBytes
     experts_per_token: int
+    stand_in_bytes: int = 0
+    """Mean outputs of experts, where a request may ask for them."""
 
 
 def measure_footprint(store: ExpertStore, options: EngineOptions) -> Footprint:
@@ -65,6 +68,9 @@ def measure_footprint(store: ExpertStore, options: EngineOptions) -> Footprint:
             planned_form(store, dtype, {component.name: config.hidden_size}),
         ),
         experts_per_token=config.experts_per_token,
+        stand_in_bytes=means_bytes(config.num_experts, config.hidden_size, len(config.moe_layers))
+        if options.has_stand_ins
+        else 0,
     )
 
 

@@ -25,11 +25,12 @@ from router.errors import ConfigUnsupported
 from router.expert_facts import FactSource
 from router.kv_cache import KvPool, blocks_for
 from router.linears import FLOAT, LinearForms, prove_linears
+from router.means_keeper import MeansKeeper, StandInOptions, keep_means
 from router.model_config import ModelConfig, read_model_config
+from router.output_means import OutputMeans
 from router.prefetch import Prefetcher
 from router.scoring import DEFAULT_PRESET, PRESETS, SnarcWeights
 from router.self_test import prove_row_invariance
-from router.stand_in import OutputMeans
 from router.steering import MoeShape, SteeredPolicy
 from router.trust_session import OpenKeeper, TrustOptions, TrustSession, open_local_ledger
 
@@ -63,8 +64,15 @@ class EngineOptions:
     """Of requests that ask for the snarc policy."""
     audit_share: float = 0.0
     """Share of expert actors' answers that are computed again elsewhere; see `experts.audit`."""
+    stand_ins: StandInOptions | None = None
+    """Whether mean outputs may stand in for absent experts, where `snarc` lets them; None where no request can ask for
+    the snarc policy."""
     trust: TrustOptions | None = None
     """Whether and where trust is learned; None means that nobody watches."""
+
+    @property
+    def has_stand_ins(self) -> bool:
+        return self.stand_ins is not None and self.snarc.stand_in > 0
 
 
 @dataclass(frozen=True)
@@ -80,15 +88,23 @@ class LoadedEngine:
     dtype: torch.dtype
     forms: LinearForms = FLOAT
     trust: TrustSession | None = None
+    stand_ins: MeansKeeper | None = None
+    """Of mean outputs, where they are kept."""
 
     @property
     def numerics_class(self) -> str:
         """Of its answers. An expert actor's has no more than the part that the worker's has."""
         return self.worker.numerics_class + self.forms.class_suffix
 
-    def close(self) -> None:
+    def keep_learned(self) -> None:
+        """Bring what was learned last to where it is kept, and stop keeping."""
         if self.trust is not None:
             self.trust.close()
+        if self.stand_ins is not None:
+            self.stand_ins.close()
+
+    def close(self) -> None:
+        self.keep_learned()
         self.directory.close()
         self.worker.close()
         self.store.close()
@@ -149,6 +165,7 @@ def load_engine(
         backbone.prefetcher = Prefetcher(backbone.layers, backbone.arithmetic, directory)
     pool = KvPool(config, num_kv_blocks(config, dtype, options), dtype)
     engine = Engine(backbone, pool, options.limits, swap_budget_bytes=options.kv_budget_bytes)
+    stand_ins = None
     if config.moe_layers:
         shape = MoeShape(
             config.hidden_size, config.num_experts, config.experts_per_token, tuple(sorted(config.moe_layers))
@@ -157,13 +174,15 @@ def load_engine(
             component.name, config.num_experts, directory.resident, trust.book.scores if trust else None
         )
         means = None
-        if options.snarc.stand_in:
+        if options.stand_ins is not None and options.has_stand_ins:
             means = OutputMeans(shape.num_experts, shape.hidden_size, shape.layers)
             engine.watchers += (means,)
+            if options.stand_ins.state_folder is not None:
+                stand_ins = keep_means(means, store, options.stand_ins.state_folder)
         engine.policy = engine.reporter = SteeredPolicy(shape, facts, options.snarc, means)
     if trust is not None:
         trust.attach(engine)
-    loaded = LoadedEngine(engine, store, worker, directory, config, kernel, dtype, forms, trust)
+    loaded = LoadedEngine(engine, store, worker, directory, config, kernel, dtype, forms, trust, stand_ins)
     logger.info(
         "engine ready: %s, backbone %d bytes, KV %d bytes",
         loaded.numerics_class,

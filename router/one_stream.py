@@ -20,8 +20,10 @@ from experts.residency import Residency
 from extraction.manifest import ExpertKey
 from router.choosing import Choice
 from router.dispatch import Dispatch
+from router.expert_facts import Residents
+from router.output_means import OutputMeans
 from router.scoring import Routing, ScoreTerms, SnarcWeights, route_native, route_scored
-from router.stand_in import OutputMeans, replace_spared, spare
+from router.stand_in import replace_spared, spare
 from router.step_routing import GateOutput, SpanOwner
 
 
@@ -43,18 +45,18 @@ class _LayerCache:
         self._now = 0
         self.warmth_E = torch.zeros(num_experts)
 
-    def use(self, experts: list[int]) -> int:
-        """Count one row's experts as used; returns how many were not there."""
+    def use(self, experts: list[int]) -> set[int]:
+        """Count one row's experts as used; returns those that were not there."""
         self._now += 1
         keys = [self._keys[expert] for expert in experts]
-        num_missed = 0
+        missed: set[int] = set()
         for wave in self._residency.waves([1] * len(keys)):
             part = keys[wave.start : wave.stop]
             exchange = self._residency.admit(part, [1] * len(part), self._now)
-            num_missed += len(exchange.load)
+            missed.update(key.expert for key in exchange.load)
             self.warmth_E[[key.expert for key in exchange.evict]] = 0.0
             self.warmth_E[[key.expert for key in exchange.load]] = 1.0
-        return num_missed
+        return missed
 
 
 class OneStream:
@@ -74,35 +76,41 @@ class OneStream:
         self._caches: dict[int, _LayerCache] = {}
         self.counts = StreamCounts()
 
-    def choose(self, gate: GateOutput, logits_RE: Tensor, terms: ScoreTerms | None, k: int) -> Choice:
-        """See Chooser. One row after another, since each finds what the one before it left."""
+    def choose(
+        self, gate: GateOutput, logits_RE: Tensor, terms: ScoreTerms | None, k: int, residents: Residents
+    ) -> Choice:
+        """See Chooser. One row after another, since each finds what the one before it left; `residents` are not those
+        of this stream."""
         if terms is None:
             chosen = route_native(logits_RE, k, gate.normalise)
-            return Choice(chosen, None, self._count(gate.layer, chosen.experts_TK), chosen)
+            return Choice(chosen, self._count(gate.layer, chosen.experts_TK), None, chosen)
         cache, weights = self._cache(gate.layer), self._weights
         score_RE = replace(terms, warmth_E=None).total()
-        sizes = self._means.sizes(gate.layer) if self._means is not None else None
-        rows, spared, missed = [], [], []
+        size_E = self._means.sizes(gate.layer) if self._means is not None else None
+        rows, spared, cold = [], [], []
         for logits_1E, score_1E in zip(torch.split(logits_RE, 1), torch.split(score_RE, 1), strict=True):
             warm_1E = score_1E + weights.warmth * cache.warmth_E
             row = route_scored(logits_1E, warm_1E, k, gate.normalise, weights.keep_best)
-            spared_1K = None if sizes is None else spare(row, cache.warmth_E, *sizes, weights.stand_in)
-            is_computed = torch.ones(1, k).bool() if spared_1K is None else ~spared_1K
-            missed.append(cache.use(row.experts_TK[is_computed].tolist()))
+            cold_1K = cache.warmth_E[row.experts_TK] == 0
+            spared_1K = None if size_E is None else spare(row, cold_1K, size_E, weights.stand_in)
+            if spared_1K is None:
+                spared_1K = torch.zeros_like(cold_1K)
+            missed = cache.use(row.experts_TK[~spared_1K].tolist())
             rows.append(row)
-            spared.append(~is_computed)
+            spared.append(spared_1K)
+            cold.append(spared_1K | _among(row.experts_TK.tolist(), [missed]))
         chosen = Routing(
             torch.cat([row.experts_TK for row in rows]), torch.cat([row.weights_TK for row in rows])
         )
-        spared_RK = torch.cat(spared)
+        spared_RK, cold_RK = torch.cat(spared), torch.cat(cold)
+        num_spared = int(spared_RK.sum())
         self.counts.uses += chosen.experts_TK.numel()
-        self.counts.misses += sum(missed)
-        self.counts.stand_ins += int(spared_RK.sum())
-        missed_R = torch.tensor(missed, dtype=torch.float32)
-        if self._means is None or not bool(spared_RK.any()):
-            return Choice(chosen, None, missed_R, chosen)
+        self.counts.misses += int(cold_RK.sum()) - num_spared
+        self.counts.stand_ins += num_spared
+        if self._means is None or not num_spared:
+            return Choice(chosen, cold_RK, None, chosen)
         routing = replace_spared(chosen, spared_RK, self._means.means(gate.layer))
-        return Choice(chosen, spared_RK, missed_R, routing)
+        return Choice(chosen, cold_RK, spared_RK, routing)
 
     def watch(
         self,
@@ -116,14 +124,21 @@ class OneStream:
         self._count(gate.layer, routing.experts_TK)
 
     def _count(self, layer: int, experts_TK: Tensor) -> Tensor:
+        """(T, K) bool: which of them were not there."""
         cache = self._cache(layer)
-        missed = [cache.use(experts) for experts in experts_TK.tolist()]
+        rows: list[list[int]] = experts_TK.tolist()
+        missed = [cache.use(experts) for experts in rows]
         self.counts.uses += experts_TK.numel()
-        self.counts.misses += sum(missed)
-        return torch.tensor(missed, dtype=torch.float32)
+        self.counts.misses += sum(map(len, missed))
+        return _among(rows, missed)
 
     def _cache(self, layer: int) -> _LayerCache:
         if layer not in self._caches:
             num_experts, capacity, eviction = self._shape
             self._caches[layer] = _LayerCache(layer, num_experts, capacity, eviction)
         return self._caches[layer]
+
+
+def _among(rows: list[list[int]], some: list[set[int]]) -> Tensor:
+    """(T, K) bool: which of a row's experts are among the row's."""
+    return torch.tensor([[e in wanted for e in experts] for experts, wanted in zip(rows, some, strict=True)])

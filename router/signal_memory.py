@@ -31,7 +31,11 @@ class RecallIndex:
     """Where the T rows of a step find and leave their memories; the same for every layer."""
 
     past_TW: Tensor
-    """Into the ring's rows followed by the step's."""
+    """Into the ring's rows, followed by the step's where some span has several rows."""
+    recent_TR: Tensor
+    """The RECENT nearest of these."""
+    is_in_ring: bool
+    """Whether all of the past is in the ring: every span has one row."""
     confidence_TL: Tensor
     """The same for confidences, of which only the prompt's are kept."""
     kept_rows: Tensor | None
@@ -49,8 +53,8 @@ class RecallIndex:
 class _Ring:
     """One layer's: (slots * WINDOW, ...) rows. Slot 0 belongs to nobody and stays zero."""
 
-    states_MC: Tensor
-    """Direction, and in the last column the length."""
+    direction_MS: Tensor
+    length_M: Tensor
     confidence_M: Tensor
     settled: tuple[str, ...] | None = None
     reward_T: Tensor | None = None
@@ -99,8 +103,11 @@ class SignalMemory:
         is_kept_T = position_T >= end_T - WINDOW
         is_kept_prompt_T = (position_T < prompt_T) & (position_T >= torch.minimum(end_T, prompt_T) - WINDOW)
         at_T = slot_T * WINDOW + position_T % WINDOW
+        past_TW = places.before(position_T, WINDOW)
         return RecallIndex(
-            places.before(position_T, WINDOW),
+            past_TW,
+            past_TW[:, :RECENT].contiguous(),
+            len(rows_T) == len(spans),
             confidence_TL,
             None if bool(is_kept_T.all()) else rows_T[is_kept_T],
             at_T[is_kept_T],
@@ -112,17 +119,25 @@ class SignalMemory:
         )
 
     def recall(
-        self, layer: int, index: RecallIndex, direction_TS: Tensor, length_T1: Tensor, depth: int = WINDOW
+        self,
+        layer: int,
+        index: RecallIndex,
+        direction_TS: Tensor,
+        length_T1: Tensor | None = None,
+        *,
+        is_recent: bool = False,
     ) -> Past:
-        """What each row remembers of the `depth` positions before; then remembers the rows."""
+        """What each row remembers of the positions before, or of the RECENT nearest; then remembers the rows.
+
+        length_T1: None where nobody asks for lengths, now or later in these requests.
+        """
         ring = self._ring(layer)
-        states_TC = torch.cat((direction_TS, length_T1), dim=1)
-        back_TW = index.past_TW if depth == WINDOW else index.past_TW[:, :depth]
-        known = torch.cat((ring.states_MC, states_TC)).index_select(0, back_TW.reshape(-1))
-        kept = states_TC if index.kept_rows is None else states_TC.index_select(0, index.kept_rows)
-        ring.states_MC.index_copy_(0, index.kept_at, kept)
-        known_TWC = known.view(len(back_TW), depth, -1)
-        return Past(known_TWC[:, :, :-1], known_TWC[:, :, -1], index.num_recent_T, index.num_T)
+        back_TW = index.recent_TR if is_recent else index.past_TW
+        directions_TWS = _recalled(ring.direction_MS, direction_TS, back_TW, index)
+        lengths_TW = None
+        if length_T1 is not None:
+            lengths_TW = _recalled(ring.length_M, length_T1.squeeze(1), back_TW, index)
+        return Past(directions_TWS, lengths_TW, index.num_recent_T, index.num_T)
 
     def settled_reward(self, layer: int, index: RecallIndex) -> Tensor | None:
         """The rewards of these rows, where they are all known from the step before."""
@@ -154,13 +169,23 @@ class SignalMemory:
         num_rows = self._num_slots * WINDOW
         ring = self._rings.get(layer)
         if ring is None:
-            ring = _Ring(torch.zeros(num_rows, self._sketch_width + 1), torch.zeros(num_rows))
+            ring = _Ring(torch.zeros(num_rows, self._sketch_width), *torch.zeros(2, num_rows))
             self._rings[layer] = ring
         missing = num_rows - len(ring.confidence_M)
         if missing:
-            ring.states_MC = torch.cat((ring.states_MC, torch.zeros(missing, self._sketch_width + 1)))
+            ring.direction_MS = torch.cat((ring.direction_MS, torch.zeros(missing, self._sketch_width)))
+            ring.length_M = torch.cat((ring.length_M, torch.zeros(missing)))
             ring.confidence_M = torch.cat((ring.confidence_M, torch.zeros(missing)))
         return ring
+
+
+def _recalled(ring_M: Tensor, own_T: Tensor, back_TW: Tensor, index: RecallIndex) -> Tensor:
+    """(T, W, ...) what lies at the places; then leaves the step's own rows in the ring."""
+    source_M = ring_M if index.is_in_ring else torch.cat((ring_M, own_T))
+    found_TW = source_M.index_select(0, back_TW.view(-1)).view(*back_TW.shape, *ring_M.shape[1:])
+    kept = own_T if index.kept_rows is None else own_T.index_select(0, index.kept_rows)
+    ring_M.index_copy_(0, index.kept_at, kept)
+    return found_TW
 
 
 @dataclass(frozen=True)

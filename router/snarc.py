@@ -55,10 +55,10 @@ class Sketch:
 @dataclass(frozen=True)
 class Past:
     """The W positions before each of T tokens, nearest first, zeros before the request's beginning. Fewer than WINDOW
-    where only surprise is asked for."""
+    where only surprise is asked for, and without lengths where arousal is not."""
 
     directions_TWS: Tensor
-    lengths_TW: Tensor
+    lengths_TW: Tensor | None
     num_recent_T: Tensor
     """float32: how many of the RECENT nearest exist, at least 1."""
     num_T: Tensor
@@ -98,6 +98,7 @@ def arousal(length_T1: Tensor, past: Past) -> Tensor:
 
     1/2 for the usual, more for the intense; 1 for the first token. (T,)
     """
+    assert past.lengths_TW is not None
     length_T = length_T1.squeeze(-1)
     usual_T = past.lengths_TW.sum(-1) / past.num_T
     return length_T / (length_T + usual_T).clamp_min(_TINY)

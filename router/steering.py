@@ -17,6 +17,7 @@ from router.choosing import Choice, Chooser, ResidentChooser
 from router.effort import follow
 from router.expert_facts import FactSource
 from router.explanation import explain
+from router.output_means import OutputMeans
 from router.routing_choice import RoutingReport
 from router.scoring import (
     ABSENT,
@@ -27,8 +28,7 @@ from router.scoring import (
     score_terms,
 )
 from router.signal_memory import MemorySpan, RecallIndex, SignalMemory
-from router.snarc import RECENT, WINDOW, Signals, Sketch, arousal, conflict, novelty, surprise
-from router.stand_in import OutputMeans
+from router.snarc import Signals, Sketch, arousal, conflict, novelty, surprise
 from router.steering_plan import PLAIN, RowGroup, SteeredRequest, SteeredSpan, SteeringPlan, plan_steering
 from router.step_routing import GateOutput, SpanOwner
 
@@ -59,9 +59,9 @@ class SignalNeeds:
         return self.surprise or self.novelty or self.arousal
 
     @property
-    def depth(self) -> int:
-        """How many positions back they look."""
-        return WINDOW if self.novelty or self.arousal else RECENT
+    def is_recent(self) -> bool:
+        """Whether they look no further back than RECENT positions."""
+        return not (self.novelty or self.arousal)
 
 
 @dataclass
@@ -76,8 +76,8 @@ class _Step:
     """Rows of the steered requests; None means all."""
     fixed_reward_R: Tensor | None = None
     """Of the signal rows, the feedback's reward, or NaN where there is none."""
-    misses_T: Tensor = field(default_factory=lambda: torch.zeros(0))
-    spared_T: Tensor = field(default_factory=lambda: torch.zeros(0))
+    choices: list[list[Choice]] = field(default_factory=list)
+    """Of each group, layer by layer; counted at the step's end, all layers at once."""
     drive_2R: Tensor | None = None
     """Arousal and conflict of the signal rows, summed over the layers so far."""
 
@@ -91,7 +91,7 @@ class SteeredPolicy:
         """means: stand in where the weights let them; the engine must let them watch."""
         self._shape, self._facts, self._weights = shape, facts, weights
         self.means = means
-        self.chooser: Chooser = ResidentChooser(facts.warmth, weights, means)
+        self.chooser: Chooser = ResidentChooser(weights, means)
         self._sketch = Sketch.for_width(shape.hidden_size)
         self._memory = SignalMemory(self._sketch.signs_GS.shape[1])
         self._requests: dict[str, SteeredRequest] = {}
@@ -150,8 +150,7 @@ class SteeredPolicy:
         plan = plan_steering(owners, self._requests, shape.experts_per_token, shape.num_experts)
         if plan.is_plain:
             return _Step(owners)
-        misses_T, spared_T = torch.zeros(2, plan.num_rows)
-        step = _Step(owners, plan, self._needs(plan.spans), misses_T=misses_T, spared_T=spared_T)
+        step = _Step(owners, plan, self._needs(plan.spans), choices=[[] for _ in plan.groups])
         if step.needs != SignalNeeds():
             self._index_signals(step)
         if any(group.policy == "snarc" for group in plan.groups):
@@ -193,32 +192,36 @@ class SteeredPolicy:
     def _route_steered(self, step: _Step, gate: GateOutput) -> Routing:
         logits_TE = gate.logits_TE.float()
         signals = self._signals(step, gate, logits_TE) if step.index is not None else Signals()
+        residents = self._facts.residents(gate.layer)
         parts = []
-        for group in step.plan.groups:
+        for group, choices in zip(step.plan.groups, step.choices, strict=True):
             if group.is_native and not group.explained:
                 parts.append(_rows_of(gate.native(), group.rows))
                 continue
             logits_RE = _picked(logits_TE, group.rows)
-            terms = self._terms(group, gate.layer, logits_RE, signals) if group.policy == "snarc" else None
-            choice = None
+            terms = choice = None
+            if group.policy == "snarc":
+                terms = self._terms(group, gate.layer, logits_RE, signals, residents.warmth_E)
             if group.is_native:
                 chosen = routing = _rows_of(gate.native(), group.rows)
             else:
-                choice = self.chooser.choose(gate, logits_RE, terms, group.experts_per_token)
+                choice = self.chooser.choose(gate, logits_RE, terms, group.experts_per_token, residents)
                 chosen, routing = choice.chosen, choice.routing
-                _count(step, group, choice)
+                choices.append(choice)
             if group.explained:
                 shown = terms or ScoreTerms(logits_RE, None, None, None)
                 explain(group, gate.layer, chosen, shown, signals, choice.spared_RK if choice else None)
             parts.append(routing)
         return _merged(step.plan, parts)
 
-    def _terms(self, group: RowGroup, layer: int, logits_RE: Tensor, signals: Signals) -> ScoreTerms:
+    def _terms(
+        self, group: RowGroup, layer: int, logits_RE: Tensor, signals: Signals, warmth_E: Tensor
+    ) -> ScoreTerms:
         return score_terms(
             logits_RE,
             None if signals.surprise_T is None else _picked(signals.surprise_T, group.rows),
             None if signals.reward_T is None else _picked(signals.reward_T, group.rows),
-            self._facts.facts(layer, self._facts.warmth(layer)),
+            self._facts.facts(layer, warmth_E),
             self._weights,
         )
 
@@ -229,7 +232,13 @@ class SteeredPolicy:
         surprise_R = novelty_R = arousal_R = reward_R = conflict_R = None
         if needs.of_past:
             direction_RS, length_R1 = self._sketch.of(_picked(gate.hidden_TD, step.signal_rows))
-            past = self._memory.recall(layer, step.index, direction_RS, length_R1, needs.depth)
+            past = self._memory.recall(
+                layer,
+                step.index,
+                direction_RS,
+                length_R1 if needs.arousal else None,
+                is_recent=needs.is_recent,
+            )
             surprise_R = surprise(direction_RS, past) if needs.surprise else None
             novelty_R = novelty(direction_RS, past) if needs.novelty else None
             arousal_R = arousal(length_R1, past) if needs.arousal else None
@@ -249,14 +258,14 @@ class SteeredPolicy:
 
     def _end_step(self, step: _Step) -> None:
         """Count misses, and let `auto` follow the signals of the step's tokens, in position order."""
-        misses, spared = step.misses_T.tolist(), step.spared_T.tolist()
+        misses, spared = _counted(step)
         drives: list[list[float]] = []
         if step.drive_2R is not None:
             drives = (step.drive_2R / len(self._shape.layers)).T.tolist()
         index = 0
         for span in step.plan.spans:
-            span.state.misses += int(sum(misses[span.row : span.row + span.count]))
-            span.state.stand_ins += int(sum(spared[span.row : span.row + span.count]))
+            span.state.misses += sum(misses[span.row : span.row + span.count])
+            span.state.stand_ins += sum(spared[span.row : span.row + span.count])
             if span.state.request.routing.effort == "auto":
                 _follow_span(span, drives[index : index + span.count])
             index += span.count
@@ -273,11 +282,20 @@ def _follow_span(span: SteeredSpan, drives: Sequence[Sequence[float]]) -> None:
                 state.effort_at.setdefault(position + 1, state.control.effort)
 
 
-def _count(step: _Step, group: RowGroup, choice: Choice) -> None:
-    rows = torch.arange(step.plan.num_rows) if group.rows is None else group.rows
-    step.misses_T.index_add_(0, rows, choice.missed_R)
-    if choice.spared_RK is not None:
-        step.spared_T.index_add_(0, rows, choice.spared_RK.sum(-1).float())
+def _counted(step: _Step) -> tuple[list[int], list[int]]:
+    """Of each of the step's rows, in all layers: experts that were missed, and that something stood in for."""
+    num_rows = step.plan.num_rows
+    found_2T = torch.zeros(2, num_rows, dtype=torch.int64)
+    for group, choices in zip(step.plan.groups, step.choices, strict=True):
+        if not choices:
+            continue
+        rows = torch.arange(num_rows) if group.rows is None else group.rows
+        cold_LRK = torch.stack([choice.cold_RK for choice in choices])
+        spared = [choice.spared_RK for choice in choices if choice.spared_RK is not None]
+        spared_R = torch.stack(spared).sum((0, 2)) if spared else torch.zeros(len(rows), dtype=torch.int64)
+        found_2T[:, rows] = torch.stack((cold_LRK.sum((0, 2)) - spared_R, spared_R))
+    misses, stand_ins = found_2T.tolist()
+    return misses, stand_ins
 
 
 def _picked(rows: Tensor, wanted: Tensor | None) -> Tensor:

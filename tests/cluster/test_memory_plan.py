@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -70,6 +71,16 @@ def test_fit_without_room_says_what_takes_the_memory() -> None:
     )
 
 
+def test_stand_ins_are_the_router_s_and_no_part_of_the_budget() -> None:
+    footprint = replace(FOOTPRINT, stand_in_bytes=70)
+    plan = plan_memory([FIT], footprint, [2000, 2000], _node(8000), BASE)
+    without = plan_memory([FIT], FOOTPRINT, [2000, 2000], _node(8000), BASE)
+    assert plan.budget_bytes == without.budget_bytes - 70
+    assert [process.stand_in_bytes for process in plan.processes] == [70, 0, 0]
+    with pytest.raises(NodeTooSmall, match="stand-ins 70"):
+        plan_memory([FIT], footprint, [], _node(3505), BASE)
+
+
 def test_named_budget_is_not_bound_by_what_seems_free() -> None:
     plan = plan_memory([BudgetRequest(share=Fraction(1, 4))], FOOTPRINT, [], _node(0), BASE)
     assert plan.budget_bytes == 1000
@@ -126,6 +137,7 @@ def test_plan_as_json_names_every_byte() -> None:
         "expert_bytes": 4000,
         "node": "n1",
         "tier": "resident",
+        "stand_in_bytes": 0,
     }
     assert (actor["base_bytes"], actor["buffer_bytes"], actor["budget_bytes"], actor["expert_bytes"]) == (
         *(700, 50),

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import ray
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.resources import NAMESPACE
+from cluster.supervisor import find_supervisor
 from experts.budget import FIT, BudgetRequest
 from experts.errors import LedgerBusy
 from experts.store import ExpertStore
@@ -38,6 +40,7 @@ pytestmark = pytest.mark.ray
 
 MODEL = "stories"
 EXPERT_BYTES = 73728
+NUM_EXPERTS = 384
 NODE_BUDGET_BYTES = 60 * EXPERT_BYTES
 """Of 384 experts: every step needs waves, in the actors and, when one is lost, in the router."""
 PROMPT = "Once upon a time there was a king who had three daughters"
@@ -263,6 +266,27 @@ def test_service_is_ready_when_idle_and_under_load(service: Service) -> None:
     answers = [httpx.get(f"{service.url}/ready", timeout=30.0) for _ in range(10)]
     load.join()
     assert [answer.status_code for answer in answers] == [200] * 10
+
+
+def test_actors_give_memory_back_at_rest_and_take_it_again_under_load(
+    service: Service, expected: Callable[..., str]
+) -> None:
+    """What the router tells the supervisor with `--capacity auto`, told here by the test: REST takes a minute."""
+    supervisor = find_supervisor()
+    budgets = {actor["name"]: actor["budget_bytes"] for actor in service.status()["actors"]}
+    service.post(GREEDY)
+
+    def actors_are(is_reached: Callable[[dict[str, Any]], bool]) -> Callable[[], bool]:
+        return lambda: all(map(is_reached, service.status()["actors"]))
+
+    ray.get(supervisor.set_share.remote(Fraction(1, NUM_EXPERTS // 4)))
+    _wait_until(actors_are(lambda actor: actor["resident_bytes"] <= 2 * EXPERT_BYTES))
+    assert service.post(GREEDY).json()["choices"][0]["text"] == expected(48)
+    assert actors_are(lambda actor: actor["resident_bytes"] <= 2 * EXPERT_BYTES)()
+    ray.get(supervisor.set_share.remote(Fraction(1)))
+    _wait_until(actors_are(lambda actor: actor["budget_bytes"] == budgets[actor["name"]]))
+    assert service.post(GREEDY).json()["choices"][0]["text"] == expected(48)
+    assert actors_are(lambda actor: actor["resident_bytes"] > budgets[actor["name"]] // 2)()
 
 
 @pytest.mark.chaos

@@ -12,6 +12,7 @@ import pytest
 
 from gateway.cli import main
 from gateway.eval_report import WINDOW_SCHEMA
+from router.trace_file import TraceFile
 from router.trace_reader import read_trace
 
 PNG = b"\x89PNG\r\n"
@@ -58,6 +59,28 @@ def test_eval_prints_json_and_leaves_its_files(
     assert files["page.png"].read_bytes().startswith(PNG)
 
 
+def test_trace_that_fails_at_its_end_loses_no_result(
+    tiny_store: Path,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(self: TraceFile) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(TraceFile, "finish", refuse)
+    files = [tmp_path / name for name in ("out.parquet", "trace.parquet", "page.png")]
+    code, out, err = _run(
+        capsys, "eval", str(tiny_store), str(text), "--max-tokens", "60", "--json",
+        "--parquet", str(files[0]), "--trace", str(files[1]), "--plot", str(files[2]),
+    )  # fmt: skip
+    assert code == 1
+    assert json.loads(out)["tokens"] == 59
+    assert err.rstrip().endswith("trace.parquet cannot be written: No space left on device")
+    assert [path.exists() for path in files] == [True, False, False]
+
+
 def test_eval_draws_without_a_trace_of_the_user_s(
     tiny_store: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -75,7 +98,7 @@ def test_eval_draws_without_a_trace_of_the_user_s(
         "0:0-3",
     )
     assert code == 0, err
-    assert "masked" in out and "miller.txt" in out
+    assert "masked at FOCUS" in out and "miller.txt" in out
     assert page.read_bytes().startswith(PNG)
 
 

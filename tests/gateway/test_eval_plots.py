@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gateway.eval_plots import (
+    LABEL_SIDES,
+    LABEL_SIZE,
+    TOUCH,
     FrontierPoint,
     draw_coactivation,
     draw_frontier,
@@ -13,6 +18,7 @@ from gateway.eval_plots import (
     draw_miss_curves,
     draw_use,
     new_figure,
+    place_labels,
     to_png,
 )
 from router.trace_statistics import BELADY, MissCurve
@@ -52,6 +58,24 @@ def test_frontier_is_drawn_from_few_misses_to_many() -> None:
     assert axes.lines[0].get_xdata() == pytest.approx([0.3, 0.6])
     assert axes.lines[0].get_ydata() == pytest.approx([41.0, 40.0])
     assert {text.get_text() for text in axes.texts} == {"25%", "50%"}
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), max_size=20))
+def test_every_label_stands_beside_its_point(points: list[tuple[float, float]]) -> None:
+    sides = place_labels(points)
+    assert len(sides) == len(points) and (0.0, 0.0) not in sides
+
+
+def test_labels_of_neighbours_do_not_cover_each_other_nor_the_points() -> None:
+    width, height = LABEL_SIZE
+    points = [(0.5, 0.5), (0.5 + width / 2, 0.5), (0.5, 0.5 + height)]
+    sides = place_labels(points)
+    centres = [(x + a * width, y + b * height) for (x, y), (a, b) in zip(points, sides, strict=True)]
+    things = [*points, *centres]
+    for index, (x, y) in enumerate(centres):
+        others = things[: len(points) + index] + things[len(points) + index + 1 :]
+        assert all(abs(x - a) >= width * TOUCH or abs(y - b) >= height * TOUCH for a, b in others)
+    assert place_labels([(0.5, 0.5)]) == [LABEL_SIDES[0]]
 
 
 def test_picture_is_a_png() -> None:

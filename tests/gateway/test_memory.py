@@ -21,6 +21,7 @@ from gateway.errors import OptionInvalid
 from gateway.memory import SERVICE_BASE, plan_engine, plan_service, this_node
 from gateway.memory_view import render_memory
 from router.loading import EngineOptions
+from router.means_keeper import StandInOptions
 
 EXPERT_BYTES = 73728
 """One expert of the bundled model in bfloat16."""
@@ -100,6 +101,19 @@ def test_service_s_budget_is_divided_among_router_and_actors(stories_store: Path
     assert plan.router.base_bytes == SERVICE_BASE.router
 
 
+def test_node_s_own_budget_below_one_expert_names_the_node(stories_store: Path) -> None:
+    store = ExpertStore.open(stories_store)
+    node = Node("n1", ("10.0.0.8",), NodeMemory(1 << 34, 1 << 34))
+    tiny = BudgetRequest(num_bytes=7)
+    with pytest.raises(
+        OptionInvalid, match=r"^node-budgets: 10\.0\.0\.8 budget of 7 bytes is below one expert"
+    ):
+        plan_service(store, EngineOptions(), 0, (FIT,), {"10.0.0.8": tiny}, node)
+    with pytest.raises(BudgetTooSmall):
+        plan_service(store, EngineOptions(), 0, (tiny,), {"n2": FIT}, node)
+    store.close()
+
+
 def test_fit_in_this_process_does_not_count_it_twice(stories_store: Path) -> None:
     store = ExpertStore.open(stories_store)
     options, plan = plan_engine(store, EngineOptions(), (FIT,))
@@ -109,14 +123,17 @@ def test_fit_in_this_process_does_not_count_it_twice(stories_store: Path) -> Non
     assert "127.0.0.1" in this_node().aliases
 
 
-def test_table_of_a_service_fits_a_terminal_of_80_columns(stories_store: Path) -> None:
+@pytest.mark.parametrize("has_stand_ins", [False, True])
+def test_table_of_a_service_fits_a_terminal_of_80_columns(stories_store: Path, has_stand_ins: bool) -> None:
     store = ExpertStore.open(stories_store)
     node = Node("worker-7", (), NodeMemory(1 << 34, 1 << 34))
-    plan = plan_service(store, EngineOptions(), 2, (FIT,), {}, node).as_json()
+    options = EngineOptions(stand_ins=StandInOptions() if has_stand_ins else None)
+    plan = plan_service(store, options, 2, (FIT,), {}, node).as_json()
     store.close()
     console = Console(width=80, highlight=False)
     with console.capture() as captured:
         console.print(render_memory(plan, {"experts-0": EXPERT_BYTES}))
     text = captured.get()
     assert "…" not in text
+    assert ("stand-ins" in text) == has_stand_ins
     assert "worker-7 resident experts-0" in text and "0.07" in text

@@ -143,7 +143,6 @@ def test_unknown_key_is_named_with_the_nearest_known_one(name: str, nearest: str
         ("expert-budget", "120%", "must be above 0% and at most 100%, not '120%'"),
         ("host-budget", "-1GiB", "must be a size such as 2GiB"),
         ("node-budgets", ["2GiB"], "must be a mapping of node names or addresses to budgets"),
-        ("node-budgets", {"a": 7}, "must be a size such as 2GiB"),
         ("node-budgets", {"a\x1b": "2GiB"}, "must be a mapping of node names or addresses to budgets"),
         ("node-budgets", {7: "2GiB"}, "must be a mapping of node names or addresses to budgets"),
         ("audit-share", 1.5, "must be a number from 0 to 1, not '1.5'"),
@@ -171,6 +170,12 @@ def test_value_of_another_kind_names_key_and_what_it_must_be(name: str, value: A
     if value is not None:
         with pytest.raises(OptionInvalid, match=f"^--{name} "):
             merge_values({name: value}, {}, NAME)
+
+
+def test_wrong_budget_of_a_node_names_the_node() -> None:
+    with pytest.raises(OptionInvalid) as caught:
+        merge_values({}, {"node-budgets": {"n1": "2GiB", "node-7": "12 parsecs"}}, NAME)
+    assert str(caught.value).startswith(f"{NAME}: node-budgets: node-7 has the unknown unit parsecs")
 
 
 def test_misplaced_key_is_not_repeated() -> None:

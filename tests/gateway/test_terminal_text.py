@@ -38,6 +38,25 @@ def test_any_text_is_safe_and_the_same_in_pieces(text: str, at: int) -> None:
     assert controls <= {"\n", "\t"}
 
 
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_status_says_what_is_learned_and_will_be_forgotten(is_kept: bool) -> None:
+    router = {
+        "pid": 1,
+        "numerics_class": "c",
+        "backbone_bytes": 1,
+        "kv_bytes": 1,
+        "experts": {"resident_bytes": 1},
+    }
+    router |= {"trust": {"is_kept": is_kept}, "stand_ins": {"is_kept": True}}
+    status = {"model": "m", "router": router, "actors": [], "nodes": []}
+    status |= {"requests": {"running": 0, "waiting": 0}}
+    console = Console(width=250, highlight=False)
+    with console.capture() as capture:
+        console.print(render_status(status))
+    assert ("Trust is learned but not kept" in capture.get()) == (not is_kept)
+    assert "Stand-ins" not in capture.get()
+
+
 def test_status_of_a_hostile_service_cannot_steer_the_terminal() -> None:
     evil = "\x1b[2J[red]x[/red]"
     actor = {"name": evil, "pid": 1, "node": evil, "group": 2, "state": evil}

@@ -17,9 +17,10 @@ def _chosen(expert: int, count: int) -> Routing:
 def test_warmth_follows_residency() -> None:
     resident = {"now": frozenset({1, 3})}
     source = FactSource("model", 4, lambda component, layer: resident["now"])
-    assert source.warmth(0).tolist() == [0.0, 1.0, 0.0, 1.0]
+    assert source.residents(0).warmth_E.tolist() == [0.0, 1.0, 0.0, 1.0]
+    assert source.residents(0).cold_E.tolist() == [True, False, True, False]
     resident["now"] = frozenset({0})
-    assert source.warmth(0).tolist() == [1.0, 0.0, 0.0, 0.0]
+    assert source.residents(0).warmth_E.tolist() == [1.0, 0.0, 0.0, 0.0]
 
 
 def test_unused_experts_are_novel_and_used_ones_less_so_in_their_layer_only() -> None:

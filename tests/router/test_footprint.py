@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ from router.batcher import BatchLimits
 from router.errors import ConfigUnsupported
 from router.footprint import measure_footprint
 from router.loading import EngineOptions
+from router.means_keeper import StandInOptions
+from router.output_means import OutputMeans
+from router.scoring import PRESETS
 from tests.checkpoints import FAMILIES, write_tiny
 from tests.engines import KV_BUDGET_BYTES, open_engine
 
@@ -33,6 +37,18 @@ def test_backbone_cache_and_experts_are_counted_to_the_byte(
     assert footprint.backbone_bytes == loaded.engine.backbone.nbytes
     assert footprint.kv_bytes == loaded.engine.pool.nbytes
     assert footprint.experts.total == loaded.worker.resident_bytes
+    loaded.close()
+
+
+@pytest.mark.parametrize("snarc", ["thrifty", "warm"])
+def test_stand_ins_are_counted_to_the_byte_where_they_may_be_asked_for(tiny_store: Path, snarc: str) -> None:
+    native = EngineOptions(snarc=PRESETS[snarc])
+    options = replace(native, stand_ins=StandInOptions())
+    loaded = open_engine(tiny_store, options)
+    held = [watcher.nbytes for watcher in loaded.engine.watchers if isinstance(watcher, OutputMeans)]
+    assert measure_footprint(loaded.store, options).stand_in_bytes == sum(held)
+    assert bool(held) == (snarc == "thrifty")
+    assert measure_footprint(loaded.store, native).stand_in_bytes == 0
     loaded.close()
 
 

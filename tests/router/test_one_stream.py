@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 
 from experts.eviction import EVICTIONS, Eviction
 from router.choosing import ResidentChooser
+from router.expert_facts import Residents
 from router.one_stream import OneStream
 from router.scoring import PRESETS, ExpertFacts, ScoreTerms, SnarcWeights, score_terms
 from router.step_routing import GateOutput
 
 NUM_EXPERTS, K = 8, 2
+NOBODY = Residents.of(frozenset(), NUM_EXPERTS)
 WARM = replace(PRESETS["warm"], warmth=0.4)
 
 
@@ -40,9 +42,9 @@ def test_steps_of_any_size_give_the_same_choices(
     logits_TE = random_logits(seed)
     whole, parts = (OneStream(NUM_EXPERTS, capacity, eviction, WARM, None) for _ in range(2))
     cold = torch.zeros(NUM_EXPERTS)
-    expected = whole.choose(gate_of(logits_TE), logits_TE, terms_of(logits_TE, WARM, cold), K)
+    expected = whole.choose(gate_of(logits_TE), logits_TE, terms_of(logits_TE, WARM, cold), K, NOBODY)
     found = [
-        parts.choose(gate_of(part), part, terms_of(part, WARM, cold), K).routing.experts_TK
+        parts.choose(gate_of(part), part, terms_of(part, WARM, cold), K, NOBODY).routing.experts_TK
         for part in (logits_TE[:cut], logits_TE[cut:])
         if len(part)
     ]
@@ -55,12 +57,10 @@ def test_one_row_at_a_time_it_chooses_as_the_service_does_with_what_is_resident(
     stream = OneStream(NUM_EXPERTS, 3, "lru", WARM, None)
     held: list[int] = []
     for row in random_logits(5).split(1):
-        warmth_E = torch.zeros(NUM_EXPERTS)
-        warmth_E[held[-3:]] = 1.0
-        service = ResidentChooser(lambda layer, now=warmth_E: now, WARM, None)  # type: ignore[misc]
-        terms = terms_of(row, WARM, warmth_E)
-        expected = service.choose(gate_of(row), row, terms, K)
-        found = stream.choose(gate_of(row), row, terms, K)
+        residents = Residents.of(frozenset(held[-3:]), NUM_EXPERTS)
+        terms = terms_of(row, WARM, residents.warmth_E)
+        expected = ResidentChooser(WARM, None).choose(gate_of(row), row, terms, K, residents)
+        found = stream.choose(gate_of(row), row, terms, K, NOBODY)
         assert torch.equal(found.routing.experts_TK, expected.routing.experts_TK)
         assert torch.equal(found.routing.weights_TK, expected.routing.weights_TK)
         assert torch.equal(found.missed_R, expected.missed_R)
@@ -71,7 +71,7 @@ def test_one_row_at_a_time_it_chooses_as_the_service_does_with_what_is_resident(
 def test_native_rows_are_counted_and_not_changed() -> None:
     stream = OneStream(NUM_EXPERTS, NUM_EXPERTS, "lfu", WARM, None)
     logits_TE = random_logits(1)
-    choice = stream.choose(gate_of(logits_TE), logits_TE, None, K)
+    choice = stream.choose(gate_of(logits_TE), logits_TE, None, K, NOBODY)
     assert torch.equal(choice.routing.experts_TK, gate_of(logits_TE).native().experts_TK)
     assert stream.counts.uses == 40 * K
     assert stream.counts.misses == len(choice.routing.experts_TK.unique()), "all of them stay"
@@ -80,6 +80,6 @@ def test_native_rows_are_counted_and_not_changed() -> None:
 def test_more_experts_a_token_than_stay_are_waves() -> None:
     stream = OneStream(NUM_EXPERTS, 1, "lru", WARM, None)
     logits_TE = random_logits(2)
-    choice = stream.choose(gate_of(logits_TE), logits_TE, None, K)
+    choice = stream.choose(gate_of(logits_TE), logits_TE, None, K, NOBODY)
     assert int(choice.missed_R.sum()) == stream.counts.misses
     assert stream.counts.misses >= 40 * (K - 1)

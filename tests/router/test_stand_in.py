@@ -14,10 +14,12 @@ from experts.call import ExpertCall
 from router.dispatch import combine, dispatch
 from router.errors import WeightsInvalid
 from router.loading import EngineOptions
+from router.means_keeper import StandInOptions
+from router.output_means import MIN_USES, OutputMeans
 from router.request import GenerationRequest, SamplingParams, TokenEvent
 from router.routing_choice import NATIVE_CHOICE, RoutingChoice, RoutingReport
 from router.scoring import ABSENT, PRESETS, Routing, read_weights
-from router.stand_in import MIN_USES, OutputMeans, replace_spared, spare
+from router.stand_in import replace_spared, spare
 from router.step_routing import GateOutput
 from tests.engines import assert_same_bits, open_engine, run_to_end
 
@@ -31,11 +33,15 @@ def routing_of(experts: list[list[int]], weights: list[list[float]]) -> Routing:
 def spared_of(
     routing: Routing, resident: Set[int] = frozenset(), known: Set[int] | None = None, threshold: float = 0.7
 ) -> list[list[bool]]:
-    warmth_E = torch.tensor([float(e in resident) for e in range(NUM_EXPERTS)])
-    known_E = torch.tensor([known is None or e in known for e in range(NUM_EXPERTS)])
-    spared = spare(routing, warmth_E, torch.ones(NUM_EXPERTS), known_E, threshold)
+    cold_E = torch.tensor([e not in resident for e in range(NUM_EXPERTS)])
+    size_E = torch.tensor([1.0 if known is None or e in known else torch.inf for e in range(NUM_EXPERTS)])
+    spared = spare(routing, cold_E[routing.experts_TK], size_E, threshold)
     shape = routing.experts_TK.shape
     return [[False] * shape[1]] * shape[0] if spared is None else spared.tolist()
+
+
+def all_cold(routing: Routing) -> torch.Tensor:
+    return torch.ones_like(routing.experts_TK).bool()
 
 
 def test_only_light_absent_and_known_experts_are_spared() -> None:
@@ -53,9 +59,8 @@ def test_share_counts_whatever_the_weights_sum_to() -> None:
 
 def test_a_loud_expert_weighs_more_than_its_gate_says() -> None:
     routing = routing_of([[0, 1, 2]], [[0.5, 0.3, 0.2]])
-    cold, known = torch.zeros(NUM_EXPERTS), torch.ones(NUM_EXPERTS).bool()
     size_E = torch.tensor([1.0, 0.5, 2.0, 1.0, 1.0, 1.0])
-    spared = spare(routing, cold, size_E, known, 0.7)
+    spared = spare(routing, all_cold(routing), size_E, 0.7)
     assert spared is not None and spared.tolist() == [[False, True, False]]
 
 
@@ -103,10 +108,10 @@ def test_means_need_enough_uses(means: OutputMeans) -> None:
     tokens_TD = torch.tensor([[0.0] * WIDTH, [4.0] * WIDTH]).repeat(MIN_USES, 1)
     light_then_heavy = torch.tensor([[0.9, 0.1], [0.7, 0.3]]).repeat(MIN_USES, 1)
     routing = Routing(torch.tensor([[1, 2]]).repeat(2 * MIN_USES, 1), light_then_heavy)
-    cold = torch.zeros(NUM_EXPERTS)
-    assert spare(routing, cold, *means.sizes(0), 0.7) is None, "nothing is known yet"
+    cold = all_cold(routing)
+    assert spare(routing, cold, means.sizes(0), 0.7) is None, "nothing is known yet"
     _watched(means, routing, tokens_TD)
-    spared = spare(routing, cold, *means.sizes(0), 0.7)
+    spared = spare(routing, cold, means.sizes(0), 0.7)
     assert spared is not None and spared[0].tolist() == [False, True]
     replaced = replace_spared(routing, spared, means.means(0))
     assert replaced.stand_ins is not None
@@ -137,19 +142,19 @@ def test_nothing_is_learned_before_somebody_could_use_it() -> None:
     means = OutputMeans(NUM_EXPERTS, WIDTH, [0])
     routing = Routing(torch.tensor([[1, 2]]).repeat(99, 1), torch.tensor([[0.9, 0.1]]).repeat(99, 1))
     _watched(means, routing, torch.ones(99, WIDTH))
-    assert spare(routing, torch.zeros(NUM_EXPERTS), *means.sizes(0), 0.7) is None
+    assert spare(routing, all_cold(routing), means.sizes(0), 0.7) is None
 
 
 @pytest.mark.parametrize("number", [torch.inf, torch.nan, 3e38], ids=["inf", "nan", "norm overflows"])
 def test_one_answer_that_overflows_does_not_spoil_the_means(means: OutputMeans, number: float) -> None:
     routing = Routing(torch.tensor([[1, 2]]).repeat(99, 1), torch.tensor([[0.9, 0.1]]).repeat(99, 1))
     _watched(means, routing, torch.ones(99, WIDTH))
-    before = means.means(0), *means.sizes(0)
+    before = means.copy(0).output_ED, means.sizes(0)
     _watched(means, routing, torch.cat([torch.ones(98, WIDTH), torch.full((1, WIDTH), number)]))
-    after = means.means(0), *means.sizes(0)
+    after = means.copy(0).output_ED, means.sizes(0)
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
     _watched(means, routing, torch.ones(99, WIDTH))
-    assert means.means(0).isfinite().all() and means.sizes(0)[0].isfinite().all()
+    assert means.means(0).isfinite().all() and means.sizes(0)[1:3].isfinite().all()
 
 
 @pytest.mark.parametrize("text", ["stand_in=-1", "stand_in=nan", "stand_in=17", "stand_in=x"])
@@ -165,7 +170,7 @@ def request(name: str, choice: RoutingChoice, prompt: tuple[int, ...]) -> Genera
 def test_a_service_with_stand_ins_reads_less_and_leaves_native_neighbours_alone(stories_store: Path) -> None:
     prompt = tuple(range(300, 340))
     quarter = 6 * 16 * 36864 * 2
-    options = EngineOptions(expert_budget_bytes=quarter, snarc=PRESETS["thrifty"])
+    options = EngineOptions(expert_budget_bytes=quarter, snarc=PRESETS["thrifty"], stand_ins=StandInOptions())
     native = request("native", NATIVE_CHOICE, prompt)
     loaded = open_engine(stories_store, options)
     alone = run_to_end(loaded.engine, [native])
