@@ -84,9 +84,9 @@ def make_contenders(
         link.start(call, timeout_s=60.0)
         return link.finish()
 
-    def directory(owners: tuple[str, ...], **options: float) -> Callable[[ExpertCall], Tensor]:
+    def directory(owners: tuple[str, ...], audit_share: float = 0.0) -> Callable[[ExpertCall], Tensor]:
         roster = Roster(1, endpoints, dict.fromkeys(ALL_KEYS, owners))
-        made = RemoteDirectory(worker, roster, SECRET, options=DirectoryOptions(60.0, **options))
+        made = RemoteDirectory(worker, roster, SECRET, options=DirectoryOptions(60.0, audit_share=audit_share))
         stack.callback(made.close)
         return made.run
 

@@ -54,6 +54,10 @@ class NodeReport:
         return f"{self.machine.name} ({self.address})" if self.machine else self.address
 
 
+UNKNOWN_DISK_BYTES_S = 1e9
+"""Taken where the disk's rate could not be measured."""
+
+
 def as_node_facts(report: NodeReport, reserved_bytes: int = 0) -> NodeFacts:
     """reserved_bytes: what else will run there, such as the router with its cache. Raises ValueError for a node that
     told nothing."""
@@ -72,11 +76,12 @@ def as_node_facts(report: NodeReport, reserved_bytes: int = 0) -> NodeFacts:
         report.arithmetic.expert_bytes_s,
         link.bandwidth_bytes_s if link else float("inf"),
         link.round_trip_s if link else 0.0,
-        report.machine.cache_free_bytes,
-        report.has_store,
-        report.arithmetic.numerics_class,
-        report.machine.gpus,
-        dict(report.labels),
+        disk_bytes=report.machine.cache_free_bytes,
+        disk_bytes_s=report.disk_bytes_s or UNKNOWN_DISK_BYTES_S,
+        has_store=report.has_store,
+        numerics_class=report.arithmetic.numerics_class,
+        gpus=report.machine.gpus,
+        labels=dict(report.labels),
     )
 
 
