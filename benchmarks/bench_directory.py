@@ -86,7 +86,9 @@ def make_contenders(
 
     def directory(owners: tuple[str, ...], audit_share: float = 0.0) -> Callable[[ExpertCall], Tensor]:
         roster = Roster(1, endpoints, dict.fromkeys(ALL_KEYS, owners))
-        made = RemoteDirectory(worker, roster, SECRET, options=DirectoryOptions(60.0, audit_share=audit_share))
+        made = RemoteDirectory(
+            worker, roster, SECRET, options=DirectoryOptions(60.0, audit_share=audit_share)
+        )
         stack.callback(made.close)
         return made.run
 

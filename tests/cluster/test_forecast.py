@@ -19,7 +19,7 @@ from cluster.simulated_worker import Costs
 from cluster.topology import NodeFacts, Topology
 from experts.call import ExpertCall
 from experts.frame import HEADER_BYTES, Agreement, encode_call
-from experts.remote_directory import split_by_owner
+from experts.shares import split_by_place
 from extraction.manifest import ExpertKey
 
 GIB = 1 << 30
@@ -31,7 +31,7 @@ SMALL = QWEN3_30B_A3B | {
     "num_experts_per_tok": 4,
     "num_hidden_layers": 2,
 }
-FREE = Costs(0, 0, 0, 0, 0, 0, 0, 0, float("inf"))
+FREE = Costs(*[0.0] * 8)
 """Software that takes no time."""
 
 
@@ -79,7 +79,6 @@ def _drawn_traffic(
     random = np.random.default_rng(0)
     agreed = Agreement(1, model.config.hidden_size, torch.float32, (model.component,), 1024)
     num_experts, per_token = model.config.num_experts, model.config.experts_per_token
-    present = frozenset(name for names in owners.values() for name in names)
     messages = num_bytes = 0
     for _ in range(steps):
         experts_TK = np.stack(
@@ -92,7 +91,8 @@ def _drawn_traffic(
         call = ExpertCall(
             model.component, 0, tuple(experts.tolist()), tuple(counts.tolist()), rows, tokens_TD, ""
         )
-        for share in split_by_owner(call, owners, present).values():
+        places = [owners[ExpertKey(model.component, 0, expert)][0] for expert in experts.tolist()]
+        for share in split_by_place(call, places).values():
             messages += 1
             asked = len(encode_call(share.call, agreed, 1, 1)) + share.call.tokens_TD.nbytes
             num_bytes += asked + HEADER_BYTES + len(share.rows) * model.row_bytes

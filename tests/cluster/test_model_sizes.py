@@ -14,6 +14,7 @@ from experts.store import ExpertStore
 from extraction.errors import FamilyUnknown
 from extraction.extract import extract
 from extraction.quantise import Quantization
+from extraction.quantised_parts import QuantisedParts
 from router.footprint import measure_footprint
 from router.loading import EngineOptions
 from tests.checkpoints import FAMILIES, write_tiny
@@ -29,7 +30,8 @@ def test_configuration_tells_the_same_bytes_as_the_store(
     if scheme is not None:
         group_size = 32 if scheme == "int4" else None
         quantization = Quantization.model_validate({"scheme": scheme, "group_size": group_size})
-    extract(checkpoint, tmp_path / "store", quantization=quantization, index_only=quantization is None)
+    parts = QuantisedParts(experts=quantization)
+    extract(checkpoint, tmp_path / "store", quantised=parts, index_only=quantization is None)
     options = EngineOptions(dtype="float32")
     store = ExpertStore.open(tmp_path / "store")
     footprint = measure_footprint(store, options)

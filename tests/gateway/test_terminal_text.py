@@ -48,7 +48,7 @@ def test_status_says_what_is_learned_and_will_be_forgotten(is_kept: bool) -> Non
         "experts": {"resident_bytes": 1},
     }
     router |= {"trust": {"is_kept": is_kept}, "stand_ins": {"is_kept": True}}
-    status = {"model": "m", "router": router, "actors": [], "nodes": []}
+    status = {"model": "m", "router": router, "routers": [], "actors": [], "nodes": []}
     status |= {"requests": {"running": 0, "waiting": 0}}
     console = Console(width=250, highlight=False)
     with console.capture() as capture:
