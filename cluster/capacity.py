@@ -95,10 +95,15 @@ def kept_share(state: CapacityState, size: ServiceSize) -> Fraction:
 
 
 def num_actors(state: CapacityState, size: ServiceSize) -> int:
-    """Of at most `max_actors`: none at rest, half of them at WAKE, all otherwise. Half is rounded up."""
+    """See `num_actors_at`."""
+    return num_actors_at(state, size.max_actors)
+
+
+def num_actors_at(state: CapacityState, max_actors: int) -> int:
+    """None at rest, half of them at WAKE, all otherwise. Half is rounded up."""
     if state == "rest":
         return 0
-    return (size.max_actors + 1) // 2 if state == "wake" else size.max_actors
+    return (max_actors + 1) // 2 if state == "wake" else max_actors
 
 
 def present_state(state: CapacityState, size: ServiceSize) -> str:

@@ -21,6 +21,8 @@ LOCAL_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 place of the machine's own, so that its ports are closed to others. Ray reads it when it is first imported. Token
 authentication is on by Ray's own default for a Ray that is started here."""
 SPIN_S = 0.0001
+BUSY_SPIN_S = 0.005
+"""Longer than router and actor wait for each other in a layer, with experts for which one thread does."""
 SPARE_REQUESTS = 384
 """Requests of a gateway beyond twice its generations; with the default options 1,024 in all."""
 NO_CPUS = 0.0
@@ -45,9 +47,13 @@ def plan_threads(num_cores: int, num_actors: int, expert_elements: int) -> Threa
     return ThreadPlan(useful_threads(num_cores, expert_elements), useful_threads(per_actor, expert_elements))
 
 
-def plan_spin_s(num_cores: int, num_actors: int) -> float:
-    """How long the data plane's readers look before they sleep: only where router and actors have a core each."""
-    return SPIN_S if num_cores > num_actors > 0 else 0.0
+def plan_spin_s(num_cores: int, num_actors: int, threads_per_actor: int) -> float:
+    """How long the data plane's readers look before they sleep: briefly where router and actors have a core each, and
+    as long as traffic lasts where all the actors' threads and the router have. A core that sleeps between layers
+    computes the next one up to twice as slowly (measured on 2 cores; benchmarks/bench_cluster.py)."""
+    if num_actors == 0 or num_cores <= num_actors:
+        return 0.0
+    return BUSY_SPIN_S if num_cores > num_actors * threads_per_actor else SPIN_S
 
 
 def process_environment(num_threads: int) -> dict[str, str]:

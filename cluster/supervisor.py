@@ -23,7 +23,7 @@ from cluster.resources import NAMESPACE, SUPERVISOR_NAME, expert_actor_options, 
 from experts.actor import ActorSpec, ExpertActor
 from experts.eviction import DEFAULT_EVICTION, Eviction
 from experts.group_trust import HandDown, group_scores
-from experts.remote_directory import ResidentExperts, Roster
+from experts.roster import ResidentExperts, Roster
 from experts.store import ExpertStore
 from experts.transport import Endpoint
 from experts.trust import TrustReport, TrustTable
@@ -104,9 +104,9 @@ class Supervisor:
         """Who is where now."""
         with self._lock:
             endpoints = {m.spec.name: m.endpoint for m in self._members if m.endpoint is not None}
-            owner = {key: m.spec.name for m in self._members for key in m.spec.group}
+            owners = {key: (m.spec.name,) for m in self._members for key in m.spec.group}
             resident = {m.spec.name: m.resident for m in self._members if m.endpoint is not None}
-            return Roster(self._version, endpoints, owner, resident)
+            return Roster(self._version, endpoints, owners, resident)
 
     def report_lost(self, name: str) -> None:
         """A router lost its connection: look at that actor now rather than at the next check."""

@@ -20,6 +20,7 @@ from experts.frame import HEADER_BYTES, Header, decode_header
 
 READ_AHEAD_BYTES = 64 * 1024
 NO_BODY = memoryview(b"")
+BRIEF_SPIN_S = 0.0001
 SHORTEST_WAIT_S = 0.001
 """A socket timeout of zero would mean no timeout."""
 
@@ -35,8 +36,9 @@ class TransportLimits:
     heartbeat_misses: int = 4
     """A peer that sends nothing for so many intervals is taken for lost."""
     spin_s: float = 0.0
-    """How long a reader looks for bytes before it sleeps. Waking takes a thread longer than a small frame travels, and
-    on a machine with a core for each process nobody else wants the time."""
+    """How long a reader looks for bytes before it sleeps, where its last wait was no longer; else at most
+    BRIEF_SPIN_S. Waking takes a thread longer than a small frame travels, a core that has slept computes slower for a
+    while, and on a machine with a core for each process nobody else wants the time."""
     connect_timeout_s: float = 3.0
     handshake_timeout_s: float = 5.0
     idle_timeout_s: float = 10.0
@@ -67,6 +69,7 @@ class Channel:
         self._tick_s = limits.heartbeat_interval_s
         self._stall_s = limits.silence_s
         self._spin_s = limits.spin_s
+        self._last_wait_s = math.inf
         self._ahead = bytearray(READ_AHEAD_BYTES)
         """Bytes from `_taken` to `_filled` have arrived and were not asked for yet: one system call brings a header
         and, where it is small, what follows."""
@@ -186,13 +189,15 @@ class Channel:
         self, view: memoryview, needed: int, flags: int, deadline_s: float, silence_s: float
     ) -> int:
         """Wait at most one tick for bytes; returns how many came, maybe none. needed: how many are waited for."""
+        began_s = time.monotonic()
         try:
-            count = self._spin(view) if self._spin_s else 0
+            count = self._spin(view, began_s) if self._spin_s else 0
             if not count:
                 self._set_receive_wait(deadline_s)
                 count = self._socket.recv_into(view, 0, flags)
         except BlockingIOError:
             now_s = time.monotonic()
+            self._last_wait_s = now_s - began_s
             if now_s >= deadline_s:
                 raise LinkLost("the deadline passed") from None
             if now_s - self.heard_at_s >= silence_s:
@@ -203,13 +208,18 @@ class Channel:
         if count == 0:
             raise self._closed(is_orderly=needed == HEADER_BYTES and flags == 0)
         self.heard_at_s = time.monotonic()
+        self._last_wait_s = self.heard_at_s - began_s
         if self.heard_at_s >= deadline_s and count < needed:
             raise LinkLost("the deadline passed")  # else a peer that sends byte by byte would never meet it
         return count
 
-    def _spin(self, view: memoryview) -> int:
+    def _spin(self, view: memoryview, began_s: float) -> int:
         """Look for bytes again and again for a while. 0: none came, or the stream has ended or is broken."""
-        receive, until_s = self._socket.recv_into, time.monotonic() + self._spin_s
+        is_busy = self._last_wait_s <= self._spin_s
+        receive, until_s = (
+            self._socket.recv_into,
+            began_s + min(self._spin_s, math.inf if is_busy else BRIEF_SPIN_S),
+        )
         while time.monotonic() < until_s:
             try:
                 return receive(view, 0, socket.MSG_DONTWAIT)

@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -20,27 +20,12 @@ from experts.call import ExpertCall
 from experts.directory import DirectoryStats
 from experts.errors import TransportError
 from experts.numerics import quantization_in
+from experts.roster import Owners, ResidentExperts, Roster, choose_owner
 from experts.transport import Endpoint, ExpertConnection, ServiceInfo, TransportLimits
 from experts.worker import ExpertWorker
 from extraction.manifest import ExpertKey
 
 logger = logging.getLogger(__name__)
-
-
-ResidentExperts = Mapping[tuple[str, int], frozenset[int]]
-"""(component, layer) -> numbers of the experts that are in memory."""
-
-
-@dataclass(frozen=True)
-class Roster:
-    """Which actor owns which expert. `version` grows with every change."""
-
-    version: int
-    endpoints: Mapping[str, Endpoint]
-    """Actor name -> where it listens. Actors that are down are absent."""
-    owner: Mapping[ExpertKey, str]
-    resident: Mapping[str, ResidentExperts] = field(default_factory=dict)
-    """Actor name -> what it held when it was last asked. Changes without a new version."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +36,12 @@ class Share:
     rows: tuple[int, ...]
 
 
-def split_by_owner(
-    call: ExpertCall, owner: Mapping[ExpertKey, str], present: frozenset[str]
-) -> dict[str | None, Share]:
+def split_by_owner(call: ExpertCall, owners: Owners, present: frozenset[str]) -> dict[str | None, Share]:
     """Cut a call by owner; None stands for this process. Each share carries only the tokens that it needs."""
     groups: dict[str | None, list[int]] = {}
     for index, expert in enumerate(call.experts):
-        name = owner.get(ExpertKey(call.component, call.layer, expert))
-        groups.setdefault(name if name in present else None, []).append(index)
+        key = ExpertKey(call.component, call.layer, expert)
+        groups.setdefault(choose_owner(owners.get(key, ()), present), []).append(index)
     if len(groups) == 1:
         name = next(iter(groups))
         return {name: Share(call, tuple(range(call.num_rows)))}
@@ -90,7 +73,7 @@ def _share(call: ExpertCall, indices: list[int], starts: list[int]) -> Share:
 class _View(NamedTuple):
     """What a call reads once: every owner that has a connection announced all components that it owns."""
 
-    owner: Mapping[ExpertKey, str]
+    owners: Owners
     connections: Mapping[str, ExpertConnection]
     resident: Mapping[str, ResidentExperts]
 
@@ -149,7 +132,7 @@ class RemoteDirectory:
                 return
             self._roster_version = roster.version
             self._refused = self._refused.intersection(roster.endpoints.values())
-            components = _components_by_owner(roster.owner)
+            components = _components_by_owner(roster.owners)
             before = self._view.connections
             kept = {
                 name: link
@@ -158,7 +141,7 @@ class RemoteDirectory:
                 and roster.endpoints.get(name) == link.endpoint
                 and self._is_fit(link.endpoint, link.info, components.get(name, frozenset()))
             }
-            self._view = _View(roster.owner, kept, roster.resident)
+            self._view = _View(roster.owners, kept, roster.resident)
             for name, link in before.items():
                 if name not in kept:
                     link.close()
@@ -168,9 +151,9 @@ class RemoteDirectory:
 
     def run(self, call: ExpertCall) -> Tensor:
         """See ExpertDirectory.run."""
-        owner, connections, _ = self._view
+        owners, connections, _ = self._view
         present = frozenset(name for name, link in connections.items() if link.is_open)
-        shares = split_by_owner(call, owner, present)
+        shares = split_by_owner(call, owners, present)
         if not shares or list(shares) == [None]:
             return self._run_local(call)
         results: list[tuple[Share, Tensor]] = []
@@ -204,11 +187,13 @@ class RemoteDirectory:
 
     def resident(self, component: str, layer: int) -> frozenset[int]:
         """See ExpertDirectory.resident."""
-        owner, connections, resident = self._view
+        owners, connections, resident = self._view
         present = frozenset(name for name, link in connections.items() if link.is_open)
         here = self._local.resident(component, layer)
         if present:
-            here = frozenset(e for e in here if owner.get(ExpertKey(component, layer, e)) not in present)
+            here = frozenset(
+                e for e in here if present.isdisjoint(owners.get(ExpertKey(component, layer, e), ()))
+            )
         there = (resident.get(name, {}).get((component, layer), frozenset()) for name in present)
         return here.union(*there)
 
@@ -301,8 +286,8 @@ class RemoteDirectory:
             self._on_lost(name)
 
 
-def _components_by_owner(owner: Mapping[ExpertKey, str]) -> dict[str, frozenset[str]]:
-    pairs = {(name, key.component) for key, name in owner.items()}
+def _components_by_owner(owners: Owners) -> dict[str, frozenset[str]]:
+    pairs = {(name, key.component) for key, names in owners.items() for name in names}
     return {name: frozenset(component for of, component in pairs if of == name) for name, _ in pairs}
 
 

@@ -85,7 +85,7 @@ def running_service(options: ServiceOptions, on_plan: OnPlan = lambda plan, unkn
             eviction=options.eviction,
             actor_budgets=plan.actor_budgets,
             store_copies=_copies(options),
-            spin_s=plan_spin_s(num_cores(), options.num_actors),
+            spin_s=plan_spin_s(num_cores(), options.num_actors, threads.expert_actor),
             secret=secrets.token_bytes(32),
         )
         if options.num_actors:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cluster.placement import split_experts
 from experts.numerics import calibrate
-from experts.remote_directory import Roster
+from experts.roster import Roster
 from experts.store import ExpertStore
 from experts.transport import Endpoint, ExpertServer, ServiceInfo, TransportLimits
 from experts.worker import DTYPES, ExpertWorker
@@ -30,7 +30,7 @@ def expert_servers(root: Path, num_actors: int, dtype: str | None = None) -> Ite
         width, expert_width = config.hidden_size, config.expert_width
         kind = DTYPES[dtype or stored_dtype(store)]
         kernel = calibrate([(2 * expert_width, width), (width, expert_width)], kind)
-        endpoints, owner = {}, {}
+        endpoints, owners = {}, {}
         for index, group in enumerate(split_experts(store.expert_keys(component), num_actors)):
             worker = ExpertWorker(store, kernel, kind, widths={component: width}, group=group)
             info = ServiceInfo(width, kind, worker.numerics_class, (component,))
@@ -39,5 +39,5 @@ def expert_servers(root: Path, num_actors: int, dtype: str | None = None) -> Ite
             stack.callback(server.stop)
             name = f"experts-{index}"
             endpoints[name] = Endpoint(name, "127.0.0.1", server.port, index + 1)
-            owner |= dict.fromkeys(group, name)
-        yield Roster(1, endpoints, owner)
+            owners |= dict.fromkeys(group, (name,))
+        yield Roster(1, endpoints, owners)

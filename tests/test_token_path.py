@@ -14,7 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
-from experts.remote_directory import RemoteDirectory, Roster
+from experts.remote_directory import RemoteDirectory
+from experts.roster import Roster
 from experts.store import ExpertStore
 from gateway.chat_template import ChatTemplate
 from gateway.generate import generate

@@ -7,7 +7,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,8 @@ from experts.errors import NotInGroup
 from experts.frame import Kind, encode_header
 from experts.handshake import encode_info
 from experts.numerics import RowKernel, calibrate
-from experts.remote_directory import RemoteDirectory, Roster, split_by_owner
+from experts.remote_directory import RemoteDirectory, split_by_owner
+from experts.roster import Owners, Roster
 from experts.store import ExpertStore
 from experts.transport import Endpoint, ExpertServer, ServiceInfo
 from experts.worker import ExpertWorker
@@ -107,16 +108,16 @@ class Fleet:
     def announce(self, endpoint: Endpoint) -> None:
         self._endpoints[endpoint.name] = endpoint
 
-    def roster(self, owner: Mapping[ExpertKey, str] | None = None) -> Roster:
+    def roster(self, owners: Owners | None = None) -> Roster:
         """A newer one each time. Experts are dealt out in turn unless told otherwise."""
         self._version += 1
-        if owner is None:
-            owner = {
-                ExpertKey("model", layer, expert): sorted(self._endpoints)[expert % len(self._endpoints)]
+        if owners is None:
+            owners = {
+                ExpertKey("model", layer, expert): (sorted(self._endpoints)[expert % len(self._endpoints)],)
                 for layer in LAYERS
                 for expert in range(NUM_EXPERTS)
             }
-        return Roster(self._version, dict(self._endpoints), owner)
+        return Roster(self._version, dict(self._endpoints), owners)
 
 
 @pytest.fixture
@@ -166,7 +167,7 @@ def _assert_same(directory: RemoteDirectory, local: ExpertWorker, call: ExpertCa
 
 owners = st.dictionaries(
     st.builds(ExpertKey, st.just("model"), st.sampled_from(LAYERS), st.integers(0, NUM_EXPERTS - 1)),
-    st.sampled_from((*NAMES, "unknown")),
+    st.lists(st.sampled_from((*NAMES, "unknown")), unique=True).map(tuple),
 )
 calls = st.builds(
     _call,
@@ -179,9 +180,9 @@ calls = st.builds(
 @given(calls, owners, st.frozensets(st.sampled_from(NAMES)))
 @settings(max_examples=50, deadline=None)
 def test_split_call_covers_every_row_once(
-    call: ExpertCall, owner: dict[ExpertKey, str], present: frozenset[str]
+    call: ExpertCall, chosen: dict[ExpertKey, tuple[str, ...]], present: frozenset[str]
 ) -> None:
-    shares = split_by_owner(call, owner, present)
+    shares = split_by_owner(call, chosen, present)
     assert sorted(row for share in shares.values() for row in share.rows) == list(range(call.num_rows))
     whole = rows_of(call)
     for name, share in shares.items():
@@ -190,8 +191,8 @@ def test_split_call_covers_every_row_once(
         assert torch.equal(rows_of(share.call), whole[list(share.rows)])
         assert share.call.tokens_TD.shape[0] == len(set(share.call.token_of_R)) or len(shares) == 1
         for expert in share.call.experts:
-            wanted = owner.get(ExpertKey("model", call.layer, expert))
-            assert name == (wanted if wanted in present else None)
+            wanted = chosen.get(ExpertKey("model", call.layer, expert), ())
+            assert name == next((owner for owner in wanted if owner in present), None)
 
 
 def test_any_split_gives_the_bits_of_the_local_worker(fleet: Fleet, local: ExpertWorker) -> None:
@@ -202,8 +203,8 @@ def test_any_split_gives_the_bits_of_the_local_worker(fleet: Fleet, local: Exper
 
         @given(st.lists(calls, min_size=1, max_size=3), owners)
         @settings(max_examples=30, deadline=None)
-        def check(several: list[ExpertCall], owner: dict[ExpertKey, str]) -> None:
-            directory.update(fleet.roster(owner))
+        def check(several: list[ExpertCall], chosen: dict[ExpertKey, tuple[str, ...]]) -> None:
+            directory.update(fleet.roster(chosen))
             for call in several:
                 _assert_same(directory, local, call)
 
@@ -344,7 +345,7 @@ def test_error_in_this_process_leaves_no_answer_behind(
 ) -> None:
     fleet.start(NAMES[0])
     few = _worker(store, group=[ExpertKey("model", layer, 0) for layer in LAYERS])
-    owner = {ExpertKey("model", layer, 1): NAMES[0] for layer in LAYERS}
+    owner = {ExpertKey("model", layer, 1): (NAMES[0],) for layer in LAYERS}
     with _directory(few, fleet.roster(owner)) as directory:
         with pytest.raises(NotInGroup):
             directory.run(_call(0, experts=(1, 2)))
@@ -357,7 +358,7 @@ def test_call_that_fits_nobody_leaves_every_connection_usable(fleet: Fleet, loca
     """The first actor used to stay asked for ever when the call to the second could not be written."""
     fleet.start(NAMES[0])
     fleet.start(NAMES[1])
-    owner = {ExpertKey("model", 0, 0): NAMES[0], ExpertKey("model", 0, 2**33): NAMES[1]}
+    owner = {ExpertKey("model", 0, 0): (NAMES[0],), ExpertKey("model", 0, 2**33): (NAMES[1],)}
     good = ExpertCall("model", 0, (0,), (1,), (0,), torch.randn(1, WIDTH))
     call = ExpertCall("model", 0, (0, 2**33), (1, 1), (0, 0), torch.randn(1, WIDTH))
     with _directory(local, fleet.roster(owner)) as directory:
@@ -468,7 +469,7 @@ def test_frame_of_an_old_incarnation_is_refused(local: ExpertWorker) -> None:
         connected.sendall(encode_header(old._replace(body_bytes=len(body))) + body)
 
     call = _call(0, experts=(0, 1))
-    owner = {ExpertKey("model", 0, expert): NAMES[0] for expert in range(NUM_EXPERTS)}
+    owner = {ExpertKey("model", 0, expert): (NAMES[0],) for expert in range(NUM_EXPERTS)}
     with ExitStack() as stack:
         actor = stack.enter_context(FakeActor(answer_as_before, info=encode_info(_info(local), 16)))
         roster = Roster(1, {NAMES[0]: endpoint_of(actor.port)}, owner)
@@ -511,7 +512,7 @@ def test_actor_that_is_given_a_component_it_does_not_have_is_let_go(
     fleet.start(NAMES[0])
     with _directory(both, fleet.roster()) as directory:
         assert directory.connected() == {NAMES[0]}
-        directory.update(fleet.roster({ExpertKey("talker", 0, 0): NAMES[0]}))
+        directory.update(fleet.roster({ExpertKey("talker", 0, 0): (NAMES[0],)}))
         assert directory.connected() == frozenset()
         assert len(logged) == 1 and "has no component 'talker'" in logged[0]
 
@@ -603,8 +604,8 @@ def test_threads_that_need_the_same_actors_do_not_wait_for_each_other_for_ever(
     """Each used to take hold of the connections in the order of its own call's experts."""
     fleet.start(NAMES[0])
     fleet.start(NAMES[1])
-    owner = {ExpertKey("model", 0, 0): NAMES[0], ExpertKey("model", 0, 1): NAMES[1]}
-    owner |= {ExpertKey("model", 2, 0): NAMES[1], ExpertKey("model", 2, 1): NAMES[0]}
+    owner = {ExpertKey("model", 0, 0): (NAMES[0],), ExpertKey("model", 0, 1): (NAMES[1],)}
+    owner |= {ExpertKey("model", 2, 0): (NAMES[1],), ExpertKey("model", 2, 1): (NAMES[0],)}
     with _directory(local, fleet.roster(owner)) as directory:
         failures: list[int] = []
 
@@ -653,7 +654,7 @@ def test_rows_stay_right_while_actors_and_rosters_come_and_go(fleet: Fleet, loca
             if chance.random() < 0.5:
                 fleet.start(chance.choice(NAMES), incarnation)
             owner = {
-                ExpertKey("model", layer, expert): chance.choice(NAMES)
+                ExpertKey("model", layer, expert): (chance.choice(NAMES),)
                 for layer in LAYERS
                 for expert in range(NUM_EXPERTS)
             }
@@ -690,7 +691,7 @@ def test_residents_are_those_of_the_process_that_would_compute_them(store: Exper
     for name in NAMES[:2]:
         fleet.start(name)
     try:
-        owner = {ExpertKey("model", 0, expert): NAMES[expert % 2] for expert in range(4)}
+        owner = {ExpertKey("model", 0, expert): (NAMES[expert % 2],) for expert in range(4)}
         told = {NAMES[0]: {("model", 0): frozenset({0, 2})}, NAMES[1]: {("model", 2): frozenset({3})}}
         roster = replace(fleet.roster(owner), resident=told)
         with _directory(local, roster) as directory:

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from experts.remote_directory import RemoteDirectory, Roster
+from experts.remote_directory import RemoteDirectory
+from experts.roster import Roster
 from experts.store import ExpertStore
 from extraction.extract import extract
 from extraction.quantise import Quantization
@@ -264,7 +265,7 @@ def test_experts_partly_remote_and_partly_lost_equal_local(
     """One of three actors was never reachable; its experts are computed in the router's process."""
     roster = serve_experts(root, dtype, 3)
     reachable = {name: endpoint for name, endpoint in roster.endpoints.items() if name != "experts-1"}
-    roster = Roster(1, reachable, roster.owner)
+    roster = Roster(1, reachable, roster.owners)
     loaded = open_engine(
         root,
         EngineOptions(dtype=dtype),

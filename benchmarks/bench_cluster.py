@@ -1,0 +1,293 @@
+"""What does it cost that experts live in other processes, and what does a reader see when one of them is killed?
+
+One machine, one model: an engine that computes its experts itself, and engines whose experts 1, 2 and 4 actors compute,
+each a process of its own behind the real data plane (without Ray, which no token passes). All are alive at once, and
+take turns with the same prompts:
+- decoding tokens/s with 1 and 16 streams, each round against the engine of that round that has all in one process;
+- messages and bytes for each token and layer;
+- the longest step of a running stream while a long prompt is computed beside it, in steps of the same stream alone;
+- the stall of a stream when the actor that it needs is killed (SIGKILL), with a replica and without one, against C, the
+  time from an actor's start until it takes calls; and what throughput is left with one of two replicas.
+
+Usage: python -m benchmarks.bench_cluster [--store NAME] [--rounds N] [--tokens N] [--kills N] [--keep]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from benchmarks.actor_process import SECRET, ActorProcess, actor_spec
+from benchmarks.report import finish, spread
+from cluster.placement import split_experts
+from cluster.resources import plan_spin_s, plan_threads
+from experts.call import ExpertCall
+from experts.directory import LocalDirectory
+from experts.numerics import num_cores
+from experts.remote_directory import RemoteDirectory
+from experts.roster import Roster
+from experts.store import ExpertStore
+from experts.transport import ExpertConnection, TransportLimits
+from experts.worker import ExpertWorker
+from gateway.store_source import resolve_store
+from router.loading import EngineOptions, LoadedEngine, load_engine
+from router.model_config import read_model_config
+from router.request import GenerationRequest, SamplingParams
+
+ACTORS = (1, 2, 4)
+STREAMS = (1, 16)
+GOALS = {1: 0.75, 16: 0.85}
+"""Of the engine with all in one process, with one actor."""
+PROMPT_TOKENS = 32
+LONG_PROMPT_TOKENS = 1024
+KV_BUDGET_BYTES = 256 << 20
+
+
+@dataclass
+class Contender:
+    """An engine, and the actors that compute its experts."""
+
+    name: str
+    loaded: LoadedEngine
+    actors: list[ActorProcess] = field(default_factory=list)
+    num_submitted: int = 0
+
+    def submit(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> None:
+        """Greedy requests that run to `num_tokens` whatever they say."""
+        sampling = SamplingParams(max_tokens=num_tokens, temperature=0.0)
+        for prompt in prompts:
+            self.num_submitted += 1
+            name = f"{self.name}-{self.num_submitted}"
+            self.loaded.engine.submit(GenerationRequest(name, tuple(prompt), sampling))
+
+    def step_s(self) -> float:
+        began = perf_counter()
+        self.loaded.engine.step()
+        return perf_counter() - began
+
+    def decode(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> float:
+        """Tokens/s of all streams together, after their prompts. Every step but the first few has all of them."""
+        engine = self.loaded.engine
+        self.submit(prompts, num_tokens)
+        while engine.stats.generated_tokens < len(prompts) or engine.num_waiting:
+            engine.step()
+        before, began = engine.stats.generated_tokens, perf_counter()
+        while engine.has_work:
+            engine.step()
+        return (engine.stats.generated_tokens - before) / (perf_counter() - began)
+
+
+@contextmanager
+def contender(root: Path, num_actors: int, num_replicas: int = 1) -> Iterator[Contender]:
+    """num_actors: 0 for an engine that computes its experts itself; else one for each group, times `num_replicas`."""
+    with ExitStack() as stack:
+        store = ExpertStore.open(root)
+        threads = plan_threads(
+            num_cores(), num_actors, read_model_config(store.served.config).expert_elements
+        )
+        spin_s = plan_spin_s(num_cores(), num_actors, threads.expert_actor)
+        groups = split_experts(store.expert_keys(store.served.name), num_actors) if num_actors else []
+        owners = {
+            key: tuple(f"experts-{index}-{replica}" for replica in range(num_replicas))
+            for index, group in enumerate(groups)
+            for key in group
+        }
+        actors: dict[str, ActorProcess] = {}
+        for index, group in enumerate(groups):
+            for replica in range(num_replicas):
+                name = f"experts-{index}-{replica}"
+                actors[name] = ActorProcess(actor_spec(root, name, group, threads.expert_actor, spin_s))
+                stack.callback(actors[name].kill)
+        roster = Roster(1, {name: actor.wait() for name, actor in actors.items()}, owners)
+
+        def connect(worker: ExpertWorker) -> LocalDirectory | RemoteDirectory:
+            limits = TransportLimits(spin_s=spin_s)
+            return (
+                RemoteDirectory(worker, roster, SECRET, limits=limits) if actors else LocalDirectory(worker)
+            )
+
+        options = EngineOptions(kv_budget_bytes=KV_BUDGET_BYTES, num_threads=threads.router)
+        loaded = load_engine(store, options, connect)
+        stack.callback(loaded.close)
+        if not actors:
+            loaded.worker.load_all()
+        label = f"{len(actors)} actors" if actors else "in process"
+        yield Contender(label.replace("1 actors", "1 actor"), loaded, list(actors.values()))
+
+
+def measure_speed(
+    contenders: Sequence[Contender], streams: int, num_rounds: int, num_tokens: int
+) -> dict[str, Any]:
+    """Tokens/s by contender, and each round's ratio to the first contender of that round. One round is not counted."""
+    speeds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    for number in range(num_rounds + 1):
+        turn = contenders if number % 2 else contenders[::-1]
+        for contender in turn:
+            speed = contender.decode(_prompts(contender, streams), num_tokens)
+            if number:
+                speeds[contender.name].append(speed)
+    base = speeds[contenders[0].name]
+    return {
+        name: {
+            "tokens_per_s": spread(found),
+            "ratio": spread([a / b for a, b in zip(found, base, strict=True)]),
+        }
+        for name, found in speeds.items()
+    }
+
+
+def count_messages(contender: Contender, num_tokens: int) -> dict[str, float]:
+    """Of one stream, each way counted as one message: per token, and per token and layer with experts."""
+    sent: list[ExpertCall] = []
+    start = ExpertConnection.start
+
+    def counted(link: ExpertConnection, call: ExpertCall, **options: Any) -> None:
+        sent.append(call)
+        start(link, call, **options)
+
+    with mock.patch.object(ExpertConnection, "start", counted):
+        engine = contender.loaded.engine
+        contender.submit(_prompts(contender, 1), num_tokens + 1)
+        while engine.num_waiting or engine.stats.generated_tokens == 0:
+            engine.step()
+        sent.clear()
+        began = engine.stats.generated_tokens
+        while engine.has_work:
+            engine.step()
+        tokens = engine.stats.generated_tokens - began
+    layers = len(contender.loaded.config.moe_layers)
+    row = contender.loaded.config.hidden_size * contender.loaded.dtype.itemsize
+    nbytes = sum(call.tokens_TD.nbytes + call.num_rows * row for call in sent)
+    return {
+        "messages_per_token": 2 * len(sent) / tokens,
+        "messages_per_token_and_layer": 2 * len(sent) / tokens / layers,
+        "kilobytes_per_token": nbytes / tokens / 1e3,
+        "kilobytes_per_token_and_layer": nbytes / tokens / layers / 1e3,
+    }
+
+
+def measure_prefill(contender: Contender) -> dict[str, float]:
+    """How long a stream's step takes alone, and at most while a long prompt is computed beside it in chunks."""
+    engine = contender.loaded.engine
+    contender.submit(_prompts(contender, 1), 200)
+    for _ in range(20):
+        engine.step()
+    alone = statistics.median(contender.step_s() for _ in range(40))
+    contender.submit([_prompt(contender, LONG_PROMPT_TOKENS, seed=99)], 1)
+    computed = engine.stats.prompt_tokens + LONG_PROMPT_TOKENS
+    beside = []
+    while engine.stats.prompt_tokens < computed:
+        beside.append(contender.step_s())
+    for name in engine.open_requests():
+        engine.cancel(name)
+    while engine.has_work:
+        engine.step()
+    return {"alone_ms": alone * 1e3, "longest_ms": max(beside) * 1e3, "steps": max(beside) / alone}
+
+
+def measure_kill(root: Path, num_replicas: int, num_tokens: int) -> dict[str, Any]:
+    """The stall of one stream when the actor of all its experts is killed, and whether its tokens stay the same."""
+    with contender(root, 1, num_replicas) as served:
+        undisturbed = _tokens(served, num_tokens, kill_after=None)
+        start_s = served.actors[0].start_s
+        disturbed = _tokens(served, num_tokens, kill_after=num_tokens // 2)
+    usual_s = statistics.median(undisturbed.step_s)
+    return {
+        "cold_start_s": start_s,
+        "stall_s": max(disturbed.step_s[num_tokens // 2 :]) - usual_s,
+        "usual_step_s": usual_s,
+        "later_step_s": statistics.median(disturbed.step_s[-num_tokens // 4 :]),
+        "is_same": undisturbed.tokens == disturbed.tokens,
+    }
+
+
+@dataclass
+class _Story:
+    tokens: list[int] = field(default_factory=list)
+    step_s: list[float] = field(default_factory=list)
+
+
+def _tokens(served: Contender, num_tokens: int, kill_after: int | None) -> _Story:
+    story, engine = _Story(), served.loaded.engine
+    served.submit(_prompts(served, 1), num_tokens)
+    while engine.has_work:
+        if kill_after is not None and len(story.tokens) == kill_after:
+            served.actors[0].kill()
+        began = perf_counter()
+        events = engine.step()
+        story.step_s.append(perf_counter() - began)
+        story.tokens.extend(token for event in events for token in event.token_ids)
+    return story
+
+
+def _prompts(contender: Contender, streams: int) -> list[list[int]]:
+    return [_prompt(contender, PROMPT_TOKENS, seed) for seed in range(streams)]
+
+
+def _prompt(contender: Contender, length: int, seed: int) -> list[int]:
+    vocabulary = contender.loaded.config.vocab_size
+    found: list[int] = np.random.default_rng(seed).integers(3, vocabulary, length).tolist()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--store", default="stories", help="a store, a checkpoint, or a bundled model's name")
+    parser.add_argument("--rounds", type=int, default=5, help="counted ones; at least 2")
+    parser.add_argument("--tokens", type=int, default=64, help="of each stream and round")
+    parser.add_argument(
+        "--kills", type=int, default=5, help="with a replica, and as many without; at least 2"
+    )
+    parser.add_argument("--keep", action="store_true", help="keep the result under benchmarks/results")
+    options = parser.parse_args()
+    root = resolve_store(options.store, announce=print)
+    results: dict[str, Any] = {}
+    with ExitStack() as stack:
+        contenders = [stack.enter_context(contender(root, number)) for number in (0, *ACTORS)]
+        for streams in STREAMS:
+            speed = measure_speed(contenders, streams, options.rounds, options.tokens)
+            results[f"{streams} streams"] = speed
+            for name, found in speed.items():
+                tokens_per_s, ratio = found["tokens_per_s"]["median"], found["ratio"]
+                goal = f"; goal {GOALS[streams]}" if name == "1 actor" else ""
+                print(
+                    f"{streams:2} streams, {name:10}: {tokens_per_s:7.1f} tokens/s, {ratio['median']:.2f} of in "
+                    f"process ({ratio['p5']:.2f} to {ratio['p95']:.2f}){goal}"
+                )
+        results["messages"] = {c.name: count_messages(c, options.tokens) for c in contenders[1:]}
+        results["prefill"] = {c.name: measure_prefill(c) for c in contenders}
+        for part in ("messages", "prefill"):
+            for name, found in results[part].items():
+                print(f"{part}, {name}: " + ", ".join(f"{key} {value:.2f}" for key, value in found.items()))
+    for label, replicas in (("without a replica", 1), ("with a replica", 2)):
+        kills = [measure_kill(root, replicas, options.tokens) for _ in range(options.kills)]
+        results[f"killed {label}"] = {
+            key: spread([kill[key] for kill in kills]) for key in kills[0] if key != "is_same"
+        } | {"are_tokens_the_same": all(kill["is_same"] for kill in kills)}
+        stall, start = (results[f"killed {label}"][key]["median"] for key in ("stall_s", "cold_start_s"))
+        print(
+            f"killed {label}: stall {stall * 1e3:.0f} ms, C {start:.1f} s, "
+            f"same tokens: {results[f'killed {label}']['are_tokens_the_same']}"
+        )
+    config = {key: value for key, value in vars(options).items() if key != "keep"}
+    finish(
+        "bench_cluster",
+        config | {"goals": {str(k): v for k, v in GOALS.items()}},
+        results,
+        is_kept=options.keep,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""One process that computes experts, as the simulator sees it: the real residency, and measured seconds in place of
+arithmetic. Called by `cluster.simulator`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from experts.residency import Residency
+from extraction.manifest import ExpertKey
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What of a model costs time and room on the way between router and experts."""
+
+    component: str
+    layers: tuple[int, ...]
+    """Numbers of the layers with experts."""
+    expert_bytes: int
+    row_bytes: int
+    """Of one token's activation; an expert's answer for it takes as much."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds and rates of one machine like those that are simulated, measured by `benchmarks/bench_simulator.py`.
+    What nodes differ in is in `NodeFacts`."""
+
+    step_s: float
+    """Of a step with one row, all but its experts: attention, gates, head, sampling."""
+    row_s: float
+    """Of each further row of a step, likewise."""
+    layer_s: float
+    """Of a layer's experts, whoever computes them: dispatch and combine."""
+    call_s: float
+    """Of a worker's call, besides its experts."""
+    expert_s: float
+    """Of an expert in a call, besides the bytes of its weights."""
+    expert_row_s: float
+    """Of a row at an expert, besides the first."""
+    message_s: float
+    """The router's own time for a message and its answer: no two overlap."""
+    disk_bytes_s: float
+    """Of reading experts that are not resident."""
+    threads: int = 1
+    """With which one worker computes: as many fewer workers of a node compute at once."""
+    notice_s: float = 1.0
+    """From a node's loss until heartbeats have told it."""
+    start_s: float = 5.0
+    """From the decision to start an actor until it takes rows."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one call took."""
+
+    compute_s: float
+    uses: int
+    misses: int
+
+
+class SimulatedWorker:
+    """Holds names of experts within a budget, as `experts.worker.ExpertWorker` holds the experts."""
+
+    def __init__(
+        self, shape: ModelShape, costs: Costs, budget_bytes: int | None, ready_at_s: float = 0.0
+    ) -> None:
+        """ready_at_s: before which no rows are taken, on the simulation's clock."""
+        self.ready_at_s = ready_at_s
+        self._shape, self._costs = shape, costs
+        self._residency = Residency(budget_bytes)
+
+    def warm(self, keys: Sequence[ExpertKey]) -> None:
+        """Hold these experts, as many as fit, as a process does when it has started."""
+        budget = self._residency.budget_bytes
+        nbytes = self._shape.expert_bytes
+        fitting = keys if budget is None else keys[: budget // nbytes]
+        if fitting:
+            self._residency.admit(fitting, [nbytes] * len(fitting))
+
+    def set_budget(self, budget_bytes: int) -> None:
+        if self._residency.budget_bytes is not None:
+            self._residency.set_budget(budget_bytes)
+
+    def compute(self, keys: Sequence[ExpertKey], num_rows: int, expert_bytes_s: float, step: int) -> Work:
+        """A call for `num_rows` rows of distinct experts. Misses are read while the experts that are there compute.
+
+        Raises BudgetTooSmall where not even one expert fits.
+        """
+        costs, nbytes = self._costs, self._shape.expert_bytes
+        sizes = [nbytes] * len(keys)
+        misses = 0
+        for wave in self._residency.waves(sizes):
+            exchange = self._residency.admit(
+                keys[wave.start : wave.stop], sizes[wave.start : wave.stop], float(step)
+            )
+            misses += len(exchange.load)
+        compute_s = (
+            costs.call_s
+            + len(keys) * (costs.expert_s + nbytes / expert_bytes_s)
+            + (num_rows - len(keys)) * costs.expert_row_s
+        )
+        read_s = misses * nbytes / costs.disk_bytes_s
+        return Work(max(compute_s, read_s), len(keys), misses)

@@ -1,0 +1,283 @@
+"""A service of many machines on none: routing traces through the real policies, with measured seconds for the rest.
+
+Placement, replicas, residency, eviction and scaling are those that serve; arithmetic, links and disks are numbers
+(`Costs`, `NodeFacts`). Says what a cluster that nobody has would do, and where it would stop getting faster. Simulates
+decoding: prompts, queues and the HTTP side are left out. Checked against runs by `benchmarks/bench_simulator.py`; what
+follows from it is docs/scaling.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from cluster.autoscaler import (
+    Decision,
+    GroupLoad,
+    LoadSnapshot,
+    ScalerSettings,
+    ScalerState,
+    carry_out,
+    decide,
+)
+from cluster.plan import ServicePlan
+from cluster.scaling_room import NodeLoad
+from cluster.simulated_worker import Costs, ModelShape, SimulatedWorker, Work
+from cluster.topology import Topology
+from extraction.manifest import ExpertKey
+
+LOOK_EVERY_S = 1.0
+"""How often the autoscaler looks, on the simulation's clock."""
+
+
+@dataclass(frozen=True)
+class NodeEvent:
+    """A node that is lost, or comes back empty. The router's own node cannot be lost."""
+
+    at_s: float
+    node_id: str
+    is_lost: bool = True
+
+
+@dataclass
+class Report:
+    """What a simulation did."""
+
+    step_s: list[float] = field(default_factory=list)
+    """Of each step."""
+    num_tokens: int = 0
+    messages: int = 0
+    bytes_sent: int = 0
+    """Both ways."""
+    uses: int = 0
+    misses: int = 0
+    uses_by_router: int = 0
+    """Computed in the router's own process."""
+    decisions: list[tuple[float, Decision]] = field(default_factory=list)
+    """With the time of each."""
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.step_s)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.num_tokens / self.seconds if self.step_s else 0.0
+
+    @property
+    def hit_rate(self) -> float:
+        return 1.0 - self.misses / self.uses if self.uses else 0.0
+
+    def step_percentile_s(self, percent: float) -> float:
+        return float(np.percentile(self.step_s, percent))
+
+
+@dataclass
+class _Share:
+    """What one process is asked in one layer."""
+
+    keys: list[ExpertKey] = field(default_factory=list)
+    rows: int = 0
+    tokens: int = 0
+
+
+class Simulation:
+    """One service on its own clock."""
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        topology: Topology,
+        plan: ServicePlan,
+        costs: Costs,
+        *,
+        router_budget_bytes: int | None = None,
+        scaling: ScalerSettings | None = None,
+        events: Sequence[NodeEvent] = (),
+    ) -> None:
+        """router_budget_bytes: of the router's own worker, which computes `plan.router_keys` and what no actor does;
+        None for no bound. scaling: None leaves the plan as it is.
+
+        Raises ValueError for an event about the router's node.
+        """
+        if any(event.node_id == topology.router_node for event in events):
+            raise ValueError("the router's own node cannot be lost in a simulation")
+        self.report = Report()
+        self.plan = plan
+        self.now_s = 0.0
+        self._shape, self._costs = shape, costs
+        self._nodes = {node.node_id: node for node in topology.nodes}
+        self._router_node = topology.router_node
+        self._scaling, self._scaler = scaling, ScalerState()
+        self._events = sorted(events, key=lambda event: event.at_s)
+        self._lost: set[str] = set()
+        self._unnoticed: set[str] = set()
+        self._looked_at_s = 0.0
+        self._rows: dict[str, int] = {}
+        self._busy_s: dict[str, float] = {}
+        self._group_of = {key: group.name for group in plan.groups for key in group.keys}
+        self._router = SimulatedWorker(shape, costs, router_budget_bytes)
+        self._router.warm(plan.router_keys)
+        self._workers: dict[str, SimulatedWorker] = {}
+        self._follow_plan(ready_at_s=0.0)
+        for actor in plan.actors:
+            self._workers[actor.name].warm(plan.group(actor.group).keys)
+
+    def step(self, experts_TLK: np.ndarray) -> float:
+        """Decode one token of each of T streams, whose experts are given by layer. Returns the step's seconds."""
+        num_rows = len(experts_TLK)
+        began_s = self.now_s
+        self._take_events()
+        self._scale()
+        self.now_s += self._costs.step_s + (num_rows - 1) * self._costs.row_s
+        for index, layer in enumerate(self._shape.layers):
+            self.now_s += self._layer_s(layer, experts_TLK[:, index])
+        self.report.num_tokens += num_rows
+        self.report.step_s.append(self.now_s - began_s)
+        return self.now_s - began_s
+
+    def _layer_s(self, layer: int, experts_TK: np.ndarray) -> float:
+        shares = self._split(layer, experts_TK)
+        noticed_s = 0.0
+        if any(self._node_of[name] in self._unnoticed for name in shares if name is not None):
+            noticed_s = self._costs.notice_s
+            self._unnoticed.clear()
+            self._refresh_owners()
+            shares = self._split(layer, experts_TK)
+        step = len(self.report.step_s)
+        busy_s: dict[str, list[float]] = {}
+        link_bytes: dict[str, int] = {}
+        for name, share in shares.items():
+            node_id = self._router_node if name is None else self._node_of[name]
+            worker = self._router if name is None else self._workers[name]
+            work = worker.compute(share.keys, share.rows, self._nodes[node_id].expert_bytes_s, step)
+            busy_s.setdefault(node_id, []).append(work.compute_s)
+            if name is not None:
+                nbytes = (share.tokens + share.rows) * self._shape.row_bytes
+                link_bytes[node_id] = link_bytes.get(node_id, 0) + nbytes
+            self._count(name, share, work)
+        messages_s = self._costs.message_s * sum(name is not None for name in shares)
+        waits = (self._wait_s(node_id, times, link_bytes.get(node_id)) for node_id, times in busy_s.items())
+        return noticed_s + self._costs.layer_s + messages_s + max(waits)
+
+    def _wait_s(self, node_id: str, busy_s: list[float], link_bytes: int | None) -> float:
+        """From a node's being asked to its last answer."""
+        node = self._nodes[node_id]
+        at_once = max(1, node.num_cores // self._costs.threads)
+        compute_s = max(max(busy_s), sum(busy_s) / at_once)
+        if link_bytes is None:
+            return compute_s
+        return compute_s + node.round_trip_s + link_bytes / node.bandwidth_bytes_s
+
+    def _split(self, layer: int, experts_TK: np.ndarray) -> dict[str | None, _Share]:
+        """By process; None is the router's own. Of replicas, one that is asked anyway, else the one asked least."""
+        experts, counts = np.unique(experts_TK, return_counts=True)
+        shares: dict[str | None, _Share] = {}
+        chosen: dict[int, str | None] = {}
+        for expert, count in zip(experts.tolist(), counts.tolist(), strict=True):
+            if expert < 0:
+                continue
+            key = ExpertKey(self._shape.component, layer, expert)
+            owners: Sequence[str | None] = self._owners.get(key) or (None,)
+            name = min(owners, key=lambda owner: (shares[owner].rows if owner in shares else 0, str(owner)))
+            share = shares.setdefault(name, _Share())
+            share.keys.append(key)
+            share.rows += count
+            chosen[expert] = name
+        names = list(shares)
+        if names == [None]:
+            return shares
+        place = {name: index for index, name in enumerate(names)}
+        owner_of_E = np.full(int(experts[-1]) + 1, -1)
+        for expert, name in chosen.items():
+            owner_of_E[expert] = place[name]
+        owner_TK = np.where(experts_TK >= 0, owner_of_E[experts_TK], -1)
+        for name, index in place.items():
+            shares[name].tokens = int((owner_TK == index).any(axis=1).sum())
+        return shares
+
+    def _count(self, name: str | None, share: _Share, work: Work) -> None:
+        report = self.report
+        report.uses += work.uses
+        report.misses += work.misses
+        if name is None:
+            report.uses_by_router += work.uses
+        else:
+            report.messages += 1
+            report.bytes_sent += (share.tokens + share.rows) * self._shape.row_bytes
+            group = self._group_of[share.keys[0]]
+            self._busy_s[group] = self._busy_s.get(group, 0.0) + work.compute_s
+        for key in share.keys:
+            if key in self._group_of:
+                group = self._group_of[key]
+                self._rows[group] = self._rows.get(group, 0) + share.rows // len(share.keys)
+
+    def _take_events(self) -> None:
+        while self._events and self._events[0].at_s <= self.now_s:
+            event = self._events.pop(0)
+            if event.is_lost:
+                self._lost.add(event.node_id)
+                self._unnoticed.add(event.node_id)
+            else:
+                self._lost.discard(event.node_id)
+                for actor in self.plan.actors:
+                    if actor.node_id == event.node_id:
+                        ready_at_s = self.now_s + self._costs.start_s
+                        self._workers[actor.name] = self._new_worker(actor.budget_bytes, ready_at_s)
+        self._refresh_owners()
+
+    def _scale(self) -> None:
+        elapsed_s = self.now_s - self._looked_at_s
+        if self._scaling is None or elapsed_s < LOOK_EVERY_S:
+            return
+        snapshot = LoadSnapshot("focus", self._group_loads(elapsed_s), self._node_loads())
+        self._scaler, decisions = decide(self._scaler, snapshot, self.plan, self._scaling, self.now_s)
+        self.report.decisions.extend((self.now_s, decision) for decision in decisions)
+        self.plan = carry_out(self.plan, decisions)
+        self._follow_plan(ready_at_s=self.now_s + self._costs.start_s)
+        self._looked_at_s, self._rows, self._busy_s = self.now_s, {}, {}
+
+    def _group_loads(self, elapsed_s: float) -> tuple[GroupLoad, ...]:
+        nbytes = self._shape.expert_bytes
+        return tuple(
+            GroupLoad(
+                group.name,
+                self._rows.get(group.name, 0) / elapsed_s,
+                self._busy_s.get(group.name, 0.0) / elapsed_s,
+                len(group.keys) * nbytes,
+                nbytes,
+            )
+            for group in self.plan.groups
+        )
+
+    def _node_loads(self) -> tuple[NodeLoad, ...]:
+        return tuple(
+            NodeLoad(node.node_id, node.room_bytes, node.node_id in self._lost - self._unnoticed)
+            for node in self._nodes.values()
+        )
+
+    def _follow_plan(self, ready_at_s: float) -> None:
+        for actor in self.plan.actors:
+            if actor.name not in self._workers:
+                self._workers[actor.name] = self._new_worker(actor.budget_bytes, ready_at_s)
+            elif actor.budget_bytes is not None:
+                self._workers[actor.name].set_budget(actor.budget_bytes)
+        self._refresh_owners()
+
+    def _new_worker(self, budget_bytes: int | None, ready_at_s: float) -> SimulatedWorker:
+        return SimulatedWorker(self._shape, self._costs, budget_bytes, ready_at_s)
+
+    def _refresh_owners(self) -> None:
+        """Who takes rows now. A node whose loss nobody has noticed is still asked."""
+        self._node_of = {actor.name: actor.node_id or self._router_node for actor in self.plan.actors}
+        away = self._lost - self._unnoticed
+        ready = {
+            name
+            for name, node_id in self._node_of.items()
+            if node_id not in away and self._workers[name].ready_at_s <= self.now_s
+        }
+        self._owners = {
+            key: tuple(name for name in names if name in ready) for key, names in self.plan.owners().items()
+        }

@@ -1,0 +1,221 @@
+"""Decisions of the autoscaler: demand first, then trust; nothing swings; no node is filled beyond its room."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+
+from cluster.autoscaler import (
+    Decision,
+    GroupLoad,
+    LoadSnapshot,
+    ScalerSettings,
+    ScalerState,
+    carry_out,
+    decide,
+)
+from cluster.capacity import STATES, CapacityState
+from cluster.plan import ActorPlan, ExpertGroup, ServicePlan
+from cluster.scaling_room import NodeLoad
+from extraction.manifest import ExpertKey
+
+GROUP_BYTES, EXPERT_BYTES = 1000, 100
+SETTINGS = ScalerSettings(max_actors=6, rise_after_s=5.0, fall_after_s=60.0, cool_down_s=30.0)
+NODES = (NodeLoad("big", 3000), NodeLoad("small", 1500))
+
+
+def _plan(*actors: ActorPlan, groups: int = 2) -> ServicePlan:
+    made = tuple(
+        ExpertGroup(f"experts-{index}", (ExpertKey("thinker", 0, index),)) for index in range(groups)
+    )
+    return ServicePlan(made, actors)
+
+
+def _actor(group: int, node: str | None = "big", budget: int | None = None, name: str = "") -> ActorPlan:
+    return ActorPlan(name or f"experts-{group}", f"experts-{group}", node, budget)
+
+
+def _load(group: int, rows: float = 10.0, busy: float = 0.3, trust: float = 0.5) -> GroupLoad:
+    return GroupLoad(f"experts-{group}", rows, busy, GROUP_BYTES, EXPERT_BYTES, trust)
+
+
+class _Service:
+    """A plan that follows the decisions, and a clock."""
+
+    def __init__(self, plan: ServicePlan, settings: ScalerSettings = SETTINGS) -> None:
+        self.plan, self.settings = plan, settings
+        self.state, self.now_s = ScalerState(), 100.0
+
+    def look(
+        self,
+        *loads: GroupLoad,
+        capacity: CapacityState = "focus",
+        nodes: Sequence[NodeLoad] = NODES,
+        after_s: float = 1.0,
+    ) -> list[Decision]:
+        self.now_s += after_s
+        snapshot = LoadSnapshot(capacity, loads, tuple(nodes))
+        self.state, decisions = decide(self.state, snapshot, self.plan, self.settings, self.now_s)
+        self.plan = carry_out(self.plan, decisions)
+        return list(decisions)
+
+    def kinds(self, *loads: GroupLoad, capacity: CapacityState = "focus", after_s: float = 1.0) -> list[str]:
+        return [decision.kind for decision in self.look(*loads, capacity=capacity, after_s=after_s)]
+
+
+def test_usual_load_changes_nothing() -> None:
+    service = _Service(_plan(_actor(0), _actor(1)))
+    assert [service.look(_load(0), _load(1), after_s=10.0) for _ in range(30)] == [[]] * 30
+
+
+def test_group_that_stays_busy_gets_a_replica_on_another_node() -> None:
+    service = _Service(_plan(_actor(0), _actor(1)))
+    assert service.look(_load(0, busy=0.9), _load(1)) == []
+    assert service.look(_load(0, busy=0.9), _load(1)) == []
+    (decision,) = service.look(_load(0, busy=0.9), _load(1), after_s=5.0)
+    assert (decision.kind, decision.group, decision.node_id) == ("replicate", "experts-0", "small")
+    assert "0.90 s a second" in decision.reason
+    assert len(service.plan.owners()[ExpertKey("thinker", 0, 0)]) == 2
+
+
+def test_short_peak_brings_no_replica() -> None:
+    service = _Service(_plan(_actor(0), _actor(1)))
+    for busy in (0.9, 0.1) * 20:
+        assert service.look(_load(0, busy=busy), _load(1), after_s=4.0) == []
+
+
+def test_changed_group_is_left_alone_for_a_while() -> None:
+    service = _Service(_plan(_actor(0), _actor(1)))
+    kinds = [service.kinds(_load(0, busy=2.5), _load(1)) for _ in range(30)]
+    assert sum(map(len, kinds)) == 1
+
+
+def test_replica_goes_when_one_would_do_for_long() -> None:
+    service = _Service(_plan(_actor(0), _actor(0, "small", name="replica"), _actor(1)))
+    looks = [service.look(_load(0, busy=0.1), _load(1)) for _ in range(62)]
+    (decision,) = [decision for look in looks for decision in look]
+    assert decision.kind == "drain" and len(service.plan.actors) == 2
+    assert "fewer would do for 60 s" in decision.reason
+
+
+def test_idle_service_goes_to_zero_and_comes_back_where_it_is_asked_for() -> None:
+    service = _Service(_plan(_actor(0), _actor(1)))
+    assert service.kinds(_load(0, 0.0, 0.0), _load(1, 0.0, 0.0), capacity="rest") == ["drain", "drain"]
+    assert not service.plan.actors
+    assert service.kinds(_load(0, 0.0, 0.0), _load(1, 0.0, 0.0), capacity="rest") == []
+    assert service.kinds(_load(0), _load(1), capacity="wake") == ["spawn", "spawn"]
+    assert {actor.group for actor in service.plan.actors} == {"experts-0", "experts-1"}
+
+
+def test_floor_keeps_the_group_that_is_asked_for_most() -> None:
+    service = _Service(_plan(_actor(0), _actor(1)), replace(SETTINGS, min_actors=1))
+    service.look(_load(0, 5.0), _load(1, 9.0))
+    assert service.kinds(_load(0, 0.0, 0.0), _load(1, 0.0, 0.0), capacity="rest") == ["drain"]
+    assert [actor.group for actor in service.plan.actors] == ["experts-1"]
+
+
+def test_trust_decides_between_groups_that_are_asked_for_equally() -> None:
+    settings = ScalerSettings(max_actors=1)
+    for trusts, winner in (((0.9, 0.1), "experts-0"), ((0.1, 0.9), "experts-1")):
+        service = _Service(_plan(), settings)
+        loads = [_load(group, trust=trust) for group, trust in enumerate(trusts)]
+        (decision,) = service.look(*loads)
+        assert (decision.kind, decision.group) == ("spawn", winner)
+
+
+def test_demand_goes_before_trust() -> None:
+    service = _Service(_plan(), ScalerSettings(max_actors=1))
+    (decision,) = service.look(_load(0, rows=11.0, trust=0.0), _load(1, rows=10.0, trust=1.0))
+    assert decision.group == "experts-0"
+
+
+def test_leaving_node_is_emptied_at_once_and_its_actors_come_up_elsewhere() -> None:
+    service = _Service(_plan(_actor(0, "small"), _actor(1, "big")))
+    service.look(_load(0), _load(1))
+    nodes = (NODES[0], replace(NODES[1], is_leaving=True))
+    (decision,) = service.look(_load(0), _load(1), nodes=nodes)
+    assert (decision.kind, decision.actor, decision.node_id) == ("move", "experts-0", "big")
+    assert decision.successor in {actor.name for actor in service.plan.actors}
+    assert {actor.node_id for actor in service.plan.actors} == {"big"}
+
+
+def test_replica_on_a_lost_node_comes_up_on_another() -> None:
+    service = _Service(_plan(_actor(0, "big"), _actor(0, "gone", name="replica"), _actor(1)))
+    (decision,) = service.look(_load(0), _load(1))
+    assert (decision.kind, decision.actor, decision.node_id) == ("move", "replica", "small")
+
+
+def test_actor_on_a_lost_node_that_is_not_wanted_any_more_is_drained_first() -> None:
+    service = _Service(_plan(_actor(0, "big"), _actor(0, "gone", name="replica"), _actor(1)))
+    decisions = service.look(_load(0, 0.0, 0.0), _load(1, 0.0, 0.0), capacity="rest")
+    assert [decision.kind for decision in decisions] == ["drain"] * 3
+
+
+def test_spawn_without_room_shrinks_idle_groups_to_the_disk_tier() -> None:
+    service = _Service(_plan(_actor(0, "big"), groups=2))
+    nodes = (NodeLoad("big", 1000),)
+    shrink, spawn = service.look(_load(0, 0.0, 0.0), _load(1), nodes=nodes)
+    assert (shrink.kind, shrink.actor, shrink.budget_bytes) == ("shrink", "experts-0", EXPERT_BYTES)
+    assert (spawn.kind, spawn.node_id, spawn.budget_bytes) == ("spawn", "big", GROUP_BYTES - EXPERT_BYTES)
+
+
+def test_shrunken_group_grows_when_it_is_asked_for_and_there_is_room() -> None:
+    service = _Service(_plan(_actor(0, "big", budget=200)))
+    (decision,) = service.look(_load(0), _load(1, 0.0, 0.0))
+    assert (decision.kind, decision.budget_bytes) == ("grow", GROUP_BYTES)
+    assert service.look(_load(0), _load(1, 0.0, 0.0)) == []
+
+
+def test_actor_that_fits_nowhere_waits_for_a_machine() -> None:
+    service = _Service(_plan())
+    nodes = (NodeLoad("tiny", EXPERT_BYTES - 1),)
+    (decision,) = service.look(_load(0), _load(1, 0.0, 0.0), nodes=nodes)
+    assert (decision.kind, decision.node_id, decision.budget_bytes) == ("spawn", None, GROUP_BYTES)
+    assert service.look(_load(0), _load(1, 0.0, 0.0), nodes=nodes) == []
+
+
+def test_light_load_brings_no_replica_and_takes_none_that_is_used() -> None:
+    service = _Service(_plan(_actor(0), _actor(0, "small", name="replica"), _actor(1)), ScalerSettings(4))
+    for _ in range(20):
+        assert service.look(_load(0, busy=0.8), _load(1, busy=0.9), capacity="wake", after_s=10.0) == []
+    assert service.kinds(_load(0, busy=0.8), _load(1, busy=0.9)) == ["replicate"]
+
+
+@pytest.mark.parametrize("fields", [{"max_actors": 1, "min_actors": 2}, {"max_actors": 1, "low_busy": 0.7}])
+def test_settings_that_contradict_each_other_are_refused(fields: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="is not in 0 to"):
+        ScalerSettings(**fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_histories_keep_every_promise(seed: int) -> None:
+    random_of = random.Random(seed)
+    groups = random_of.randint(1, 5)
+    settings = ScalerSettings(
+        max_actors=random_of.randint(groups, 2 * groups), min_actors=random_of.randint(0, 1)
+    )
+    service = _Service(_plan(groups=groups), settings)
+    nodes = [NodeLoad(f"n{index}", random_of.randint(50, 4000)) for index in range(random_of.randint(1, 4))]
+    seen: set[str] = set()
+    for _ in range(60):
+        nodes = [replace(node, is_leaving=random_of.random() < 0.05) for node in nodes]
+        loads = [
+            _load(group, random_of.choice((0.0, 1.0, 50.0)), random_of.uniform(0.0, 2.0), random_of.random())
+            for group in range(groups)
+        ]
+        capacity = random_of.choice(STATES)
+        before = {actor.name for actor in service.plan.actors}
+        service.look(*loads, capacity=capacity, nodes=nodes, after_s=random_of.uniform(0.5, 40.0))
+        actors = service.plan.actors
+        assert len(actors) <= settings.max_actors
+        new = {actor.name for actor in actors} - before
+        assert not new & seen, "a name is given twice"
+        seen |= new
+        for node in nodes:
+            held = [actor for actor in actors if actor.node_id == node.node_id]
+            assert not (node.is_leaving and any(actor.name in new for actor in held))
+            assert sum(actor.budget_bytes or GROUP_BYTES for actor in held) <= node.room_bytes
+            assert len({actor.group for actor in held}) == len(held), "replicas are on different nodes"
