@@ -51,7 +51,7 @@ def plan_cache(
     limit_bytes: of all records; None means no limit. free_bytes: of the disk; where what is missing is more, records
     that nobody needs make room for it as well. The oldest go first, and no more than needed.
     """
-    there = {record.owner for record in records}
+    there = {record.owner for record in records if record.nbytes == needed.get(record.owner)}
     needed_bytes = sum(needed.values())
     missing_bytes = sum(nbytes for owner, nbytes in needed.items() if owner not in there)
     if limit_bytes is not None and needed_bytes > limit_bytes:

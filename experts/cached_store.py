@@ -89,7 +89,8 @@ class CachedStore(ExpertStore):
 
         Raises UnknownExpert, CacheTooSmall, CacheDiskFull or CacheUnusable.
         """
-        self._cache.need(self.hash, {self._stems[key]: self.record(key).nbytes for key in keys})
+        records = {key: self.record(key) for key in keys}
+        self._cache.need(self.hash, {self._stems[key]: record.nbytes for key, record in records.items()})
         self._fetcher.refresh()
         self._fetcher.want(keys)
 

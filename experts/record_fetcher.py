@@ -86,8 +86,8 @@ class RecordFetcher:
         files = self._cache.held(self._store_hash)
         paths = {}
         for key, record in self._records.items():
-            path = files.get(self._stems[key])
-            if path is not None and record.sha256 in (None, record_sha256(path)):
+            path, nbytes = files.get(self._stems[key], (None, 0))
+            if path is not None and nbytes == record.nbytes and record.sha256 in (None, record_sha256(path)):
                 paths[key] = path
         with self._changed:
             self._paths = paths
@@ -236,13 +236,8 @@ class RecordFetcher:
                 self._queue.done(key)
                 self._last_error = ""
             else:
-                now_s = time.monotonic()
-                self._queue.failed(key, now_s + RETRY_S)
                 self._last_error = str(error)
-                if not isinstance(error, WeightsUnavailable):  # the disk, not this record
-                    self._queue.pause(now_s + RETRY_S)
-                elif not self._order.askable(now_s):
-                    self._queue.pause(self._order.retry_at_s() or now_s + RETRY_S)
+                self._put_back(key, error)
             future = self._waited.pop(key, None)
             self._changed.notify_all()
         if future is None:
@@ -252,3 +247,14 @@ class RecordFetcher:
         else:
             assert error is not None
             future.set_exception(error)
+
+    def _put_back(self, key: ExpertKey, error: ExpertError | None) -> None:
+        """Try again later; where the reason of the failure concerns every record, none of them until then."""
+        now_s = time.monotonic()
+        retry_at_s = now_s + RETRY_S
+        is_about_all = not isinstance(error, WeightsUnavailable)  # the disk, then
+        if not self._order.askable(now_s):
+            is_about_all, retry_at_s = True, self._order.retry_at_s() or retry_at_s
+        self._queue.failed(key, retry_at_s)
+        if is_about_all:
+            self._queue.pause(retry_at_s)

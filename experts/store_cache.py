@@ -114,10 +114,11 @@ class StoreCache:
                     with suppress(OSError):  # another user's file may be read, and not be touched
                         os.utime(self._path(record))
 
-    def held(self, store_hash: str) -> dict[str, Path]:
-        """Files of the records that are there, by stem. Raises CacheUnusable."""
+    def held(self, store_hash: str) -> dict[str, tuple[Path, int]]:
+        """Files of the records that are there and their sizes, by stem. Raises CacheUnusable."""
         with self._translated():
-            return {record.stem: self._path(record) for record in self._scan_store(store_hash)}
+            records = self._scan_store(store_hash)
+            return {record.stem: (self._path(record), record.nbytes) for record in records}
 
     def keep(
         self, store_hash: str, stem: str, nbytes: int, write: Callable[[Callable[[memoryview], object]], str]
