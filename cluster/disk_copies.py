@@ -10,6 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from cluster.plan import ServicePlan
+from cluster.topology import Topology
 from extraction.manifest import ExpertKey
 
 COPIES = 2
@@ -50,6 +52,27 @@ class DiskCopyPlan:
     @property
     def is_failover_safe(self) -> bool:
         return not (self.single or self.absent)
+
+
+def disk_nodes(
+    plan: ServicePlan, topology: Topology, held: Mapping[str, frozenset[ExpertKey]]
+) -> tuple[DiskNode, ...]:
+    """The machines of a plan as their disks count. held: what each node's processes say is on its disk, by node id;
+    of a node with the whole store nothing needs to be said. An actor that Ray may place anywhere counts nowhere."""
+    groups: dict[str, set[ExpertKey]] = {node.node_id: set() for node in topology.nodes}
+    for actor in plan.actors:
+        if actor.node_id in groups:
+            groups[actor.node_id].update(plan.group(actor.group).keys)
+    everything = frozenset(key for group in plan.groups for key in group.keys) | frozenset(plan.router_keys)
+    return tuple(
+        DiskNode(
+            node.node_id,
+            everything if node.has_store else held.get(node.node_id, frozenset()),
+            frozenset(groups[node.node_id]),
+            node.disk_bytes,
+        )
+        for node in topology.nodes
+    )
 
 
 def plan_disk_copies(
