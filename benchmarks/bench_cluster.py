@@ -77,13 +77,19 @@ class Contender:
     def decode(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> float:
         """Tokens/s of all streams together, after their prompts. Every step but the first few has all of them."""
         engine = self.loaded.engine
-        self.submit(prompts, num_tokens)
-        while engine.stats.generated_tokens < len(prompts) or engine.num_waiting:
-            engine.step()
+        self.begin(prompts, num_tokens)
         before, began = engine.stats.generated_tokens, perf_counter()
         while engine.has_work:
             engine.step()
         return (engine.stats.generated_tokens - before) / (perf_counter() - began)
+
+    def begin(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> None:
+        """Submit, and step until all prompts are computed."""
+        engine = self.loaded.engine
+        computed = engine.stats.prompt_tokens + sum(map(len, prompts))
+        self.submit(prompts, num_tokens)
+        while engine.stats.prompt_tokens < computed:
+            engine.step()
 
 
 @contextmanager
@@ -132,7 +138,7 @@ def measure_speed(
     for number in range(num_rounds + 1):
         turn = contenders if number % 2 else contenders[::-1]
         for contender in turn:
-            speed = contender.decode(_prompts(contender, streams), num_tokens)
+            speed = contender.decode(prompts_for(contender, streams), num_tokens)
             if number:
                 speeds[contender.name].append(speed)
     base = speeds[contenders[0].name]
@@ -156,9 +162,7 @@ def count_messages(contender: Contender, num_tokens: int) -> dict[str, float]:
 
     with mock.patch.object(ExpertConnection, "start", counted):
         engine = contender.loaded.engine
-        contender.submit(_prompts(contender, 1), num_tokens + 1)
-        while engine.num_waiting or engine.stats.generated_tokens == 0:
-            engine.step()
+        contender.begin(prompts_for(contender, 1), num_tokens + 1)
         sent.clear()
         began = engine.stats.generated_tokens
         while engine.has_work:
@@ -178,7 +182,7 @@ def count_messages(contender: Contender, num_tokens: int) -> dict[str, float]:
 def measure_prefill(contender: Contender) -> dict[str, float]:
     """How long a stream's step takes alone, and at most while a long prompt is computed beside it in chunks."""
     engine = contender.loaded.engine
-    contender.submit(_prompts(contender, 1), 200)
+    contender.submit(prompts_for(contender, 1), 200)
     for _ in range(20):
         engine.step()
     alone = statistics.median(contender.step_s() for _ in range(40))
@@ -218,7 +222,7 @@ class _Story:
 
 def _tokens(served: Contender, num_tokens: int, kill_after: int | None) -> _Story:
     story, engine = _Story(), served.loaded.engine
-    served.submit(_prompts(served, 1), num_tokens)
+    served.submit(prompts_for(served, 1), num_tokens)
     while engine.has_work:
         if kill_after is not None and len(story.tokens) == kill_after:
             served.actors[0].kill()
@@ -229,7 +233,8 @@ def _tokens(served: Contender, num_tokens: int, kill_after: int | None) -> _Stor
     return story
 
 
-def _prompts(contender: Contender, streams: int) -> list[list[int]]:
+def prompts_for(contender: Contender, streams: int) -> list[list[int]]:
+    """The same for every contender."""
     return [_prompt(contender, PROMPT_TOKENS, seed) for seed in range(streams)]
 
 

@@ -32,7 +32,9 @@ class Costs:
     row_s: float
     """Of each further row of a step, likewise."""
     layer_s: float
-    """Of a layer's experts, whoever computes them: dispatch and combine."""
+    """Of a layer's gate, dispatch and combine for one row, whoever computes its experts."""
+    layer_row_s: float
+    """Of each further row, likewise."""
     call_s: float
     """Of a worker's call, besides its experts."""
     expert_s: float
@@ -43,6 +45,8 @@ class Costs:
     """The router's own time for a message and its answer: no two overlap."""
     disk_bytes_s: float
     """Of reading experts that are not resident."""
+    actor_factor: float = 1.0
+    """How much longer an actor computes the same than the router's own worker: its core has slept in between."""
     threads: int = 1
     """With which one worker computes: as many fewer workers of a node compute at once."""
     notice_s: float = 1.0
@@ -64,10 +68,17 @@ class SimulatedWorker:
     """Holds names of experts within a budget, as `experts.worker.ExpertWorker` holds the experts."""
 
     def __init__(
-        self, shape: ModelShape, costs: Costs, budget_bytes: int | None, ready_at_s: float = 0.0
+        self,
+        shape: ModelShape,
+        costs: Costs,
+        budget_bytes: int | None,
+        *,
+        ready_at_s: float = 0.0,
+        is_actor: bool = True,
     ) -> None:
         """ready_at_s: before which no rows are taken, on the simulation's clock."""
         self.ready_at_s = ready_at_s
+        self._factor = costs.actor_factor if is_actor else 1.0
         self._shape, self._costs = shape, costs
         self._residency = Residency(budget_bytes)
 
@@ -102,4 +113,4 @@ class SimulatedWorker:
             + (num_rows - len(keys)) * costs.expert_row_s
         )
         read_s = misses * nbytes / costs.disk_bytes_s
-        return Work(max(compute_s, read_s), len(keys), misses)
+        return Work(max(self._factor * compute_s, read_s), len(keys), misses)

@@ -118,7 +118,7 @@ class Simulation:
         self._rows: dict[str, int] = {}
         self._busy_s: dict[str, float] = {}
         self._group_of = {key: group.name for group in plan.groups for key in group.keys}
-        self._router = SimulatedWorker(shape, costs, router_budget_bytes)
+        self._router = SimulatedWorker(shape, costs, router_budget_bytes, is_actor=False)
         self._router.warm(plan.router_keys)
         self._workers: dict[str, SimulatedWorker] = {}
         self._follow_plan(ready_at_s=0.0)
@@ -160,7 +160,8 @@ class Simulation:
             self._count(name, share, work)
         messages_s = self._costs.message_s * sum(name is not None for name in shares)
         waits = (self._wait_s(node_id, times, link_bytes.get(node_id)) for node_id, times in busy_s.items())
-        return noticed_s + self._costs.layer_s + messages_s + max(waits)
+        own_s = self._costs.layer_s + (len(experts_TK) - 1) * self._costs.layer_row_s
+        return noticed_s + own_s + messages_s + max(waits)
 
     def _wait_s(self, node_id: str, busy_s: list[float], link_bytes: int | None) -> float:
         """From a node's being asked to its last answer."""
@@ -267,7 +268,7 @@ class Simulation:
         self._refresh_owners()
 
     def _new_worker(self, budget_bytes: int | None, ready_at_s: float) -> SimulatedWorker:
-        return SimulatedWorker(self._shape, self._costs, budget_bytes, ready_at_s)
+        return SimulatedWorker(self._shape, self._costs, budget_bytes, ready_at_s=ready_at_s)
 
     def _refresh_owners(self) -> None:
         """Who takes rows now. A node whose loss nobody has noticed is still asked."""

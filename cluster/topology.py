@@ -32,9 +32,10 @@ class NodeFacts:
     expert_bytes_s: float
     """Bytes of experts that it multiplies with one row in a second: its speed in decoding."""
     bandwidth_bytes_s: float
-    """Between it and the router's node; infinite for the router's node itself."""
+    """Between it and the router's node; infinite for the router's node itself, whose actors are reached by loopback."""
     round_trip_s: float
-    """The least time from a call to its answer, both ends' work included; 0 for the router's node itself."""
+    """The least time from a call to its answer, both ends' work included. Actors on the router's own node have one too;
+    the router's own worker has none."""
     disk_bytes: int = 0
     """Free for copies of expert records."""
     has_store: bool = False

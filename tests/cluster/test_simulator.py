@@ -19,6 +19,7 @@ COSTS = Costs(
     step_s=1e-3,
     row_s=1e-4,
     layer_s=1e-5,
+    layer_row_s=0.0,
     call_s=2e-5,
     expert_s=0.0,
     expert_row_s=1e-6,
