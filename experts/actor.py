@@ -17,15 +17,20 @@ from typing import Any
 import torch
 
 from experts.budget import share_of
+from experts.errors import ExpertError
 from experts.eviction import Eviction
 from experts.group_trust import GroupTrust, Scores
+from experts.near_store import CacheSpec, NearStore, StoreSource, open_near
 from experts.numerics import calibrate
 from experts.store import ExpertStore
 from experts.transport import Endpoint, ExpertServer, ServiceInfo, TransportLimits
+from experts.weight_server import WeightServer
 from experts.worker import DTYPES, ExpertWorker
 from extraction.manifest import ExpertKey
 
 logger = logging.getLogger(__name__)
+
+WARM_UP_LOOK_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,10 @@ class ActorSpec:
     secret: bytes = field(repr=False)
     store_copies: tuple[str, ...] = ()
     """Further folders of the same store, read where it fails."""
+    store_source: StoreSource | None = None
+    """Where an actor looks whose machine may not have the store; None means that `store_root` is there."""
+    cache: CacheSpec | None = None
+    """What it keeps of what came from elsewhere."""
 
     def fingerprint(self) -> str:
         """Equal for specs that compute the same for the same routers; leaves out the incarnation."""
@@ -63,7 +72,8 @@ class ExpertActor:
         dtype = DTYPES[spec.dtype]
         kernel = calibrate([(2 * spec.expert_width, spec.width), (spec.width, spec.expert_width)], dtype)
         self._spec = spec
-        self._store = ExpertStore.open(Path(spec.store_root))
+        self._near = _open_store(spec)
+        self._store = self._near.store
         components = tuple(sorted({key.component for key in spec.group}))
         self._trust = GroupTrust(spec.group)
         self._worker = ExpertWorker(
@@ -75,7 +85,7 @@ class ExpertActor:
             budget_bytes=spec.budget_bytes,
             eviction=spec.eviction,
             trust=self._trust.score,
-            copies=tuple(map(Path, spec.store_copies)),
+            copies=self._near.copies,
         )
         info = ServiceInfo(spec.width, dtype, self._worker.numerics_class, components)
         self._server = ExpertServer(
@@ -87,12 +97,33 @@ class ExpertActor:
             limits=TransportLimits(spin_s=spec.spin_s),
         )
         self._server.start()
+        self._weights = None
+        if spec.store_source is not None:
+            self._weights = WeightServer(self._store, secret=spec.secret, host=spec.host)
+            self._weights.start()
+        self._closing = threading.Event()
         # Requests do not wait for this: an expert that is not there yet is read when it is first asked for.
-        threading.Thread(target=self._worker.load_all, name="expert-warm-up", daemon=True).start()
+        threading.Thread(target=self._warm_up, name="expert-warm-up", daemon=True).start()
 
     def endpoint(self) -> Endpoint:
         """Where the data plane listens; the answer also says that the actor is alive."""
         return Endpoint(self._spec.name, self._spec.host, self._server.port, self._spec.incarnation)
+
+    def weights_address(self) -> tuple[str, int] | None:
+        """Host and port where other machines get the records that are on this one's disk."""
+        return None if self._weights is None else (self._spec.host, self._weights.port)
+
+    def held(self) -> frozenset[ExpertKey]:
+        """Experts, of any group, whose records are on this machine's disk."""
+        return self._store.held_experts()
+
+    def hold(self, keys: tuple[ExpertKey, ...]) -> None:
+        """Keep these on the disk too; see `NearStore.hold`."""
+        self._near.hold(keys)
+
+    def set_source(self, source: StoreSource) -> None:
+        """Where records come from that are not here yet; see `NearStore.use`."""
+        self._near.use(source, self._spec.secret)
 
     def resident(self) -> dict[tuple[str, int], frozenset[int]]:
         """Numbers of the experts that are in memory, by component and layer."""
@@ -127,9 +158,29 @@ class ExpertActor:
             "rows": stats.rows,
             "numerics_class": worker.numerics_class,
             "fingerprint": self._spec.fingerprint(),
+            "store": self._near.status(),
         }
 
     def stop(self) -> None:
+        self._closing.set()
         self._server.stop()
+        if self._weights is not None:
+            self._weights.stop()
         self._worker.close()
-        self._store.close()
+        self._near.close()
+
+    def _warm_up(self) -> None:
+        """Read the group into memory once it is on the disk: until then calls fetch first what they need."""
+        try:
+            while not self._near.wait(WARM_UP_LOOK_S):
+                if self._closing.is_set():
+                    return
+            self._worker.load_all()
+        except ExpertError as error:
+            logger.warning("%s has not read its whole group ahead: %s", self._spec.name, error)
+
+
+def _open_store(spec: ActorSpec) -> NearStore:
+    if spec.store_source is None:
+        return NearStore(ExpertStore.open(Path(spec.store_root)), tuple(map(Path, spec.store_copies)))
+    return open_near(spec.store_source, spec.group, spec.cache, spec.secret)

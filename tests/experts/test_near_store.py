@@ -37,20 +37,28 @@ def whole(tiny_store: Path) -> ExpertStore:
 def test_store_on_this_disk_is_used_in_place(tmp_path: Path, whole: ExpertStore) -> None:
     source = StoreSource(whole.hash, (str(tmp_path / "absent"), str(whole.root)))
     for cache in (None, CacheSpec(str(tmp_path / "cache"))):
-        store = open_near(source, whole.expert_keys(), cache, SECRET)
-        assert type(store) is ExpertStore and store.root == whole.root
-        store.close()
+        near = open_near(source, whole.expert_keys(), cache, SECRET)
+        assert type(near.store) is ExpertStore and near.store.root == whole.root
+        assert near.status() == {"folder": str(whole.root), "is_cache": False}
+        near.hold(whole.expert_keys())
+        assert near.wait(0.0)
+        near.close()
     assert not (tmp_path / "cache").exists()
 
 
 def test_store_on_a_shared_disk_is_copied_where_there_is_a_cache(tmp_path: Path, whole: ExpertStore) -> None:
     source = StoreSource(whole.hash, (str(whole.root),))
-    store = open_near(source, (KEY,), CacheSpec(str(tmp_path)), SECRET, is_remote=lambda path: True)
-    assert isinstance(store, CachedStore) and store.wait(PATIENCE_S)
-    assert list(store.progress().fetched_bytes) == [str(whole.root)]
-    store.close()
+    near = open_near(source, (KEY,), CacheSpec(str(tmp_path)), SECRET, is_remote=lambda path: True)
+    assert near.wait(PATIENCE_S)
+    status = near.status()
+    assert (status["is_cache"], status["records_done"], list(status["fetched_bytes"])) == (
+        True,
+        1,
+        [str(whole.root)],
+    )
+    near.close()
     in_place = open_near(source, (KEY,), None, SECRET, is_remote=lambda path: True)
-    assert type(in_place) is ExpertStore
+    assert type(in_place.store) is ExpertStore
     in_place.close()
 
 
@@ -63,8 +71,9 @@ def test_peers_go_before_the_head_and_the_head_has_the_rest(
     with sharing(part) as peer, sharing(whole.root) as head:
         near, far = ("127.0.0.1", peer.port), ("127.0.0.1", head.port)
         source = StoreSource(whole.hash, (), (("127.0.0.1", free_port), near), far)
-        store = open_near(source, keys, CacheSpec(str(tmp_path / "cache")), SECRET)
-        assert isinstance(store, CachedStore) and store.wait(PATIENCE_S)
+        near_store = open_near(source, keys, CacheSpec(str(tmp_path / "cache")), SECRET)
+        store = near_store.store
+        assert isinstance(store, CachedStore) and near_store.wait(PATIENCE_S)
         assert set(store.progress().fetched_bytes) == {f"127.0.0.1:{peer.port}", f"127.0.0.1:{head.port}"}
         assert all(torch.equal(store.read_expert(key), whole.read_expert(key)) for key in keys)
         store.close()
@@ -80,9 +89,19 @@ def test_store_that_lacks_this_group_s_files_is_completed(tmp_path: Path, whole:
         open_near(source, (KEY,), None, SECRET)
     with sharing(whole.root) as head:
         source = StoreSource(whole.hash, (str(part),), head=("127.0.0.1", head.port))
-        store = open_near(source, whole.expert_keys(), CacheSpec(str(tmp_path / "cache")), SECRET)
-        assert isinstance(store, CachedStore) and store.wait(PATIENCE_S)
-        store.close()
+        near = open_near(source, whole.expert_keys(), CacheSpec(str(tmp_path / "cache")), SECRET)
+        assert isinstance(near.store, CachedStore) and near.wait(PATIENCE_S)
+        near.close()
+
+
+def test_copies_that_this_machine_has_are_used_and_others_are_not_missed(
+    tmp_path: Path, whole: ExpertStore
+) -> None:
+    copy = Path(shutil.copytree(whole.root, tmp_path / "copy"))
+    source = StoreSource(whole.hash, (str(whole.root), str(tmp_path / "absent"), str(copy)))
+    near = open_near(source, whole.expert_keys(), None, SECRET)
+    assert near.copies == (copy,)
+    near.close()
 
 
 def test_another_store_under_the_same_path_is_not_taken(tmp_path: Path, whole: ExpertStore) -> None:
