@@ -65,6 +65,7 @@ class RecordFetcher:
         self._cache, self._store_hash = cache, store_hash
         self._records, self._stems = records, stems
         self._sources, self._order = tuple(sources), SourceOrder(len(sources))
+        self._retired: tuple[WeightSource, ...] = ()
         self._changed = threading.Condition()
         self._queue = FetchQueue()
         self._group: set[ExpertKey] = set()
@@ -136,10 +137,10 @@ class RecordFetcher:
     def use_sources(self, sources: Sequence[WeightSource]) -> None:
         """From now on; fetches under way end as they began."""
         with self._changed:
-            previous, self._sources = self._sources, tuple(sources)
-            self._order = SourceOrder(len(sources))
+            self._retired += self._sources
+            self._sources, self._order = tuple(sources), SourceOrder(len(sources))
+            self._queue.pause(0.0)
             self._changed.notify_all()
-        close_all(previous)
 
     def wait(self, timeout_s: float) -> bool:
         """Whether all that is wanted is there within that time."""
@@ -165,17 +166,20 @@ class RecordFetcher:
             )
 
     def close(self) -> None:
-        """Ends the threads after what is under way; who waits for something else gets WeightsUnavailable."""
+        """Ends what is under way, and the threads; who waits for something gets WeightsUnavailable."""
         with self._changed:
             self._is_closing = True
             self._changed.notify_all()
+            sources = (*self._sources, *self._retired)
+        for source in sources:
+            source.stop()
         for thread in self._threads:
             thread.join()
         with self._changed:
             waited, self._waited = self._waited, {}
         for key, future in waited.items():
             future.set_exception(WeightsUnavailable(f"expert {tuple(key)}", "the store is closed"))
-        close_all(self._sources)
+        close_all(sources)
 
     def _run(self) -> None:
         while (key := self._next()) is not None:

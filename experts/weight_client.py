@@ -87,6 +87,10 @@ class WeightLink:
         """The SHA-256 of what came, for the caller to compare. Raises SourceFailed, SourceLied or RecordNotHeld."""
         return self._ask(WeightKind.ASK_EXPERT, encode_key(key), f"expert {tuple(key)}", nbytes, sink)
 
+    def end(self) -> None:
+        """Any thread may call: whoever waits for an answer gets SourceFailed."""
+        self._channel.end("closed here")
+
     def close(self) -> None:
         self._channel.close()
 

@@ -58,6 +58,9 @@ class WeightSource(Protocol):
         Raises RecordNotHeld, SourceFailed, or SourceLied where the hash is not the index's.
         """
 
+    def stop(self) -> None:
+        """Ends what is under way, which then fails; from any thread. `close` follows when nothing is."""
+
     def close(self) -> None: ...
 
 
@@ -100,6 +103,9 @@ class FolderSource:
             raise RecordNotHeld(self.name, f"expert {tuple(record.key)} as it should be: {error}") from error
         return digest.hexdigest()
 
+    def stop(self) -> None:
+        """See WeightSource.stop; a read is over soon."""
+
     def close(self) -> None:
         with self._lock:
             if self._opened is not None:
@@ -126,6 +132,8 @@ class ServerSource:
         self._host, self._port, self._secret, self._store_hash = host, port, secret, store_hash
         self._is_origin = is_origin
         self._idle: list[tuple[float, WeightLink]] = []
+        self._busy: set[WeightLink] = set()
+        self._is_stopped = False
         self._lock = threading.Lock()
 
     @property
@@ -154,6 +162,13 @@ class ServerSource:
             raise SourceLied(self.name, f"gave other bytes than the store has for {what}")
         return digest
 
+    def stop(self) -> None:
+        """See WeightSource.stop."""
+        with self._lock:
+            self._is_stopped = True
+            for link in self._busy:
+                link.end()
+
     def close(self) -> None:
         with self._lock:
             while self._idle:
@@ -163,15 +178,25 @@ class ServerSource:
     def _borrowed(self) -> Iterator[WeightLink]:
         """A connection that rested, or a new one; it rests again unless it broke."""
         link = self._rested() or self._connect()
+        with self._lock:
+            if self._is_stopped:
+                link.close()
+                raise SourceFailed(self.name, "no longer wanted")
+            self._busy.add(link)
+        is_good = False
         try:
             yield link
+            is_good = True
         except RecordNotHeld:
-            self._rest(link)
+            is_good = True
             raise
-        except BaseException:
-            link.close()
-            raise
-        self._rest(link)
+        finally:
+            with self._lock:
+                self._busy.discard(link)
+                if is_good:
+                    self._idle.append((time.monotonic(), link))
+            if not is_good:
+                link.close()
 
     def _rested(self) -> WeightLink | None:
         with self._lock:
@@ -188,10 +213,6 @@ class ServerSource:
             link.close()
             raise SourceFailed(self.name, f"serves store {link.announcement.store_hash[:12]}, another one")
         return link
-
-    def _rest(self, link: WeightLink) -> None:
-        with self._lock:
-            self._idle.append((time.monotonic(), link))
 
 
 def _described(source: str, raw: bytes) -> Manifest:
