@@ -23,6 +23,7 @@ from cluster.resources import NAMESPACE, SUPERVISOR_NAME, expert_actor_options, 
 from experts.actor import ActorSpec, ExpertActor
 from experts.eviction import DEFAULT_EVICTION, Eviction
 from experts.group_trust import HandDown, group_scores
+from experts.near_store import CacheSpec, StoreSource
 from experts.roster import ResidentExperts, Roster
 from experts.store import ExpertStore
 from experts.transport import Endpoint
@@ -57,6 +58,9 @@ class ServiceSpec:
     store_copies: tuple[str, ...] = ()
     """See `ActorSpec`."""
     secret: bytes = field(default=b"", repr=False)
+    store_source: StoreSource | None = None
+    """See `ActorSpec`; None where every machine of the service is known to have the store."""
+    cache: CacheSpec | None = None
 
 
 @dataclass
@@ -196,6 +200,8 @@ class Supervisor:
                 spec.spin_s,
                 spec.secret,
                 spec.store_copies,
+                spec.store_source,
+                spec.cache,
             )
             for index, group in enumerate(groups)
         ]

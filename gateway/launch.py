@@ -20,8 +20,10 @@ from cluster.errors import ClusterError
 from cluster.memory_plan import MemoryPlan, Node, unmatched
 from cluster.resources import gateway_deployment_options, plan_threads, router_deployment_options
 from experts.loader import check_copies
+from experts.near_store import StoreSource
 from experts.numerics import num_cores
 from experts.store import ExpertStore
+from extraction.manifest import store_hash
 from gateway.bind_address import BindAddress, check_bind, check_free, resolve_bind
 from gateway.errors import DeploymentFailed, OptionInvalid
 from gateway.memory import plan_service, this_node
@@ -87,7 +89,11 @@ def running_service(options: ServiceOptions, on_plan: OnPlan = lambda plan, unkn
             store_copies=_copies(options),
             spin_s=plan_spin_s(num_cores(), options.num_actors, threads.expert_actor),
             secret=secrets.token_bytes(32),
+            cache=options.store_cache,
         )
+        if options.store_cache is not None:
+            stack.callback(_stop_keeper)
+            spec = replace(spec, store_source=_share_store(options, spec.secret, spec.host))
         if options.num_actors:
             stack.callback(stop_supervisor)
             _wait_for_actors(start_supervisor(spec))
@@ -99,6 +105,21 @@ def running_service(options: ServiceOptions, on_plan: OnPlan = lambda plan, unkn
     finally:
         with _undisturbed():
             stack.close()
+
+
+def _share_store(options: ServiceOptions, secret: bytes, host: str) -> StoreSource:
+    """Start to give the store's records to other machines. Returns where they find them. Raises KeeperNotStarted."""
+    from cluster.weight_keeper import start_keeper
+
+    root = str(options.store_root.resolve())
+    head = start_keeper(root, secret, host)
+    return StoreSource(store_hash(options.store_root), (root, *_copies(options)), head=head)
+
+
+def _stop_keeper() -> None:
+    from cluster.weight_keeper import stop_keeper
+
+    stop_keeper()
 
 
 def _wait_for_actors(supervisor: Any) -> None:

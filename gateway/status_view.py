@@ -45,6 +45,7 @@ def render_status(status: Mapping[str, Any]) -> RenderableType:
         else []
     )
     memory = f"backbone {_mib(router['backbone_bytes'])}, KV cache {_mib(router['kv_bytes'])}"
+    fetching = [line for actor in status["actors"] if (line := _fetching(actor))]
     line = f"Requests: {requests['running']} running, {requests['waiting']} waiting; {memory}"
     if "capacity" in status:
         line = f"{status['capacity']['shown']}. {line}"
@@ -53,7 +54,18 @@ def render_status(status: Mapping[str, Any]) -> RenderableType:
     quantization = router.get("quantization")
     title = f"{status['model']} ({router['numerics_class']})"
     title += f", experts quantised to {quantization}: answers are modified" if quantization else ""
-    return Group(title, actors, *plan, nodes, line)
+    return Group(title, actors, *plan, nodes, *fetching, line)
+
+
+def _fetching(actor: Mapping[str, Any]) -> str:
+    """How far an actor's group is on its machine's disk; nothing where all of it is."""
+    store = actor.get("store", {})
+    done, total = store.get("records_done", 0), store.get("records_total", 0)
+    if done == total:
+        return ""
+    sizes = f"{_mib(store['bytes_done'])} of {_mib(store['bytes_total'])}"
+    trouble = f"; {store['last_error']}" if store.get("last_error") else ""
+    return f"{actor['name']} fetches its group: {done} of {total} experts, {sizes}{trouble}"
 
 
 def _printable(value: Any) -> Any:

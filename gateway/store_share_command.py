@@ -23,9 +23,7 @@ def share(
             metavar="FILE", help="Who has this secret gets the weights; made where it is not there."
         ),
     ],
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; nothing is encrypted.")
-    ] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen on; nothing is encrypted.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 0,
 ) -> None:
     """Give a store's records to other machines (`store sync --from`) until interrupted."""
