@@ -21,9 +21,9 @@ class FetchQueue:
         self._paused_until_s = 0.0
 
     @property
-    def num_wanted(self) -> int:
-        """Wanted ahead, waited for or under way."""
-        return len(self._wanted.keys() | self._urgent.keys() | self._under_way)
+    def is_idle(self) -> bool:
+        """Nothing is wanted ahead, waited for or under way."""
+        return not (self._wanted or self._urgent or self._under_way)
 
     def want(self, keys: Iterable[ExpertKey]) -> None:
         """Fetch these when nobody waits for anything else."""

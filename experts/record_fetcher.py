@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -102,7 +102,7 @@ class RecordFetcher:
         with self._changed:
             return self._paths.get(key)
 
-    def want(self, keys: Iterable[ExpertKey]) -> None:
+    def want(self, keys: Collection[ExpertKey]) -> None:
         """Fetch these when nobody waits for anything else."""
         with self._changed:
             self._group.update(keys)
@@ -146,12 +146,12 @@ class RecordFetcher:
         """Whether all that is wanted is there within that time."""
         deadline_s = time.monotonic() + timeout_s
         with self._changed:
-            while self._queue.num_wanted and not self._is_closing:
+            while not (self._queue.is_idle or self._is_closing):
                 rest_s = deadline_s - time.monotonic()
                 if rest_s <= 0:
                     break
                 self._changed.wait(rest_s)
-            return not self._queue.num_wanted
+            return self._queue.is_idle
 
     def progress(self) -> FetchProgress:
         with self._changed:
