@@ -31,6 +31,17 @@ class ActorsNotStarted(ClusterError):
         return f"expert actor {self.name} did not start: {self.reason}"
 
 
+class KeeperNotStarted(ClusterError):
+    """Nobody would give the store's records to other machines."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"the head's weight server did not start: {self.reason}"
+
+
 class NodeBudgetTooSmall(ClusterError):
     """A node's budget is not one expert for each of the processes that share it."""
 

@@ -14,6 +14,7 @@ from cluster.plan import ActorPlan, ExpertGroup, ServicePlan
 from cluster.reconcile import WantedActor
 from experts.actor import ActorSpec
 from experts.eviction import DEFAULT_EVICTION, Eviction
+from experts.near_store import CacheSpec, StoreSource
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,9 @@ class ServiceSpec:
     """Node id -> bytes that experts may take there. Of nodes that are not named, what Ray counts as their memory."""
     scaling: Scaling | None = None
     """None leaves the plan as it is."""
+    store_source: StoreSource | None = None
+    """See `ActorSpec`; None where every machine of the service is known to have the store."""
+    cache: CacheSpec | None = None
 
 
 def actor_spec(
@@ -71,6 +75,8 @@ def actor_spec(
         spec.secret,
         spec.store_copies,
         actor.name,
+        spec.store_source,
+        spec.cache,
     )
 
 

@@ -22,15 +22,20 @@ from torch import Tensor
 from experts.actor_report import ActorIdentity, ActorPulse
 from experts.budget import share_of
 from experts.call import ExpertCall
+from experts.errors import ExpertError
 from experts.eviction import Eviction
 from experts.group_trust import GroupTrust, Scores
+from experts.near_store import CacheSpec, NearStore, StoreSource, open_near
 from experts.numerics import calibrate
 from experts.store import ExpertStore
 from experts.transport import Endpoint, ExpertServer, ServiceInfo, TransportLimits
+from experts.weight_server import WeightServer
 from experts.worker import DTYPES, ExpertWorker
 from extraction.manifest import ExpertKey
 
 logger = logging.getLogger(__name__)
+
+WARM_UP_LOOK_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,10 @@ class ActorSpec:
     """Further folders of the same store, read where it fails."""
     actor: str = ""
     """The plan's actor that it stands for."""
+    store_source: StoreSource | None = None
+    """Where an actor looks whose machine may not have the store; None means that `store_root` is there."""
+    cache: CacheSpec | None = None
+    """What it keeps of what came from elsewhere."""
 
     def fingerprint(self) -> str:
         """Equal for specs that compute the same for the same routers, whenever, wherever and within whatever budget."""
@@ -78,7 +87,8 @@ class ExpertActor:
         dtype = DTYPES[spec.dtype]
         kernel = calibrate([(2 * spec.expert_width, spec.width), (spec.width, spec.expert_width)], dtype)
         self._spec = spec
-        self._store = ExpertStore.open(Path(spec.store_root))
+        self._near = _open_store(spec)
+        self._store = self._near.store
         components = tuple(sorted({key.component for key in spec.group}))
         self._trust = GroupTrust(spec.group)
         self._worker = ExpertWorker(
@@ -90,7 +100,7 @@ class ExpertActor:
             budget_bytes=spec.budget_bytes,
             eviction=spec.eviction,
             trust=self._trust.score,
-            copies=tuple(map(Path, spec.store_copies)),
+            copies=self._near.copies,
             has_guests=True,
         )
         self._calls = threading.Lock()
@@ -107,8 +117,13 @@ class ExpertActor:
             limits=TransportLimits(spin_s=spec.spin_s),
         )
         self._server.start()
+        self._weights = None
+        if spec.store_source is not None:
+            self._weights = WeightServer(self._store, secret=spec.secret, host=self._host)
+            self._weights.start()
+        self._closing = threading.Event()
         # Requests do not wait for this: an expert that is not there yet is read when it is first asked for.
-        threading.Thread(target=self._worker.load_all, name="expert-warm-up", daemon=True).start()
+        threading.Thread(target=self._warm_up, name="expert-warm-up", daemon=True).start()
 
     def identity(self) -> ActorIdentity:
         """Who this is; answered as soon as its data plane listens."""
@@ -133,6 +148,22 @@ class ExpertActor:
     def endpoint(self) -> Endpoint:
         """Where the data plane listens."""
         return Endpoint(self._spec.name, self._host, self._server.port, self._spec.incarnation)
+
+    def weights_address(self) -> tuple[str, int] | None:
+        """Host and port where other machines get the records that are on this one's disk."""
+        return None if self._weights is None else (self._host, self._weights.port)
+
+    def held(self) -> frozenset[ExpertKey]:
+        """Experts, of any group, whose records are on this machine's disk."""
+        return self._store.held_experts()
+
+    def hold(self, keys: tuple[ExpertKey, ...]) -> None:
+        """Keep these on the disk too; see `NearStore.hold`."""
+        self._near.hold(keys)
+
+    def set_source(self, source: StoreSource) -> None:
+        """Where records come from that are not here yet; see `NearStore.use`."""
+        self._near.use(source, self._spec.secret)
 
     def resident(self) -> dict[tuple[str, int], frozenset[int]]:
         """Numbers of the experts that are in memory, by component and layer."""
@@ -168,6 +199,7 @@ class ExpertActor:
             "rows": stats.rows,
             "numerics_class": worker.numerics_class,
             "fingerprint": self._spec.fingerprint(),
+            "store": self._near.status(),
         }
 
     def _compute(self, call: ExpertCall) -> Tensor:
@@ -185,6 +217,25 @@ class ExpertActor:
                     self._busy_s += time.perf_counter() - self._busy_since_s
 
     def stop(self) -> None:
+        self._closing.set()
         self._server.stop()
+        if self._weights is not None:
+            self._weights.stop()
         self._worker.close()
-        self._store.close()
+        self._near.close()
+
+    def _warm_up(self) -> None:
+        """Read the group into memory once it is on the disk: until then calls fetch first what they need."""
+        try:
+            while not self._near.wait(WARM_UP_LOOK_S):
+                if self._closing.is_set():
+                    return
+            self._worker.load_all()
+        except ExpertError as error:
+            logger.warning("%s has not read its whole group ahead: %s", self._spec.name, error)
+
+
+def _open_store(spec: ActorSpec) -> NearStore:
+    if spec.store_source is None:
+        return NearStore(ExpertStore.open(Path(spec.store_root)), tuple(map(Path, spec.store_copies)))
+    return open_near(spec.store_source, spec.group, spec.cache, spec.secret)

@@ -269,6 +269,16 @@ class Channel:
         return LinkLost(self._end_reason or error.strerror or str(error))
 
 
+def connect(host: str, port: int, limits: TransportLimits) -> Channel:
+    """Raises OSError."""
+    connected = socket.create_connection((host, port), limits.connect_timeout_s)
+    try:
+        return Channel(connected, limits)
+    except OSError:
+        connected.close()
+        raise
+
+
 def expect_kind(header: Header, kind: int) -> None:
     """Raises FrameFault when the frame is of another kind."""
     if header.kind != kind:

@@ -102,6 +102,82 @@ class ExpertCorrupt(ExpertError):
         return f"expert {self.key} in {self.file} at offset {self.offset}: {self.reason}"
 
 
+# Weights that come from elsewhere
+
+
+class RecordNotHeld(ExpertError):
+    """A source does not have what was asked for; another may."""
+
+    def __init__(self, source: str, what: str) -> None:
+        super().__init__(source, what)
+        self.source, self.what = source, what
+
+    def __str__(self) -> str:
+        return f"{self.source} does not have {self.what}"
+
+
+class SourceFailed(ExpertError):
+    """A source of weights cannot be reached, broke off, or cannot read what it has. It may work later."""
+
+    def __init__(self, source: str, reason: str) -> None:
+        super().__init__(source, reason)
+        self.source, self.reason = source, reason
+
+    def __str__(self) -> str:
+        return f"weights from {self.source}: {self.reason}"
+
+
+class SourceLied(SourceFailed):
+    """A source gave other bytes than the store has, or what the protocol does not allow. It is not asked again."""
+
+
+class WeightsUnavailable(ExpertError):
+    """No source gives an expert's record or the store's description."""
+
+    def __init__(self, what: str, reasons: str) -> None:
+        super().__init__(what, reasons)
+        self.what, self.reasons = what, reasons
+
+    def __str__(self) -> str:
+        return f"nobody gives {self.what}: {self.reasons}"
+
+
+class CacheTooSmall(ExpertError):
+    """The limit of a store cache is below the groups of this node."""
+
+    def __init__(self, folder: str, limit_bytes: int, needed_bytes: int) -> None:
+        super().__init__(folder, limit_bytes, needed_bytes)
+        self.folder, self.limit_bytes, self.needed_bytes = folder, limit_bytes, needed_bytes
+
+    def __str__(self) -> str:
+        return (
+            f"{self.folder}: the experts of this node take {self.needed_bytes} bytes, "
+            f"above the store cache's limit of {self.limit_bytes} bytes"
+        )
+
+
+class CacheDiskFull(ExpertError):
+    """The disk under a store cache has no room."""
+
+    def __init__(self, folder: str, needed_bytes: int, free_bytes: int) -> None:
+        super().__init__(folder, needed_bytes, free_bytes)
+        self.folder, self.needed_bytes, self.free_bytes = folder, needed_bytes, free_bytes
+
+    def __str__(self) -> str:
+        return f"{self.folder}: the disk is full; {self.needed_bytes} bytes needed, {self.free_bytes} free"
+
+
+class CacheUnusable(ExpertError):
+    """A store cache's folder cannot be made, read, locked or written."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"store cache {self.path}: {self.reason}"
+
+
 # Trust
 
 

@@ -3,8 +3,9 @@
 Four frames: HELLO (the router's nonce), CHALLENGE (the actor's nonce), PROOF, WELCOME (the actor's proof and what it
 serves). A proof is an HMAC-SHA256 over role, protocol version, incarnation and both nonces, so that it is good for one
 connection, one direction and one life of the actor. The secret never crosses, and a stranger learns nothing but a
-random challenge. Does not encrypt, and does not protect what follows from somebody who sits on the path.
-Used by `experts.transport`.
+random challenge. Does not encrypt, and does not protect what follows from somebody who sits on the path. Weight
+servers and those who fetch from them do the same with roles of their own.
+Used by `experts.transport`, `experts.listener` and `experts.weight_client`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import math
 import secrets
 import struct
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -27,6 +29,16 @@ NONCE_BYTES = 32
 PROOF_BYTES = 32
 MAX_INFO_BYTES = 4096
 ROUTER, ACTOR = b"router", b"actor"
+
+
+class Roles(NamedTuple):
+    """What both ends are to each other; part of every proof, so that one made for one protocol is none in another."""
+
+    asker: bytes
+    answerer: bytes
+
+
+DATA_PLANE = Roles(ROUTER, ACTOR)
 
 _DTYPES_BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPE_CODES}
 
@@ -70,11 +82,24 @@ def introduce(
 
     Raises LinkLost or FrameFault; the reason says what was refused.
     """
+    info = prove_and_hear(channel, secret, incarnation, limits, deadline_s)
+    return _decode_info(info, incarnation, limits)
+
+
+def prove_and_hear(
+    channel: Channel,
+    secret: bytes,
+    incarnation: int,
+    limits: TransportLimits,
+    deadline_s: float,
+    roles: Roles = DATA_PLANE,
+) -> bytes:
+    """The asker's side of the handshake. Returns what the other one announces, unread. Raises like `introduce`."""
     own_nonce = secrets.token_bytes(NONCE_BYTES)
     _send(channel, Header(Kind.HELLO, incarnation=incarnation), own_nonce, deadline_s)
     peer_nonce = _receive(channel, Header(Kind.CHALLENGE), NONCE_BYTES, deadline_s)
     nonces = own_nonce + peer_nonce
-    proof = prove(secret, ROUTER, incarnation, nonces)
+    proof = prove(secret, roles.asker, incarnation, nonces)
     _send(channel, Header(Kind.PROOF, incarnation=incarnation), proof, deadline_s)
     try:
         header = channel.receive_header(deadline_s, limits.handshake_timeout_s)
@@ -83,12 +108,12 @@ def introduce(
     _check_welcome(header, incarnation)
     body = _receive_body(channel, header.body_bytes, deadline_s)
     proof, info = body[:PROOF_BYTES], body[PROOF_BYTES:]
-    if not hmac.compare_digest(proof, prove(secret, ACTOR, incarnation, nonces, info)):
+    if not hmac.compare_digest(proof, prove(secret, roles.answerer, incarnation, nonces, info)):
         raise FrameFault("the actor does not know the secret")
-    return _decode_info(info, incarnation, limits)
+    return info
 
 
-def hear_out(channel: Channel, secret: bytes, deadline_s: float) -> Stranger:
+def hear_out(channel: Channel, secret: bytes, deadline_s: float, roles: Roles = DATA_PLANE) -> Stranger:
     """The actor's side up to the router's proof. Raises LinkLost or FrameFault; the peer is then told nothing."""
     header = channel.receive_header(deadline_s, math.inf)
     expect_kind(header, Kind.HELLO)
@@ -99,14 +124,21 @@ def hear_out(channel: Channel, secret: bytes, deadline_s: float) -> Stranger:
     expected = Header(Kind.PROOF, incarnation=header.incarnation)
     proof = _receive(channel, expected, PROOF_BYTES, deadline_s)
     nonces = peer_nonce + own_nonce
-    if not hmac.compare_digest(proof, prove(secret, ROUTER, header.incarnation, nonces)):
+    if not hmac.compare_digest(proof, prove(secret, roles.asker, header.incarnation, nonces)):
         raise FrameFault("wrong proof of the cluster secret")
     return Stranger(header.incarnation, nonces)
 
 
-def welcome(channel: Channel, secret: bytes, stranger: Stranger, info: bytes, deadline_s: float) -> None:
+def welcome(
+    channel: Channel,
+    secret: bytes,
+    stranger: Stranger,
+    info: bytes,
+    deadline_s: float,
+    roles: Roles = DATA_PLANE,
+) -> None:
     """End the actor's side: prove the secret in turn and announce the service. info: from `encode_info`."""
-    proof = prove(secret, ACTOR, stranger.incarnation, stranger.nonces, info)
+    proof = prove(secret, roles.answerer, stranger.incarnation, stranger.nonces, info)
     _send(channel, Header(Kind.WELCOME, incarnation=stranger.incarnation), proof + info, deadline_s)
 
 

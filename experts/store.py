@@ -3,23 +3,23 @@
 Nothing of the store is trusted: paths stay inside its folder, sizes are checked, hashes are compared at the first
 load of each record. An index over original shards carries no hashes: there the places must be those of tensors in
 the shard's own header, and hashes are recorded at the first load and compared from then on. Safe for several threads.
-Used by `experts.worker` and `router.weights`.
+Used by `experts.worker`, `experts.weight_server` and `router.weights`.
 """
 
 from __future__ import annotations
 
 import bisect
-import errno
 import hashlib
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from experts.errors import ExpertCorrupt, StoreDamaged, UnknownExpert
+from experts.file_reads import BLOCK_BYTES, fill, fill_blocks, reopen_direct
 from experts.hash_log import HashLog
 from extraction.decoder_config import read_decoder
 from extraction.errors import ExtractionError
@@ -40,8 +40,6 @@ from extraction.quantise import Quantization
 from extraction.quantised_parts import QuantisedParts
 from extraction.safetensors_file import CODES, TensorHeader, read_header
 
-BLOCK_BYTES = 4096
-"""Reads past the page cache are whole blocks of the file into memory that begins at such a block."""
 VECTOR_BYTES = 64
 """Alignment of weights in memory, as PyTorch gives it to its own tensors."""
 
@@ -156,6 +154,54 @@ class ExpertStore:
         self._check_hash(record, raw)
         return raw
 
+    def chunks(self, key: ExpertKey, chunk_bytes: int) -> Iterator[memoryview]:
+        """A record's bytes in order, in pieces of `chunk_bytes` and a shorter last one, each overwritten by the next.
+
+        Not compared with the hash: whoever has the whole of it calls `check_digest`.
+        Raises ExpertCorrupt, StoreDamaged or UnknownExpert.
+        """
+        record = self.record(key)
+        self._check_place(record)
+        buffer = torch.empty(min(chunk_bytes, record.nbytes), dtype=torch.uint8)
+        filled = 0
+        for file, offset, nbytes in _reads(record):
+            done = 0
+            while done < nbytes:
+                count = min(len(buffer) - filled, nbytes - done)
+                if not self._read_into(file, offset + done, buffer[filled : filled + count]):
+                    raise ExpertCorrupt(str(tuple(key)), file, offset, "the file is cut short")
+                done, filled = done + count, filled + count
+                if filled == len(buffer):
+                    yield buffer.numpy().data
+                    filled = 0
+        if filled:
+            yield buffer[:filled].numpy().data
+
+    def check_digest(self, key: ExpertKey, sha256: str) -> None:
+        """Whether bytes of this hash are the record's. Raises ExpertCorrupt, StoreDamaged or UnknownExpert."""
+        record = self.record(key)
+        component, layer, expert = key
+        expected = record.sha256 or self._recorded.expect(f"{component} {layer} {expert}", sha256)
+        if sha256 != expected:
+            first = record.parts[0]
+            raise ExpertCorrupt(str(tuple(key)), first.file, first.offset, "the bytes were altered")
+
+    def holds(self, key: ExpertKey) -> bool:
+        """Whether the record can be read here without asking another machine."""
+        return key in self._index
+
+    def held_experts(self) -> frozenset[ExpertKey]:
+        """Experts whose records this store can read without asking another machine."""
+        return frozenset(self._index)
+
+    def check_places(self, keys: Iterable[ExpertKey]) -> None:
+        """Whether the files of these records are there and long enough; reads no weights.
+
+        Raises ExpertCorrupt, StoreDamaged or UnknownExpert.
+        """
+        for key in keys:
+            self._check_place(self.record(key))
+
     def read_tensor(self, component: str, name: str) -> Tensor:
         """A backbone tensor in its stored dtype and shape. Raises StoreDamaged, also where it is quantised."""
         entry = self._entry(component, name)
@@ -237,12 +283,7 @@ class ExpertStore:
         """At the first load of a record. Raises ExpertCorrupt."""
         if record.key in self._verified:
             return
-        digest = _sha256(raw)
-        component, layer, expert = record.key
-        expected = record.sha256 or self._recorded.expect(f"{component} {layer} {expert}", digest)
-        if digest != expected:
-            first = record.parts[0]
-            raise ExpertCorrupt(str(tuple(record.key)), first.file, first.offset, "the bytes were altered")
+        self.check_digest(record.key, _sha256(raw))
         self._verified.add(record.key)
 
     def _holds(self, file: str, offset: int, nbytes: int) -> bool:
@@ -275,50 +316,28 @@ class ExpertStore:
         return tensor if is_stack and skipped + nbytes <= tensor.nbytes else None
 
     def _read_blocks(self, file: str, start: int, nbytes: int, window: Tensor) -> bool:
-        """Fill the window's first `nbytes` past the page cache. False where it cannot be done that way."""
+        """See `fill_blocks`."""
         descriptor = self._direct_descriptor(file)
         if descriptor is None:
             return False
-        target = window.numpy().data[: -(-nbytes // BLOCK_BYTES) * BLOCK_BYTES]
-        done = 0
-        while done < nbytes and done % BLOCK_BYTES == 0:
-            try:
-                count = os.preadv(descriptor, [target[done:]], start + done)
-            except OSError as error:
-                if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
-                    return False
-                raise StoreDamaged(file, f"cannot be read at offset {start}: {error.strerror}") from error
-            if count == 0:
-                return False
-            done += count
-        return done >= nbytes
+        try:
+            return fill_blocks(descriptor, start, nbytes, window)
+        except OSError as error:
+            raise StoreDamaged(file, f"cannot be read at offset {start}: {error.strerror}") from error
 
     def _direct_descriptor(self, file: str) -> int | None:
         descriptor = self._descriptor(file)
         with self._lock:
             if file not in self._direct:
-                try:
-                    # The same open file again, whatever its name leads to by now.
-                    self._direct[file] = os.open(
-                        f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC
-                    )
-                except OSError:
-                    self._direct[file] = None
+                self._direct[file] = reopen_direct(descriptor)
             return self._direct[file]
 
     def _read_into(self, file: str, offset: int, raw: Tensor) -> bool:
         """Fill `raw` from the file. False when the file ends before."""
-        descriptor = self._descriptor(file)
-        target = raw.numpy().data
-        while target:
-            try:
-                count = os.preadv(descriptor, [target], offset)
-            except OSError as error:
-                raise StoreDamaged(file, f"cannot be read at offset {offset}: {error.strerror}") from error
-            if count == 0:
-                return False
-            target, offset = target[count:], offset + count
-        return True
+        try:
+            return fill(self._descriptor(file), offset, raw.numpy().data)
+        except OSError as error:
+            raise StoreDamaged(file, f"cannot be read at offset {offset}: {error.strerror}") from error
 
     def _descriptor(self, file: str) -> int:
         with self._lock:

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import logging
 import math
-import socket
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +21,7 @@ import torch
 from torch import Tensor
 
 from experts.call import ExpertCall
-from experts.channel import Channel, TransportLimits
+from experts.channel import Channel, TransportLimits, connect
 from experts.errors import (
     BudgetTooSmall,
     ConnectFailed,
@@ -52,16 +50,8 @@ from experts.frame import (
     rows_header,
     split_by_rows,
 )
-from experts.handshake import (
-    ServiceInfo,
-    Stranger,
-    check_secret,
-    encode_info,
-    hear_out,
-    introduce,
-    refuse,
-    welcome,
-)
+from experts.handshake import ServiceInfo, check_secret, encode_info, introduce
+from experts.listener import Greeting, Listener
 
 __all__ = ["Endpoint", "ExpertConnection", "ExpertServer", "ServiceInfo", "TransportLimits"]
 
@@ -264,130 +254,35 @@ class ExpertServer:
 
         Raises OSError; ValueError for the secret, or for an info that cannot be announced.
         """
-        check_secret(secret)
-        self._compute, self._secret = compute, secret
+        self._compute = compute
         self._limits = limits or TransportLimits()
         max_rows = self._limits.max_rows_per_frame
         self._agreed = Agreement(incarnation, info.width, info.dtype, info.components, max_rows)
-        self._announcement = encode_info(info, max_rows)
-        self._listener = socket.create_server((host, port), backlog=128)
-        self.port: int = self._listener.getsockname()[1]
-        self._members = threading.Lock()
-        self._unproven: dict[Channel, None] = {}
-        self._proven: dict[Channel, bool] = {}
-        """Whether the peer was welcomed, before which it expects no other frame."""
-        self._closing = threading.Event()
-        self._threads = [
-            threading.Thread(target=self._accept, name="expert-accept", daemon=True),
-            threading.Thread(target=self._send_heartbeats, name="expert-heartbeat", daemon=True),
-        ]
+        greeting = Greeting(
+            encode_info(info, max_rows),
+            incarnation,
+            heartbeat=_short_frame(Kind.HEARTBEAT, self._agreed),
+            goodbye=_short_frame(Kind.GOODBYE, self._agreed),
+        )
+        self._listener = Listener(
+            self._serve, greeting, secret=secret, host=host, port=port, limits=self._limits, log=logger
+        )
+
+    @property
+    def port(self) -> int:
+        return self._listener.port
 
     @property
     def num_connections(self) -> int:
         """Connections that proved the secret."""
-        return len(self._proven)
+        return self._listener.num_connections
 
     def start(self) -> None:
-        for thread in self._threads:
-            thread.start()
+        self._listener.start()
 
     def stop(self) -> None:
         """Close the port and all connections; calls in progress are not answered."""
-        self._closing.set()
-        with suppress(
-            OSError
-        ):  # never connected sockets refuse it on some systems; it wakes `accept` on Linux
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        goodbye = _short_frame(Kind.GOODBYE, self._agreed)
-        with self._members:
-            self._tell_welcomed(goodbye)
-            for channel in (*self._proven, *self._unproven):
-                channel.end("the server stops")
-        for thread in self._threads:
-            if thread.is_alive():
-                thread.join(timeout=5.0)
-
-    def _accept(self) -> None:
-        while not self._closing.is_set():
-            try:
-                connected, (host, port, *_) = self._listener.accept()
-            except OSError as error:
-                if not self._closing.is_set():
-                    logger.warning("cannot accept a connection: %s", error)
-                    self._closing.wait(0.1)  # out of descriptors, most likely: give others time to close
-                continue
-            self._admit(connected, f"{host}:{port}")
-
-    def _admit(self, connected: socket.socket, peer: str) -> None:
-        try:
-            channel = Channel(connected, self._limits)
-        except OSError as error:  # it has gone already
-            logger.warning("connection from %s ended: %s", peer, error)
-            connected.close()
-            return
-        with self._members:
-            if self._closing.is_set():  # `stop` ends only those that it finds here
-                channel.close()
-                return
-            if len(self._unproven) >= self._limits.max_unproven:
-                oldest = next(iter(self._unproven))
-                del self._unproven[oldest]  # at once: its thread may take a while to notice
-                oldest.end("it took too long to prove the secret, and others are waiting")
-            self._unproven[channel] = None
-        thread = threading.Thread(
-            target=self._attend, args=(channel, peer), name=f"expert-peer-{peer}", daemon=True
-        )
-        try:
-            thread.start()
-        except RuntimeError as error:  # no more threads: must not end the one that accepts
-            logger.warning("connection from %s refused: %s", peer, error)
-            self._forget(channel)
-
-    def _attend(self, channel: Channel, peer: str) -> None:
-        """A connection's whole life."""
-        try:
-            if self._let_in(channel, peer):
-                self._serve(channel)
-        except LinkLost as loss:
-            if not loss.is_orderly and not self._closing.is_set():
-                logger.warning("connection from %s closed: %s", peer, loss)
-        except FrameFault as fault:
-            logger.warning("connection from %s refused: %s", peer, fault)
-        finally:
-            self._forget(channel)
-
-    def _let_in(self, channel: Channel, peer: str) -> bool:
-        deadline_s = time.monotonic() + self._limits.handshake_timeout_s
-        stranger = hear_out(channel, self._secret, deadline_s)
-        code = self._enrol(channel, stranger)
-        if code is not None:
-            refuse(channel, code, deadline_s)
-            logger.warning("connection from %s refused: %s", peer, code.name.lower().replace("_", " "))
-            return False
-        welcome(channel, self._secret, stranger, self._announcement, deadline_s)
-        with self._members:
-            self._proven[channel] = True
-        return True
-
-    def _enrol(self, channel: Channel, stranger: Stranger) -> ErrorCode | None:
-        """Count a peer that proved the secret among the connections, or say why not."""
-        with self._members:
-            self._unproven.pop(channel, None)
-            if self._closing.is_set():
-                raise LinkLost("the server stops")
-            if stranger.incarnation != self._agreed.incarnation:
-                return ErrorCode.WRONG_INCARNATION
-            if len(self._proven) >= self._limits.max_connections:
-                return ErrorCode.BUSY
-            self._proven[channel] = False
-            return None
-
-    def _forget(self, channel: Channel) -> None:
-        with self._members:
-            self._unproven.pop(channel, None)
-            self._proven.pop(channel, None)
-        channel.close()
+        self._listener.stop()
 
     def _serve(self, channel: Channel) -> None:
         """Answer calls until the peer leaves."""
@@ -430,26 +325,10 @@ class ExpertServer:
             raise LinkLost("a call was not done by its deadline")
         channel.send(*answer, deadline_s=deadline_s)
 
-    def _send_heartbeats(self) -> None:
-        heartbeat = _short_frame(Kind.HEARTBEAT, self._agreed)
-        while not self._closing.wait(self._limits.heartbeat_interval_s):
-            with self._members:
-                self._tell_welcomed(heartbeat)
-
-    def _tell_welcomed(self, frame: bytes) -> None:
-        for channel, is_welcomed in self._proven.items():
-            if is_welcomed:
-                channel.send_short(frame)
-
 
 def _connect(endpoint: Endpoint, limits: TransportLimits) -> Channel:
     try:
-        connected = socket.create_connection((endpoint.host, endpoint.port), limits.connect_timeout_s)
-        try:
-            return Channel(connected, limits)
-        except OSError:
-            connected.close()
-            raise
+        return connect(endpoint.host, endpoint.port, limits)
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConnectFailed(endpoint.name, endpoint.address, reason) from error

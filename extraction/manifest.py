@@ -310,7 +310,11 @@ def check_relative(path: str) -> str:
 
 def read_manifest(root: Path) -> Manifest:
     """Raises ManifestInvalid, or PathRefused when it is no regular file."""
-    raw = read_small_file(root, MANIFEST_NAME, MAX_MANIFEST_BYTES)
+    return parse_manifest(read_small_file(root, MANIFEST_NAME, MAX_MANIFEST_BYTES))
+
+
+def parse_manifest(raw: bytes) -> Manifest:
+    """Raises ManifestInvalid."""
     try:
         version = json.loads(raw).get("format_version")
         if version not in VERSIONS:

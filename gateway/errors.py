@@ -143,6 +143,28 @@ class KeysRefused(GatewayError):
         return f"{self.source} {self.reason}"
 
 
+class SecretRefused(GatewayError):
+    """A file holds no secret that closes anything. The secret is in no message."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"{self.path} {self.reason}"
+
+
+class SyncStopped(GatewayError):
+    """Nobody gives any more of a store's records."""
+
+    def __init__(self, reason: str, done: int, total: int) -> None:
+        super().__init__(reason, done, total)
+        self.reason, self.done, self.total = reason, done, total
+
+    def __str__(self) -> str:
+        return f"{self.done} of {self.total} experts are here; the same command goes on with the rest: {self.reason}"
+
+
 class BindNeedsKey(GatewayError):
     """A service without API keys would be reached by other machines."""
 

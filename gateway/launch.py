@@ -13,9 +13,10 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from cluster.addresses import is_local_only
+from cluster.addresses import LOOPBACK, is_local_only
 from cluster.autoscaler import ScalerSettings
 from cluster.errors import ClusterError, ClusterRefused
 from cluster.memory_plan import MemoryPlan, Node, router_names, unmatched
@@ -29,8 +30,10 @@ from cluster.resources import (
     router_deployment_options,
 )
 from experts.loader import check_copies
+from experts.near_store import StoreSource
 from experts.numerics import num_cores
 from experts.store import ExpertStore
+from extraction.manifest import store_hash
 from gateway.bind_address import BindAddress, check_bind, check_free, resolve_bind
 from gateway.errors import OptionInvalid
 from gateway.memory import plan_service, this_node
@@ -111,7 +114,12 @@ def running_service(options: ServiceOptions, on_plan: OnPlan = lambda plan, unkn
             is_local_only=is_local_only(node_addresses()),
             rooms={ray.get_runtime_context().get_node_id(): sum(plan.actor_budgets)},
             scaling=_scaling(options, engine),
+            cache=options.store_cache,
         )
+        if options.store_cache is not None:
+            stack.callback(_stop_keeper)
+            host = LOOPBACK if spec.is_local_only else ""
+            spec = replace(spec, store_source=_share_store(options, spec.secret, host))
         if needs_supervisor(options.num_actors, options.num_routers):
             stack.callback(stop_supervisor)
             _wait_for_actors(start_supervisor(spec, node_id))
@@ -159,6 +167,21 @@ def _take_cluster(options: ServiceOptions, address: BindAddress, stack: ExitStac
     serve_instance.stop(is_shared=True)
     check_free(options.host, address)
     return node_id
+
+
+def _share_store(options: ServiceOptions, secret: bytes, host: str) -> StoreSource:
+    """Start to give the store's records to other machines. Returns where they find them. Raises KeeperNotStarted."""
+    from cluster.weight_keeper import start_keeper
+
+    root = str(options.store_root.resolve())
+    head = start_keeper(root, secret, host)
+    return StoreSource(store_hash(options.store_root), (root, *_copies(options)), head=head)
+
+
+def _stop_keeper() -> None:
+    from cluster.weight_keeper import stop_keeper
+
+    stop_keeper()
 
 
 def _wait_for_actors(supervisor: Any) -> None:

@@ -95,6 +95,15 @@ def serve(
         Words,
         typer.Option(metavar="FOLDER", help="A copy of the store, read where the store fails; repeatable."),
     ] = None,
+    store_cache: Annotated[
+        Word,
+        typer.Option(
+            metavar="DIR", help="Where machines without the store keep what they fetch (docs/weights.md)."
+        ),
+    ] = None,
+    store_cache_limit: Annotated[
+        Word, typer.Option(metavar="SIZE", help="Most bytes of records in it, on each machine. [none]")
+    ] = None,
     api_key: Annotated[
         Words, typer.Option(metavar="KEY|@FILE", help="Key that clients must send; repeatable.")
     ] = None,
@@ -171,6 +180,8 @@ def serve(
         "expert-budget": expert_budget,
         "host-budget": host_budget,
         "store-copy": store_copy or None,
+        "store-cache": store_cache,
+        "store-cache-limit": store_cache_limit,
         "api-key": api_key or None,
         "api-key-file": api_key_file or None,
         "cors-origin": cors_origin or None,

@@ -18,6 +18,7 @@ from pydantic_core import PydanticCustomError
 
 from experts.budget import FIT, BudgetRequest
 from experts.eviction import DEFAULT_EVICTION, EVICTIONS, Eviction
+from experts.near_store import CacheSpec
 from extraction.errors import one_line
 from gateway.api_keys import NO_KEYS, KeyRing
 from gateway.byte_sizes import format_budget, format_bytes, parse_budget, parse_bytes
@@ -147,6 +148,8 @@ class OptionValues(BaseModel):
         description="a mapping of node names or addresses to budgets, such as 'node-7: 2GiB'",
     )
     store_copy: Texts = Field((), description=_TEXTS)
+    store_cache: Text | None = Field(None, description="a folder's path of 1 to 512 printable characters")
+    store_cache_limit: Size | None = Field(None, description="a size such as 40GiB")
     api_key: Texts = Field((), description=_TEXTS)
     api_key_file: Texts = Field((), description=_TEXTS)
     cors_origin: Annotated[Texts, AfterValidator(_check_origins)] = Field((), description=_TEXTS)
@@ -202,6 +205,8 @@ class ServiceOptions:
     """In place of `expert_budgets`, by node name or address."""
     store_copies: tuple[Path, ...] = ()
     """Further folders of the same store, read where it fails."""
+    store_cache: CacheSpec | None = None
+    """Where machines that do not have the store keep what they fetch of it; None expects it everywhere."""
     keys: KeyRing = NO_KEYS
     cors_origins: tuple[str, ...] = ()
     trace_folder: Path | None = None
@@ -260,6 +265,8 @@ class ServiceOptions:
             "expert-budget": " + ".join(map(format_budget, self.expert_budgets)),
             "node-budgets": {name: format_budget(budget) for name, budget in self.node_budgets.items()},
             "store-copy": [str(path) for path in self.store_copies],
+            "store-cache": self.store_cache.folder if self.store_cache else None,
+            "store-cache-limit": _shown_limit(self.store_cache),
             "api-keys": len(self.keys),
             "cors-origin": list(self.cors_origins),
             "trace": str(self.trace_folder) if self.trace_folder else None,
@@ -322,6 +329,7 @@ def compose_options(values: OptionValues, store_root: Path, store_name: str, key
         expert_budgets=one_memory(values.expert_budget, values.host_budget),
         node_budgets=values.node_budgets,
         store_copies=tuple(Path(folder) for folder in dict.fromkeys(values.store_copy)),
+        store_cache=_store_cache(values),
         keys=keys,
         cors_origins=tuple(dict.fromkeys(values.cors_origin)),
         trace_folder=None if values.trace is None else Path(values.trace),
@@ -356,6 +364,25 @@ def _actor_range(values: OptionValues) -> tuple[int, int] | None:
         reason = f"({values.actors}) is not from min-actors ({least}) to max-actors ({most})"
         raise OptionInvalid("actors", reason)
     return least, most
+
+
+def _store_cache(values: OptionValues) -> CacheSpec | None:
+    if values.store_cache is None:
+        if values.store_cache_limit is not None:
+            raise OptionInvalid("store-cache-limit", "goes with store-cache, which names the folder")
+        return None
+    if not values.actors:
+        raise OptionInvalid(
+            "store-cache", "goes with actors: what the router computes is read from its store"
+        )
+    if not Path(values.store_cache).is_absolute():
+        reason = f"must be an absolute path, the same on every machine, not {values.store_cache[:MAX_SHOWN_CHARS]!r}"
+        raise OptionInvalid("store-cache", reason)
+    return CacheSpec(values.store_cache, values.store_cache_limit)
+
+
+def _shown_limit(cache: CacheSpec | None) -> str | None:
+    return None if cache is None or cache.limit_bytes is None else format_bytes(cache.limit_bytes)
 
 
 def parse_eviction(word: str) -> Eviction:

@@ -55,6 +55,7 @@ def render_status(status: Mapping[str, Any]) -> RenderableType:
         resident[each["name"]] = each.get("experts", {}).get("resident_bytes", 0)
     plan = [render_memory(status["memory"], resident)] if status.get("memory") else []
     memory = f"backbone {_mib(router['backbone_bytes'])}, KV cache {_mib(router['kv_bytes'])}"
+    fetching = [line for actor in status["actors"] if (line := _fetching(actor))]
     line = f"Requests: {requests['running']} running, {requests['waiting']} waiting; {memory}"
     if "capacity" in status:
         line = f"{status['capacity']['shown']}. {line}"
@@ -65,7 +66,7 @@ def render_status(status: Mapping[str, Any]) -> RenderableType:
     quantization = router.get("quantization")
     title = f"{status['model']} ({router['numerics_class']})"
     title += f", quantised ({quantization}): answers are modified" if quantization else ""
-    return Group(title, actors, *plan, nodes, *_cluster_lines(status.get("cluster") or {}), line)
+    return Group(title, actors, *plan, nodes, *fetching, *_cluster_lines(status.get("cluster") or {}), line)
 
 
 def _cluster_lines(cluster: Mapping[str, Any]) -> list[str]:
@@ -97,6 +98,17 @@ def _not_kept(router: Mapping[str, Any]) -> list[str]:
         for text, state in states.items()
         if state and not state["is_kept"]
     ]
+
+
+def _fetching(actor: Mapping[str, Any]) -> str:
+    """How far an actor's group is on its machine's disk; nothing where all of it is."""
+    store = actor.get("store", {})
+    done, total = store.get("records_done", 0), store.get("records_total", 0)
+    if done == total:
+        return ""
+    sizes = f"{_mib(store['bytes_done'])} of {_mib(store['bytes_total'])}"
+    trouble = f"; {store['last_error']}" if store.get("last_error") else ""
+    return f"{actor['name']} fetches its group: {done} of {total} experts, {sizes}{trouble}"
 
 
 def _printable(value: Any) -> Any:

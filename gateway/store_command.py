@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import typer
 
+from gateway.store_share_command import share, sync
 from gateway.trust_command import trust
 
 store = typer.Typer(no_args_is_help=True, help="Look after an expert store.")
 store.add_typer(trust, name="trust")
+store.command()(share)
+store.command()(sync)

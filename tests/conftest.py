@@ -6,8 +6,9 @@ import atexit
 import os
 import shutil
 import socket
+import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,25 @@ def taken_port() -> Iterator[int]:
     """A port of the loopback address that somebody listens on."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         yield int(listener.getsockname()[1])
+
+
+@pytest.fixture
+def mount_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a small file system of its own with the options given; again with `remount,...` to change them."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def mount(options: str) -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        if done.returncode != 0:
+            pytest.skip(f"mounting is not permitted: {done.stderr.strip()}")
+        return disk
+
+    if shutil.which("mount") is None:
+        pytest.skip("there is no mount command")
+    try:
+        yield mount
+    finally:
+        if disk.is_mount():
+            subprocess.run(["umount", str(disk)], check=True, timeout=30)

@@ -59,7 +59,7 @@ def test_actor_that_lost_its_connection_is_reached_again_by_the_same_roster(
     roster = fleet.roster()
     lost = threading.Event()
     with directory_over(local, roster, HASTY, on_lost=lambda name: lost.set()) as directory:
-        for channel in list(server._proven):
+        for channel in list(server._listener._proven):
             channel.end("cut")
         assert lost.wait(5.0)
         assert directory.connected() == frozenset()

@@ -244,10 +244,12 @@ def test_socket_of_a_peer_that_left_at_once_is_released(monkeypatch: pytest.Monk
         raise OSError(107, "Transport endpoint is not connected")
 
     with serving() as server:
-        monkeypatch.setattr("experts.transport.Channel", refuse)
+        for module in ("experts.channel", "experts.listener"):
+            monkeypatch.setattr(f"{module}.Channel", refuse)
         with pytest.raises(ConnectFailed, match="not connected"):
             ExpertConnection(endpoint_of(server.port), secret=SECRET)
         with RawRouter(server.port) as router:
             assert router.is_closed_within(5.0)
-        monkeypatch.setattr("experts.transport.Channel", Channel)
+        for module in ("experts.channel", "experts.listener"):
+            monkeypatch.setattr(f"{module}.Channel", Channel)
         assert_serves(server)

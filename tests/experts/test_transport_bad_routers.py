@@ -255,7 +255,7 @@ def test_flood_of_strangers_is_bounded_and_does_not_shut_others_out() -> None:
         flood = [RawRouter(server.port) for _ in range(40)]
         try:
             assert eventually(lambda: threading.active_count() <= before + 2 + 4, 2.0)
-            assert len(server._unproven) <= 4
+            assert len(server._listener._unproven) <= 4
             assert_serves(server)
             assert eventually(lambda: sum(router.is_closed_within(0.001) for router in flood) >= 36, 2.0)
         finally:
@@ -271,12 +271,12 @@ def test_flood_is_bounded_while_nobody_wakes_up(monkeypatch: pytest.MonkeyPatch)
         is_done.wait(10.0)
         raise LinkLost("woke up")
 
-    monkeypatch.setattr("experts.transport.hear_out", sleep_on)
+    monkeypatch.setattr("experts.listener.hear_out", sleep_on)
     with serving(limits=replace(QUICK, max_unproven=4)) as server:
         flood = [RawRouter(server.port) for _ in range(12)]
         try:
             assert eventually(lambda: sum(router.is_closed_within(0.001) for router in flood) == 8)
-            assert len(server._unproven) == 4
+            assert len(server._listener._unproven) == 4
         finally:
             is_done.set()
             for router in flood:
@@ -296,9 +296,9 @@ def test_one_router_too_many_is_told_that_the_server_is_busy(warnings: list[str]
 
 
 def test_routers_that_come_at_once_do_not_exceed_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    import experts.transport
+    import experts.listener
 
-    welcome = experts.transport.welcome
+    welcome = experts.listener.welcome
     all_there = threading.Barrier(2)
 
     def slowly(*arguments: Any) -> None:
@@ -306,7 +306,7 @@ def test_routers_that_come_at_once_do_not_exceed_the_bound(monkeypatch: pytest.M
             all_there.wait(0.3)  # passes only if a second one gets here
         welcome(*arguments)
 
-    monkeypatch.setattr(experts.transport, "welcome", slowly)
+    monkeypatch.setattr(experts.listener, "welcome", slowly)
     with (
         serving(limits=replace(LIMITS, max_connections=1)) as server,
         RawRouter(server.port) as first,
@@ -319,15 +319,15 @@ def test_routers_that_come_at_once_do_not_exceed_the_bound(monkeypatch: pytest.M
 
 
 def test_no_heartbeat_comes_before_the_welcome(monkeypatch: pytest.MonkeyPatch) -> None:
-    import experts.transport
+    import experts.listener
 
-    welcome = experts.transport.welcome
+    welcome = experts.listener.welcome
 
     def slowly(*arguments: Any) -> None:
         time.sleep(4 * QUICK.heartbeat_interval_s)
         welcome(*arguments)
 
-    monkeypatch.setattr(experts.transport, "welcome", slowly)
+    monkeypatch.setattr(experts.listener, "welcome", slowly)
     with serving(limits=QUICK) as server, connecting(server.port) as link:
         assert torch.equal(ask(link, make_call()), rows_of(make_call()))
 

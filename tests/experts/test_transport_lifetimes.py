@@ -145,9 +145,9 @@ def test_idle_connection_notices_a_stopped_server() -> None:
 
 def test_stopping_ends_a_peer_that_just_came_or_just_proved_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both used to be in no book at some moment; `stop` missed them, and they were served for ever."""
-    import experts.transport
+    import experts.listener
 
-    hear_out = experts.transport.hear_out
+    hear_out = experts.listener.hear_out
 
     def stop_then(*arguments: Any) -> Any:
         stranger = hear_out(*arguments)
@@ -155,14 +155,14 @@ def test_stopping_ends_a_peer_that_just_came_or_just_proved_itself(monkeypatch: 
         return stranger
 
     with serving() as server:
-        monkeypatch.setattr(experts.transport, "hear_out", stop_then)
+        monkeypatch.setattr(experts.listener, "hear_out", stop_then)
         with RawRouter(server.port) as router:
             router.introduce()
             assert router.is_closed_within(5.0)
         with socket.create_server(("127.0.0.1", 0)) as listener:
             router = RawRouter(listener.getsockname()[1])
             with router:
-                server._admit(listener.accept()[0], "a late peer")
+                server._listener._admit(listener.accept()[0], "a late peer")
                 assert router.is_closed_within(5.0)
     assert server.num_connections == 0
 

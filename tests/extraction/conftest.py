@@ -1,11 +1,9 @@
-"""Checkpoints to be damaged, and disks that are really full or read-only."""
+"""Checkpoints to be damaged."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -35,25 +33,3 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copy(sharded: Path, tmp_path: Path) -> Path:
     """The sharded checkpoint, to be damaged."""
     return Path(shutil.copytree(sharded, tmp_path / "checkpoint"))
-
-
-@pytest.fixture
-def mount_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """Mounts a small file system of its own with the options given; again with `remount,...` to change them."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-
-    def mount(options: str) -> Path:
-        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-        if done.returncode != 0:
-            pytest.skip(f"mounting is not permitted: {done.stderr.strip()}")
-        return disk
-
-    if shutil.which("mount") is None:
-        pytest.skip("there is no mount command")
-    try:
-        yield mount
-    finally:
-        if disk.is_mount():
-            subprocess.run(["umount", str(disk)], check=True, timeout=30)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from experts.budget import FIT, BudgetRequest
+from experts.near_store import CacheSpec
 from gateway.api_keys import KeyRing
 from gateway.config_file import read_config
 from gateway.errors import FileUnusable, OptionInvalid
@@ -74,6 +75,27 @@ def test_number_of_actors_follows_the_load_from_none_to_those_of_the_start_unles
 )
 def test_bounds_that_do_not_go_together_are_refused(given: dict[str, Any], complaint: str) -> None:
     with pytest.raises(OptionInvalid, match=complaint):
+        _options(given, {})
+
+
+def test_store_cache_is_a_folder_and_a_limit() -> None:
+    options = _options({"store-cache": "/c", "actors": 1}, {"store-cache-limit": "40GiB"})
+    assert options.store_cache == CacheSpec("/c", 40 * 2**30)
+    assert (options.shown()["store-cache"], options.shown()["store-cache-limit"]) == ("/c", "40GiB")
+    assert _options({"store-cache": "/c", "actors": 1}, {}).shown()["store-cache-limit"] is None
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"store-cache-limit": "1GiB", "actors": 1}, "store-cache-limit goes with store-cache"),
+        ({"store-cache": "/c"}, "store-cache goes with actors"),
+        ({"store-cache": "c", "actors": 1}, "must be an absolute path, the same on every machine, not 'c'"),
+        ({"store-cache": "/c", "store-cache-limit": "1", "actors": 1}, "--store-cache-limit must be a size"),
+    ],
+)
+def test_store_cache_that_cannot_be_meant_is_refused(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(OptionInvalid, match=words):
         _options(given, {})
 
 

@@ -61,6 +61,15 @@ def test_status_of_a_hostile_service_cannot_steer_the_terminal() -> None:
     evil = "\x1b[2J[red]x[/red]"
     actor = {"name": evil, "pid": 1, "node": evil, "group": 2, "state": evil}
     actor |= {"hit_rates": {"trust": 0.834, "lfu": 0.8, evil: 0.731}}
+    actor |= {
+        "store": {
+            "records_done": 1,
+            "records_total": 2,
+            "bytes_done": 2**20,
+            "bytes_total": 2**21,
+            "last_error": evil,
+        }
+    }
     router = {"pid": 1, "numerics_class": evil, "backbone_bytes": 1}
     router |= {"experts": {"resident_bytes": 1, "prefetched": 1200, "prefetched_used": 900}}
     status = {
@@ -75,6 +84,7 @@ def test_status_of_a_hostile_service_cannot_steer_the_terminal() -> None:
     with console.capture() as capture:
         console.print(render_status(status))
     assert "\x1b[2J" not in capture.get()
-    assert capture.get().count("\\x1b[2J[red]x[/red]") == 13
+    assert capture.get().count("\\x1b[2J[red]x[/red]") == 14
+    assert "fetches its group: 1 of 2 experts, 1.0 MiB of 2.0 MiB; " in capture.get()
     assert "trust 83%, lfu 80%, " in capture.get()
     assert "Prefetched 1,200 experts, 75% used" in capture.get()
