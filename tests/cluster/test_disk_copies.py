@@ -105,7 +105,7 @@ def test_plan_is_safe_within_room_and_deterministic(
 
 
 def _facts(node_id: str, *, has_store: bool = False, disk_bytes: int = 100) -> NodeFacts:
-    return NodeFacts(node_id, node_id, 0, 1, 1.0, 1.0, 0.0, disk_bytes, has_store)
+    return NodeFacts(node_id, node_id, 0, 1, 1.0, 1.0, 0.0, disk_bytes=disk_bytes, has_store=has_store)
 
 
 def test_machines_of_a_plan_bring_their_groups_and_disks() -> None:

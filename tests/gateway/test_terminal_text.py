@@ -84,7 +84,7 @@ def test_status_of_a_hostile_service_cannot_steer_the_terminal() -> None:
     with console.capture() as capture:
         console.print(render_status(status))
     assert "\x1b[2J" not in capture.get()
-    assert capture.get().count("\\x1b[2J[red]x[/red]") == 14
+    assert capture.get().count("\\x1b[2J[red]x[/red]") == 15
     assert "fetches its group: 1 of 2 experts, 1.0 MiB of 2.0 MiB; " in capture.get()
     assert "trust 83%, lfu 80%, " in capture.get()
     assert "Prefetched 1,200 experts, 75% used" in capture.get()
