@@ -271,22 +271,34 @@ def test_service_is_ready_when_idle_and_under_load(service: Service) -> None:
 def test_actors_give_memory_back_at_rest_and_take_it_again_under_load(
     service: Service, expected: Callable[..., str]
 ) -> None:
-    """What the router tells the supervisor with `--capacity auto`, told here by the test: REST takes a minute."""
+    """What a router tells the supervisor with `--capacity auto`, told here by a thread: REST takes a minute."""
     supervisor = find_supervisor()
+    wish, is_done = [Fraction(1, NUM_EXPERTS // 4)], threading.Event()
+
+    def keep_wishing() -> None:
+        while not is_done.wait(0.5):
+            version = ray.get(supervisor.roster.remote()).version
+            ray.get(supervisor.roster.remote("test", version, wish[0]))
+
+    wishing = threading.Thread(target=keep_wishing)
     budgets = {actor["name"]: actor["budget_bytes"] for actor in service.status()["actors"]}
     service.post(GREEDY)
 
     def actors_are(is_reached: Callable[[dict[str, Any]], bool]) -> Callable[[], bool]:
         return lambda: all(map(is_reached, service.status()["actors"]))
 
-    ray.get(supervisor.set_share.remote(Fraction(1, NUM_EXPERTS // 4)))
-    _wait_until(actors_are(lambda actor: actor["resident_bytes"] <= 2 * EXPERT_BYTES))
-    assert service.post(GREEDY).json()["choices"][0]["text"] == expected(48)
-    assert actors_are(lambda actor: actor["resident_bytes"] <= 2 * EXPERT_BYTES)()
-    ray.get(supervisor.set_share.remote(Fraction(1)))
-    _wait_until(actors_are(lambda actor: actor["budget_bytes"] == budgets[actor["name"]]))
-    assert service.post(GREEDY).json()["choices"][0]["text"] == expected(48)
-    assert actors_are(lambda actor: actor["resident_bytes"] > budgets[actor["name"]] // 2)()
+    wishing.start()
+    try:
+        _wait_until(actors_are(lambda actor: actor["resident_bytes"] <= 2 * EXPERT_BYTES))
+        assert service.post(GREEDY).json()["choices"][0]["text"] == expected(48)
+        assert actors_are(lambda actor: actor["resident_bytes"] <= 2 * EXPERT_BYTES)()
+        wish[0] = Fraction(1)
+        _wait_until(actors_are(lambda actor: actor["budget_bytes"] == budgets[actor["name"]]))
+        assert service.post(GREEDY).json()["choices"][0]["text"] == expected(48)
+        assert actors_are(lambda actor: actor["resident_bytes"] > budgets[actor["name"]] // 2)()
+    finally:
+        is_done.set()
+        wishing.join()
 
 
 @pytest.mark.chaos

@@ -19,6 +19,7 @@ from experts.budget import FIT
 from experts.errors import ExpertError
 from extraction.extract import extract
 from extraction.quantise import Quantization
+from extraction.quantised_parts import QuantisedParts
 from gateway.errors import GenerationFailed
 from gateway.generate import generate
 from gateway.launch import ServiceOptions, running_service
@@ -34,7 +35,7 @@ SAMPLING: dict[str, Any] = {"temperature": 0.0, "max_tokens": MAX_TOKENS}
 @pytest.fixture(scope="module")
 def whole(stories_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("int4") / "store"
-    extract(stories_checkpoint, root, quantization=Quantization(scheme="int4", group_size=64))
+    extract(stories_checkpoint, root, quantised=QuantisedParts(Quantization(scheme="int4", group_size=64)))
     return root
 
 
