@@ -130,7 +130,7 @@ def multiply(level: str, x_RI: Tensor, matrix: NativeMatrix, out_RO: Tensor | No
     num_rows = x_RI.shape[0]
     if out_RO is None:
         out_RO = x_RI.new_empty(num_rows, matrix.outputs)
-    elif out_RO.shape != (num_rows, matrix.outputs) or out_RO.dtype != x_RI.dtype or not _has_rows(out_RO):
+    elif out_RO.shape != (num_rows, matrix.outputs) or out_RO.dtype != x_RI.dtype or not _is_room(out_RO):
         raise ValueError(f"no room for ({num_rows}, {matrix.outputs}) {x_RI.dtype} in {_described(out_RO)}")
     if matrix.weights.dtype.is_floating_point and matrix.weights.dtype != x_RI.dtype:
         raise ValueError(f"{x_RI.dtype} rows for a matrix of {matrix.weights.dtype}")
@@ -220,6 +220,11 @@ def _checked_rows(x_RI: Tensor, inputs: int) -> Tensor:
 def _has_rows(x: Tensor) -> bool:
     """Whether elements of a row lie side by side; rows may be apart, or the same one several times for reading."""
     return x.stride(1) == 1 or x.shape[1] == 1
+
+
+def _is_room(out: Tensor) -> bool:
+    """Whether rows can be written that do not overlap."""
+    return out.device.type == "cpu" and _has_rows(out) and (out.shape[0] < 2 or out.stride(0) >= out.shape[1])
 
 
 def _described(tensor: Tensor) -> str:

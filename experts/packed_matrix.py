@@ -2,8 +2,9 @@
 
 `native` takes codes and scales as they lie in the store (`experts.native_products`). `pack` is PyTorch's kernels for
 8-bit and 4-bit weights; `dequantise` is the plain way, slow for few rows, by which the others are checked and which
-stands in where they fail. What `pack` makes belongs to one instruction set and one version of PyTorch: it is made at load
-and never leaves the process. A matrix must not be taken on trust: `experts.quantised` proves a product before it is used.
+stands in where they fail. What `pack` makes belongs to one instruction set and one version of PyTorch: it is made at
+load and never leaves the process. A matrix must not be taken on trust: `experts.quantised` proves a product before it
+is used.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ DEFINE_TILES(INT4)
 INLINE TARGET float NAME(silu)(float gate) {
     /* e^-gate = 2^n * e^r with |r| <= ln 2 / 2; the polynomial is Taylor's, to the eighth power. */
     float x = -gate;
-    x = x > 88.0f ? 88.0f : x;
+    x = x > 89.0f ? 89.0f : x; /* the power is then infinite, and the result 0 */
     x = x < -87.0f ? -87.0f : x;
     const float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
     float r = FMA1(n, -0.693359375f, x);
