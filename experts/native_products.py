@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from experts.errors import ProductsUnavailable
 from experts.native_build import LIBRARY
 
 logger = logging.getLogger(__name__)
@@ -234,7 +235,7 @@ def _described(tensor: Tensor) -> str:
 def chosen_level(dtype: torch.dtype, environment: Mapping[str, str] = os.environ) -> str | None:
     """The level with which this process multiplies rows of a dtype; None: PyTorch's products.
 
-    Raises ValueError where the environment asks for what is not here.
+    Raises ProductsUnavailable where the environment asks for what is not here.
     """
     asked = environment.get(VARIABLE, "")
     if asked == TORCH:
@@ -242,7 +243,7 @@ def chosen_level(dtype: torch.dtype, environment: Mapping[str, str] = os.environ
     found = library()
     levels = () if found is None else LEVELS[: LEVELS.index(found.best_level) + 1]
     if asked and asked not in levels:
-        raise ValueError(f"{VARIABLE}={asked}: choose {TORCH}{''.join(f' or {name}' for name in levels)}")
+        raise ProductsUnavailable(f"{VARIABLE}={asked}", ", ".join((TORCH, *levels)))
     if dtype not in DTYPES or not levels:
         return None
     return asked or levels[-1]

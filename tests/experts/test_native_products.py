@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from experts import native_build, native_products
+from experts.errors import ProductsUnavailable
 from experts.native_products import (
     LEVELS,
     TORCH,
@@ -310,7 +311,9 @@ def test_environment_chooses_and_cannot_ask_for_what_is_not_there() -> None:
     assert chosen_level(torch.float16, {}) is None
     assert chosen_level(torch.bfloat16, {VARIABLE: TORCH}) is None
     assert chosen_level(torch.bfloat16, {VARIABLE: "portable"}) == "portable"
-    with pytest.raises(ValueError, match=f"{VARIABLE}=avx9000: choose torch or portable"):
+    with pytest.raises(
+        ProductsUnavailable, match=f"{VARIABLE}=avx9000 is not here; choose one of: torch, portable"
+    ):
         chosen_level(torch.bfloat16, {VARIABLE: "avx9000"})
 
 
