@@ -42,7 +42,7 @@ OBJECT_STORE_BYTES = 80 * 2**20
 START_TIMEOUT_S = 120.0
 
 
-class FakeMachines(FakeMultiNodeProvider):  # type: ignore[misc]  # Ray has no types there
+class FakeMachines(FakeMultiNodeProvider):
     """Starts and ends raylets as Ray's autoscaler asks for machines."""
 
     def create_node_with_resources_and_labels(
@@ -58,7 +58,7 @@ class FakeMachines(FakeMultiNodeProvider):  # type: ignore[misc]  # Ray has no t
                 self._start_machine(tags, resources)
 
     def _start_machine(self, tags: dict[str, str], resources: dict[str, float]) -> None:
-        node_id = self._next_hex_node_id()
+        node_id: str = self._next_hex_node_id()  # type: ignore[no-untyped-call]
         environment = {
             "RAY_OVERRIDE_NODE_ID_FOR_TESTING": node_id,
             "RAY_CLOUD_INSTANCE_ID": node_id,
@@ -68,7 +68,7 @@ class FakeMachines(FakeMultiNodeProvider):  # type: ignore[misc]  # Ray has no t
         parameters = RayParams(
             gcs_address=self._gcs_address,
             redis_address=self._gcs_address,
-            num_cpus=resources["CPU"],
+            num_cpus=int(resources["CPU"]),
             memory=resources["memory"],
             object_store_memory=OBJECT_STORE_BYTES,
             min_worker_port=0,
@@ -82,7 +82,8 @@ class FakeMachines(FakeMultiNodeProvider):  # type: ignore[misc]  # Ray has no t
             TAG_RAY_NODE_NAME: node_id,
             TAG_RAY_NODE_STATUS: STATUS_UP_TO_DATE,
         }
-        self._nodes[node_id] = {"tags": known | tags, "node": node}
+        machines: dict[str, Any] = self._nodes
+        machines[node_id] = {"tags": known | tags, "node": node}
 
 
 def _configuration(port: int, head_bytes: int, machine_bytes: int) -> dict[str, Any]:

@@ -57,7 +57,8 @@ def test_pending_group_brings_a_machine_and_its_idleness_takes_it_away(
     group_bytes = len(keys) // 2 * expert_bytes
     plan = replace(plan_local(keys, 2, (group_bytes, group_bytes)), actors=())
     settings = ScalerSettings(2, cold_after_s=2.0, fall_after_s=4.0, cool_down_s=1.0)
-    with autoscaled_ray(tmp_path, group_bytes * 3 // 2, group_bytes * 2) as address:
+    # The head has room for one group, and for less than an expert beside it.
+    with autoscaled_ray(tmp_path, group_bytes + expert_bytes // 2, 2 * group_bytes) as address:
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
         try:
             scaling = Scaling(settings, expert_bytes)
