@@ -89,8 +89,6 @@ class ScalerState:
 
     looked_at_s: float | None = None
     groups: Mapping[str, GroupHistory] = field(default_factory=dict)
-    num_named: int = 0
-    """Actors that were given a name: none is given twice."""
 
 
 @dataclass(frozen=True)

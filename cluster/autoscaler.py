@@ -78,7 +78,7 @@ def decide(
     num_nodes = sum(not node.is_leaving for node in snapshot.nodes)
     views = view_groups(state, [loads[name] for name in counts], counts, num_nodes, settings, now_s)
     wanted = wanted_counts(views, snapshot.capacity, settings, now_s)
-    look = _Look(plan, views, snapshot.nodes, state.num_named)
+    look = _Look(plan, views, snapshot.nodes)
     look.leave_nodes(wanted)
     for view in reversed(views):
         look.drain_to(view.name, wanted[view.name], _why_fewer(snapshot.capacity, view, now_s))
@@ -91,7 +91,7 @@ def decide(
     histories = {
         view.name: view.history.changed(now_s) if view.name in changed else view.history for view in views
     }
-    return ScalerState(now_s, histories, look.num_named), tuple(look.decisions)
+    return ScalerState(now_s, histories), tuple(look.decisions)
 
 
 def carry_out(plan: ServicePlan, decisions: Iterable[Decision]) -> ServicePlan:
@@ -131,12 +131,9 @@ def _why_fewer(capacity: CapacityState, view: GroupView, now_s: float) -> str:
 class _Look:
     """The decisions of one look, and the rooms after each of them."""
 
-    def __init__(
-        self, plan: ServicePlan, views: Sequence[GroupView], nodes: Iterable[NodeLoad], num_named: int
-    ) -> None:
+    def __init__(self, plan: ServicePlan, views: Sequence[GroupView], nodes: Iterable[NodeLoad]) -> None:
         """views: the most wanted first."""
         self.decisions: list[Decision] = []
-        self.num_named = num_named
         self._views = {view.name: view for view in views}
         self._actors = {actor.name: actor for actor in plan.actors}
         self._used = set(self._actors)
@@ -235,11 +232,11 @@ class _Look:
         return actor
 
     def _new_name(self, group: str) -> str:
-        while True:
-            self.num_named += 1
-            name = f"{group}-{self.num_named}"
-            if name not in self._used:
-                return name
+        """With the lowest number that the plan does not use: labels of metrics stay few."""
+        numbers = range(1, len(self._used) + 2)
+        name = next(name for number in numbers if (name := f"{group}-{number}") not in self._used)
+        self._used.add(name)
+        return name
 
     def _of(self, group: str) -> list[ActorPlan]:
         return [actor for actor in self._actors.values() if actor.group == group]

@@ -217,13 +217,13 @@ def test_random_histories_keep_every_promise(seed: int) -> None:
         actors = service.plan.actors
         assert len(actors) <= settings.max_actors
         new = {actor.name for actor in actors} - before
-        assert not new & seen, "a name is given twice"
         seen |= new
         for node in nodes:
             held = [actor for actor in actors if actor.node_id == node.node_id]
             assert not (node.is_leaving and any(actor.name in new for actor in held))
             assert sum(actor.budget_bytes or GROUP_BYTES for actor in held) <= node.room_bytes
             assert len({actor.group for actor in held}) == len(held), "replicas are on different nodes"
+    assert len(seen) <= groups * (settings.max_actors + 1), "names, and labels of metrics, are few"
 
 
 SLOW_DISK_S = 3.0
