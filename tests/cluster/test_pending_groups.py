@@ -99,7 +99,15 @@ def test_pending_group_brings_a_machine_and_its_idleness_takes_it_away(
             _wait_until(lambda: _machines() == head)
             decided = [d["kind"] for d in status()["decisions"] if d["kind"] in ("spawn", "drain")]
             assert decided == ["spawn", "spawn", "drain", "drain"]
-            assert run_to_end(loaded.engine, [greedy("after")]).tokens["after"] == expected
+
+            with Stream(
+                loaded
+            ) as stream:  # from no actor to all of them, and to a machine that was not there
+                _wait_until(lambda: ready() == 2)
+                assert len(_machines() - head) == 1
+                _wait_until(lambda: len(directories[0].remote.connected()) == 2)
+            assert not stream.errors and all(answer == expected for answer in stream.answers)
+            assert loaded.directory.stats().failovers == 0
             loaded.close()
         finally:
             stop_supervisor()
