@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 STORE := .stores/stories
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: setup demo serve test lint unit chaos bench-transport bench-extract clean
+.PHONY: setup demo demo-kill serve test lint unit chaos bench-transport bench-extract clean
 
 setup: $(STAMP)
 
@@ -23,6 +23,10 @@ $(STORE): | setup
 # Streams one story through HTTP, Ray Serve, the router and two expert actors, prints a table, stops everything.
 demo: setup $(STORE)
 	@$(BIN)/python -m gateway.demo $(STORE)
+
+# Streams a story, kills an expert actor in the middle of it, and shows that the answer is the same.
+demo-kill: setup $(STORE)
+	@$(BIN)/python -m gateway.demo_kill $(STORE)
 
 # Leaves the service running until Ctrl-C.
 serve: setup $(STORE)
