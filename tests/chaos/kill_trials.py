@@ -1,0 +1,138 @@
+"""Hundreds of trials on running services, every one kept: `make chaos` runs it, docs/reliability.md has what came out.
+
+Usage: python -m tests.chaos.kill_trials STORE OUT [--kills N] [--seed N] [--part I/N]. OUT is JSON and grows: a part
+that is in it already is not run again, and replaces nothing. Exit code 1 where an answer was not the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from cluster.resources import LOCAL_ONLY, ray_environment
+
+os.environ.update(ray_environment() | LOCAL_ONLY)  # before anything imports Ray
+from tests.chaos.service_under_fire import service_under_fire
+from tests.chaos.trials import KINDS, Range, plan_trials
+
+SHARES: dict[tuple[str, int], int] = {
+    ("actor killed", 2): 56,
+    ("actor killed", 1): 36,
+    ("actor killed in the middle of a frame", 2): 6,
+    ("actor killed in the middle of a frame", 1): 6,
+    ("actor killed, and its replacement at its start", 1): 4,
+    ("actor killed, and its replacement while loading", 1): 4,
+    ("actor killed, and its replacement when connected to", 1): 6,
+    ("actor killed while it drains", 2): 8,
+    ("actor hangs", 2): 8,
+    ("actor hangs", 1): 4,
+    ("connection cut", 2): 10,
+    ("connection cut", 1): 10,
+    ("router killed", 2): 20,
+    ("router hangs", 2): 3,
+    ("supervisor killed", 2): 8,
+    ("actor killed, and the supervisor that replaces it", 1): 8,
+    ("node lost", 2): 4,
+    ("node lost", 1): 6,
+}
+"""Kinds of trials and numbers of replicas, for 200 kills."""
+
+
+def num_kills(kind: str) -> int:
+    """Of processes, in a trial that goes as planned; a lost node is one."""
+    if KINDS[kind].deed in ("stop", "cut"):
+        return 0
+    return 2 if kind.startswith("actor killed, and") else 1
+
+
+def scaled(kills: int) -> dict[tuple[str, int], int]:
+    """The shares for at least so many kills."""
+    total = sum(count * num_kills(kind) for (kind, _), count in SHARES.items())
+    return {pair: math.ceil(count * kills / total) for pair, count in SHARES.items()}
+
+
+def summary(trials: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """For each kind and number of replicas: how many, how many were equal, and how long the reader waited."""
+    pairs = sorted({(trial["num_replicas"], trial["kind"]) for trial in trials})
+    return [_summary_of(kind, number, trials) for number, kind in pairs]
+
+
+def _summary_of(kind: str, num_replicas: int, trials: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    of_kind = [t for t in trials if (t["kind"], t["num_replicas"]) == (kind, num_replicas) and t["is_fired"]]
+    stalls = sorted(trial["stall_s"] for trial in of_kind)
+    mended = sorted(t["mended_after_s"] for t in of_kind if t["mended_after_s"] is not None)
+    return {
+        "kind": kind,
+        "num_replicas": num_replicas,
+        "trials": len(of_kind),
+        "equal": sum(trial["is_equal"] for trial in of_kind),
+        "answers": sum(trial["num_answers"] for trial in of_kind),
+        "stall_s": _quantiles(stalls),
+        "usual_gap_s": _quantiles(sorted(trial["usual_gap_s"] for trial in of_kind)),
+        "mended_after_s": _quantiles(mended),
+    }
+
+
+def _quantiles(ordered: Sequence[float]) -> dict[str, float] | None:
+    """By nearest rank."""
+    if not ordered:
+        return None
+    ranks = {"median": 0.5, "p95": 0.95, "max": 1.0}
+    return {name: round(ordered[math.ceil(q * len(ordered)) - 1], 4) for name, q in ranks.items()}
+
+
+def _run(store: Path, out: Path, kills: int, seed: int, part: int, num_parts: int) -> int:
+    kept = json.loads(out.read_text()) if out.exists() else {"seed": seed, "kills": kills, "trials": []}
+    if (kept["seed"], kept["kills"]) != (seed, kills):
+        raise SystemExit(f"{out} is of seed {kept['seed']} and {kept['kills']} kills")
+    done = {trial["number"] for trial in kept["trials"]}
+    trials = [t for t in plan_trials(seed, scaled(kills)) if t.number % num_parts == part]
+    trials = [trial for trial in trials if trial.number not in done]
+    if not trials:
+        return 0
+    with service_under_fire(store) as service:
+        shots = Range(service)
+        for trial in trials:
+            began_s = time.monotonic()
+            result = shots.run(trial, is_mended_after=True)
+            verdict = ("equal" if result.is_equal else "DIFFERENT") if result.is_fired else "did not happen"
+            print(
+                f"{trial.number:4d} {trial.kind}, at: {trial.point}, {trial.num_replicas} of each: {verdict}, "
+                f"stall {result.stall_s * 1e3:.0f} ms, {time.monotonic() - began_s:.1f} s",
+                flush=True,
+            )
+            kept["trials"].append({**result.as_json(), "part": part})
+            kept |= {"summary": summary(kept["trials"]), "machine": _machine()}
+            out.write_text(json.dumps(kept, indent=1) + "\n")
+    return sum(not trial["is_equal"] for trial in kept["trials"])
+
+
+def _machine() -> dict[str, Any]:
+    return {"cores": os.cpu_count(), "python": platform.python_version(), "ray": version("ray")}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("store", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--part", default="0/1", help="I/N: of N parts only this one, from 0")
+    options = parser.parse_args()
+    part, num_parts = map(int, options.part.split("/"))
+    num_different = _run(options.store, options.out, options.kills, options.seed, part, num_parts)
+    print(f"{num_different} answers were not the same")
+    return 1 if num_different else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""Twenty kills of a running service on three Ray nodes, in the middle of answers, at points that a seed has chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.service_under_fire import service_under_fire
+from tests.chaos.trials import Range, Trial, plan_trials
+
+pytestmark = [pytest.mark.ray, pytest.mark.chaos]
+
+SEED = 20
+QUICK = {
+    ("actor killed", 2): 5,
+    ("actor killed in the middle of a frame", 2): 1,
+    ("actor killed while it drains", 2): 1,
+    ("actor hangs", 2): 1,
+    ("connection cut", 2): 3,
+    ("supervisor killed", 2): 1,
+    ("router killed", 2): 2,
+    ("actor killed", 1): 3,
+    ("actor killed, and its replacement when connected to", 1): 1,
+    ("actor killed, and its replacement while loading", 1): 1,
+    ("actor killed, and the supervisor that replaces it", 1): 1,
+    ("node lost", 1): 1,
+}
+"""20 kills: three of these are two."""
+TRIALS = plan_trials(SEED, QUICK)
+
+
+@pytest.fixture(scope="module")
+def fire(stories_store: Path) -> Iterator[Range]:
+    with service_under_fire(stories_store) as service:
+        yield Range(service)
+
+
+@pytest.mark.parametrize("trial", TRIALS, ids=lambda trial: f"{trial.number}-{trial.kind}-{trial.point}")
+def test_reader_does_not_notice(fire: Range, trial: Trial) -> None:
+    result = fire.run(trial)
+    assert result.is_equal, result.errors
+    assert result.is_fired or trial.kind == "actor killed while it drains", result.as_json()
