@@ -112,17 +112,18 @@ def test_answer_goes_on_when_a_machine_is_cut_off_and_the_machine_comes_back(mac
 
 def _cut_and_heal(machines: Machines) -> None:
     actors = machines.wait_whole()
-    assert {actor["node"] for actor in actors} == machines.workers.keys(), "an actor on each of the workers"
+    assert {actor["node"] for actor in actors} <= machines.workers.keys(), "an actor beside the router"
     undisturbed = machines.read()
     assert len(undisturbed.tokens) == MAX_TOKENS, undisturbed.error
     assert machines.status()["router"]["expert_calls"]["failovers"] == 0
     lost = machines.workers[actors[0]["node"]]
+    num_lost = sum(actor["node"] == lost.address for actor in actors)
     cut_at_s = time.monotonic()
     try:
         cut = machines.read(MAX_TOKENS // 4, lost.cut)
         assert cut.content() == undisturbed.content()
         calls = machines.status()["router"]["expert_calls"]
-        assert calls["failovers_by_kind"]["silent"] == 1, calls
+        assert calls["failovers_by_kind"]["silent"] == calls["failovers"] == num_lost, calls
         assert machines.read().content() == undisturbed.content()
         time.sleep(max(0.0, cut_at_s + CUT_S - time.monotonic()))
     finally:

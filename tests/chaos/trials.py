@@ -291,11 +291,10 @@ class _Deed:
     def _choose(self) -> list[dict[str, Any]]:
         """Who is in question, with what is known of each. Waits until somebody is."""
         service, trial = self._service, self._trial
-        match self._kind.target:
-            case "router":
-                return list(wait_for(service.routers))
-            case "supervisor" if self._trial.point == "supervisor looks":
-                return [{"name": "supervisor", "pid": service.supervisor_pid()}]
+        if trial.point.startswith("router"):
+            return list(wait_for(service.routers))
+        if trial.point == "supervisor looks":
+            return [{"name": "supervisor", "pid": service.supervisor_pid()}]
         actors = wait_for(self._connected_actors)
         victim = actors[int(trial.choice * len(actors))]
         if self._kind.target == "node":
