@@ -43,9 +43,11 @@ unit: setup
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile -m "not ray and not slow"
 	$(BIN)/python -m pytest -m "ray and not slow"
 
-# Kills extractions and batches for minutes; `make test` has the quick ones.
-chaos: setup
+# Kills extractions, batches and every part of a running service, for about an hour; `make test` has the quick ones.
+chaos: setup $(STORE)
 	$(BIN)/python -m tests.chaos.extract_kills models/stories-moe --kills 100
+	rm -f .stores/chaos_kills.json
+	for part in 0 1 2 3; do $(BIN)/python -m tests.chaos.kill_trials $(STORE) .stores/chaos_kills.json --part $$part/4 || exit 1; done
 	$(BIN)/python -m pytest -m "chaos or slow"
 
 bench-extract: setup
