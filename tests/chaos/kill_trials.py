@@ -25,8 +25,8 @@ from tests.chaos.service_under_fire import service_under_fire
 from tests.chaos.trials import KINDS, Range, plan_trials
 
 SHARES: dict[tuple[str, int], int] = {
-    ("actor killed", 2): 56,
-    ("actor killed", 1): 36,
+    ("actor killed", 2): 44,
+    ("actor killed", 1): 30,
     ("actor killed in the middle of a frame", 2): 6,
     ("actor killed in the middle of a frame", 1): 6,
     ("actor killed, and its replacement at its start", 1): 4,
@@ -38,6 +38,8 @@ SHARES: dict[tuple[str, int], int] = {
     ("connection cut", 2): 10,
     ("connection cut", 1): 10,
     ("router killed", 2): 20,
+    ("router killed, and the others with it", 2): 6,
+    ("router killed, and the supervisor with it", 2): 6,
     ("router hangs", 2): 3,
     ("supervisor killed", 2): 8,
     ("actor killed, and the supervisor that replaces it", 1): 8,
@@ -51,7 +53,7 @@ def num_kills(kind: str) -> int:
     """Of processes, in a trial that goes as planned; a lost node is one."""
     if KINDS[kind].deed in ("stop", "cut"):
         return 0
-    return 2 if kind.startswith("actor killed, and") else 1
+    return 2 if KINDS[kind].killed_with else 1
 
 
 def scaled(kills: int) -> dict[tuple[str, int], int]:

@@ -40,7 +40,8 @@ class Kind:
     target: Target
     deed: Deed
     points: tuple[str, ...]
-    needs_replica: bool = False
+    killed_with: Literal["", "actor", "router", "supervisor"] = ""
+    """What is killed besides, when the deed is armed: what the service does about that is in its way then."""
 
 
 CALL_POINTS = (
@@ -61,21 +62,27 @@ LINK_POINTS = ("actor has a call", "actor answers", "actor has answered", "route
 KINDS: dict[str, Kind] = {
     "actor killed": Kind("actor", "kill", CALL_POINTS),
     "actor killed in the middle of a frame": Kind("actor", "kill half-way", ("actor answers",)),
-    "actor killed, and its replacement at its start": Kind("newborn actor", "kill", ("actor starts",)),
-    "actor killed, and its replacement while loading": Kind("newborn actor", "kill", ("actor loads",)),
+    "actor killed, and its replacement at its start": Kind(
+        "newborn actor", "kill", ("actor starts",), killed_with="actor"
+    ),
+    "actor killed, and its replacement while loading": Kind(
+        "newborn actor", "kill", ("actor loads",), killed_with="actor"
+    ),
     "actor killed, and its replacement when connected to": Kind(
-        "newborn actor", "kill", ("actor is connected to", "actor has welcomed")
+        "newborn actor", "kill", ("actor is connected to", "actor has welcomed"), killed_with="actor"
     ),
-    "actor killed while it drains": Kind(
-        "draining actor", "kill", ("actor is asked how it does",), needs_replica=True
-    ),
+    "actor killed while it drains": Kind("draining actor", "kill", ("actor is asked how it does",)),
     "actor hangs": Kind("actor", "stop", CALL_POINTS),
     "connection cut": Kind("actor", "cut", LINK_POINTS),
     "router killed": Kind("router", "kill", ROUTER_POINTS),
     "router hangs": Kind("router", "stop", ROUTER_POINTS),
+    "router killed, and the others with it": Kind("router", "kill", ROUTER_POINTS, killed_with="router"),
+    "router killed, and the supervisor with it": Kind(
+        "router", "kill", ROUTER_POINTS, killed_with="supervisor"
+    ),
     "supervisor killed": Kind("supervisor", "kill", ("supervisor looks",)),
     "actor killed, and the supervisor that replaces it": Kind(
-        "supervisor", "kill", ("supervisor has created", "supervisor publishes")
+        "supervisor", "kill", ("supervisor has created", "supervisor publishes"), killed_with="actor"
     ),
     "node lost": Kind("node", "lose node", CALL_POINTS),
 }
@@ -105,7 +112,8 @@ class Result:
     trial: Trial
     is_fired: bool = False
     victim: dict[str, Any] = field(default_factory=dict)
-    """Name, pid, incarnation, node, its raylet's pid; and of one that was killed before it."""
+    """Name, pid, incarnation, node, and its raylet's pid."""
+    killed_with: list[dict[str, Any]] = field(default_factory=list)
     is_equal: bool = False
     """All answers, and all of each."""
     num_answers: int = 0
@@ -214,7 +222,7 @@ class Range:
     """Carries trials out, one after another, on one service."""
 
     def __init__(self, service: ServiceUnderFire) -> None:
-        self._service = service
+        self.service = service
         self._undisturbed: dict[tuple[int, int], Answer] = {}
         self._num_replicas = 1
 
@@ -224,35 +232,35 @@ class Range:
         self._prepare(trial)
         expected = self._expected(trial)
         before = self._failovers()
-        deed = _Deed(self._service, trial, result)
+        deed = _Deed(self.service, trial, result)
         try:
             self._read_until_fired(trial, deed, expected, result)
         finally:
-            disarm(self._service.folder)
+            disarm(self.service.folder)
             deed.end()
         result.failovers = {kind: n - before.get(kind, 0) for kind, n in self._failovers().items()}
         if result.is_fired and is_mended_after:
-            self._service.settle()
+            self.service.settle()
             result.mended_after_s = time.monotonic() - deed.done_at_s
         return result
 
     def _prepare(self, trial: Trial) -> None:
         if trial.num_replicas != self._num_replicas:
             self._num_replicas = trial.num_replicas
-            self._service.apply(trial.num_replicas)
-            self._service.settle()
+            self.service.apply(trial.num_replicas)
+            self.service.settle()
 
     def _expected(self, trial: Trial) -> Answer:
         what = (trial.prompt, trial.seed)
         if what not in self._undisturbed:
-            self._service.settle()
-            *_, self._undisturbed[what] = read_answer(self._service.url, *what)
+            self.service.settle()
+            *_, self._undisturbed[what] = read_answer(self.service.url, *what)
             assert len(self._undisturbed[what].tokens) == MAX_TOKENS, self._undisturbed[what].error
         return self._undisturbed[what]
 
     def _failovers(self) -> dict[str, int]:
         total: dict[str, int] = {}
-        for router in self._service.routers():
+        for router in self.service.routers():
             for kind, number in router["expert_calls"]["failovers_by_kind"].items():
                 total[kind] = total.get(kind, 0) + number
         return total
@@ -263,7 +271,7 @@ class Range:
         gaps_s: list[float] = []
         while not result.is_fired and time.monotonic() - began_s < FIRE_WITHIN_S:
             answer = Answer()
-            for answer in read_answer(self._service.url, trial.prompt, trial.seed):
+            for answer in read_answer(self.service.url, trial.prompt, trial.seed):
                 if len(answer.tokens) >= trial.at_token:
                     deed.begin()
             deed.look()
@@ -286,20 +294,37 @@ class _Deed:
         self._kind = KINDS[trial.kind]
         self._is_begun = False
         self.begun_at_s = self.done_at_s = float("inf")
-        self._entries = self._choose()
+        self._entries, self._others = self._choose(), self._choose_another()
 
     def _choose(self) -> list[dict[str, Any]]:
         """Who is in question, with what is known of each. Waits until somebody is."""
         service, trial = self._service, self._trial
+        match self._kind.target:
+            case "newborn actor":
+                return []  # nobody yet
+            case "supervisor":
+                return [{"name": "supervisor", "pid": service.supervisor_pid()}]
         if trial.point.startswith("router"):
             return list(wait_for(service.routers))
-        if trial.point == "supervisor looks":
-            return [{"name": "supervisor", "pid": service.supervisor_pid()}]
         actors = wait_for(self._connected_actors)
-        victim = actors[int(trial.choice * len(actors))]
+        victim = self._one_of(actors)
         if self._kind.target == "node":
             return [actor for actor in actors if actor["node_id"] == victim["node_id"]]
         return [victim]
+
+    def _choose_another(self) -> list[dict[str, Any]]:
+        """Who is killed besides."""
+        match self._kind.killed_with:
+            case "actor":
+                return [self._one_of(wait_for(self._connected_actors))]
+            case "router":
+                return list(wait_for(self._service.routers))[1:]
+            case "supervisor":
+                return [{"name": "supervisor", "pid": self._service.supervisor_pid()}]
+        return []
+
+    def _one_of(self, entries: list[dict[str, Any]]) -> dict[str, Any]:
+        return entries[int(self._trial.choice * len(entries))]
 
     def _connected_actors(self) -> list[dict[str, Any]]:
         """Those that are ready, once all routers have as many connections."""
@@ -313,17 +338,13 @@ class _Deed:
             return
         self._is_begun, self.begun_at_s = True, time.monotonic()
         trial, kind = self._trial, self._kind
-        pids: tuple[int, ...] = tuple(entry["pid"] for entry in self._entries)
-        is_after_a_death = kind.target == "newborn actor" or (
-            kind.target == "supervisor" and trial.point != "supervisor looks"
-        )
-        if is_after_a_death:
-            pids = () if kind.target == "newborn actor" else (self._service.supervisor_pid(),)
+        pids = tuple(entry["pid"] for entry in self._entries)
         skip = trial.skip if kind.target in ("actor", "router", "node") else trial.skip % 2
         arm(self._service.folder, Armed(trial.point, kind.deed, pids, skip))
-        if is_after_a_death:
-            self._result.victim["killed before"] = _facts(self._entries[0])
-            os.kill(self._entries[0]["pid"], signal.SIGKILL)
+        for entry in self._others:
+            self._result.killed_with.append(_facts(entry))
+            with suppress(ProcessLookupError):
+                os.kill(entry["pid"], signal.SIGKILL)
         if kind.target == "draining actor":
             self._service.apply(trial.num_replicas, without=self._entries[0]["actor"])
 
