@@ -22,7 +22,7 @@ from cluster.resources import LOCAL_ONLY, ray_environment
 
 os.environ.update(ray_environment() | LOCAL_ONLY)  # before anything imports Ray
 from tests.chaos.service_under_fire import service_under_fire
-from tests.chaos.trials import KINDS, Range, plan_trials
+from tests.chaos.trials import KINDS, Range, Trial, plan_trials
 
 SHARES: dict[tuple[str, int], int] = {
     ("actor killed", 2): 44,
@@ -47,6 +47,10 @@ SHARES: dict[tuple[str, int], int] = {
     ("node lost", 1): 6,
 }
 """Kinds of trials and numbers of replicas, for 200 kills."""
+
+
+MENDED_EACH = 3
+"""After one of so many trials all is mended before the next, and timed; the others meet a service that is at it."""
 
 
 def num_kills(kind: str) -> int:
@@ -92,6 +96,21 @@ def _quantiles(ordered: Sequence[float]) -> dict[str, float] | None:
     return {name: round(ordered[math.ceil(q * len(ordered)) - 1], 4) for name, q in ranks.items()}
 
 
+def as_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A summary in Markdown. Times in milliseconds, but of mending in seconds."""
+    lines = [
+        "| what happened | actors a group | trials | the same | stall: median | p95 | longest | mended after: median |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        stalls = [f"{row['stall_s'][name] * 1e3:.0f} ms" for name in ("median", "p95", "max")]
+        mended = row["mended_after_s"]
+        cells = (row["kind"], row["num_replicas"], row["trials"], row["equal"], *stalls)
+        cells = (*cells, f"{mended['median']:.1f} s" if mended else "")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
 def _run(store: Path, out: Path, kills: int, seed: int, part: int, num_parts: int) -> int:
     kept = json.loads(out.read_text()) if out.exists() else {"seed": seed, "kills": kills, "trials": []}
     if (kept["seed"], kept["kills"]) != (seed, kills):
@@ -99,13 +118,17 @@ def _run(store: Path, out: Path, kills: int, seed: int, part: int, num_parts: in
     done = {trial["number"] for trial in kept["trials"]}
     trials = [t for t in plan_trials(seed, scaled(kills)) if t.number % num_parts == part]
     trials = [trial for trial in trials if trial.number not in done]
-    if not trials:
-        return 0
+    if trials:
+        _carry_out(trials, store, out, kept, part)
+    return sum(not trial["is_equal"] for trial in kept["trials"])
+
+
+def _carry_out(trials: Sequence[Trial], store: Path, out: Path, kept: dict[str, Any], part: int) -> None:
     with service_under_fire(store) as service:
         shots = Range(service)
-        for trial in trials:
+        for index, trial in enumerate(trials):
             began_s = time.monotonic()
-            result = shots.run(trial, is_mended_after=trial.number % 3 == 0)
+            result = shots.run(trial, is_mended_after=index % MENDED_EACH == 0)
             verdict = ("equal" if result.is_equal else "DIFFERENT") if result.is_fired else "did not happen"
             print(
                 f"{trial.number:4d} {trial.kind}, at: {trial.point}, {trial.num_replicas} of each: {verdict}, "
@@ -115,7 +138,6 @@ def _run(store: Path, out: Path, kills: int, seed: int, part: int, num_parts: in
             kept["trials"].append({**result.as_json(), "part": part})
             kept |= {"summary": summary(kept["trials"]), "machine": _machine()}
             out.write_text(json.dumps(kept, indent=1) + "\n")
-    return sum(not trial["is_equal"] for trial in kept["trials"])
 
 
 def _machine() -> dict[str, Any]:
@@ -132,6 +154,7 @@ def main() -> int:
     options = parser.parse_args()
     part, num_parts = map(int, options.part.split("/"))
     num_different = _run(options.store, options.out, options.kills, options.seed, part, num_parts)
+    print(as_table(json.loads(options.out.read_text())["summary"]))
     print(f"{num_different} answers were not the same")
     return 1 if num_different else 0
 
