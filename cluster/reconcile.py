@@ -149,8 +149,14 @@ def _current(target: Target, wanted: WantedActor, members: Iterable[Member]) -> 
 def _fitting(
     target: Target, wanted: WantedActor, members: Iterable[Member], states: tuple[MemberState, ...]
 ) -> Member | None:
-    """Of several one that is ready, of these the newest."""
-    fitting = [m for m in members if m.state in states and fits(target, wanted, m)]
+    """Of several one that is ready, of these the newest. None that is starting where nothing can be heard of it."""
+    fitting = [
+        m
+        for m in members
+        if m.state in states
+        and fits(target, wanted, m)
+        and not (m.state == "starting" and m.node_id in target.cut_off)
+    ]
     return max(fitting, key=lambda m: (m.state == "ready", m.incarnation, m.name), default=None)
 
 

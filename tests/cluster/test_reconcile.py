@@ -267,6 +267,13 @@ def test_actor_that_is_ready_on_a_node_that_is_cut_off_is_left_there() -> None:
     assert _actions(cut_off, _member("a")) == []
 
 
+def test_actor_that_is_starting_on_a_node_that_is_cut_off_is_started_elsewhere() -> None:
+    cut_off = replace(_target(_wanted("a")), cut_off=frozenset({"n1"}))
+    ended, created = _actions(cut_off, _member("a", "starting"))
+    assert _brief([ended, created]) == [("end", "a"), ("create", "a.2")]
+    assert isinstance(created, Create) and created.node_id == "n2"
+
+
 def test_actor_for_which_no_node_has_room_waits_for_a_machine_and_asks_ray_for_all_it_needs() -> None:
     (create,) = _actions(_target(_wanted("a", node=None, budget=301)))
     assert isinstance(create, Create)
