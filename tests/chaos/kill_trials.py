@@ -1,7 +1,7 @@
 """Hundreds of trials on running services, every one kept: `make chaos` runs it, docs/reliability.md has what came out.
 
-Usage: python -m tests.chaos.kill_trials STORE OUT [--kills N] [--seed N] [--part I/N]. OUT is JSON and grows: a part
-that is in it already is not run again, and replaces nothing. Exit code 1 where an answer was not the same.
+Usage: python -m tests.chaos.kill_trials STORE OUT [--kills N] [--seed N] [--part I/N] [--seconds N]. OUT is JSON and
+grows: a trial that is in it already is not run again. Exit code 1 where an answer was not the same.
 """
 
 from __future__ import annotations
@@ -111,23 +111,29 @@ def as_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _run(store: Path, out: Path, kills: int, seed: int, part: int, num_parts: int) -> int:
-    kept = json.loads(out.read_text()) if out.exists() else {"seed": seed, "kills": kills, "trials": []}
-    if (kept["seed"], kept["kills"]) != (seed, kills):
+def _run(options: argparse.Namespace) -> int:
+    """How many answers were not the same."""
+    out, facts = options.out, {"seed": options.seed, "kills": options.kills}
+    kept = json.loads(out.read_text()) if out.exists() else {**facts, "trials": []}
+    if {key: kept[key] for key in facts} != facts:
         raise SystemExit(f"{out} is of seed {kept['seed']} and {kept['kills']} kills")
+    part, num_parts = map(int, options.part.split("/"))
     done = {trial["number"] for trial in kept["trials"]}
-    trials = [t for t in plan_trials(seed, scaled(kills)) if t.number % num_parts == part]
+    trials = [t for t in plan_trials(options.seed, scaled(options.kills)) if t.number % num_parts == part]
     trials = [trial for trial in trials if trial.number not in done]
     if trials:
-        _carry_out(trials, store, out, kept, part)
+        _carry_out(trials, options, kept)
     return sum(not trial["is_equal"] for trial in kept["trials"])
 
 
-def _carry_out(trials: Sequence[Trial], store: Path, out: Path, kept: dict[str, Any], part: int) -> None:
-    with service_under_fire(store) as service:
+def _carry_out(trials: Sequence[Trial], options: argparse.Namespace, kept: dict[str, Any]) -> None:
+    until_s = time.monotonic() + options.seconds
+    with service_under_fire(options.store) as service:
         shots = Range(service)
         for index, trial in enumerate(trials):
             began_s = time.monotonic()
+            if began_s >= until_s:
+                break
             result = shots.run(trial, is_mended_after=index % MENDED_EACH == 0)
             verdict = ("equal" if result.is_equal else "DIFFERENT") if result.is_fired else "did not happen"
             print(
@@ -135,9 +141,9 @@ def _carry_out(trials: Sequence[Trial], store: Path, out: Path, kept: dict[str, 
                 f"stall {result.stall_s * 1e3:.0f} ms, {time.monotonic() - began_s:.1f} s",
                 flush=True,
             )
-            kept["trials"].append({**result.as_json(), "part": part})
+            kept["trials"].append(result.as_json())
             kept |= {"summary": summary(kept["trials"]), "machine": _machine()}
-            out.write_text(json.dumps(kept, indent=1) + "\n")
+            options.out.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 def _machine() -> dict[str, Any]:
@@ -151,9 +157,9 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--part", default="0/1", help="I/N: of N parts only this one, from 0")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no trial after so many")
     options = parser.parse_args()
-    part, num_parts = map(int, options.part.split("/"))
-    num_different = _run(options.store, options.out, options.kills, options.seed, part, num_parts)
+    num_different = _run(options)
     print(as_table(json.loads(options.out.read_text())["summary"]))
     print(f"{num_different} answers were not the same")
     return 1 if num_different else 0
