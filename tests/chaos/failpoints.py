@@ -102,7 +102,8 @@ class _Post:
 
     def __init__(self, folder: Path) -> None:
         self._armed, self._fired = str(folder / ARMED), folder / FIRED
-        self._born_at = time.time()
+        self.born_at = time.time()
+        """When this process became what it is: Ray starts some before it knows what for."""
         self._seen: dict[float, int] = {}
         """Passings since the file of that time."""
 
@@ -123,7 +124,7 @@ class _Post:
             _do(armed["deed"], arguments)
 
     def _is_meant(self, armed: dict[str, Any]) -> bool:
-        return os.getpid() in armed["pids"] if armed["pids"] else self._born_at > float(armed["at"])
+        return os.getpid() in armed["pids"] if armed["pids"] else self.born_at > float(armed["at"])
 
     def _claim(self, armed: dict[str, Any]) -> bool:
         aside = f"{self._armed}.{os.getpid()}"
@@ -197,6 +198,7 @@ class _Wrapper(importlib.abc.MetaPathFinder):
 
         def run_and_wrap(module: ModuleType) -> None:
             run(module)
+            self._post.born_at = time.time()
             for name, (_, function, when) in points.items():
                 _wrap(module, function, when, functools.partial(self._post.passes, name))
 
