@@ -80,13 +80,13 @@ def extract(
     ] = False,
 ) -> None:
     """Split a checkpoint into an expert store, or prove that a store holds a checkpoint."""
-    from gateway.store_source import hub_id_of, resolve_checkpoint
+    from gateway.store_source import hub_id_of, published_checkpoint
 
     if verify:
         others = (layers, components, groups, dtype, quantize, quantize_backbone, quantize_head, group_size)
         if index_only or discard_source or any(others):
             raise typer.BadParameter("--verify takes no other option: the store says how it was made")
-        return _verify(dest, resolve_checkpoint(source))
+        return _verify(dest, published_checkpoint(source))
     hub_id = hub_id_of(source)
     if discard_source and (hub_id is None or index_only):
         raise typer.BadParameter(
@@ -96,7 +96,7 @@ def extract(
     quantised = read_quantised(quantize, quantize_backbone, quantize_head, group_size)
     if hub_id is not None and not index_only:
         return _from_hub(hub_id, dest, chosen, dtype, quantised, discard_source)
-    folder = resolve_checkpoint(source) if hub_id is None else _downloaded(hub_id)
+    folder = published_checkpoint(source) if hub_id is None else _downloaded(hub_id)
     return _from_folder(folder, dest, chosen, dtype, quantised, index_only)
 
 
@@ -137,7 +137,7 @@ def _from_hub(
             quantised=quantised,
             progress=progress,
         )
-    _print_report(report)
+    _print_report(report, quantised)
 
 
 def _from_folder(
@@ -160,11 +160,13 @@ def _from_folder(
             quantised=quantised,
             progress=progress,
         )
-    _print_report(report)
+    _print_report(report, quantised)
 
 
-def _print_report(report: ExtractionReport) -> None:
+def _print_report(report: ExtractionReport, quantised: QuantisedParts) -> None:
     done = "copied" if report.kind == "copied" else "indexed in place"
+    if quantised.name is not None:
+        done = f"quantised to {quantised.name}"
     resumed = f", {_mib(report.resumed_bytes)} of them by an earlier run" if report.resumed_bytes else ""
     typer.echo(
         f"{report.root}: {report.num_experts} experts in {report.num_layers} layers, "
