@@ -16,15 +16,10 @@ from pathlib import Path
 
 from experts.hash_log import LOG_NAME
 from extraction.errors import DestinationOccupied, ExtractionError, ManifestInvalid, PathRefused
+from extraction.expert_index import read_expert_index
 from extraction.extract import extract
 from extraction.hub import HubId, parse_hub_id
-from extraction.manifest import (
-    FORMAT_VERSION,
-    MANIFEST_NAME,
-    check_files,
-    read_expert_index,
-    read_manifest,
-)
+from extraction.manifest import FORMAT_VERSION, MANIFEST_NAME, check_files, read_manifest
 from gateway.errors import CheckpointIsStore, StoreNotFound, StorePartial
 
 CACHE_VARIABLE = "SAGE_MOE_CACHE"
