@@ -175,9 +175,3 @@ def test_extraction_says_to_what_it_quantised(cache: Path, tmp_path: Path) -> No
         cache, "extract", "stories", str(tmp_path / "store"), "--quantize", "int4", "--quantize-head", "int8"
     )
     assert "of weights quantised to int4-g32+head-int8" in result.stdout
-
-
-def test_missing_service_says_what_starts_one(cache: Path) -> None:
-    result = _run(cache, "status", "--url", "http://127.0.0.1:1")
-    assert result.returncode == 1
-    assert "sage-moe serve starts one" in result.stderr
