@@ -327,9 +327,11 @@ def compare_kills(root: Path, num_kills: int, num_tokens: int) -> dict[str, Any]
     results: dict[str, Any] = {}
     for label, replicas in (("without a replica", 1), ("with a replica", 2)):
         kills = [measure_kill(root, replicas, num_tokens) for _ in range(num_kills)]
-        results[f"killed {label}"] = found = {
+        found: dict[str, Any] = {
             key: spread([kill[key] for kill in kills]) for key in kills[0] if key != "is_same"
-        } | {"are_tokens_the_same": all(kill["is_same"] for kill in kills)}
+        }
+        found["are_tokens_the_same"] = all(kill["is_same"] for kill in kills)
+        results[f"killed {label}"] = found
         stall, start = (found[key]["median"] for key in ("stall_s", "cold_start_s"))
         print(
             f"killed {label}: stall {stall * 1e3:.0f} ms, C {start:.1f} s, "
