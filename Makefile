@@ -8,7 +8,7 @@ NATIVE := hatch_build.py experts/native_build.py $(wildcard experts/native/*.[ch
 STORE := .stores/stories
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: setup demo serve test lint unit chaos bench-transport bench-extract clean
+.PHONY: setup demo demo-kill serve test lint unit chaos bench-transport bench-extract clean
 
 setup: $(STAMP)
 
@@ -26,6 +26,10 @@ $(STORE): | setup
 demo: setup $(STORE)
 	@$(BIN)/python -m gateway.demo $(STORE)
 
+# Streams a story, kills an expert actor in the middle of it, and shows that the answer is the same.
+demo-kill: setup $(STORE)
+	@$(BIN)/python -m gateway.demo_kill $(STORE)
+
 # Leaves the service running until Ctrl-C.
 serve: setup $(STORE)
 	@$(BIN)/sage-moe serve $(STORE) --actors 2 --served-model-name stories
@@ -41,9 +45,11 @@ unit: setup
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile -m "not ray and not slow"
 	$(BIN)/python -m pytest -m "ray and not slow"
 
-# Kills extractions and batches for minutes; `make test` has the quick ones.
-chaos: setup
+# Kills extractions, batches and every part of a running service, for about an hour; `make test` has the quick ones.
+chaos: setup $(STORE)
 	$(BIN)/python -m tests.chaos.extract_kills models/stories-moe --kills 100
+	rm -f .stores/chaos_kills.json
+	for part in 0 1 2 3; do $(BIN)/python -m tests.chaos.kill_trials $(STORE) .stores/chaos_kills.json --part $$part/4 || exit 1; done
 	$(BIN)/python -m pytest -m "chaos or slow"
 
 bench-extract: setup
