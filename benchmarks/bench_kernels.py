@@ -1,11 +1,11 @@
 """How close do our own matrix products come to the memory's bandwidth, and how do they compare with PyTorch's?
 
-One expert of Qwen3-30B-A3B (gate and up, activation, down: 2048 x 768 x 3) for 1 to 512 rows, and its head for 1 to 8,
-in bfloat16, int8 and int4 (groups of 32), each by our products at the machine's best level and by PyTorch's: `F.linear`,
-its kernels for 8-bit and 4-bit weights, or, where it has none that passes, dequantising. A call has eight experts, as a
-token does; so many are used in turn that weights come from memory and not from the processor's caches. Contenders take
-turns. Reported: microseconds of one expert or head, gigabytes of weights a second, their share of the bandwidth measured
-beside them by a plain C loop, and the ratio to PyTorch of the same turn (above 1: ours is faster).
+One expert of Qwen3-30B-A3B (gate and up, activation, down: 2048 x 768 x 3) for 1 to 512 rows, and its head for 1 to
+8, in bfloat16, int8 and int4 (groups of 32), each by our products at the machine's best level and by PyTorch's:
+`F.linear`, its kernels for 8-bit and 4-bit weights, or, where it has none that passes, dequantising. A call has eight
+experts, as a token does; so many are used in turn that weights come from memory and not from the processor's caches.
+Contenders take turns. Reported: microseconds of one expert or head, gigabytes of weights a second, their share of the
+bandwidth measured beside them by a plain C loop, and the ratio to PyTorch of the same turn (above 1: ours is faster).
 
 Usage: python -m benchmarks.bench_kernels [--turns N] [--rows N ...] [--weights NAME ...] [--keep]
 """
