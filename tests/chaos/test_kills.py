@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +14,7 @@ import ray
 
 from cluster.resources import NAMESPACE, SUPERVISOR_NAME
 from tests.chaos.service_under_fire import service_under_fire, wait_for
-from tests.chaos.trials import Range, Trial, plan_trials
+from tests.chaos.trials import Range, Trial, plan_trials, read_answer
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 
@@ -50,21 +52,45 @@ def test_reader_does_not_notice(fire: Range, trial: Trial) -> None:
 
 
 def test_afterwards_what_is_planned_runs_and_nothing_else(fire: Range) -> None:
-    """The last one: no actor, and no process of one, is left of those that were killed, hung or half made."""
+    """No actor, and no process of one, is left of those that were killed, hung or half made."""
     service = fire.service
     service.settle()
     names = [each["name"] for each in ray.util.list_named_actors(True) if each["namespace"] == NAMESPACE]
     actors = service.actors()
     assert sorted(names) == sorted([SUPERVISOR_NAME, *(actor["name"] for actor in actors)])
     pids = {actor["pid"] for actor in actors}
-    wait_for(lambda: _expert_processes() == pids)
+    wait_for(lambda: _processes("ray::ExpertActor") == pids)
 
 
-def _expert_processes() -> set[int]:
-    """Below this process."""
+@pytest.mark.parametrize("title", ["ray::ServeReplica:sage-moe:gateway", "ray::ProxyActor"])
+def test_gateway_or_proxy_that_dies_ends_its_answers_as_broken_and_the_next_one_serves(
+    fire: Range, title: str
+) -> None:
+    """What is not promised: the connections are gone. But no answer looks as if it were whole."""
+    url = fire.service.url
+    *_, expected = read_answer(url, 0, 0)
+    (pid,) = _processes(title)
+    is_killed = False
+    for answer in read_answer(url, 0, 0):
+        if len(answer.tokens) > 4 and not is_killed:
+            is_killed = True
+            os.kill(pid, signal.SIGKILL)
+    assert not answer.is_done and answer.finish_reason is None
+    assert answer.tokens == expected.tokens[: len(answer.tokens)]
+
+    def serves_again() -> bool:
+        *_, again = read_answer(url, 0, 0)
+        return again.content() == expected.content()
+
+    wait_for(serves_again)
+
+
+def _processes(title: str) -> set[int]:
+    """Of that title, below this process."""
     found = set()
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
-            if process.cmdline()[:1] == ["ray::ExpertActor"] and process.status() != psutil.STATUS_ZOMBIE:
+            words = " ".join(process.cmdline())
+            if words.startswith(title) and process.status() != psutil.STATUS_ZOMBIE:
                 found.add(process.pid)
     return found
