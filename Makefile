@@ -4,6 +4,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+NATIVE := hatch_build.py experts/native_build.py $(wildcard experts/native/*.[ch])
 STORE := .stores/stories
 export RAY_USAGE_STATS_ENABLED := 0
 
@@ -11,7 +12,8 @@ export RAY_USAGE_STATS_ENABLED := 0
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+# The install compiles experts/native where there is a C compiler.
+$(STAMP): pyproject.toml constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
@@ -57,4 +59,4 @@ bench-transport: setup
 	$(BIN)/python -m benchmarks.bench_transport
 
 clean:
-	rm -rf .stores .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf experts/native/_products.so $(STAMP) .stores .mypy_cache .ruff_cache .pytest_cache .hypothesis

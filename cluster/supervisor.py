@@ -67,7 +67,8 @@ class Supervisor:
         self._cut_off: frozenset[str] = frozenset()
         self._trust = TrustDesk()
         self._notices = ActorNotices()
-        self._scaler = PlanScaler(spec.scaling) if spec.scaling is not None else None
+        can_add_machines = not spec.is_local_only
+        self._scaler = PlanScaler(spec.scaling, can_add_machines) if spec.scaling is not None else None
         self._closing = threading.Event()
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="reconcile", daemon=True)
