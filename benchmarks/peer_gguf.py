@@ -150,7 +150,8 @@ def _describe(writer: Any, config: Mapping[str, Any]) -> None:
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
+    expert_width = config.get("moe_intermediate_size") or config["intermediate_size"]
+    writer.add_feed_forward_length(config.get("intermediate_size") or expert_width)
     writer.add_head_count(heads)
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_key_length(head_dim)
@@ -159,7 +160,7 @@ def _describe(writer: Any, config: Mapping[str, Any]) -> None:
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_expert_count(config["num_experts"])
     writer.add_expert_used_count(config["num_experts_per_tok"])
-    writer.add_expert_feed_forward_length(config.get("moe_intermediate_size", config["intermediate_size"]))
+    writer.add_expert_feed_forward_length(expert_width)
     writer.add_tokenizer_model("no_vocab")
     writer.add_vocab_size(config["vocab_size"])
 
@@ -174,7 +175,9 @@ class _Shards:
     """A checkpoint's tensors by name, read when they are wanted."""
 
     def __init__(self, root: Path) -> None:
-        self._files = [safe_open(path, framework="pt") for path in sorted(root.glob("*.safetensors"))]
+        self._files: list[Any] = [
+            safe_open(path, framework="pt") for path in sorted(root.glob("*.safetensors"))
+        ]
         self._file_of = {name: file for file in self._files for name in _names(file)}
         self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in self._file_of.items()}
 

