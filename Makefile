@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 STORE := .stores/stories
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: setup demo serve test lint unit chaos bench-transport bench-extract clean
+.PHONY: setup demo serve test lint unit chaos bench bench-peers bench-transport bench-extract clean
 
 setup: $(STAMP)
 
@@ -44,6 +44,33 @@ chaos: setup
 	$(BIN)/python -m tests.chaos.extract_kills models/stories-moe --kills 100
 	$(BIN)/python -m pytest -m "chaos or slow"
 
+# Measures again what benchmarks/results keeps, and keeps it: two hours on an idle machine. bench-peers builds llama.cpp.
+bench: bench-peers
+	$(BIN)/python -m benchmarks.bench_transport --keep
+	$(BIN)/python -m benchmarks.bench_exactness --keep
+	$(BIN)/python -m benchmarks.bench_exactness --dtype float32 --layers 2 --keep
+	$(BIN)/python -m benchmarks.bench_extract --keep
+	$(BIN)/python -m benchmarks.bench_batch --keep
+	$(BIN)/python -m benchmarks.bench_budget --rounds 5 --tokens 48 --keep
+	$(BIN)/python -m benchmarks.bench_prefetch --rounds 3 --tokens 24 --keep
+	$(BIN)/python -m benchmarks.bench_rss --keep
+	$(BIN)/python -m benchmarks.bench_scoring --layers 2 --steps 30 --keep
+	$(BIN)/python -m benchmarks.bench_trust --layers 2 --keep
+	$(BIN)/python -m benchmarks.bench_trust_restart --keep
+	$(BIN)/python -m benchmarks.quality --keep
+
+# What docs/performance.md quotes. Models stay in .bench: 25 GB, of which the second run uses all.
+PEERS := $(BIN)/python -m benchmarks.bench_peers --folder .bench --keep
+bench-peers: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,bench]'
+	for model in stories qwen3_moe olmoe; do for part in agree single streams; do \
+	  $(PEERS) --model $$model --part $$part || exit 1; done; done
+	$(PEERS) --model qwen3_moe --set quantised --part single
+	for model in stories qwen3_moe; do $(PEERS) --model $$model --set served --part streams --streams 1 16 || exit 1; done
+	for form in bf16 int8 int4; do \
+	  $(BIN)/python -m benchmarks.bench_roofline --folder .bench --form $$form --keep || exit 1; done
+	$(BIN)/python -m benchmarks.bench_roofline --model stories --keep
+
 bench-extract: setup
 	$(BIN)/python -m benchmarks.bench_extract
 
@@ -51,4 +78,4 @@ bench-transport: setup
 	$(BIN)/python -m benchmarks.bench_transport
 
 clean:
-	rm -rf .stores .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .stores .bench .mypy_cache .ruff_cache .pytest_cache .hypothesis
