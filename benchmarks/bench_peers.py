@@ -8,7 +8,8 @@ greedily, with the same prompts of the round. Parts:
 - streams: 1, 4, 16, 64 prompts that arrive together: tokens/s and time to the first token.
 Sets of contenders: bf16, quantised (int8 beside Q8_0, int4 beside Q4_0), served (in process beside HTTP).
 Models: slices of published widths with a few layers and random weights (`benchmarks.make_slice`), and the bundled one.
-`--vocab-size 4096` takes nearly all of the head away: the difference to the published one is the head.
+`--vocab-size 4096` takes nearly all of the head away: the difference to the published one is the head. All contenders
+of a run must fit into memory together, or the kernel drops the pages of those that map their files.
 
 Usage: python -m benchmarks.bench_peers --model qwen3_moe --set bf16 --part single [--folder DIR] [--label X] [--keep]
 """
@@ -23,6 +24,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+from time import perf_counter
 from typing import Any
 
 from benchmarks.peer_models import BUNDLED, PeerModel
@@ -144,11 +146,18 @@ def make_spec(name: str, model: PeerModel, num_threads: int) -> ContenderSpec:
 
 
 def run_rounds(
-    contenders: Mapping[str, ContenderProcess], model: PeerModel, measures: Sequence[Measure], num_rounds: int
+    contenders: Mapping[str, ContenderProcess],
+    model: PeerModel,
+    measures: Sequence[Measure],
+    num_rounds: int,
+    seconds: float,
 ) -> Rounds:
-    """One more round comes first and is not counted."""
+    """One more round comes first and is not counted. After that many seconds no new one begins beyond the second."""
     rounds = Rounds(list(contenders))
+    started = perf_counter()
     for number in range(num_rounds + 1):
+        if number > 2 and perf_counter() - started > seconds:
+            break
         for measure in measures:
             prompts = model.prompts(measure.num_prompts, measure.prompt_tokens, seed=1000 + number)
             for name in rounds.names if number % 2 else rounds.names[::-1]:
@@ -214,7 +223,7 @@ def measure_part(
                 if options.part == "single"
                 else stream_measures(options.streams)
             )
-            rounds = run_rounds(contenders, model, measures, options.rounds)
+            rounds = run_rounds(contenders, model, measures, options.rounds, options.seconds)
             results = rounds.summary(RATIOS[options.set])
         for name, one in contenders.items():
             facts[name]["memory"] = one.memory()
@@ -278,6 +287,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--contenders", nargs="+", help="of the set; default: all of it")
     parser.add_argument("--streams", type=int, nargs="+", default=list(STREAMS))
     parser.add_argument("--rounds", type=int, default=5, help="counted ones, at least 2")
+    parser.add_argument(
+        "--seconds", type=float, default=3600.0, help="begin no further round after this time"
+    )
     parser.add_argument("--quick", action="store_true", help="a tiny slice: does it run?")
     parser.add_argument("--folder", type=Path, help="where models stay; default: a temporary one")
     parser.add_argument("--label", default="", help="added to the name of the kept result")

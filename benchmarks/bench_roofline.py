@@ -126,6 +126,7 @@ def main() -> None:
         found = {}
         for count in options.streams:
             found[count] = measure_streams(watch, model, count, seed=count)
+            print(f"{count} streams: {found[count]['step_ms']['median']:.1f} ms", flush=True)
         flops_per_s = matmul_flops_per_s(torch.bfloat16)
         again = read_bandwidth(num_cores())
         mean = Bandwidth((bandwidth.bytes_per_s + again.bytes_per_s) / 2, bandwidth.how)

@@ -16,11 +16,17 @@ from router.loading import EngineOptions, LoadedEngine, load_engine
 from router.request import GenerationRequest, SamplingParams, TokenEvent
 
 
+KV_BUDGET_BYTES = 1 << 28
+"""Enough for every task here; the default would take a gigabyte that the other contenders' weights need."""
+
+
 class SageContender:
-    """Every option at its default, all experts in memory."""
+    """Every option but the cache's size at its default, all experts in memory."""
 
     def __init__(self, store: Path, num_threads: int) -> None:
-        self.loaded: LoadedEngine = load_engine(ExpertStore.open(store), EngineOptions())
+        self.loaded: LoadedEngine = load_engine(
+            ExpertStore.open(store), EngineOptions(kv_budget_bytes=KV_BUDGET_BYTES)
+        )
         # The engine chooses one thread for tiny experts; more than was agreed it may not have.
         torch.set_num_threads(min(num_threads, torch.get_num_threads()))
         self.loaded.worker.load_all()
