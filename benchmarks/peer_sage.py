@@ -15,7 +15,6 @@ from experts.store import ExpertStore
 from router.loading import EngineOptions, LoadedEngine, load_engine
 from router.request import GenerationRequest, SamplingParams, TokenEvent
 
-
 KV_BUDGET_BYTES = 1 << 28
 """Enough for every task here; the default would take a gigabyte that the other contenders' weights need."""
 
