@@ -1,8 +1,8 @@
 """How fast are we beside what users would take instead, on the same weights, prompts and cores?
 
-Contenders are `sage-moe` in this repository's engine and served over HTTP, `transformers`, and llama.cpp. Each is a
-process with the same checkpoint in memory, in its own format; they take turns, round by round, in alternating order,
-greedily, with the same prompts of the round. Parts:
+Contenders are `sage-moe` in this repository's engine (`torch`: without its own C products) and served over HTTP,
+`transformers`, and llama.cpp. Each is a process with the same checkpoint in memory, in its own format; they take turns,
+round by round, in alternating order, greedily, with the same prompts of the round. Parts:
 - agree: do they compute the same model? Greedy tokens, and the likeliest tokens' log probabilities after a prompt;
 - single: one stream: decode (tokens/s, gigabytes of weights a second), and prompts of 512 and 2,048 tokens;
 - streams: 1, 4, 16, 64 prompts that arrive together: tokens/s and time to the first token.
@@ -35,12 +35,16 @@ from benchmarks.report import finish, spread
 from experts.numerics import num_cores
 
 SETS: Mapping[str, tuple[str, ...]] = {
-    "bf16": ("sage-moe", "transformers", "llama.cpp bf16"),
+    "bf16": ("sage-moe", "sage-moe torch", "transformers", "llama.cpp bf16"),
     "quantised": ("sage-moe int8", "llama.cpp q8_0", "sage-moe int4", "llama.cpp q4_0"),
     "served": ("sage-moe", "sage-moe served"),
 }
 RATIOS: Mapping[str, tuple[tuple[str, str], ...]] = {
-    "bf16": (("sage-moe", "transformers"), ("sage-moe", "llama.cpp bf16")),
+    "bf16": (
+        ("sage-moe", "transformers"),
+        ("sage-moe", "llama.cpp bf16"),
+        ("sage-moe", "sage-moe torch"),
+    ),
     "quantised": (("sage-moe int8", "llama.cpp q8_0"), ("sage-moe int4", "llama.cpp q4_0")),
     "served": (("sage-moe served", "sage-moe"),),
 }
@@ -65,8 +69,8 @@ class Measure:
     read: Callable[[Generated], dict[str, float]]
 
 
-def single_measures(context: int) -> list[Measure]:
-    lengths = sorted({min(length, context - 1) for length in PREFILLS})
+def single_measures(context: int, prefills: Sequence[int] = PREFILLS) -> list[Measure]:
+    lengths = sorted({min(length, context - 1) for length in prefills})
     decode = Measure(
         "decode", 1, DECODE_PROMPT, DECODE_TOKENS, lambda got: {"tokens_per_s": got.decode_tokens_per_s}
     )
@@ -137,7 +141,9 @@ def make_spec(name: str, model: PeerModel, num_threads: int) -> ContenderSpec:
     if name == "sage-moe served":
         return ContenderSpec(name, "served", str(model.store("bf16")), num_threads, CONTEXT_TOKENS)
     if program == "sage-moe":
-        return ContenderSpec(name, "sage-moe", str(model.store(form or "bf16")), num_threads, CONTEXT_TOKENS)
+        products = "torch" if form == "torch" else None
+        path = model.store("bf16" if products or not form else form)
+        return ContenderSpec(name, "sage-moe", str(path), num_threads, CONTEXT_TOKENS, products)
     if program == "transformers":
         return ContenderSpec(name, "transformers", str(model.checkpoint()), num_threads, CONTEXT_TOKENS)
     kinds: dict[str, Any] = {"bf16": "bf16", "q8_0": "q8_0", "q4_0": "q4_0"}
@@ -219,7 +225,7 @@ def measure_part(
             results = agreement(contenders, model)
         else:
             measures = (
-                single_measures(model.context)
+                single_measures(model.context, options.prefills)
                 if options.part == "single"
                 else stream_measures(options.streams)
             )
@@ -286,6 +292,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--part", choices=("agree", "single", "streams"), default="single")
     parser.add_argument("--contenders", nargs="+", help="of the set; default: all of it")
     parser.add_argument("--streams", type=int, nargs="+", default=list(STREAMS))
+    parser.add_argument("--prefills", type=int, nargs="*", default=list(PREFILLS), help="lengths of prompts")
     parser.add_argument("--rounds", type=int, default=5, help="counted ones, at least 2")
     parser.add_argument(
         "--seconds", type=float, default=3600.0, help="begin no further round after this time"

@@ -45,6 +45,13 @@ class ContenderSpec:
     num_threads: int
     context_tokens: int
     """Positions of all streams together, where they must be known ahead."""
+    products: str | None = None
+    """Of the engine: whose matrix products, where not the best ones (`SAGE_MOE_PRODUCTS`)."""
+
+    @property
+    def environment(self) -> dict[str, str]:
+        found = {"OMP_NUM_THREADS": str(self.num_threads)}
+        return found if self.products is None else found | {"SAGE_MOE_PRODUCTS": self.products}
 
 
 def open_contender(spec: ContenderSpec) -> Contender:
@@ -80,7 +87,7 @@ class ContenderProcess:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": str(spec.num_threads)},
+            env=os.environ | spec.environment,
         )
         self.facts = Facts(**self._read())
 
