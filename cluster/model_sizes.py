@@ -14,7 +14,7 @@ import torch
 
 from cluster.demand import Demand, uniform_demand
 from experts.numerics import RowKernel
-from experts.quantised import QuantisedForm
+from experts.quantised import QuantisedForm, planned_product
 from extraction.layouts import layout_for
 from extraction.manifest import ROLES, SCALE_ROLES, ExpertKey, ExpertRecord, RecordPart
 from extraction.quantise import Quantization
@@ -120,5 +120,7 @@ def _expert_bytes(config: ModelConfig, dtype: torch.dtype, quantization: Quantiz
     sizes = [*map(quantization.code_bytes, shapes), *map(quantization.scale_bytes, shapes)]
     parts = [RecordPart(role, "", 0, size) for role, size in zip((*ROLES, *SCALE_ROLES), sizes, strict=True)]
     record = ExpertRecord(ExpertKey("model", 0, 0), quantization.scheme, None, tuple(parts))
-    form = QuantisedForm(quantization, dtype, {"model": config.hidden_size}, RowKernel(1), "pack")
+    form = QuantisedForm(
+        quantization, dtype, {"model": config.hidden_size}, RowKernel(1), planned_product(dtype)
+    )
     return form.loaded_bytes(record)
