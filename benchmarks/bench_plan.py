@@ -96,7 +96,7 @@ def main() -> None:
     with ExitStack() as stack:
         contenders = [stack.enter_context(contender(root, number)) for number in (0, *ACTORS)]
         loaded = contenders[0].loaded
-        model = measure_model(loaded.store.manifest.config, loaded.dtype, loaded.store.quantization)
+        model = measure_model(loaded.store.manifest.config, loaded.dtype, loaded.store.quantised)
         in_process, one, two = contenders[:3]
         costs, round_trip_s = measure_costs(in_process, one, two, options.rounds)
         results["costs"] = asdict(costs) | {"round_trip_s": round_trip_s}
