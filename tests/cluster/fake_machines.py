@@ -37,7 +37,6 @@ from cluster.processes import end_processes
 
 REPOSITORY = Path(__file__).parent.parent.parent
 HEAD_TYPE, WORKER_TYPE = "ray.head.default", "worker"
-HEAD_ID = "f" * 51 + "00000"
 OBJECT_STORE_BYTES = 80 * 2**20
 START_TIMEOUT_S = 120.0
 
