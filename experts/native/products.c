@@ -8,10 +8,10 @@
 
 #include <stdlib.h>
 
-#define PANEL_BYTES (128 << 10) /* of weights: they stay in the second cache while rows pass by */
+#define PANEL_BYTES (256 << 10) /* of weights: they stay in the second cache while rows pass by */
 #define MOST_OUTPUTS 512        /* of a panel */
 #define GATED_OUTPUTS 64        /* of a panel of gates, and of one of ups; a multiple of every way's `pairs` */
-#define AHEAD_BYTES (12 << 10)
+#define AHEAD_BYTES (32 << 10)
 #define ROWS_PACKED 16          /* by one piece of work */
 
 typedef struct {
