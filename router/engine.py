@@ -12,7 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -23,21 +23,14 @@ from router.batcher import BatchLimits, Chunk, StepPlan, admission_positions, pl
 from router.errors import PromptInvalid, QueueFull, RequestTooLong
 from router.kv_cache import BlockAllocator, KvPool, blocks_for
 from router.logprobs import prompt_logprobs, prompt_nlls, token_logprob
+from router.pace import Pace
 from router.prompt_groups import Member, match_members, shared_positions
 from router.request import FinishReason, GenerationRequest, TokenEvent
 from router.routing_choice import RoutingReport
 from router.sampling import sample
 from router.sequence import NO_INPUTS, PromptInputs, Sequence
-from router.step_batch import Span, StepBatch
-from router.step_routing import (
-    NativePolicy,
-    PromptProbe,
-    RoutingPolicy,
-    RoutingReporter,
-    RoutingWatcher,
-    SpanOwner,
-    StepRouting,
-)
+from router.step_pass import PassRows, StepPass, begin_pass
+from router.step_routing import NativePolicy, PromptProbe, RoutingPolicy, RoutingReporter, RoutingWatcher
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +76,8 @@ class Engine:
         self._swapped_bytes = 0
         self._waiting: OrderedDict[str, Sequence] = OrderedDict()
         self._running: OrderedDict[str, Sequence] = OrderedDict()
+        self._paused: StepPass | None = None
+        self.pace = Pace(len(backbone.layers))
 
     @property
     def has_work(self) -> bool:
@@ -142,17 +137,34 @@ class Engine:
         sequence = self._waiting.pop(request_id, None) or self._running.pop(request_id, None)
         if sequence is None:
             return False
+        self._keep_for_pass(sequence)
         self._release(sequence)
         return True
 
+    def _keep_for_pass(self, sequence: Sequence) -> None:
+        """Leave an ended sequence's blocks to the pass that still writes to them."""
+        step = self._paused
+        if step is None or not step.has(sequence):
+            return
+        name = f"{sequence.name} in a pass of {id(step):x}"
+        self.allocator.rename(sequence.name, name)
+        step.kept_tables.append(name)
+        if not any(self._is_running(rows.sequence) for rows in step.rows):
+            self._drop(step)
+
     def step(self) -> list[TokenEvent]:
-        """Compute one step for the sequences that fit. Returns what is new for each request."""
+        """Compute one step for the sequences that fit, and some layers of a prompt's pass beside running streams.
+        Returns what is new for each request."""
         started = time.perf_counter()
         parents, held = self._match_groups()
         plan = self._plan(parents, held)
         self._make_room(plan, parents)
         planned = time.perf_counter()
         events = self._compute(plan.chunks) if plan.chunks else []
+        if plan.paused:
+            self._paused = self._begin(plan.paused)
+        if self._paused is not None:
+            events += self._compute_paused(self._paused, started, is_alone=not plan.chunks)
         self.stats.steps += 1
         self.stats.last_step_at = time.monotonic()
         self._add_phase("plan", planned - started)
@@ -170,7 +182,10 @@ class Engine:
         for sequence in self._running.values():
             num_blocks = len(self.allocator.table(sequence.name))
             num_shared = self.allocator.num_shared(sequence.name) if sequence.can_share_prompt else 0
-            running.append(sequence.facts(num_blocks, num_shared))
+            facts = sequence.facts(num_blocks, num_shared)
+            if self._paused is not None and self._paused.has(sequence):
+                facts = replace(facts, is_in_pass=True)
+            running.append(facts)
         waiting = []
         for sequence in self._waiting.values():
             if sequence.name in parents:
@@ -179,7 +194,9 @@ class Engine:
                 waiting.append(sequence.facts(0, num_shared, num_given=num_prompt - 1))
             elif sequence.name not in held:
                 waiting.append(sequence.facts(0))
-        return plan_step(running, waiting, self.allocator.num_free, self.limits)
+        most = self.limits.max_batch_tokens
+        bounds = self.pace.bounds(most) if self.limits.is_paced else None
+        return plan_step(running, waiting, self.allocator.num_free, self.limits, bounds)
 
     def _make_room(self, plan: StepPlan, parents: Mapping[str, str]) -> None:
         for name in plan.preempt:
@@ -196,7 +213,7 @@ class Engine:
                 self._swapped_bytes -= _nbytes(sequence.swapped)
                 sequence.swapped = None
             self._running[name] = sequence
-        for chunk in plan.chunks:
+        for chunk in (*plan.chunks, *plan.paused):
             self.allocator.extend(chunk.name, chunk.first + chunk.count)
             self.pool.copy(self.allocator.unshare(chunk.name, chunk.first, chunk.first + chunk.count))
 
@@ -212,6 +229,8 @@ class Engine:
     def _preempt(self, name: str) -> None:
         """Take a running sequence's blocks; it goes to the front of the queue."""
         sequence = self._running.pop(name)
+        if self._paused is not None and self._paused.has(sequence):
+            self._drop(self._paused)  # it would write to blocks that are others' now
         table = self.allocator.table(name)[: blocks_for(sequence.num_computed)]
         needed = len(table) * self.pool.nbytes // self.allocator.num_blocks
         if table and self._swapped_bytes + needed <= self._swap_budget_bytes:
@@ -224,110 +243,104 @@ class Engine:
         self._waiting.move_to_end(name, last=False)
         self.stats.preemptions += 1
 
-    def _compute(self, chunks: SequenceOf[Chunk]) -> list[TokenEvent]:
-        sequences = [self._running[chunk.name] for chunk in chunks]
-        batch, finishing = self._batch(chunks, sequences)
-        foreign_rows = self.backbone.directory.foreign_rows
-        try:
-            output = self.backbone.forward(batch, self.pool)
-        except ExpertError as error:
-            logger.error("step failed, request %s and %d others end: %s", batch.trace, len(chunks) - 1, error)
-            return [self._fail(sequence, EXPERT_FAILED) for sequence in sequences]
+    def _begin(self, chunks: SequenceOf[Chunk]) -> StepPass:
+        members = [(chunk, self._running[chunk.name]) for chunk in chunks]
+        return begin_pass(self.backbone, self.allocator, members, self.policy, self.watchers, self.probe)
+
+    def _advance_pass(self, step: StepPass) -> list[TokenEvent]:
+        """One more layer. Where that fails, returns the ends of the pass's requests."""
+        directory = self.backbone.directory
+        foreign_rows = directory.foreign_rows
         started = time.perf_counter()
-        if self.backbone.directory.foreign_rows != foreign_rows:
-            for sequence in sequences:  # whose rows they were is not told
-                sequence.is_mixed = True
-        self._hand_out(chunks, sequences, output.captured)
-        events = self._score_prompts(chunks, sequences, output.scored_RD)
-        self._score_probed(chunks, sequences, output.scored_RD)
+        try:
+            step.forward.advance(self.pool)
+        except ExpertError as error:
+            living = [rows.sequence for rows in step.rows if self._is_running(rows.sequence)]
+            trace = step.forward.batch.trace
+            logger.error("step failed, request %s and %d others end: %s", trace, len(living) - 1, error)
+            self._drop(step)
+            return [self._fail(sequence, EXPERT_FAILED) for sequence in living]
+        self.pace.note_layer(step.num_tokens, time.perf_counter() - started)
+        step.is_mixed = step.is_mixed or directory.foreign_rows != foreign_rows
+        return []
+
+    def _compute(self, chunks: SequenceOf[Chunk]) -> list[TokenEvent]:
+        """All layers at once."""
+        started = time.perf_counter()
+        step = self._begin(chunks)
+        while not step.forward.is_done:
+            if failed := self._advance_pass(step):
+                return failed
+        events = self._finish(step)
+        if all(chunk.count == 1 for chunk in chunks):
+            self.pace.note_streams(time.perf_counter() - started)
+        return events
+
+    def _compute_paused(self, step: StepPass, started: float, *, is_alone: bool) -> list[TokenEvent]:
+        """Some layers of a pass that pauses: as many as running streams can wait for, at least one; all of them where
+        nobody waits. started: when the engine's step began."""
+        while not step.forward.is_done:
+            if failed := self._advance_pass(step):
+                return failed
+            spent_s = time.perf_counter() - started
+            if not is_alone and not self.pace.may_go_on(step.num_tokens, spent_s):
+                break
+        if not step.forward.is_done:
+            return []
+        events = self._finish(step)
+        self._drop(step)
+        return events
+
+    def _drop(self, step: StepPass) -> None:
+        """Forget a pass, and free what it held of requests that have ended. Others' rows may be computed again."""
+        for name in step.kept_tables:
+            self.pool.scrub(self.allocator.free(name))
+        if self._paused is step:
+            self._paused = None
+
+    def _is_running(self, sequence: Sequence) -> bool:
+        return self._running.get(sequence.name) is sequence
+
+    def _finish(self, step: StepPass) -> list[TokenEvent]:
+        """After the last layer: hand out what the rows gave. Sequences that ended meanwhile get nothing."""
+        output = step.forward.finish()
+        started = time.perf_counter()
+        living = [rows for rows in step.rows if self._is_running(rows.sequence)]
+        self._hand_out(step.rows, output.captured)
+        events = self._score_prompts(step.rows, output.scored_RD)
+        self._score_probed(step.rows, output.scored_RD)
         for phase, seconds in output.phase_seconds.items():
             self._add_phase(phase, seconds)
-        for chunk, sequence in zip(chunks, sequences, strict=True):
-            sequence.num_computed += chunk.count
-            self.stats.prompt_tokens += max(
-                0, min(sequence.num_computed, len(sequence.request.prompt_ids)) - chunk.first
-            )
+        for rows in living:
+            sequence = rows.sequence
+            sequence.is_mixed = sequence.is_mixed or step.is_mixed  # whose rows they were is not told
+            sequence.num_computed = rows.end
+            num_prompt = len(sequence.request.prompt_ids)
+            self.stats.prompt_tokens += max(0, min(rows.end, num_prompt) - rows.chunk.first)
+        finishing = [rows.sequence for rows in step.rows if rows.is_last]
         for sequence, logits in zip(finishing, output.logits_LV, strict=True):
-            if sequence.name in self._running:
+            if self._is_running(sequence):
                 events.append(self._advance(sequence, logits))
         self._add_phase("sampling", time.perf_counter() - started)
         return events
 
-    def _batch(
-        self, chunks: SequenceOf[Chunk], sequences: SequenceOf[Sequence]
-    ) -> tuple[StepBatch, list[Sequence]]:
-        """The step's rows, and the sequences whose last known token is among them, in row order."""
-        spans, positions, finishing = [], [], []
-        ids: list[int] = []
-        logit_rows: list[int] = []
-        scored_rows: list[int] = []
-        probed_rows: list[int] = []
-        embeddings: dict[int, Tensor] = {}
-        injections: dict[int, dict[int, Tensor]] = {}
-        for chunk, sequence in zip(chunks, sequences, strict=True):
-            row = len(ids)
-            end = chunk.first + chunk.count
-            spans.append(Span(self.allocator.table(chunk.name), chunk.first, chunk.count))
-            ids.extend(sequence.tokens[chunk.first : end])
-            positions.append(sequence.positions(chunk.first, chunk.count))
-            scored_rows.extend(row + p - chunk.first for p in sequence.unscored(chunk.first, chunk.count))
-            probed_rows.extend(row + p - chunk.first for p in self._probed(chunk, sequence))
-            for index, embedding in sequence.inputs.embeddings.items():
-                if chunk.first <= index < end:
-                    embeddings[row + index - chunk.first] = embedding
-            for layer, added in sequence.inputs.injections.items():
-                for index, vector in added.items():
-                    if chunk.first <= index < end:
-                        injections.setdefault(layer, {})[row + index - chunk.first] = vector
-            if end == len(sequence.tokens):
-                logit_rows.append(len(ids) - 1)
-                finishing.append(sequence)
-        lengths = None
-        if self.backbone.config.rope.depends_on_length:
-            lengths = torch.cat(
-                [s.text_lengths(c.first, c.count) for c, s in zip(chunks, sequences, strict=True)]
-            )
-        capture = {layer for sequence in sequences for layer in sequence.inputs.capture_layers}
-        batch = StepBatch(
-            tuple(spans),
-            torch.tensor(ids),
-            torch.cat(positions, dim=1),
-            tuple(logit_rows),
-            embeddings,
-            injections,
-            tuple(sorted(capture)),
-            chunks[0].name[:64],
-            lengths,
-            (*scored_rows, *probed_rows),
-            self._routing(chunks, sequences),
-        )
-        return batch, finishing
-
-    def _routing(self, chunks: SequenceOf[Chunk], sequences: SequenceOf[Sequence]) -> StepRouting:
-        owners = (
-            SpanOwner(s.request, c.first, c.count, s.tokens) for c, s in zip(chunks, sequences, strict=True)
-        )
-        return StepRouting(tuple(owners), self.policy, self.watchers)
-
-    def _hand_out(
-        self, chunks: SequenceOf[Chunk], sequences: SequenceOf[Sequence], captured: dict[int, Tensor]
-    ) -> None:
+    def _hand_out(self, parts: SequenceOf[PassRows], captured: dict[int, Tensor]) -> None:
         row = 0
-        for chunk, sequence in zip(chunks, sequences, strict=True):
-            if sequence.inputs.on_capture is not None:
-                for layer in sequence.inputs.capture_layers:
-                    sequence.inputs.on_capture(layer, chunk.first, captured[layer][row : row + chunk.count])
+        for part in parts:
+            inputs, chunk = part.sequence.inputs, part.chunk
+            if inputs.on_capture is not None and self._is_running(part.sequence):
+                for layer in inputs.capture_layers:
+                    inputs.on_capture(layer, chunk.first, captured[layer][row : row + chunk.count])
             row += chunk.count
 
-    def _score_prompts(
-        self, chunks: SequenceOf[Chunk], sequences: SequenceOf[Sequence], scored_RD: Tensor
-    ) -> list[TokenEvent]:
+    def _score_prompts(self, parts: SequenceOf[PassRows], scored_RD: Tensor) -> list[TokenEvent]:
         """Note the logprobs of prompt tokens where they are wanted. Returns the ends of those that failed."""
         events = []
         row = 0
-        for chunk, sequence in zip(chunks, sequences, strict=True):
-            following = [sequence.tokens[p + 1] for p in sequence.unscored(chunk.first, chunk.count)]
-            if following:
+        for part in parts:
+            sequence = part.sequence
+            following = [sequence.tokens[p + 1] for p in part.unscored]
+            if following and self._is_running(sequence):
                 hidden_RD = scored_RD[row : row + len(following)]
                 num_top = sequence.request.num_prompt_logprobs or 0
                 found = prompt_logprobs(hidden_RD, following, num_top, self.backbone.logits)
@@ -338,21 +351,9 @@ class Engine:
             row += len(following)
         return events
 
-    def _probed(self, chunk: Chunk, sequence: Sequence) -> SequenceOf[int]:
-        """Positions that the probe asks for."""
-        if self.probe is None:
-            return ()
-        return self.probe.positions(SpanOwner(sequence.request, chunk.first, chunk.count))
-
-    def _score_probed(
-        self, chunks: SequenceOf[Chunk], sequences: SequenceOf[Sequence], scored_RD: Tensor
-    ) -> None:
+    def _score_probed(self, parts: SequenceOf[PassRows], scored_RD: Tensor) -> None:
         """Their rows come after all others: a probe changes nothing of anybody's answer."""
-        following = [
-            sequence.tokens[position + 1]
-            for chunk, sequence in zip(chunks, sequences, strict=True)
-            for position in self._probed(chunk, sequence)
-        ]
+        following = [part.sequence.tokens[p + 1] for part in parts for p in part.probed]
         if self.probe is not None and following:
             nll_N = prompt_nlls(scored_RD[-len(following) :], following, self.backbone.logits)
             self.probe.scored(following, nll_N)

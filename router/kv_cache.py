@@ -96,6 +96,11 @@ class BlockAllocator:
             table[index] = target
         return copies
 
+    def rename(self, sequence: str, name: str) -> None:
+        """Its blocks are held under another name from now on."""
+        assert name not in self._tables
+        self._tables[name] = self._tables.pop(sequence)
+
     def free(self, sequence: str) -> tuple[int, ...]:
         """Give up a sequence's blocks. Returns those that nobody else holds; they can be handed out again."""
         table = self._tables.pop(sequence)
