@@ -8,7 +8,7 @@ ones, while blocks for their prompt and a reserve are free.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from router.kv_cache import blocks_for
@@ -88,13 +88,17 @@ def admission_positions(facts: SequenceFacts, reserve: int) -> int:
 
 def plan_step(
     running: Sequence[SequenceFacts],
-    waiting: Sequence[SequenceFacts],
+    waiting: Iterable[SequenceFacts],
     num_free: int,
     limits: BatchLimits,
     bounds: PromptBounds | None = None,
 ) -> StepPlan:
-    """Decide one step. running and waiting: oldest first. num_free: KV blocks that nobody holds. bounds: of prompts
-    beside running streams; None where prompts may take whole steps."""
+    """Decide one step.
+
+    running and waiting: oldest first; of those that wait none is asked for behind the first that does not fit.
+    num_free: KV blocks that nobody holds. bounds: of prompts beside running streams; None where prompts may take whole
+    steps.
+    """
     kept, preempted, num_free = _preempt(running, num_free)
     admitted: list[SequenceFacts] = []
     if not preempted:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 
@@ -19,9 +19,10 @@ from torch import Tensor
 
 from experts.errors import ExpertError
 from router.backbone import Backbone
-from router.batcher import BatchLimits, Chunk, StepPlan, admission_positions, plan_step
+from router.batcher import BatchLimits, Chunk, SequenceFacts, StepPlan, admission_positions, plan_step
 from router.errors import PromptInvalid, QueueFull, RequestTooLong
-from router.kv_cache import BlockAllocator, KvPool, blocks_for
+from router.kv_cache import KvPool, blocks_for
+from router.kv_room import KvRoom
 from router.logprobs import prompt_logprobs, prompt_nlls, token_logprob
 from router.pace import Pace
 from router.prompt_groups import Member, match_members, shared_positions
@@ -66,14 +67,14 @@ class Engine:
         self.backbone, self.pool = backbone, pool
         self.limits = limits or BatchLimits()
         self.stats = EngineStats()
-        self.allocator = BlockAllocator(pool.keys.shape[1])
+        self.kv = KvRoom(pool, swap_budget_bytes)
+        self.allocator = self.kv.allocator
         self.policy: RoutingPolicy = NativePolicy()
         self.reporter: RoutingReporter | None = None
         """Of a policy that takes requests with a choice of routing; without one they are refused."""
         self.watchers: tuple[RoutingWatcher, ...] = ()
         self.probe: PromptProbe | None = None
-        self._swap_budget_bytes = swap_budget_bytes
-        self._swapped_bytes = 0
+        self._num_quarantined = 0
         self._waiting: OrderedDict[str, Sequence] = OrderedDict()
         self._running: OrderedDict[str, Sequence] = OrderedDict()
         self._paused: StepPass | None = None
@@ -94,7 +95,7 @@ class Engine:
     @property
     def swapped_bytes(self) -> int:
         """Host memory that preempted sequences hold."""
-        return self._swapped_bytes
+        return self.kv.swapped_bytes
 
     def open_requests(self) -> list[str]:
         """Ids of all requests that have not ended."""
@@ -147,7 +148,7 @@ class Engine:
         if step is None or not step.has(sequence):
             return
         name = f"{sequence.name} in a pass of {id(step):x}"
-        self.allocator.rename(sequence.name, name)
+        self.kv.leave_to(name, sequence)
         step.kept_tables.append(name)
         if not any(self._is_running(rows.sequence) for rows in step.rows):
             self._drop(step)
@@ -156,6 +157,7 @@ class Engine:
         """Compute one step for the sequences that fit, and some layers of a prompt's pass beside running streams.
         Returns what is new for each request."""
         started = time.perf_counter()
+        self._doubt_prefixes()
         parents, held = self._match_groups()
         plan = self._plan(parents, held)
         self._make_room(plan, parents)
@@ -171,6 +173,13 @@ class Engine:
         self._add_phase("step", time.perf_counter() - started)
         return events
 
+    def _doubt_prefixes(self) -> None:
+        """An actor that gave wrong rows may have been part of anything that is in the cache."""
+        num_quarantined = self.backbone.directory.num_quarantined
+        if num_quarantined != self._num_quarantined:
+            self._num_quarantined = num_quarantined
+            self.kv.forget_prefixes((*self._running.values(), *self._waiting.values()))
+
     def _match_groups(self) -> tuple[dict[str, str], frozenset[str]]:
         """See `match_members`; most steps have nobody to match."""
         if not any(sequence.can_share_prompt for sequence in self._waiting.values()):
@@ -178,67 +187,54 @@ class Engine:
         return match_members(map(_member, self._running.values()), map(_member, self._waiting.values()))
 
     def _plan(self, parents: Mapping[str, str], held: frozenset[str]) -> StepPlan:
+        self.kv.begin_step()
         running = []
+        # A sequence grows by at most one block a step: before that is scarce, nobody is preempted.
+        is_scarce = self.allocator.num_free < len(self._running)
         for sequence in self._running.values():
-            num_blocks = len(self.allocator.table(sequence.name))
-            num_shared = self.allocator.num_shared(sequence.name) if sequence.can_share_prompt else 0
+            num_blocks = self.allocator.num_blocks_of(sequence.name)
+            num_shared = self.allocator.num_shared(sequence.name) if is_scarce else 0
             facts = sequence.facts(num_blocks, num_shared)
             if self._paused is not None and self._paused.has(sequence):
                 facts = replace(facts, is_in_pass=True)
             running.append(facts)
-        waiting = []
-        for sequence in self._waiting.values():
-            if sequence.name in parents:
-                num_prompt = len(sequence.request.prompt_ids)
-                num_shared = blocks_for(shared_positions(num_prompt))
-                waiting.append(sequence.facts(0, num_shared, num_given=num_prompt - 1))
-            elif sequence.name not in held:
-                waiting.append(sequence.facts(0))
+        waiting = self._waiting_facts(parents, held)
         most = self.limits.max_batch_tokens
         bounds = self.pace.bounds(most) if self.limits.is_paced else None
         return plan_step(running, waiting, self.allocator.num_free, self.limits, bounds)
 
+    def _waiting_facts(self, parents: Mapping[str, str], held: frozenset[str]) -> Iterator[SequenceFacts]:
+        for sequence in self._waiting.values():
+            if sequence.name in parents:
+                num_prompt = len(sequence.request.prompt_ids)
+                num_shared = blocks_for(shared_positions(num_prompt))
+                yield sequence.facts(0, num_shared, num_given=num_prompt - 1)
+            elif sequence.name not in held:
+                yield self.kv.facts_with_prefix(sequence)
+
     def _make_room(self, plan: StepPlan, parents: Mapping[str, str]) -> None:
         for name in plan.preempt:
             self._preempt(name)
-        for name in plan.admit:
-            sequence = self._waiting.pop(name)
-            num_positions = admission_positions(sequence.facts(0), self.limits.admission_reserve)
-            if name in parents:
-                self._fork(parents[name], sequence, num_positions)
+        admitted = [self._waiting.pop(name) for name in plan.admit]
+        needed = [
+            admission_positions(sequence.facts(0), self.limits.admission_reserve) for sequence in admitted
+        ]
+        self.kv.take_matched(admitted)
+        for sequence, num_positions in zip(admitted, needed, strict=True):
+            if sequence.name in parents:
+                self.kv.fork(self._running[parents[sequence.name]], sequence, num_positions)
             else:
-                self.allocator.allocate(name, num_positions)
-            if sequence.swapped is not None:
-                self.pool.swap_in(self.allocator.table(name), sequence.swapped)
-                self._swapped_bytes -= _nbytes(sequence.swapped)
-                sequence.swapped = None
-            self._running[name] = sequence
+                self.kv.admit(sequence, num_positions)
+            self._running[sequence.name] = sequence
         for chunk in (*plan.chunks, *plan.paused):
-            self.allocator.extend(chunk.name, chunk.first + chunk.count)
-            self.pool.copy(self.allocator.unshare(chunk.name, chunk.first, chunk.first + chunk.count))
-
-    def _fork(self, parent: str, child: Sequence, num_positions: int) -> None:
-        """Give a sequence its parent's prompt: full blocks are shared, one that will be written to is copied."""
-        num_prompt = len(child.request.prompt_ids)
-        self.allocator.fork(parent, child.name, num_prompt - 1)
-        self.allocator.extend(child.name, num_positions)
-        self.pool.copy(self.allocator.unshare(child.name, shared_positions(num_prompt), num_prompt))
-        child.num_computed = num_prompt - 1
-        child.is_mixed = self._running[parent].is_mixed
+            self.kv.grow(chunk.name, chunk.first, chunk.first + chunk.count)
 
     def _preempt(self, name: str) -> None:
         """Take a running sequence's blocks; it goes to the front of the queue."""
         sequence = self._running.pop(name)
         if self._paused is not None and self._paused.has(sequence):
             self._drop(self._paused)  # it would write to blocks that are others' now
-        table = self.allocator.table(name)[: blocks_for(sequence.num_computed)]
-        needed = len(table) * self.pool.nbytes // self.allocator.num_blocks
-        if table and self._swapped_bytes + needed <= self._swap_budget_bytes:
-            sequence.swapped = self.pool.swap_out(table)
-            self._swapped_bytes += _nbytes(sequence.swapped)
-        else:
-            sequence.num_computed = 0
-        self._free_blocks(sequence, must_scrub=not sequence.has_drawn)
+        self.kv.swap_out(sequence)
         self._waiting[name] = sequence
         self._waiting.move_to_end(name, last=False)
         self.stats.preemptions += 1
@@ -294,7 +290,7 @@ class Engine:
     def _drop(self, step: StepPass) -> None:
         """Forget a pass, and free what it held of requests that have ended. Others' rows may be computed again."""
         for name in step.kept_tables:
-            self.pool.scrub(self.allocator.free(name))
+            self.kv.free_left(name)
         if self._paused is step:
             self._paused = None
 
@@ -363,8 +359,10 @@ class Engine:
         if not bool(torch.isfinite(logits_V).all()):
             return self._fail_non_finite(sequence)
         request = sequence.request
-        # The prompt's logprobs go out once, with the first token.
-        prompt = () if sequence.has_drawn else tuple(sequence.prompt_logprobs)
+        # What is known of the prompt goes out once, with the first token.
+        is_first = not sequence.has_drawn
+        prompt = tuple(sequence.prompt_logprobs) if is_first else ()
+        num_cached = (sequence.num_cached or 0) if is_first else 0
         if not request.sampling.max_tokens:
             routing = self._routing_report(sequence)
             self._end(sequence)
@@ -375,10 +373,13 @@ class Engine:
                 prompt_logprobs=prompt,
                 routing=routing,
                 is_mixed=sequence.is_mixed,
+                num_cached=num_cached,
             )
         token = sample(sequence.drawable(logits_V), request.sampling, sequence.num_generated)
         sequence.append(token)
         self.stats.generated_tokens += 1
+        if is_first:
+            self.kv.keep_prefix(sequence)
         reason = sequence.finish_after(token)
         routing = self._routing_report(sequence)
         if reason is not None:
@@ -386,14 +387,24 @@ class Engine:
         found = (
             () if request.num_logprobs is None else (token_logprob(logits_V, token, request.num_logprobs),)
         )
-        return TokenEvent(sequence.name, (token,), reason, None, found, prompt, routing, sequence.is_mixed)
+        return TokenEvent(
+            sequence.name,
+            (token,),
+            reason,
+            None,
+            found,
+            prompt,
+            routing,
+            sequence.is_mixed,
+            num_cached=num_cached,
+        )
 
     def _fail_non_finite(self, sequence: Sequence) -> TokenEvent:
         logger.error("request %s: non-finite logits", sequence.name)
         return self._fail(sequence, "the model produced non-finite numbers")
 
     def _fail(self, sequence: Sequence, message: str) -> TokenEvent:
-        self._free_blocks(sequence, must_scrub=True)
+        self.kv.free(sequence, must_scrub=True)
         self._end(sequence)
         self.stats.failed += 1
         reason: FinishReason = "error"
@@ -409,17 +420,9 @@ class Engine:
         self._release(sequence)
 
     def _release(self, sequence: Sequence) -> None:
-        if self.allocator.holds(sequence.name):
-            self._free_blocks(sequence, must_scrub=not sequence.has_drawn)
-        if sequence.swapped is not None:
-            self._swapped_bytes -= _nbytes(sequence.swapped)
+        self.kv.release(sequence)
         if self.reporter is not None:
             self.reporter.forget(sequence.name)
-
-    def _free_blocks(self, sequence: Sequence, *, must_scrub: bool) -> None:
-        freed = self.allocator.free(sequence.name)
-        if must_scrub:
-            self.pool.scrub(freed)
 
     def _add_phase(self, phase: str, seconds: float) -> None:
         self.stats.phase_seconds[phase] = self.stats.phase_seconds.get(phase, 0.0) + seconds
@@ -454,7 +457,3 @@ def _member(sequence: Sequence) -> Member:
         can_give=sequence.has_drawn and is_prompt_there,
         can_take=is_untouched and not sequence.wants_prompt_logprobs,
     )
-
-
-def _nbytes(saved: tuple[Tensor, Tensor]) -> int:
-    return saved[0].nbytes + saved[1].nbytes
