@@ -1,10 +1,10 @@
 """What does a decode step take outside its arithmetic?
 
-One engine in process, streams that decode, all experts in memory. Arithmetic is what a step cannot do without: products
-with weights (projections, gates, experts, head), attention over the cache, norms and rotation; each is timed where it is
-called, and the timers' own time is measured and taken off. All the rest of `Engine.step` is overhead: planning, building
-the batch, choosing experts, dispatch and combine, the books of caches, writing and gathering keys and values, sampling,
-events.
+One engine in process, streams that decode, all experts in memory. Arithmetic is what a step cannot do without:
+products with weights (projections, gates, experts, head), attention over the cache, norms and rotation; each is timed
+where it is called, and the timers' own time is measured and taken off. All the rest of `Engine.step` is overhead:
+planning, building the batch, choosing experts, dispatch and combine, the books of caches, writing and gathering keys
+and values, sampling, events.
 
 Usage: python -m benchmarks.bench_overhead [--store NAME] [--streams N ...] [--steps N] [--temperature T] [--keep]
 """
