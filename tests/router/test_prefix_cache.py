@@ -28,7 +28,7 @@ from tests.engines import (
     small_engine,
 )
 
-TEXT = tuple((7 * i + i // 5) % 480 + 3 for i in range(400))
+TEXT = tuple(random.Random(1).choices(range(3, 483), k=400))
 SCOPE = PrefixScope("store", "class", 2)
 
 
