@@ -199,8 +199,9 @@ class Engine:
                 facts = replace(facts, is_in_pass=True)
             running.append(facts)
         waiting = self._waiting_facts(parents, held)
-        most = self.limits.max_batch_tokens
-        bounds = self.pace.bounds(most) if self.limits.is_paced else None
+        bounds = None
+        if self.limits.is_paced and (self._waiting or any(facts.num_missing > 1 for facts in running)):
+            bounds = self.pace.bounds(self.limits.max_batch_tokens)
         return plan_step(running, waiting, self.allocator.num_free, self.limits, bounds)
 
     def _waiting_facts(self, parents: Mapping[str, str], held: frozenset[str]) -> Iterator[SequenceFacts]:
@@ -314,9 +315,12 @@ class Engine:
             num_prompt = len(sequence.request.prompt_ids)
             self.stats.prompt_tokens += max(0, min(rows.end, num_prompt) - rows.chunk.first)
         finishing = [rows.sequence for rows in step.rows if rows.is_last]
-        for sequence, logits in zip(finishing, output.logits_LV, strict=True):
+        are_finite = torch.isfinite(output.logits_LV).all(dim=1).tolist()
+        for sequence, logits, is_finite in zip(finishing, output.logits_LV, are_finite, strict=True):
             if self._is_running(sequence):
-                events.append(self._advance(sequence, logits))
+                events.append(
+                    self._advance(sequence, logits) if is_finite else self._fail_non_finite(sequence)
+                )
         self._add_phase("sampling", time.perf_counter() - started)
         return events
 
@@ -355,9 +359,7 @@ class Engine:
             self.probe.scored(following, nll_N)
 
     def _advance(self, sequence: Sequence, logits_V: Tensor) -> TokenEvent:
-        """Draw the sequence's next token and end it where it must end."""
-        if not bool(torch.isfinite(logits_V).all()):
-            return self._fail_non_finite(sequence)
+        """Draw the sequence's next token from finite logits, and end it where it must end."""
         request = sequence.request
         # What is known of the prompt goes out once, with the first token.
         is_first = not sequence.has_drawn

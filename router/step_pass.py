@@ -94,7 +94,7 @@ def _batch(
     tables: SequenceOf[tuple[int, ...]],
     routing: StepRouting,
 ) -> StepBatch:
-    spans, positions, lengths = [], [], []
+    spans, lengths = [], []
     ids: list[int] = []
     logit_rows: list[int] = []
     scored_rows: list[int] = []
@@ -106,7 +106,6 @@ def _batch(
         shift = len(ids) - first
         spans.append(Span(table, first, count))
         ids.extend(sequence.tokens[first : part.end])
-        positions.append(sequence.positions(first, count))
         if backbone.config.rope.depends_on_length:
             lengths.append(sequence.text_lengths(first, count))
         scored_rows.extend(shift + position for position in part.unscored)
@@ -119,7 +118,7 @@ def _batch(
     return StepBatch(
         tuple(spans),
         torch.tensor(ids),
-        torch.cat(positions, dim=1),
+        _positions(rows),
         tuple(logit_rows),
         embeddings,
         injections,
@@ -129,6 +128,13 @@ def _batch(
         (*scored_rows, *probed_rows),
         routing,
     )
+
+
+def _positions(rows: SequenceOf[PassRows]) -> Tensor:
+    """(3, T) rotary positions."""
+    if all(part.sequence.inputs.positions_3P is None for part in rows):
+        return torch.tensor([p for part in rows for p in range(part.chunk.first, part.end)]).expand(3, -1)
+    return torch.cat([part.sequence.positions(part.chunk.first, part.chunk.count) for part in rows], dim=1)
 
 
 def _within(vectors: Mapping[int, Tensor], part: PassRows, shift: int) -> Iterator[tuple[int, Tensor]]:
