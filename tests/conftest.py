@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -23,6 +24,9 @@ os.environ.update(ray_environment() | LOCAL_ONLY)  # before anything imports Ray
 # What services learn in tests stays out of the user's state folder.
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="sage-moe-tests-state-")
 atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
+# A shell's background job, or one of nohup, ignores these, and programs that tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 settings.register_profile("unhurried", deadline=None)  # a busy machine is no failure
 settings.load_profile("unhurried")
 REPOSITORY = Path(__file__).parent.parent
