@@ -23,6 +23,7 @@ from cluster.actor_notices import ActorNotices
 from cluster.actor_pool import ActorPool
 from cluster.errors import ActorsNotStarted, SupervisorMissing
 from cluster.fleet import Fleet
+from cluster.living_nodes import living_nodes
 from cluster.plan import ServicePlan
 from cluster.reconcile import Target, is_settled, missing_actor
 from cluster.resources import NAMESPACE, SUPERVISOR_NAME, supervisor_options
@@ -63,9 +64,11 @@ class Supervisor:
         self._pool = ActorPool()
         self._fleet = Fleet(spec, self._pool)
         self._rooms: Mapping[str, int] = {}
+        self._cut_off: frozenset[str] = frozenset()
         self._trust = TrustDesk()
         self._notices = ActorNotices()
-        self._scaler = PlanScaler(spec.scaling) if spec.scaling is not None else None
+        can_add_machines = not spec.is_local_only
+        self._scaler = PlanScaler(spec.scaling, can_add_machines) if spec.scaling is not None else None
         self._closing = threading.Event()
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="reconcile", daemon=True)
@@ -215,12 +218,15 @@ class Supervisor:
             self._wake.clear()
 
     def _look(self) -> None:
-        found, answers, memory = self._pool.find(), self._pool.hear(HEAR_TIMEOUT_S), _living_nodes()
-        now_s = time.monotonic()
+        found, answers, nodes = self._pool.find(), self._pool.hear(HEAR_TIMEOUT_S), living_nodes()
+        now_s, memory = time.monotonic(), {node_id: node.memory_bytes for node_id, node in nodes.items()}
+        with self._lock:
+            doubtful = self._cut_off | self._fleet.doubtful_nodes(answers, now_s)
+        cut_off = frozenset(node for node in doubtful if node in nodes and not nodes[node].is_reached())
         with self._lock:
             if self._closing.is_set():
                 return
-            self._rooms = self._usable(memory)
+            self._rooms, self._cut_off = self._usable(memory), cut_off
             self._fleet.observe(found, answers, now_s)
             self._fleet.act(self._target(), self._record.plan, memory, now_s)
             self._tell(now_s)
@@ -236,7 +242,8 @@ class Supervisor:
         return trusted or rooms
 
     def _target(self) -> Target:
-        return Target(self._wanted, self._record.least_incarnation, self._rooms, self._spec.is_local_only)
+        least = self._record.least_incarnation
+        return Target(self._wanted, least, self._rooms, self._spec.is_local_only, self._cut_off)
 
     def _tell(self, now_s: float) -> None:
         """What actors with a bound go by."""
@@ -267,21 +274,6 @@ class Supervisor:
     def _keep(self, record: ServiceRecord) -> None:
         self._record = record
         save_record(record)
-
-
-def _living_nodes() -> dict[str, int]:
-    """Node id -> bytes of memory that Ray counts there."""
-    return {node["NodeID"]: int(node["Resources"].get("memory", 0)) for node in _nodes() if node["Alive"]}
-
-
-def node_addresses() -> list[str]:
-    """Of the nodes that live, as Ray knows them."""
-    return [node["NodeManagerAddress"] for node in _nodes() if node["Alive"]]
-
-
-def _nodes() -> list[dict[str, Any]]:
-    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    return nodes
 
 
 def start_supervisor(spec: ServiceSpec, node_id: str | None = None) -> Any:

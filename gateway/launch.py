@@ -96,8 +96,9 @@ def running_service(options: ServiceOptions, on_plan: OnPlan = lambda plan, unkn
 
         import ray
 
+        from cluster.living_nodes import node_addresses
         from cluster.service_spec import ServiceSpec
-        from cluster.supervisor import node_addresses, start_supervisor, stop_supervisor
+        from cluster.supervisor import start_supervisor, stop_supervisor
 
         engine = engine_options(options, dtype, threads.router)
         spec = ServiceSpec(

@@ -11,8 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,25 +19,22 @@ from typing import Any
 
 import grpc
 import httpx
-import psutil
 import pytest
 from ray.core.generated import gcs_pb2, gcs_service_pb2, gcs_service_pb2_grpc
 
 from cluster.head_probe import Answer, probe_head
-from cluster.processes import end_processes
 from cluster.ray_token import Token
 from cluster.resources import LOCAL_ONLY
 from gateway.generate import generate
 from router.loading import EngineOptions
+from tests.started_command import REPOSITORY, TIMEOUT_S, started
 
 pytestmark = pytest.mark.ray
 
-REPOSITORY = Path(__file__).parent.parent.parent
 SCRIPTS = Path(sys.executable).parent
 HEAD, WORKER = "127.0.0.2", "127.0.0.3"
 """Both are this machine's loopback; to Ray they are two machines."""
 PROMPT = "Once upon a time there was a king"
-TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -86,35 +82,6 @@ class RunningCluster:
             return getattr(stub(channel), method)(request, timeout=10.0, metadata=metadata)
 
 
-@contextmanager
-def _started(command: list[str], environment: dict[str, str], sign: str, log: Path) -> Iterator[Any]:
-    """A command in a session of its own, once it has said its sign; killed with all that it started."""
-    with open(log, "wb") as output:
-        process = subprocess.Popen(
-            command,
-            cwd=REPOSITORY,
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        _wait_until(lambda: sign in log.read_text(), lambda: process.poll() is None, log)
-        yield process
-    finally:
-        if process.poll() is None:
-            family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-            end_processes(family, 0.0)
-        process.wait()
-
-
-def _wait_until(is_reached: Callable[[], bool], is_alive: Callable[[], bool], log: Path) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while not is_reached():
-        assert is_alive() and time.monotonic() < deadline, log.read_text()
-        time.sleep(0.05)
-
-
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster]:
     folder = tmp_path_factory.mktemp("cluster")
@@ -139,7 +106,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster]:
     )
     command = [str(SCRIPTS / "ray"), "start", *options.split()]
     try:
-        with _started(command, environment, "Ray runtime started", folder / "head.log"):
+        with started(command, environment, "Ray runtime started", folder / "head.log"):
             del environment["RAY_AUTH_MODE"]  # our commands find out by themselves
             yield RunningCluster(f"{HEAD}:{port}", Token(token.read_text(), str(token)), environment)
     finally:
@@ -152,7 +119,7 @@ def cluster(head: RunningCluster, tmp_path_factory: pytest.TempPathFactory) -> I
     log = tmp_path_factory.mktemp("join") / "log"
     options = ("--node-address", WORKER, "--num-cpus", "1", "--labels", "disk=nvme")
     command = head.command("join", head.head, *options)
-    with _started(command, head.environment, "has joined", log) as process:
+    with started(command, head.environment, "has joined", log) as process:
         yield head
         process.send_signal(signal.SIGINT)
         assert process.wait(TIMEOUT_S) == 0, log.read_text()
@@ -163,7 +130,7 @@ def cluster(head: RunningCluster, tmp_path_factory: pytest.TempPathFactory) -> I
 def _service(cluster: RunningCluster, store: Path, port: int, log: Path) -> Iterator[Any]:
     options = ("--address", cluster.head, "--port", str(port), "--actors", "2", "--no-trust")
     command = cluster.command("serve", str(store), *options, "--served-model-name", "stories")
-    with _started(command, cluster.environment, " is served at ", log) as process:
+    with started(command, cluster.environment, " is served at ", log) as process:
         yield process
 
 

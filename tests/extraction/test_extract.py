@@ -28,8 +28,9 @@ from extraction.errors import (
     TensorsMissing,
     TensorUnexpected,
 )
+from extraction.expert_index import read_expert_index
 from extraction.extract import extract, prepare
-from extraction.manifest import ROLES, read_expert_index, read_manifest
+from extraction.manifest import ROLES, read_manifest
 from extraction.plan import SHARD_INDEX
 
 
