@@ -33,19 +33,19 @@ def dispatch(component: str, layer: int, tokens_TD: Tensor, routing: Routing, tr
     """Sort (token, rank) slots by expert, tokens ascending within one. Reads the routing back once."""
     num_ranks = routing.experts_TK.shape[1]
     chosen = routing.experts_TK.reshape(-1).cpu().numpy()
-    slots = np.argsort(chosen, kind="stable")
+    slots = chosen.argsort(kind="stable")
     if routing.has_absent:
         slots = slots[np.count_nonzero(chosen == ABSENT) :]  # which is below every expert
     by_expert = chosen[slots]
-    firsts = np.flatnonzero(np.diff(by_expert, prepend=ABSENT))
-    counts = np.diff(firsts, append=len(slots))
+    ends = [*(np.flatnonzero(by_expert[1:] != by_expert[:-1]) + 1).tolist(), len(slots)]
+    firsts = [0, *ends[:-1]] if len(slots) else []
     row_of_slot = np.zeros(len(chosen), dtype=np.int64)
     row_of_slot[slots] = np.arange(len(slots))
     call = ExpertCall(
         component,
         layer,
-        tuple(by_expert[firsts].tolist()),
-        tuple(counts.tolist()),
+        tuple(by_expert[firsts].tolist()) if firsts else (),
+        tuple(end - first for first, end in zip(firsts, ends, strict=False)),
         tuple((slots // num_ranks).tolist()),
         tokens_TD,
         trace,

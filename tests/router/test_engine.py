@@ -18,7 +18,6 @@ from router.batcher import BatchLimits
 from router.errors import PromptInvalid, QueueFull, RequestTooLong
 from router.kv_cache import BlockAllocator, KvPool
 from router.loading import EngineOptions, LoadedEngine
-from router.pace import Pace, PromptBounds
 from router.request import GenerationRequest, SamplingParams
 from router.sequence import PromptInputs
 from router.step_batch import Span, StepBatch
@@ -28,6 +27,7 @@ from tests.engines import (
     assert_nothing_held,
     assert_same_bits,
     open_engine,
+    pause_prompts,
     run_to_end,
     small_engine,
 )
@@ -440,22 +440,12 @@ def test_hundreds_of_requests_leave_nothing_behind(loaded: LoadedEngine) -> None
     assert not any(held.values()), held
 
 
-class SlowPace(Pace):
-    """A layer a step, of few rows, whatever the clock says."""
-
-    def bounds(self, most: int) -> PromptBounds:
-        return PromptBounds(paused=24, joined=4)
-
-    def may_go_on(self, num_rows: int, spent_s: float) -> bool:
-        return False
-
-
 def _beside_a_stream(
     loaded: LoadedEngine, num_blocks: int = 12, limits: BatchLimits | None = None, **swap: int
 ) -> RecordingEngine:
     """An engine with one stream that runs, whose prompts pause after every layer."""
     engine = small_engine(loaded, num_blocks, limits, **swap)
-    engine.pace = SlowPace(loaded.config.num_layers)
+    pause_prompts(engine)
     engine.submit(_request("stream", 5, 60))
     engine.step()
     return engine
@@ -521,7 +511,7 @@ def test_pass_whose_requests_are_all_cancelled_frees_at_once(loaded: LoadedEngin
 
 def test_preempted_request_in_a_pass_begins_it_again(loaded: LoadedEngine) -> None:
     engine = small_engine(loaded, 3, BatchLimits(admission_reserve=1), num_swap_blocks=2)
-    engine.pace = SlowPace(loaded.config.num_layers)
+    pause_prompts(engine)
     stream, prompt = _request("stream", BLOCK_POSITIONS - 2, 60), _request("prompt", BLOCK_POSITIONS + 40, 5)
     engine.submit(stream)
     engine.step()

@@ -28,7 +28,7 @@ from router.loading import EngineOptions
 from router.model_config import read_model_config
 from router.request import GenerationRequest, SamplingParams
 from tests.checkpoints import write_tiny
-from tests.engines import Outcome, assert_same_bits, open_engine, run_to_end, small_engine
+from tests.engines import Outcome, assert_same_bits, open_engine, pause_prompts, run_to_end, small_engine
 from tests.expert_servers import PATIENT, SECRET, expert_servers
 
 SWITCHES: dict[str, dict[str, Any]] = {
@@ -188,6 +188,15 @@ def test_chunked_prefill_equals_whole(
 ) -> None:
     limits = BatchLimits(max_batch_tokens=chunk)
     _check(root, EngineOptions(dtype=dtype, limits=limits), requests, reference)
+
+
+def test_prefill_that_pauses_between_layers_equals_whole(
+    root: Path, dtype: str, requests: list[GenerationRequest], reference: Outcome
+) -> None:
+    loaded = open_engine(root, EngineOptions(dtype=dtype))
+    pause_prompts(loaded.engine)
+    assert_same_bits(run_to_end(loaded.engine, requests, JOIN_AT), reference)
+    loaded.close()
 
 
 @pytest.mark.parametrize("experts_in_budget", [1, 5])

@@ -24,6 +24,7 @@ from tests.engines import (
     assert_nothing_held,
     assert_same_bits,
     open_engine,
+    pause_prompts,
     run_to_end,
     small_engine,
 )
@@ -290,6 +291,8 @@ def test_random_conversations_with_little_room_keep_their_bits(loaded: LoadedEng
         requests.append(_request(f"r{number}", prompt, chance.choice((1, 3, 30)), **scored))
     limits = BatchLimits(max_batch_tokens=96, max_running=5, admission_reserve=chance.choice((0, 8)))
     engine = _engine(loaded, 9, limits, chance.choice((0, 4)))
+    if seed % 2:
+        pause_prompts(engine)
     cancelled = set()
     for request in requests:
         engine.submit(request)
