@@ -75,7 +75,8 @@ def place(
     seat_X = assign(work, seats, _homes(work, seats, current), trade)
     plan = _planned(work, seats, seat_X, names)
     replicas = plan_replicas(topology, demand, plan, current, options.replicas)
-    return _share_gpus(topology, replace(plan, actors=(*plan.actors, *replicas)))
+    plan = replace(plan, actors=(*plan.actors, *replicas))
+    return _give_rest_to_router(topology, share_gpus(topology, plan))
 
 
 def seats_of(topology: Topology, actors_per_node: int = 1) -> tuple[Seat, ...]:
@@ -175,18 +176,22 @@ def _planned(work: Work, seats: Sequence[Seat], seat_X: Ints, names: _Names) -> 
     return ServicePlan(tuple(groups), tuple(actors), tuple(keys[0]), min(sizes[0], seats[0].room_bytes))
 
 
-def _share_gpus(topology: Topology, plan: ServicePlan) -> ServicePlan:
-    """Ray's share of a GPU for every actor on a node that has some; and to the routers what nobody else takes."""
+def share_gpus(topology: Topology, plan: ServicePlan) -> ServicePlan:
+    """Ray's share of a GPU for every actor on a node that has some."""
     actors = []
     for actor in plan.actors:
-        assert actor.node_id is not None
-        num_gpus = len(topology.node(actor.node_id).gpus)
+        num_gpus = len(topology.node(actor.node_id).gpus) if actor.node_id is not None else 0
         num_actors = sum(other.node_id == actor.node_id for other in plan.actors)
         share = 0.0 if num_gpus == 0 else 1.0 / -(-num_actors // num_gpus)
         actors.append(replace(actor, num_gpus=share))
+    return replace(plan, actors=tuple(actors))
+
+
+def _give_rest_to_router(topology: Topology, plan: ServicePlan) -> ServicePlan:
+    """What nobody else takes of their machine's memory is the routers'."""
     router = topology.router_node
-    taken = sum(actor.budget_bytes or 0 for actor in actors if actor.node_id == router)
-    return replace(plan, actors=tuple(actors), router_budget_bytes=topology.node(router).room_bytes - taken)
+    taken = sum(actor.budget_bytes or 0 for actor in plan.actors if actor.node_id == router)
+    return replace(plan, router_budget_bytes=topology.node(router).room_bytes - taken)
 
 
 def split_experts(keys: Sequence[ExpertKey], num_groups: int) -> list[tuple[ExpertKey, ...]]:
