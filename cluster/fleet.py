@@ -157,7 +157,7 @@ class Fleet:
     def _create(self, action: Create, plan: ServicePlan, memory: Mapping[str, int], now_s: float) -> None:
         actor = action.wanted.plan
         spec = actor_spec(self._spec, plan, actor, action.name, self.next_incarnation())
-        is_counted = not self._spec.is_local_only
+        is_counted = not self._spec.is_one_machine
         memory_bytes = reservation(action, memory, self.members.values()) if is_counted else 0
         self.note("create", action.name, action.reason)
         error = self._pool.create(spec, actor, action.node_id, memory_bytes)

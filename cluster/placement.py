@@ -24,6 +24,8 @@ from extraction.manifest import ExpertKey, group_of
 
 Grouping = Literal["expert", "layer"]
 NO_LIMIT = 2**62
+ROUTER_SHARE = 16
+"""The routers' process keeps one part in so many of its machine's room, also where no expert is placed there."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,10 @@ def _planned(work: Work, seats: Sequence[Seat], seat_X: Ints, names: _Names) -> 
             groups.append(ExpertGroup(names.groups[number], tuple(keys[number])))
             budget = min(sizes[number], seat.room_bytes)
             actors.append(ActorPlan(names.actors[number], names.groups[number], seat.node_id, budget))
-    return ServicePlan(tuple(groups), tuple(actors), tuple(keys[0]), min(sizes[0], seats[0].room_bytes))
+    room, least = seats[0].room_bytes, max(work.bytes_X.tolist(), default=0)
+    # Whatever else is placed on their machine, routers compute what is lost elsewhere.
+    budget = max(min(sizes[0], room), min(room, max(least, room // ROUTER_SHARE)))
+    return ServicePlan(tuple(groups), tuple(actors), tuple(keys[0]), budget)
 
 
 def share_gpus(topology: Topology, plan: ServicePlan) -> ServicePlan:

@@ -1,9 +1,9 @@
 """The plan after machines have come or gone: what is lost finds another place, and what runs stays as it is. Pure.
 
-`cluster.placement.place` divides all experts anew; while a service runs that would replace actors whose machines have no
-room for two. Here every group keeps its experts: a group whose actors are gone gets one where there is room, or waits
-for a machine; a machine that holds nothing gets what waits, then what the routers' memory does not hold, then second
-actors of the hottest groups. Called by `cluster.supervisor`.
+`cluster.placement.place` divides all experts anew; while a service runs that would replace actors whose machines have
+no room for two. Here every group keeps its experts: a group whose actors are gone gets one where there is room, or
+waits for a machine; a machine that holds nothing gets what waits, then what the routers' memory does not hold, then
+second actors of the hottest groups. Called by `cluster.node_watch`.
 """
 
 from __future__ import annotations

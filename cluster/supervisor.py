@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
@@ -23,11 +23,12 @@ from cluster.actor_notices import ActorNotices
 from cluster.actor_pool import ActorPool
 from cluster.errors import ActorsNotStarted, SupervisorMissing
 from cluster.fleet import Fleet
+from cluster.node_watch import NodeWatch
 from cluster.plan import ServicePlan
 from cluster.reconcile import Target, is_settled, missing_actor
 from cluster.resources import NAMESPACE, SUPERVISOR_NAME, supervisor_options
 from cluster.router_book import RouterLoad
-from cluster.scaling import PlanScaler
+from cluster.scaling import PlanScaler, where_it_runs
 from cluster.service_record import ServiceRecord, forget_record, load_record, save_record
 from cluster.service_spec import ServiceSpec, service_of, wanted_actors
 from cluster.supervisor_status import actor_entries, note_entries, pending_entries, plan_entry
@@ -66,6 +67,9 @@ class Supervisor:
         self._trust = TrustDesk()
         self._notices = ActorNotices()
         self._scaler = PlanScaler(spec.scaling) if spec.scaling is not None else None
+        self._nodes = None
+        if spec.placing is not None:
+            self._nodes = NodeWatch(spec.placing, self._record.topology or spec.placing.topology)
         self._closing = threading.Event()
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="reconcile", daemon=True)
@@ -198,6 +202,8 @@ class Supervisor:
         self._closing.set()
         self._wake.set()
         self._thread.join(ANSWER_TIMEOUT_S)
+        if self._nodes is not None:
+            self._nodes.close()
         self._trust.close()
         with self._lock:
             forget_record()
@@ -222,6 +228,7 @@ class Supervisor:
                 return
             self._rooms = self._usable(memory)
             self._fleet.observe(found, answers, now_s)
+            self._follow_nodes(memory, now_s)
             self._fleet.act(self._target(), self._record.plan, memory, now_s)
             self._tell(now_s)
             self._scale(now_s)
@@ -229,6 +236,8 @@ class Supervisor:
     def _usable(self, memory: Mapping[str, int]) -> dict[str, int]:
         """Node id -> room; without nodes that were quarantined too often, unless that leaves none."""
         rooms = {node_id: self._spec.rooms.get(node_id, num_bytes) for node_id, num_bytes in memory.items()}
+        if self._nodes is not None:
+            rooms = self._nodes.rooms(memory, self._record.plan)
         counts = self._record.quarantines
         trusted = {
             node_id: room for node_id, room in rooms.items() if counts.get(node_id, 0) < MAX_QUARANTINES
@@ -236,7 +245,19 @@ class Supervisor:
         return trusted or rooms
 
     def _target(self) -> Target:
-        return Target(self._wanted, self._record.least_incarnation, self._rooms, self._spec.is_local_only)
+        return Target(self._wanted, self._record.least_incarnation, self._rooms, self._spec.is_one_machine)
+
+    def _follow_nodes(self, alive: Collection[str], now_s: float) -> None:
+        """Plan anew where machines have come or gone."""
+        if self._nodes is None:
+            return
+        self._nodes.find(alive, now_s)
+        change = self._nodes.look(self._rooms, where_it_runs(self._record.plan, self._fleet), now_s)
+        for name, reason in self._nodes.take_refusals().items():
+            self._fleet.note("leave out", f"node {name}", reason)
+        if change is not None:
+            self._record = replace(self._record, topology=change.topology)
+            self.apply(change.plan, change.reason)
 
     def _tell(self, now_s: float) -> None:
         """What actors with a bound go by."""

@@ -26,7 +26,7 @@ from experts.errors import ExpertError
 from experts.eviction import Eviction
 from experts.group_trust import GroupTrust, Scores
 from experts.near_store import CacheSpec, NearStore, StoreSource, open_near
-from experts.numerics import calibrate
+from experts.numerics import calibrate, num_cores, useful_threads
 from experts.store import ExpertStore
 from experts.transport import Endpoint, ExpertServer, ServiceInfo, TransportLimits
 from experts.weight_server import WeightServer
@@ -65,6 +65,9 @@ class ActorSpec:
     """Where an actor looks whose machine may not have the store; None means that `store_root` is there."""
     cache: CacheSpec | None = None
     """What it keeps of what came from elsewhere."""
+    beside: int = 0
+    """Expert actors that share the cores of its machine, this one included, where its number of threads is to follow
+    from these; 0 means `num_threads`."""
 
     def fingerprint(self) -> str:
         """Equal for specs that compute the same for the same routers, whenever, wherever and within whatever budget."""
@@ -83,7 +86,7 @@ class ExpertActor:
 
     def __init__(self, spec: ActorSpec) -> None:
         logging.basicConfig(level=logging.INFO)
-        torch.set_num_threads(spec.num_threads)
+        torch.set_num_threads(_num_threads(spec))
         dtype = DTYPES[spec.dtype]
         kernel = calibrate([(2 * spec.expert_width, spec.width), (spec.width, spec.expert_width)], dtype)
         self._spec = spec
@@ -235,7 +238,14 @@ class ExpertActor:
             logger.warning("%s has not read its whole group ahead: %s", self._spec.name, error)
 
 
+def _num_threads(spec: ActorSpec) -> int:
+    if not spec.beside:
+        return spec.num_threads
+    return useful_threads(max(1, num_cores() // spec.beside), 2 * spec.expert_width * spec.width)
+
+
 def _open_store(spec: ActorSpec) -> NearStore:
     if spec.store_source is None:
         return NearStore(ExpertStore.open(Path(spec.store_root)), tuple(map(Path, spec.store_copies)))
-    return open_near(spec.store_source, spec.group, spec.cache, spec.secret)
+    cache = spec.cache.here() if spec.cache is not None else None
+    return open_near(spec.store_source, spec.group, cache, spec.secret)

@@ -1,5 +1,5 @@
-"""The plan after machines have come or gone: nothing is lost, nothing moves that need not, and no machine gets more than
-it has room for."""
+"""The plan after machines have come or gone: nothing is lost, nothing moves that need not, and no machine gets more
+than it has room for."""
 
 from __future__ import annotations
 

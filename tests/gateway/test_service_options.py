@@ -89,7 +89,7 @@ def test_store_cache_is_a_folder_and_a_limit() -> None:
     ("given", "words"),
     [
         ({"store-cache-limit": "1GiB", "actors": 1}, "store-cache-limit goes with store-cache"),
-        ({"store-cache": "/c"}, "store-cache goes with actors"),
+        ({"store-cache": "/c"}, "store-cache goes with actors or address"),
         ({"store-cache": "c", "actors": 1}, "must be an absolute path, the same on every machine, not 'c'"),
         ({"store-cache": "/c", "store-cache-limit": "1", "actors": 1}, "--store-cache-limit must be a size"),
     ],
