@@ -368,7 +368,9 @@ def _ask_cluster(options: ServiceOptions, engine: EngineOptions) -> Placed:
         stack.callback(_stop_ray)
         _reach_ray(options)
 
-        from gateway.placing import place_service  # imports Ray, which must find the environment of the cluster
+        from gateway.placing import (
+            place_service,  # imports Ray, which must find the environment of the cluster
+        )
 
         return place_service(options, engine)
 
