@@ -20,6 +20,7 @@ from cluster.topology import Topology
 from experts.actor import ActorSpec
 from experts.eviction import DEFAULT_EVICTION, Eviction
 from experts.near_store import CacheSpec, StoreSource
+from extraction.manifest import ExpertKey
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ class ServiceSpec:
     store_source: StoreSource | None = None
     """See `ActorSpec`; None where every machine of the service is known to have the store."""
     cache: CacheSpec | None = None
+    record_bytes: Mapping[ExpertKey, int] = field(default_factory=dict)
+    """Of every expert's record, where disks are looked after: on one machine there is nothing to gain."""
     placing: Placing | None = None
     """None leaves nodes that the plan does not name to Ray."""
 

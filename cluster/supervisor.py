@@ -21,6 +21,7 @@ import ray
 
 from cluster.actor_notices import ActorNotices
 from cluster.actor_pool import ActorPool
+from cluster.disk_keeper import DiskKeeper
 from cluster.errors import ActorsNotStarted, SupervisorMissing
 from cluster.fleet import Fleet
 from cluster.node_watch import NodeWatch
@@ -31,7 +32,7 @@ from cluster.router_book import RouterLoad
 from cluster.scaling import PlanScaler, where_it_runs
 from cluster.service_record import ServiceRecord, forget_record, load_record, save_record
 from cluster.service_spec import ServiceSpec, service_of, wanted_actors
-from cluster.supervisor_status import actor_entries, note_entries, pending_entries, plan_entry
+from cluster.supervisor_status import actor_entries, disks_entry, note_entries, pending_entries, plan_entry
 from cluster.trust_desk import TrustDesk
 from experts.roster import Roster
 from experts.trust import TrustReport, TrustTable
@@ -67,6 +68,10 @@ class Supervisor:
         self._trust = TrustDesk()
         self._notices = ActorNotices()
         self._scaler = PlanScaler(spec.scaling) if spec.scaling is not None else None
+        self._disks = None
+        if spec.record_bytes:
+            self._disks = DiskKeeper(spec.record_bytes, spec.store_source, _own_node())
+            self._fleet.source_for = self._disks.source_for
         self._nodes = None
         if spec.placing is not None:
             self._nodes = NodeWatch(spec.placing, self._record.topology or spec.placing.topology)
@@ -195,6 +200,7 @@ class Supervisor:
             "quarantines": dict(record.quarantines),
             "capacity": self._scaler.state if self._scaler is not None else None,
             "decisions": note_entries(notes),
+            "disks": disks_entry(self._disks.decision) if self._disks is not None else None,
         }
 
     def shut_down(self) -> None:
@@ -229,6 +235,7 @@ class Supervisor:
             self._rooms = self._usable(memory)
             self._fleet.observe(found, answers, now_s)
             self._follow_nodes(memory, now_s)
+            self._look_after_disks(now_s)
             self._fleet.act(self._target(), self._record.plan, memory, now_s)
             self._tell(now_s)
             self._scale(now_s)
@@ -258,6 +265,17 @@ class Supervisor:
         if change is not None:
             self._record = replace(self._record, topology=change.topology)
             self.apply(change.plan, change.reason)
+
+    def _look_after_disks(self, now_s: float) -> None:
+        if self._disks is None:
+            return
+        ready = {
+            name: (member, self._pool.handle(name))
+            for name, member in self._fleet.members.items()
+            if member.state == "ready"
+        }
+        self._disks.look(ready, now_s)
+        self._fleet.fallbacks = self._disks.decision.fallbacks
 
     def _tell(self, now_s: float) -> None:
         """What actors with a bound go by."""
@@ -293,6 +311,11 @@ class Supervisor:
 def _living_nodes() -> dict[str, int]:
     """Node id -> bytes of memory that Ray counts there."""
     return {node["NodeID"]: int(node["Resources"].get("memory", 0)) for node in _nodes() if node["Alive"]}
+
+
+def _own_node() -> str:
+    """Of this process, which runs where the store is."""
+    return str(ray.get_runtime_context().get_node_id())
 
 
 def node_addresses() -> list[str]:

@@ -19,7 +19,7 @@ import ray
 import torch
 from torch import Tensor
 
-from experts.actor_report import ActorIdentity, ActorPulse
+from experts.actor_report import ActorIdentity, ActorPulse, DiskReport
 from experts.budget import share_of
 from experts.call import ExpertCall
 from experts.errors import ExpertError
@@ -160,6 +160,12 @@ class ExpertActor:
         """Experts, of any group, whose records are on this machine's disk."""
         return self._store.held_experts()
 
+    def disk(self) -> DiskReport:
+        """What is on this machine's disk, and how much more may come."""
+        free_bytes = self._near.free_bytes()
+        held = frozenset[ExpertKey]() if free_bytes is None else self._store.held_experts()
+        return DiskReport(self.weights_address(), free_bytes is None, held, free_bytes or 0)
+
     def hold(self, keys: tuple[ExpertKey, ...]) -> None:
         """Keep these on the disk too; see `NearStore.hold`."""
         self._near.hold(keys)
@@ -230,7 +236,8 @@ class ExpertActor:
     def _warm_up(self) -> None:
         """Read the group into memory once it is on the disk: until then calls fetch first what they need."""
         try:
-            while not self._near.wait(WARM_UP_LOOK_S):
+            # What is kept for others comes after the group, and is not waited for.
+            while not (self._near.wait(WARM_UP_LOOK_S) or self._near.has(self._spec.group)):
                 if self._closing.is_set():
                     return
             self._worker.load_all()

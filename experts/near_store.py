@@ -63,6 +63,10 @@ class NearStore:
         """Whether all records that are needed are on this machine within that time."""
         return not isinstance(self.store, CachedStore) or self.store.wait(timeout_s)
 
+    def has(self, keys: Collection[ExpertKey]) -> bool:
+        """Whether these records are on this machine now."""
+        return all(map(self.store.holds, keys))
+
     def hold(self, keys: Collection[ExpertKey]) -> None:
         """Keep these records on this machine too, for others that may be lost; returns at once.
 
@@ -70,6 +74,10 @@ class NearStore:
         """
         if isinstance(self.store, CachedStore):
             self.store.need(keys)
+
+    def free_bytes(self) -> int | None:
+        """For records that are not here yet; None where the store is in place. Raises CacheUnusable."""
+        return self.store.free_bytes() if isinstance(self.store, CachedStore) else None
 
     def use(self, source: StoreSource, secret: bytes) -> None:
         """Fetch from there from now on; folders that were copied from are left out."""

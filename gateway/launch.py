@@ -33,7 +33,7 @@ from experts.loader import check_copies
 from experts.near_store import StoreSource
 from experts.numerics import num_cores
 from experts.store import ExpertStore
-from extraction.manifest import store_hash
+from extraction.manifest import ExpertKey, store_hash
 from gateway.bind_address import BindAddress, check_bind, check_free, resolve_bind
 from gateway.errors import OptionInvalid
 from gateway.memory import plan_service, this_node
@@ -176,6 +176,7 @@ def _start_actors(
         rooms={ray.get_runtime_context().get_node_id(): sum(layout.memory.actor_budgets)},
         scaling=_scaling(options, engine),
         cache=options.store_cache,
+        record_bytes={} if options.ray_address is None else _record_bytes(options),
         placing=layout.placing,
     )
     if options.store_cache is not None:
@@ -276,6 +277,14 @@ def _plan_memory(options: ServiceOptions, engine: EngineOptions, node: Node) -> 
     try:
         budgets = (options.expert_budgets, options.node_budgets)
         return plan_service(store, engine, options.num_actors, *budgets, node, options.num_routers)
+    finally:
+        store.close()
+
+
+def _record_bytes(options: ServiceOptions) -> dict[ExpertKey, int]:
+    store = ExpertStore.open(options.store_root)
+    try:
+        return {key: store.record(key).nbytes for key in store.expert_keys(store.served.name)}
     finally:
         store.close()
 

@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from cluster.expert_names import by_layer, name_experts
 from cluster.plan import ActorPlan
 from cluster.topology import NodeFacts
 from extraction.errors import one_line
@@ -17,8 +18,6 @@ from extraction.manifest import ExpertKey
 from gateway.placing import Placed
 
 MIB = 1 << 20
-MOST_NAMED = 8
-"""Layers whose experts are named in a line; all of them in `--dry-run --json` and `status --json`."""
 COLUMNS = ("machine", "store", "process", "experts", "in memory", "on disk")
 
 
@@ -113,37 +112,10 @@ def placement_lines(placed: Placed) -> list[str]:
                 "docs/exactness.md"
             )
     if placed.copies.absent:
-        lines.append(f"not failover-safe: on no disk: {name_experts(placed.copies.absent)}")
+        lines.append(f"not failover-safe: on no disk: {name_experts(by_layer(placed.copies.absent))}")
     if placed.copies.single:
         number = len(placed.copies.single)
         lines.append(
-            f"not failover-safe: {number} experts on one disk only: {name_experts(placed.copies.single)}"
+            f"not failover-safe: {number} experts on one disk only: {name_experts(by_layer(placed.copies.single))}"
         )
     return lines
-
-
-def by_layer(keys: Iterable[ExpertKey]) -> dict[str, list[int]]:
-    """Numbers of experts by "component/layer"."""
-    layers: dict[str, list[int]] = {}
-    for key in sorted(keys):
-        layers.setdefault(f"{key.component}/{key.layer}", []).append(key.expert)
-    return layers
-
-
-def name_experts(keys: Iterable[ExpertKey]) -> str:
-    """As `thinker/3: 0-7, 12; ...`, the first layers only."""
-    layers = by_layer(keys)
-    named = [f"{layer}: {_ranges(experts)}" for layer, experts in list(layers.items())[:MOST_NAMED]]
-    more = len(layers) - MOST_NAMED
-    return "; ".join(named) + (f"; and {more} more layers" if more > 0 else "")
-
-
-def _ranges(numbers: list[int]) -> str:
-    """Sorted numbers as `0-3, 7`."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][-1] == number - 1:
-            runs[-1][-1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)

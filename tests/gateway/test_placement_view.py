@@ -13,8 +13,7 @@ from cluster.placement import PlacementOptions, place
 from cluster.service_spec import Placing
 from cluster.topology import Topology
 from experts.budget import ExpertBytes
-from extraction.manifest import ExpertKey
-from gateway.placement_view import name_experts, placement_json, placement_lines, render_placement
+from gateway.placement_view import placement_json, placement_lines, render_placement
 from gateway.placing import Placed
 from tests.cluster.clusters import cluster, even_demand, node
 
@@ -65,10 +64,3 @@ def test_experts_with_one_copy_are_counted_and_named() -> None:
     assert told["single_copies"] == {"model/0": list(range(8)), "model/1": list(range(8))}
     assert not told["is_failover_safe"]
     assert told["router_experts"] == told["single_copies"]
-
-
-def test_long_lists_are_cut_with_the_number_of_what_is_left_out() -> None:
-    keys = [ExpertKey("m", layer, expert) for layer in range(11) for expert in (1, 2, 5)]
-    text = name_experts(keys)
-    assert text.startswith("m/0: 1-2, 5; m/1: 1-2, 5; ")
-    assert text.endswith("; and 3 more layers")
