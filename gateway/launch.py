@@ -354,7 +354,7 @@ def describe_plan(options: ServiceOptions) -> dict[str, Any]:
     config, dtype = _read_model(options)
     threads = _plan_threads(options, config)
     engine = engine_options(options, dtype, threads.router)
-    placed = _ask_cluster(options, engine) if options.is_placed else None
+    placed = ask_cluster(options) if options.is_placed else None
     plan = placed.memory if placed else _plan_memory(options, engine, this_node())
     shown = options.shown() | {"dtype": dtype, "max-model-len": _context_length(options, config)}
     max_open = options.num_routers * engine.limits.max_open
@@ -371,8 +371,10 @@ def describe_plan(options: ServiceOptions) -> dict[str, Any]:
     }
 
 
-def _ask_cluster(options: ServiceOptions, engine: EngineOptions) -> Placed:
-    """What would be placed where, without taking the cluster."""
+def ask_cluster(options: ServiceOptions) -> Placed:
+    """What would be placed where, without taking the cluster. Raises like `place_service` and `join_ray`."""
+    config, dtype = _read_model(options)
+    engine = engine_options(options, dtype, _plan_threads(options, config).router)
     with ExitStack() as stack:
         stack.callback(_stop_ray)
         _reach_ray(options)
