@@ -176,8 +176,7 @@ def _notes(topology: Topology, num_unsafe: int, *, is_described: bool) -> tuple[
         notes.append("GPUs are planned with, but this version computes experts on CPUs only")
     if is_described and len(topology.nodes) > 1:
         notes.append(
-            "serve measures the machines itself; node-budgets (docs/placement.md) hold it to the memory that is described "
-            "here"
+            "serve measures the machines itself; node-budgets (docs/placement.md) hold it to what is described here"
         )
     return tuple(notes)
 
