@@ -132,11 +132,13 @@ def router_deployment_options(num_threads: int, node_id: str | None = None) -> d
 
 def gateway_deployment_options(max_open_requests: int, node_id: str | None = None) -> dict[str, Any]:
     """Serve options of the gateway. It refuses generation beyond `max_open_requests` itself, with 429; Serve's own
-    limit is above that, so that refusals, status and readiness get through, and answers 503."""
+    limit is above that, so that refusals, status and readiness get through, and answers 503. Serve looks for a dead one
+    every second: it is the only one."""
     room = 2 * max_open_requests + SPARE_REQUESTS
     return _deployment(1, node_id) | {
         "max_ongoing_requests": room,
         "max_queued_requests": room,
+        "health_check_period_s": 1.0,
         "backpressure_config": {"status_code": 503, "retry_after_s": 1.0},
     }
 

@@ -5,13 +5,15 @@ The decisions are `cluster.autoscaler`'s; `cluster.supervisor` applies them.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
-from cluster.autoscaler import Decision, GroupLoad, LoadSnapshot, ScalerState, carry_out, decide
+from cluster.actor_counts import GroupLoad, ScalerState
+from cluster.autoscaler import Decision, LoadSnapshot, carry_out, decide
 from cluster.capacity import Capacity, observe
 from cluster.fleet import Fleet
-from cluster.plan import ServicePlan
+from cluster.plan import ExpertGroup, ServicePlan
 from cluster.scaling_room import NodeLoad
 from cluster.service_spec import Scaling
 from experts.group_trust import group_scores
@@ -64,6 +66,7 @@ class PlanScaler:
                 len(group.keys) * size,
                 size,
                 0.5 if trust is None else float(group_scores(*trust, group.keys).mean()),
+                self._fallback_s(group),
             )
             for group in plan.groups
         )
@@ -72,6 +75,12 @@ class PlanScaler:
         seen = where_it_runs(plan, fleet)
         self._state, decisions = decide(self._state, snapshot, seen, self._scaling.settings, now_s)
         return carry_out(plan, decisions), decisions
+
+    def _fallback_s(self, group: ExpertGroup) -> float:
+        """See `GroupLoad`. Every expert of a token is taken to be among the group's, as far as it has so many."""
+        scaling, layers = self._scaling, Counter((key.component, key.layer) for key in group.keys)
+        asked = sum(min(number, scaling.experts_per_token) for number in layers.values())
+        return asked * scaling.expert_bytes / scaling.read_bytes_s if scaling.read_bytes_s else float("inf")
 
     def _busy_by_group(self, plan: ServicePlan, fleet: Fleet) -> dict[str, float]:
         """Seconds that each group's actors computed since the last look."""

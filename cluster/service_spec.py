@@ -30,6 +30,10 @@ class Scaling:
     settings: ScalerSettings
     expert_bytes: int
     """Of one expert in memory."""
+    experts_per_token: int = 0
+    """Of a layer."""
+    read_bytes_s: float = float("inf")
+    """How fast routers read experts from their own copy of the store. 0 where they have none."""
     interval_s: float = 1.0
     """Between two looks."""
 

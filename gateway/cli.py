@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any, NoReturn, Optional
@@ -25,6 +24,7 @@ from gateway.extract_command import extract
 from gateway.join_command import join
 from gateway.plan_command import plan
 from gateway.serve_command import serve
+from gateway.status_command import status
 from gateway.store_command import store as store_app
 from gateway.study_options import MaskOption, ReplayOption, TraceOption
 from router.errors import RouterError
@@ -49,13 +49,6 @@ DtypeOption = Annotated[
     Optional[str],  # noqa: UP045 - typer reads the annotation at run time
     typer.Option(help="float32 or bfloat16; default: as stored."),
 ]
-ApiKeyOption = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(
-        metavar="KEY|@FILE", help="Key to send, or a file with it; default: the first of SAGE_MOE_API_KEYS."
-    ),
-]
-DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 def main() -> None:
@@ -257,34 +250,7 @@ app.command("eval")(evaluate)
 app.command()(compare)
 app.command()(join)
 app.command()(doctor)
-
-
-@app.command()
-def status(
-    url: Annotated[str, typer.Option(help="Where the service answers.")] = DEFAULT_URL,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    api_key: ApiKeyOption = None,
-) -> None:
-    """Show actors, nodes and requests of a running service."""
-    import httpx
-    from rich.console import Console
-
-    from gateway.api_keys import bearer_headers, client_key
-    from gateway.status_view import render_status
-
-    headers = bearer_headers(client_key(api_key, os.environ))
-    try:
-        response = httpx.get(f"{url.rstrip('/')}/sage/status", headers=headers, timeout=15.0)
-        if response.status_code == 401:
-            _fail(f"{url} wants an API key: --api-key @FILE, or SAGE_MOE_API_KEYS")
-        answer = response.raise_for_status().json()
-        view = render_status(answer)
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError, AttributeError) as error:
-        _fail(f"no service answers at {url}: {error}")
-    if as_json:
-        typer.echo(json.dumps(answer, indent=2))
-    else:
-        Console(highlight=False).print(view)
+app.command()(status)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from experts.worker import ExpertWorker
 from gateway.api_keys import NO_KEYS, KeyRing
 from gateway.capacity_metrics import render_capacity
 from gateway.chat_template import ChatTemplate
+from gateway.cluster_metrics import render_cluster
 from gateway.http_app import GatewaySettings, build_app
 from gateway.router_client import RouterHealth
 from gateway.router_pool import PoolLimits, RouterPool
@@ -221,8 +222,9 @@ class RouterDeployment:
     async def metrics(self) -> str:
         state = self._observe_capacity()
         own = render_capacity(state, resident_bytes(state, self._size), num_actors(state, self._size))
-        actors = (await self._cluster()).get("actors", [])
-        return render_metrics(self._service, actors, self._name) + own
+        cluster = await self._cluster()
+        of_router = render_metrics(self._service, cluster.get("actors", []), self._name)
+        return of_router + render_cluster(cluster) + own
 
     async def status(self) -> dict[str, object]:
         """Plain values: the router itself, its experts, the actors and nodes."""

@@ -350,3 +350,25 @@ def to_api_error(error: GatewayError) -> ApiError:
     if isinstance(error, GenerationFailed):
         return ApiError(500, f"Generation failed: {error.reason}", "server_error", None, "generation_failed")
     return ApiError(500, "Internal error.", "server_error", None, "internal_error")
+
+
+class ServiceUnreachable(GatewayError):
+    """Nothing that is a service of ours answers there, at least not now."""
+
+    def __init__(self, url: str, reason: str) -> None:
+        super().__init__(url, reason)
+        self.url, self.reason = url, reason
+
+    def __str__(self) -> str:
+        return f"no service answers at {self.url}: {self.reason}"
+
+
+class ServiceRefuses(GatewayError):
+    """A service wants a key that it was not given."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.url = url
+
+    def __str__(self) -> str:
+        return f"{self.url} wants an API key: --api-key @FILE, or SAGE_MOE_API_KEYS"

@@ -302,15 +302,22 @@ def _scaling(options: ServiceOptions, engine: EngineOptions) -> Scaling | None:
     """How the number of actors follows the load, where it does."""
     if options.actor_range is None:
         return None
+    from cluster.node_report import UNKNOWN_DISK_BYTES_S
+    from cluster.node_speed import measure_disk
     from cluster.service_spec import Scaling
 
     store = ExpertStore.open(options.store_root)
     try:
         expert_bytes = measure_footprint(store, engine).experts.largest
+        per_token = read_model_config(store.served.config).experts_per_token
+        records = (store.record(key) for key in store.expert_keys(store.served.name))
+        files = dict.fromkeys(part.file for record in records for part in record.parts)
     finally:
         store.close()
     least, most = options.actor_range
-    return Scaling(ScalerSettings(most, least), expert_bytes)
+    paths = (options.store_root / name for name in files)
+    read_bytes_s = measure_disk(paths, options.store_root) or UNKNOWN_DISK_BYTES_S
+    return Scaling(ScalerSettings(most, least), expert_bytes, per_token, read_bytes_s)
 
 
 def engine_options(options: ServiceOptions, dtype: str, num_threads: int) -> EngineOptions:

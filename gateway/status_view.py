@@ -19,7 +19,7 @@ NUM_DECISIONS = 5
 
 def render_status(status: Mapping[str, Any]) -> RenderableType:
     """Tables of actors, nodes and requests. The service may be anybody's: its texts are made safe to print."""
-    status = _printable(status)
+    status = printable(status)
     router, requests = status["router"], status["requests"]
     actors = Table(title="Routers and expert actors", title_justify="left")
     for column in ("name", "pid", "node", "group", "state", "resident", "hits"):
@@ -32,7 +32,7 @@ def render_status(status: Mapping[str, Any]) -> RenderableType:
             str(each.get("node", "")),
             "",
             each["state"],
-            _mib(experts.get("resident_bytes", 0)),
+            mib(experts.get("resident_bytes", 0)),
             _rates(experts.get("hit_rates", {})),
         )
     own = router["experts"]
@@ -43,7 +43,7 @@ def render_status(status: Mapping[str, Any]) -> RenderableType:
             str(actor.get("node", "")),
             f"{actor['group']} experts",
             actor["state"],
-            _mib(actor.get("resident_bytes", 0)),
+            mib(actor.get("resident_bytes", 0)),
             _rates(actor.get("hit_rates", {})),
         )
     nodes = Table(title="Nodes", title_justify="left")
@@ -55,7 +55,7 @@ def render_status(status: Mapping[str, Any]) -> RenderableType:
     for each in status["routers"]:
         resident[each["name"]] = each.get("experts", {}).get("resident_bytes", 0)
     plan = [render_memory(status["memory"], resident)] if status.get("memory") else []
-    memory = f"backbone {_mib(router['backbone_bytes'])}, KV cache {_mib(router['kv_bytes'])}"
+    memory = f"backbone {mib(router['backbone_bytes'])}, KV cache {mib(router['kv_bytes'])}"
     fetching = [line for actor in status["actors"] if (line := _fetching(actor))]
     line = f"Requests: {requests['running']} running, {requests['waiting']} waiting; {memory}"
     if "capacity" in status:
@@ -73,7 +73,7 @@ def render_status(status: Mapping[str, Any]) -> RenderableType:
 def _cluster_lines(cluster: Mapping[str, Any]) -> list[str]:
     """What waits for a machine, and the last decisions with their reasons."""
     lines = [
-        f"Waits for a machine with {_mib(entry['memory_bytes'])} of memory: {entry['name']}"
+        f"Waits for a machine with {mib(entry['memory_bytes'])} of memory: {entry['name']}"
         for entry in cluster.get("pending", ())
     ]
     disks = cluster.get("disks") or {}
@@ -112,24 +112,24 @@ def _fetching(actor: Mapping[str, Any]) -> str:
     done, total = store.get("records_done", 0), store.get("records_total", 0)
     if done == total:
         return ""
-    sizes = f"{_mib(store['bytes_done'])} of {_mib(store['bytes_total'])}"
+    sizes = f"{mib(store['bytes_done'])} of {mib(store['bytes_total'])}"
     trouble = f"; {store['last_error']}" if store.get("last_error") else ""
     return f"{actor['name']} fetches its group: {done} of {total} experts, {sizes}{trouble}"
 
 
-def _printable(value: Any) -> Any:
+def printable(value: Any) -> Any:
     """The value with control characters and rich's markup escaped in every text."""
     if isinstance(value, str):
         return escape(one_line(value))
     if isinstance(value, Mapping):
-        return {key: _printable(item) for key, item in value.items()}
-    return [_printable(item) for item in value] if isinstance(value, list) else value
+        return {key: printable(item) for key, item in value.items()}
+    return [printable(item) for item in value] if isinstance(value, list) else value
 
 
 def _rates(hit_rates: Mapping[str, float]) -> str:
     """ "trust 83%, lfu 80%, lru 73%"; nothing where everything fits."""
-    return ", ".join(f"{_printable(eviction)} {rate:.0%}" for eviction, rate in hit_rates.items())
+    return ", ".join(f"{printable(eviction)} {rate:.0%}" for eviction, rate in hit_rates.items())
 
 
-def _mib(num_bytes: float) -> str:
+def mib(num_bytes: float) -> str:
     return f"{num_bytes / 2**20:.1f} MiB"

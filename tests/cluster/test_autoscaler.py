@@ -203,7 +203,12 @@ def test_random_histories_keep_every_promise(seed: int) -> None:
     for _ in range(60):
         nodes = [replace(node, is_leaving=random_of.random() < 0.05) for node in nodes]
         loads = [
-            _load(group, random_of.choice((0.0, 1.0, 50.0)), random_of.uniform(0.0, 2.0), random_of.random())
+            replace(
+                _load(
+                    group, random_of.choice((0.0, 1.0, 50.0)), random_of.uniform(0.0, 2.0), random_of.random()
+                ),
+                fallback_s=random_of.choice((0.0, 2.0, float("inf"))),
+            )
             for group in range(groups)
         ]
         capacity = random_of.choice(STATES)
@@ -212,10 +217,69 @@ def test_random_histories_keep_every_promise(seed: int) -> None:
         actors = service.plan.actors
         assert len(actors) <= settings.max_actors
         new = {actor.name for actor in actors} - before
-        assert not new & seen, "a name is given twice"
         seen |= new
         for node in nodes:
             held = [actor for actor in actors if actor.node_id == node.node_id]
             assert not (node.is_leaving and any(actor.name in new for actor in held))
             assert sum(actor.budget_bytes or GROUP_BYTES for actor in held) <= node.room_bytes
             assert len({actor.group for actor in held}) == len(held), "replicas are on different nodes"
+    assert len(seen) <= groups * (settings.max_actors + 1), "names, and labels of metrics, are few"
+
+
+SLOW_DISK_S = 3.0
+
+
+def _waiting(group: int, rows: float = 10.0, busy: float = 0.1) -> GroupLoad:
+    """A group that a router computes slowly from its own disk."""
+    return replace(_load(group, rows, busy), fallback_s=SLOW_DISK_S)
+
+
+def test_only_second_copy_outlives_an_idle_minute_and_says_why_it_came() -> None:
+    service = _Service(_plan(_actor(0), groups=1))
+    (decision,) = service.look(_waiting(0))
+    assert (decision.kind, decision.node_id) == ("replicate", "small")
+    assert "were its only actor lost, answers would wait 3.0 s" in decision.reason
+    assert [service.look(_waiting(0), after_s=5.0) for _ in range(40)] == [[]] * 40
+    assert len(service.plan.actors) == 2
+
+
+def test_spare_takes_what_room_is_left_and_asks_for_no_machine() -> None:
+    nodes = (NodeLoad("big", 3000), NodeLoad("small", 250))
+    service = _Service(_plan(_actor(0), groups=1))
+    (decision,) = service.look(_waiting(0), nodes=nodes)
+    assert (decision.node_id, decision.budget_bytes) == ("small", 250)
+    full = (NodeLoad("big", 3000), NodeLoad("small", EXPERT_BYTES - 1))
+    service = _Service(_plan(_actor(0), groups=1))
+    assert service.look(_waiting(0), nodes=full) == []
+
+
+def test_spare_shrinks_to_the_disk_tier_for_a_group_that_has_no_actor() -> None:
+    nodes = (NodeLoad("big", 1000), NodeLoad("small", 1000))
+    spare = _actor(0, "small", 900, name="spare")
+    service = _Service(_plan(_actor(0, "big"), spare))
+    shrink, spawn = service.look(_waiting(0), _load(1), nodes=nodes)
+    assert (shrink.kind, shrink.actor, shrink.budget_bytes) == ("shrink", "spare", EXPERT_BYTES)
+    assert "it is a spare" in shrink.reason
+    assert (spawn.kind, spawn.node_id, spawn.budget_bytes) == ("spawn", "small", GROUP_BYTES - EXPERT_BYTES)
+
+
+def test_spare_of_a_node_that_leaves_goes_where_there_is_room_or_nowhere() -> None:
+    nodes = [NodeLoad("big", 3000), NodeLoad("small", 1500, is_leaving=True), NodeLoad("third", 2000)]
+    service = _Service(_plan(_actor(0), _actor(0, "small", name="spare"), groups=1))
+    (moved,) = service.look(_waiting(0), nodes=nodes)
+    assert (moved.kind, moved.actor, moved.node_id) == ("move", "spare", "third")
+    nodes[2] = NodeLoad("third", EXPERT_BYTES - 1)
+    service = _Service(_plan(_actor(0), _actor(0, "small", name="spare"), groups=1))
+    (drained,) = service.look(_waiting(0), nodes=nodes)
+    assert (drained.kind, drained.actor) == ("drain", "spare")
+
+
+def test_group_that_went_cold_shrinks_long_before_it_is_drained() -> None:
+    nodes = (NodeLoad("big", 1000),)
+    service = _Service(_plan(_actor(0), groups=2))
+    service.look(_load(0), _load(1, 0.0, 0.0), nodes=nodes)
+    for _ in range(11):
+        assert service.look(_load(0, 0.0, 0.0), _load(1, 0.0, 0.0), nodes=nodes) == []
+    shrink, spawn = service.look(_load(0, 0.0, 0.0), _load(1), nodes=nodes)
+    assert (shrink.kind, shrink.actor) == ("shrink", "experts-0")
+    assert (spawn.kind, spawn.group, spawn.node_id) == ("spawn", "experts-1", "big")

@@ -51,8 +51,9 @@ def test_readers_look_for_answers_only_where_every_process_has_a_core() -> None:
     assert plan_spin_s(3, 2, 1, 2) == plan_spin_s(8, 0, 1, 2) == 0.0
 
 
-def test_dead_router_is_noticed_within_a_second() -> None:
+def test_dead_router_and_dead_gateway_are_noticed_within_a_second() -> None:
     assert router_deployment_options(2)["health_check_period_s"] == 1.0
+    assert gateway_deployment_options(64)["health_check_period_s"] == 1.0
 
 
 def test_nothing_of_ours_takes_a_whole_cpu() -> None:
