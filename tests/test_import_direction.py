@@ -22,6 +22,7 @@ RAY_SHELLS = {
     "cluster/service_record.py",
     "cluster/ray_directory.py",
     "cluster/trust_keeper.py",
+    "cluster/disk_keeper.py",
     "cluster/weight_keeper.py",
     "gateway/batch_ray.py",
     "gateway/deployment.py",
