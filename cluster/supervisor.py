@@ -259,6 +259,7 @@ class Supervisor:
         if self._nodes is None:
             return
         self._nodes.find(alive, now_s)
+        self._pool.full_nodes = frozenset(alive)  # the plan has used what room there is
         change = self._nodes.look(self._rooms, where_it_runs(self._record.plan, self._fleet), now_s)
         for name, reason in self._nodes.take_refusals().items():
             self._fleet.note("leave out", f"node {name}", reason)
