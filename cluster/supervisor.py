@@ -227,7 +227,7 @@ class Supervisor:
             self._wake.clear()
 
     def _look(self) -> None:
-        found, answers, memory = self._pool.find(), self._pool.hear(HEAR_TIMEOUT_S), _living_nodes()
+        found, answers, memory = self._pool.find(), self._pool.hear(HEAR_TIMEOUT_S), _memory_by_node()
         now_s = time.monotonic()
         with self._lock:
             if self._closing.is_set():
@@ -309,7 +309,7 @@ class Supervisor:
         save_record(record)
 
 
-def _living_nodes() -> dict[str, int]:
+def _memory_by_node() -> dict[str, int]:
     """Node id -> bytes of memory that Ray counts there."""
     return {node["NodeID"]: int(node["Resources"].get("memory", 0)) for node in _nodes() if node["Alive"]}
 
@@ -321,7 +321,12 @@ def _own_node() -> str:
 
 def node_addresses() -> list[str]:
     """Of the nodes that live, as Ray knows them."""
-    return [node["NodeManagerAddress"] for node in _nodes() if node["Alive"]]
+    return list(living_nodes().values())
+
+
+def living_nodes() -> dict[str, str]:
+    """Ray's id of each node that lives, and its address."""
+    return {node["NodeID"]: node["NodeManagerAddress"] for node in _nodes() if node["Alive"]}
 
 
 def _nodes() -> list[dict[str, Any]]:

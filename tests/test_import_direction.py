@@ -24,6 +24,8 @@ RAY_SHELLS = {
     "cluster/trust_keeper.py",
     "cluster/disk_keeper.py",
     "cluster/weight_keeper.py",
+    "cluster/node_sync.py",
+    "gateway/store_sync_cluster.py",
     "gateway/batch_ray.py",
     "gateway/deployment.py",
     "gateway/launch.py",

@@ -110,6 +110,7 @@ def test_service_follows_the_machines_and_keeps_its_tokens(
     placed: Placed, expected: str, free_port: int, tmp_path: Path
 ) -> None:
     with placed.joined(WORKER) as worker:
+        _sync_ahead(placed)
         dry = placed.cluster.run(*placed.options(free_port), "--dry-run", "--json")
         assert dry.returncode == 0, dry.stderr
         decided = json.loads(dry.stdout)["placement"]
@@ -130,6 +131,8 @@ def test_service_follows_the_machines_and_keeps_its_tokens(
             assert entry["group"] == sum(map(len, sent.values()))
             assert entry["store"]["is_cache"]
             assert str(placed.folder / f"cache-{WORKER}") in entry["store"]["folder"]
+            assert entry["store"]["fetched_bytes"] == {}, "all was there ahead of time"
+            assert entry["store"]["records_done"] >= entry["group"]
 
             os.kill(entry["pid"], signal.SIGKILL)
             assert service.tell() == expected
@@ -147,6 +150,17 @@ def test_service_follows_the_machines_and_keeps_its_tokens(
                 service.wait_until(lambda: not service.status()["cluster"]["pending"])
                 assert service.actors(NEXT_WORKER)[0]["group"] == entry["group"]
                 assert service.tell() == expected
+
+
+def _sync_ahead(placed: Placed) -> None:
+    folder = placed.folder / "cache-of-the-service"
+    command = ("store", "sync", str(placed.store), "--address", placed.cluster.head, "--to", str(folder))
+    done = placed.cluster.run(*command, "--json")
+    assert done.returncode == 0, done.stderr
+    nodes = {node["address"]: node for node in json.loads(done.stdout)["nodes"]}
+    assert nodes[HEAD]["records_total"] == 0, "it has the store"
+    assert nodes[WORKER]["records_done"] == NUM_EXPERTS
+    assert nodes[WORKER]["folder"].startswith(str(placed.folder / f"cache-{WORKER}"))
 
 
 def _reasons(service: Service, words: str) -> bool:
