@@ -4,14 +4,16 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+NATIVE := hatch_build.py experts/native_build.py $(wildcard experts/native/*.[ch])
 STORE := .stores/stories
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: setup demo serve test lint unit chaos bench-transport bench-extract clean
+.PHONY: setup demo demo-kill serve test lint unit chaos bench-transport bench-extract clean
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+# The install compiles experts/native where there is a C compiler.
+$(STAMP): pyproject.toml constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
@@ -23,6 +25,10 @@ $(STORE): | setup
 # Streams one story through HTTP, Ray Serve, the router and two expert actors, prints a table, stops everything.
 demo: setup $(STORE)
 	@$(BIN)/python -m gateway.demo $(STORE)
+
+# Streams a story, kills an expert actor in the middle of it, and shows that the answer is the same.
+demo-kill: setup $(STORE)
+	@$(BIN)/python -m gateway.demo_kill $(STORE)
 
 # Leaves the service running until Ctrl-C.
 serve: setup $(STORE)
@@ -39,9 +45,11 @@ unit: setup
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile -m "not ray and not slow"
 	$(BIN)/python -m pytest -m "ray and not slow"
 
-# Kills extractions and batches for minutes; `make test` has the quick ones.
-chaos: setup
+# Kills extractions, batches and every part of a running service, for about an hour; `make test` has the quick ones.
+chaos: setup $(STORE)
 	$(BIN)/python -m tests.chaos.extract_kills models/stories-moe --kills 100
+	rm -f .stores/chaos_kills.json
+	for part in 0 1 2 3; do $(BIN)/python -m tests.chaos.kill_trials $(STORE) .stores/chaos_kills.json --part $$part/4 || exit 1; done
 	$(BIN)/python -m pytest -m "chaos or slow"
 
 bench-extract: setup
@@ -51,4 +59,4 @@ bench-transport: setup
 	$(BIN)/python -m benchmarks.bench_transport
 
 clean:
-	rm -rf .stores .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf experts/native/_products.so $(STAMP) .stores .mypy_cache .ruff_cache .pytest_cache .hypothesis

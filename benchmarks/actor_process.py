@@ -11,6 +11,7 @@ from time import perf_counter
 
 from cluster.resources import process_environment
 from experts.actor import ActorSpec, ExpertActor
+from experts.actor_report import ActorPulse
 from experts.eviction import DEFAULT_EVICTION
 from experts.store import ExpertStore
 from experts.transport import Endpoint
@@ -20,6 +21,7 @@ from router.model_config import read_model_config
 
 SECRET = b"a secret for benchmarks, 32 bytes"
 START_TIMEOUT_S = 300.0
+PULSE = "pulse"
 
 
 class ActorProcess:
@@ -54,6 +56,12 @@ class ActorProcess:
         self.start_s = perf_counter() - self._began
         return endpoint
 
+    def pulse(self) -> ActorPulse:
+        """How it does, as it tells a supervisor. Raises EOFError when the process has ended."""
+        self._answer.send(PULSE)
+        pulse: ActorPulse = self._answer.recv()
+        return pulse
+
     def kill(self) -> None:
         """SIGKILL; does nothing to a process that has ended."""
         self._process.kill()
@@ -64,9 +72,11 @@ def _serve(spec: ActorSpec, answer: Connection) -> None:
     actor = ExpertActor(spec)
     answer.send(actor.endpoint())
     try:
-        answer.recv()  # until whoever started it is gone
-    except EOFError:
-        actor.stop()
+        while answer.recv() == PULSE:
+            answer.send(actor.pulse())
+    except (EOFError, OSError):  # whoever started it is gone
+        pass
+    actor.stop()
 
 
 def actor_spec(

@@ -7,9 +7,12 @@ take turns with the same prompts:
 - messages and bytes for each token and layer;
 - the longest step of a running stream while a long prompt is computed beside it, in steps of the same stream alone;
 - the stall of a stream when the actor that it needs is killed (SIGKILL), with a replica and without one, against C, the
-  time from an actor's start until it takes calls; and what throughput is left with one of two replicas.
+  time from an actor's start until it takes calls;
+- tokens/s of 16 streams with two replicas, and when one of them is dead.
 
-Usage: python -m benchmarks.bench_cluster [--store NAME] [--rounds N] [--tokens N] [--kills N] [--keep]
+`--parts` takes some of these; another store's result is kept under that store's name.
+
+Usage: python -m benchmarks.bench_cluster [--store NAME] [--rounds N] [--tokens N] [--kills N] [--parts ...] [--keep]
 """
 
 from __future__ import annotations
@@ -47,6 +50,7 @@ ACTORS = (1, 2, 4)
 STREAMS = (1, 16)
 GOALS = {1: 0.75, 16: 0.85}
 """Of the engine with all in one process, with one actor."""
+PARTS = ("speed", "messages", "prefill", "kill", "replica")
 PROMPT_TOKENS = 32
 LONG_PROMPT_TOKENS = 1024
 KV_BUDGET_BYTES = 256 << 20
@@ -214,6 +218,25 @@ def measure_kill(root: Path, num_replicas: int, num_tokens: int) -> dict[str, An
     }
 
 
+def measure_one_down(root: Path, num_rounds: int, num_tokens: int) -> dict[str, Any]:
+    """Tokens/s of the most streams with two replicas of one group, then with one of them killed; one run of each is not
+    counted, the second one of which has the stall."""
+    with contender(root, 1, num_replicas=2) as served:
+
+        def speeds() -> list[float]:
+            prompts = prompts_for(served, STREAMS[-1])
+            return [served.decode(prompts, num_tokens) for _ in range(num_rounds + 1)][1:]
+
+        both = speeds()
+        served.actors[0].kill()
+        left = speeds()
+    return {
+        "both": spread(both),
+        "one_left": spread(left),
+        "ratio": statistics.median(left) / statistics.median(both),
+    }
+
+
 @dataclass
 class _Story:
     tokens: list[int] = field(default_factory=list)
@@ -233,9 +256,9 @@ def _tokens(served: Contender, num_tokens: int, kill_after: int | None) -> _Stor
     return story
 
 
-def prompts_for(contender: Contender, streams: int) -> list[list[int]]:
+def prompts_for(contender: Contender, streams: int, first_seed: int = 0) -> list[list[int]]:
     """The same for every contender."""
-    return [_prompt(contender, PROMPT_TOKENS, seed) for seed in range(streams)]
+    return [_prompt(contender, PROMPT_TOKENS, first_seed + seed) for seed in range(streams)]
 
 
 def _prompt(contender: Contender, length: int, seed: int) -> list[int]:
@@ -254,44 +277,67 @@ def main() -> None:
     parser.add_argument(
         "--kills", type=int, default=5, help="with a replica, and as many without; at least 2"
     )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--keep", action="store_true", help="keep the result under benchmarks/results")
     options = parser.parse_args()
     root = resolve_store(options.store, announce=print)
     results: dict[str, Any] = {}
-    with ExitStack() as stack:
-        contenders = [stack.enter_context(contender(root, number)) for number in (0, *ACTORS)]
-        for streams in STREAMS:
-            speed = measure_speed(contenders, streams, options.rounds, options.tokens)
-            results[f"{streams} streams"] = speed
-            for name, found in speed.items():
-                tokens_per_s, ratio = found["tokens_per_s"]["median"], found["ratio"]
-                goal = f"; goal {GOALS[streams]}" if name == "1 actor" else ""
-                print(
-                    f"{streams:2} streams, {name:10}: {tokens_per_s:7.1f} tokens/s, {ratio['median']:.2f} of in "
-                    f"process ({ratio['p5']:.2f} to {ratio['p95']:.2f}){goal}"
-                )
-        results["messages"] = {c.name: count_messages(c, options.tokens) for c in contenders[1:]}
-        results["prefill"] = {c.name: measure_prefill(c) for c in contenders}
-        for part in ("messages", "prefill"):
+    if {"speed", "messages", "prefill"}.intersection(options.parts):
+        with ExitStack() as stack:
+            contenders = [stack.enter_context(contender(root, number)) for number in (0, *ACTORS)]
+            if "speed" in options.parts:
+                results |= compare_speed(contenders, options.rounds, options.tokens)
+            if "messages" in options.parts:
+                results["messages"] = {c.name: count_messages(c, options.tokens) for c in contenders[1:]}
+            if "prefill" in options.parts:
+                results["prefill"] = {c.name: measure_prefill(c) for c in contenders}
+        for part in {"messages", "prefill"}.intersection(results):
             for name, found in results[part].items():
                 print(f"{part}, {name}: " + ", ".join(f"{key} {value:.2f}" for key, value in found.items()))
-    for label, replicas in (("without a replica", 1), ("with a replica", 2)):
-        kills = [measure_kill(root, replicas, options.tokens) for _ in range(options.kills)]
-        results[f"killed {label}"] = {
-            key: spread([kill[key] for kill in kills]) for key in kills[0] if key != "is_same"
-        } | {"are_tokens_the_same": all(kill["is_same"] for kill in kills)}
-        stall, start = (results[f"killed {label}"][key]["median"] for key in ("stall_s", "cold_start_s"))
-        print(
-            f"killed {label}: stall {stall * 1e3:.0f} ms, C {start:.1f} s, "
-            f"same tokens: {results[f'killed {label}']['are_tokens_the_same']}"
-        )
-    config = {key: value for key, value in vars(options).items() if key != "keep"}
+    if "kill" in options.parts:
+        results |= compare_kills(root, options.kills, options.tokens)
+    if "replica" in options.parts:
+        results["one of two replicas down"] = found = measure_one_down(root, options.rounds, options.tokens)
+        print(f"one of two replicas down: {found['ratio']:.2f} of the tokens/s with both")
+    config = {key: value for key, value in vars(options).items() if key not in ("keep", "store")}
+    name = "bench_cluster" if options.store == "stories" else f"bench_cluster_{Path(options.store).name}"
     finish(
-        "bench_cluster",
-        config | {"goals": {str(k): v for k, v in GOALS.items()}},
+        name,
+        config | {"store": Path(options.store).name, "goals": {str(k): v for k, v in GOALS.items()}},
         results,
         is_kept=options.keep,
     )
+
+
+def compare_speed(contenders: Sequence[Contender], num_rounds: int, num_tokens: int) -> dict[str, Any]:
+    results = {}
+    for streams in STREAMS:
+        results[f"{streams} streams"] = speed = measure_speed(contenders, streams, num_rounds, num_tokens)
+        for name, found in speed.items():
+            tokens_per_s, ratio = found["tokens_per_s"]["median"], found["ratio"]
+            goal = f"; goal {GOALS[streams]}" if name == "1 actor" else ""
+            print(
+                f"{streams:2} streams, {name:10}: {tokens_per_s:7.1f} tokens/s, {ratio['median']:.2f} of in "
+                f"process ({ratio['p5']:.2f} to {ratio['p95']:.2f}){goal}"
+            )
+    return results
+
+
+def compare_kills(root: Path, num_kills: int, num_tokens: int) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    for label, replicas in (("without a replica", 1), ("with a replica", 2)):
+        kills = [measure_kill(root, replicas, num_tokens) for _ in range(num_kills)]
+        found: dict[str, Any] = {
+            key: spread([kill[key] for kill in kills]) for key in kills[0] if key != "is_same"
+        }
+        found["are_tokens_the_same"] = all(kill["is_same"] for kill in kills)
+        results[f"killed {label}"] = found
+        stall, start = (found[key]["median"] for key in ("stall_s", "cold_start_s"))
+        print(
+            f"killed {label}: stall {stall * 1e3:.0f} ms, C {start:.1f} s, "
+            f"same tokens: {found['are_tokens_the_same']}"
+        )
+    return results
 
 
 if __name__ == "__main__":

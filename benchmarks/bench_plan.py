@@ -3,8 +3,8 @@
 Engines with all experts in one process and with 1, 2 and 4 local actors (`benchmarks.bench_cluster`, real data plane,
 without Ray) decode the same prompts in turn, with 1 and 16 streams; the forecast is made for the same actors from the
 model's configuration. Two forecasts: "typical" is the command's range, which knows nothing of this machine but its
-cores, and was fitted on a machine of two; "known" goes by the seconds that `benchmarks.bench_simulator` measures from
-single calls, none of which is a run that is forecast. Compared are tokens/s, and calls and bytes per token.
+cores, and was fitted on a machine of two; "known" goes by the seconds that `benchmarks.simulator_costs` measures on
+other prompts, with other numbers of streams. Compared are tokens/s, and calls and bytes per token.
 
 Usage: python -m benchmarks.bench_plan [--store NAME] [--rounds N] [--tokens N] [--keep]
 """
@@ -18,8 +18,8 @@ from dataclasses import asdict
 from typing import Any
 
 from benchmarks.bench_cluster import ACTORS, STREAMS, Contender, contender, count_messages, measure_speed
-from benchmarks.bench_simulator import measure_costs
 from benchmarks.report import finish
+from benchmarks.simulator_costs import measure_costs
 from cluster.forecast import Forecast, forecast
 from cluster.model_sizes import ModelSizes, measure_model
 from cluster.placement import plan_local
@@ -96,9 +96,9 @@ def main() -> None:
     with ExitStack() as stack:
         contenders = [stack.enter_context(contender(root, number)) for number in (0, *ACTORS)]
         loaded = contenders[0].loaded
-        model = measure_model(loaded.store.manifest.config, loaded.dtype, loaded.store.quantization)
+        model = measure_model(loaded.store.manifest.config, loaded.dtype, loaded.store.quantised)
         in_process, one, two = contenders[:3]
-        costs, round_trip_s = measure_costs(in_process, one, two, 10 * options.rounds)
+        costs, round_trip_s = measure_costs(in_process, one, two, options.rounds)
         results["costs"] = asdict(costs) | {"round_trip_s": round_trip_s}
         for streams in STREAMS:
             speed = measure_speed(contenders, streams, options.rounds, options.tokens)

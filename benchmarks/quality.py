@@ -11,6 +11,7 @@ Usage: python -m benchmarks.quality [--part NAME ...] [--max-tokens N] [--work F
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -60,13 +61,14 @@ class Job:
     """What all parts share."""
 
     root: Path
-    store: str
+    weights: str
+    """Their hash, which is the same wherever the checkpoint lies; that of an index over it is not."""
     max_tokens: int | None
     work: Path
 
     @property
     def trace(self) -> Path:
-        return self.work / f"trace-{self.store[:16]}-{self.max_tokens or 'all'}.parquet"
+        return self.work / f"trace-{self.weights[:16]}-{self.max_tokens or 'all'}.parquet"
 
     def picture(self, name: str) -> Path:
         return self.work / f"quality_{name}.png"
@@ -81,7 +83,7 @@ class Job:
         """What a part's numbers depend on; a kept part with others is computed again."""
         return {
             "model": MODEL,
-            "store": self.store,
+            "weights": self.weights,
             "texts": list(TEXTS),
             "max_tokens": self.max_tokens,
             "context": SLIDING.context,
@@ -159,7 +161,7 @@ def way_at(way: Way, share: str, max_tokens: int | None, job: Job) -> dict[str, 
 
 def quantised(name: str, job: Job) -> dict[str, Any]:
     """Perplexity of a quantised store under native routing, and what it takes on disk and in memory."""
-    root = store_of(name, resolve_checkpoint(MODEL), job.work / f"stores-{job.store[:16]}")
+    root = store_of(name, resolve_checkpoint(MODEL), job.work / f"stores-{job.weights[:16]}")
     evaluation = replace(job, root=root).evaluate(EvalOptions(SLIDING))
     report = as_json(evaluation)
     found = {key: report[key] for key in ("perplexity", "perplexity_95", "nll", "tokens", "numerics_class")}
@@ -261,6 +263,14 @@ def _point(share: str, part: dict[str, Any]) -> FrontierPoint:
     )
 
 
+def hash_weights(checkpoint: Path) -> str:
+    """SHA-256 of a checkpoint's weights, in hex, shard after shard."""
+    digest = hashlib.sha256()
+    for shard in sorted(checkpoint.glob("*.safetensors")):
+        digest.update(shard.read_bytes())
+    return digest.hexdigest()
+
+
 def check_native(results: dict[str, Any]) -> None:
     """Native perplexity is the same to the digit at every budget, and from a copy of the checkpoint."""
     copied = f"quantised {NOT_QUANTISED}"
@@ -282,9 +292,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     root = resolve_store(MODEL, announce=lambda line: print(line, file=sys.stderr))
-    store = ExpertStore.open(root)
-    store.close()
-    job = Job(root, store.hash, arguments.max_tokens, arguments.work)
+    job = Job(root, hash_weights(resolve_checkpoint(MODEL)), arguments.max_tokens, arguments.work)
     results = {name: run_part(name, job) for name in arguments.part or PARTS}
     check_native(results)
     draw_frontiers(job, results)

@@ -5,7 +5,8 @@ experts takes 75%, neighbouring tokens share 30% (`benchmarks.slice_routing`); p
 routing of other tokens, decoded by `cluster.simulator`. Machines: desktops that read weights at 25 GB/s and have 16 GB
 for experts; a "mixed" cluster has every second one with 6 GB at 10 GB/s. The router is one more desktop, with 8 GB
 left; a "fast router" reads the backbone at 500 GB/s. Links of 1, 10 and 100 Gb/s with 150 us from call to answer.
-Where memory is short the rest is read from disk, at 2 GB/s.
+Where memory is short the rest is read from disk, at 2 GB/s. What software takes beside weights, links and disks is what
+`benchmarks.bench_simulator` has measured here and kept, layer by layer.
 
 Usage: python -m benchmarks.scaling [--steps N] [--keep]
 """
@@ -14,9 +15,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,6 @@ from benchmarks.report import RESULTS, finish
 from benchmarks.slice_routing import calibrate, popularity, token_walk
 from cluster.autoscaler import ScalerSettings
 from cluster.demand import Demand, counted_demand
-from cluster.forecast import typical_costs
 from cluster.model_sizes import ModelSizes, measure_model
 from cluster.placement import PlacementOptions, place
 from cluster.plan import ServicePlan
@@ -45,11 +46,17 @@ WEIGHT_BYTES_S = 25e9
 FAST_BYTES_S = 500e9
 CASES = (("even", 1), ("even", 10), ("even", 100), ("mixed", 10), ("fast router", 10), ("fast router", 100))
 """Kinds of cluster, and their links in Gb/s."""
+CORES = 8
+"""Of every machine; a worker uses all of them."""
 DISK_BYTES_S = 2e9
 ROUND_TRIP_S = 150e-6
 GB = 10**9
 LEARNED_TOKENS = 256
 """From whose routing experts are placed, before the tokens that are decoded."""
+
+
+Growth = dict[str, dict[str, float]]
+"""What `summarise` says, by name of the case."""
 
 
 def draw_routing(model: ModelSizes, num_streams: int, num_steps: int, seed: int) -> np.ndarray:
@@ -84,12 +91,21 @@ def learned_demand(model: ModelSizes, seed: int) -> Demand:
     return counted_demand(model.expert_sizes(), counts, model.config.experts_per_token, model.row_bytes)
 
 
+def software_costs(num_layers: int) -> Costs:
+    """What `bench_simulator` has kept, for a model of so many layers: a step's own costs grow with them."""
+    kept = json.loads((RESULTS / "bench_simulator.json").read_text())["results"]
+    values = {name: value for name, value in kept["costs"].items() if name != "round_trip_s"}
+    costs = Costs(**values)
+    layers = num_layers / kept["num_layers"]
+    return replace(costs, step_s=layers * costs.step_s, row_s=layers * costs.row_s, threads=CORES)
+
+
 def make_topology(num_nodes: int, link_gbit: float, *, is_mixed: bool) -> Topology:
     router = NodeFacts(
         "router",
         "10.0.0.1",
         8 * GB,
-        8,
+        CORES,
         WEIGHT_BYTES_S,
         float("inf"),
         60e-6,
@@ -104,7 +120,7 @@ def make_topology(num_nodes: int, link_gbit: float, *, is_mixed: bool) -> Topolo
                 f"node-{index:02}",
                 f"10.0.1.{index + 1}",
                 (6 if is_small else 16) * GB,
-                8,
+                CORES,
                 10e9 if is_small else WEIGHT_BYTES_S,
                 link_gbit * 1e9 / 8,
                 ROUND_TRIP_S,
@@ -125,9 +141,9 @@ class Service:
     """Without the backbone's weights."""
 
     def costs_of(self, kind: str) -> Costs:
-        """The step's own weights are read by the router: attention, gates and head of every token."""
+        """The step's own weights are read by the router: attention, gates and head."""
         rate = FAST_BYTES_S if kind == "fast router" else WEIGHT_BYTES_S
-        return replace(self.costs, step_s=self.costs.step_s + self.model.active_bytes / rate)
+        return replace(self.costs, weights_s=self.model.active_bytes / rate)
 
     @property
     def shape(self) -> ModelShape:
@@ -135,9 +151,8 @@ class Service:
         return ModelShape(self.model.component, layers, self.model.expert_bytes, self.model.row_bytes)
 
     def plan(self, topology: Topology, num_streams: int, replicas: int = 1) -> ServicePlan:
-        return place(
-            topology, self.demand, None, PlacementOptions(num_streams=num_streams, replicas=replicas)
-        )
+        options = PlacementOptions(num_streams=num_streams, replicas=replicas, message_s=self.costs.message_s)
+        return place(topology, self.demand, None, options)
 
     def simulate(
         self,
@@ -175,10 +190,13 @@ def summarise(report: Report, warm_up: int) -> dict[str, float]:
         "messages_per_token": report.messages / report.num_tokens,
         "megabytes_per_token": report.bytes_sent / report.num_tokens / 1e6,
         "used_in_router": report.uses_by_router / report.uses,
+        "software_ms": report.router_s / len(report.step_s) * 1e3,
+        "messages_ms": report.messages_s / len(report.step_s) * 1e3,
+        "step_ms": report.seconds / len(report.step_s) * 1e3,
     }
 
 
-def measure_growth(service: Service, num_steps: int) -> dict[str, dict[str, float]]:
+def measure_growth(service: Service, num_steps: int) -> Growth:
     """By number of streams, kind of cluster, link and number of nodes."""
     found = {}
     for streams in STREAMS:
@@ -186,7 +204,7 @@ def measure_growth(service: Service, num_steps: int) -> dict[str, dict[str, floa
         for (kind, link), number in itertools.product(CASES, NODES):
             topology = make_topology(number, link, is_mixed=kind == "mixed")
             report = service.simulate(topology, service.plan(topology, streams), routing, kind=kind)
-            name = f"{streams} streams, {kind}, {link} Gb/s, {number} nodes"
+            name = name_of(streams, kind, link, number)
             found[name] = summarise(report, num_steps // 4)
             figures = found[name]
             print(
@@ -229,25 +247,63 @@ def measure_loss(service: Service, num_steps: int) -> dict[str, Any]:
     return found
 
 
-def draw_growth(growth: dict[str, dict[str, float]]) -> bytes:
+def name_of(streams: int, kind: str, link: int, number: int) -> str:
+    return f"{streams} streams, {kind}, {link} Gb/s, {number} nodes"
+
+
+def draw_growth(growth: Growth) -> bytes:
     """Tokens/s by number of nodes: a panel for each number of streams."""
     figure = new_figure(10.0, 4.2)
     for axes, streams in zip(figure.subplots(1, len(STREAMS)), STREAMS, strict=True):
         for kind, link in CASES:
-            rates = [growth[f"{streams} streams, {kind}, {link} Gb/s, {number} nodes"] for number in NODES]
-            values = [rate["tokens_per_s"] for rate in rates]
+            rates = [growth[name_of(streams, kind, link, number)] for number in NODES]
             style = {"even": "o-", "mixed": "s--", "fast router": "^-."}[kind]
-            axes.plot(NODES, values, style, label=f"{kind}, {link} Gb/s", markersize=4)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(NODES, [str(number) for number in NODES])
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel("machines beside the router's")
-        axes.set_ylabel("tokens/s of all streams")
-        axes.set_title("one stream" if streams == 1 else f"{streams} streams")
-        axes.grid(alpha=0.3)
+            axes.plot(
+                NODES,
+                [rate["tokens_per_s"] for rate in rates],
+                style,
+                label=f"{kind}, {link} Gb/s",
+                markersize=4,
+            )
+        _label(axes, streams, "tokens/s of all streams")
         axes.legend(fontsize=8)
     figure.tight_layout()
     return to_png(figure)
+
+
+def draw_parts(growth: Growth, weights_ms: float) -> bytes:
+    """What a step's time is made of, by number of nodes, in an even cluster with links of 10 Gb/s; and its p99."""
+    figure = new_figure(10.0, 4.2)
+    for axes, streams in zip(figure.subplots(1, len(STREAMS)), STREAMS, strict=True):
+        rates = [growth[name_of(streams, "even", 10, number)] for number in NODES]
+        router = [weights_ms] * len(NODES)
+        software = [rate["software_ms"] for rate in rates]
+        messages = [rate["messages_ms"] for rate in rates]
+        known = [sum(parts) for parts in zip(router, software, messages, strict=True)]
+        # A message's time counts as the router's even where it overlaps with waiting for another one.
+        waiting = [max(0.0, rate["step_ms"] - ms) for rate, ms in zip(rates, known, strict=True)]
+        labels = (
+            "router: its weights",
+            "router: software",
+            "router: messages",
+            "experts, disks, links: waiting",
+        )
+        axes.stackplot(NODES, router, software, messages, waiting, labels=labels, alpha=0.85)
+        axes.plot(NODES, [rate["step_p99_ms"] for rate in rates], "k:", label="p99 of a step")
+        _label(axes, streams, "ms of a step")
+        axes.legend(fontsize=8, loc="upper right")
+    figure.tight_layout()
+    return to_png(figure)
+
+
+def _label(axes: Any, streams: int, quantity: str) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(NODES, [str(number) for number in NODES])
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("machines beside the router's")
+    axes.set_ylabel(quantity)
+    axes.set_title("one stream" if streams == 1 else f"{streams} streams")
+    axes.grid(alpha=0.3)
 
 
 def main() -> None:
@@ -260,12 +316,14 @@ def main() -> None:
     )
     options = parser.parse_args()
     model = measure_model(QWEN3_30B_A3B, torch.bfloat16)
-    costs = replace(typical_costs(model.config.num_layers), threads=8)
+    costs = software_costs(model.config.num_layers)
     service = Service(model, learned_demand(model, seed=1), costs)
     growth = measure_growth(service, options.steps)
     results = {"growth": growth, "loss": measure_loss(service, 4 * options.steps)}
     if options.keep:
         (RESULTS / "scaling.png").write_bytes(draw_growth(growth))
+        weights_ms = service.costs_of("even").weights_s * 1e3
+        (RESULTS / "scaling_parts.png").write_bytes(draw_parts(growth, weights_ms))
     config = {
         "model": "Qwen3-30B-A3B, bfloat16",
         "steps": options.steps,
@@ -273,6 +331,7 @@ def main() -> None:
         "active_backbone_gigabytes": model.active_bytes / GB,
         "weight_bytes_s": WEIGHT_BYTES_S,
         "round_trip_s": ROUND_TRIP_S,
+        "software": asdict(costs),
     }
     finish("scaling", config, results, is_kept=options.keep)
 

@@ -46,6 +46,8 @@ class LoadSnapshot:
     capacity: CapacityState
     groups: tuple[GroupLoad, ...]
     nodes: tuple[NodeLoad, ...]
+    can_add_machines: bool = True
+    """Whether what no node has room for may wait for a machine; otherwise it is left to the routers."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def decide(
     num_nodes = sum(not node.is_leaving for node in snapshot.nodes)
     views = view_groups(state, [loads[name] for name in counts], counts, num_nodes, settings, now_s)
     wanted = wanted_counts(views, snapshot.capacity, settings, now_s)
-    look = _Look(plan, views, snapshot.nodes)
+    look = _Look(plan, views, snapshot)
     look.leave_nodes(wanted)
     for view in reversed(views):
         look.drain_to(view.name, wanted[view.name], _why_fewer(snapshot.capacity, view, now_s))
@@ -131,13 +133,19 @@ def _why_fewer(capacity: CapacityState, view: GroupView, now_s: float) -> str:
 class _Look:
     """The decisions of one look, and the rooms after each of them."""
 
-    def __init__(self, plan: ServicePlan, views: Sequence[GroupView], nodes: Iterable[NodeLoad]) -> None:
+    def __init__(self, plan: ServicePlan, views: Sequence[GroupView], snapshot: LoadSnapshot) -> None:
         """views: the most wanted first."""
         self.decisions: list[Decision] = []
         self._views = {view.name: view for view in views}
         self._actors = {actor.name: actor for actor in plan.actors}
         self._used = set(self._actors)
-        self._rooms = Rooms.of(nodes, plan, {view.name: view.load.group_bytes for view in views})
+        sizes = {view.name: view.load.group_bytes for view in views}
+        self._rooms = Rooms.of(snapshot.nodes, plan, sizes)
+        self._can_wait = snapshot.can_add_machines
+        num_bytes = sum(view.load.group_bytes for view in views if not view.is_cold)
+        room = sum(node.room_bytes for node in snapshot.nodes if not node.is_leaving)
+        self._share = min(1.0, room / num_bytes) if num_bytes else 1.0
+        """Of its bytes that every group that is not cold could keep in memory, were the room divided evenly."""
 
     def leave_nodes(self, wanted: Mapping[str, int]) -> None:
         """Move actors away from nodes that leave, as far as they are still wanted. A spare for which there is no room
@@ -149,7 +157,8 @@ class _Look:
                 continue
             del self._actors[actor.name]
             reason = f"node {actor.node_id} leaves"
-            if others and self._views[group].is_spared and not self._has_room(group):
+            can_wait = self._can_wait and not (others and self._views[group].is_spared)
+            if not can_wait and not self._has_room(group):
                 self._decide("drain", actor, f"{reason}, and no other has room")
             else:
                 self._decide("move", actor, reason, self._placed(group))
@@ -165,13 +174,13 @@ class _Look:
 
     def add_to(self, view: GroupView, number: int) -> None:
         """Add actors until there are `number`. A spare comes only where there is room for it: no machine is asked for,
-        and nobody gives way."""
+        and nobody gives way. Where no machine can come, that holds for every actor but for giving way."""
         while (count := len(self._of(view.name))) < number:
             is_spare = view.is_spared and count > 0
-            if is_spare and not self._has_room(view.name):
-                return
             if not is_spare:
                 self._make_room(view.name)
+            if (is_spare or not self._can_wait) and not self._has_room(view.name):
+                return
             kind: Kind = "replicate" if count else "spawn"
             self._decide(kind, self._placed(view.name), _why_more(view, is_spare))
 
@@ -185,17 +194,34 @@ class _Look:
                 self._resize(actor, size, "grow", "there is room again")
 
     def _make_room(self, group: str) -> None:
-        """Shrink cold groups, then spares, to the disk tier on the best node, as far as a whole group needs it."""
+        """On the best node: shrink cold groups, then spares, to the disk tier, as far as a whole group needs it; then
+        all that have more than an even share, as far as this one has less."""
         node_id = self._rooms.best(group)
         if node_id is None:
             return
         for giver, why in self._givers(node_id):
-            missing = self._views[group].load.group_bytes - self._rooms.free(node_id)
-            held = self._rooms.taken_by(giver)
-            excess = held - self._views[giver.group].load.least_bytes
-            if missing > 0 and excess > 0:
-                reason = f"{why}, and {group} needs the room"
-                self._resize(giver, held - min(missing, excess), "shrink", reason)
+            self._take_from(giver, self._views[giver.group].load.least_bytes, group, self._size(group), why)
+        if self._views[group].count == 0:
+            for actor in list(self._actors.values()):
+                if actor.node_id == node_id:
+                    even = self._even(actor.group)
+                    self._take_from(actor, even, group, self._even(group), "it has more than an even share")
+
+    def _take_from(self, giver: ActorPlan, least: int, group: str, wanted: int, why: str) -> None:
+        """Shrink an actor, not below `least`, until there are `wanted` bytes free around it."""
+        missing = wanted - self._rooms.free(giver.node_id)
+        excess = self._rooms.taken_by(giver) - least
+        if missing > 0 and excess > 0:
+            size = self._rooms.taken_by(giver) - min(missing, excess)
+            self._resize(giver, size, "shrink", f"{why}, and {group} needs the room")
+
+    def _size(self, group: str) -> int:
+        return self._views[group].load.group_bytes
+
+    def _even(self, group: str) -> int:
+        """A group's bytes in memory, were the room divided evenly; never less than an expert."""
+        load = self._views[group].load
+        return max(load.least_bytes, int(load.group_bytes * self._share))
 
     def _givers(self, node_id: str) -> list[tuple[ActorPlan, str]]:
         """Actors there whose memory others may have, and why; those that are wanted least first."""
@@ -220,10 +246,10 @@ class _Look:
         self._decide(kind, resized, reason)
 
     def _placed(self, group: str) -> ActorPlan:
-        """A new actor: on the node with the most room, with what of its group fits there; on none if that is less
+        """A new actor: on the node with the most room, with what of an even share fits there; on none if that is less
         than an expert."""
         load, node_id = self._views[group].load, self._rooms.best(group)
-        size = min(load.group_bytes, self._rooms.free(node_id))
+        size = min(self._even(group), self._rooms.free(node_id))
         if size < load.least_bytes:
             node_id, size = None, load.group_bytes
         actor = ActorPlan(self._new_name(group), group, node_id, size)

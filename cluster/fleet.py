@@ -91,6 +91,15 @@ class Fleet:
         self._incarnation = max(self._incarnation + 1, int(time.time()))
         return self._incarnation
 
+    def doubtful_nodes(self, answers: Mapping[str, Answer], now_s: float) -> frozenset[str]:
+        """Nodes of which an actor has just died, or has not answered for some time: they may be cut off or gone."""
+        return frozenset(
+            member.node_id
+            for name, member in self.members.items()
+            if member.node_id is not None
+            and (isinstance(answers.get(name), Death) or now_s - member.heard_at_s > self._patience.doubt_s)
+        )
+
     def note(self, kind: str, name: str, reason: str) -> None:
         """For people."""
         logger.info("%s %s: %s", kind, name, reason)

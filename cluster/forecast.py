@@ -113,6 +113,8 @@ def forecast(
     more = num_streams - 1
     fixed_s = costs.step_s + more * costs.row_s + len(layers) * (costs.layer_s + more * costs.layer_row_s)
     fixed_s += traffic.messages * num_streams * costs.message_s
+    answered = sum(process.uses for process in processes if process.traffic.messages)
+    fixed_s += answered * num_streams * costs.message_row_s
     high = num_streams / (fixed_s + backbone_s + kv_s / 2 + expert_s)
     low = num_streams / (SLOW_FACTOR * (fixed_s + backbone_s + kv_s + unsure_s))
     uses = sum(process.uses for process in processes)
@@ -147,7 +149,8 @@ def layer_time_s(
         if missed > 0:
             unit += missed * share.expert_bytes * holding.seat.disk_byte_s
         asked = int(_asked_rows(share.uses, model, num_streams) * model.row_bytes)
-        hops.append(holding.seat.hop_s(asked) + factor * costs.call_s)
+        frame_s = 0.0 if holding.seat.is_router else costs.frame_s
+        hops.append(holding.seat.hop_s(asked) + frame_s + factor * costs.call_s)
         units.append(unit)
         means.append(needed)
         most.append(min(share.num_experts, model.config.experts_per_token * num_streams))

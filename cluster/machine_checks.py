@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cluster.findings import Finding, failure, ok, warning
 from cluster.machine_facts import MachineFacts
+from experts.native_products import VARIABLE
 from experts.near_store import STORE_CACHE_VARIABLE
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -25,6 +26,7 @@ def check_machine(facts: MachineFacts, where: str, store_bytes: int | None = Non
         check_memory(facts, where),
         check_shared_memory(facts, where),
         check_store_cache(facts, where, store_bytes),
+        check_products(facts, where),
         describe_devices(facts, where),
     ]
 
@@ -69,6 +71,16 @@ def check_store_cache(facts: MachineFacts, where: str, store_bytes: int | None) 
         reason = f"the store has {_gib(store_bytes)}" if store_bytes is not None else "which is little"
         return warning(where, f"{what}, {reason}", mend)
     return ok(where, what)
+
+
+def check_products(facts: MachineFacts, where: str) -> Finding:
+    """Which matrix products experts and backbone are computed by (experts/native)."""
+    if facts.products_problem:
+        return failure(where, facts.products_problem, f"set {VARIABLE} to one of them, or not at all")
+    if facts.products:
+        return ok(where, f"matrix products are our own, level {facts.products}")
+    mend = f"install a C compiler, then sage-moe again (and do not set {VARIABLE})"
+    return warning(where, "matrix products are PyTorch's, slower for few rows", mend)
 
 
 def describe_devices(facts: MachineFacts, where: str) -> Finding:

@@ -20,6 +20,8 @@ from pathlib import Path
 import psutil
 
 from cluster.topology import Gpu
+from experts.errors import ProductsUnavailable
+from experts.native_products import chosen_level
 from experts.near_store import STORE_CACHE_VARIABLE
 from experts.node_memory import NodeMemory, read_node_memory
 from experts.numerics import num_cores
@@ -60,12 +62,17 @@ class MachineFacts:
     cache_free_bytes: int
     is_cache_writable: bool
     gpus: tuple[Gpu, ...] = ()
+    products: str = ""
+    """Level of our own matrix products; nothing where PyTorch's are used."""
+    products_problem: str = ""
+    """What is wrong with the choice of them."""
 
 
 def read_machine(environment: Mapping[str, str] = os.environ) -> MachineFacts:
     """This machine. Imports Torch, which takes a second, for its devices."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     cache_folder = store_cache_folder(environment)
+    level, problem = _read_products(environment)
     existing = next(path for path in (cache_folder, *cache_folder.parents) if path.exists())
     return MachineFacts(
         platform.node() or "localhost",
@@ -80,6 +87,8 @@ def read_machine(environment: Mapping[str, str] = os.environ) -> MachineFacts:
         _free_bytes(existing) or 0,
         existing.is_dir() and os.access(existing, os.W_OK | os.X_OK),
         read_gpus(),
+        level,
+        problem,
     )
 
 
@@ -103,6 +112,15 @@ def read_gpus() -> tuple[Gpu, ...]:
         return ()
     devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
     return tuple(Gpu(device.name, device.total_memory) for device in devices)
+
+
+def _read_products(environment: Mapping[str, str]) -> tuple[str, str]:
+    import torch
+
+    try:
+        return chosen_level(torch.bfloat16, environment) or "", ""
+    except ProductsUnavailable as error:
+        return "", str(error)
 
 
 @cache

@@ -35,6 +35,8 @@ class Patience:
     """Without an answer, after which an actor is lost."""
     suspicion_s: float = 4.0
     """The same where a router has lost it, too."""
+    doubt_s: float = 2.0
+    """The same, after which its node is asked whether it is there."""
     settle_s: float = 3.0
     """For routers to follow a roster, where none has told of itself."""
     drain_s: float = 60.0

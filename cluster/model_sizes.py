@@ -14,14 +14,16 @@ import torch
 
 from cluster.demand import Demand, uniform_demand
 from experts.numerics import RowKernel
-from experts.quantised import QuantisedForm
+from experts.quantised import QuantisedForm, planned_product
 from extraction.layouts import layout_for
 from extraction.manifest import ROLES, SCALE_ROLES, ExpertKey, ExpertRecord, RecordPart
 from extraction.quantise import Quantization
+from extraction.quantised_parts import NOT_QUANTISED, QuantisedParts
 from router.attention import BLOCK_POSITIONS
 from router.batcher import BatchLimits
-from router.footprint import actor_buffer_bytes, buffer_bytes, weight_bytes
+from router.footprint import actor_buffer_bytes, buffer_bytes, packed_backbone_bytes, weight_bytes
 from router.kv_cache import KvPool, blocks_for
+from router.linears import planned_linears
 from router.model_config import ModelConfig, read_model_config
 
 
@@ -85,7 +87,7 @@ class ModelSizes:
 
 
 def measure_model(
-    config: Mapping[str, Any], dtype: torch.dtype, quantization: Quantization | None = None
+    config: Mapping[str, Any], dtype: torch.dtype, quantised: QuantisedParts = NOT_QUANTISED
 ) -> ModelSizes:
     """config: a published `config.json`; of several decoders the one that answers text counts.
 
@@ -93,13 +95,18 @@ def measure_model(
     """
     component = layout_for(config).components[0]
     decoder = read_model_config(component.config)
-    backbone = weight_bytes(component.backbone_shapes, decoder, dtype)
-    embeddings = 0 if decoder.has_tied_head else decoder.vocab_size * decoder.hidden_size * dtype.itemsize
+    plain = {
+        name: shape for name, shape in component.backbone_shapes.items() if quantised.of_tensor(name) is None
+    }
+    packed = packed_backbone_bytes(decoder, planned_linears(quantised, dtype))
+    backbone = packed + weight_bytes(plain, decoder, dtype)
+    is_head = decoder.has_tied_head and quantised.head is None
+    embeddings = 0 if is_head else decoder.vocab_size * decoder.hidden_size * dtype.itemsize
     return ModelSizes(
         component.name,
         decoder,
         dtype,
-        _expert_bytes(decoder, dtype, quantization),
+        _expert_bytes(decoder, dtype, quantised.experts),
         backbone,
         backbone - embeddings,
     )
@@ -113,5 +120,7 @@ def _expert_bytes(config: ModelConfig, dtype: torch.dtype, quantization: Quantiz
     sizes = [*map(quantization.code_bytes, shapes), *map(quantization.scale_bytes, shapes)]
     parts = [RecordPart(role, "", 0, size) for role, size in zip((*ROLES, *SCALE_ROLES), sizes, strict=True)]
     record = ExpertRecord(ExpertKey("model", 0, 0), quantization.scheme, None, tuple(parts))
-    form = QuantisedForm(quantization, dtype, {"model": config.hidden_size}, RowKernel(1), "pack")
+    form = QuantisedForm(
+        quantization, dtype, {"model": config.hidden_size}, RowKernel(1), planned_product(dtype)
+    )
     return form.loaded_bytes(record)

@@ -18,8 +18,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.addresses import LOOPBACK, is_local_only
 from cluster.errors import SyncFailed
+from cluster.living_nodes import living_nodes
 from cluster.resources import NO_CPUS, SYNC_KEEPER_NAME
-from cluster.supervisor import living_nodes
 from cluster.weight_keeper import start_keeper, stop_keeper
 from experts.near_store import CacheSpec, StoreSource, open_near
 from extraction.manifest import ExpertKey
@@ -72,7 +72,7 @@ def sync_nodes(
 
     Raises SyncFailed, KeeperNotStarted.
     """
-    nodes = living_nodes()
+    nodes = {node_id: node.address for node_id, node in living_nodes().items()}
     secret = secrets.token_bytes(SECRET_BYTES)
     host = LOOPBACK if is_local_only(list(nodes.values())) else ""
     head = start_keeper(store_root, secret, host, SYNC_KEEPER_NAME)

@@ -44,6 +44,8 @@ class Target:
     """Nodes that live and may be used -> bytes that experts may take there."""
     is_one_machine: bool = True
     """Whether an actor without a node may run anywhere, without asking for room."""
+    cut_off: frozenset[str] = frozenset()
+    """Of these nodes, those that do not answer, though Ray has not given them up yet: nothing is started there."""
 
 
 @dataclass(frozen=True)
@@ -133,9 +135,9 @@ def _has_budget(member: Member, budget_bytes: int | None) -> bool:
 
 
 def _is_in_place(target: Target, wanted: WantedActor, member: Member) -> bool:
-    if wanted.plan.node_id in target.rooms:
+    if wanted.plan.node_id in target.rooms and wanted.plan.node_id not in target.cut_off:
         return member.node_id == wanted.plan.node_id
-    # Its node is gone, or it never had one: it may stay wherever it has found room.
+    # Its node is gone or cut off, or it never had one: it may stay wherever it has found room.
     return member.is_waiting_for_node or target.is_one_machine or member.node_id in target.rooms
 
 
@@ -147,8 +149,14 @@ def _current(target: Target, wanted: WantedActor, members: Iterable[Member]) -> 
 def _fitting(
     target: Target, wanted: WantedActor, members: Iterable[Member], states: tuple[MemberState, ...]
 ) -> Member | None:
-    """Of several one that is ready, of these the newest."""
-    fitting = [m for m in members if m.state in states and fits(target, wanted, m)]
+    """Of several one that is ready, of these the newest. None that is starting where nothing can be heard of it."""
+    fitting = [
+        m
+        for m in members
+        if m.state in states
+        and fits(target, wanted, m)
+        and not (m.state == "starting" and m.node_id in target.cut_off)
+    ]
     return max(fitting, key=lambda m: (m.state == "ready", m.incarnation, m.name), default=None)
 
 
@@ -226,7 +234,7 @@ def _creations(
 
 
 def _free_rooms(target: Target, members: Iterable[Member]) -> dict[str, int]:
-    rooms = dict(target.rooms)
+    rooms = {node: room for node, room in target.rooms.items() if node not in target.cut_off}
     for member in members:
         if member.node_id in rooms and not member.is_gone:
             rooms[member.node_id] -= member.budget_bytes or 0
@@ -237,7 +245,7 @@ def _choose_node(target: Target, wanted: WantedActor, rooms: dict[str, int]) -> 
     """Where to start an actor, and whether it waits for a machine: on the plan's node; without one, or where it is
     gone, on the node with the most room, if that is enough. Takes the room."""
     node_id, budget_bytes = wanted.plan.node_id, wanted.plan.budget_bytes or 0
-    if node_id not in target.rooms:
+    if node_id not in rooms:
         if target.is_one_machine:
             return None, False
         node_id = min(rooms, key=lambda node: (-rooms[node], node), default=None)

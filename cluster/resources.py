@@ -84,6 +84,8 @@ def ray_environment() -> dict[str, str]:
     return {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_SERVE_LOG_TO_STDERR": "0",
+        # A replica that hangs would else be asked to end in order, and its answers would wait for that.
+        "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",
@@ -123,11 +125,12 @@ def _detached(name: str, num_threads: int) -> dict[str, Any]:
 def router_deployment_options(num_threads: int, node_id: str | None = None) -> dict[str, Any]:
     """Serve options of one router. Its own admission bounds the work; Serve's limit only has to stay out of the way.
 
-    Serve looks for a dead one at its health checks, while that one's requests wait, and takes one for dead that has not
-    answered three of them. node_id: where it has to run, in Ray's own terms; None lets Ray choose.
+    Serve looks for a dead one at its health checks, while that one's requests wait, and ends one that has not answered
+    three of them. They are answered beside the engine's thread, in a few milliseconds where all cores compute. node_id:
+    where it has to run, in Ray's own terms; None lets Ray choose.
     """
     limits = {"max_ongoing_requests": 2000, "max_queued_requests": 2000}
-    checks = {"health_check_period_s": 1.0, "health_check_timeout_s": 10.0}
+    checks = {"health_check_period_s": 1.0, "health_check_timeout_s": 4.0}
     return _deployment(num_threads, node_id) | limits | checks
 
 

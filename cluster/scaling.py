@@ -25,8 +25,9 @@ Trust = tuple[TrustTable, TrustSettings]
 class PlanScaler:
     """Changes a plan as the load changes. Times are of a monotonic clock."""
 
-    def __init__(self, scaling: Scaling) -> None:
-        self._scaling = scaling
+    def __init__(self, scaling: Scaling, can_add_machines: bool = True) -> None:
+        """can_add_machines: see `LoadSnapshot`."""
+        self._scaling, self._can_add_machines = scaling, can_add_machines
         self._state = ScalerState()
         self._capacity = Capacity("wake")
         self._looked_at_s: float | None = None
@@ -71,7 +72,7 @@ class PlanScaler:
             for group in plan.groups
         )
         nodes = tuple(NodeLoad(node_id, room_bytes) for node_id, room_bytes in sorted(rooms.items()))
-        snapshot = LoadSnapshot(self._capacity.state, groups, nodes)
+        snapshot = LoadSnapshot(self._capacity.state, groups, nodes, self._can_add_machines)
         seen = where_it_runs(plan, fleet)
         self._state, decisions = decide(self._state, snapshot, seen, self._scaling.settings, now_s)
         return carry_out(plan, decisions), decisions

@@ -44,8 +44,20 @@ class Costs:
     """Of a row at an expert, besides the first."""
     message_s: float
     """The router's own time for a message and its answer: no two overlap."""
+    message_row_s: float = 0.0
+    """And for each row that is answered."""
+    weights_s: float = 0.0
+    """Of a step: reading the backbone's weights, where they are more than what `step_s` was measured with."""
+    frame_s: float = 0.0
+    """An actor's time for a message and its answer, besides computing."""
     actor_factor: float = 1.0
-    """How much longer an actor computes the same than the router's own worker: its core has slept in between."""
+    """How much longer an actor takes for the same than the router's own worker, the weights' bytes left out: its core
+    has slept in between."""
+    router_factor: float = 1.0
+    """How much longer the router's own work takes where it waits for actors in every layer, likewise."""
+    overlap: float = 1.0
+    """On a node with more processes than cores: how much of what could be computed at once really is. The kernel often
+    leaves a process that was woken behind another one, while a core is free."""
     threads: int = 1
     """With which one worker computes: as many fewer workers of a node compute at once."""
     notice_s: float = 1.0
@@ -78,6 +90,7 @@ class SimulatedWorker:
         """ready_at_s: before which no rows are taken, on the simulation's clock."""
         self.ready_at_s = ready_at_s
         self._factor = costs.actor_factor if is_actor else 1.0
+        self._frame_s = costs.frame_s if is_actor else 0.0
         self._shape, self._costs = shape, costs
         self._residency = Residency(budget_bytes)
 
@@ -106,10 +119,7 @@ class SimulatedWorker:
                 keys[wave.start : wave.stop], sizes[wave.start : wave.stop], float(step)
             )
             misses += len(exchange.load)
-        compute_s = (
-            costs.call_s
-            + len(keys) * (costs.expert_s + nbytes / node.expert_bytes_s)
-            + (num_rows - len(keys)) * costs.expert_row_s
-        )
+        software_s = costs.call_s + len(keys) * costs.expert_s + (num_rows - len(keys)) * costs.expert_row_s
+        compute_s = self._factor * software_s + len(keys) * nbytes / node.expert_bytes_s
         read_s = misses * nbytes / node.disk_bytes_s
-        return Work(max(self._factor * compute_s, read_s), len(keys), misses)
+        return Work(self._frame_s + max(compute_s, read_s), len(keys), misses)

@@ -8,6 +8,7 @@ follows from it is docs/scaling.md.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -24,6 +25,7 @@ from cluster.autoscaler import (
 )
 from cluster.plan import ServicePlan
 from cluster.scaling_room import NodeLoad
+from cluster.simulated_layer import Job, Machines, layer_s
 from cluster.simulated_worker import Costs, ModelShape, SimulatedWorker, Work
 from cluster.topology import Topology
 from extraction.manifest import ExpertKey
@@ -47,6 +49,10 @@ class Report:
 
     step_s: list[float] = field(default_factory=list)
     """Of each step."""
+    router_s: float = 0.0
+    """Of these, the router's own work: all but its weights, its experts and its messages."""
+    messages_s: float = 0.0
+    """And its work for messages. What is left are experts, links and waiting."""
     num_tokens: int = 0
     messages: int = 0
     bytes_sent: int = 0
@@ -117,6 +123,7 @@ class Simulation:
         self._looked_at_s = 0.0
         self._rows: dict[str, int] = {}
         self._busy_s: dict[str, float] = {}
+        self._owned_by: tuple[ServicePlan, frozenset[str]] | None = None
         self._group_of = {key: group.name for group in plan.groups for key in group.keys}
         self._router = SimulatedWorker(shape, costs, router_budget_bytes, is_actor=False)
         self._router.warm(plan.router_keys)
@@ -131,7 +138,7 @@ class Simulation:
         began_s = self.now_s
         self._take_events()
         self._scale()
-        self.now_s += self._costs.step_s + (num_rows - 1) * self._costs.row_s
+        self.now_s += self._costs.weights_s + self._router_s(self._costs.step_s, self._costs.row_s, num_rows)
         for index, layer in enumerate(self._shape.layers):
             self.now_s += self._layer_s(layer, experts_TLK[:, index])
         self.report.num_tokens += num_rows
@@ -146,31 +153,30 @@ class Simulation:
             self._unnoticed.clear()
             self._refresh_owners()
             shares = self._split(layer, experts_TK)
-        step = len(self.report.step_s)
-        busy_s: dict[str, list[float]] = {}
-        link_bytes: dict[str, int] = {}
-        for name, share in shares.items():
+        jobs, local_s = [], 0.0
+        for name, share in sorted(shares.items(), key=lambda item: str(item[0])):
             node_id = self._router_node if name is None else self._node_of[name]
             worker = self._router if name is None else self._workers[name]
-            work = worker.compute(share.keys, share.rows, self._nodes[node_id], step)
-            busy_s.setdefault(node_id, []).append(work.compute_s)
-            if name is not None:
-                nbytes = (share.tokens + share.rows) * self._shape.row_bytes
-                link_bytes[node_id] = link_bytes.get(node_id, 0) + nbytes
+            work = worker.compute(share.keys, share.rows, self._nodes[node_id], len(self.report.step_s))
             self._count(name, share, work)
-        messages_s = self._costs.message_s * sum(name is not None for name in shares)
-        waits = (self._wait_s(node_id, times, link_bytes.get(node_id)) for node_id, times in busy_s.items())
-        own_s = self._costs.layer_s + (len(experts_TK) - 1) * self._costs.layer_row_s
-        return noticed_s + own_s + messages_s + max(waits)
+            if name is None:
+                local_s = work.compute_s
+            else:
+                jobs.append(self._job(node_id, share, work))
+        own_s = self._router_s(self._costs.layer_s, self._costs.layer_row_s, len(experts_TK))
+        return noticed_s + own_s + layer_s(jobs, local_s, self._machines, self._costs)
 
-    def _wait_s(self, node_id: str, busy_s: list[float], link_bytes: int | None) -> float:
-        """From a node's being asked to its last answer."""
-        node = self._nodes[node_id]
-        at_once = max(1, node.num_cores // self._costs.threads)
-        compute_s = max(max(busy_s), sum(busy_s) / at_once)
-        if link_bytes is None:
-            return compute_s
-        return compute_s + node.round_trip_s + link_bytes / node.bandwidth_bytes_s
+    def _router_s(self, first_s: float, row_s: float, num_rows: int) -> float:
+        factor = self._costs.router_factor if self.plan.actors else 1.0
+        seconds = factor * (first_s + (num_rows - 1) * row_s)
+        self.report.router_s += seconds
+        return seconds
+
+    def _job(self, node_id: str, share: _Share, work: Work) -> Job:
+        message_s = self._costs.message_s + share.rows * self._costs.message_row_s
+        self.report.messages_s += message_s
+        row_bytes = self._shape.row_bytes
+        return Job(node_id, work.compute_s, message_s, share.tokens * row_bytes, share.rows * row_bytes)
 
     def _split(self, layer: int, experts_TK: np.ndarray) -> dict[str | None, _Share]:
         """By process; None is the router's own. Of replicas, one that is asked anyway, else the one asked least."""
@@ -272,13 +278,23 @@ class Simulation:
 
     def _refresh_owners(self) -> None:
         """Who takes rows now. A node whose loss nobody has noticed is still asked."""
-        self._node_of = {actor.name: actor.node_id or self._router_node for actor in self.plan.actors}
         away = self._lost - self._unnoticed
-        ready = {
+        placed = {actor.name: actor.node_id or self._router_node for actor in self.plan.actors}
+        ready = frozenset(
             name
-            for name, node_id in self._node_of.items()
+            for name, node_id in placed.items()
             if node_id not in away and self._workers[name].ready_at_s <= self.now_s
-        }
+        )
+        if self._owned_by == (self.plan, ready):
+            return
+        self._owned_by, self._node_of = (self.plan, ready), placed
+        processes = Counter([self._router_node, *placed.values()])
+        crowded = (
+            node_id
+            for node_id, count in processes.items()
+            if count * self._costs.threads > self._nodes[node_id].num_cores
+        )
+        self._machines = Machines(self._nodes, self._router_node, frozenset(crowded))
         self._owners = {
             key: tuple(name for name in names if name in ready) for key, names in self.plan.owners().items()
         }

@@ -24,6 +24,7 @@ from cluster.actor_pool import ActorPool
 from cluster.disk_keeper import DiskKeeper
 from cluster.errors import ActorsNotStarted, SupervisorMissing
 from cluster.fleet import Fleet
+from cluster.living_nodes import living_nodes
 from cluster.node_watch import NodeWatch
 from cluster.plan import ServicePlan
 from cluster.reconcile import Target, is_settled, missing_actor
@@ -65,9 +66,11 @@ class Supervisor:
         self._pool = ActorPool()
         self._fleet = Fleet(spec, self._pool)
         self._rooms: Mapping[str, int] = {}
+        self._cut_off: frozenset[str] = frozenset()
         self._trust = TrustDesk()
         self._notices = ActorNotices()
-        self._scaler = PlanScaler(spec.scaling) if spec.scaling is not None else None
+        can_add_machines = not spec.is_one_machine
+        self._scaler = PlanScaler(spec.scaling, can_add_machines) if spec.scaling is not None else None
         self._disks = None
         if spec.record_bytes:
             self._disks = DiskKeeper(spec.record_bytes, spec.store_source, _own_node())
@@ -227,12 +230,15 @@ class Supervisor:
             self._wake.clear()
 
     def _look(self) -> None:
-        found, answers, memory = self._pool.find(), self._pool.hear(HEAR_TIMEOUT_S), _memory_by_node()
-        now_s = time.monotonic()
+        found, answers, nodes = self._pool.find(), self._pool.hear(HEAR_TIMEOUT_S), living_nodes()
+        now_s, memory = time.monotonic(), {node_id: node.memory_bytes for node_id, node in nodes.items()}
+        with self._lock:
+            doubtful = self._cut_off | self._fleet.doubtful_nodes(answers, now_s)
+        cut_off = frozenset(node for node in doubtful if node in nodes and not nodes[node].is_reached())
         with self._lock:
             if self._closing.is_set():
                 return
-            self._rooms = self._usable(memory)
+            self._rooms, self._cut_off = self._usable(memory), cut_off
             self._fleet.observe(found, answers, now_s)
             self._follow_nodes(memory, now_s)
             self._look_after_disks(now_s)
@@ -252,7 +258,8 @@ class Supervisor:
         return trusted or rooms
 
     def _target(self) -> Target:
-        return Target(self._wanted, self._record.least_incarnation, self._rooms, self._spec.is_one_machine)
+        least = self._record.least_incarnation
+        return Target(self._wanted, least, self._rooms, self._spec.is_one_machine, self._cut_off)
 
     def _follow_nodes(self, alive: Collection[str], now_s: float) -> None:
         """Plan anew where machines have come or gone."""
@@ -309,29 +316,9 @@ class Supervisor:
         save_record(record)
 
 
-def _memory_by_node() -> dict[str, int]:
-    """Node id -> bytes of memory that Ray counts there."""
-    return {node["NodeID"]: int(node["Resources"].get("memory", 0)) for node in _nodes() if node["Alive"]}
-
-
 def _own_node() -> str:
     """Of this process, which runs where the store is."""
     return str(ray.get_runtime_context().get_node_id())
-
-
-def node_addresses() -> list[str]:
-    """Of the nodes that live, as Ray knows them."""
-    return list(living_nodes().values())
-
-
-def living_nodes() -> dict[str, str]:
-    """Ray's id of each node that lives, and its address."""
-    return {node["NodeID"]: node["NodeManagerAddress"] for node in _nodes() if node["Alive"]}
-
-
-def _nodes() -> list[dict[str, Any]]:
-    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    return nodes
 
 
 def start_supervisor(spec: ServiceSpec, node_id: str | None = None) -> Any:

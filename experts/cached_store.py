@@ -31,8 +31,9 @@ from experts.store import ExpertStore
 from experts.store_cache import StoreCache, record_sha256, record_stem
 from experts.weight_sources import WeightSource, close_all
 from extraction.errors import ExtractionError
+from extraction.expert_index import INDEX_NAME
 from extraction.files import open_regular
-from extraction.manifest import INDEX_NAME, MANIFEST_NAME, ExpertKey, ExpertRecord, Manifest
+from extraction.manifest import MANIFEST_NAME, ExpertKey, ExpertRecord, Manifest
 
 logger = logging.getLogger(__name__)
 

@@ -66,6 +66,17 @@ class NotRowInvariant(ExpertError):
         return f"self-test failed: {self.kernel} in {self.dtype} gives a row other bits beside other rows"
 
 
+class ProductsUnavailable(ExpertError):
+    """The environment asks for matrix products that this machine does not have."""
+
+    def __init__(self, asked: str, choices: str) -> None:
+        super().__init__(asked, choices)
+        self.asked, self.choices = asked, choices
+
+    def __str__(self) -> str:
+        return f"{self.asked} is not here; choose one of: {self.choices}"
+
+
 # Reading experts from a store
 
 

@@ -1,7 +1,8 @@
 """The expert's arithmetic: gated projections of the rows that a call brings, for one or many experts.
 
-Pure functions over tensors. Rows of one expert are computed together and padded to the row kernel's multiple,
-so that a row's bits do not depend on how many rows came with it. Called by `experts.worker`, and by
+Pure functions over tensors. Our own products take a whole call at once (`experts.native_products`). With a library's,
+rows of one expert are computed together and padded to the row kernel's multiple, so that a row's bits do not depend on
+how many rows came with it. Called by `experts.worker`, and by
 `router.backbone` for dense layers.
 """
 
@@ -9,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from experts.call import ExpertCall
+from experts.native_products import GatedMatrices, compute_gated, float_matrix, gated_matrices
 from experts.numerics import RowKernel, swiglu
 from experts.packed_matrix import PackedMatrix, Weight, multiply
 
@@ -35,6 +38,16 @@ class ExpertWeights:
         if isinstance(self.gate_up_FD, PackedMatrix) or isinstance(self.down_DF, PackedMatrix):
             raise TypeError("a quantised expert has packed matrices")
         return self.gate_up_FD, self.down_DF
+
+    @cached_property
+    def native(self) -> GatedMatrices | None:
+        """For our own products; None where the matrices are packed for another. Raises ValueError."""
+        matrices = [
+            matrix.native if isinstance(matrix, PackedMatrix) else float_matrix(matrix)
+            for matrix in (self.gate_up_FD, self.down_DF)
+        ]
+        gate_up, down = matrices
+        return None if gate_up is None or down is None else gated_matrices(gate_up, down)
 
 
 def view_expert(record: Tensor, dtype: torch.dtype, width: int) -> ExpertWeights:
@@ -59,6 +72,8 @@ def compute_experts(call: ExpertCall, weights: Sequence[ExpertWeights], kernel: 
 
     weights: one per entry of `call.experts`, in that order.
     """
+    if (experts := _native(weights, kernel)) is not None:
+        return compute_gated(kernel.level, call.tokens_TD, experts, call.counts, call.token_of_R)
     segments = _segments(call.counts, kernel)
     source: list[int] = []
     wanted: list[int] = []
@@ -83,6 +98,8 @@ def compute_segments(
 
     The segments' lengths must already be multiples of the row kernel's.
     """
+    if (experts := _native(weights, kernel)) is not None:
+        return compute_gated(kernel.level, x_PD, experts, [end - start for start, end in segments])
     two_f = weights[0].gate_up_FD.shape[0]
     gate_up_PF = x_PD.new_empty(x_PD.shape[0], two_f)
     for (start, end), expert in zip(segments, weights, strict=True):
@@ -92,6 +109,13 @@ def compute_segments(
     for (start, end), expert in zip(segments, weights, strict=True):
         multiply(kernel, hidden_PF[start:end], expert.down_DF, y_PD[start:end])
     return y_PD
+
+
+def _native(weights: Sequence[ExpertWeights], kernel: RowKernel) -> list[GatedMatrices] | None:
+    """The experts for our own products; None where these are not what they are multiplied by."""
+    if kernel.product != "native" or weights[0].native is None:
+        return None
+    return [expert.native for expert in weights if expert.native is not None]
 
 
 def _segments(counts: Sequence[int], kernel: RowKernel) -> list[tuple[int, int]]:

@@ -1,6 +1,6 @@
 """Reads from an open file into memory that is there already: through the page cache, or past it in whole blocks.
 
-Used by `experts.store` and `experts.cached_store`, which say what a failed read means.
+Used by `experts.weight_files` and `experts.cached_store`, which say what a failed read means.
 """
 
 from __future__ import annotations

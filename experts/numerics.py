@@ -1,9 +1,10 @@
 """What makes a row's result independent of its neighbours: the row kernel, and the self-test that proves it.
 
-Matrix libraries choose another kernel, with another order of summation, for a few rows than for many. Inside one
-numerics class every product of the model therefore goes through one `RowKernel`, which rounds the number of
-rows up to a multiple at which this machine's library was seen to give each row the same bits whatever stands
-beside it. `calibrate` finds that multiple when a process starts. docs/exactness.md is the contract.
+Our own products (`experts.native_products`) sum every row in one order, and are used where they were built. Matrix
+libraries choose another kernel, with another order of summation, for a few rows than for many. Inside one numerics
+class every product of the model therefore goes through one `RowKernel`, which rounds the number of rows up to a
+multiple at which each row was seen to have the same bits whatever stands beside it: one row with our products, some
+with a library's. `calibrate` finds product and multiple when a process starts. docs/exactness.md is the contract.
 
 Does not promise anything across classes: another device, instruction set, dtype or library gives other bits.
 """
@@ -20,15 +21,18 @@ import torch
 from torch import Tensor
 
 from experts.errors import NotRowInvariant
+from experts.native_products import VERSION, chosen_level, float_matrix
+from experts.native_products import multiply as multiply_natively
 
-Product = Literal["onednn", "mm"]
+Product = Literal["native", "onednn", "mm"]
 
 CANDIDATES: Mapping[torch.dtype, Sequence[tuple[Product, int]]] = {
     torch.float32: [("onednn", n) for n in (2, 4, 8, 16, 32)] + [("mm", n) for n in (8, 16, 32)],
     torch.bfloat16: [("mm", n) for n in (2, 4, 8, 16, 32)],
     torch.float16: [("mm", n) for n in (2, 4, 8, 16, 32)],
 }
-"""Product and row multiple, tried in this order; the first that passes is used. Lower multiples are left out even where
+"""A library's product and row multiple, tried in this order where ours is not there or fails; the first that passes is
+used. Lower multiples are left out even where
 they pass a test: a single row takes a path of its own in every library, and the float32 library behind `torch.mm`
 shares rows out to threads in eights. For float32 oneDNN comes first: with 2 rows it takes a quarter of the time that
 `torch.mm` takes with 8 (2 cores, AVX-512). The other dtypes reach it through `torch.mm`."""
@@ -41,6 +45,9 @@ MANY_ROWS_OUTPUTS = 4096
 MAX_TESTED_OUTPUTS = 16384
 """A head of 152,064 outputs is tested on its first rows only, to keep the start short."""
 
+CLOSELY_TESTED_OUTPUTS = 256
+LARGEST_ERRORS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+"""Of our product against a library's, in parts of the largest result: some times what rounding explains."""
 
 SMALL_MATRIX_ELEMENTS = 1 << 20
 """Below this a product with a few rows takes less time than waking a second thread: at 98,304 elements one thread
@@ -66,6 +73,13 @@ class RowKernel:
 
     row_multiple: int
     product: Product = "mm"
+    level: str = ""
+    """Of our own product."""
+
+    @property
+    def name(self) -> str:
+        """In the name of a numerics class."""
+        return f"native-{self.level}-{VERSION}" if self.product == "native" else f"{self.product}-1"
 
     def padded(self, num_rows: int) -> int:
         """The number of rows that a buffer for `num_rows` must have."""
@@ -81,6 +95,8 @@ class RowKernel:
 
     def multiply(self, x_PI: Tensor, weight_OI: Tensor, out_PO: Tensor | None = None) -> Tensor:
         """x @ weight.T for a number of rows that is a multiple already. Writes to `out_PO` where it is given."""
+        if self.product == "native":
+            return multiply_natively(self.level, x_PI, float_matrix(weight_OI), out_PO)
         if self.product == "mm":
             return torch.mm(x_PI, weight_OI.t(), out=out_PO)
         y_PO: Tensor = torch.ops.mkldnn._linear_pointwise(x_PI, weight_OI, None, "none", [], "")
@@ -113,7 +129,7 @@ def numerics_class(device: torch.device, dtype: torch.dtype, kernel: RowKernel) 
     Quantised experts add two parts, what they are and how they are multiplied (`experts.quantised`).
     """
     name = str(dtype).removeprefix("torch.")
-    return f"{device.type}/{instruction_set(device)}/{name}/torch-{torch.__version__}/{kernel.product}-1"
+    return f"{device.type}/{instruction_set(device)}/{name}/torch-{torch.__version__}/{kernel.name}"
 
 
 def quantization_in(class_name: str) -> str | None:
@@ -136,6 +152,9 @@ def calibrate(
     device = device or torch.device("cpu")
     generator = torch.Generator().manual_seed(0)
     candidates = [RowKernel(n, product) for product, n in CANDIDATES[dtype] if _is_usable(product, device)]
+    level = chosen_level(dtype) if device.type == "cpu" else None
+    if level is not None:
+        candidates.insert(0, RowKernel(1, "native", level))
     for outputs, inputs in sorted(set(shapes)):
         outputs = min(outputs, MAX_TESTED_OUTPUTS)
         weight = torch.randn(outputs, inputs, generator=generator).mul_(inputs**-0.5).to(device, dtype)
@@ -170,11 +189,20 @@ def _is_invariant(kernel: RowKernel, x: Tensor, weight: Tensor) -> bool:
     with one_thread():
         reference = kernel.multiply(x, weight)
     part = weight[:MANY_ROWS_OUTPUTS]
+    if kernel.product == "native" and not _is_close(reference, x, weight):
+        return False
     return gives_few_rows_their_bits(
         lambda rows: kernel.linear(rows, weight), x, reference
     ) and gives_many_rows_their_bits(
         lambda rows: kernel.linear(rows, part), x, reference[:, :MANY_ROWS_OUTPUTS]
     )
+
+
+def _is_close(found: Tensor, x: Tensor, weight: Tensor) -> bool:
+    """Of some outputs, to a library's product: a compiler's mistake must not be served."""
+    some = slice(None, None, -(-weight.shape[0] // CLOSELY_TESTED_OUTPUTS))
+    plain = torch.mm(x.float(), weight[some].float().t())
+    return bool((found[:, some].float() - plain).abs().max() <= LARGEST_ERRORS[x.dtype] * plain.abs().max())
 
 
 def gives_few_rows_their_bits(linear: Callable[[Tensor], Tensor], x: Tensor, reference: Tensor) -> bool:

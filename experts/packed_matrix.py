@@ -1,9 +1,10 @@
 """A quantised matrix as the kernel of this machine wants it, and the product with it.
 
-`pack` and `multiply` are PyTorch's kernels for 8-bit and 4-bit weights; `dequantise` is the plain way, slow for few
-rows, by which the others are checked and which stands in where they fail. The layout in memory belongs to one
-instruction set and one version of PyTorch: it is made at load and never leaves the process. A matrix must not be
-taken on trust: `experts.quantised` proves a product before it is used.
+`native` takes codes and scales as they lie in the store (`experts.native_products`). `pack` is PyTorch's kernels for
+8-bit and 4-bit weights; `dequantise` is the plain way, slow for few rows, by which the others are checked and which
+stands in where they fail. What `pack` makes belongs to one instruction set and one version of PyTorch: it is made at
+load and never leaves the process. A matrix must not be taken on trust: `experts.quantised` proves a product before it
+is used.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from experts.native_products import NativeMatrix, coded_matrix
+from experts.native_products import multiply as multiply_natively
 from experts.numerics import RowKernel
 from extraction.quantise import INT4_LIMIT, Quantization
 
-PackedProduct = Literal["pack", "dequantise"]
+PackedProduct = Literal["native", "pack", "dequantise"]
 
 INT8_MULTIPLES = (4, 16)
 """Outputs and inputs; the kernel for 8-bit weights reads beyond the end of others."""
@@ -77,7 +80,9 @@ class PackedMatrix:
     codes: Tensor
     scales: Tensor
     kernel: RowKernel | None
-    """With which a dequantised matrix is multiplied; None where codes are packed."""
+    """With which the matrix is multiplied, dequantised or natively; None where codes are packed."""
+    native: NativeMatrix | None = None
+    """Where it is multiplied natively."""
 
     @property
     def nbytes(self) -> int:
@@ -86,6 +91,8 @@ class PackedMatrix:
     def multiply(self, x_PI: Tensor, out_PO: Tensor | None = None) -> Tensor:
         """x @ weight.T, as RowKernel.multiply."""
         outputs, inputs = self.shape
+        if self.kernel is not None and self.native is not None:
+            return multiply_natively(self.kernel.level, x_PI, self.native, out_PO)
         if self.kernel is not None:
             return self._multiply_dequantised(self.kernel, x_PI, out_PO)
         missing = padded_shape(self.shape, self.quantization)[1] - inputs
@@ -146,6 +153,12 @@ def pack(matrix: CanonicalMatrix, dtype: torch.dtype) -> PackedMatrix:
 def keep(matrix: CanonicalMatrix, kernel: RowKernel) -> PackedMatrix:
     """To be dequantised anew for each product. The codes are not copied."""
     return PackedMatrix(matrix.shape, matrix.quantization, matrix.codes, matrix.scales.clone(), kernel)
+
+
+def take_as_it_is(matrix: CanonicalMatrix, kernel: RowKernel) -> PackedMatrix:
+    """For our own products, which the kernel must be of. Copies nothing."""
+    native = coded_matrix(matrix.codes, matrix.scales, matrix.inputs, matrix.quantization.group_size)
+    return PackedMatrix(matrix.shape, matrix.quantization, matrix.codes, matrix.scales, kernel, native)
 
 
 def padded_shape(shape: tuple[int, int], quantization: Quantization) -> tuple[int, int]:

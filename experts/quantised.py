@@ -9,7 +9,7 @@ and by `router.linears` for the backbone's matrices.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from experts.errors import NotRowInvariant, StoreDamaged
 from experts.ffn import ExpertWeights, view_expert
+from experts.native_products import VERSION, chosen_level
 from experts.numerics import (
     MANY_ROWS_OUTPUTS,
     MAX_TESTED_OUTPUTS,
@@ -37,10 +38,11 @@ from experts.packed_matrix import (
     pack,
     packed_scale_bytes,
     padded_shape,
+    take_as_it_is,
 )
 from experts.store import TORCH_DTYPES, ExpertStore
 from extraction.manifest import ExpertRecord
-from extraction.quantise import INT8_LIMIT, Quantization
+from extraction.quantise import INT8_LIMIT, SCALE_BYTES, Quantization
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +109,9 @@ class QuantisedForm:
 
     def loaded_bytes(self, record: ExpertRecord) -> int:
         shapes = self._shapes(record)
-        if self.product == "dequantise":
+        if self.product == "native" and self._has_aligned_scales(shapes):
+            return record.nbytes
+        if self.product != "pack":
             return record.nbytes + sum(map(self.quantization.scale_bytes, shapes))
         scales = sum(packed_scale_bytes(shape, self.quantization, self.dtype) for shape in shapes)
         padded = [padded_shape(shape, self.quantization) for shape in shapes]
@@ -118,11 +122,11 @@ class QuantisedForm:
         return scales + sum(outputs * inputs for outputs, inputs in padded)
 
     def is_in_place(self, record: ExpertRecord) -> bool:
-        return False  # scales, at least, are made anew
+        return self.product == "native" and self._has_aligned_scales(self._shapes(record))
 
     def weights(self, record: ExpertRecord, raw: Tensor) -> ExpertWeights:
         shapes = self._shapes(record)
-        is_view = self.product == "dequantise" or all(
+        is_view = self.product != "pack" or all(
             padded_shape(shape, self.quantization) == shape for shape in shapes
         )
         matrices = []
@@ -133,14 +137,20 @@ class QuantisedForm:
                 self.quantization.scale_bytes(shape),
             )
             codes = raw[codes_at : codes_at + code_bytes].view(self.quantization.code_shape(shape))
-            scales = raw[scales_at : scales_at + scale_bytes].clone().view(torch.bfloat16)
-            scales = scales.view(self.quantization.scale_shape(shape))
+            scales = raw[scales_at : scales_at + scale_bytes]
+            if self.product != "native" or not self._has_aligned_scales(shapes):
+                scales = scales.clone()
+            scales = scales.view(torch.bfloat16).view(self.quantization.scale_shape(shape))
             # A view would keep the whole record in memory beside the other matrix's padded copy.
             codes = codes if is_view or self.quantization.scheme == "int4" else codes.clone()
             matrices.append(CanonicalMatrix(codes, scales, shape[1], self.quantization))
             codes_at, scales_at = codes_at + code_bytes, scales_at + scale_bytes
         gate_up, down = (packed_for(self.product, matrix, self.dtype, self.kernel) for matrix in matrices)
         return ExpertWeights(gate_up, down)
+
+    def _has_aligned_scales(self, shapes: Sequence[tuple[int, int]]) -> bool:
+        """Whether an even number of code bytes lies before them, so that they can stay where they are."""
+        return sum(map(self.quantization.code_bytes, shapes)) % SCALE_BYTES == 0
 
     def _shapes(self, record: ExpertRecord) -> list[tuple[int, int]]:
         """Of gate and up together, and of down. Raises StoreDamaged."""
@@ -149,7 +159,8 @@ class QuantisedForm:
 
 def product_suffix(quantization: Quantization, product: PackedProduct) -> str:
     """In the name of a numerics class."""
-    return f"/{quantization.name}/{product}-1"
+    version = VERSION if product == "native" else 1
+    return f"/{quantization.name}/{product}-{version}"
 
 
 def expert_form(
@@ -172,7 +183,12 @@ def planned_form(store: ExpertStore, dtype: torch.dtype, widths: Mapping[str, in
     quantization = store.quantization
     if quantization is None:
         return FloatForm(dtype, widths)
-    return QuantisedForm(quantization, dtype, widths, RowKernel(1), "pack")
+    return QuantisedForm(quantization, dtype, widths, RowKernel(1), planned_product(dtype))
+
+
+def planned_product(dtype: torch.dtype) -> PackedProduct:
+    """The product that this machine nearly always finds, for planning only."""
+    return "pack" if chosen_level(dtype) is None else "native"
 
 
 def expert_shapes(record: ExpertRecord, quantization: Quantization, width: int) -> list[tuple[int, int]]:
@@ -197,7 +213,9 @@ def choose_product(
     shapes: list[tuple[int, int]], quantization: Quantization, dtype: torch.dtype, kernel: RowKernel
 ) -> PackedProduct:
     """The fastest product that passes for all shapes. Raises NotRowInvariant when none does."""
-    products: tuple[PackedProduct, ...] = ("pack", "dequantise")
+    products: list[PackedProduct] = ["pack", "dequantise"]
+    if kernel.product == "native":
+        products.insert(0, "native")
     for product in products:
         failure = next(
             (shape for shape in shapes if not _is_proven(product, shape, quantization, dtype, kernel)), None
@@ -254,6 +272,8 @@ def packed_for(
     product: PackedProduct, matrix: CanonicalMatrix, dtype: torch.dtype, kernel: RowKernel
 ) -> PackedMatrix:
     """The matrix as the product wants it."""
+    if product == "native":
+        return take_as_it_is(matrix, kernel)
     return pack(matrix, dtype) if product == "pack" else keep(matrix, kernel)
 
 

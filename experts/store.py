@@ -8,10 +8,7 @@ Used by `experts.worker`, `experts.weight_server` and `router.weights`.
 
 from __future__ import annotations
 
-import bisect
 import hashlib
-import os
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -19,11 +16,12 @@ import torch
 from torch import Tensor
 
 from experts.errors import ExpertCorrupt, StoreDamaged, UnknownExpert
-from experts.file_reads import BLOCK_BYTES, fill, fill_blocks, reopen_direct
+from experts.file_reads import BLOCK_BYTES
 from experts.hash_log import HashLog
+from experts.weight_files import WeightFiles
 from extraction.decoder_config import read_decoder
 from extraction.errors import ExtractionError
-from extraction.files import open_inside
+from extraction.expert_index import read_expert_index
 from extraction.manifest import (
     ITEM_SIZES,
     Component,
@@ -32,13 +30,11 @@ from extraction.manifest import (
     Manifest,
     TensorEntry,
     check_files,
-    read_expert_index,
     read_manifest,
     store_hash,
 )
 from extraction.quantise import Quantization
 from extraction.quantised_parts import QuantisedParts
-from extraction.safetensors_file import CODES, TensorHeader, read_header
 
 VECTOR_BYTES = 64
 """Alignment of weights in memory, as PyTorch gives it to its own tensors."""
@@ -54,20 +50,15 @@ class ExpertStore:
     ) -> None:
         self.root, self.manifest, self.hash = root, manifest, manifest_hash
         self._index = index
-        self._weights_root = Path(manifest.source_root) if manifest.source_root else root
+        weights_root = Path(manifest.source_root) if manifest.source_root else root
+        self._files = WeightFiles(weights_root, is_indexed=manifest.kind == "indexed")
         self._tensors = {
             (component.name, tensor.name): tensor
             for component in manifest.components
             for tensor in component.tensors
         }
-        self._descriptors: dict[str, int] = {}
-        self._direct: dict[str, int | None] = {}
-        """Descriptors for reads past the page cache; None where the file system refuses them."""
-        self._headers: dict[str, list[TensorHeader]] = {}
-        """Tensors of open original shards, by offset."""
         self._verified: set[ExpertKey] = set()
         self._recorded = HashLog(root)
-        self._lock = threading.Lock()
 
     @classmethod
     def open(cls, root: Path) -> ExpertStore:
@@ -145,8 +136,9 @@ class ExpertStore:
         first = record.parts[0]
         if direct and record.is_contiguous and first.offset % VECTOR_BYTES == 0:
             skipped = first.offset % BLOCK_BYTES
-            raw = window[skipped : skipped + record.nbytes]
-            if not self._read_blocks(first.file, first.offset - skipped, skipped + record.nbytes, window):
+            start, nbytes = first.offset - skipped, skipped + record.nbytes
+            raw = window[skipped:nbytes]
+            if not self._files.read_blocks(first.file, start, nbytes, window):
                 self._read_parts(record, raw)
         else:
             raw = window[: record.nbytes]
@@ -168,7 +160,7 @@ class ExpertStore:
             done = 0
             while done < nbytes:
                 count = min(len(buffer) - filled, nbytes - done)
-                if not self._read_into(file, offset + done, buffer[filled : filled + count]):
+                if not self._files.read_into(file, offset + done, buffer[filled : filled + count]):
                     raise ExpertCorrupt(str(tuple(key)), file, offset, "the file is cut short")
                 done, filled = done + count, filled + count
                 if filled == len(buffer):
@@ -228,15 +220,7 @@ class ExpertStore:
         return codes.view(quantization.code_shape(entry.shape)), scales, (outputs, inputs)
 
     def close(self) -> None:
-        with self._lock:
-            for descriptor in self._descriptors.values():
-                os.close(descriptor)
-            for direct in self._direct.values():
-                if direct is not None:
-                    os.close(direct)
-            self._descriptors.clear()
-            self._direct.clear()
-            self._headers.clear()
+        self._files.close()
 
     def _entry(self, component: str, name: str) -> TensorEntry:
         """Raises StoreDamaged."""
@@ -248,13 +232,13 @@ class ExpertStore:
     def _read_entry(self, component: str, entry: TensorEntry, sizes: Sequence[int]) -> list[Tensor]:
         """Its bytes, cut into buffers of these sizes. Raises StoreDamaged."""
         cut_short = f"is cut short inside tensor {entry.name!r} at offset {entry.offset}"
-        if not self._holds(entry.file, entry.offset, entry.nbytes):
+        if not self._files.holds(entry.file, entry.offset, entry.nbytes):
             raise StoreDamaged(entry.file, cut_short)
-        self._check_indexed(entry.file, entry.offset, entry.nbytes, entry.dtype)
+        self._files.check_indexed(entry.file, entry.offset, entry.nbytes, entry.dtype)
         parts, offset, digest = [], entry.offset, hashlib.sha256()
         for size in sizes:
             raw = torch.empty(size, dtype=torch.uint8)
-            if not self._read_into(entry.file, offset, raw):
+            if not self._files.read_into(entry.file, offset, raw):
                 raise StoreDamaged(entry.file, cut_short)
             digest.update(raw.numpy().data)
             parts.append(raw)
@@ -268,14 +252,14 @@ class ExpertStore:
     def _check_place(self, record: ExpertRecord) -> None:
         """Raises ExpertCorrupt where the file ends before, StoreDamaged where it is another file."""
         for part in record.parts:
-            if not self._holds(part.file, part.offset, part.nbytes):
+            if not self._files.holds(part.file, part.offset, part.nbytes):
                 raise ExpertCorrupt(str(tuple(record.key)), part.file, part.offset, "the file is cut short")
-            self._check_indexed(part.file, part.offset, part.nbytes, record.dtype)
+            self._files.check_indexed(part.file, part.offset, part.nbytes, record.dtype)
 
     def _read_parts(self, record: ExpertRecord, raw: Tensor) -> None:
         position = 0
         for file, offset, nbytes in _reads(record):
-            if not self._read_into(file, offset, raw[position : position + nbytes]):
+            if not self._files.read_into(file, offset, raw[position : position + nbytes]):
                 raise ExpertCorrupt(str(tuple(record.key)), file, offset, "the file is cut short")
             position += nbytes
 
@@ -285,79 +269,6 @@ class ExpertStore:
             return
         self.check_digest(record.key, _sha256(raw))
         self._verified.add(record.key)
-
-    def _holds(self, file: str, offset: int, nbytes: int) -> bool:
-        return offset + nbytes <= os.fstat(self._descriptor(file)).st_size
-
-    def _check_indexed(self, file: str, offset: int, nbytes: int, dtype: str) -> None:
-        """An original shard may have been replaced by another since it was indexed. Raises StoreDamaged."""
-        if self.manifest.kind == "copied":
-            return
-        tensor = self._tensor_at(file, offset, nbytes)
-        if tensor is None or tensor.code != CODES[dtype]:
-            raise StoreDamaged(
-                file,
-                f"has no {dtype} tensor of {nbytes} bytes at offset {offset}: it is not what was indexed",
-            )
-
-    def _tensor_at(self, file: str, offset: int, nbytes: int) -> TensorHeader | None:
-        """The tensor that these bytes are, or the stack of equal matrices (three dimensions) that they are one of."""
-        tensors = self._headers[file]
-        index = bisect.bisect_right(tensors, offset, key=lambda tensor: tensor.offset) - 1
-        while index >= 0 and not tensors[index].nbytes:
-            index -= 1
-        if index < 0:
-            return None
-        tensor = tensors[index]
-        skipped = offset - tensor.offset
-        if (skipped, nbytes) == (0, tensor.nbytes):
-            return tensor
-        is_stack = len(tensor.shape) == 3 and not skipped % nbytes and not tensor.nbytes % nbytes
-        return tensor if is_stack and skipped + nbytes <= tensor.nbytes else None
-
-    def _read_blocks(self, file: str, start: int, nbytes: int, window: Tensor) -> bool:
-        """See `fill_blocks`."""
-        descriptor = self._direct_descriptor(file)
-        if descriptor is None:
-            return False
-        try:
-            return fill_blocks(descriptor, start, nbytes, window)
-        except OSError as error:
-            raise StoreDamaged(file, f"cannot be read at offset {start}: {error.strerror}") from error
-
-    def _direct_descriptor(self, file: str) -> int | None:
-        descriptor = self._descriptor(file)
-        with self._lock:
-            if file not in self._direct:
-                self._direct[file] = reopen_direct(descriptor)
-            return self._direct[file]
-
-    def _read_into(self, file: str, offset: int, raw: Tensor) -> bool:
-        """Fill `raw` from the file. False when the file ends before."""
-        try:
-            return fill(self._descriptor(file), offset, raw.numpy().data)
-        except OSError as error:
-            raise StoreDamaged(file, f"cannot be read at offset {offset}: {error.strerror}") from error
-
-    def _descriptor(self, file: str) -> int:
-        with self._lock:
-            if file not in self._descriptors:
-                try:
-                    self._descriptors[file] = self._open(file)
-                except ExtractionError as error:
-                    raise StoreDamaged(str(self._weights_root), str(error)) from error
-            return self._descriptors[file]
-
-    def _open(self, file: str) -> int:
-        descriptor = open_inside(self._weights_root, file)
-        if self.manifest.kind == "indexed":
-            try:
-                header = read_header(descriptor, file)
-            except ExtractionError:
-                os.close(descriptor)
-                raise
-            self._headers[file] = sorted(header.values(), key=lambda tensor: (tensor.offset, tensor.nbytes))
-        return descriptor
 
 
 def _reads(record: ExpertRecord) -> list[tuple[str, int, int]]:

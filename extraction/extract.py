@@ -17,10 +17,10 @@ from typing import Literal
 from extraction.atomic_folder import atomic_folder, check_vacant
 from extraction.copying import Copier, Meter, Progress
 from extraction.errors import HubRefused, OptionRefused, PathRefused
+from extraction.expert_index import INDEX_NAME, write_expert_index
 from extraction.journal import Journal, is_journal_of
 from extraction.manifest import (
     FORMAT_VERSION,
-    INDEX_NAME,
     ROLES,
     Component,
     Dtype,
@@ -31,7 +31,6 @@ from extraction.manifest import (
     RecordPart,
     TensorEntry,
     version_for,
-    write_expert_index,
     write_manifest,
 )
 from extraction.plan import ExtractionPlan, SourceTensor, plan_extraction

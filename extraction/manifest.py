@@ -1,24 +1,20 @@
-"""The expert store's own description: `manifest.json` and the index of experts in `experts.parquet`.
+"""The expert store's own description: `manifest.json`, and what an expert and its record are.
 
-Owns both formats (docs/store-format.md), reading and writing. Nothing in them is trusted before it was checked:
-schema, version, ranges, and that every path stays inside its folder. Read by `experts.store`.
+Owns the manifest's format (docs/store-format.md), reading and writing; `extraction.expert_index` has the index of
+experts. Nothing in it is trusted before it was checked: schema, version, ranges, and that every path stays inside its
+folder. Read by `experts.store`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from extraction.errors import ManifestInvalid
@@ -35,9 +31,7 @@ that programs which know only that one can read it."""
 VERSIONS = (FORMAT_VERSION, QUANTISED_VERSION, BACKBONE_VERSION)
 _FIELDS_SINCE = {"quantization": 2, "backbone_quantization": 3, "head_quantization": 3}
 MANIFEST_NAME = "manifest.json"
-INDEX_NAME = "experts.parquet"
 MAX_MANIFEST_BYTES = 256 * 1024 * 1024
-MAX_INDEX_ROWS = 1 << 20
 MAX_GROUPS = 4096
 MAX_FILE_BYTES = 1 << 60
 """Of a file that offsets point into; keeps sums of offsets and sizes within 64 bits."""
@@ -47,10 +41,6 @@ SCALE_ROLES = ("gate_scale", "up_scale", "down_scale")
 SCALE_SUFFIX = "_scale"
 """Of a quantised backbone tensor's scales, in the header of their file."""
 ITEM_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
-
-ARROW_SCHEMA_KEY = b"ARROW:schema"
-"""Key in a Parquet footer whose value can name extension types. Reading such a footer runs the code of any type of
-that name that is registered in the process, and some unpickle what the file holds: an index has none."""
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 StoredDtype = Literal["bfloat16", "float16", "float32", "int8", "int4"]
@@ -273,31 +263,6 @@ def _check_quantised(tensor: TensorEntry, quantised: QuantisedParts) -> None:
     tensor.check_bytes(quantization.code_bytes(tensor.shape) + quantization.scale_bytes(tensor.shape))
 
 
-INDEX_SCHEMA = pa.schema(
-    [
-        pa.field("component", pa.string(), nullable=False),
-        pa.field("layer", pa.int32(), nullable=False),
-        pa.field("expert", pa.int32(), nullable=False),
-        pa.field("dtype", pa.string(), nullable=False),
-        pa.field("sha256", pa.string()),
-        pa.field(
-            "parts",
-            pa.list_(
-                pa.struct(
-                    [
-                        pa.field("role", pa.string(), nullable=False),
-                        pa.field("file", pa.string(), nullable=False),
-                        pa.field("offset", pa.int64(), nullable=False),
-                        pa.field("nbytes", pa.int64(), nullable=False),
-                    ]
-                )
-            ),
-            nullable=False,
-        ),
-    ]
-)
-
-
 def check_relative(path: str) -> str:
     """The path itself, if it is relative and stays inside. Raises ValueError."""
     pure = PurePosixPath(path)
@@ -347,106 +312,3 @@ def check_files(root: Path, manifest: Manifest) -> None:
         raw = read_small_file(root, name, MAX_MANIFEST_BYTES)
         if len(raw) != entry.nbytes or hashlib.sha256(raw).hexdigest() != entry.sha256:
             raise ManifestInvalid(name, "does not match the hash in the manifest")
-
-
-def write_expert_index(root: Path, records: Iterable[ExpertRecord]) -> FileEntry:
-    """Write `experts.parquet`, sorted by key. Returns its entry for the manifest."""
-    rows = [
-        {
-            "component": record.key.component,
-            "layer": record.key.layer,
-            "expert": record.key.expert,
-            "dtype": record.dtype,
-            "sha256": record.sha256,
-            "parts": [
-                {"role": part.role, "file": part.file, "offset": part.offset, "nbytes": part.nbytes}
-                for part in record.parts
-            ],
-        }
-        for record in sorted(records, key=lambda record: record.key)
-    ]
-    table = pa.Table.from_pylist(rows, schema=INDEX_SCHEMA)
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd", store_schema=False)
-    raw = buffer.getvalue()
-    (root / INDEX_NAME).write_bytes(raw)
-    return FileEntry(nbytes=len(raw), sha256=hashlib.sha256(raw).hexdigest())
-
-
-def read_expert_index(root: Path, manifest: Manifest) -> dict[ExpertKey, ExpertRecord]:
-    """All records by key. Hash and schema are checked before a row is read. Raises ManifestInvalid."""
-    if INDEX_NAME not in manifest.files:
-        raise ManifestInvalid(MANIFEST_NAME, f"does not list {INDEX_NAME}")
-    check_files(root, manifest.model_copy(update={"files": {INDEX_NAME: manifest.files[INDEX_NAME]}}))
-    raw = read_small_file(root, INDEX_NAME, MAX_MANIFEST_BYTES)
-    if ARROW_SCHEMA_KEY in raw:
-        raise ManifestInvalid(
-            INDEX_NAME, "has other columns than an index of experts: it brings an Arrow schema"
-        )
-    try:
-        rows = _rows(raw)
-        records = [_record(row, manifest) for row in rows]
-    except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError) as error:
-        raise ManifestInvalid(INDEX_NAME, f"cannot be read: {error}") from error
-    index = {record.key: record for record in records}
-    if len(index) != len(records):
-        raise ManifestInvalid(INDEX_NAME, "lists an expert twice")
-    return index
-
-
-def _rows(raw: bytes) -> list[dict[str, Any]]:
-    """Raises ManifestInvalid, or what pyarrow raises."""
-    reader = pq.ParquetFile(pa.BufferReader(raw), arrow_extensions_enabled=False)
-    schema = reader.schema_arrow.remove_metadata()
-    if not schema.equals(INDEX_SCHEMA):
-        raise ManifestInvalid(INDEX_NAME, "has other columns than an index of experts")
-    # A few bytes can stand for billions of equal rows.
-    groups = [reader.metadata.row_group(number) for number in range(reader.num_row_groups)]
-    num_values = max(
-        (group.column(column).num_values for group in groups for column in range(group.num_columns)),
-        default=0,
-    )
-    if reader.metadata.num_rows > MAX_INDEX_ROWS or num_values > len(ROLES + SCALE_ROLES) * MAX_INDEX_ROWS:
-        raise ManifestInvalid(INDEX_NAME, f"has more than {MAX_INDEX_ROWS} rows")
-    # A short command can end while pyarrow still starts its threads, and then aborts at exit.
-    rows: list[dict[str, Any]] = reader.read(use_threads=False).to_pylist()
-    return rows
-
-
-def _record(row: dict[str, Any], manifest: Manifest) -> ExpertRecord:
-    """Raises ValueError for what no extraction writes."""
-    key = ExpertKey(row["component"], row["layer"], row["expert"])
-    parts = tuple(
-        RecordPart(part["role"], check_relative(part["file"]), part["offset"], part["nbytes"])
-        for part in row["parts"]
-    )
-    if not re.fullmatch(NAME_PATTERN, key.component) or key.layer < 0 or key.expert < 0:
-        raise ValueError(f"expert {key} has a damaged component's name or a negative number")
-    if any(part.offset < 0 or part.nbytes <= 0 for part in parts):
-        raise ValueError(f"expert {key} has a part with a negative offset or no bytes")
-    if any(part.offset > MAX_FILE_BYTES or part.nbytes > MAX_FILE_BYTES for part in parts):
-        raise ValueError(f"expert {key} has a part beyond {MAX_FILE_BYTES} bytes")
-    _check_form(key, row["dtype"], parts, manifest.quantization)
-    if row["sha256"] is None:
-        if manifest.kind == "copied":
-            raise ValueError(f"expert {key} is copied without a hash")
-    elif not re.fullmatch(SHA256_PATTERN, row["sha256"]):
-        raise ValueError(f"expert {key} has a hash that is none")
-    return ExpertRecord(key, row["dtype"], row["sha256"], parts)
-
-
-def _check_form(
-    key: ExpertKey, dtype: str, parts: tuple[RecordPart, ...], quantization: Quantization | None
-) -> None:
-    """Dtype and parts as they belong together. Whether sizes fit a model is for who knows its width."""
-    roles = tuple(part.role for part in parts)
-    if quantization is not None:
-        if dtype != quantization.scheme or roles != ROLES + SCALE_ROLES:
-            raise ValueError(f"expert {key} has dtype {dtype!r} or parts other than quantised ones have")
-        if parts[0].nbytes != parts[1].nbytes or parts[3].nbytes != parts[4].nbytes:
-            raise ValueError(f"expert {key} has a gate and an up projection of different sizes")
-        return
-    if dtype not in ITEM_SIZES or roles != ROLES:
-        raise ValueError(f"expert {key} has dtype {dtype!r} or parts other than {ROLES}")
-    if len({part.nbytes for part in parts}) != 1 or parts[0].nbytes % ITEM_SIZES[dtype]:
-        raise ValueError(f"expert {key} has parts of different sizes or of no whole number of values")

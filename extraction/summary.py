@@ -14,14 +14,13 @@ from pydantic import BaseModel
 
 from extraction.decoder_config import MAX_EXPERTS, MAX_LAYERS
 from extraction.errors import ManifestInvalid
+from extraction.expert_index import INDEX_NAME, read_expert_index
 from extraction.manifest import (
-    INDEX_NAME,
     MANIFEST_NAME,
     Component,
     ExpertKey,
     ExpertRecord,
     Manifest,
-    read_expert_index,
     read_manifest,
     store_hash,
 )

@@ -19,9 +19,9 @@ from pathlib import Path
 from extraction.copying import BUFFER_BYTES, Meter, Progress, num_threads, read_chunks, whole_units
 from extraction.dtypes import convert
 from extraction.errors import ManifestInvalid, StoreDiffers
+from extraction.expert_index import INDEX_NAME, read_expert_index
 from extraction.files import open_inside
 from extraction.manifest import (
-    INDEX_NAME,
     ITEM_SIZES,
     MANIFEST_NAME,
     ExpertKey,
@@ -31,7 +31,6 @@ from extraction.manifest import (
     RecordPart,
     TensorEntry,
     check_files,
-    read_expert_index,
     read_manifest,
 )
 from extraction.plan import ExtractionPlan, SourceTensor, plan_extraction

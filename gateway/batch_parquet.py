@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from extraction.errors import one_line
-from extraction.manifest import ARROW_SCHEMA_KEY
+from extraction.expert_index import ARROW_SCHEMA_KEY
 from gateway.batch_plan import MAX_INPUT_ROWS, Part
 from gateway.batch_rows import RawRow
 from gateway.errors import BatchInputInvalid

@@ -214,11 +214,20 @@ def _chosen_prompt(prompt: str | None, prompt_ids: str | None) -> str | tuple[in
     if (prompt is None) == (prompt_ids is None):
         raise typer.BadParameter("give exactly one of --prompt and --prompt-ids")
     if prompt is not None:
-        return prompt
+        return _checked_text(prompt)
     try:
         return tuple(int(part) for part in str(prompt_ids).split(","))
     except ValueError as error:
         raise typer.BadParameter("--prompt-ids takes whole numbers separated by commas") from error
+
+
+def _checked_text(text: str) -> str:
+    """Bytes of an argument that are no UTF-8 come in as halves of surrogate pairs, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise typer.BadParameter(f"--prompt is not UTF-8 at character {error.start}") from error
+    return text
 
 
 def _write_at_once(text: str) -> None:

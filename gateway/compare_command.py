@@ -53,9 +53,9 @@ def compare(
         raise OptionInvalid("--memory", str(error)) from error
     wanted = None if layers is None else parse_layers(layers)
     options = ComparisonOptions(wanted, tokens, seed, memory_bytes)
+    folder, root = _checkpoint(checkpoint), resolve_store(store, announce=_announce)
     if not as_json:
         typer.echo(f"{'layer':>5}  {'worst':>9}  {'relative':>9}  {'rerouted':>8}")
-    folder, root = _checkpoint(checkpoint), resolve_store(store, announce=_announce)
     result = run(folder, root, options, _keep_quiet if as_json else _print_layer)
     typer.echo(json.dumps(result.as_json()) if as_json else _verdict(result))
     if not result.is_within:
@@ -63,11 +63,11 @@ def compare(
 
 
 def _checkpoint(source: str) -> Path:
-    from gateway.store_source import hub_id_of, resolve_checkpoint
+    from gateway.store_source import hub_id_of, published_checkpoint
 
     hub_id = hub_id_of(source)
     if hub_id is None:
-        return resolve_checkpoint(source)
+        return published_checkpoint(source)
     from extraction.hub_extract import hub_snapshot
 
     return hub_snapshot(hub_id, announce=_announce)

@@ -110,6 +110,17 @@ class StoreNotFound(GatewayError):
         return f"{self.source} is no store or checkpoint folder; bundled models: {', '.join(self.bundled)}"
 
 
+class CheckpointIsStore(GatewayError):
+    """A command that reads a published checkpoint was given what extraction made of one."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__(source)
+        self.source = source
+
+    def __str__(self) -> str:
+        return f"{self.source} is an expert store; name the checkpoint that it was extracted from"
+
+
 class OptionInvalid(GatewayError):
     """An option or a key of the config file cannot be used. `name` is as the user wrote it."""
 

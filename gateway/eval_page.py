@@ -56,7 +56,8 @@ def draw_page(evaluation: Evaluation, trace: Path) -> bytes:
         axes = figure.add_subplot(grid[-1, column])
         draw_coactivation(axes, coactivation(table, layer), f"Experts chosen together, layer {layer}")
     report = f"{evaluation.options.study.policy} routing, {evaluation.dtype}"
-    figure.suptitle(f"Routing of {len(evaluation.texts)} texts, {report}")
+    many = len(evaluation.texts)
+    figure.suptitle(f"Routing of {'1 text' if many == 1 else f'{many} texts'}, {report}")
     return to_png(figure)
 
 

@@ -10,12 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from gateway.quantise_options import (
+    BackboneOption,
+    GroupSizeOption,
+    HeadOption,
+    QuantizeOption,
+    read_quantised,
+)
+
 if TYPE_CHECKING:
     from extraction.copying import Progress
     from extraction.extract import ExtractionReport
     from extraction.hub import HubId
     from extraction.manifest import LeftOut
-    from extraction.quantise import Quantization
     from extraction.quantised_parts import QuantisedParts
     from extraction.selection import Selection
 
@@ -26,13 +33,6 @@ class WeightDtype(StrEnum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
-
-
-class QuantizeScheme(StrEnum):
-    """What parts of a store can be quantised to."""
-
-    INT8 = "int8"
-    INT4 = "int4"
 
 
 def extract(
@@ -65,22 +65,10 @@ def extract(
         Optional[WeightDtype],  # noqa: UP045
         typer.Option(help="Convert all weights; default: as they are."),
     ] = None,
-    quantize: Annotated[
-        Optional[QuantizeScheme],  # noqa: UP045
-        typer.Option(help="Experts as 8-bit or 4-bit codes: smaller, and another model."),
-    ] = None,
-    quantize_backbone: Annotated[
-        Optional[QuantizeScheme],  # noqa: UP045
-        typer.Option(help="The same of attention projections, dense layers and shared experts."),
-    ] = None,
-    quantize_head: Annotated[
-        Optional[QuantizeScheme],  # noqa: UP045
-        typer.Option(help="The same of the head; the embedding stays as it is."),
-    ] = None,
-    group_size: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(metavar="32|64|128", help="With int4: inputs that share a scale; default: 32."),
-    ] = None,
+    quantize: QuantizeOption = None,
+    quantize_backbone: BackboneOption = None,
+    quantize_head: HeadOption = None,
+    group_size: GroupSizeOption = None,
     discard_source: Annotated[
         bool,
         typer.Option(
@@ -92,23 +80,23 @@ def extract(
     ] = False,
 ) -> None:
     """Split a checkpoint into an expert store, or prove that a store holds a checkpoint."""
-    from gateway.store_source import hub_id_of, resolve_checkpoint
+    from gateway.store_source import hub_id_of, published_checkpoint
 
     if verify:
         others = (layers, components, groups, dtype, quantize, quantize_backbone, quantize_head, group_size)
         if index_only or discard_source or any(others):
             raise typer.BadParameter("--verify takes no other option: the store says how it was made")
-        return _verify(dest, resolve_checkpoint(source))
+        return _verify(dest, published_checkpoint(source))
     hub_id = hub_id_of(source)
     if discard_source and (hub_id is None or index_only):
         raise typer.BadParameter(
             "--discard-source is for copying from a hub id; it removes nobody's own files"
         )
     chosen = _selection(layers, components, groups)
-    quantised = _quantised(quantize, quantize_backbone, quantize_head, group_size)
+    quantised = read_quantised(quantize, quantize_backbone, quantize_head, group_size)
     if hub_id is not None and not index_only:
         return _from_hub(hub_id, dest, chosen, dtype, quantised, discard_source)
-    folder = resolve_checkpoint(source) if hub_id is None else _downloaded(hub_id)
+    folder = published_checkpoint(source) if hub_id is None else _downloaded(hub_id)
     return _from_folder(folder, dest, chosen, dtype, quantised, index_only)
 
 
@@ -120,33 +108,6 @@ def _selection(layers: str | None, components: str | None, groups: str | None) -
         None if components is None else parse_components(components),
         None if groups is None else parse_groups(groups),
     )
-
-
-def _quantised(
-    experts: QuantizeScheme | None,
-    backbone: QuantizeScheme | None,
-    head: QuantizeScheme | None,
-    group_size: int | None,
-) -> QuantisedParts:
-    """group_size: of all parts that are int4."""
-    from extraction.quantise import GROUP_SIZES
-    from extraction.quantised_parts import QuantisedParts
-
-    has_groups = QuantizeScheme.INT4 in (experts, backbone, head)
-    if group_size is not None and (not has_groups or group_size not in GROUP_SIZES):
-        raise typer.BadParameter(
-            "--group-size is 32, 64 or 128, and goes with --quantize, --quantize-backbone or --quantize-head int4"
-        )
-    return QuantisedParts(*(_quantization(scheme, group_size) for scheme in (experts, backbone, head)))
-
-
-def _quantization(scheme: QuantizeScheme | None, group_size: int | None) -> Quantization | None:
-    from extraction.quantise import DEFAULT_GROUP_SIZE, Quantization
-
-    if scheme is None:
-        return None
-    size = (group_size or DEFAULT_GROUP_SIZE) if scheme is QuantizeScheme.INT4 else None
-    return Quantization.model_validate({"scheme": scheme.value, "group_size": size})
 
 
 def _downloaded(hub_id: HubId) -> Path:
@@ -176,7 +137,7 @@ def _from_hub(
             quantised=quantised,
             progress=progress,
         )
-    _print_report(report)
+    _print_report(report, quantised)
 
 
 def _from_folder(
@@ -199,11 +160,13 @@ def _from_folder(
             quantised=quantised,
             progress=progress,
         )
-    _print_report(report)
+    _print_report(report, quantised)
 
 
-def _print_report(report: ExtractionReport) -> None:
+def _print_report(report: ExtractionReport, quantised: QuantisedParts) -> None:
     done = "copied" if report.kind == "copied" else "indexed in place"
+    if quantised.name is not None:
+        done = f"quantised to {quantised.name}"
     resumed = f", {_mib(report.resumed_bytes)} of them by an earlier run" if report.resumed_bytes else ""
     typer.echo(
         f"{report.root}: {report.num_experts} experts in {report.num_layers} layers, "

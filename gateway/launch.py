@@ -157,8 +157,9 @@ def _start_actors(
     """The supervisor with its expert actors, and what gives them weights. Returns when they have answered."""
     import ray
 
+    from cluster.living_nodes import node_addresses
     from cluster.service_spec import ServiceSpec
-    from cluster.supervisor import node_addresses, start_supervisor, stop_supervisor
+    from cluster.supervisor import start_supervisor, stop_supervisor
 
     assert engine.dtype is not None
     spec = ServiceSpec(

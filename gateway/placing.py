@@ -108,7 +108,7 @@ def place_service(options: ServiceOptions, engine: EngineOptions) -> Placed:
 
 
 def _read_model(store: ExpertStore, options: ServiceOptions, engine: EngineOptions) -> _Model:
-    sizes = measure_model(store.manifest.config, chosen_dtype(store, engine), store.quantization)
+    sizes = measure_model(store.manifest.config, chosen_dtype(store, engine), store.quantised)
     config = sizes.config
     records = [store.record(key) for key in store.expert_keys(store.served.name)]
     question = StoreQuestion(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from extraction.quantised_parts import NOT_QUANTISED
 from gateway.api_keys import NO_KEYS
 from gateway.errors import OptionInvalid
 from gateway.plan_nodes import Workload
@@ -23,7 +24,7 @@ def plan_on_cluster(model: PlannedModel, workload: Workload, choices: ServeChoic
     """Raises OptionInvalid where there is no store yet, or what `serve --dry-run` raises."""
     from gateway.launch import ask_cluster
 
-    if model.quantization is not None and not model.is_quantised:
+    if model.quantised != NOT_QUANTISED and not model.is_quantised:
         raise OptionInvalid("--quantize", "goes with --nodes: on a cluster machines are asked for a store")
     kv_bytes = model.sizes.kv_bytes(workload.context, workload.num_streams)
     given: dict[str, object] = dict(serve_options(model, workload, kv_bytes, choices))

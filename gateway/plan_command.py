@@ -10,9 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from gateway.quantise_options import (
+    BackboneOption,
+    GroupSizeOption,
+    HeadOption,
+    QuantizeOption,
+    read_quantised,
+)
+
 if TYPE_CHECKING:
     from cluster.placement import Grouping
-    from extraction.quantise import Quantization
     from gateway.nodes_file import NodesFile
     from gateway.plan_nodes import Workload
     from gateway.plan_report import PlanReport
@@ -57,10 +64,10 @@ def plan(
         ),
     ] = None,
     dtype: Annotated[Optional[str], typer.Option(help="float32 or bfloat16; default: as stored.")] = None,  # noqa: UP045
-    quantize: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="int8|int4", help="Plan with experts that are quantised at extraction."),
-    ] = None,
+    quantize: QuantizeOption = None,
+    quantize_backbone: BackboneOption = None,
+    quantize_head: HeadOption = None,
+    group_size: GroupSizeOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say whether a model fits some machines, how it would be placed, and how fast it would be. Starts nothing."""
@@ -75,7 +82,8 @@ def plan(
         raise OptionInvalid("--grouping", f"must be expert or layer, not {grouping[:40]!r}")
     if nodes is not None and address is not None:
         raise OptionInvalid("--nodes", "describes machines, and --address asks them: give one of the two")
-    model = read_model(source, dtype, _quantization(quantize))
+    quantised = read_quantised(quantize, quantize_backbone, quantize_head, group_size)
+    model = read_model(source, dtype, quantised)
     most = model.sizes.config.max_position_embeddings
     if context is not None and context > most:
         raise OptionInvalid("--context", f"must be at most the model's {most} tokens, not {context}")
@@ -141,18 +149,6 @@ def _cache_folder() -> str:
     from cluster.machine_facts import store_cache_folder
 
     return str(store_cache_folder(os.environ))
-
-
-def _quantization(scheme: str | None) -> Quantization | None:
-    from extraction.quantise import DEFAULT_GROUP_SIZE, Quantization
-    from gateway.errors import OptionInvalid
-
-    if scheme is None:
-        return None
-    if scheme not in ("int8", "int4"):
-        raise OptionInvalid("--quantize", f"must be int8 or int4, not {scheme[:40]!r}")
-    size = DEFAULT_GROUP_SIZE if scheme == "int4" else None
-    return Quantization.model_validate({"scheme": scheme, "group_size": size})
 
 
 def _this_machine() -> NodesFile:

@@ -15,9 +15,11 @@ from cluster.forecast import Forecast, count_copies, forecast
 from cluster.placement import Grouping, PlacementOptions, place
 from cluster.plan import ServicePlan
 from cluster.topology import NodeFacts, Topology
+from extraction.quantised_parts import NOT_QUANTISED
 from gateway.byte_sizes import UNITS, format_bytes
 from gateway.plan_nodes import RouterMemory, Workload, router_memory
 from gateway.plan_source import PlannedModel
+from gateway.quantise_options import option_words
 from gateway.service_options import option_names
 
 
@@ -50,6 +52,8 @@ class PlanReport:
     dtype: str
     experts: str
     """Their form: the dtype, or how they are quantised."""
+    quantization: str | None
+    """Of all parts, as answers name it."""
     num_experts: int
     expert_bytes: int
     total_expert_bytes: int
@@ -101,10 +105,12 @@ def make_report(
     router = next(node for node in nodes if node.is_router)
     memory = router_memory(sizes, workload, memory_bytes)
     copies = count_copies(plan, topology)
+    dtype = str(sizes.dtype).removeprefix("torch.")
     return PlanReport(
         source=model.source,
-        dtype=str(sizes.dtype).removeprefix("torch."),
-        experts=model.quantization.name if model.quantization else str(sizes.dtype).removeprefix("torch."),
+        dtype=dtype,
+        experts=model.quantised.experts.name if model.quantised.experts else dtype,
+        quantization=model.quantised.name,
         num_experts=sizes.num_experts,
         expert_bytes=sizes.expert_bytes,
         total_expert_bytes=sizes.total_expert_bytes,
@@ -222,10 +228,8 @@ def commands_for(
     """What to type: the extraction that quantises, where it is needed, and `serve`."""
     source = model.source
     commands = []
-    if model.quantization is not None and not model.is_quantised:
-        words = ["sage-moe", "extract", source, "STORE", "--quantize", model.quantization.scheme]
-        if model.quantization.group_size is not None:
-            words += ["--group-size", str(model.quantization.group_size)]
+    if model.quantised != NOT_QUANTISED and not model.is_quantised:
+        words = ["sage-moe", "extract", source, "STORE", *option_words(model.quantised)]
         commands.append(shlex.join(words))
         source = "STORE"
     options = serve_options(model, workload, kv_bytes, choices)

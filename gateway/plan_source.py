@@ -18,7 +18,7 @@ from experts.worker import DTYPES
 from extraction.errors import CheckpointDamaged
 from extraction.hub import HubId, download, look_up
 from extraction.manifest import MANIFEST_NAME
-from extraction.quantise import Quantization
+from extraction.quantised_parts import NOT_QUANTISED, QuantisedParts
 from extraction.strict_json import parse_object
 from gateway.errors import OptionInvalid, StoreNotFound
 from gateway.store_source import bundled_models, hub_id_of, resolve_checkpoint
@@ -39,48 +39,46 @@ class PlannedModel:
     """As `serve` takes it; a placeholder where the user gave a configuration alone."""
     dtype_option: str | None
     """What `--dtype` has to say; None where the default is meant."""
-    quantization: Quantization | None
+    quantised: QuantisedParts
     is_quantised: bool
     """Whether the store is already; if not, it has to be extracted that way first."""
 
 
-def read_model(source: str, dtype: str | None, quantization: Quantization | None) -> PlannedModel:
+def read_model(source: str, dtype: str | None, quantised: QuantisedParts) -> PlannedModel:
     """Raises StoreNotFound, HubRefused, FileUnusable, OptionInvalid, or what reading store or configuration raises."""
     path = resolve_checkpoint(source)
     if os.path.lexists(path / MANIFEST_NAME):
-        return _read_store(path, source, dtype, quantization)
+        return _read_store(path, source, dtype, quantised)
     hub_id = hub_id_of(source)
     if hub_id is not None:
-        return _of_config(_hub_config(hub_id), source, dtype, quantization)
+        return _of_config(_hub_config(hub_id), source, dtype, quantised)
     if path.is_dir() and os.path.lexists(path / CONFIG):
-        return _of_config(_read_config(path / CONFIG), source, dtype, quantization)
+        return _of_config(_read_config(path / CONFIG), source, dtype, quantised)
     if path.is_file():
-        return _of_config(_read_config(path), "CHECKPOINT", dtype, quantization)
+        return _of_config(_read_config(path), "CHECKPOINT", dtype, quantised)
     raise StoreNotFound(source, tuple(sorted(bundled_models())))
 
 
-def _read_store(
-    path: Path, source: str, dtype: str | None, quantization: Quantization | None
-) -> PlannedModel:
+def _read_store(path: Path, source: str, dtype: str | None, quantised: QuantisedParts) -> PlannedModel:
     store = ExpertStore.open(path)
     try:
-        if quantization is not None:
-            raise OptionInvalid("--quantize", "goes with a checkpoint: a store's experts are as they are")
+        if quantised != NOT_QUANTISED:
+            raise OptionInvalid("--quantize", "goes with a checkpoint: a store's weights are as they are")
         computed = chosen_dtype(store, EngineOptions(dtype=dtype))
-        sizes = measure_model(store.manifest.config, computed, store.quantization)
-        return PlannedModel(sizes, source, dtype, store.quantization, store.quantization is not None)
+        sizes = measure_model(store.manifest.config, computed, store.quantised)
+        return PlannedModel(sizes, source, dtype, store.quantised, store.quantised != NOT_QUANTISED)
     finally:
         store.close()
 
 
 def _of_config(
-    config: Mapping[str, Any], source: str, dtype: str | None, quantization: Quantization | None
+    config: Mapping[str, Any], source: str, dtype: str | None, quantised: QuantisedParts
 ) -> PlannedModel:
     published = _published_dtype(config)
     name = dtype or (published if published in DTYPES else DEFAULT_DTYPE)
     option = dtype or (None if published in (None, name) else name)
     return PlannedModel(
-        measure_model(config, _torch_dtype(name), quantization), source, option, quantization, False
+        measure_model(config, _torch_dtype(name), quantised), source, option, quantised, False
     )
 
 

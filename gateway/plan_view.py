@@ -28,6 +28,8 @@ def render_plan(report: PlanReport) -> RenderableType:
         f"{format_size(memory.kv_bytes)}, buffers {format_size(memory.buffer_bytes)}, processes "
         f"{format_size(memory.process_bytes)}, left free {format_size(memory.spare_bytes)}",
     ]
+    if report.quantization is not None:
+        lines.insert(1, f"quantised: {report.quantization}")
     facts = [
         f"{report.verdict}",
         f"tokens/s, all streams: {_short(low)} to {_short(high)}",

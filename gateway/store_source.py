@@ -16,16 +16,11 @@ from pathlib import Path
 
 from experts.hash_log import LOG_NAME
 from extraction.errors import DestinationOccupied, ExtractionError, ManifestInvalid, PathRefused
+from extraction.expert_index import read_expert_index
 from extraction.extract import extract
 from extraction.hub import HubId, parse_hub_id
-from extraction.manifest import (
-    FORMAT_VERSION,
-    MANIFEST_NAME,
-    check_files,
-    read_expert_index,
-    read_manifest,
-)
-from gateway.errors import StoreNotFound, StorePartial
+from extraction.manifest import FORMAT_VERSION, MANIFEST_NAME, check_files, read_manifest
+from gateway.errors import CheckpointIsStore, StoreNotFound, StorePartial
 
 CACHE_VARIABLE = "SAGE_MOE_CACHE"
 MAX_NAME_CHARS = 50
@@ -46,6 +41,14 @@ def resolve_checkpoint(source: str) -> Path:
     """The folder that SOURCE names; a folder of that name goes before a bundled model."""
     path = Path(source)
     return path if os.path.isdir(path) else bundled_models().get(source, path)
+
+
+def published_checkpoint(source: str) -> Path:
+    """The same for commands that read a checkpoint and nothing else. Raises CheckpointIsStore."""
+    path = resolve_checkpoint(source)
+    if os.path.lexists(path / MANIFEST_NAME):
+        raise CheckpointIsStore(source)
+    return path
 
 
 def hub_id_of(source: str) -> HubId | None:

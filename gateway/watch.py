@@ -1,6 +1,6 @@
 """The loop of `sage-moe status --watch`: asks a service again and again, and draws what it says until Ctrl-C.
 
-In a terminal a picture that is drawn anew, otherwise lines. A service that goes away is waited for.
+In a terminal a picture that is drawn anew, where that cannot be, lines. A service that goes away is waited for.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def watch(
             for state in looks:
                 if not state.is_lost:
                     print(json.dumps(state.status), flush=True)
-        elif console.is_terminal:
+        elif console.is_terminal and not console.is_dumb_terminal:
             _draw(looks, url, console)
         else:
             _print_lines(looks)

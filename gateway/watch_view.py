@@ -101,12 +101,13 @@ def _node_rows(status: Status) -> list[tuple[str, ...]]:
         resident[key] = resident.get(key, 0) + num_bytes
         disk[key] = disk.get(key, 0) + worker.get("store", {}).get("bytes_done", 0)
         counts[key] = counts.get(key, 0) + 1
+    bad = {name[:12]: count for name, count in _cluster(status).get("quarantines", {}).items()}
     nodes = sorted(status["nodes"], key=lambda node: (node["state"] != "alive", node["address"]))
     return [
         (
             node["node"][:12],
             node["address"],
-            node["state"],
+            node["state"] + (f", {bad[node['node']]} quarantined" if node["node"] in bad else ""),
             f"{node['cpus']:g}",
             f"{node['gpus']:g}",
             str(counts.get(node["node"], 0)),

@@ -78,13 +78,18 @@ def backbone_bytes(
     component: Component, config: ModelConfig, dtype: torch.dtype, forms: LinearForms = FLOAT
 ) -> int:
     """What `Backbone.nbytes` will be."""
+    plain = {tensor.name: tensor.shape for tensor in component.tensors if tensor.dtype in ITEM_SIZES}
+    return packed_backbone_bytes(config, forms) + weight_bytes(plain, config, dtype)
+
+
+def packed_backbone_bytes(config: ModelConfig, forms: LinearForms) -> int:
+    """Of the quantised matrices, as they are packed; a tied head that is quantised lies beside its embedding."""
     packed = 0
     if forms.backbone is not None:
         packed += sum(map(forms.backbone.loaded_bytes, config.backbone_matrices()))
     if forms.head is not None:
         packed += forms.head.loaded_bytes((config.vocab_size, config.hidden_size))
-    plain = {tensor.name: tensor.shape for tensor in component.tensors if tensor.dtype in ITEM_SIZES}
-    return packed + weight_bytes(plain, config, dtype)
+    return packed
 
 
 def weight_bytes(shapes: Mapping[str, Sequence[int]], config: ModelConfig, dtype: torch.dtype) -> int:

@@ -14,7 +14,7 @@ import torch
 
 from experts.numerics import RowKernel
 from experts.packed_matrix import CanonicalMatrix, PackedMatrix, PackedProduct, packed_bytes, stacked
-from experts.quantised import choose_product, packed_for, product_suffix
+from experts.quantised import choose_product, packed_for, planned_product, product_suffix
 from extraction.quantise import Quantization
 from extraction.quantised_parts import QuantisedParts
 from router.model_config import ModelConfig
@@ -75,7 +75,7 @@ def planned_linears(quantised: QuantisedParts, dtype: torch.dtype) -> LinearForm
     """What `prove_linears` nearly always finds, for planning only: nothing is proven."""
     return LinearForms(
         *(
-            None if part is None else LinearForm(part, dtype, "pack")
+            None if part is None else LinearForm(part, dtype, planned_product(dtype))
             for part in (quantised.backbone, quantised.head)
         )
     )

@@ -45,7 +45,7 @@ class MaskPolicy:
         self._allowed: dict[int, Tensor] = {}
         for layer, experts in masked.items():
             if layer not in config.moe_layers:
-                raise MaskInvalid(f"{layer}:", f"layer {layer} has no experts in this model")
+                raise MaskInvalid(f"{layer}:...", f"layer {layer} has no experts in this model")
             beyond = max(experts)
             if beyond >= config.num_experts:
                 raise MaskInvalid(
@@ -56,7 +56,7 @@ class MaskPolicy:
                 reason = (
                     f"{remaining} experts remain in layer {layer}, a token needs {config.experts_per_token}"
                 )
-                raise MaskInvalid(f"{layer}:", reason)
+                raise MaskInvalid(f"{layer}:...", reason)
             allowed_E = torch.ones(config.num_experts, dtype=torch.bool)
             allowed_E[sorted(experts)] = False
             self._allowed[layer] = allowed_E

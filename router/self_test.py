@@ -8,10 +8,13 @@ from __future__ import annotations
 import torch
 
 from experts.errors import NotRowInvariant
+from experts.ffn import ExpertWeights, compute_segments
 from experts.numerics import RowKernel, calibrate, one_thread, swiglu
 from router.attention import BLOCK_POSITIONS, ROW_MULTIPLE, attend
 from router.model_config import ModelConfig
 
+PROVED_INPUTS = 64
+"""Of gated products; their width is the model's."""
 PROVED_WINDOW = BLOCK_POSITIONS - 3
 """Short enough that whole blocks lie before it."""
 
@@ -23,7 +26,10 @@ def prove_row_invariance(config: ModelConfig, dtype: torch.dtype) -> RowKernel:
     if config.windowed_layers:
         _prove_attention(config.head_dim, PROVED_WINDOW)
     for width in dict.fromkeys(config.gated_widths()):
-        _prove_activation(width, dtype)
+        if kernel.product == "native":
+            _prove_gated(width, dtype, kernel)
+        else:
+            _prove_activation(width, dtype)
     for width in dict.fromkeys(config.norm_widths()):
         _prove_norm(width)
     return kernel
@@ -60,6 +66,23 @@ def _prove_activation(width: int, dtype: torch.dtype) -> None:
     for first, count in ((0, 1), (5, 2), (10, 7), (32, 1)):
         if not torch.equal(swiglu(rows[first : first + count].clone()), whole[first : first + count]):
             raise NotRowInvariant(f"activation of width {width}", str(dtype))
+
+
+def _prove_gated(width: int, dtype: torch.dtype, kernel: RowKernel) -> None:
+    """Both products and what lies between them, which our own products compute in one call."""
+    generator = torch.Generator().manual_seed(2)
+    gate_up, down = (
+        torch.randn(shape, generator=generator).mul_(shape[1] ** -0.5).to(dtype)
+        for shape in ((2 * width, PROVED_INPUTS), (PROVED_INPUTS, width))
+    )
+    weights = [ExpertWeights(gate_up, down)]
+    rows = torch.randn(33, PROVED_INPUTS, generator=generator).mul_(4).to(dtype)
+    with one_thread():
+        whole = compute_segments(rows, [(0, len(rows))], weights, kernel)
+    for first, count in ((0, 1), (5, 2), (10, 7), (26, 7), (32, 1), (0, 33)):
+        part = compute_segments(rows[first : first + count], [(0, count)], weights, kernel)
+        if not torch.equal(part, whole[first : first + count]):
+            raise NotRowInvariant(f"gated products of width {width}", str(dtype))
 
 
 def _prove_norm(width: int) -> None:

@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from extraction.errors import ExtractionError
+from extraction.expert_index import ARROW_SCHEMA_KEY
 from extraction.files import open_regular
-from extraction.manifest import ARROW_SCHEMA_KEY
 from router.errors import TraceInvalid
 from router.trace_file import FOOTER_KEY, FORMAT_VERSION, TraceFacts, trace_schema
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -23,6 +24,11 @@ os.environ.update(ray_environment() | LOCAL_ONLY)  # before anything imports Ray
 # What services learn in tests stays out of the user's state folder.
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="sage-moe-tests-state-")
 atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
+# A script's background job and nohup ignore these signals, and so would the commands that tests start and send them to.
+# What is handled here is as new there.
+for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, lambda *_: None)):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
 settings.register_profile("unhurried", deadline=None)  # a busy machine is no failure
 settings.load_profile("unhurried")
 REPOSITORY = Path(__file__).parent.parent

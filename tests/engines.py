@@ -12,6 +12,8 @@ from unittest import mock
 import torch
 
 from experts.directory import ExpertDirectory, LocalDirectory
+from experts.native_products import chosen_level
+from experts.numerics import RowKernel
 from experts.store import ExpertStore
 from experts.worker import ExpertWorker
 from router import loading
@@ -19,7 +21,9 @@ from router.batcher import BatchLimits
 from router.engine import Engine
 from router.kv_cache import KvPool
 from router.loading import EngineOptions, LoadedEngine
+from router.model_config import ModelConfig
 from router.request import GenerationRequest, TokenEvent, TokenLogprob
+from router.self_test import prove_row_invariance
 from router.sequence import Sequence as EngineSequence
 
 MAX_STEPS = 5000
@@ -37,7 +41,13 @@ class Outcome:
     prompt_logprobs: dict[str, tuple[TokenLogprob | None, ...]] = field(default_factory=dict)
 
 
-_prove_once = functools.cache(loading.prove_row_invariance)
+@functools.cache
+def _prove(config: ModelConfig, dtype: torch.dtype, level: str | None) -> RowKernel:
+    return prove_row_invariance(config, dtype)
+
+
+def _prove_once(config: ModelConfig, dtype: torch.dtype) -> RowKernel:
+    return _prove(config, dtype, chosen_level(dtype))
 
 
 def open_engine(

@@ -8,26 +8,22 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
-import psutil
 from ray.core.generated import gcs_pb2, gcs_service_pb2, gcs_service_pb2_grpc
 
-from cluster.processes import end_processes
 from cluster.ray_token import Token
 from cluster.resources import LOCAL_ONLY
+from tests.started_command import REPOSITORY, TIMEOUT_S, started
 
-REPOSITORY = Path(__file__).parent.parent
 SCRIPTS = Path(sys.executable).parent
 HEAD, WORKER = "127.0.0.2", "127.0.0.3"
 """Both are this machine's loopback; to Ray they are two machines."""
-TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -73,35 +69,6 @@ class RunningCluster:
         with grpc.insecure_channel(self.head) as channel:
             metadata = (("authorization", f"Bearer {self.token.value}"),)
             return getattr(stub(channel), method)(request, timeout=10.0, metadata=metadata)
-
-
-@contextmanager
-def started(command: list[str], environment: dict[str, str], sign: str, log: Path) -> Iterator[Any]:
-    """A command in a session of its own, once it has said its sign; killed with all that it started."""
-    with open(log, "wb") as output:
-        process = subprocess.Popen(
-            command,
-            cwd=REPOSITORY,
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        wait_until_alive(lambda: sign in log.read_text(), lambda: process.poll() is None, log)
-        yield process
-    finally:
-        if process.poll() is None:
-            family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-            end_processes(family, 0.0)
-        process.wait()
-
-
-def wait_until_alive(is_reached: Callable[[], bool], is_alive: Callable[[], bool], log: Path) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while not is_reached():
-        assert is_alive() and time.monotonic() < deadline, log.read_text()
-        time.sleep(0.05)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ RAY_SHELLS = {
     "experts/actor.py",
     "cluster/joining.py",
     "cluster/lease.py",
+    "cluster/living_nodes.py",
     "cluster/ray_topology.py",
     "cluster/resources.py",
     "cluster/supervisor.py",

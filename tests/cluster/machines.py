@@ -29,6 +29,7 @@ def machine(**differs: Any) -> MachineFacts:
         "cache_folder": "/data/records",
         "cache_free_bytes": 500 * GIB,
         "is_cache_writable": True,
+        "products": "avx2",
     }
     return MachineFacts(**facts | differs)
 

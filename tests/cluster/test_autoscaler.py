@@ -55,9 +55,10 @@ class _Service:
         capacity: CapacityState = "focus",
         nodes: Sequence[NodeLoad] = NODES,
         after_s: float = 1.0,
+        can_add_machines: bool = True,
     ) -> list[Decision]:
         self.now_s += after_s
-        snapshot = LoadSnapshot(capacity, loads, tuple(nodes))
+        snapshot = LoadSnapshot(capacity, loads, tuple(nodes), can_add_machines)
         self.state, decisions = decide(self.state, snapshot, self.plan, self.settings, self.now_s)
         self.plan = carry_out(self.plan, decisions)
         return list(decisions)
@@ -199,6 +200,7 @@ def test_random_histories_keep_every_promise(seed: int) -> None:
     )
     service = _Service(_plan(groups=groups), settings)
     nodes = [NodeLoad(f"n{index}", random_of.randint(50, 4000)) for index in range(random_of.randint(1, 4))]
+    can_add_machines = random_of.random() < 0.5
     seen: set[str] = set()
     for _ in range(60):
         nodes = [replace(node, is_leaving=random_of.random() < 0.05) for node in nodes]
@@ -213,9 +215,13 @@ def test_random_histories_keep_every_promise(seed: int) -> None:
         ]
         capacity = random_of.choice(STATES)
         before = {actor.name for actor in service.plan.actors}
-        service.look(*loads, capacity=capacity, nodes=nodes, after_s=random_of.uniform(0.5, 40.0))
+        after_s = random_of.uniform(0.5, 40.0)
+        service.look(
+            *loads, capacity=capacity, nodes=nodes, after_s=after_s, can_add_machines=can_add_machines
+        )
         actors = service.plan.actors
         assert len(actors) <= settings.max_actors
+        assert can_add_machines or all(actor.node_id is not None for actor in actors)
         new = {actor.name for actor in actors} - before
         seen |= new
         for node in nodes:
@@ -283,3 +289,29 @@ def test_group_that_went_cold_shrinks_long_before_it_is_drained() -> None:
     shrink, spawn = service.look(_load(0, 0.0, 0.0), _load(1), nodes=nodes)
     assert (shrink.kind, shrink.actor) == ("shrink", "experts-0")
     assert (spawn.kind, spawn.group, spawn.node_id) == ("spawn", "experts-1", "big")
+
+
+def test_groups_that_come_back_together_share_the_room_evenly() -> None:
+    nodes = (NodeLoad("big", 1000),)
+    service = _Service(_plan(groups=2))
+    decisions = service.look(_load(0), _load(1), nodes=nodes, can_add_machines=False)
+    assert [(d.kind, d.budget_bytes) for d in decisions] == [("spawn", 500), ("spawn", 500)]
+
+
+def test_group_that_comes_later_gets_its_even_share_of_one_that_has_all_the_room() -> None:
+    nodes = (NodeLoad("big", 1000),)
+    service = _Service(_plan(_actor(0), groups=2))
+    assert service.look(_load(0), _load(1, 0.0, 0.0), nodes=nodes, can_add_machines=False) == []
+    shrink, spawn = service.look(_load(0), _load(1), nodes=nodes, can_add_machines=False)
+    assert (shrink.kind, shrink.actor, shrink.budget_bytes) == ("shrink", "experts-0", 500)
+    assert "it has more than an even share" in shrink.reason
+    assert (spawn.kind, spawn.budget_bytes) == ("spawn", 500)
+
+
+def test_single_machine_takes_no_actor_beyond_its_room() -> None:
+    nodes = (NodeLoad("only", 2000),)
+    service = _Service(_plan(_actor(0, "only"), _actor(1, "only")))
+    for _ in range(20):
+        assert service.look(_load(0, busy=0.9), _load(1), nodes=nodes, can_add_machines=False) == []
+    tiny = (NodeLoad("only", EXPERT_BYTES - 1),)
+    assert _Service(_plan()).look(_load(0), _load(1), nodes=tiny, can_add_machines=False) == []

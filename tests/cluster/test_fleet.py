@@ -118,6 +118,16 @@ def test_roster_grows_with_what_is_ready_and_lists_every_expert() -> None:
     assert roster.endpoints.keys() == {"experts-0", "experts-1"}
 
 
+def test_node_is_doubtful_when_one_of_its_actors_dies_or_is_silent() -> None:
+    service = _running()
+    answers = {name: service._answer(spec) for name, spec in service.pool.specs.items()}
+    assert service.fleet.doubtful_nodes(answers, service.now_s + 0.5) == frozenset()
+    assert service.fleet.doubtful_nodes({}, service.now_s + Patience().doubt_s + 0.1) == {"node"}
+    service.dead.add("experts-1")
+    answers = {name: service._answer(spec) for name, spec in service.pool.specs.items()}
+    assert service.fleet.doubtful_nodes(answers, service.now_s + 0.5) == {"node"}
+
+
 def test_every_expert_has_an_owner_at_every_moment_of_a_rolling_restart() -> None:
     service = _running()
     before = {name: spec.incarnation for name, spec in service.pool.specs.items()}

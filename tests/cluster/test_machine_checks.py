@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from cluster.findings import Finding
 from cluster.machine_checks import check_machine
 from cluster.machine_facts import read_machine, store_cache_folder
+from experts.native_products import VARIABLE, chosen_level
 from experts.near_store import STORE_CACHE_VARIABLE
 from experts.node_memory import NodeMemory
 from tests.cluster.machines import GIB, machine
@@ -36,6 +38,8 @@ def test_machine_without_fault_needs_no_mend() -> None:
         ({"shared_free_bytes": None}, "warning", "--shm-size"),
         ({"cache_free_bytes": 10 * GIB}, "warning", "--store-cache"),
         ({"is_cache_writable": False}, "warning", "--store-cache"),
+        ({"products": ""}, "warning", "install a C compiler"),
+        ({"products_problem": "X=y is not here"}, "failure", "SAGE_MOE_PRODUCTS"),
     ],
 )
 def test_each_fault_is_one_finding_with_its_mend(differs: dict[str, object], level: str, mend: str) -> None:
@@ -52,6 +56,8 @@ def test_a_container_s_limit_is_named_beside_the_machine_s_memory() -> None:
 def test_this_machine_can_be_read() -> None:
     facts = read_machine({STORE_CACHE_VARIABLE: "/none/of/this/is/there"})
     assert facts.cache_folder == "/none/of/this/is/there"
+    assert facts.products == (chosen_level(torch.bfloat16) or "")
+    assert "avx9000" in read_machine({VARIABLE: "avx9000"}).products_problem
     assert facts.num_cores >= 1
     assert 0 < facts.memory.available_bytes <= facts.machine_bytes
     assert facts.versions.ray.startswith("2.")

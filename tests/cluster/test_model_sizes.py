@@ -19,25 +19,33 @@ from router.footprint import measure_footprint
 from router.loading import EngineOptions
 from tests.checkpoints import FAMILIES, write_tiny
 
+INT8 = Quantization(scheme="int8", group_size=None)
+INT4 = Quantization(scheme="int4", group_size=32)
 
-@pytest.mark.parametrize("scheme", [None, "int8", "int4"])
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        QuantisedParts(),
+        QuantisedParts(experts=INT8),
+        QuantisedParts(experts=INT4),
+        QuantisedParts(backbone=INT8),
+        QuantisedParts(INT4, INT4, INT8),
+    ],
+    ids=lambda parts: parts.name or "float",
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_configuration_tells_the_same_bytes_as_the_store(
-    tmp_path: Path, family: str, scheme: str | None
+    tmp_path: Path, family: str, parts: QuantisedParts
 ) -> None:
     checkpoint = write_tiny(family, tmp_path / "checkpoint")
-    quantization = None
-    if scheme is not None:
-        group_size = 32 if scheme == "int4" else None
-        quantization = Quantization.model_validate({"scheme": scheme, "group_size": group_size})
-    parts = QuantisedParts(experts=quantization)
-    extract(checkpoint, tmp_path / "store", quantised=parts, index_only=quantization is None)
+    extract(checkpoint, tmp_path / "store", quantised=parts, index_only=parts.name is None)
     options = EngineOptions(dtype="float32")
     store = ExpertStore.open(tmp_path / "store")
     footprint = measure_footprint(store, options)
     keys = store.expert_keys(store.served.name)
     config = json.loads((checkpoint / "config.json").read_text())
-    model = measure_model(config, torch.float32, quantization)
+    model = measure_model(config, torch.float32, parts)
     store.close()
     assert model.backbone_bytes == footprint.backbone_bytes
     assert model.expert_bytes == footprint.experts.largest
@@ -54,6 +62,18 @@ def test_published_model_has_its_known_sizes() -> None:
     assert model.kv_bytes_per_token == 2 * 48 * 4 * 128 * 2
     assert model.backbone_bytes - model.active_bytes == 151936 * 2048 * 2
     assert 30.4e9 < (model.total_expert_bytes + model.backbone_bytes) / 2 < 30.6e9
+
+
+def test_every_token_reads_the_head_and_of_the_embeddings_a_row() -> None:
+    tied = QWEN3_30B_A3B | {"tie_word_embeddings": True}
+    plain, small = (
+        measure_model(tied, torch.bfloat16),
+        measure_model(tied, torch.bfloat16, QuantisedParts(head=INT8)),
+    )
+    embeddings = 151936 * 2048 * 2
+    assert plain.active_bytes == plain.backbone_bytes
+    assert small.active_bytes == small.backbone_bytes - embeddings
+    assert small.active_bytes < plain.active_bytes
 
 
 def test_cache_for_a_context_holds_that_context() -> None:

@@ -19,7 +19,8 @@ import yaml
 
 from gateway.generate import generate
 from router.loading import EngineOptions
-from tests.running_cluster import HEAD, TIMEOUT_S, WORKER, RunningCluster, running_head, started
+from tests.running_cluster import HEAD, WORKER, RunningCluster, running_head
+from tests.started_command import TIMEOUT_S, started
 
 pytestmark = pytest.mark.ray
 

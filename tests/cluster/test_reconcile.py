@@ -250,6 +250,30 @@ def test_actor_of_a_node_that_is_gone_goes_where_there_is_most_room() -> None:
     assert not fits(_target(_wanted("a", node="n1")), _wanted("a", node="n1"), _member("a", node_id="n2"))
 
 
+def test_actor_of_a_node_that_is_cut_off_is_replaced_elsewhere_and_goes_back_when_the_node_answers() -> None:
+    """Ray counts the node as alive for tens of seconds, and would start nothing there."""
+    target = _target(_wanted("a"), _wanted("b", node=None))
+    cut_off = replace(target, cut_off=frozenset({"n1"}))
+    assert [action.node_id for action in _actions(cut_off) if isinstance(action, Create)] == ["n2", "n2"]
+    elsewhere, other = _member("a", node_id="n2"), _member("b", node_id="n2")
+    assert _actions(cut_off, elsewhere, other) == []
+    assert _brief(_actions(target, elsewhere, other)) == [("create", "a.2")]
+    back = _member("a.2", incarnation=2)
+    assert _brief(_actions(target, elsewhere, other, back)) == [("draining", "a")]
+
+
+def test_actor_that_is_ready_on_a_node_that_is_cut_off_is_left_there() -> None:
+    cut_off = replace(_target(_wanted("a")), cut_off=frozenset({"n1"}))
+    assert _actions(cut_off, _member("a")) == []
+
+
+def test_actor_that_is_starting_on_a_node_that_is_cut_off_is_started_elsewhere() -> None:
+    cut_off = replace(_target(_wanted("a")), cut_off=frozenset({"n1"}))
+    ended, created = _actions(cut_off, _member("a", "starting"))
+    assert _brief([ended, created]) == [("end", "a"), ("create", "a.2")]
+    assert isinstance(created, Create) and created.node_id == "n2"
+
+
 def test_actor_for_which_no_node_has_room_waits_for_a_machine_and_asks_ray_for_all_it_needs() -> None:
     (create,) = _actions(_target(_wanted("a", node=None, budget=301)))
     assert isinstance(create, Create)

@@ -69,10 +69,25 @@ def test_remote_layer_waits_for_link_and_slowest_actor() -> None:
     simulation = Simulation(SHAPE, Topology((HOME, AWAY, slow), "home"), plan, COSTS)
     seconds = simulation.step(np.array([[[0, 1], [0, 2]]]))
     expert_s = SHAPE.expert_bytes / AWAY.expert_bytes_s
-    both = COSTS.layer_s + 2 * COSTS.message_s + COSTS.call_s + expert_s + 1e-3 + 2 * 4096 / 1e8
+    # Layer 0: both are asked, over the router's one link; the slower one answers last. Layer 1: one has both experts.
+    both = COSTS.layer_s + COSTS.message_s + COSTS.call_s + expert_s + 1e-3 + 3 * 4096 / 1e8
     one = COSTS.layer_s + COSTS.message_s + COSTS.call_s + 2 * expert_s + AWAY.round_trip_s + 3 * 4096 / 1e8
     assert seconds == pytest.approx(COSTS.step_s + both + one)
     assert simulation.report.messages == 3 and simulation.report.bytes_sent == 7 * 4096
+
+
+def test_router_and_actors_of_a_service_with_actors_take_their_factors() -> None:
+    plan = _plan(ActorPlan("a", "even", "away"), ActorPlan("b", "odd", "far"))
+    costs = replace(COSTS, actor_factor=2.0, router_factor=1.5, frame_s=7e-5, message_row_s=1e-6)
+    simulation = Simulation(SHAPE, Topology((HOME, AWAY, FAR), "home"), plan, costs)
+    seconds = simulation.step(np.array([[[0, 2], [4, 6]]]))
+    compute_s = 7e-5 + 2.0 * COSTS.call_s + 2 * SHAPE.expert_bytes / AWAY.expert_bytes_s
+    message_s = COSTS.message_s + 2e-6 + AWAY.round_trip_s + 3 * 4096 / 1e8
+    own_s = 1.5 * (COSTS.step_s + 2 * COSTS.layer_s)
+    assert seconds == pytest.approx(own_s + 2 * (compute_s + message_s))
+    report = simulation.report
+    assert report.router_s == pytest.approx(own_s)
+    assert report.messages_s == pytest.approx(2 * (COSTS.message_s + 2e-6))
 
 
 def test_misses_are_read_at_the_disks_rate_and_counted() -> None:

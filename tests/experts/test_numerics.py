@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from experts.errors import NotRowInvariant
+from experts.native_products import TORCH, VARIABLE, chosen_level
 from experts.numerics import (
     CANDIDATES,
     MANY_ROWS,
@@ -28,11 +29,20 @@ DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [(48, 64), (64, 24), (517, 52), (1536, 256), (60, 768)]
 
 
+@pytest.fixture
+def without_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a library's products, as where ours were not built."""
+    monkeypatch.setenv(VARIABLE, TORCH)
+
+
+@pytest.mark.parametrize("ours", ["with ours", "without ours"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rows_have_the_same_bits_beside_any_number_of_rows_and_by_any_threads(
-    dtype: torch.dtype, shape: tuple[int, int]
+    dtype: torch.dtype, shape: tuple[int, int], ours: str, request: pytest.FixtureRequest
 ) -> None:
+    if ours == "without ours":
+        request.getfixturevalue("without_ours")
     outputs, inputs = shape
     kernel = calibrate([shape], dtype)
     generator = torch.Generator().manual_seed(outputs)
@@ -50,8 +60,9 @@ def test_padded_is_the_next_multiple() -> None:
     assert [RowKernel(8).padded(count) for count in (1, 7, 8, 9, 16)] == [8, 8, 8, 16, 16]
 
 
+@pytest.mark.usefixtures("without_ours")
 @pytest.mark.parametrize("dtype", list(CANDIDATES))
-def test_a_single_row_is_never_computed_by_itself(dtype: torch.dtype) -> None:
+def test_a_single_row_is_never_computed_by_itself_in_a_library(dtype: torch.dtype) -> None:
     """A product with one row takes a path of its own in every library, even where a test does not show it."""
     assert min(multiple for _, multiple in CANDIDATES[dtype]) >= 2
     kernel = calibrate([(8, 8)], dtype)
@@ -72,6 +83,7 @@ def _spoil(
     monkeypatch.setattr(RowKernel, "multiply", spoilt)
 
 
+@pytest.mark.usefixtures("without_ours")
 def test_calibration_takes_the_multiple_that_suits_every_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     """One shape that needs 32 rows decides for all."""
     _spoil(monkeypatch, lambda kernel, x, weight: weight.shape[0] == 24 and x.shape[0] % 32 > 0)
@@ -79,14 +91,48 @@ def test_calibration_takes_the_multiple_that_suits_every_shape(monkeypatch: pyte
     assert calibrate([(16, 64), (24, 64), (40, 64)], torch.float32).row_multiple == 32
 
 
+@pytest.mark.usefixtures("without_ours")
 def test_calibration_takes_another_product_where_one_never_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     _spoil(monkeypatch, lambda kernel, x, weight: kernel.product == "onednn" and x.shape[0] < 64)
     assert calibrate([(16, 64)], torch.float32).product == "mm"
 
 
+@pytest.mark.usefixtures("without_ours")
 def test_calibration_does_without_an_operator_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert calibrate([(16, 64)], torch.float32).product == "mm"
+
+
+needs_ours = pytest.mark.skipif(
+    chosen_level(torch.float32) is None, reason="native products are not built here"
+)
+
+
+@needs_ours
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_our_product_is_taken_first_and_pads_nothing(dtype: torch.dtype) -> None:
+    kernel = calibrate(SHAPES, dtype)
+    assert (kernel.product, kernel.row_multiple) == ("native", 1)
+    assert kernel.name.startswith(f"native-{kernel.level}-")
+    assert calibrate([(8, 8)], torch.float16).product == "mm"
+
+
+@needs_ours
+@pytest.mark.parametrize("error", [1e-6, 0.1])
+def test_our_product_gives_way_where_it_varies_or_is_wrong(
+    error: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_wrong = error > 1e-3  # then for every number of rows
+    multiply = RowKernel.multiply
+
+    def spoilt(
+        kernel: RowKernel, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        applies = kernel.product == "native" and (is_wrong or x.shape[0] == 3)
+        return multiply(kernel, x, weight, out) * (1 + error * applies)
+
+    monkeypatch.setattr(RowKernel, "multiply", spoilt)
+    assert calibrate([(16, 64)], torch.float32).product != "native"
 
 
 @pytest.mark.parametrize("rows", [REFERENCE_ROWS + 1, MANY_ROWS])
@@ -166,8 +212,9 @@ def test_class_names_what_decides_the_bits() -> None:
     others = {
         numerics_class(cpu, torch.float32, kernel),
         numerics_class(cpu, torch.float32, RowKernel(2, "onednn")),
+        *(numerics_class(cpu, torch.bfloat16, RowKernel(1, "native", level)) for level in ("avx2", "avx512")),
     }
-    assert len(others | {name}) == 3
+    assert len(others | {name}) == 5
 
 
 def test_small_experts_are_computed_by_one_thread() -> None:

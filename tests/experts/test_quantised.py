@@ -9,6 +9,7 @@ from experts import packed_matrix, quantised
 from experts.call import ExpertCall
 from experts.errors import NotRowInvariant, StoreDamaged
 from experts.ffn import compute_experts
+from experts.native_products import TORCH, VARIABLE, chosen_level
 from experts.numerics import RowKernel, calibrate
 from experts.packed_matrix import CanonicalMatrix, PackedMatrix, PackedProduct, pack
 from experts.quantised import QuantisedForm, choose_product, expert_form, expert_shapes
@@ -25,6 +26,9 @@ INT4 = Quantization(scheme="int4", group_size=32)
 SIZES = {"even": (64, 32), "odd": (52, 35)}
 """Model and expert width: what the kernels take as they are, and what has to be padded."""
 SHAPES = [(48, 64), (64, 24)]
+PRODUCTS: list[PackedProduct] = ["native", "pack", "dequantise"]
+if chosen_level(torch.float32) is None:
+    PRODUCTS.remove("native")
 
 
 @pytest.fixture(scope="module", params=["even", "odd"])
@@ -83,7 +87,7 @@ def _plain(raw: torch.Tensor, widths: tuple[int, int], quantization: Quantizatio
     return matrices
 
 
-@pytest.mark.parametrize("product", ["pack", "dequantise"])
+@pytest.mark.parametrize("product", PRODUCTS)
 def test_rows_are_those_of_the_plain_reference(
     store: ExpertStore, widths: tuple[int, int], dtype: torch.dtype, product: PackedProduct
 ) -> None:
@@ -104,13 +108,13 @@ def test_rows_are_those_of_the_plain_reference(
     assert (rows.double() - expected).abs().max() <= tolerance * expected.abs().max()
 
 
-@pytest.mark.parametrize("product", ["pack", "dequantise"])
+@pytest.mark.parametrize("product", PRODUCTS)
 def test_bytes_counted_before_the_load_are_those_held_after_it(
     store: ExpertStore, widths: tuple[int, int], dtype: torch.dtype, product: PackedProduct
 ) -> None:
     quantization = store.manifest.quantization
     assert quantization is not None
-    form = QuantisedForm(quantization, dtype, {"model": widths[0]}, RowKernel(8), product)
+    form = QuantisedForm(quantization, dtype, {"model": widths[0]}, _kernel(widths, dtype), product)
     record = store.record(ExpertKey("model", 0, 0))
     weights = form.weights(record, store.read_expert(record.key))
     storages = {}
@@ -127,7 +131,7 @@ def test_worker_names_the_product_in_its_class_and_counts_packed_bytes(
     quantization = store.manifest.quantization
     assert quantization is not None
     worker = ExpertWorker(store, _kernel(widths, dtype), dtype, widths={"model": widths[0]})
-    assert worker.numerics_class.endswith(f"/{quantization.name}/pack-1")
+    assert worker.numerics_class.endswith(f"/{quantization.name}/{PRODUCTS[0]}-1")
     worker.load_all()
     assert worker.num_resident == 16
     form = expert_form(store, _kernel(widths, dtype), dtype, {"model": widths[0]})
@@ -146,6 +150,7 @@ def test_wrong_packing_is_noticed_and_codes_are_dequantised_instead(
             packed.shape, packed.quantization, packed.codes.flip(1).contiguous(), packed.scales, None
         )
 
+    monkeypatch.setenv(VARIABLE, TORCH)
     kernel = calibrate(SHAPES, torch.float32)
     assert choose_product(SHAPES, quantization, torch.float32, kernel) == "pack"
     monkeypatch.setattr(quantised, "pack", shuffled)
@@ -153,6 +158,7 @@ def test_wrong_packing_is_noticed_and_codes_are_dequantised_instead(
 
 
 def test_product_whose_rows_depend_on_their_number_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, TORCH)
     kernel = calibrate(SHAPES, torch.float32)
     multiply = PackedMatrix.multiply
 

@@ -72,7 +72,7 @@ def test_read_error_that_passes_is_retried(copied: Path, monkeypatch: pytest.Mon
     store = ExpertStore.open(copied)
     expected = store.read_expert(KEY)
     fresh = ExpertStore.open(copied)
-    read_into, calls = fresh._read_into, []
+    read_into, calls = fresh._files.read_into, []
 
     def first_one_is_wrong(file: str, offset: int, raw: torch.Tensor) -> bool:
         is_whole = read_into(file, offset, raw)
@@ -81,7 +81,7 @@ def test_read_error_that_passes_is_retried(copied: Path, monkeypatch: pytest.Mon
         calls.append(file)
         return is_whole
 
-    monkeypatch.setattr(fresh, "_read_into", first_one_is_wrong)
+    monkeypatch.setattr(fresh._files, "read_into", first_one_is_wrong)
     assert torch.equal(fresh.read_expert(KEY), expected)
     assert len(calls) == 2
 

@@ -16,16 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from extraction import copying
 from extraction.errors import OptionRefused, StoreDiffers, TensorUnexpected
+from extraction.expert_index import read_expert_index
 from extraction.extract import extract
 from extraction.journal import Journal
-from extraction.manifest import (
-    ROLES,
-    SCALE_ROLES,
-    ExpertKey,
-    read_expert_index,
-    read_manifest,
-    store_hash,
-)
+from extraction.manifest import ROLES, SCALE_ROLES, ExpertKey, read_manifest, store_hash
 from extraction.quantise import Quantization, quantise_rows
 from extraction.quantised_parts import QuantisedParts
 from extraction.summary import summarize

@@ -12,17 +12,9 @@ from cluster.placement import split_experts
 from experts.errors import StoreDamaged
 from experts.store import ExpertStore
 from extraction.errors import OptionRefused
+from extraction.expert_index import INDEX_NAME, read_expert_index, write_expert_index
 from extraction.extract import extract
-from extraction.manifest import (
-    INDEX_NAME,
-    ExpertKey,
-    GroupShare,
-    LeftOut,
-    read_expert_index,
-    read_manifest,
-    write_expert_index,
-    write_manifest,
-)
+from extraction.manifest import ExpertKey, GroupShare, LeftOut, read_manifest, write_manifest
 from extraction.plan import ExtractionPlan, PlannedComponent, SourceTensor, plan_extraction
 from extraction.safetensors_file import TensorHeader
 from extraction.selection import Selection, parse_groups, parse_layers, select, without

@@ -14,8 +14,9 @@ from safetensors import safe_open
 
 from experts.hash_log import LOG_NAME
 from experts.store import ExpertStore
+from extraction.expert_index import INDEX_NAME
 from extraction.extract import extract
-from extraction.manifest import INDEX_NAME, Component, ExpertKey, FileEntry, Manifest, TensorEntry
+from extraction.manifest import Component, ExpertKey, FileEntry, Manifest, TensorEntry
 from extraction.plan import SMALL_FILES
 from extraction.quantise import Quantization
 from extraction.quantised_parts import QuantisedParts

@@ -13,8 +13,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from extraction.errors import ExtractionError, ManifestInvalid, StoreDiffers
+from extraction.expert_index import read_expert_index, write_expert_index
 from extraction.extract import extract
-from extraction.manifest import ROLES, read_expert_index, read_manifest, write_expert_index, write_manifest
+from extraction.manifest import ROLES, read_manifest, write_manifest
 from extraction.selection import Selection
 from extraction.verify import verify
 

@@ -143,6 +143,7 @@ def test_same_seed_gives_the_same_sample(cache: Path) -> None:
         (("--prompt-ids", "1,x"), 2, "whole numbers"),
         (("--prompt-ids", "1,99999"), 1, "99999"),
         (("--prompt", ""), 1, "prompt"),
+        (("--prompt", os.fsdecode(b"ab\xff")), 2, "--prompt is not UTF-8 at character 2"),
         (("--prompt", "a", "--max-tokens", "0"), 2, "max-tokens"),
         (("--prompt", "a", "--max-tokens", "100000"), 1, "at most 2048 fit"),
         (("--prompt", "a", "--temperature", "nan"), 2, "temperature"),
@@ -158,3 +159,19 @@ def test_bad_arguments_are_refused_by_name(
     assert result.returncode == code, result.stderr
     assert message in " ".join(result.stderr.split())
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("command", [("extract",), ("compare",)])
+def test_store_in_the_place_of_a_checkpoint_is_named_as_one(
+    cache: Path, stories_store: Path, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    result = _run(cache, *command, str(stories_store), str(tmp_path / "other"))
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith(f"error: {stories_store} is an expert store; name the checkpoint")
+
+
+def test_extraction_says_to_what_it_quantised(cache: Path, tmp_path: Path) -> None:
+    result = _run(
+        cache, "extract", "stories", str(tmp_path / "store"), "--quantize", "int4", "--quantize-head", "int8"
+    )
+    assert "of weights quantised to int4-g32+head-int8" in result.stdout

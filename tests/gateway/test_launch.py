@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -119,8 +120,25 @@ def test_demo_prints_a_story_and_what_it_took(start: Start, stories_store: Path)
         assert row in output
 
 
-def test_interrupted_demo_leaves_no_process(start: Start, stories_store: Path) -> None:
-    process = start("gateway.demo", str(stories_store))
+@pytest.mark.chaos
+def test_demo_of_a_kill_prints_that_the_answer_is_the_same_and_who_recovered(
+    start: Start, stories_store: Path
+) -> None:
+    process = start("gateway.demo_kill", str(stories_store))
+    output, _ = process.communicate(timeout=240.0)
+    assert process.returncode == 0, output
+    assert "was killed" in output
+    assert "the same answer, token for token and logprob for logprob" in output
+    assert len(set(re.findall(r"160, sha256 ([0-9a-f]{16})", output))) == 1
+    recovered = re.search(r"experts recovered by the router\W+(\d+) of 192 that were lost", output)
+    assert recovered is not None and int(recovered[1]) > 0, output
+    assert re.search(r"longest gap between tokens\W+\d+ ms", output)
+    assert re.search(r"replacement ready\W+[0-9.]+ s after the kill", output)
+
+
+@pytest.mark.parametrize("module", ["gateway.demo", "gateway.demo_kill"])
+def test_interrupted_demo_leaves_no_process(start: Start, stories_store: Path, module: str) -> None:
+    process = start(module, str(stories_store))
     _wait_for_children(process, 8)
     _, left = _interrupt(process)
     assert process.returncode == 130

@@ -15,6 +15,7 @@ import pytest
 from benchmarks.random_store import QWEN3_30B_A3B
 from cluster.errors import RouterTooSmall
 from cluster.model_sizes import measure_model
+from extraction.quantised_parts import NOT_QUANTISED
 from gateway.api_keys import NO_KEYS
 from gateway.cli import main
 from gateway.nodes_file import NodeEntry, NodesFile
@@ -168,7 +169,6 @@ def test_less_memory_than_experts_runs_from_disk_and_says_how_much(
         (["nowhere"], "is no store or checkpoint folder"),
         (["stories", "--context", "4096"], "--context must be at most the model's 2048"),
         (["stories", "--grouping", "row"], "--grouping must be expert or layer"),
-        (["stories", "--quantize", "int2"], "--quantize must be int8 or int4"),
         (["stories", "--dtype", "float64"], "--dtype must be float32 or bfloat16"),
         (["stories", "--trace", "nowhere.parquet"], "nowhere.parquet"),
         (["stories", "--nodes", "nowhere.yaml"], "nowhere.yaml"),
@@ -179,6 +179,51 @@ def test_mistake_is_one_line(monkeypatch: pytest.MonkeyPatch, arguments: list[st
     assert (code, stdout) == (1, "")
     assert complaint in stderr
     assert stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--quantize", "int2"], "int2"),
+        (["--quantize", "int8", "--group-size", "32"], "--group-size"),
+        (["--quantize-head", "int4", "--group-size", "31"], "--group-size"),
+    ],
+)
+def test_quantisation_that_cannot_be_is_refused_as_usage(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], complaint: str
+) -> None:
+    code, stdout, stderr = _run(monkeypatch, "plan", "stories", *arguments)
+    assert (code, stdout) == (2, "")
+    assert complaint in stderr
+
+
+def test_quantised_parts_are_planned_as_the_store_that_the_printed_command_makes_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    nodes = tmp_path / "nodes.yaml"
+    nodes.write_text("nodes: [{name: a, memory: 4GiB}]")
+    parts = [
+        "--quantize",
+        "int4",
+        "--quantize-backbone",
+        "int8",
+        "--quantize-head",
+        "int4",
+        "--group-size",
+        "64",
+    ]
+    ahead = _report(monkeypatch, "stories", *parts, "--nodes", str(nodes))
+    words = shlex.split(ahead["commands"][0])
+    assert words[:4] == ["sage-moe", "extract", "stories", "STORE"]
+    store = tmp_path / "store"
+    assert _run(monkeypatch, "extract", "stories", str(store), *words[4:])[0] == 0
+    made = _report(monkeypatch, str(store), "--nodes", str(nodes))
+    assert ahead["quantization"] == made["quantization"] == "int4-g64+backbone-int8+head-int4-g64"
+    for name in ("experts", "expert_bytes", "router_memory", "nodes", "forecast"):
+        assert made[name] == ahead[name]
+    plain = _report(monkeypatch, "stories", "--nodes", str(nodes))
+    assert plain["quantization"] is None
+    assert plain["forecast"]["backbone_s"] > ahead["forecast"]["backbone_s"]
 
 
 def test_hostile_configuration_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -196,7 +241,7 @@ def test_hostile_configuration_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_machine_without_room_for_the_router_is_refused_with_both_numbers() -> None:
-    model = measure_model(QWEN3_30B_A3B, read_model("stories", None, None).sizes.dtype)
+    model = measure_model(QWEN3_30B_A3B, read_model("stories", None, NOT_QUANTISED).sizes.dtype)
     file = NodesFile.model_construct(
         router="a", nodes=(NodeEntry.model_construct(name="a", memory=4 << 30, cores=2),)
     )
@@ -215,7 +260,7 @@ def test_trace_tells_which_experts_are_worth_their_memory(
     arguments = ["generate", str(stories_store), "--prompt", "Once upon a time", "--max-tokens", "40"]
     code, _, stderr = _run(monkeypatch, *arguments, "--trace", str(trace))
     assert code == 0, stderr
-    model = read_model(str(stories_store), None, None).sizes
+    model = read_model(str(stories_store), None, NOT_QUANTISED).sizes
     beside = router_memory(model, Workload(2048, 1), 0).total_bytes
     memory_kib = (
         (beside + model.total_expert_bytes // 4) * 10 // 9 // 1024

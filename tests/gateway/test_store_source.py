@@ -13,7 +13,8 @@ import pytest
 from experts.hash_log import LOG_NAME
 from experts.store import ExpertStore
 from extraction.errors import ExtractionError, ManifestInvalid
-from extraction.manifest import INDEX_NAME, MANIFEST_NAME, read_manifest
+from extraction.expert_index import INDEX_NAME
+from extraction.manifest import MANIFEST_NAME, read_manifest
 from gateway.errors import StoreNotFound
 from gateway.store_source import bundled_models, model_name, resolve_runnable, resolve_store
 

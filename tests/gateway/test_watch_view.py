@@ -99,3 +99,9 @@ def test_line_has_the_numbers_of_the_service() -> None:
 
 def test_decision_s_line_has_its_reason() -> None:
     assert decision_line(decision(3, "drain", "idle")) == "2026-01-01T10:00:03Z drain experts-3: idle"
+
+
+def test_node_whose_actors_were_wrong_is_said_to_have_some() -> None:
+    status = made_up_status()
+    status["cluster"]["quarantines"] = {"node2": 2}
+    assert "10.0.0.3  alive, 2 quarantined" in _seen(status)

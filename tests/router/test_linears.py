@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from experts import quantised
 from experts.errors import StoreDamaged
+from experts.native_products import TORCH, VARIABLE
 from experts.packed_matrix import CanonicalMatrix, PackedMatrix, pack
+from experts.quantised import planned_product
 from experts.store import ExpertStore
 from extraction.extract import extract
 from extraction.quantise import Quantization, quantise_rows
@@ -124,9 +126,9 @@ def test_class_names_the_parts_and_actors_are_told_of_experts_only(
     store: Path, quantization: Quantization
 ) -> None:
     loaded = open_engine(store, EngineOptions(dtype="float32"))
-    name = quantization.name
+    name, product = quantization.name, planned_product(torch.float32)
     assert loaded.numerics_class == (
-        f"{loaded.worker.numerics_class}/backbone-{name}/pack-1/head-{name}/pack-1"
+        f"{loaded.worker.numerics_class}/backbone-{name}/{product}-1/head-{name}/{product}-1"
     )
     assert name not in loaded.worker.numerics_class
     loaded.close()
@@ -140,6 +142,7 @@ def test_wrong_packing_is_noticed_and_codes_are_dequantised_instead(
         flipped = packed.codes.flip(1).contiguous()
         return PackedMatrix(packed.shape, packed.quantization, flipped, packed.scales, None)
 
+    monkeypatch.setenv(VARIABLE, TORCH)
     expected = _logits(store, [3, 1, 4])
     monkeypatch.setattr(quantised, "pack", shuffled)
     loaded = open_engine(store, EngineOptions(dtype="float32"))

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from experts.errors import NotRowInvariant
+from experts.ffn import compute_segments
+from experts.native_products import TORCH, VARIABLE, chosen_level
 from experts.numerics import CANDIDATES, RowKernel, swiglu
 from router import self_test
 from router.attention import attend
@@ -27,7 +29,10 @@ def _refusal(dtype: torch.dtype = torch.float32) -> str:
 @pytest.mark.parametrize("head_dim", [12, 16, 128])
 def test_this_machine_passes(dtype: torch.dtype, head_dim: int) -> None:
     kernel = prove_row_invariance(tiny_config(head_dim=head_dim), dtype)
-    assert (kernel.product, kernel.row_multiple) in CANDIDATES[dtype]
+    if chosen_level(dtype) is None:
+        assert (kernel.product, kernel.row_multiple) in CANDIDATES[dtype]
+    else:
+        assert kernel == RowKernel(1, "native", str(chosen_level(dtype)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -40,7 +45,10 @@ def test_this_machine_passes_with_every_switch(dtype: torch.dtype) -> None:
         mlp_only_layers=[1],
     )
     kernel = prove_row_invariance(config, dtype)
-    assert (kernel.product, kernel.row_multiple) in CANDIDATES[dtype]
+    if chosen_level(dtype) is None:
+        assert (kernel.product, kernel.row_multiple) in CANDIDATES[dtype]
+    else:
+        assert kernel == RowKernel(1, "native", str(chosen_level(dtype)))
 
 
 def test_norm_over_the_whole_width_is_proved(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,8 +109,23 @@ def test_attention_that_varies_with_masked_blocks_is_refused(monkeypatch: pytest
 
 
 def test_activation_that_varies_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, TORCH)
     monkeypatch.setattr(self_test, "swiglu", _after(swiglu, lambda rows: 0.01 * (rows.shape[0] == 1)))
     assert "activation of width 24 in torch.bfloat16" in _refusal(torch.bfloat16)
+
+
+@pytest.mark.skipif(chosen_level(torch.float32) is None, reason="native products are not built here")
+def test_gated_products_that_vary_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    varying = _after(compute_segments, lambda rows: 1e-6 * (rows.shape[0] == 7))
+    monkeypatch.setattr(self_test, "compute_segments", varying)
+    assert "gated products of width 24 in torch.float32" in _refusal()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_machine_passes_without_our_products(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, TORCH)
+    kernel = prove_row_invariance(tiny_config(), dtype)
+    assert (kernel.product, kernel.row_multiple) in CANDIDATES[dtype]
 
 
 def test_norm_that_varies_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,50 @@
+"""The Ray shell that says which nodes live, and whether one of them can be reached at all.
+
+Ray gives a machine up only after some tens of seconds in which it does not hear of it.
+"""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+REACH_TIMEOUT_S = 0.5
+
+
+@dataclass(frozen=True)
+class LivingNode:
+    """One that Ray counts as alive."""
+
+    address: str
+    port: int
+    """Of its raylet."""
+    memory_bytes: int
+    """That Ray counts there."""
+
+    def is_reached(self) -> bool:
+        """Whether its raylet takes a connection, which it does within a round trip where it is there."""
+        try:
+            socket.create_connection((self.address, self.port), REACH_TIMEOUT_S).close()
+        except OSError:
+            return False
+        return True
+
+
+def living_nodes() -> dict[str, LivingNode]:
+    """By node id."""
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return {
+        node["NodeID"]: LivingNode(
+            node["NodeManagerAddress"], int(node["NodeManagerPort"]), int(node["Resources"].get("memory", 0))
+        )
+        for node in nodes
+        if node["Alive"]
+    }
+
+
+def node_addresses() -> list[str]:
+    """Of the nodes that live, as Ray knows them."""
+    return [node.address for node in living_nodes().values()]

@@ -1,0 +1,113 @@
+/* Products with float32 activations in LANES lanes, for one level. Included by each level's file, which defines
+   NAME(x), TARGET, LANES, MOST, V and the operations on it. A (row, output) pair has one vector of sums, to which
+   inputs are added in one order whatever the tile's number of rows; STEP is a multiple of two vectors at every level. */
+
+typedef struct { const uint8_t *at[OUTPUTS]; const uint16_t *scales[OUTPUTS]; } NAME(places);
+
+#define EACH(i, n) _Pragma("GCC unroll 8") for (int i = 0; i < (n); i++)
+
+/* W: the weights of output o, at input i of the step, as a vector; k: the packed activation that they meet. */
+#define ADD_PRODUCTS(W, k)                                                     \
+    do {                                                                       \
+        V w[OUTPUTS];                                                          \
+        EACH(o, OUTPUTS) w[o] = (W);                                           \
+        EACH(r, rows) {                                                        \
+            V x = LOAD((const float *)t->x[r] + first + (k));                  \
+            EACH(o, OUTPUTS) sums[r][o] = FMA(w[o], x, sums[r][o]);            \
+        }                                                                      \
+    } while (0)
+
+INLINE TARGET void NAME(step)(
+    const int rows, const int kind, const tile *t, const NAME(places) *p, int64_t first, V sums[MOST][OUTPUTS]
+) {
+    if (kind == FLOAT32) {
+        EACH(i, STEP / LANES) ADD_PRODUCTS(LOADU((const float *)p->at[o] + i * LANES), i * LANES);
+    } else if (kind == BFLOAT16) {
+        EACH(i, STEP / LANES / 2) {
+            ADD_PRODUCTS(LOW_HALVES(p->at[o] + 4 * i * LANES), 2 * i * LANES);
+            ADD_PRODUCTS(HIGH_HALVES(p->at[o] + 4 * i * LANES), 2 * i * LANES + LANES);
+        }
+    } else if (kind == INT8) {
+        EACH(i, STEP / LANES) ADD_PRODUCTS(FROM_INT8(p->at[o] + i * LANES), i * LANES);
+    } else {
+        EACH(half, 2) {
+            V parts[MOST][OUTPUTS];
+            EACH(r, rows) EACH(o, OUTPUTS) parts[r][o] = ZERO();
+            EACH(i, STEP / LANES / 4) {
+                int at = half * (STEP / 2) + 2 * i * LANES;
+                V (*sums)[OUTPUTS] = parts;
+                ADD_PRODUCTS(LOW_CODES(p->at[o] + at / 2), at);
+                ADD_PRODUCTS(HIGH_CODES(p->at[o] + at / 2), at + LANES);
+            }
+            int64_t group = (first + half * (STEP / 2)) / t->group;
+            if (half && first + STEP / 2 >= t->inputs) break;  /* a short row has no such group */
+            EACH(o, OUTPUTS) {
+                V scale = FILLED(from_bfloat16(p->scales[o][group]));
+                EACH(r, rows) sums[r][o] = FMA(parts[r][o], scale, sums[r][o]);
+            }
+        }
+    }
+}
+
+INLINE TARGET void NAME(tile)(const int rows, const int kind, const tile *t) {
+    V sums[MOST][OUTPUTS];
+    EACH(r, rows) EACH(o, OUTPUTS) sums[r][o] = ZERO();
+    NAME(places) places;
+    EACH(o, OUTPUTS) places.at[o] = t->weights[o], places.scales[o] = t->scales[o];
+    const int64_t step_bytes = row_bytes(kind, STEP);
+    int64_t first = 0;
+    for (; first + STEP <= t->inputs; first += STEP) {
+        EACH(o, OUTPUTS) for (int64_t line = 0; line < step_bytes; line += 64)
+            __builtin_prefetch(places.at[o] + t->ahead + line, 0, 2);
+        NAME(step)(rows, kind, t, &places, first, sums);
+        EACH(o, OUTPUTS) places.at[o] += step_bytes;
+    }
+    if (first < t->inputs) {
+        uint8_t last[OUTPUTS][4 * STEP] __attribute__((aligned(64)));
+        memset(last, 0, sizeof last);
+        EACH(o, OUTPUTS) {
+            memcpy(last[o], places.at[o], (size_t)row_bytes(kind, t->inputs - first));
+            places.at[o] = last[o];
+        }
+        NAME(step)(rows, kind, t, &places, first, sums);
+    }
+    EACH(r, rows) NAME(store_sums)(sums[r], t->out + r * t->stride);
+}
+
+#define DEFINE_TILE(kind, rows) \
+    static TARGET void NAME(tile_##kind##_##rows)(const tile *t) { NAME(tile)(rows, kind, t); }
+#define DEFINE_TILES(kind) TILES_OF(DEFINE_TILE, kind)
+DEFINE_TILES(FLOAT32)
+DEFINE_TILES(BFLOAT16)
+DEFINE_TILES(INT8)
+DEFINE_TILES(INT4)
+
+/* Element by element in basic operations, so that no element's bits depend on its place. */
+INLINE TARGET float NAME(silu)(float gate) {
+    /* e^-gate = 2^n * e^r with |r| <= ln 2 / 2; the polynomial is Taylor's, to the eighth power. */
+    float x = -gate;
+    x = x > 89.0f ? 89.0f : x; /* the power is then infinite, and the result 0 */
+    x = x < -87.0f ? -87.0f : x;
+    const float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
+    float r = FMA1(n, -0.693359375f, x);
+    r = FMA1(n, 2.12194440e-4f, r);
+    float e = FMA1(r, 2.48015873e-5f, 1.98412698e-4f);
+    e = FMA1(e, r, 1.38888889e-3f);
+    e = FMA1(e, r, 8.33333333e-3f);
+    e = FMA1(e, r, 4.16666667e-2f);
+    e = FMA1(e, r, 1.66666667e-1f);
+    e = FMA1(e, r, 0.5f);
+    e = FMA1(e, r, 1.0f);
+    e = FMA1(e, r, 1.0f);
+    const int32_t bits = ((int32_t)(n == n ? n : 0.0f) + 127) << 23;
+    float power;
+    memcpy(&power, &bits, 4);
+    return gate / FMA1(e, power, 1.0f);
+}
+
+static TARGET void NAME(silu_times)(const float *gate, const float *up, float *out, int64_t count, int is_narrow) {
+    if (is_narrow)
+        for (int64_t i = 0; i < count; i++) out[i] = rounded(rounded(NAME(silu)(rounded(gate[i]))) * rounded(up[i]));
+    else
+        for (int64_t i = 0; i < count; i++) out[i] = NAME(silu)(gate[i]) * up[i];
+}

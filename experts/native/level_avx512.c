@@ -1,0 +1,18 @@
+/* Level `avx512`: sixteen float32 lanes. */
+#include "products.h"
+
+#ifdef __x86_64__
+#define NAME(x) avx512_##x
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+#include "avx512.h"
+#include "lanes.h"
+
+#define SIX(kind) { avx512_tile_##kind##_1, avx512_tile_##kind##_2, avx512_tile_##kind##_3, \
+                    avx512_tile_##kind##_4, avx512_tile_##kind##_5, avx512_tile_##kind##_6 }
+#define NARROW_WAYS \
+    [BFLOAT16] = { SIX(BFLOAT16), 6, 4, 32 }, [INT8] = { SIX(INT8), 6, 4, 0 }, [INT4] = { SIX(INT4), 3, 4, 32 }
+static const way narrow[KINDS] = { NARROW_WAYS };
+static const way wide[KINDS] = { [FLOAT32] = { SIX(FLOAT32), 6, 4, 0 }, NARROW_WAYS };
+const level avx512_level = { narrow, wide, avx512_silu_times };
+const level avx512bf16_level = { avx512bf16_narrow, wide, avx512_silu_times };
+#endif

@@ -1,0 +1,296 @@
+/* Matrix products in which a row's bits depend on nothing but the row: not on how many rows come with it, where it lies
+   among them, how many threads compute, or which thread computes what. Every (row, output) pair is summed by the same
+   instructions in the same order (lanes.h, level_*.c); everything here only decides who computes it when.
+
+   Called through ctypes by experts/native_products.py, which has checked every pointer, shape and index. Nothing here
+   keeps state between calls. Work is cut into numbered pieces; threads take the next number. A piece of a later phase
+   waits until the phase before is complete, which threads that never woke up cannot delay. */
+#include "products.h"
+
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdlib.h>
+
+#define PANEL_BYTES (128 << 10) /* of weights: they stay in the second cache while rows pass by */
+#define MOST_OUTPUTS 512        /* of a panel */
+#define GATED_OUTPUTS 64        /* of a panel of gates, and of one of ups; a multiple of every way's `pairs` */
+#define AHEAD_BYTES (12 << 10)
+#define ROWS_PACKED 16          /* by one piece of work */
+#define OUT_OF_MEMORY 1
+
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define UP_TO(n, multiple) (((n) + (multiple) - 1) / (multiple) * (multiple))
+
+/* GOMP_parallel of the OpenMP runtime that the process has already. */
+typedef void run_in_threads(void (*work)(void *), void *data, unsigned threads, unsigned flags);
+
+typedef struct {
+    const uint8_t *weights; /* (outputs, inputs), rows back to back */
+    const uint16_t *scales; /* bfloat16: int8 one an output, int4 (outputs, groups) */
+} matrix;
+
+typedef struct {
+    int64_t kind, group, outputs, inputs;
+} form;
+
+typedef struct {
+    matrix gate_up, down;
+} expert;
+
+/* What the threads of one call share. Phases: 0 packs x, 1 the first product, 2 the second one, of gated calls only. */
+typedef struct {
+    _Atomic int64_t next, done[3];
+    int64_t pieces[3];
+    const level *level;
+    form first, second;
+    const way *first_way, *second_way;
+    const expert *experts;
+    const int64_t *starts;      /* (experts + 1): where each one's rows begin */
+    const int64_t *token_of;    /* row to token; NULL: row r is token r */
+    const uint8_t *tokens;
+    int64_t num_tokens, token_stride;
+    bool is_narrow;             /* activations are bfloat16, else float32 */
+    uint8_t *x, *hidden;        /* packed tokens; packed rows between both products */
+    int64_t x_stride, hidden_stride;
+    int64_t per_expert[3];      /* pieces, of phases 1 and 2 */
+    int64_t panel;              /* outputs of a piece of the last product */
+    uint8_t *out;
+    int64_t out_stride;         /* bytes */
+    bool is_gated;
+} call;
+
+static int detected_level(void) {
+#ifdef __x86_64__
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+        return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
+#endif
+    return 0;
+}
+
+/* Raised with every change of what is computed. */
+int sage_version(void) { return 1; }
+
+/* The best level of this machine: 0 portable, 1 avx2, 2 avx512, 3 avx512bf16. */
+int sage_level(void) { return detected_level(); }
+
+static const level *level_of(int number) {
+#ifdef __x86_64__
+    static const level *const levels[] = {&portable_level, &avx2_level, &avx512_level, &avx512bf16_level};
+    if (number > 0) return levels[number];
+#endif
+    (void)number;
+    return &portable_level;
+}
+
+/* One row, widened or not, in the way's order of inputs, with zeros behind. */
+static void pack_row(const way *way, bool is_narrow, const void *from, uint8_t *to, int64_t count) {
+    const int64_t end = UP_TO(count, STEP);
+    const bool is_widened = is_narrow && way->x_bytes == 4;
+    if (!way->pairs && !is_widened) {
+        memcpy(to, from, (size_t)(count * way->x_bytes));
+        memset(to + count * way->x_bytes, 0, (size_t)((end - count) * way->x_bytes));
+        return;
+    }
+    const int64_t pairs = way->pairs ? way->pairs : STEP, half = pairs / 2;
+    const int64_t forward = way->pairs ? 2 : 1, other = way->pairs ? 1 : half;
+    for (int64_t first = 0; first < end; first += pairs)
+        for (int64_t i = 0; i < half; i++) {
+            const int64_t places[2] = {first + i, first + half + i};
+            const int64_t sources[2] = {first + forward * i, first + forward * i + other};
+            for (int k = 0; k < 2; k++) {
+                const bool is_there = sources[k] < count;
+                if (way->x_bytes == 2)
+                    ((uint16_t *)to)[places[k]] = is_there ? ((const uint16_t *)from)[sources[k]] : 0;
+                else if (is_narrow)
+                    ((float *)to)[places[k]] = is_there ? from_bfloat16(((const uint16_t *)from)[sources[k]]) : 0;
+                else
+                    ((float *)to)[places[k]] = is_there ? ((const float *)from)[sources[k]] : 0;
+            }
+        }
+}
+
+static int64_t packed_stride(const way *way, int64_t inputs) {
+    return UP_TO(inputs, STEP) * way->x_bytes + 64; /* rows a page apart would compete for the same places in the caches */
+}
+
+/* Sums of some rows (as many as a tile has at most) with outputs [from, to) into sums (rows, to - from rounded up). */
+static void multiply_rows(
+    const way *way, const form *form, const matrix *m, int64_t from, int64_t to, const uint8_t *const *x, int rows,
+    int64_t ahead, float *sums, int64_t stride
+) {
+    const int64_t bytes = row_bytes((int)form->kind, form->inputs);
+    const int64_t groups = form->kind == INT4 ? (form->inputs + form->group - 1) / form->group : 0;
+    tile t = {.inputs = form->inputs, .group = form->group, .ahead = ahead, .stride = stride};
+    for (int r = 0; r < rows; r++) t.x[r] = x[r];
+    for (int64_t first = from; first < to; first += OUTPUTS) {
+        for (int o = 0; o < OUTPUTS; o++) {
+            const int64_t output = MIN(first + o, to - 1); /* those behind the end are computed for nobody */
+            t.weights[o] = m->weights + output * bytes;
+            t.scales[o] = m->scales + output * groups;
+        }
+        t.out = sums + (first - from);
+        way->tiles[rows - 1](&t);
+    }
+    if (form->kind == INT8)
+        for (int r = 0; r < rows; r++)
+            for (int64_t o = from; o < to; o++) sums[r * stride + o - from] *= from_bfloat16(m->scales[o]);
+}
+
+static void store_row(bool is_narrow, const float *sums, uint8_t *out, int64_t count) {
+    if (!is_narrow) {
+        memcpy(out, sums, (size_t)count * 4);
+        return;
+    }
+    uint16_t *words = (uint16_t *)out;
+    for (int64_t i = 0; i < count; i++) words[i] = to_bfloat16(sums[i]);
+}
+
+/* How many of `left` rows the next tile takes: as even as possible, which changes no bit. */
+static int next_rows(int64_t left, int most) {
+    const int64_t tiles = (left + most - 1) / most;
+    return (int)((left + tiles - 1) / tiles);
+}
+
+static const uint8_t *row_of_x(const call *c, int64_t row) {
+    return c->x + (c->token_of ? c->token_of[row] : row) * c->x_stride;
+}
+
+static void pack_tokens(const call *c, int64_t piece) {
+    const int64_t end = MIN(c->num_tokens, (piece + 1) * ROWS_PACKED);
+    for (int64_t t = piece * ROWS_PACKED; t < end; t++)
+        pack_row(
+            c->first_way, c->is_narrow, c->tokens + t * c->token_stride, c->x + t * c->x_stride, c->first.inputs);
+}
+
+/* A panel of gates and the one of the same ups, and the activation: a part of each row's hidden values. */
+static void gate_piece(const call *c, int64_t piece) {
+    const int64_t e = piece / c->per_expert[1], width = c->first.outputs / 2;
+    const int64_t from = piece % c->per_expert[1] * GATED_OUTPUTS, to = MIN(width, from + GATED_OUTPUTS);
+    const matrix *m = &c->experts[e].gate_up;
+    float gates[MOST_ROWS * GATED_OUTPUTS], ups[MOST_ROWS * GATED_OUTPUTS], values[GATED_OUTPUTS];
+    uint16_t words[GATED_OUTPUTS];
+    const int64_t end = c->starts[e + 1];
+    for (int64_t row = c->starts[e]; row < end;) {
+        const int rows = next_rows(end - row, c->first_way->most_rows);
+        const uint8_t *x[MOST_ROWS];
+        for (int r = 0; r < rows; r++) x[r] = row_of_x(c, row + r);
+        multiply_rows(c->first_way, &c->first, m, from, to, x, rows, AHEAD_BYTES, gates, GATED_OUTPUTS);
+        multiply_rows(
+            c->first_way, &c->first, m, width + from, width + to, x, rows, AHEAD_BYTES, ups, GATED_OUTPUTS);
+        for (int r = 0; r < rows; r++) {
+            c->level->silu_times(gates + r * GATED_OUTPUTS, ups + r * GATED_OUTPUTS, values, to - from, c->is_narrow);
+            uint8_t *hidden = c->hidden + (row + r) * c->hidden_stride + from * c->second_way->x_bytes;
+            store_row(true, values, (uint8_t *)words, to - from);
+            pack_row(
+                c->second_way, c->is_narrow, c->is_narrow ? (void *)words : (void *)values, hidden, to - from);
+        }
+        row += rows;
+    }
+}
+
+/* A panel of the last product, for all rows of one expert. */
+static void product_piece(const call *c, int64_t piece) {
+    const int phase = c->is_gated ? 2 : 1;
+    const form *form = c->is_gated ? &c->second : &c->first;
+    const way *way = c->is_gated ? c->second_way : c->first_way;
+    const int64_t e = piece / c->per_expert[phase];
+    const int64_t from = piece % c->per_expert[phase] * c->panel, to = MIN(form->outputs, from + c->panel);
+    const matrix *m = c->is_gated ? &c->experts[e].down : &c->experts[e].gate_up;
+    const int item = c->is_narrow ? 2 : 4;
+    float sums[MOST_ROWS * MOST_OUTPUTS];
+    const int64_t end = c->starts[e + 1];
+    for (int64_t row = c->starts[e]; row < end;) {
+        const int rows = next_rows(end - row, way->most_rows);
+        const uint8_t *x[MOST_ROWS];
+        for (int r = 0; r < rows; r++)
+            x[r] = c->is_gated ? c->hidden + (row + r) * c->hidden_stride : row_of_x(c, row + r);
+        multiply_rows(way, form, m, from, to, x, rows, AHEAD_BYTES, sums, MOST_OUTPUTS);
+        for (int r = 0; r < rows; r++)
+            store_row(
+                c->is_narrow, sums + r * MOST_OUTPUTS, c->out + (row + r) * c->out_stride + from * item, to - from);
+        row += rows;
+    }
+}
+
+static void take_pieces(void *data) {
+    call *c = data;
+    for (;;) {
+        int64_t piece = atomic_fetch_add_explicit(&c->next, 1, memory_order_relaxed);
+        int phase = 0;
+        while (phase < 3 && piece >= c->pieces[phase]) piece -= c->pieces[phase++];
+        if (phase == 3) return;
+        for (int earlier = 0; earlier < phase; earlier++)
+            for (int spins = 0;
+                 atomic_load_explicit(&c->done[earlier], memory_order_acquire) < c->pieces[earlier]; spins++)
+                if (spins > 1000) sched_yield();
+        if (phase == 0) pack_tokens(c, piece);
+        else if (phase == 1 && c->is_gated) gate_piece(c, piece);
+        else product_piece(c, piece);
+        atomic_fetch_add_explicit(&c->done[phase], 1, memory_order_release);
+    }
+}
+
+/* Products of rows with each expert's matrices, or with one matrix.
+   forms: kind, group, outputs, inputs of the first matrix, and of the second where is_gated. counts: rows of each of
+   num_experts, one after the other. token_of: num_rows numbers of tokens, or NULL. Strides in bytes. out: (num_rows,
+   outputs of the last matrix) in the tokens' dtype. run: NULL for one thread. */
+int sage_multiply(
+    int level, int is_narrow, int is_gated, const int64_t *forms, const expert *experts, int64_t num_experts,
+    const int64_t *counts, const int64_t *token_of, const void *tokens, int64_t num_tokens, int64_t token_stride,
+    void *out, int64_t out_stride, run_in_threads *run, unsigned threads
+) {
+    call c = {
+        .level = level_of(level),
+        .first = {forms[0], forms[1], forms[2], forms[3]},
+        .experts = experts,
+        .token_of = token_of,
+        .tokens = tokens,
+        .num_tokens = num_tokens,
+        .token_stride = token_stride,
+        .is_narrow = is_narrow,
+        .out = out,
+        .out_stride = out_stride,
+        .is_gated = is_gated,
+    };
+    const way *ways = is_narrow ? c.level->narrow : c.level->wide;
+    c.first_way = &ways[c.first.kind];
+    const form *last = &c.first;
+    if (is_gated) {
+        c.second = (form){forms[4], forms[5], forms[6], forms[7]};
+        c.second_way = &ways[c.second.kind];
+        last = &c.second;
+    }
+    int64_t *starts = malloc((size_t)(num_experts + 1) * sizeof *starts);
+    if (!starts) return OUT_OF_MEMORY;
+    starts[0] = 0;
+    for (int64_t e = 0; e < num_experts; e++) starts[e + 1] = starts[e] + counts[e];
+    c.starts = starts;
+    const int64_t num_rows = starts[num_experts];
+    c.x_stride = packed_stride(c.first_way, c.first.inputs);
+    c.hidden_stride = is_gated ? packed_stride(c.second_way, c.second.inputs) : 0;
+    c.x = aligned_alloc(64, (size_t)(num_tokens * c.x_stride + num_rows * c.hidden_stride + 64));
+    if (!c.x) {
+        free(starts);
+        return OUT_OF_MEMORY;
+    }
+    c.hidden = c.x + num_tokens * c.x_stride;
+    const int64_t bytes = row_bytes((int)last->kind, last->inputs);
+    c.panel = MIN(MOST_OUTPUTS, UP_TO(PANEL_BYTES / bytes + 1, OUTPUTS));
+    c.pieces[0] = (num_tokens + ROWS_PACKED - 1) / ROWS_PACKED;
+    if (is_gated) {
+        c.per_expert[1] = (c.first.outputs / 2 + GATED_OUTPUTS - 1) / GATED_OUTPUTS;
+        c.per_expert[2] = (last->outputs + c.panel - 1) / c.panel;
+    } else {
+        c.per_expert[1] = (last->outputs + c.panel - 1) / c.panel;
+    }
+    for (int phase = 1; phase < 3; phase++) c.pieces[phase] = c.per_expert[phase] * num_experts;
+    if (run && threads > 1) run(take_pieces, &c, threads, 0);
+    else take_pieces(&c);
+    free(c.x);
+    free(starts);
+    return 0;
+}

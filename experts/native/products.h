@@ -1,0 +1,79 @@
+/* What the parts of the library share: kinds of weights, and one tile of a product. */
+#ifndef SAGE_PRODUCTS_H
+#define SAGE_PRODUCTS_H
+
+#include <stdint.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define OUTPUTS 4  /* of a tile */
+#define MOST_ROWS 6
+#define STEP 64  /* inputs; rows of x end with zeros up to a multiple of it */
+
+enum kind { FLOAT32, BFLOAT16, INT8, INT4, KINDS };
+
+/* Some rows of x times some rows of a matrix. */
+typedef struct {
+    const uint8_t *weights[OUTPUTS];   /* where each output's row begins */
+    const uint16_t *scales[OUTPUTS];   /* int4: bfloat16, one a group */
+    const uint8_t *x[MOST_ROWS];       /* packed as the tile's way wants it, aligned to 64 bytes */
+    int64_t inputs;
+    int64_t group;                     /* int4: inputs of a scale */
+    int64_t ahead;                     /* how many bytes ahead weights are asked for */
+    float *out;                        /* (rows, stride): sums */
+    int64_t stride;
+} tile;
+
+typedef void multiply_tile(const tile *);
+
+/* How weights of one kind are multiplied with activations of one dtype at one level. */
+typedef struct {
+    multiply_tile *tiles[MOST_ROWS];   /* for 1 to most_rows rows */
+    int most_rows;
+    int x_bytes;                       /* of one packed activation */
+    int pairs;                         /* within so many inputs even ones are packed before odd ones; 0: as they come */
+} way;
+
+/* silu(gate) * up. is_narrow: round each step to bfloat16, as the published models do. */
+typedef void activate(const float *gate, const float *up, float *out, int64_t count, int is_narrow);
+
+typedef struct {
+    const way *narrow;                 /* by kind, activations in bfloat16; none for float32 weights */
+    const way *wide;                   /* activations in float32 */
+    activate *silu_times;
+} level;
+
+extern const level portable_level;
+#ifdef __x86_64__
+extern const level avx2_level, avx512_level, avx512bf16_level;
+extern const way avx512bf16_narrow[KINDS];
+#endif
+
+static inline int64_t row_bytes(int kind, int64_t inputs) {
+    switch (kind) {
+        case FLOAT32: return 4 * inputs;
+        case BFLOAT16: return 2 * inputs;
+        case INT8: return inputs;
+        default: return (inputs + 1) / 2;
+    }
+}
+
+static inline float from_bfloat16(uint16_t bits) {
+    uint32_t wide = (uint32_t)bits << 16;
+    float value;
+    memcpy(&value, &wide, 4);
+    return value;
+}
+
+static inline uint16_t to_bfloat16(float value) {  /* to nearest, ties to even */
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    uint32_t quiet = (bits >> 16) | 0x40;
+    return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? quiet : rounded);
+}
+
+/* The bfloat16 nearest to a value. */
+static inline float rounded(float value) { return from_bfloat16(to_bfloat16(value)); }
+
+#endif
