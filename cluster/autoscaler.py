@@ -144,8 +144,10 @@ class _Look:
         self._can_wait = snapshot.can_add_machines
         num_bytes = sum(view.load.group_bytes for view in views if not view.is_cold)
         room = sum(node.room_bytes for node in snapshot.nodes if not node.is_leaving)
-        self._share = min(1.0, room / num_bytes) if num_bytes else 1.0
-        """Of its bytes that every group that is not cold could keep in memory, were the room divided evenly."""
+        is_short = not self._can_wait and room < num_bytes
+        self._share = room / num_bytes if is_short else 1.0
+        """Of its bytes that every group that is not cold keeps in memory, where the room is divided evenly: where it is
+        short and no machine can come."""
 
     def leave_nodes(self, wanted: Mapping[str, int]) -> None:
         """Move actors away from nodes that leave, as far as they are still wanted. A spare for which there is no room
@@ -219,7 +221,7 @@ class _Look:
         return self._views[group].load.group_bytes
 
     def _even(self, group: str) -> int:
-        """A group's bytes in memory, were the room divided evenly; never less than an expert."""
+        """A group's bytes in memory, where the room is divided evenly; never less than an expert."""
         load = self._views[group].load
         return max(load.least_bytes, int(load.group_bytes * self._share))
 

@@ -37,7 +37,6 @@ from cluster.processes import end_processes
 
 REPOSITORY = Path(__file__).parent.parent.parent
 HEAD_TYPE, WORKER_TYPE = "ray.head.default", "worker"
-HEAD_ID = "f" * 51 + "00000"
 OBJECT_STORE_BYTES = 80 * 2**20
 START_TIMEOUT_S = 120.0
 
@@ -101,7 +100,14 @@ def _configuration(port: int, head_bytes: int, machine_bytes: int) -> dict[str, 
         "cluster_name": "fake",
         "max_workers": 1,
         "idle_timeout_minutes": 0.05,
-        "provider": {"type": "external", "module": module, "gcs_address": f"127.0.0.1:{port}"},
+        "provider": {
+            "type": "external",
+            "module": module,
+            "gcs_address": f"127.0.0.1:{port}",
+            "use_node_id_as_ip": True,  # they all have the same address
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+        },
         "available_node_types": {
             HEAD_TYPE: {"resources": {"CPU": 1, "memory": head_bytes}, "node_config": {}, "max_workers": 0},
             WORKER_TYPE: {

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import pytest
 
 from cluster.autoscaler import ScalerSettings
 from cluster.capacity import REST_AFTER_S, Load
@@ -245,3 +246,18 @@ def test_nothing_changes_before_a_router_has_told_its_load() -> None:
 
 def test_plan_without_groups_is_a_plan() -> None:
     assert wanted_actors(SPEC, ServicePlan((), ())) == ()
+
+
+@pytest.mark.parametrize(("read_bytes_s", "num_actors"), [(10.0, 4), (1e9, 2), (0.0, 4)])
+def test_slow_disk_of_the_routers_keeps_a_spare_of_every_group(read_bytes_s: float, num_actors: int) -> None:
+    service = _running()
+    scaling = Scaling(ScalerSettings(max_actors=4), 10, experts_per_token=2, read_bytes_s=read_bytes_s)
+    scaler = PlanScaler(scaling)
+    for _ in range(5):
+        service.look()
+        use = {("model", layer): np.full(4, 10) for layer in range(2)}
+        service.fleet.routers.report("router", RouterLoad(Load(4, 0, 8), use), service.now_s)
+        rooms = {**ROOMS, "other": 80}
+        service.plan, _ = scaler.look(service.plan, service.fleet, rooms, None, service.now_s)
+    assert len(service.plan.actors) == num_actors
+    assert all(len(owners) == num_actors // 2 for owners in service.plan.owners().values())
