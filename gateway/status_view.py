@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from cluster.expert_names import name_experts
 from extraction.errors import one_line
 from gateway.memory_view import render_memory
 
@@ -84,6 +85,11 @@ def _cluster_lines(cluster: Mapping[str, Any]) -> list[str]:
         f"Waits for a machine with {mib(entry['memory_bytes'])} of memory: {entry['name']}"
         for entry in cluster.get("pending", ())
     ]
+    disks = cluster.get("disks") or {}
+    for name, words in (("single_copies", "on one disk only"), ("absent", "on no disk")):
+        if layers := disks.get(name):
+            number = sum(map(len, layers.values()))
+            lines.append(f"Not failover-safe: {number} experts {words}: {name_experts(layers)}")
     decisions = cluster.get("decisions", ())[-NUM_DECISIONS:]
     return lines + [f"{d['at']} {d['kind']} {d['name']}: {d['reason']}" for d in decisions]
 
