@@ -8,7 +8,7 @@ NATIVE := hatch_build.py experts/native_build.py $(wildcard experts/native/*.[ch
 STORE := .stores/stories
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: setup demo demo-kill serve test lint unit chaos bench-transport bench-extract clean
+.PHONY: setup demo demo-kill serve test lint unit chaos bench bench-peers bench-transport bench-extract clean
 
 setup: $(STAMP)
 
@@ -52,6 +52,37 @@ chaos: setup $(STORE)
 	for part in 0 1 2 3; do $(BIN)/python -m tests.chaos.kill_trials $(STORE) .stores/chaos_kills.json --part $$part/4 || exit 1; done
 	$(BIN)/python -m pytest -m "chaos or slow"
 
+# Measures again what benchmarks/results keeps, and keeps it: two hours on an idle machine. bench-peers builds llama.cpp.
+bench: bench-peers
+	$(BIN)/python -m benchmarks.bench_transport --keep
+	$(BIN)/python -m benchmarks.bench_exactness --keep
+	$(BIN)/python -m benchmarks.bench_exactness --dtype float32 --layers 2 --keep
+	$(BIN)/python -m benchmarks.bench_extract --keep
+	$(BIN)/python -m benchmarks.bench_batch --keep
+	$(BIN)/python -m benchmarks.bench_budget --rounds 5 --tokens 48 --keep
+	$(BIN)/python -m benchmarks.bench_prefetch --rounds 3 --tokens 24 --keep
+	$(BIN)/python -m benchmarks.bench_rss --keep
+	$(BIN)/python -m benchmarks.bench_scoring --layers 2 --steps 30 --keep
+	$(BIN)/python -m benchmarks.bench_trust --layers 2 --keep
+	$(BIN)/python -m benchmarks.bench_trust_restart --keep
+	$(BIN)/python -m benchmarks.quality --keep
+
+# What docs/performance.md quotes, on an idle machine with 24 GB. Models stay in .bench, 35 GB.
+PEERS := $(BIN)/python -m benchmarks.bench_peers --folder .bench --keep
+THREE := --contenders sage-moe transformers "llama.cpp bf16"
+ROOFLINE := $(BIN)/python -m benchmarks.bench_roofline --folder .bench --keep
+bench-peers: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,bench]'
+	for part in agree single streams; do \
+	  $(PEERS) --model stories --part $$part || exit 1; \
+	  $(PEERS) --model qwen3_moe --vocab-size 4096 --part $$part $(THREE) || exit 1; \
+	  $(PEERS) --model olmoe --part $$part $(THREE) || exit 1; done
+	$(PEERS) --model qwen3_moe --set quantised --part single --prefills 512
+	$(PEERS) --model stories --set served --part streams --streams 1 16
+	$(ROOFLINE)
+	SAGE_MOE_PRODUCTS=torch $(ROOFLINE) --label torch
+	$(ROOFLINE) --model stories
+
 bench-extract: setup
 	$(BIN)/python -m benchmarks.bench_extract
 
@@ -59,4 +90,4 @@ bench-transport: setup
 	$(BIN)/python -m benchmarks.bench_transport
 
 clean:
-	rm -rf experts/native/_products.so $(STAMP) .stores .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf experts/native/_products.so $(STAMP) .stores .bench .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -67,8 +67,9 @@ def scaled(kills: int) -> dict[tuple[str, int], int]:
 
 
 def summary(trials: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """For each kind and number of replicas: how many, how many were equal, and how long the reader waited."""
-    pairs = sorted({(trial["num_replicas"], trial["kind"]) for trial in trials})
+    """For each kind and number of replicas that happened: how many, how many were equal, and how long the reader
+    waited."""
+    pairs = sorted({(trial["num_replicas"], trial["kind"]) for trial in trials if trial["is_fired"]})
     return [_summary_of(kind, number, trials) for number, kind in pairs]
 
 

@@ -50,21 +50,26 @@ def test_reader_does_not_notice(fire: Range, trial: Trial) -> None:
 
 
 def test_afterwards_what_is_planned_runs_and_nothing_else(fire: Range) -> None:
-    """The last one: no actor, and no process of one, is left of those that were killed, hung or half made."""
+    """No actor, and no process of one, is left of those that were killed, hung or half made."""
     service = fire.service
     service.settle()
-    names = [each["name"] for each in ray.util.list_named_actors(True) if each["namespace"] == NAMESPACE]
     actors = service.actors()
-    assert sorted(names) == sorted([SUPERVISOR_NAME, *(actor["name"] for actor in actors)])
-    pids = {actor["pid"] for actor in actors}
-    wait_for(lambda: _expert_processes() == pids)
+    planned = {SUPERVISOR_NAME, *(actor["name"] for actor in actors)}
+    wait_for(lambda: _names() == planned)
+    wait_for(lambda: _processes("ray::ExpertActor") == {actor["pid"] for actor in actors})
 
 
-def _expert_processes() -> set[int]:
-    """Below this process."""
+def _names() -> set[str]:
+    """Of actors in our namespace."""
+    return {each["name"] for each in ray.util.list_named_actors(True) if each["namespace"] == NAMESPACE}
+
+
+def _processes(title: str) -> set[int]:
+    """Of that title, below this process."""
     found = set()
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
-            if process.cmdline()[:1] == ["ray::ExpertActor"] and process.status() != psutil.STATUS_ZOMBIE:
+            words = " ".join(process.cmdline())
+            if words.startswith(title) and process.status() != psutil.STATUS_ZOMBIE:
                 found.add(process.pid)
     return found

@@ -170,10 +170,13 @@ class Answer:
     finish_reason: str | None = None
     usage: dict[str, int] = field(default_factory=dict)
     came_at_s: list[float] = field(default_factory=list)
+    is_done: bool = False
+    """Whether the stream said so."""
     error: str = ""
 
     def content(self) -> tuple[object, ...]:
-        return self.tokens, self.logprobs, self.text, self.finish_reason, self.usage, self.error
+        parts = (self.tokens, self.logprobs, self.text, self.finish_reason, self.usage)
+        return (*parts, self.is_done, self.error)
 
     def gaps_s(self, since_s: float = 0.0) -> list[float]:
         pairs = zip(self.came_at_s, self.came_at_s[1:], strict=False)
@@ -196,6 +199,7 @@ def read_answer(url: str, prompt: int, seed: int, max_tokens: int = MAX_TOKENS) 
     try:
         with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=2 * WAIT_S) as response:
             for line in response.raise_for_status().iter_lines():
+                answer.is_done |= line == "data: [DONE]"
                 if line.startswith("data: {"):
                     _take_in(answer, json.loads(line.removeprefix("data: ")))
                     yield answer

@@ -381,7 +381,7 @@ class _World:
     def _heard(self, member: Member) -> Member:
         if member.name not in self.alive:
             return member if member.is_gone else died(member, "died", self.now_s, PATIENCE)
-        if not self.alive[member.name]:
+        if not self.alive[member.name] or member.node_id in self.target.cut_off:
             return member
         if member.state == "starting" and self.chance.random() < 0.5:
             member = replace(turned(member, "ready", self.now_s), node_id=member.node_id or "n1")
@@ -435,7 +435,7 @@ class _World:
                     self.backoffs = failed(self.backoffs, member.actor, member.error, self.now_s)
 
     def disturb(self) -> None:
-        kind = self.chance.choice(("plan", "roll", "kill", "hang", "restart", "bad", "node"))
+        kind = self.chance.choice(("plan", "roll", "kill", "hang", "restart", "bad", "node", "cut"))
         names = [name for name in self.members if name in self.alive and name not in self.ending]
         victim = self.chance.choice(names) if names else None
         if kind == "plan":
@@ -445,6 +445,9 @@ class _World:
         elif kind == "node":
             rooms = self.chance.choice(({"n1": 300}, {"n2": 300}, dict(ROOMS)))
             self.target = replace(self.target, rooms=rooms)
+        elif kind == "cut":
+            cut_off = self.chance.choice(((), ("n1",), ("n2",)))
+            self.target = replace(self.target, cut_off=frozenset(cut_off))
         elif kind == "restart":  # of the supervisor: it finds what runs, and remembers nothing of it
             self.backoffs = {}
             self.members = {
@@ -480,6 +483,7 @@ def test_any_history_converges_to_the_plan_and_ends_nothing_that_is_wanted(seed:
         world.disturb()
         for _ in range(chance.randint(0, 8)):
             world.look()
+    world.target = replace(world.target, cut_off=frozenset())
     for _ in range(800):
         world.look()
         is_well = all(world.alive.values()) and not world.ending
