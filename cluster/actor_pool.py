@@ -14,7 +14,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.plan import ActorPlan
-from cluster.resources import NAMESPACE, expert_actor_options
+from cluster.resources import NAMESPACE, NODE_LABEL, expert_actor_options
 from experts.actor import ActorSpec, ExpertActor
 from experts.actor_report import ActorIdentity, Answer, Death
 
@@ -33,6 +33,8 @@ class ActorPool:
         """Answers that are awaited."""
         self._ending: dict[str, Any] = {}
         """Actors that were ended and whose names Ray still has."""
+        self.full_nodes: frozenset[str] = frozenset()
+        """Where an actor that waits for a machine is not to go, whatever memory Ray counts there."""
 
     def handle(self, name: str) -> Any:
         """Raises KeyError."""
@@ -74,6 +76,8 @@ class ActorPool:
             options["memory"] = memory_bytes
         if node_id is not None:
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node_id, soft=False)
+        elif self.full_nodes:
+            options["label_selector"] = {NODE_LABEL: f"!in({','.join(sorted(self.full_nodes))})"}
         try:
             self._handles[spec.name] = ray.remote(ExpertActor).options(**options).remote(spec)
         except (ray.exceptions.RayError, ValueError) as error:  # the latter for a name that is taken

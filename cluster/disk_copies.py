@@ -57,8 +57,9 @@ class DiskCopyPlan:
 def disk_nodes(
     plan: ServicePlan, topology: Topology, held: Mapping[str, frozenset[ExpertKey]]
 ) -> tuple[DiskNode, ...]:
-    """The machines of a plan as their disks count. held: what each node's processes say is on its disk, by node id;
-    of a node with the whole store nothing needs to be said. An actor that Ray may place anywhere counts nowhere."""
+    """The machines of a plan as their disks count: the routers', and those with actors, since nobody computes from the
+    others' disks. held: what each node's processes say is on its disk, by node id; of a node with the whole store
+    nothing needs to be said. An actor that Ray may place anywhere counts nowhere."""
     groups: dict[str, set[ExpertKey]] = {node.node_id: set() for node in topology.nodes}
     for actor in plan.actors:
         if actor.node_id in groups:
@@ -72,6 +73,7 @@ def disk_nodes(
             node.disk_bytes,
         )
         for node in topology.nodes
+        if groups[node.node_id] or node.node_id == topology.router_node
     )
 
 

@@ -42,6 +42,19 @@ class KeeperNotStarted(ClusterError):
         return f"the head's weight server did not start: {self.reason}"
 
 
+class SyncFailed(ClusterError):
+    """A machine did not get the records that it was to get."""
+
+    def __init__(self, address: str, reason: str) -> None:
+        super().__init__(address, reason)
+        self.address, self.reason = address, reason
+
+    def __str__(self) -> str:
+        return (
+            f"{self.address} does not get all records; the same command goes on with the rest: {self.reason}"
+        )
+
+
 class NodeBudgetTooSmall(ClusterError):
     """A node's budget is not one expert for each of the processes that share it."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Protocol
 
@@ -31,13 +31,18 @@ from cluster.router_book import RouterBook
 from cluster.service_spec import ServiceSpec, actor_spec, service_of
 from experts.actor import ActorSpec
 from experts.actor_report import ActorIdentity, ActorPulse, Answer, Death
-from experts.roster import Roster
+from experts.near_store import StoreSource
+from experts.roster import Owners, Roster
+from extraction.manifest import ExpertKey
 
 logger = logging.getLogger(__name__)
 
 MAX_NOTES = 200
 """That are remembered for people."""
 MAX_REASON_CHARS = 300
+
+SourceFor = Callable[[Collection[ExpertKey], str | None], StoreSource | None]
+"""For an actor of these experts on that node."""
 
 Note = tuple[float, str, str, str]
 """Unix time, what was done, to whom, and why."""
@@ -69,6 +74,10 @@ class Fleet:
         self.backoffs: dict[str, Backoff] = {}
         self.routers = RouterBook()
         self.roster = Roster(int(time.time() * 1000), {}, {})
+        self.fallbacks: Owners = {}
+        """Who can compute what is lost; see `Roster.fallbacks`. Replaced as a whole where it changes."""
+        self.source_for: SourceFor | None = None
+        """Where an actor's machine finds the store; None leaves it at the spec's."""
         self.notes: deque[Note] = deque(maxlen=MAX_NOTES)
         self._told_of: tuple[object, ...] = ()
         self._incarnation = 0
@@ -166,7 +175,9 @@ class Fleet:
     def _create(self, action: Create, plan: ServicePlan, memory: Mapping[str, int], now_s: float) -> None:
         actor = action.wanted.plan
         spec = actor_spec(self._spec, plan, actor, action.name, self.next_incarnation())
-        is_counted = not self._spec.is_local_only
+        if self.source_for is not None:
+            spec = replace(spec, store_source=self.source_for(spec.group, action.node_id))
+        is_counted = not self._spec.is_one_machine
         memory_bytes = reservation(action, memory, self.members.values()) if is_counted else 0
         self.note("create", action.name, action.reason)
         error = self._pool.create(spec, actor, action.node_id, memory_bytes)
@@ -190,16 +201,17 @@ class Fleet:
     def _publish(self, target: Target) -> None:
         """Make a new roster where it differs from the last one."""
         members = tuple(self.members.values())
-        told_of = (target, *((m.name, m.state, m.incarnation) for m in members))
+        told_of = (target, self.fallbacks, *((m.name, m.state, m.incarnation) for m in members))
         if told_of != self._told_of:
             self._told_of = told_of
             endpoints = {
                 m.name: m.endpoint for m in members if m.endpoint and m.state in ("ready", "draining")
             }
             owners = make_owners(target, members)
-            if (endpoints, owners) != (self.roster.endpoints, self.roster.owners):
-                version = max(self.roster.version, self.routers.highest_version()) + 1
-                self.roster = Roster(version, endpoints, owners)
+            roster = self.roster
+            if (endpoints, owners, self.fallbacks) != (roster.endpoints, roster.owners, roster.fallbacks):
+                version = max(roster.version, self.routers.highest_version()) + 1
+                self.roster = Roster(version, endpoints, owners, fallbacks=self.fallbacks)
         for member in members:
             if member.told_in is None:
                 self.members[member.name] = replace(member, told_in=self.roster.version)

@@ -22,11 +22,10 @@ import psutil
 from cluster.topology import Gpu
 from experts.errors import ProductsUnavailable
 from experts.native_products import chosen_level
+from experts.near_store import STORE_CACHE_VARIABLE
 from experts.node_memory import NodeMemory, read_node_memory
 from experts.numerics import num_cores
 
-STORE_CACHE_VARIABLE = "SAGE_MOE_STORE_CACHE"
-"""Of a node's processes: the folder for copies of expert records there."""
 DEFAULT_STORE_CACHE = Path(".cache") / "sage-moe" / "records"
 SHARED_MEMORY = Path("/dev/shm")
 PACKAGES = ("extraction", "experts", "router", "cluster", "gateway")

@@ -14,9 +14,9 @@ from cluster.addresses import is_loopback
 from cluster.errors import ClusterRefused, NodeAddressInvalid
 from cluster.head_probe import split_host_port
 from cluster.machine_checks import WANTED_FILES
-from cluster.machine_facts import STORE_CACHE_VARIABLE
 from cluster.ray_token import MODE_VARIABLE
 from cluster.resources import OBJECT_STORE_BYTES, ray_environment
+from experts.near_store import STORE_CACHE_VARIABLE
 
 LABEL_KEY = re.compile(r"(?:[a-z0-9][a-z0-9.-]{0,252}/)?[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")
 LABEL_VALUE = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")

@@ -24,6 +24,8 @@ from extraction.manifest import ExpertKey, group_of
 
 Grouping = Literal["expert", "layer"]
 NO_LIMIT = 2**62
+ROUTER_SHARE = 16
+"""The routers' process keeps one part in so many of its machine's room, also where no expert is placed there."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ def place(
     seat_X = assign(work, seats, _homes(work, seats, current), trade)
     plan = _planned(work, seats, seat_X, names)
     replicas = plan_replicas(topology, demand, plan, current, options.replicas)
-    return _share_gpus(topology, replace(plan, actors=(*plan.actors, *replicas)))
+    plan = replace(plan, actors=(*plan.actors, *replicas))
+    return _give_rest_to_router(topology, share_gpus(topology, plan))
 
 
 def seats_of(topology: Topology, actors_per_node: int = 1) -> tuple[Seat, ...]:
@@ -172,21 +175,28 @@ def _planned(work: Work, seats: Sequence[Seat], seat_X: Ints, names: _Names) -> 
             groups.append(ExpertGroup(names.groups[number], tuple(keys[number])))
             budget = min(sizes[number], seat.room_bytes)
             actors.append(ActorPlan(names.actors[number], names.groups[number], seat.node_id, budget))
-    return ServicePlan(tuple(groups), tuple(actors), tuple(keys[0]), min(sizes[0], seats[0].room_bytes))
+    room, least = seats[0].room_bytes, max(work.bytes_X.tolist(), default=0)
+    # Whatever else is placed on their machine, routers compute what is lost elsewhere.
+    budget = max(min(sizes[0], room), min(room, max(least, room // ROUTER_SHARE)))
+    return ServicePlan(tuple(groups), tuple(actors), tuple(keys[0]), budget)
 
 
-def _share_gpus(topology: Topology, plan: ServicePlan) -> ServicePlan:
-    """Ray's share of a GPU for every actor on a node that has some; and to the routers what nobody else takes."""
+def share_gpus(topology: Topology, plan: ServicePlan) -> ServicePlan:
+    """Ray's share of a GPU for every actor on a node that has some."""
     actors = []
     for actor in plan.actors:
-        assert actor.node_id is not None
-        num_gpus = len(topology.node(actor.node_id).gpus)
+        num_gpus = len(topology.node(actor.node_id).gpus) if actor.node_id is not None else 0
         num_actors = sum(other.node_id == actor.node_id for other in plan.actors)
         share = 0.0 if num_gpus == 0 else 1.0 / -(-num_actors // num_gpus)
         actors.append(replace(actor, num_gpus=share))
+    return replace(plan, actors=tuple(actors))
+
+
+def _give_rest_to_router(topology: Topology, plan: ServicePlan) -> ServicePlan:
+    """What nobody else takes of their machine's memory is the routers'."""
     router = topology.router_node
-    taken = sum(actor.budget_bytes or 0 for actor in actors if actor.node_id == router)
-    return replace(plan, actors=tuple(actors), router_budget_bytes=topology.node(router).room_bytes - taken)
+    taken = sum(actor.budget_bytes or 0 for actor in plan.actors if actor.node_id == router)
+    return replace(plan, router_budget_bytes=topology.node(router).room_bytes - taken)
 
 
 def split_experts(keys: Sequence[ExpertKey], num_groups: int) -> list[tuple[ExpertKey, ...]]:

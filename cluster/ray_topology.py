@@ -6,8 +6,9 @@ and by whoever plans on the cluster that this process is connected to.
 
 from __future__ import annotations
 
+import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from cluster.machine_facts import MachineFacts, read_machine
 from cluster.node_report import NodeReport, StoreQuestion
 from cluster.node_speed import Arithmetic, ExpertShape, measure_arithmetic, measure_disk
 from cluster.resources import NO_CPUS
+from experts.near_store import STORE_CACHE_VARIABLE
 from experts.numerics import num_cores, useful_threads
 from extraction.errors import ExtractionError
 from extraction.manifest import store_hash
@@ -48,7 +50,7 @@ class NodeProbe:
         self._end: LinkEnd | None = None
 
     def answer(self, question: StoreQuestion | None) -> NodeAnswer:
-        machine = read_machine()
+        machine = read_machine(_environment(question))
         shape = question.shape if question else ExpertShape()
         threads = useful_threads(num_cores(), 2 * shape.expert_width * shape.width)
         root = Path(question.root) if question else None
@@ -66,16 +68,21 @@ class NodeProbe:
         return self._end.port
 
 
-def gather(question: StoreQuestion | None = None) -> tuple[NodeReport, ...]:
-    """One report for each node that is alive, the head's first. Takes some seconds; links are measured one by one."""
-    alive = [node for node in _nodes() if node["Alive"]]
+def gather(
+    question: StoreQuestion | None = None, only: Collection[str] | None = None
+) -> tuple[NodeReport, ...]:
+    """One report for each node that is alive, the head's first. Takes some seconds; links are measured one by one.
+
+    only: ids of the nodes that are asked.
+    """
+    alive = [node for node in _nodes() if node["Alive"] and (only is None or node["NodeID"] in only)]
     alive.sort(key=lambda node: (HEAD_RESOURCE not in node["Resources"], str(node["NodeManagerAddress"])))
     here = str(ray.get_runtime_context().get_node_id())
     probes = {str(node["NodeID"]): _start_probe(str(node["NodeID"])) for node in alive}
     try:
         asked = {node_id: probe.answer.remote(question) for node_id, probe in probes.items()}
         answers = {node_id: _await(answer) for node_id, answer in asked.items()}
-        local = is_local_only([str(node["NodeManagerAddress"]) for node in alive])
+        local = is_local_only([str(node["NodeManagerAddress"]) for node in _nodes() if node["Alive"]])
         return tuple(
             _report(node, answers[str(node["NodeID"])], probes[str(node["NodeID"])], here, local)
             for node in alive
@@ -134,6 +141,12 @@ def _reason(error: Exception) -> str:
 def _nodes() -> Sequence[Mapping[str, Any]]:
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     return nodes
+
+
+def _environment(question: StoreQuestion | None) -> Mapping[str, str]:
+    """This process's, with the store cache that a service names where the node has none of its own."""
+    named = question.cache_folder if question is not None else None
+    return os.environ if named is None else {STORE_CACHE_VARIABLE: named} | os.environ
 
 
 def _hash_of(root: Path) -> str:

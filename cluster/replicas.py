@@ -5,6 +5,7 @@ Called by `cluster.placement` once every expert has its place.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -37,19 +38,23 @@ class _Left:
 def plan_replicas(
     topology: Topology, demand: Demand, plan: ServicePlan, current: ServicePlan | None, num_actors: int
 ) -> list[ActorPlan]:
-    """Actors to add to a plan until every group has `num_actors`, hottest groups first, as far as there is room.
+    """Actors to add to a plan until every group has `num_actors`, hottest groups first, as far as there is room; those
+    that have none come before all others.
 
     A replica that runs now stays where it is, if there is still room.
     """
     sizes = {group.name: sum(demand.sizes[key] for key in group.keys) for group in plan.groups}
     heat = {group.name: sum(demand.uses[key] for key in group.keys) for group in plan.groups}
+    counts = Counter(actor.group for actor in plan.actors)
     nodes = [_left(node, topology, demand, plan, sizes) for node in topology.nodes]
     nodes.sort(key=lambda left: left.node.node_id)
     names = {actor.name for actor in (*plan.actors, *(current.actors if current else ()))}
     there = {(actor.group, actor.node_id): actor.name for actor in (current.actors if current else ())}
     added: list[ActorPlan] = []
-    for _ in range(num_actors - 1):
+    for number in range(1, num_actors + 1):
         for group in sorted(plan.groups, key=lambda group: (-heat[group.name], group.name)):
+            if counts[group.name] >= number:
+                continue
             actor = _replica(group, sizes[group.name], demand.largest_bytes, nodes, there, names)
             if actor is not None:
                 added.append(actor)

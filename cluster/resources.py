@@ -17,6 +17,7 @@ from experts.numerics import useful_threads
 NAMESPACE = "sage-moe"
 SUPERVISOR_NAME = "supervisor"
 WEIGHT_KEEPER_NAME = "weights"
+SYNC_KEEPER_NAME = "weights-sync"
 LOCAL_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """For a Ray that serves this machine alone: this is how Ray is told, on any system, to use the loopback address in
 place of the machine's own, so that its ports are closed to others. Ray reads it when it is first imported. Token
@@ -105,9 +106,9 @@ def supervisor_options(node_id: str | None = None) -> dict[str, Any]:
     return _detached(SUPERVISOR_NAME, 1) | options
 
 
-def weight_keeper_options() -> dict[str, Any]:
+def weight_keeper_options(name: str = WEIGHT_KEEPER_NAME) -> dict[str, Any]:
     """Ray options of the head's weight server: Ray restarts it for ever, with the port that it had."""
-    return _detached(WEIGHT_KEEPER_NAME, 1) | {"max_restarts": -1, "max_concurrency": 2}
+    return _detached(name, 1) | {"max_restarts": -1, "max_concurrency": 2}
 
 
 def _detached(name: str, num_threads: int) -> dict[str, Any]:

@@ -73,7 +73,7 @@ class PlanScaler:
         )
         nodes = tuple(NodeLoad(node_id, room_bytes) for node_id, room_bytes in sorted(rooms.items()))
         snapshot = LoadSnapshot(self._capacity.state, groups, nodes, self._can_add_machines)
-        seen = _where_it_runs(plan, fleet)
+        seen = where_it_runs(plan, fleet)
         self._state, decisions = decide(self._state, snapshot, seen, self._scaling.settings, now_s)
         return carry_out(plan, decisions), decisions
 
@@ -98,7 +98,7 @@ class PlanScaler:
         return busy_s
 
 
-def _where_it_runs(plan: ServicePlan, fleet: Fleet) -> ServicePlan:
+def where_it_runs(plan: ServicePlan, fleet: Fleet) -> ServicePlan:
     """The plan with the nodes that Ray has chosen where it was free to."""
     node_of = {member.actor: member.node_id for member in fleet.members.values() if member.state == "ready"}
     actors = (

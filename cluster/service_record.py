@@ -15,6 +15,7 @@ from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _in
 
 from cluster.plan import ServicePlan
 from cluster.resources import NAMESPACE
+from cluster.topology import Topology
 
 KEY = "supervisor"
 
@@ -29,6 +30,8 @@ class ServiceRecord:
     least_incarnation: int = 0
     quarantines: Mapping[str, int] = field(default_factory=dict)
     """Node id -> how many of its actors computed what is wrong."""
+    topology: Topology | None = None
+    """The machines that the plan was last made for; None where it follows none."""
 
 
 def save_record(record: ServiceRecord) -> None:

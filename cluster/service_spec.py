@@ -10,11 +10,17 @@ from dataclasses import dataclass, field
 
 from cluster.addresses import LOOPBACK
 from cluster.autoscaler import ScalerSettings
+from cluster.demand import Demand
+from cluster.node_report import StoreQuestion
+from cluster.node_rooms import RoomRules
+from cluster.placement import PlacementOptions
 from cluster.plan import ActorPlan, ExpertGroup, ServicePlan
 from cluster.reconcile import WantedActor
+from cluster.topology import Topology
 from experts.actor import ActorSpec
 from experts.eviction import DEFAULT_EVICTION, Eviction
 from experts.near_store import CacheSpec, StoreSource
+from extraction.manifest import ExpertKey
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,19 @@ class Scaling:
     """How fast routers read experts from their own copy of the store. 0 where they have none."""
     interval_s: float = 1.0
     """Between two looks."""
+
+
+@dataclass(frozen=True)
+class Placing:
+    """How the plan follows the machines."""
+
+    topology: Topology
+    """As of the start."""
+    demand: Demand
+    options: PlacementOptions
+    rules: RoomRules
+    question: StoreQuestion
+    """What machines that join are asked."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +76,24 @@ class ServiceSpec:
     store_source: StoreSource | None = None
     """See `ActorSpec`; None where every machine of the service is known to have the store."""
     cache: CacheSpec | None = None
+    record_bytes: Mapping[ExpertKey, int] = field(default_factory=dict)
+    """Of every expert's record, where disks are looked after: on one machine there is nothing to gain."""
+    placing: Placing | None = None
+    """None leaves nodes that the plan does not name to Ray."""
+
+    @property
+    def is_one_machine(self) -> bool:
+        """Whether an actor without a node may run anywhere, without asking for room."""
+        return self.is_local_only and self.placing is None
 
 
 def actor_spec(
     spec: ServiceSpec, plan: ServicePlan, actor: ActorPlan, name: str, incarnation: int
 ) -> ActorSpec:
     """Of one of the plan's actors, under the name that it has in Ray."""
+    beside = 0
+    if spec.placing is not None:
+        beside = max(1, sum(other.node_id == actor.node_id for other in plan.actors))
     return ActorSpec(
         name,
         incarnation,
@@ -81,6 +112,7 @@ def actor_spec(
         actor.name,
         spec.store_source,
         spec.cache,
+        beside,
     )
 
 

@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
@@ -21,17 +21,19 @@ import ray
 
 from cluster.actor_notices import ActorNotices
 from cluster.actor_pool import ActorPool
+from cluster.disk_keeper import DiskKeeper
 from cluster.errors import ActorsNotStarted, SupervisorMissing
 from cluster.fleet import Fleet
 from cluster.living_nodes import living_nodes
+from cluster.node_watch import NodeWatch
 from cluster.plan import ServicePlan
 from cluster.reconcile import Target, is_settled, missing_actor
 from cluster.resources import NAMESPACE, SUPERVISOR_NAME, supervisor_options
 from cluster.router_book import RouterLoad
-from cluster.scaling import PlanScaler
+from cluster.scaling import PlanScaler, where_it_runs
 from cluster.service_record import ServiceRecord, forget_record, load_record, save_record
 from cluster.service_spec import ServiceSpec, service_of, wanted_actors
-from cluster.supervisor_status import actor_entries, note_entries, pending_entries, plan_entry
+from cluster.supervisor_status import actor_entries, disks_entry, note_entries, pending_entries, plan_entry
 from cluster.trust_desk import TrustDesk
 from experts.roster import Roster
 from experts.trust import TrustReport, TrustTable
@@ -67,8 +69,15 @@ class Supervisor:
         self._cut_off: frozenset[str] = frozenset()
         self._trust = TrustDesk()
         self._notices = ActorNotices()
-        can_add_machines = not spec.is_local_only
+        can_add_machines = not spec.is_one_machine
         self._scaler = PlanScaler(spec.scaling, can_add_machines) if spec.scaling is not None else None
+        self._disks = None
+        if spec.record_bytes:
+            self._disks = DiskKeeper(spec.record_bytes, spec.store_source, _own_node())
+            self._fleet.source_for = self._disks.source_for
+        self._nodes = None
+        if spec.placing is not None:
+            self._nodes = NodeWatch(spec.placing, self._record.topology or spec.placing.topology)
         self._closing = threading.Event()
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="reconcile", daemon=True)
@@ -194,6 +203,7 @@ class Supervisor:
             "quarantines": dict(record.quarantines),
             "capacity": self._scaler.state if self._scaler is not None else None,
             "decisions": note_entries(notes),
+            "disks": disks_entry(self._disks.decision) if self._disks is not None else None,
         }
 
     def shut_down(self) -> None:
@@ -201,6 +211,8 @@ class Supervisor:
         self._closing.set()
         self._wake.set()
         self._thread.join(ANSWER_TIMEOUT_S)
+        if self._nodes is not None:
+            self._nodes.close()
         self._trust.close()
         with self._lock:
             forget_record()
@@ -228,6 +240,8 @@ class Supervisor:
                 return
             self._rooms, self._cut_off = self._usable(memory), cut_off
             self._fleet.observe(found, answers, now_s)
+            self._follow_nodes(memory, now_s)
+            self._look_after_disks(now_s)
             self._fleet.act(self._target(), self._record.plan, memory, now_s)
             self._tell(now_s)
             self._scale(now_s)
@@ -235,6 +249,8 @@ class Supervisor:
     def _usable(self, memory: Mapping[str, int]) -> dict[str, int]:
         """Node id -> room; without nodes that were quarantined too often, unless that leaves none."""
         rooms = {node_id: self._spec.rooms.get(node_id, num_bytes) for node_id, num_bytes in memory.items()}
+        if self._nodes is not None:
+            rooms = self._nodes.rooms(memory, self._record.plan)
         counts = self._record.quarantines
         trusted = {
             node_id: room for node_id, room in rooms.items() if counts.get(node_id, 0) < MAX_QUARANTINES
@@ -243,7 +259,31 @@ class Supervisor:
 
     def _target(self) -> Target:
         least = self._record.least_incarnation
-        return Target(self._wanted, least, self._rooms, self._spec.is_local_only, self._cut_off)
+        return Target(self._wanted, least, self._rooms, self._spec.is_one_machine, self._cut_off)
+
+    def _follow_nodes(self, alive: Collection[str], now_s: float) -> None:
+        """Plan anew where machines have come or gone."""
+        if self._nodes is None:
+            return
+        self._nodes.find(alive, now_s)
+        self._pool.full_nodes = frozenset(alive)  # the plan has used what room there is
+        change = self._nodes.look(self._rooms, where_it_runs(self._record.plan, self._fleet), now_s)
+        for name, reason in self._nodes.take_refusals().items():
+            self._fleet.note("leave out", f"node {name}", reason)
+        if change is not None:
+            self._record = replace(self._record, topology=change.topology)
+            self.apply(change.plan, change.reason)
+
+    def _look_after_disks(self, now_s: float) -> None:
+        if self._disks is None:
+            return
+        ready = {
+            name: (member, self._pool.handle(name))
+            for name, member in self._fleet.members.items()
+            if member.state == "ready"
+        }
+        self._disks.look(ready, now_s)
+        self._fleet.fallbacks = self._disks.decision.fallbacks
 
     def _tell(self, now_s: float) -> None:
         """What actors with a bound go by."""
@@ -274,6 +314,11 @@ class Supervisor:
     def _keep(self, record: ServiceRecord) -> None:
         self._record = record
         save_record(record)
+
+
+def _own_node() -> str:
+    """Of this process, which runs where the store is."""
+    return str(ray.get_runtime_context().get_node_id())
 
 
 def start_supervisor(spec: ServiceSpec, node_id: str | None = None) -> Any:

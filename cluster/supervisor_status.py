@@ -6,6 +6,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cluster.disk_desk import DiskDecision
+from cluster.expert_names import by_layer
 from cluster.fleet import Note
 from cluster.members import Backoffs, Member
 from cluster.plan import ServicePlan
@@ -96,6 +98,15 @@ def pending_entries(members: Sequence[Member]) -> list[dict[str, Any]]:
         for member in members
         if member.is_waiting_for_node
     ]
+
+
+def disks_entry(decision: DiskDecision) -> dict[str, Any]:
+    """Experts that are lost with one machine, by layer."""
+    return {
+        "is_failover_safe": not (decision.single or decision.absent),
+        "single_copies": by_layer(decision.single),
+        "absent": by_layer(decision.absent),
+    }
 
 
 def note_entries(notes: Sequence[Note]) -> list[dict[str, Any]]:

@@ -38,14 +38,16 @@ class WeightKeeper:
         return self._server.port
 
 
-def start_keeper(store_root: str, secret: bytes, host: str) -> tuple[str, int]:
-    """Start it on this machine. Returns its address. host: empty means that of this node in Ray.
+def start_keeper(
+    store_root: str, secret: bytes, host: str, name: str = WEIGHT_KEEPER_NAME
+) -> tuple[str, int]:
+    """Start it on this machine. Returns its address. host: empty means that of this node in Ray. name: in Ray.
 
     Raises KeeperNotStarted.
     """
     host = host or str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    options = weight_keeper_options() | {"scheduling_strategy": here}
+    options = weight_keeper_options(name) | {"scheduling_strategy": here}
     reason = ""
     for _ in range(START_ATTEMPTS):  # somebody may take the port between the look and the start
         port = _free_port(host)
@@ -58,10 +60,10 @@ def start_keeper(store_root: str, secret: bytes, host: str) -> tuple[str, int]:
     raise KeeperNotStarted(reason)
 
 
-def stop_keeper() -> None:
+def stop_keeper(name: str = WEIGHT_KEEPER_NAME) -> None:
     """Does nothing where none runs."""
     try:
-        ray.kill(ray.get_actor(WEIGHT_KEEPER_NAME, namespace=NAMESPACE))
+        ray.kill(ray.get_actor(name, namespace=NAMESPACE))
     except ValueError:
         return
 

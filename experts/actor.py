@@ -19,14 +19,14 @@ import ray
 import torch
 from torch import Tensor
 
-from experts.actor_report import ActorIdentity, ActorPulse
+from experts.actor_report import ActorIdentity, ActorPulse, DiskReport
 from experts.budget import share_of
 from experts.call import ExpertCall
 from experts.errors import ExpertError
 from experts.eviction import Eviction
 from experts.group_trust import GroupTrust, Scores
 from experts.near_store import CacheSpec, NearStore, StoreSource, open_near
-from experts.numerics import calibrate
+from experts.numerics import calibrate, num_cores, useful_threads
 from experts.store import ExpertStore
 from experts.transport import Endpoint, ExpertServer, ServiceInfo, TransportLimits
 from experts.weight_server import WeightServer
@@ -65,6 +65,9 @@ class ActorSpec:
     """Where an actor looks whose machine may not have the store; None means that `store_root` is there."""
     cache: CacheSpec | None = None
     """What it keeps of what came from elsewhere."""
+    beside: int = 0
+    """Expert actors that share the cores of its machine, this one included, where its number of threads is to follow
+    from these; 0 means `num_threads`."""
 
     def fingerprint(self) -> str:
         """Equal for specs that compute the same for the same routers, whenever, wherever and within whatever budget."""
@@ -83,7 +86,7 @@ class ExpertActor:
 
     def __init__(self, spec: ActorSpec) -> None:
         logging.basicConfig(level=logging.INFO)
-        torch.set_num_threads(spec.num_threads)
+        torch.set_num_threads(_num_threads(spec))
         dtype = DTYPES[spec.dtype]
         kernel = calibrate([(2 * spec.expert_width, spec.width), (spec.width, spec.expert_width)], dtype)
         self._spec = spec
@@ -157,6 +160,12 @@ class ExpertActor:
         """Experts, of any group, whose records are on this machine's disk."""
         return self._store.held_experts()
 
+    def disk(self) -> DiskReport:
+        """What is on this machine's disk, and how much more may come."""
+        free_bytes = self._near.free_bytes()
+        held = frozenset[ExpertKey]() if free_bytes is None else self._store.held_experts()
+        return DiskReport(self.weights_address(), free_bytes is None, held, free_bytes or 0)
+
     def hold(self, keys: tuple[ExpertKey, ...]) -> None:
         """Keep these on the disk too; see `NearStore.hold`."""
         self._near.hold(keys)
@@ -227,7 +236,8 @@ class ExpertActor:
     def _warm_up(self) -> None:
         """Read the group into memory once it is on the disk: until then calls fetch first what they need."""
         try:
-            while not self._near.wait(WARM_UP_LOOK_S):
+            # What is kept for others comes after the group, and is not waited for.
+            while not (self._near.wait(WARM_UP_LOOK_S) or self._near.has(self._spec.group)):
                 if self._closing.is_set():
                     return
             self._worker.load_all()
@@ -235,7 +245,14 @@ class ExpertActor:
             logger.warning("%s has not read its whole group ahead: %s", self._spec.name, error)
 
 
+def _num_threads(spec: ActorSpec) -> int:
+    if not spec.beside:
+        return spec.num_threads
+    return useful_threads(max(1, num_cores() // spec.beside), 2 * spec.expert_width * spec.width)
+
+
 def _open_store(spec: ActorSpec) -> NearStore:
     if spec.store_source is None:
         return NearStore(ExpertStore.open(Path(spec.store_root)), tuple(map(Path, spec.store_copies)))
-    return open_near(spec.store_source, spec.group, spec.cache, spec.secret)
+    cache = spec.cache.here() if spec.cache is not None else None
+    return open_near(spec.store_source, spec.group, cache, spec.secret)

@@ -43,6 +43,20 @@ class ActorPulse:
 
 
 @dataclass(frozen=True)
+class DiskReport:
+    """What of the store is on an actor's machine at a moment."""
+
+    weights: tuple[str, int] | None
+    """Host and port where other machines get it; None where nobody may need to."""
+    is_whole: bool
+    """Whether the store is there in place, with every record."""
+    held: frozenset[ExpertKey]
+    """Experts of any group whose records are there; left empty where the store is whole."""
+    free_bytes: int
+    """For further records."""
+
+
+@dataclass(frozen=True)
 class Death:
     """In place of an answer: the actor is dead, or will never live."""
 

@@ -95,6 +95,10 @@ class CachedStore(ExpertStore):
         self._fetcher.refresh()
         self._fetcher.want(keys)
 
+    def free_bytes(self) -> int:
+        """For further records; see `StoreCache.free_bytes`."""
+        return self._cache.free_bytes()
+
     def progress(self) -> FetchProgress:
         """Of what is needed."""
         return self._fetcher.progress()
@@ -108,7 +112,9 @@ class CachedStore(ExpertStore):
         self._fetcher.use_sources(sources)
 
     def held_experts(self) -> frozenset[ExpertKey]:
-        """Experts whose records are on this machine's disk now."""
+        """Experts whose records are on this machine's disk now, whichever process has brought them. Raises
+        CacheUnusable."""
+        self._fetcher.refresh()
         return self._fetcher.held()
 
     def holds(self, key: ExpertKey) -> bool:

@@ -6,9 +6,10 @@ Decides between the two; the order of sources is that of `StoreSource`. Used by 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,20 @@ class StoreSource:
     """Host and port of who reads the whole store."""
 
 
+STORE_CACHE_VARIABLE = "SAGE_MOE_STORE_CACHE"
+"""Of a node's processes: that machine's own folder for copies of expert records, which goes before the service's."""
+
+
 @dataclass(frozen=True)
 class CacheSpec:
     """The folder on every machine that keeps what came from elsewhere."""
 
     folder: str
     limit_bytes: int | None = None
+
+    def here(self, environment: Mapping[str, str] = os.environ) -> CacheSpec:
+        """As this machine has it."""
+        return replace(self, folder=environment.get(STORE_CACHE_VARIABLE) or self.folder)
 
 
 class NearStore:
@@ -54,6 +63,10 @@ class NearStore:
         """Whether all records that are needed are on this machine within that time."""
         return not isinstance(self.store, CachedStore) or self.store.wait(timeout_s)
 
+    def has(self, keys: Collection[ExpertKey]) -> bool:
+        """Whether these records are on this machine now."""
+        return all(map(self.store.holds, keys))
+
     def hold(self, keys: Collection[ExpertKey]) -> None:
         """Keep these records on this machine too, for others that may be lost; returns at once.
 
@@ -61,6 +74,10 @@ class NearStore:
         """
         if isinstance(self.store, CachedStore):
             self.store.need(keys)
+
+    def free_bytes(self) -> int | None:
+        """For records that are not here yet; None where the store is in place. Raises CacheUnusable."""
+        return self.store.free_bytes() if isinstance(self.store, CachedStore) else None
 
     def use(self, source: StoreSource, secret: bytes) -> None:
         """Fetch from there from now on; folders that were copied from are left out."""

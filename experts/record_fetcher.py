@@ -84,14 +84,16 @@ class RecordFetcher:
 
     def refresh(self) -> None:
         """Look which records are in the cache; other processes bring some too. Raises CacheUnusable."""
+        with self._changed:
+            before = frozenset(self._paths)
         files = self._cache.held(self._store_hash)
         paths = {}
         for key, record in self._records.items():
             path, nbytes = files.get(self._stems[key], (None, 0))
             if path is not None and nbytes == record.nbytes and record.sha256 in (None, record_sha256(path)):
                 paths[key] = path
-        with self._changed:
-            self._paths = paths
+        with self._changed:  # what has come since the look is kept
+            self._paths = paths | {key: path for key, path in self._paths.items() if key not in before}
 
     def held(self) -> frozenset[ExpertKey]:
         with self._changed:

@@ -120,6 +120,15 @@ class StoreCache:
             records = self._scan_store(store_hash)
             return {record.stem: (self._path(record), record.nbytes) for record in records}
 
+    def free_bytes(self) -> int:
+        """For further records: of the disk, and within the limit. What nobody needs is not counted as free, though it
+        would make room. Raises CacheUnusable."""
+        with self._translated():
+            free = shutil.disk_usage(self.root).free
+            if self.limit_bytes is None:
+                return free
+            return max(0, min(free, self.limit_bytes - sum(record.nbytes for record in self._scan())))
+
     def keep(
         self, store_hash: str, stem: str, nbytes: int, write: Callable[[Callable[[memoryview], object]], str]
     ) -> Path:

@@ -85,6 +85,8 @@ class DeploymentSpec:
     num_routers: int = 1
     resume_timeout_s: float = 60.0
     """See `PoolLimits`."""
+    is_placed: bool = False
+    """Whether there may be actors at any time, whatever their number is now."""
 
     @property
     def router_names(self) -> tuple[str, ...]:
@@ -98,7 +100,7 @@ class DeploymentSpec:
     @property
     def has_supervisor(self) -> bool:
         """Whether there are actors to look after, or routers that share what they learn."""
-        return needs_supervisor(self.num_actors, self.num_routers)
+        return self.is_placed or needs_supervisor(self.num_actors, self.num_routers)
 
     def router_engine(self, index: int) -> EngineOptions:
         """Of one router: its part of the node's memory for experts."""
@@ -134,7 +136,7 @@ class RouterDeployment:
         store = ExpertStore.open(Path(spec.store_root))
 
         def connect(worker: ExpertWorker) -> ExpertDirectory:
-            if not spec.num_actors:
+            if not (spec.num_actors or spec.is_placed):
                 return LocalDirectory(worker)
             self._directory = RayDirectory(worker, spec.engine.audit_share)
             return self._directory
@@ -242,6 +244,7 @@ class RouterDeployment:
                 "row_multiple": loaded.kernel.row_multiple,
                 "backbone_bytes": engine.backbone.nbytes,
                 "kv_bytes": engine.pool.nbytes,
+                "prefix_cache": engine.kv.prefix_status(),
                 "experts": local_actor(service, self._name),
                 "expert_calls": asdict(loaded.directory.stats()),
                 "connected_actors": len(self._directory.remote.connected()) if self._directory else 0,

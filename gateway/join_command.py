@@ -86,8 +86,9 @@ def _check(options: NodeOptions) -> list[Finding]:
     from cluster.head_checks import check_head, check_token_file, check_versions
     from cluster.head_probe import probe_head
     from cluster.machine_checks import check_machine
-    from cluster.machine_facts import STORE_CACHE_VARIABLE, read_machine, read_versions
+    from cluster.machine_facts import read_machine, read_versions
     from cluster.ray_token import find_token
+    from experts.near_store import STORE_CACHE_VARIABLE
 
     token = find_token(os.environ, Path.home())
     facts = probe_head(options.head, token)

@@ -13,7 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from cluster.addresses import LOOPBACK, is_local_only
@@ -33,7 +33,7 @@ from experts.loader import check_copies
 from experts.near_store import StoreSource
 from experts.numerics import num_cores
 from experts.store import ExpertStore
-from extraction.manifest import store_hash
+from extraction.manifest import ExpertKey, store_hash
 from gateway.bind_address import BindAddress, check_bind, check_free, resolve_bind
 from gateway.errors import OptionInvalid
 from gateway.memory import plan_service, this_node
@@ -49,13 +49,15 @@ from router.trust_session import TrustOptions
 
 if TYPE_CHECKING:
     from cluster.joining import RunningRay
-    from cluster.service_spec import Scaling
+    from cluster.service_spec import Placing, Scaling
+    from gateway.placing import Placed
 
 __all__ = ["ServiceOptions", "describe_plan", "interruptible", "running_service", "wait_for_interrupt"]
 
 logger = logging.getLogger(__name__)
 
 OnPlan = Callable[[MemoryPlan, Sequence[str]], None]
+OnPlaced = Callable[["Placed"], None]
 REQUEST_TIMEOUT_S = 3600.0
 PROXY_CALLBACK = ("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "gateway.proxy_guard.middlewares")
 """How Ray Serve is told to put a middleware of ours around its proxy. Its processes inherit the variable."""
@@ -64,10 +66,15 @@ RAY_GRACE_S = 2.0
 
 
 @contextmanager
-def running_service(options: ServiceOptions, on_plan: OnPlan = lambda plan, unknown: None) -> Iterator[str]:
+def running_service(
+    options: ServiceOptions,
+    on_plan: OnPlan = lambda plan, unknown: None,
+    on_placed: OnPlaced = lambda placed: None,
+) -> Iterator[str]:
     """The service, ready to answer, for as long as the context lasts. Yields its URL.
 
     on_plan: told how the memory is divided, before anything starts, and which nodes of `node-budgets` are unknown.
+    on_placed: told what goes to which machine, before it goes there.
     Raises BindNeedsKey, PortTaken or AddressUnusable, OptionInvalid, what reading the store raises,
     ConfigUnsupported, BudgetTooSmall, NodeTooSmall, NodeBudgetTooSmall, ActorsNotStarted, or DeploymentFailed; with an
     address of a Ray that runs also ClusterRefused, TokenUnusable, ServiceRunsAlready or ServeTaken.
@@ -80,11 +87,15 @@ def running_service(options: ServiceOptions, on_plan: OnPlan = lambda plan, unkn
         prepare_folder(options.trace_folder)
     config, dtype = _read_model(options)
     threads = _plan_threads(options, config)
-    node = this_node()
-    plan = _plan_memory(options, dtype, threads.router, node)
-    on_plan(plan, unmatched(options.node_budgets, [node]))
-
-    from cluster.resources import plan_spin_s
+    engine = engine_options(options, dtype, threads.router)
+    layout: _Layout | None = None
+    if not options.is_placed:
+        node = this_node()
+        memory = _plan_memory(options, engine, node)
+        layout = _Layout(
+            _plan_actors(options, memory), memory, threads.expert_actor, _spin_s(options, threads)
+        )
+        on_plan(memory, unmatched(options.node_budgets, [node]))
 
     stack = ExitStack()
     try:
@@ -93,42 +104,89 @@ def running_service(options: ServiceOptions, on_plan: OnPlan = lambda plan, unkn
         joined = _reach_ray(options)
         stack.enter_context(interruptible())  # again: Ray has put its own handler in place
         node_id = None if joined is None else _take_cluster(options, address, stack)
-
-        import ray
-
-        from cluster.living_nodes import node_addresses
-        from cluster.service_spec import ServiceSpec
-        from cluster.supervisor import start_supervisor, stop_supervisor
-
-        engine = engine_options(options, dtype, threads.router)
-        spec = ServiceSpec(
-            store_root=str(options.store_root.resolve()),
-            dtype=dtype,
-            width=config.hidden_size,
-            expert_width=config.expert_width,
-            plan=_plan_actors(options, plan),
-            threads_per_actor=threads.expert_actor,
-            eviction=options.eviction,
-            store_copies=_copies(options),
-            spin_s=plan_spin_s(num_cores(), options.num_actors, threads.expert_actor, options.num_routers),
-            secret=secrets.token_bytes(32),
-            is_local_only=is_local_only(node_addresses()),
-            rooms={ray.get_runtime_context().get_node_id(): sum(plan.actor_budgets)},
-            scaling=_scaling(options, engine),
-            cache=options.store_cache,
-        )
-        if options.store_cache is not None:
-            stack.callback(_stop_keeper)
-            host = LOOPBACK if spec.is_local_only else ""
-            spec = replace(spec, store_source=_share_store(options, spec.secret, host))
-        if needs_supervisor(options.num_actors, options.num_routers):
-            stack.callback(stop_supervisor)
-            _wait_for_actors(start_supervisor(spec, node_id))
-        _deploy(options, address, engine, plan, threads.router, node_id, stack)
+        if layout is None:
+            layout = _place(options, engine, on_plan, on_placed)
+        _start_actors(options, config, engine, layout, node_id, stack)
+        _deploy(options, address, engine, layout, threads.router, node_id, stack)
         yield address.url
     finally:
         with _undisturbed():
             stack.close()
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What is to run where."""
+
+    plan: ServicePlan
+    memory: MemoryPlan
+    threads_per_actor: int
+    spin_s: float
+    placing: Placing | None = None
+    """How the plan follows the machines; None on one machine."""
+
+
+def _spin_s(options: ServiceOptions, threads: ThreadPlan) -> float:
+    from cluster.resources import plan_spin_s
+
+    return plan_spin_s(num_cores(), options.num_actors, threads.expert_actor, options.num_routers)
+
+
+def _place(options: ServiceOptions, engine: EngineOptions, on_plan: OnPlan, on_placed: OnPlaced) -> _Layout:
+    """By what the cluster's machines are."""
+    from cluster.resources import plan_spin_s
+    from gateway.placing import place_service
+
+    placed = place_service(options, engine)
+    on_plan(placed.memory, placed.unknown_budgets)
+    on_placed(placed)
+    cores = min(node.num_cores for node in placed.topology.nodes)
+    # Threads are each actor's own choice, by its machine.
+    spin_s = plan_spin_s(cores, 1, 1, options.num_routers)
+    return _Layout(placed.plan, placed.memory, 1, spin_s, placed.placing)
+
+
+def _start_actors(
+    options: ServiceOptions,
+    config: ModelConfig,
+    engine: EngineOptions,
+    layout: _Layout,
+    node_id: str | None,
+    stack: ExitStack,
+) -> None:
+    """The supervisor with its expert actors, and what gives them weights. Returns when they have answered."""
+    import ray
+
+    from cluster.living_nodes import node_addresses
+    from cluster.service_spec import ServiceSpec
+    from cluster.supervisor import start_supervisor, stop_supervisor
+
+    assert engine.dtype is not None
+    spec = ServiceSpec(
+        store_root=str(options.store_root.resolve()),
+        dtype=engine.dtype,
+        width=config.hidden_size,
+        expert_width=config.expert_width,
+        plan=layout.plan,
+        threads_per_actor=layout.threads_per_actor,
+        eviction=options.eviction,
+        store_copies=_copies(options),
+        spin_s=layout.spin_s,
+        secret=secrets.token_bytes(32),
+        is_local_only=is_local_only(node_addresses()),
+        rooms={ray.get_runtime_context().get_node_id(): sum(layout.memory.actor_budgets)},
+        scaling=_scaling(options, engine),
+        cache=options.store_cache,
+        record_bytes={} if options.ray_address is None else _record_bytes(options),
+        placing=layout.placing,
+    )
+    if options.store_cache is not None:
+        stack.callback(_stop_keeper)
+        host = LOOPBACK if spec.is_local_only else ""
+        spec = replace(spec, store_source=_share_store(options, spec.secret, host))
+    if options.is_placed or needs_supervisor(options.num_actors, options.num_routers):
+        stack.callback(stop_supervisor)
+        _wait_for_actors(start_supervisor(spec, node_id))
 
 
 def _reach_ray(options: ServiceOptions) -> RunningRay | None:
@@ -215,12 +273,19 @@ def _plan_threads(options: ServiceOptions, config: ModelConfig) -> ThreadPlan:
     return plan_threads(num_cores(), options.num_actors, config.expert_elements, options.num_routers)
 
 
-def _plan_memory(options: ServiceOptions, dtype: str, num_threads: int, node: Node) -> MemoryPlan:
+def _plan_memory(options: ServiceOptions, engine: EngineOptions, node: Node) -> MemoryPlan:
     store = ExpertStore.open(options.store_root)
     try:
-        engine = engine_options(options, dtype, num_threads)
         budgets = (options.expert_budgets, options.node_budgets)
         return plan_service(store, engine, options.num_actors, *budgets, node, options.num_routers)
+    finally:
+        store.close()
+
+
+def _record_bytes(options: ServiceOptions) -> dict[ExpertKey, int]:
+    store = ExpertStore.open(options.store_root)
+    try:
+        return {key: store.record(key).nbytes for key in store.expert_keys(store.served.name)}
     finally:
         store.close()
 
@@ -275,6 +340,7 @@ def engine_options(options: ServiceOptions, dtype: str, num_threads: int) -> Eng
         snarc=options.snarc,
         stand_ins=StandInOptions(state_folder) if "snarc" in options.routing.policies else None,
         trust=TrustOptions(state_folder) if options.is_trust_learned else None,
+        prefix_cache=options.has_prefix_cache,
     )
 
 
@@ -288,14 +354,19 @@ def http_options(address: BindAddress) -> dict[str, Any]:
 
 
 def describe_plan(options: ServiceOptions) -> dict[str, Any]:
-    """What `running_service` would start, as plain values; keys are counted only. Raises like it, before Ray."""
+    """What `running_service` would start, as plain values; keys are counted only. Raises like it.
+
+    Connects to a cluster only where actors would be placed on its machines, and then starts nothing but questions.
+    """
     address = resolve_bind(options.host, options.port)
     check_bind(options.host, address, len(options.keys))
     config, dtype = _read_model(options)
     threads = _plan_threads(options, config)
-    plan = _plan_memory(options, dtype, threads.router, this_node())
+    engine = engine_options(options, dtype, threads.router)
+    placed = ask_cluster(options) if options.is_placed else None
+    plan = placed.memory if placed else _plan_memory(options, engine, this_node())
     shown = options.shown() | {"dtype": dtype, "max-model-len": _context_length(options, config)}
-    max_open = options.num_routers * engine_options(options, dtype, threads.router).limits.max_open
+    max_open = options.num_routers * engine.limits.max_open
     gateway = {"name": "gateway", **gateway_deployment_options(max_open)}
     router = router_deployment_options(threads.router)
     routers = ({"name": name, **router} for name in router_names(options.num_routers))
@@ -303,9 +374,31 @@ def describe_plan(options: ServiceOptions) -> dict[str, Any]:
     return {
         "options": shown,
         "memory": plan.as_json(),
+        **_described(placed),
         "threads": {"router": threads.router, "expert-actor": threads.expert_actor},
         "serve": {"http_options": http_options(address), "applications": [application]},
     }
+
+
+def ask_cluster(options: ServiceOptions) -> Placed:
+    """What would be placed where, without taking the cluster. Raises like `place_service` and `join_ray`."""
+    config, dtype = _read_model(options)
+    engine = engine_options(options, dtype, _plan_threads(options, config).router)
+    with ExitStack() as stack:
+        stack.callback(_stop_ray)
+        _reach_ray(options)
+
+        from gateway.placing import (
+            place_service,  # imports Ray, which must find the environment of the cluster
+        )
+
+        return place_service(options, engine)
+
+
+def _described(placed: Placed | None) -> dict[str, Any]:
+    from gateway.placement_view import placement_json
+
+    return {} if placed is None else {"placement": placement_json(placed)}
 
 
 def _context_length(options: ServiceOptions, config: ModelConfig) -> int:
@@ -316,7 +409,7 @@ def _deploy(
     options: ServiceOptions,
     address: BindAddress,
     engine: EngineOptions,
-    plan: MemoryPlan,
+    layout: _Layout,
     num_threads: int,
     node_id: str | None,
     stack: ExitStack,
@@ -328,19 +421,20 @@ def _deploy(
     spec = DeploymentSpec(
         str(options.store_root.resolve()),
         options.model_name,
-        options.num_actors,
+        len(layout.plan.actors) if options.is_placed else options.num_actors,
         engine,
         options.model_aliases,
         options.keys,
         options.cors_origins,
         options.routing,
-        plan,
+        layout.memory,
         None if options.trace_folder is None else str(options.trace_folder.resolve()),
         options.is_trace_with_tokens,
         options.capacity == "auto",
         options.actor_range is not None,
         options.num_routers,
         options.resume_timeout_s,
+        options.is_placed,
     )
     stack.callback(serve_instance.stop, options.ray_address is not None)
     serve_instance.deploy(build_application(spec, num_threads, node_id), http_options(address))

@@ -1,4 +1,7 @@
-"""What experts are expected to be used, from a routing trace of the same model. Called by `gateway.plan_command`."""
+"""What experts are expected to be used: from a routing trace of the same model, or from what trust was learned from.
+
+Called by `gateway.plan_command` and `gateway.placing`.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cluster.demand import Demand, counted_demand, layer_counts
+from cluster.demand import Demand, counted_demand, layer_counts, trust_counts
 from cluster.model_sizes import ModelSizes
+from experts.trust_ledger import TrustIdentity, read_ledger
 from extraction.manifest import ExpertKey
 from router.errors import TraceInvalid
 from router.trace_reader import RoutingTable, read_trace
@@ -38,6 +42,17 @@ def traced_demand(path: Path, model: ModelSizes) -> Demand:
         model.row_bytes,
         _pairs(table, model.component),
     )
+
+
+def learned_demand(path: Path, identity: TrustIdentity, model: ModelSizes) -> Demand | None:
+    """From the uses that a trust ledger has observed; None where it has none. Raises LedgerUnusable."""
+    table = read_ledger(path, identity)
+    if not table.num_tokens:
+        return None
+    counts = trust_counts(table)
+    sizes = model.expert_sizes()
+    known = {key: counts.get(key, 0.0) for key in sizes}
+    return counted_demand(sizes, known, model.config.experts_per_token, model.row_bytes)
 
 
 def _pairs(table: RoutingTable, component: str) -> dict[tuple[ExpertKey, ExpertKey], float]:

@@ -6,7 +6,7 @@ Made here from a model, machines and demand; printed by `gateway.plan_view`.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -21,9 +21,6 @@ from gateway.plan_nodes import RouterMemory, Workload, router_memory
 from gateway.plan_source import PlannedModel
 from gateway.quantise_options import option_words
 from gateway.service_options import option_names
-
-ADDRESS = "address"
-"""The option of `serve` by which it joins other machines, where this version has one."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +82,13 @@ def make_report(
     topology: Topology,
     demand: Demand,
     workload: Workload,
-    grouping: Grouping = "expert",
+    choices: ServeChoices,
     memory_bytes: int = 0,
+    names: Mapping[str, str] | None = None,
 ) -> PlanReport:
-    """memory_bytes: of the router's machine. Raises NoRoomForExperts."""
+    """memory_bytes: of the router's machine. names: of machines that were asked, by node id; None where they were
+    described. Raises NoRoomForExperts."""
+    grouping = choices.grouping
     sizes = model.sizes
     options = PlacementOptions(grouping, workload.num_streams)
     other: Grouping = "layer" if grouping == "expert" else "expert"
@@ -97,7 +97,11 @@ def make_report(
         forecast(chosen, topology, demand, sizes, num_streams=workload.num_streams, context=workload.context)
         for chosen in (plan, place(topology, demand, None, replace(options, grouping=other)))
     )
-    nodes = tuple(_node(node, plan, topology, demand, foretold) for node in topology.nodes)
+    called = names or {}
+    nodes = tuple(
+        replace(_node(node, plan, topology, demand, foretold), node=called.get(node.node_id, node.node_id))
+        for node in topology.nodes
+    )
     router = next(node for node in nodes if node.is_router)
     memory = router_memory(sizes, workload, memory_bytes)
     copies = count_copies(plan, topology)
@@ -121,8 +125,8 @@ def make_report(
         num_single_copies=len(copies.single),
         num_unsafe=len(copies.unsafe),
         verdict=_verdict(nodes, foretold),
-        notes=_notes(topology, len(copies.unsafe)),
-        commands=commands_for(model, workload, memory.kv_bytes, len(topology.nodes)),
+        notes=_notes(topology, len(copies.unsafe), is_described=names is None),
+        commands=commands_for(model, workload, memory.kv_bytes, choices),
     )
 
 
@@ -167,7 +171,7 @@ def _verdict(nodes: Sequence[NodeReport], foretold: Forecast) -> str:
     )
 
 
-def _notes(topology: Topology, num_unsafe: int) -> tuple[str, ...]:
+def _notes(topology: Topology, num_unsafe: int, *, is_described: bool) -> tuple[str, ...]:
     notes = []
     if num_unsafe:
         notes.append(
@@ -176,21 +180,29 @@ def _notes(topology: Topology, num_unsafe: int) -> tuple[str, ...]:
         )
     if any(node.gpus for node in topology.nodes):
         notes.append("GPUs are planned with, but this version computes experts on CPUs only")
-    if len(topology.nodes) > 1 and ADDRESS not in option_names():
+    if is_described and len(topology.nodes) > 1:
         notes.append(
-            "serve of this version runs on one machine only: the command starts its part of this plan"
+            "serve measures the machines itself; node-budgets (docs/placement.md) hold it to what is described here"
         )
     return tuple(notes)
 
 
-def commands_for(model: PlannedModel, workload: Workload, kv_bytes: int, num_nodes: int) -> tuple[str, ...]:
-    """What to type: the extraction that quantises, where it is needed, and `serve` with options that it has."""
-    source = model.source
-    commands = []
-    if model.quantised != NOT_QUANTISED and not model.is_quantised:
-        words = ["sage-moe", "extract", source, "STORE", *option_words(model.quantised)]
-        commands.append(shlex.join(words))
-        source = "STORE"
+@dataclass(frozen=True)
+class ServeChoices:
+    """What a plan is made for beside its workload, as `serve` is to be told."""
+
+    address: str | None = None
+    """Of the cluster; None for one machine."""
+    grouping: Grouping = "expert"
+    demand: str | None = None
+    store_cache: str | None = None
+    """Where machines without the store keep what they fetch; None where all have it."""
+
+
+def serve_options(
+    model: PlannedModel, workload: Workload, kv_bytes: int, choices: ServeChoices
+) -> dict[str, str]:
+    """Options of `serve` that start what is planned; those at their defaults are left out."""
     options = {
         "kv-budget": format_bytes(_whole_mib(kv_bytes)),
         "max-model-len": str(workload.context),
@@ -198,9 +210,29 @@ def commands_for(model: PlannedModel, workload: Workload, kv_bytes: int, num_nod
     }
     if model.dtype_option is not None:
         options["dtype"] = model.dtype_option
-    if num_nodes > 1 and ADDRESS in option_names():
-        options[ADDRESS] = "auto"
+    if choices.address is not None:
+        options["address"] = choices.address
+        if choices.grouping != "expert":
+            options["grouping"] = choices.grouping
+        if choices.demand is not None:
+            options["demand"] = choices.demand
+        if choices.store_cache is not None:
+            options["store-cache"] = choices.store_cache
     assert options.keys() <= set(option_names())
+    return options
+
+
+def commands_for(
+    model: PlannedModel, workload: Workload, kv_bytes: int, choices: ServeChoices
+) -> tuple[str, ...]:
+    """What to type: the extraction that quantises, where it is needed, and `serve`."""
+    source = model.source
+    commands = []
+    if model.quantised != NOT_QUANTISED and not model.is_quantised:
+        words = ["sage-moe", "extract", source, "STORE", *option_words(model.quantised)]
+        commands.append(shlex.join(words))
+        source = "STORE"
+    options = serve_options(model, workload, kv_bytes, choices)
     words = ["sage-moe", "serve", source]
     words += [word for name, value in options.items() for word in (f"--{name}", value)]
     return (*commands, shlex.join(words))

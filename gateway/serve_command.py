@@ -16,6 +16,7 @@ from gateway.budget_options import ONE_MEMORY_NOTICE, ExpertBudgetOption, HostBu
 
 if TYPE_CHECKING:
     from cluster.memory_plan import MemoryPlan
+    from gateway.placing import Placed
     from gateway.service_options import ServiceOptions
 
 Number = Optional[int]  # noqa: UP045 - typer reads the annotation at run time
@@ -42,7 +43,26 @@ def serve(
         ),
     ] = None,
     actors: Annotated[
-        Number, typer.Option(help="Expert actors; 0 computes all experts in the router's process. [0]")
+        Number,
+        typer.Option(
+            help="Expert actors with equal groups; 0 computes all in the router's process. [0; with --address: by the "
+            "machines]"
+        ),
+    ] = None,
+    replicas: Annotated[
+        Number, typer.Option(help="With --address: most actors of a group, where memory is left. [2]")
+    ] = None,
+    grouping: Annotated[
+        Word,
+        typer.Option(
+            help="With --address: expert deals each layer out to all machines, layer whole layers. [expert]"
+        ),
+    ] = None,
+    demand: Annotated[
+        Word,
+        typer.Option(
+            metavar="TRACE", help="With --address: a routing trace that tells how often experts are used."
+        ),
     ] = None,
     autoscale: Annotated[
         Optional[bool],  # noqa: UP045
@@ -139,6 +159,13 @@ def serve(
         Optional[bool],  # noqa: UP045
         typer.Option("--trust/--no-trust", help="Learn which experts to trust. [--trust]"),
     ] = None,
+    prefix_cache: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option(
+            "--prefix-cache/--no-prefix-cache",
+            help="Compute what prompts of one API key have in common at their beginnings once. [--prefix-cache]",
+        ),
+    ] = None,
     state_dir: Annotated[
         Word, typer.Option(metavar="FOLDER", help="Where it is kept. [~/.local/state/sage-moe]")
     ] = None,
@@ -161,6 +188,9 @@ def serve(
         "port": port,
         "address": address,
         "actors": actors,
+        "replicas": replicas,
+        "grouping": grouping,
+        "demand": demand,
         "autoscale": autoscale,
         "min-actors": min_actors,
         "max-actors": max_actors,
@@ -193,6 +223,7 @@ def serve(
         "allow-effort": allow_effort or None,
         "snarc": snarc,
         "trust": trust,
+        "prefix-cache": prefix_cache,
         "state-dir": state_dir,
     }
     if not dry_run and any(not key.startswith("@") for key in api_key or ()):
@@ -268,7 +299,7 @@ def _serve(options: ServiceOptions) -> None:
 
     with interruptible():
         try:
-            with running_service(options, _print_memory) as url:
+            with running_service(options, _print_memory, _print_placement) as url:
                 names = " and ".join([options.model_name, *options.model_aliases])
                 # From the moment that it is announced, stopping it is no failure.
                 with suppress(KeyboardInterrupt):
@@ -282,6 +313,14 @@ def _print_memory(plan: MemoryPlan, unknown_nodes: Sequence[str]) -> None:
     for name in unknown_nodes:
         _announce(f"note: node-budgets names {name}, where nothing of this service runs")
     print_plan(plan)
+
+
+def _print_placement(placed: Placed) -> None:
+    from rich.console import Console
+
+    from gateway.placement_view import render_placement
+
+    Console(stderr=True, highlight=False).print(render_placement(placed))
 
 
 def _announce(line: str) -> None:

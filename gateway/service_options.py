@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
+from cluster.placement import DEFAULT_OPTIONS, Grouping
 from experts.budget import FIT, BudgetRequest
 from experts.eviction import DEFAULT_EVICTION, EVICTIONS, Eviction
 from experts.near_store import CacheSpec
@@ -36,6 +37,7 @@ DEFAULT_AUDIT_SHARE = 1e-4
 """An actor that is always wrong is found within 46,000 answers, some minutes of decoding, for a ten-thousandth of the
 experts' work (docs/serving.md)."""
 MAX_SHOWN_CHARS = 80
+DEFAULT_REPLICAS = DEFAULT_OPTIONS.replicas
 CapacityMode = Literal["fixed", "auto"]
 CAPACITY_MODES: tuple[CapacityMode, ...] = get_args(CapacityMode)
 """Whether the capacity state changes how many experts stay in memory (docs/routing.md)."""
@@ -120,7 +122,10 @@ class OptionValues(BaseModel):
     host: str = Field("127.0.0.1", min_length=1, max_length=253, description="an address or host name")
     port: int = _whole(1, 65535, 8000)
     address: Text | None = Field(None, description="auto, or HOST:PORT of a Ray cluster's head")
-    actors: int = _whole(0, 64, 0)
+    actors: int | None = Field(None, ge=0, le=64, description="a whole number from 0 to 64")
+    replicas: int = _whole(1, 8, DEFAULT_REPLICAS)
+    grouping: Grouping = Field("expert", description="expert or layer")
+    demand: Text | None = Field(None, description="a routing trace's path of 1 to 512 printable characters")
     autoscale: bool = Field(False, description="true or false")
     min_actors: int | None = Field(None, ge=0, le=64, description="a whole number from 0 to 64")
     max_actors: int | None = Field(None, ge=1, le=64, description="a whole number from 1 to 64")
@@ -167,6 +172,7 @@ class OptionValues(BaseModel):
         PRESETS[DEFAULT_PRESET], description="a preset or NAME=VALUE pairs separated by commas"
     )
     trust: bool = Field(True, description="true or false")
+    prefix_cache: bool = Field(True, description="true or false")
     resume_timeout: int = _whole(0, 3600, 60)
     state_dir: Text | None = Field(None, description="a folder's name of 1 to 512 printable characters")
 
@@ -183,6 +189,13 @@ class ServiceOptions:
     dtype: str | None = None
     ray_address: str | None = None
     """Of a Ray that runs already, `auto` or HOST:PORT; None starts one for this service."""
+    is_placed: bool = False
+    """Whether actors are placed on the machines of that Ray by what these are, in place of `num_actors` alike."""
+    replicas: int = DEFAULT_REPLICAS
+    """Most actors of a group, on different machines, where memory is left."""
+    grouping: Grouping = "expert"
+    demand_trace: Path | None = None
+    """By which experts are expected to be used; None goes by what trust was learned from, or evenly."""
     num_cpus: int | None = None
     """What a Ray that is started counts as its CPUs; None means the machine's."""
     model_aliases: tuple[str, ...] = ()
@@ -216,6 +229,8 @@ class ServiceOptions:
     routing: RoutingRules = NATIVE_ONLY
     snarc: SnarcWeights = PRESETS[DEFAULT_PRESET]
     is_trust_learned: bool = True
+    has_prefix_cache: bool = True
+    """Whether keys and values of earlier requests are used again where one begins alike."""
     state_dir: str | None = None
     """Where what is learned is kept; None means the user's state folder."""
     actor_range: tuple[int, int] | None = None
@@ -230,6 +245,8 @@ class ServiceOptions:
             raise OptionInvalid("max-num-seqs", f"{reason}each running request needs a row in every step")
         if self.is_trace_with_tokens and self.trace_folder is None:
             raise OptionInvalid("trace-tokens", "goes with trace, which says where traces are written")
+        if self.is_prefetching and self.is_placed:
+            raise OptionInvalid("prefetch", "goes with no expert actors, which a cluster may get")
         if self.is_prefetching and self.num_actors:
             raise OptionInvalid(
                 "prefetch", f"goes with no expert actors, not {self.num_actors}: they do not read ahead"
@@ -246,7 +263,10 @@ class ServiceOptions:
             "host": self.host,
             "port": self.port,
             "address": self.ray_address,
-            "actors": self.num_actors,
+            "actors": "placed by the machines" if self.is_placed else self.num_actors,
+            "replicas": self.replicas if self.is_placed else None,
+            "grouping": self.grouping if self.is_placed else None,
+            "demand": str(self.demand_trace) if self.demand_trace else None,
             "autoscale": self.actor_range is not None,
             "min-actors": self.actor_range[0] if self.actor_range else None,
             "max-actors": self.actor_range[1] if self.actor_range else None,
@@ -277,6 +297,7 @@ class ServiceOptions:
             "allow-effort": list(self.routing.efforts),
             "snarc": asdict(self.snarc),
             "trust": self.is_trust_learned,
+            "prefix-cache": self.has_prefix_cache and self.trace_folder is None,
             "state-dir": str(resolve_state_folder(self.state_dir)),
         }
 
@@ -313,9 +334,10 @@ def compose_options(values: OptionValues, store_root: Path, store_name: str, key
         name,
         values.host,
         values.port,
-        values.actors,
+        values.actors or 0,
         values.dtype,
         values.address,
+        **_placing(values),
         model_aliases=tuple(aliases),
         max_model_len=values.max_model_len,
         max_num_seqs=values.max_num_seqs,
@@ -337,11 +359,36 @@ def compose_options(values: OptionValues, store_root: Path, store_name: str, key
         routing=RoutingRules(values.policy, values.effort, values.allow_policy, values.allow_effort),
         snarc=values.snarc,
         is_trust_learned=values.trust,
+        has_prefix_cache=values.prefix_cache,
         state_dir=values.state_dir,
         actor_range=_actor_range(values),
         num_routers=values.routers,
         resume_timeout_s=values.resume_timeout,
     )
+
+
+def is_placed(values: OptionValues) -> bool:
+    """A number of actors means equal groups, on whatever machines."""
+    return values.address is not None and values.actors is None
+
+
+def _placing(values: OptionValues) -> dict[str, Any]:
+    if not is_placed(values):
+        given = {
+            "replicas": values.replicas != DEFAULT_REPLICAS,
+            "grouping": values.grouping != "expert",
+            "demand": values.demand is not None,
+        }
+        for name in (name for name, is_given in given.items() if is_given):
+            raise OptionInvalid(
+                name, "goes with address and without actors: they are then placed by the machines"
+            )
+    return {
+        "is_placed": is_placed(values),
+        "replicas": values.replicas,
+        "grouping": values.grouping,
+        "demand_trace": None if values.demand is None else Path(values.demand),
+    }
 
 
 def _actor_range(values: OptionValues) -> tuple[int, int] | None:
@@ -371,9 +418,9 @@ def _store_cache(values: OptionValues) -> CacheSpec | None:
         if values.store_cache_limit is not None:
             raise OptionInvalid("store-cache-limit", "goes with store-cache, which names the folder")
         return None
-    if not values.actors:
+    if not values.actors and not is_placed(values):
         raise OptionInvalid(
-            "store-cache", "goes with actors: what the router computes is read from its store"
+            "store-cache", "goes with actors or address: what the router computes is read from its store"
         )
     if not Path(values.store_cache).is_absolute():
         reason = f"must be an absolute path, the same on every machine, not {values.store_cache[:MAX_SHOWN_CHARS]!r}"

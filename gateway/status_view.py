@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from cluster.expert_names import name_experts
 from extraction.errors import one_line
 from gateway.memory_view import render_memory
 
@@ -55,6 +56,7 @@ def render_status(status: Mapping[str, Any]) -> RenderableType:
         resident[each["name"]] = each.get("experts", {}).get("resident_bytes", 0)
     plan = [render_memory(status["memory"], resident)] if status.get("memory") else []
     memory = f"backbone {mib(router['backbone_bytes'])}, KV cache {mib(router['kv_bytes'])}"
+    memory += _prefixes(router.get("prefix_cache"))
     fetching = [line for actor in status["actors"] if (line := _fetching(actor))]
     line = f"Requests: {requests['running']} running, {requests['waiting']} waiting; {memory}"
     if "capacity" in status:
@@ -69,12 +71,25 @@ def render_status(status: Mapping[str, Any]) -> RenderableType:
     return Group(title, actors, *plan, nodes, *fetching, *_cluster_lines(status.get("cluster") or {}), line)
 
 
+def _prefixes(cache: Mapping[str, Any] | None) -> str:
+    """What is kept for requests that begin alike; nothing where nothing is."""
+    if not cache:
+        return ""
+    found = f"{cache['hit_tokens']:,} tokens found in it"
+    return f" ({mib(cache['bytes'])} of it kept for prompts that begin alike, {found})"
+
+
 def _cluster_lines(cluster: Mapping[str, Any]) -> list[str]:
     """What waits for a machine, and the last decisions with their reasons."""
     lines = [
         f"Waits for a machine with {mib(entry['memory_bytes'])} of memory: {entry['name']}"
         for entry in cluster.get("pending", ())
     ]
+    disks = cluster.get("disks") or {}
+    for name, words in (("single_copies", "on one disk only"), ("absent", "on no disk")):
+        if layers := disks.get(name):
+            number = sum(map(len, layers.values()))
+            lines.append(f"Not failover-safe: {number} experts {words}: {name_experts(layers)}")
     decisions = cluster.get("decisions", ())[-NUM_DECISIONS:]
     return lines + [f"{d['at']} {d['kind']} {d['name']}: {d['reason']}" for d in decisions]
 

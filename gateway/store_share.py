@@ -101,7 +101,7 @@ def sync(
         raise
     store = CachedStore.join(cache, store_hash, sources, keys=())
     try:
-        store.need(_chosen(store.expert_keys(), request))
+        store.need(chosen_experts(store.expert_keys(), request))
         _await_all(store, show, patience_s)
         return SyncReport(store.root, store_hash, store.progress())
     finally:
@@ -154,7 +154,7 @@ def _announced(servers: Sequence[tuple[str, int]], secret: bytes) -> str:
     raise first
 
 
-def _chosen(keys: Collection[ExpertKey], request: SyncRequest) -> tuple[ExpertKey, ...]:
+def chosen_experts(keys: Collection[ExpertKey], request: SyncRequest) -> tuple[ExpertKey, ...]:
     """Raises OptionInvalid where nothing is left."""
     layers = request.layers
     if layers is not None:

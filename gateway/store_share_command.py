@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
+
+if TYPE_CHECKING:
+    from gateway.store_share import SyncRequest
 
 StoreArgument = Annotated[
     str, typer.Argument(metavar="STORE", help="An expert store, a checkpoint folder, or a bundled model.")
@@ -63,6 +67,12 @@ def sync(
         typer.Option("--from", metavar="HOST:PORT", help="Where `store share` listens; repeatable."),
     ] = None,
     secret_file: Annotated[Word, typer.Option(metavar="FILE", help="The secret of --from.")] = None,
+    address: Annotated[
+        Word,
+        typer.Option(
+            metavar="auto|HOST:PORT", help="Of a Ray cluster all of whose machines get the records of STORE."
+        ),
+    ] = None,
     groups: Annotated[
         Word, typer.Option(metavar="1/4", help="Only the experts of these groups: actor experts-1 of four.")
     ] = None,
@@ -85,6 +95,8 @@ def sync(
 
     if store is None and not servers:
         raise typer.BadParameter("name a STORE, or a machine that shares one with --from")
+    if address is not None and (store is None or servers):
+        raise typer.BadParameter("--address goes with a STORE on this machine, and without --from")
     if bool(servers) != (secret_file is not None):
         raise typer.BadParameter("--from and --secret-file go together")
     request = SyncRequest(
@@ -96,6 +108,10 @@ def sync(
         None if groups is None else parse_groups(groups),
         None if limit is None else _size(limit),
     )
+    if address is not None:
+        assert request.store is not None, "checked above"
+        _sync_cluster(request, request.store, address, as_json)
+        return
     with shown_progress("experts") as show:
         report = run(request, show)
     progress = report.progress
@@ -106,6 +122,23 @@ def sync(
     typer.echo(
         f"{report.folder}: {progress.records_done} experts, {_mib(progress.bytes_done)}, {_mib(fetched)} of them new"
     )
+
+
+def _sync_cluster(request: SyncRequest, store: Path, address: str, as_json: bool) -> None:
+    from gateway.progress import shown_progress
+    from gateway.store_sync_cluster import sync_cluster
+
+    with shown_progress("experts") as show:
+        nodes = sync_cluster(request, store, address, show)
+    if as_json:
+        typer.echo(json.dumps({"nodes": [asdict(node) for node in nodes]}))
+        return
+    for node in nodes:
+        if not node.records_total:
+            typer.echo(f"{node.address}: has the store at {node.folder}")
+        else:
+            fetched = _mib(node.fetched_bytes)
+            typer.echo(f"{node.address}: {node.folder}: {node.records_done} experts, {fetched} of them new")
 
 
 def _size(text: str) -> int:

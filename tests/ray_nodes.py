@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,12 +29,22 @@ OBJECT_STORE_BYTES = 80 * 2**20
 
 
 @contextmanager
-def ray_nodes(num_nodes: int) -> Iterator[tuple[Cluster, list[str]]]:
-    """The cluster, and the ids of its nodes, the head's first. This process is connected to it."""
+def ray_nodes(
+    num_nodes: int, variables: Sequence[Mapping[str, str]] = ()
+) -> Iterator[tuple[Cluster, list[str]]]:
+    """The cluster, and the ids of its nodes, the head's first. This process is connected to it.
+
+    variables: for the environment of each node's processes.
+    """
     cluster = Cluster()
     try:
-        for _ in range(num_nodes):
-            cluster.add_node(num_cpus=1, object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False)
+        for number in range(num_nodes):
+            cluster.add_node(
+                num_cpus=1,
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                env_vars=dict(variables[number]) if variables else {},
+            )
         ray.init(
             address=cluster.address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING
         )

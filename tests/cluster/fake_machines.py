@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ REPOSITORY = Path(__file__).parent.parent.parent
 HEAD_TYPE, WORKER_TYPE = "ray.head.default", "worker"
 OBJECT_STORE_BYTES = 80 * 2**20
 START_TIMEOUT_S = 120.0
+MARK = "SAGE_MOE_TEST_CLUSTER"
+"""In the environment of all that belongs to a head."""
 
 
 class FakeMachines(FakeMultiNodeProvider):
@@ -149,26 +151,48 @@ def autoscaled_ray(folder: Path, head_bytes: int, machine_bytes: int) -> Iterato
             "PYTHONPATH": str(REPOSITORY),
             "RAY_FAKE_CLUSTER": "1",
             "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+            MARK: temporary,
         }
     )
-    log = folder / "head.log"
-    with open(log, "wb") as output:
-        process = subprocess.Popen(
-            [str(Path(sys.executable).parent / "ray"), "start", *options.split()],
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    command = [str(Path(sys.executable).parent / "ray"), "start", *options.split()]
+    process = _started(command, environment, folder / "head.log")
     try:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while "Ray runtime started" not in log.read_text():
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.05)
         yield f"127.0.0.1:{port}"
     finally:
-        if process.poll() is None:
-            family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-            end_processes(family, 0.0)
-        process.wait()
+        _end(process)
+        end_processes(_marked(temporary), 0.0)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _started(command: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """A head that has started. Ray gives one half a minute, which a busy machine may not keep: so up to three times."""
+    for _ in range(3):
+        with open(log, "wb") as output:
+            process = subprocess.Popen(
+                command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while process.poll() is None and time.monotonic() < deadline:
+            if "Ray runtime started" in log.read_text():
+                return process
+            time.sleep(0.05)
+        _end(process)
+    raise AssertionError(log.read_text())
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """With all that it started."""
+    if process.poll() is None:
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        end_processes(family, 0.0)
+    process.wait()
+
+
+def _marked(temporary: str) -> list[psutil.Process]:
+    """What an ended head has left behind: agents of a node that failed outlive it, and are nobody's children."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get(MARK) == temporary:
+                found.append(process)
+    return found

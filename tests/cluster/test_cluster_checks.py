@@ -9,8 +9,7 @@ import pytest
 from cluster.cluster_checks import check_cluster
 from cluster.findings import Finding
 from cluster.link_rate import Link
-from cluster.node_report import as_node_facts, as_topology
-from tests.cluster.machines import ARITHMETIC, GIB, VERSIONS, machine, node
+from tests.cluster.machines import ARITHMETIC, VERSIONS, machine, node
 
 HERE = node("192.0.2.1", is_here=True, is_head=True, link=None)
 
@@ -80,27 +79,3 @@ def test_slow_links_and_disks_are_warnings(differs: dict[str, object], words: st
     (finding,) = _wrong(check_cluster([HERE, node(**differs)]))
     assert finding.level == "warning"
     assert words in finding.mend
-
-
-def test_report_becomes_what_planning_needs() -> None:
-    facts = as_node_facts(node(has_store=True, labels={"disk": "nvme"}))
-    assert facts.room_bytes == 60 * GIB - (64 * GIB) // 10 - (256 << 20)
-    assert (facts.address, facts.num_cores, facts.expert_bytes_s) == ("192.0.2.7", 16, 20e9)
-    assert (facts.bandwidth_bytes_s, facts.round_trip_s) == (1.1e9, 80e-6)
-    assert facts.has_store and facts.labels == {"disk": "nvme"}
-
-
-def test_topology_has_the_nodes_that_can_be_used_and_the_router_here() -> None:
-    silent = node("192.0.2.8", machine=None, arithmetic=None, link=None)
-    unreached = node("192.0.2.9", link=None)
-    topology = as_topology([HERE, node(), silent, unreached], router_reserved_bytes=10 * GIB)
-    assert topology.router_node == HERE.node_id
-    assert [facts.address for facts in topology.nodes] == ["192.0.2.1", "192.0.2.7"]
-    near, far = topology.nodes
-    assert near.bandwidth_bytes_s == float("inf")
-    assert far.room_bytes - near.room_bytes == 10 * GIB
-
-
-def test_no_topology_without_this_machine() -> None:
-    with pytest.raises(ValueError, match="told nothing"):
-        as_topology([node()])

@@ -111,11 +111,19 @@ def _facts(node_id: str, *, has_store: bool = False, disk_bytes: int = 100) -> N
 def test_machines_of_a_plan_bring_their_groups_and_disks() -> None:
     plan = ServicePlan(
         (ExpertGroup("g0", KEYS[:4]), ExpertGroup("g1", KEYS[4:7])),
-        (ActorPlan("x", "g0", "b"), ActorPlan("y", "g1", "b"), ActorPlan("z", "g1", None)),
+        (
+            ActorPlan("x", "g0", "b"),
+            ActorPlan("y", "g1", "b"),
+            ActorPlan("z", "g1", None),
+            ActorPlan("w", "g0", "c"),
+        ),
         router_keys=KEYS[7:],
     )
-    topology = Topology((_facts("head", has_store=True), _facts("b"), _facts("c", disk_bytes=7)), "head")
+    idle = _facts("d", has_store=True)
+    topology = Topology(
+        (_facts("head", has_store=True), _facts("b"), _facts("c", disk_bytes=7), idle), "head"
+    )
     head, b, c = disk_nodes(plan, topology, {"c": _keys(1)})
     assert (head.held, head.group) == (frozenset(KEYS), frozenset())
     assert (b.held, b.group, b.room_bytes) == (frozenset(), frozenset(KEYS[:7]), 100)
-    assert (c.held, c.group, c.room_bytes) == (_keys(1), frozenset(), 7)
+    assert (c.held, c.group, c.room_bytes) == (_keys(1), frozenset(KEYS[:4]), 7)

@@ -16,10 +16,12 @@ from benchmarks.random_store import QWEN3_30B_A3B
 from cluster.errors import RouterTooSmall
 from cluster.model_sizes import measure_model
 from extraction.quantised_parts import NOT_QUANTISED
+from gateway.api_keys import NO_KEYS
 from gateway.cli import main
 from gateway.nodes_file import NodeEntry, NodesFile
 from gateway.plan_nodes import Workload, plan_topology, router_memory
 from gateway.plan_source import read_model
+from gateway.service_options import compose_options, merge_values
 from tests.hub_stand_in import COMMIT, running_hub
 
 THREE = """
@@ -77,6 +79,17 @@ def test_bundled_model_fits_this_machine_and_is_started_by_the_printed_command(
     assert code == 0, stderr
     plan = json.loads(stdout)["options"]
     assert (plan["max-model-len"], plan["max-num-seqs"]) == (2048, 1)
+
+
+def test_one_machine_is_told_nothing_of_others(
+    monkeypatch: pytest.MonkeyPatch, published: Path, three: Path
+) -> None:
+    _, alone, _ = _run(monkeypatch, "plan", "stories")
+    _, spread, _ = _run(monkeypatch, "plan", str(published), "--nodes", str(three))
+    for words in ("messages:", "on one machine only", "whole layers to machines", "calls", "network alone"):
+        assert words not in alone
+        assert words in spread
+    assert "1 stream of 2048 tokens" in alone
 
 
 def test_printed_cache_is_what_the_service_then_takes(
@@ -279,3 +292,27 @@ def test_trace_of_another_model_is_refused(
     code, _, stderr = _run(monkeypatch, "plan", str(published), "--nodes", str(three), "--trace", str(trace))
     assert code == 1
     assert "is of another model" in stderr
+
+
+def test_command_for_several_machines_is_one_that_serve_takes_and_starts_this_plan(
+    monkeypatch: pytest.MonkeyPatch, published: Path, three: Path
+) -> None:
+    report = _report(
+        monkeypatch, str(published), "--nodes", str(three), "--grouping", "layer", "--streams", "3"
+    )
+    words = shlex.split(report["commands"][-1])
+    assert words[:3] == ["sage-moe", "serve", "CHECKPOINT"]
+    names = [word.removeprefix("--") for word in words[3::2]]
+    given: dict[str, Any] = dict(zip(names, words[4::2], strict=True))
+    given |= {name: int(given[name]) for name in ("max-model-len", "max-num-seqs")}
+    options = compose_options(merge_values(given, {}, ""), Path("store"), "m", NO_KEYS)
+    assert (options.ray_address, options.is_placed) == ("auto", True)
+    assert (options.grouping, options.max_num_seqs, options.max_model_len) == ("layer", 3, 4096)
+    assert options.store_cache is not None, "two of the machines have to fetch"
+    assert any("serve measures the machines itself" in note for note in report["notes"])
+
+
+def test_machines_are_described_or_asked(monkeypatch: pytest.MonkeyPatch, three: Path) -> None:
+    code, _, stderr = _run(monkeypatch, "plan", "stories", "--nodes", str(three), "--address", "auto")
+    assert code == 1
+    assert "give one of the two" in stderr

@@ -89,7 +89,7 @@ def test_store_cache_is_a_folder_and_a_limit() -> None:
     ("given", "words"),
     [
         ({"store-cache-limit": "1GiB", "actors": 1}, "store-cache-limit goes with store-cache"),
-        ({"store-cache": "/c"}, "store-cache goes with actors"),
+        ({"store-cache": "/c"}, "store-cache goes with actors or address"),
         ({"store-cache": "c", "actors": 1}, "must be an absolute path, the same on every machine, not 'c'"),
         ({"store-cache": "/c", "store-cache-limit": "1", "actors": 1}, "--store-cache-limit must be a size"),
     ],
@@ -293,3 +293,31 @@ def test_absent_config_file_is_one_line(tmp_path: Path) -> None:
 def test_defaults_stand_in_one_place_only() -> None:
     """The model's and the dataclass's are compared by composing; this holds the units apart."""
     assert OptionValues().kv_budget == ServiceOptions(Path("s"), "m").kv_budget_bytes
+
+
+def test_actors_are_placed_by_the_machines_on_a_cluster_unless_they_are_counted() -> None:
+    assert not _options({}, {}).is_placed
+    assert not _options({"address": "auto", "actors": 2}, {}).is_placed
+    placed = _options({"address": "auto", "replicas": 3, "grouping": "layer"}, {"demand": "t.parquet"})
+    assert placed.is_placed
+    assert (placed.replicas, placed.grouping, placed.demand_trace) == (3, "layer", Path("t.parquet"))
+    assert placed.shown()["actors"] == "placed by the machines"
+    assert _options({"address": "auto", "store-cache": "/c"}, {}).store_cache is not None
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"replicas": 3}, "replicas goes with address and without actors"),
+        ({"grouping": "layer", "address": "auto", "actors": 2}, "grouping goes with address and without"),
+        ({"demand": "t"}, "demand goes with address"),
+        ({"address": "auto", "prefetch": True}, "prefetch goes with no expert actors"),
+        ({"address": "auto", "grouping": "both"}, "must be expert or layer, not 'both'"),
+        ({"address": "auto", "autoscale": True}, "autoscale goes with actors"),
+    ],
+)
+def test_options_of_a_placement_that_do_not_go_together_are_refused(
+    given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(OptionInvalid, match=message):
+        _options(given, {})
