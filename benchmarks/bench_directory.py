@@ -12,15 +12,15 @@ Usage: python -m benchmarks.bench_directory [--rounds N] [--keep]
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from multiprocessing.connection import Connection
 
 import torch
 from torch import Tensor
 
+from benchmarks.bench_transport import other_process
 from benchmarks.random_store import QWEN3_30B_A3B, RandomStore
 from benchmarks.report import finish, spread
 from experts.asking import are_finite
@@ -51,7 +51,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     with ExitStack() as stack:
-        ports = [stack.enter_context(server_process()) for _ in range(2)]
+        ports = [stack.enter_context(other_process(_serve)) for _ in range(2)]
         worker = make_worker()
         stack.callback(worker.close)
         contenders = make_contenders(stack, worker, ports)
@@ -143,21 +143,6 @@ def compare(samples: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     figures = {name: spread(values) for name, values in samples.items()}
     bare = figures["connection"]["median"]
     return {name: {**figure, "ratio": figure["median"] / bare} for name, figure in figures.items()}
-
-
-@contextmanager
-def server_process() -> Iterator[int]:
-    """A spawned process with a server over the same random experts; gives its port."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=_serve, args=(there,), daemon=True)
-    process.start()
-    try:
-        yield here.recv()
-    finally:
-        here.send(None)
-        process.join(10.0)
-        process.kill()
 
 
 def _serve(pipe: Connection) -> None:

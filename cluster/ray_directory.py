@@ -60,6 +60,11 @@ class RayDirectory:
         self._follower.start()
 
     @property
+    def num_quarantined(self) -> int:
+        """See ExpertDirectory.num_quarantined."""
+        return self.remote.num_quarantined
+
+    @property
     def foreign_rows(self) -> int:
         """See ExpertDirectory.foreign_rows."""
         return self.remote.foreign_rows

@@ -131,6 +131,18 @@ class ExpertCache:
         """
         return self._shadows.hit_rates(self.hits + self.misses, self.hits) if self._shadows else {}
 
+    def at_hand(self, keys: Sequence[ExpertKey]) -> list[ExpertWeights] | None:
+        """The weights of experts that are all there, as used, where that takes no more than counting: without a budget
+        nothing has to go, nothing is guessed, and no other eviction is followed. None where it takes more."""
+        if self.budget_bytes is not None or self._shadows is not None or self._can_guess:
+            return None
+        try:
+            found = [self.weights[key] for key in keys]
+        except KeyError:
+            return None
+        self.hits += len(found)
+        return found
+
     def waves(self, keys: Sequence[ExpertKey]) -> list[range]:
         """See `Residency.waves`."""
         return self._residency.waves([self._held[key] for key in keys])

@@ -67,6 +67,11 @@ class ExpertDirectory(Protocol):
         as its own."""
         ...
 
+    @property
+    def num_quarantined(self) -> int:
+        """Lives of actors so far that were found to give wrong rows; earlier ones may have been wrong as well."""
+        ...
+
     def run(self, call: ExpertCall) -> Tensor:
         """The call's R output rows, (R, D) in the expert dtype, in the call's order.
 
@@ -95,6 +100,7 @@ class LocalDirectory:
     """All experts in this process; costs no hop."""
 
     foreign_rows = 0
+    num_quarantined = 0
 
     def __init__(self, worker: ExpertWorker) -> None:
         self.worker = worker

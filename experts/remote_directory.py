@@ -143,6 +143,11 @@ class RemoteDirectory:
         return self._local
 
     @property
+    def num_quarantined(self) -> int:
+        """See ExpertDirectory.num_quarantined."""
+        return self._num_quarantined
+
+    @property
     def foreign_rows(self) -> int:
         """See ExpertDirectory.foreign_rows."""
         return self._asker.counters.foreign_rows

@@ -133,18 +133,27 @@ class ExpertWorker:
         Raises NotInGroup, UnknownExpert, BudgetTooSmall, or what reading the store raises.
         """
         keys = [ExpertKey(call.component, call.layer, expert) for expert in call.experts]
+        with self._lock:
+            self._count_step(call)
+            at_hand = self.cache.at_hand(keys)
+            if at_hand is not None:
+                self._stats.experts_used.update(keys)
+                rows_RD = compute_experts(call, at_hand, self._kernel)
+            else:
+                rows_RD = self._compute_waves(call, keys)
+            self._stats.calls += 1
+            self._stats.rows += call.num_rows
+        return rows_RD
+
+    def _compute_waves(self, call: ExpertCall, keys: list[ExpertKey]) -> Tensor:
         for key in keys:
             if not self._answers_for(key):
                 raise NotInGroup(str(tuple(key)))
             self._store.record(key)
-        with self._lock:
-            self._count_step(call)
-            try:
-                parts = [self._compute_wave(call, wave, keys) for wave in self.cache.waves(keys)]
-            finally:
-                self.cache.let_guests_go(keys)
-            self._stats.calls += 1
-            self._stats.rows += call.num_rows
+        try:
+            parts = [self._compute_wave(call, wave, keys) for wave in self.cache.waves(keys)]
+        finally:
+            self.cache.let_guests_go(keys)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def prefetch(self, component: str, layer: int, experts: Sequence[int]) -> None:

@@ -58,6 +58,8 @@ class Totals:
     """Of the answers whose routing was not the plain one."""
     is_mixed: bool = False
     """Whether experts of another numerics class took part in any answer."""
+    num_cached_tokens: int | None = None
+    """Of the prompts' tokens, those that were found computed; None where nobody tells."""
 
 
 def plain_answer(head: AnswerHead, choices: Sequence[ChoiceAnswer], totals: Totals) -> dict[str, Any]:
@@ -138,7 +140,14 @@ def _closing(head: AnswerHead, totals: Totals) -> dict[str, Any]:
     prompt, answer = totals.num_prompt_tokens, totals.num_answer_tokens
     timings = {"ttft_s": round(totals.ttft_s, 6), "tokens_per_s": round(totals.tokens_per_s, 3)}
     quality = describe_quality(totals.reports, head.quantization, is_mixed=totals.is_mixed)
+    usage: dict[str, Any] = {
+        "prompt_tokens": prompt,
+        "completion_tokens": answer,
+        "total_tokens": prompt + answer,
+    }
+    if totals.num_cached_tokens is not None:
+        usage["prompt_tokens_details"] = {"cached_tokens": totals.num_cached_tokens}
     return {
-        "usage": {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer},
+        "usage": usage,
         "sage": {**quality, "timings": timings},
     }

@@ -22,6 +22,7 @@ MAX_KEY_CHARS = 512
 MAX_KEYS = 1024
 MAX_FILE_BYTES = 1024 * 1024
 OPEN_PATH = "/health"
+OWNER_CHARS = 32
 _KEY = re.compile(r"[!-+\--~]+")
 """Visible ASCII without the comma, which separates keys in the variable."""
 _SEPARATORS = re.compile(r"[,\s]+")
@@ -62,20 +63,24 @@ def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
-def check_key(scope: Mapping[str, Any], keys: KeyRing) -> None:
-    """Raises ApiError 401. scope: of ASGI, type http.
+def check_key(scope: Mapping[str, Any], keys: KeyRing) -> str:
+    """Returns a name of whoever has the key, which tells nothing of it; empty where no key is asked for.
+
+    Raises ApiError 401. scope: of ASGI, type http.
 
     Only the exact path /health is open, as it was sent and as it is routed: no other spelling of it, whatever it
     would be routed to, and no other method than GET and HEAD.
     """
     if not keys or _is_open(scope):
-        return
+        return ""
     sent = [value for name, value in scope["headers"] if name.lower() == b"authorization"]
     if not sent:
         raise _unauthorized("No API key was sent; send the header Authorization: Bearer KEY.")
     scheme, _, key = sent[0].partition(b" ")
-    if len(sent) > 1 or scheme.lower() != b"bearer" or not keys.knows(key.strip(b" \t")):
+    key = key.strip(b" \t")
+    if len(sent) > 1 or scheme.lower() != b"bearer" or not keys.knows(key):
         raise _unauthorized("Incorrect API key provided.")
+    return hashlib.sha256(b"owner" + _digest(key)).hexdigest()[:OWNER_CHARS]
 
 
 def _is_open(scope: Mapping[str, Any]) -> bool:

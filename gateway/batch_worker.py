@@ -23,6 +23,7 @@ from gateway.errors import BatchFailed, BatchOutputRefused
 from gateway.settings import GatewaySettings
 from gateway.stream import AnswerText
 from gateway.tokenizer import TextTokenizer
+from router.batcher import BatchLimits
 from router.engine import EXPERT_FAILED
 from router.errors import PromptInvalid, RequestTooLong
 from router.loading import EngineOptions, LoadedEngine, load_engine
@@ -79,7 +80,11 @@ class BatchWorker:
             self._tokenizer = TextTokenizer.from_folder(root)
             template = ChatTemplate.from_folder(root, self._tokenizer)
             stack.callback(template.close)
-            options = EngineOptions(dtype=spec.dtype, expert_budget_bytes=spec.expert_budget_bytes)
+            options = EngineOptions(
+                dtype=spec.dtype,
+                expert_budget_bytes=spec.expert_budget_bytes,
+                limits=BatchLimits(is_paced=False),
+            )
             self.loaded: LoadedEngine = load_engine(store, options)
             stack.callback(self.loaded.directory.close)
             settings = batch_settings(spec, store, self.loaded)

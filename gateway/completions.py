@@ -62,6 +62,8 @@ class Piece:
     """Of the whole answer, in its last piece, where its routing was not the plain one."""
     is_mixed: bool = False
     """See TokenEvent.is_mixed; of the whole answer, in its last piece."""
+    num_cached: int = 0
+    """Of the prompt's tokens, those that the first answer to it found computed; in the last piece."""
 
 
 @dataclass
@@ -77,7 +79,7 @@ async def whole_answer(job: Job, backend: Backend) -> dict[str, Any]:
     """The plain answer. Raises RouterBusy, RouterUnavailable, GenerationFailed."""
     answers = [_Answer() for _ in job.choices]
     clocks = _clocks(job, backend)
-    num_tokens = 0
+    num_tokens = num_cached = 0
     is_mixed = False
     reports: list[RoutingReport] = []
     async with aclosing(_pieces(job, backend, clocks)) as pieces:
@@ -88,19 +90,20 @@ async def whole_answer(job: Job, backend: Backend) -> dict[str, Any]:
             num_tokens += piece.num_tokens
             reports.extend(_reports(piece))
             is_mixed |= piece.is_mixed
+            num_cached += piece.num_cached
             answer.finish_reason = piece.finish_reason or answer.finish_reason
     choices = [
         ChoiceAnswer("".join(answer.texts), _logprobs(job, backend, answer.tokens), answer.finish_reason)
         for answer in answers
     ]
-    return plain_answer(job.head, choices, _totals(job, clocks, num_tokens, reports, is_mixed))
+    return plain_answer(job.head, choices, _totals(job, clocks, num_tokens, reports, is_mixed, num_cached))
 
 
 async def answer_events(job: Job, backend: Backend) -> AsyncGenerator[bytes, None]:
     """The streamed answer as server-sent events. Raises like `whole_answer`; nothing is yielded before the
     router has taken a request and answered."""
     clocks = _clocks(job, backend)
-    num_tokens = num_ended = 0
+    num_tokens = num_ended = num_cached = 0
     is_mixed = False
     reports: list[RoutingReport] = []
     begun: set[int] = set()
@@ -117,11 +120,13 @@ async def answer_events(job: Job, backend: Backend) -> AsyncGenerator[bytes, Non
                 num_ended += 1
                 reports.extend(_reports(piece))
                 is_mixed |= piece.is_mixed
+                num_cached += piece.num_cached
                 end = end_chunk(job.head, piece.index, piece.finish_reason)
                 is_last = num_ended == len(job.choices) and not job.has_usage_chunk
                 yield encode_event(with_quality(job.head, end, reports, is_mixed) if is_last else end)
     if job.has_usage_chunk:
-        yield encode_event(usage_chunk(job.head, _totals(job, clocks, num_tokens, reports, is_mixed)))
+        totals = _totals(job, clocks, num_tokens, reports, is_mixed, num_cached)
+        yield encode_event(usage_chunk(job.head, totals))
     yield DONE_EVENT
 
 
@@ -130,9 +135,17 @@ def _clocks(job: Job, backend: Backend) -> list[TokenClock]:
 
 
 def _totals(
-    job: Job, clocks: Sequence[TokenClock], num_tokens: int, reports: Sequence[RoutingReport], is_mixed: bool
+    job: Job,
+    clocks: Sequence[TokenClock],
+    num_tokens: int,
+    reports: Sequence[RoutingReport],
+    is_mixed: bool,
+    num_cached: int,
 ) -> Totals:
-    return Totals(job.num_prompt_tokens, num_tokens, *join_clocks(clocks), tuple(reports), is_mixed)
+    ttft_s, tokens_per_s = join_clocks(clocks)
+    return Totals(
+        job.num_prompt_tokens, num_tokens, ttft_s, tokens_per_s, tuple(reports), is_mixed, num_cached
+    )
 
 
 def _reports(piece: Piece) -> tuple[RoutingReport, ...]:
@@ -166,6 +179,7 @@ async def _generate(
     must_echo = choice.is_echoed
     routing: RoutingReport | None = None
     is_mixed = False
+    num_cached: int | None = None
     events = cast(AsyncGenerator[TokenEvent, None], backend.client.generate(request))
     async with aclosing(events):
         async for event in events:
@@ -175,6 +189,8 @@ async def _generate(
             if event.routing is not None:
                 routing = event.routing.after(routing)
             is_mixed |= event.is_mixed
+            if num_cached is None:  # a router that takes over finds something else, and is not asked
+                num_cached = 0 if request.sampling.choice else event.num_cached
             if must_echo:
                 must_echo = False
                 shown, offsets = text.echo(request.prompt_ids)
@@ -191,7 +207,7 @@ async def _generate(
     shown += text.flush()
     is_stopped = text.is_stopped or event.finish_reason == "stop"
     reason: Literal["stop", "length"] = "stop" if is_stopped else "length"
-    yield Piece(choice.index, shown, tokens, reason, text.num_tokens, routing, is_mixed)
+    yield Piece(choice.index, shown, tokens, reason, text.num_tokens, routing, is_mixed, num_cached or 0)
 
 
 def _failure(event: TokenEvent) -> Exception | None:

@@ -244,6 +244,7 @@ class RouterDeployment:
                 "row_multiple": loaded.kernel.row_multiple,
                 "backbone_bytes": engine.backbone.nbytes,
                 "kv_bytes": engine.pool.nbytes,
+                "prefix_cache": engine.kv.prefix_status(),
                 "experts": local_actor(service, self._name),
                 "expert_calls": asdict(loaded.directory.stats()),
                 "connected_actors": len(self._directory.remote.connected()) if self._directory else 0,

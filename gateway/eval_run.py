@@ -219,7 +219,9 @@ def _engine_options(store: ExpertStore, options: EvalOptions) -> EngineOptions:
     engine = EngineOptions(
         dtype=options.dtype,
         eviction=options.eviction,
-        limits=BatchLimits(options.batch_tokens, num_running, WAITING_WINDOWS, admission_reserve=0),
+        limits=BatchLimits(
+            options.batch_tokens, num_running, WAITING_WINDOWS, admission_reserve=0, is_paced=False
+        ),
         max_model_len=options.sliding.context,
         snarc=options.snarc,
         stand_ins=StandInOptions() if options.routing.policy == "snarc" else None,

@@ -68,12 +68,14 @@ def _add_generation_routes(
     async def completions(request: Request) -> Response:
         checked, ignored = await _read(CompletionRequest, request, settings.limits)
         job = await prepare_completion(checked, settings, backend.tokenizer)
+        job = job.owned_by(request.state.owner)
         return await _answer(job, request, backend, ignored)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         checked, ignored = await _read(ChatRequest, request, settings.limits)
         job = await prepare_chat(checked, settings, backend.tokenizer, template)
+        job = job.owned_by(request.state.owner)
         return await _answer(job, request, backend, ignored)
 
 

@@ -49,6 +49,13 @@ class Job:
     started_at: float
     """Of `time.perf_counter`, before the prompt was tokenised."""
 
+    def owned_by(self, owner: str) -> Job:
+        """The same for somebody, with whose requests alone it shares what is cached."""
+        choices = tuple(
+            replace(choice, request=replace(choice.request, owner=owner)) for choice in self.choices
+        )
+        return replace(self, choices=choices)
+
 
 def check_model(name: str, settings: GatewaySettings) -> None:
     """Raises ApiError 404."""

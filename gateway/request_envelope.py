@@ -27,7 +27,7 @@ POLICY_VIOLATION = 1008
 
 
 class RequestEnvelope:
-    """ASGI middleware around the app. Sets `request_id` in the scope's state."""
+    """ASGI middleware around the app. Sets `request_id` and `owner` in the scope's state."""
 
     def __init__(self, app: ASGIApp, settings: GatewaySettings, metrics: GatewayMetrics) -> None:
         self._app, self._settings, self._metrics = app, settings, metrics
@@ -56,7 +56,7 @@ class RequestEnvelope:
         self._metrics.in_flight.inc()
         try:
             check_headers(scope, self._settings.limits)
-            check_key(scope, self._settings.keys)
+            scope["state"]["owner"] = check_key(scope, self._settings.keys)
             with self._admission.entered(scope["method"]):
                 await self._app(scope, receive, send_with_id)
         except ApiError as error:

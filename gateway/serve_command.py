@@ -159,6 +159,13 @@ def serve(
         Optional[bool],  # noqa: UP045
         typer.Option("--trust/--no-trust", help="Learn which experts to trust. [--trust]"),
     ] = None,
+    prefix_cache: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option(
+            "--prefix-cache/--no-prefix-cache",
+            help="Compute what prompts of one API key have in common at their beginnings once. [--prefix-cache]",
+        ),
+    ] = None,
     state_dir: Annotated[
         Word, typer.Option(metavar="FOLDER", help="Where it is kept. [~/.local/state/sage-moe]")
     ] = None,
@@ -216,6 +223,7 @@ def serve(
         "allow-effort": allow_effort or None,
         "snarc": snarc,
         "trust": trust,
+        "prefix-cache": prefix_cache,
         "state-dir": state_dir,
     }
     if not dry_run and any(not key.startswith("@") for key in api_key or ()):

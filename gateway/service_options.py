@@ -172,6 +172,7 @@ class OptionValues(BaseModel):
         PRESETS[DEFAULT_PRESET], description="a preset or NAME=VALUE pairs separated by commas"
     )
     trust: bool = Field(True, description="true or false")
+    prefix_cache: bool = Field(True, description="true or false")
     resume_timeout: int = _whole(0, 3600, 60)
     state_dir: Text | None = Field(None, description="a folder's name of 1 to 512 printable characters")
 
@@ -228,6 +229,8 @@ class ServiceOptions:
     routing: RoutingRules = NATIVE_ONLY
     snarc: SnarcWeights = PRESETS[DEFAULT_PRESET]
     is_trust_learned: bool = True
+    has_prefix_cache: bool = True
+    """Whether keys and values of earlier requests are used again where one begins alike."""
     state_dir: str | None = None
     """Where what is learned is kept; None means the user's state folder."""
     actor_range: tuple[int, int] | None = None
@@ -294,6 +297,7 @@ class ServiceOptions:
             "allow-effort": list(self.routing.efforts),
             "snarc": asdict(self.snarc),
             "trust": self.is_trust_learned,
+            "prefix-cache": self.has_prefix_cache and self.trace_folder is None,
             "state-dir": str(resolve_state_folder(self.state_dir)),
         }
 
@@ -355,6 +359,7 @@ def compose_options(values: OptionValues, store_root: Path, store_name: str, key
         routing=RoutingRules(values.policy, values.effort, values.allow_policy, values.allow_effort),
         snarc=values.snarc,
         is_trust_learned=values.trust,
+        has_prefix_cache=values.prefix_cache,
         state_dir=values.state_dir,
         actor_range=_actor_range(values),
         num_routers=values.routers,

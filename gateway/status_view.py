@@ -56,6 +56,7 @@ def render_status(status: Mapping[str, Any]) -> RenderableType:
         resident[each["name"]] = each.get("experts", {}).get("resident_bytes", 0)
     plan = [render_memory(status["memory"], resident)] if status.get("memory") else []
     memory = f"backbone {mib(router['backbone_bytes'])}, KV cache {mib(router['kv_bytes'])}"
+    memory += _prefixes(router.get("prefix_cache"))
     fetching = [line for actor in status["actors"] if (line := _fetching(actor))]
     line = f"Requests: {requests['running']} running, {requests['waiting']} waiting; {memory}"
     if "capacity" in status:
@@ -68,6 +69,14 @@ def render_status(status: Mapping[str, Any]) -> RenderableType:
     title = f"{status['model']} ({router['numerics_class']})"
     title += f", quantised ({quantization}): answers are modified" if quantization else ""
     return Group(title, actors, *plan, nodes, *fetching, *_cluster_lines(status.get("cluster") or {}), line)
+
+
+def _prefixes(cache: Mapping[str, Any] | None) -> str:
+    """What is kept for requests that begin alike; nothing where nothing is."""
+    if not cache:
+        return ""
+    found = f"{cache['hit_tokens']:,} tokens found in it"
+    return f" ({mib(cache['bytes'])} of it kept for prompts that begin alike, {found})"
 
 
 def _cluster_lines(cluster: Mapping[str, Any]) -> list[str]:

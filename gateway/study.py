@@ -68,7 +68,9 @@ def studied(loaded: LoadedEngine, study: Study, policy_name: str) -> Iterator[No
     trace = None
     if study.trace is not None:
         trace = RoutingTrace.to_file(study.trace, trace_facts(loaded, policy_name, has_tokens=True))
-    before = engine.policy, engine.watchers
+    before = engine.policy, engine.watchers, engine.kv.scope
+    if policy is not None or trace is not None:
+        engine.kv.scope = None  # a trace has every position, and other routing has other keys and values
     if policy is not None:
         engine.policy = policy
     if trace is not None:
@@ -78,7 +80,7 @@ def studied(loaded: LoadedEngine, study: Study, policy_name: str) -> Iterator[No
         yield
         is_done = True
     finally:
-        engine.policy, engine.watchers = before
+        engine.policy, engine.watchers, engine.kv.scope = before
         if trace is not None:
             trace.close(is_kept=is_done)
 
@@ -100,6 +102,7 @@ def trace_service(loaded: LoadedEngine, folder: Path, *, has_tokens: bool) -> Ro
     started = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     trace = RoutingTrace.to_folder(folder, f"trace-{started}-{secrets.token_hex(3)}", facts)
     loaded.engine.watchers = (*loaded.engine.watchers, trace)
+    loaded.engine.kv.scope = None  # a trace has every position
     return trace
 
 

@@ -65,36 +65,20 @@ class Backbone:
         layers = sum(layer.nbytes for layer in self.layers)
         return self.embeddings_VD.nbytes + self.norm_D.nbytes + head_bytes + layers
 
-    @torch.inference_mode()
     def forward(self, batch: StepBatch, pool: KvPool) -> StepOutput:
         """Run one step: reads and extends the KV cache of the batch's sequences.
 
         Raises ExpertError when an expert could not be computed; the cache positions of this step are then
         undefined and may be computed again.
         """
-        num_tokens = batch.num_tokens
-        hidden_PD = self._embed(batch)
-        inputs = self.arithmetic.prepare(batch)
-        captured: dict[int, Tensor] = {}
-        phases = {"attention": 0.0, "experts": 0.0, "head": 0.0}
-        for index, layer in enumerate(self.layers):
-            started = time.perf_counter()
-            hidden_PD = self.arithmetic.attention(index, layer, hidden_PD, inputs, pool)
-            attended = time.perf_counter()
-            hidden_PD = self.arithmetic.feed_forward(layer, hidden_PD, batch)
-            if self.prefetcher is not None:
-                self.prefetcher.hint(index, hidden_PD, num_tokens)
-            phases["attention"] += attended - started
-            phases["experts"] += time.perf_counter() - attended
-            self.progressed_at = time.monotonic()
-            if index in batch.capture_layers:
-                captured[index] = hidden_PD[:num_tokens].clone()
-            for row, vector_D in batch.injections.get(index, {}).items():
-                hidden_PD[row] += vector_D.to(self.dtype)
-        started = time.perf_counter()
-        logits_LV = self.logits(_select(hidden_PD, batch.logit_rows))
-        phases["head"] = time.perf_counter() - started
-        return StepOutput(logits_LV, captured, phases, _select(hidden_PD, batch.scored_rows))
+        forward = self.begin(batch)
+        while not forward.is_done:
+            forward.advance(pool)
+        return forward.finish()
+
+    def begin(self, batch: StepBatch) -> ForwardPass:
+        """The same, a layer at a time where the caller wants it."""
+        return ForwardPass(self, batch)
 
     @torch.inference_mode()
     def logits(self, hidden_LD: Tensor) -> Tensor:
@@ -103,11 +87,69 @@ class Backbone:
             return hidden_LD.new_empty(0, self.config.vocab_size, dtype=torch.float32)
         return linear(self.kernel, self.arithmetic.norm(hidden_LD, self.norm_D), self.head_VD).float()
 
-    def _embed(self, batch: StepBatch) -> Tensor:
+    def embed(self, batch: StepBatch) -> Tensor:
+        """(P, D) inputs of the first layer."""
         hidden_TD = self.embeddings_VD.index_select(0, batch.token_ids_T)
         for row, embedding_D in batch.embeddings.items():
             hidden_TD[row] = embedding_D.to(self.dtype)
         return self.arithmetic.pad(hidden_TD)
+
+
+class ForwardPass:
+    """The way of a step's rows through the layers: `advance` until `is_done`, then `finish`.
+
+    May pause between any two layers. A row's bits depend on its own inputs and on keys and values that are there
+    before it is computed, so what other passes compute meanwhile changes nothing.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, backbone: Backbone, batch: StepBatch) -> None:
+        self.batch = batch
+        self._backbone = backbone
+        self._hidden_PD = backbone.embed(batch)
+        self._inputs = backbone.arithmetic.prepare(batch)
+        self._captured: dict[int, Tensor] = {}
+        self._phases = {"attention": 0.0, "experts": 0.0, "head": 0.0}
+        self._num_done = 0
+
+    @property
+    def is_done(self) -> bool:
+        return self._num_done == len(self._backbone.layers)
+
+    @torch.inference_mode()
+    def advance(self, pool: KvPool) -> None:
+        """Compute one layer: reads and extends the KV cache of the batch's sequences.
+
+        Raises ExpertError when an expert could not be computed; the cache positions of this pass are then
+        undefined and may be computed again.
+        """
+        backbone, batch, index = self._backbone, self.batch, self._num_done
+        layer = backbone.layers[index]
+        started = time.perf_counter()
+        hidden_PD = backbone.arithmetic.attention(index, layer, self._hidden_PD, self._inputs, pool)
+        attended = time.perf_counter()
+        hidden_PD = backbone.arithmetic.feed_forward(layer, hidden_PD, batch)
+        if backbone.prefetcher is not None:
+            backbone.prefetcher.hint(index, hidden_PD, batch.num_tokens)
+        self._phases["attention"] += attended - started
+        self._phases["experts"] += time.perf_counter() - attended
+        backbone.progressed_at = time.monotonic()
+        if index in batch.capture_layers:
+            self._captured[index] = hidden_PD[: batch.num_tokens].clone()
+        for row, vector_D in batch.injections.get(index, {}).items():
+            hidden_PD[row] += vector_D.to(backbone.dtype)
+        self._hidden_PD = hidden_PD
+        self._num_done += 1
+
+    @torch.inference_mode()
+    def finish(self) -> StepOutput:
+        """Logits and whatever else was asked for, after the last layer."""
+        assert self.is_done
+        started = time.perf_counter()
+        logits_LV = self._backbone.logits(_select(self._hidden_PD, self.batch.logit_rows))
+        self._phases["head"] = time.perf_counter() - started
+        scored_RD = _select(self._hidden_PD, self.batch.scored_rows)
+        return StepOutput(logits_LV, self._captured, self._phases, scored_RD)
 
 
 def _select(hidden_PD: Tensor, rows: tuple[int, ...]) -> Tensor:

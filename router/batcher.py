@@ -1,16 +1,18 @@
 """What the next step computes: a pure decision from facts. Called by `router.engine` before every step.
 
-Running sequences go first, oldest first: those that need one token, then chunks of prompts under a token budget.
-When KV blocks run out, the youngest running sequence is preempted. Waiting sequences are admitted in order of
-arrival, preempted ones before new ones, while blocks for their prompt and a reserve are free.
+Sequences that need one token are computed at once. Where there are such streams, prompts go beside them in a pass that
+pauses (`router.pace`); where there are none, with whatever else there is, in full chunks. When KV blocks run out, the
+youngest running sequence is preempted. Waiting sequences are admitted in order of arrival, preempted ones before new
+ones, while blocks for their prompt and a reserve are free.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from router.kv_cache import blocks_for
+from router.pace import PromptBounds
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,9 @@ class BatchLimits:
     """Open requests beyond `max_running`; one more is refused."""
     admission_reserve: int = 256
     """Positions beyond its known tokens for which a sequence must find blocks when it is admitted."""
+
+    is_paced: bool = True
+    """Whether prompts let running streams go on (`router.pace`); without, work is done in the shortest time."""
 
     @property
     def max_open(self) -> int:
@@ -45,6 +50,10 @@ class SequenceFacts:
     """Tokens it may reach."""
     num_shared_blocks: int = 0
     """Blocks that others hold as well: of those it has while it runs, of those it would get while it waits."""
+    can_pause: bool = True
+    """Whether its rows may be computed a few layers at a time."""
+    is_in_pass: bool = False
+    """Whether rows of it are in a pass that pauses at the moment."""
 
     @property
     def num_missing(self) -> int:
@@ -67,6 +76,9 @@ class StepPlan:
     preempt: tuple[str, ...]
     admit: tuple[str, ...]
     chunks: tuple[Chunk, ...]
+    """Through all layers at once."""
+    paused: tuple[Chunk, ...] = ()
+    """In a new pass that pauses."""
 
 
 def admission_positions(facts: SequenceFacts, reserve: int) -> int:
@@ -75,9 +87,18 @@ def admission_positions(facts: SequenceFacts, reserve: int) -> int:
 
 
 def plan_step(
-    running: Sequence[SequenceFacts], waiting: Sequence[SequenceFacts], num_free: int, limits: BatchLimits
+    running: Sequence[SequenceFacts],
+    waiting: Iterable[SequenceFacts],
+    num_free: int,
+    limits: BatchLimits,
+    bounds: PromptBounds | None = None,
 ) -> StepPlan:
-    """Decide one step. running and waiting: oldest first. num_free: KV blocks that nobody holds."""
+    """Decide one step.
+
+    running and waiting: oldest first; of those that wait none is asked for behind the first that does not fit.
+    num_free: KV blocks that nobody holds. bounds: of prompts beside running streams; None where prompts may take whole
+    steps.
+    """
     kept, preempted, num_free = _preempt(running, num_free)
     admitted: list[SequenceFacts] = []
     if not preempted:
@@ -88,9 +109,12 @@ def plan_step(
                 break
             num_free -= needed
             admitted.append(facts)
-    chunks = _share_out([*kept, *admitted], limits.max_batch_tokens)
+    chunks, paused = _share_out([*kept, *admitted], limits.max_batch_tokens, bounds)
     return StepPlan(
-        tuple(facts.name for facts in preempted), tuple(facts.name for facts in admitted), tuple(chunks)
+        tuple(facts.name for facts in preempted),
+        tuple(facts.name for facts in admitted),
+        tuple(chunks),
+        tuple(paused),
     )
 
 
@@ -109,12 +133,40 @@ def _preempt(
         preempted.append(youngest)
 
 
-def _share_out(sequences: Sequence[SequenceFacts], budget: int) -> list[Chunk]:
-    """Single tokens first, so that running streams never wait behind a prompt; then prompts, oldest first."""
-    chunks = []
-    for facts in sorted(sequences, key=lambda facts: facts.num_missing > 1):
-        count = min(facts.num_missing, budget)
-        if count > 0:
-            chunks.append(Chunk(facts.name, facts.num_computed, count))
-            budget -= count
+def _share_out(
+    sequences: Sequence[SequenceFacts], most: int, bounds: PromptBounds | None
+) -> tuple[list[Chunk], list[Chunk]]:
+    """Returns (rows computed at once, rows of a new pass that pauses), at most `most` each. A pass that pauses already
+    goes on instead of a new one."""
+    streams = [_chunk(facts, 1) for facts in sequences if facts.num_missing == 1 and not facts.is_in_pass]
+    del streams[most:]
+    prompts = [facts for facts in sequences if facts.num_missing > 1 and not facts.is_in_pass]
+    is_pass_open = any(facts.is_in_pass for facts in sequences)
+    room = most - len(streams)
+    if bounds is None or not (streams or is_pass_open):
+        return [*streams, *_share_prompts(prompts, room)], []
+    joined = _share_prompts([facts for facts in prompts if not facts.can_pause], min(room, bounds.joined))
+    if is_pass_open:
+        return [*streams, *joined], []
+    pausing = [facts for facts in prompts if facts.can_pause]
+    return [*streams, *joined], _share_prompts(pausing, min(most, bounds.paused))
+
+
+def _share_prompts(prompts: Sequence[SequenceFacts], budget: int) -> list[Chunk]:
+    """The oldest has half of the rows, if it needs them, and what the others leave; of these the shortest go first,
+    so that a short prompt does not wait for a long one."""
+    if not prompts or budget <= 0:
+        return []
+    oldest, others = prompts[0], sorted(prompts[1:], key=lambda facts: facts.num_missing)
+    left_by_others = budget - sum(facts.num_missing for facts in others)
+    chunks = [_chunk(oldest, max(-(-budget // 2), left_by_others))]
+    budget -= chunks[0].count
+    for facts in others:
+        if budget > 0:
+            chunks.append(_chunk(facts, budget))
+            budget -= chunks[-1].count
     return chunks
+
+
+def _chunk(facts: SequenceFacts, most: int) -> Chunk:
+    return Chunk(facts.name, facts.num_computed, min(facts.num_missing, most))

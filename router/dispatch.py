@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,29 +31,28 @@ class Dispatch:
 
 def dispatch(component: str, layer: int, tokens_TD: Tensor, routing: Routing, trace: str = "") -> Dispatch:
     """Sort (token, rank) slots by expert, tokens ascending within one. Reads the routing back once."""
-    chosen = routing.experts_TK.tolist()
-    by_expert: dict[int, list[int]] = {}
     num_ranks = routing.experts_TK.shape[1]
-    for token, experts in enumerate(chosen):
-        for rank, expert in enumerate(experts):
-            by_expert.setdefault(expert, []).append(token * num_ranks + rank)
-    by_expert.pop(ABSENT, None)
-    experts = sorted(by_expert)
-    slots = [slot for expert in experts for slot in by_expert[expert]]
-    row_of_slot = [0] * (len(chosen) * num_ranks)
-    for row, slot in enumerate(slots):
-        row_of_slot[slot] = row
+    chosen = routing.experts_TK.reshape(-1).cpu().numpy()
+    slots = chosen.argsort(kind="stable")
+    if routing.has_absent:
+        slots = slots[np.count_nonzero(chosen == ABSENT) :]  # which is below every expert
+    by_expert = chosen[slots]
+    ends = [*(np.flatnonzero(by_expert[1:] != by_expert[:-1]) + 1).tolist(), len(slots)]
+    firsts = [0, *ends[:-1]] if len(slots) else []
+    row_of_slot = np.zeros(len(chosen), dtype=np.int64)
+    row_of_slot[slots] = np.arange(len(slots))
     call = ExpertCall(
         component,
         layer,
-        tuple(experts),
-        tuple(len(by_expert[expert]) for expert in experts),
-        tuple(slot // num_ranks for slot in slots),
+        tuple(by_expert[firsts].tolist()) if firsts else (),
+        tuple(end - first for first, end in zip(firsts, ends, strict=False)),
+        tuple((slots // num_ranks).tolist()),
         tokens_TD,
         trace,
     )
     absent_TK = routing.experts_TK < 0 if routing.has_absent else None
-    return Dispatch(call, torch.tensor(row_of_slot, device=tokens_TD.device), routing.weights_TK, absent_TK)
+    rows = torch.from_numpy(row_of_slot).to(tokens_TD.device)
+    return Dispatch(call, rows, routing.weights_TK, absent_TK)
 
 
 def combine(dispatched: Dispatch, rows_RD: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def combine(dispatched: Dispatch, rows_RD: Tensor) -> Tensor:
         # The only number whose addition changes no bit of any other: 0.0 would turn -0.0 into 0.0.
         slots.masked_fill_(dispatched.absent_TK.unsqueeze(-1), -0.0)
     # One addition per rank: a reduction would be free to choose its own order, a fused multiply-add to round once.
-    total_TD = slots[:, 0]
-    for rank in range(1, num_ranks):
-        total_TD = total_TD + slots[:, rank]
+    total_TD, *others = slots.unbind(1)
+    for other_TD in others:
+        total_TD = total_TD + other_TD
     return total_TD

@@ -10,34 +10,28 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from experts.errors import ExpertError
 from router.backbone import Backbone
-from router.batcher import BatchLimits, Chunk, StepPlan, admission_positions, plan_step
+from router.batcher import BatchLimits, Chunk, SequenceFacts, StepPlan, admission_positions, plan_step
 from router.errors import PromptInvalid, QueueFull, RequestTooLong
-from router.kv_cache import BlockAllocator, KvPool, blocks_for
+from router.kv_cache import KvPool, blocks_for
+from router.kv_room import KvRoom
 from router.logprobs import prompt_logprobs, prompt_nlls, token_logprob
+from router.pace import Pace
 from router.prompt_groups import Member, match_members, shared_positions
 from router.request import FinishReason, GenerationRequest, TokenEvent
 from router.routing_choice import RoutingReport
 from router.sampling import sample
 from router.sequence import NO_INPUTS, PromptInputs, Sequence
-from router.step_batch import Span, StepBatch
-from router.step_routing import (
-    NativePolicy,
-    PromptProbe,
-    RoutingPolicy,
-    RoutingReporter,
-    RoutingWatcher,
-    SpanOwner,
-    StepRouting,
-)
+from router.step_pass import PassRows, StepPass, begin_pass
+from router.step_routing import NativePolicy, PromptProbe, RoutingPolicy, RoutingReporter, RoutingWatcher
 
 logger = logging.getLogger(__name__)
 
@@ -73,16 +67,18 @@ class Engine:
         self.backbone, self.pool = backbone, pool
         self.limits = limits or BatchLimits()
         self.stats = EngineStats()
-        self.allocator = BlockAllocator(pool.keys.shape[1])
+        self.kv = KvRoom(pool, swap_budget_bytes)
+        self.allocator = self.kv.allocator
         self.policy: RoutingPolicy = NativePolicy()
         self.reporter: RoutingReporter | None = None
         """Of a policy that takes requests with a choice of routing; without one they are refused."""
         self.watchers: tuple[RoutingWatcher, ...] = ()
         self.probe: PromptProbe | None = None
-        self._swap_budget_bytes = swap_budget_bytes
-        self._swapped_bytes = 0
+        self._num_quarantined = 0
         self._waiting: OrderedDict[str, Sequence] = OrderedDict()
         self._running: OrderedDict[str, Sequence] = OrderedDict()
+        self._paused: StepPass | None = None
+        self.pace = Pace(len(backbone.layers))
 
     @property
     def has_work(self) -> bool:
@@ -99,7 +95,7 @@ class Engine:
     @property
     def swapped_bytes(self) -> int:
         """Host memory that preempted sequences hold."""
-        return self._swapped_bytes
+        return self.kv.swapped_bytes
 
     def open_requests(self) -> list[str]:
         """Ids of all requests that have not ended."""
@@ -142,22 +138,47 @@ class Engine:
         sequence = self._waiting.pop(request_id, None) or self._running.pop(request_id, None)
         if sequence is None:
             return False
+        self._keep_for_pass(sequence)
         self._release(sequence)
         return True
 
+    def _keep_for_pass(self, sequence: Sequence) -> None:
+        """Leave an ended sequence's blocks to the pass that still writes to them."""
+        step = self._paused
+        if step is None or not step.has(sequence):
+            return
+        name = f"{sequence.name} in a pass of {id(step):x}"
+        self.kv.leave_to(name, sequence)
+        step.kept_tables.append(name)
+        if not any(self._is_running(rows.sequence) for rows in step.rows):
+            self._drop(step)
+
     def step(self) -> list[TokenEvent]:
-        """Compute one step for the sequences that fit. Returns what is new for each request."""
+        """Compute one step for the sequences that fit, and some layers of a prompt's pass beside running streams.
+        Returns what is new for each request."""
         started = time.perf_counter()
+        self._doubt_prefixes()
         parents, held = self._match_groups()
         plan = self._plan(parents, held)
         self._make_room(plan, parents)
         planned = time.perf_counter()
         events = self._compute(plan.chunks) if plan.chunks else []
+        if plan.paused:
+            self._paused = self._begin(plan.paused)
+        if self._paused is not None:
+            events += self._compute_paused(self._paused, started, is_alone=not plan.chunks)
         self.stats.steps += 1
         self.stats.last_step_at = time.monotonic()
         self._add_phase("plan", planned - started)
         self._add_phase("step", time.perf_counter() - started)
         return events
+
+    def _doubt_prefixes(self) -> None:
+        """An actor that gave wrong rows may have been part of anything that is in the cache."""
+        num_quarantined = self.backbone.directory.num_quarantined
+        if num_quarantined != self._num_quarantined:
+            self._num_quarantined = num_quarantined
+            self.kv.forget_prefixes((*self._running.values(), *self._waiting.values()))
 
     def _match_groups(self) -> tuple[dict[str, str], frozenset[str]]:
         """See `match_members`; most steps have nobody to match."""
@@ -166,168 +187,160 @@ class Engine:
         return match_members(map(_member, self._running.values()), map(_member, self._waiting.values()))
 
     def _plan(self, parents: Mapping[str, str], held: frozenset[str]) -> StepPlan:
+        self.kv.begin_step()
         running = []
+        # A sequence grows by at most one block a step: before that is scarce, nobody is preempted.
+        is_scarce = self.allocator.num_free < len(self._running)
         for sequence in self._running.values():
-            num_blocks = len(self.allocator.table(sequence.name))
-            num_shared = self.allocator.num_shared(sequence.name) if sequence.can_share_prompt else 0
-            running.append(sequence.facts(num_blocks, num_shared))
-        waiting = []
+            num_blocks = self.allocator.num_blocks_of(sequence.name)
+            num_shared = self.allocator.num_shared(sequence.name) if is_scarce else 0
+            facts = sequence.facts(num_blocks, num_shared)
+            if self._paused is not None and self._paused.has(sequence):
+                facts = replace(facts, is_in_pass=True)
+            running.append(facts)
+        waiting = self._waiting_facts(parents, held)
+        bounds = None
+        if self.limits.is_paced and (self._waiting or any(facts.num_missing > 1 for facts in running)):
+            bounds = self.pace.bounds(self.limits.max_batch_tokens)
+        return plan_step(running, waiting, self.allocator.num_free, self.limits, bounds)
+
+    def _waiting_facts(self, parents: Mapping[str, str], held: frozenset[str]) -> Iterator[SequenceFacts]:
         for sequence in self._waiting.values():
             if sequence.name in parents:
                 num_prompt = len(sequence.request.prompt_ids)
                 num_shared = blocks_for(shared_positions(num_prompt))
-                waiting.append(sequence.facts(0, num_shared, num_given=num_prompt - 1))
+                yield sequence.facts(0, num_shared, num_given=num_prompt - 1)
             elif sequence.name not in held:
-                waiting.append(sequence.facts(0))
-        return plan_step(running, waiting, self.allocator.num_free, self.limits)
+                yield self.kv.facts_with_prefix(sequence)
 
     def _make_room(self, plan: StepPlan, parents: Mapping[str, str]) -> None:
         for name in plan.preempt:
             self._preempt(name)
-        for name in plan.admit:
-            sequence = self._waiting.pop(name)
-            num_positions = admission_positions(sequence.facts(0), self.limits.admission_reserve)
-            if name in parents:
-                self._fork(parents[name], sequence, num_positions)
+        admitted = [self._waiting.pop(name) for name in plan.admit]
+        needed = [
+            admission_positions(sequence.facts(0), self.limits.admission_reserve) for sequence in admitted
+        ]
+        self.kv.take_matched(admitted)
+        for sequence, num_positions in zip(admitted, needed, strict=True):
+            if sequence.name in parents:
+                self.kv.fork(self._running[parents[sequence.name]], sequence, num_positions)
             else:
-                self.allocator.allocate(name, num_positions)
-            if sequence.swapped is not None:
-                self.pool.swap_in(self.allocator.table(name), sequence.swapped)
-                self._swapped_bytes -= _nbytes(sequence.swapped)
-                sequence.swapped = None
-            self._running[name] = sequence
-        for chunk in plan.chunks:
-            self.allocator.extend(chunk.name, chunk.first + chunk.count)
-            self.pool.copy(self.allocator.unshare(chunk.name, chunk.first, chunk.first + chunk.count))
-
-    def _fork(self, parent: str, child: Sequence, num_positions: int) -> None:
-        """Give a sequence its parent's prompt: full blocks are shared, one that will be written to is copied."""
-        num_prompt = len(child.request.prompt_ids)
-        self.allocator.fork(parent, child.name, num_prompt - 1)
-        self.allocator.extend(child.name, num_positions)
-        self.pool.copy(self.allocator.unshare(child.name, shared_positions(num_prompt), num_prompt))
-        child.num_computed = num_prompt - 1
-        child.is_mixed = self._running[parent].is_mixed
+                self.kv.admit(sequence, num_positions)
+            self._running[sequence.name] = sequence
+        for chunk in (*plan.chunks, *plan.paused):
+            self.kv.grow(chunk.name, chunk.first, chunk.first + chunk.count)
 
     def _preempt(self, name: str) -> None:
         """Take a running sequence's blocks; it goes to the front of the queue."""
         sequence = self._running.pop(name)
-        table = self.allocator.table(name)[: blocks_for(sequence.num_computed)]
-        needed = len(table) * self.pool.nbytes // self.allocator.num_blocks
-        if table and self._swapped_bytes + needed <= self._swap_budget_bytes:
-            sequence.swapped = self.pool.swap_out(table)
-            self._swapped_bytes += _nbytes(sequence.swapped)
-        else:
-            sequence.num_computed = 0
-        self._free_blocks(sequence, must_scrub=not sequence.has_drawn)
+        if self._paused is not None and self._paused.has(sequence):
+            self._drop(self._paused)  # it would write to blocks that are others' now
+        self.kv.swap_out(sequence)
         self._waiting[name] = sequence
         self._waiting.move_to_end(name, last=False)
         self.stats.preemptions += 1
 
-    def _compute(self, chunks: SequenceOf[Chunk]) -> list[TokenEvent]:
-        sequences = [self._running[chunk.name] for chunk in chunks]
-        batch, finishing = self._batch(chunks, sequences)
-        foreign_rows = self.backbone.directory.foreign_rows
-        try:
-            output = self.backbone.forward(batch, self.pool)
-        except ExpertError as error:
-            logger.error("step failed, request %s and %d others end: %s", batch.trace, len(chunks) - 1, error)
-            return [self._fail(sequence, EXPERT_FAILED) for sequence in sequences]
+    def _begin(self, chunks: SequenceOf[Chunk]) -> StepPass:
+        members = [(chunk, self._running[chunk.name]) for chunk in chunks]
+        return begin_pass(self.backbone, self.allocator, members, self.policy, self.watchers, self.probe)
+
+    def _advance_pass(self, step: StepPass) -> list[TokenEvent]:
+        """One more layer. Where that fails, returns the ends of the pass's requests."""
+        directory = self.backbone.directory
+        foreign_rows = directory.foreign_rows
         started = time.perf_counter()
-        if self.backbone.directory.foreign_rows != foreign_rows:
-            for sequence in sequences:  # whose rows they were is not told
-                sequence.is_mixed = True
-        self._hand_out(chunks, sequences, output.captured)
-        events = self._score_prompts(chunks, sequences, output.scored_RD)
-        self._score_probed(chunks, sequences, output.scored_RD)
+        try:
+            step.forward.advance(self.pool)
+        except ExpertError as error:
+            living = [rows.sequence for rows in step.rows if self._is_running(rows.sequence)]
+            trace = step.forward.batch.trace
+            logger.error("step failed, request %s and %d others end: %s", trace, len(living) - 1, error)
+            self._drop(step)
+            return [self._fail(sequence, EXPERT_FAILED) for sequence in living]
+        self.pace.note_layer(step.num_tokens, time.perf_counter() - started)
+        step.is_mixed = step.is_mixed or directory.foreign_rows != foreign_rows
+        return []
+
+    def _compute(self, chunks: SequenceOf[Chunk]) -> list[TokenEvent]:
+        """All layers at once."""
+        started = time.perf_counter()
+        step = self._begin(chunks)
+        while not step.forward.is_done:
+            if failed := self._advance_pass(step):
+                return failed
+        events = self._finish(step)
+        if all(chunk.count == 1 for chunk in chunks):
+            self.pace.note_streams(time.perf_counter() - started)
+        return events
+
+    def _compute_paused(self, step: StepPass, started: float, *, is_alone: bool) -> list[TokenEvent]:
+        """Some layers of a pass that pauses: as many as running streams can wait for, at least one; all of them where
+        nobody waits. started: when the engine's step began."""
+        while not step.forward.is_done:
+            if failed := self._advance_pass(step):
+                return failed
+            spent_s = time.perf_counter() - started
+            if not is_alone and not self.pace.may_go_on(step.num_tokens, spent_s):
+                break
+        if not step.forward.is_done:
+            return []
+        events = self._finish(step)
+        self._drop(step)
+        return events
+
+    def _drop(self, step: StepPass) -> None:
+        """Forget a pass, and free what it held of requests that have ended. Others' rows may be computed again."""
+        for name in step.kept_tables:
+            self.kv.free_left(name)
+        if self._paused is step:
+            self._paused = None
+
+    def _is_running(self, sequence: Sequence) -> bool:
+        return self._running.get(sequence.name) is sequence
+
+    def _finish(self, step: StepPass) -> list[TokenEvent]:
+        """After the last layer: hand out what the rows gave. Sequences that ended meanwhile get nothing."""
+        output = step.forward.finish()
+        started = time.perf_counter()
+        living = [rows for rows in step.rows if self._is_running(rows.sequence)]
+        self._hand_out(step.rows, output.captured)
+        events = self._score_prompts(step.rows, output.scored_RD)
+        self._score_probed(step.rows, output.scored_RD)
         for phase, seconds in output.phase_seconds.items():
             self._add_phase(phase, seconds)
-        for chunk, sequence in zip(chunks, sequences, strict=True):
-            sequence.num_computed += chunk.count
-            self.stats.prompt_tokens += max(
-                0, min(sequence.num_computed, len(sequence.request.prompt_ids)) - chunk.first
-            )
-        for sequence, logits in zip(finishing, output.logits_LV, strict=True):
-            if sequence.name in self._running:
-                events.append(self._advance(sequence, logits))
+        for rows in living:
+            sequence = rows.sequence
+            sequence.is_mixed = sequence.is_mixed or step.is_mixed  # whose rows they were is not told
+            sequence.num_computed = rows.end
+            num_prompt = len(sequence.request.prompt_ids)
+            self.stats.prompt_tokens += max(0, min(rows.end, num_prompt) - rows.chunk.first)
+        finishing = [rows.sequence for rows in step.rows if rows.is_last]
+        are_finite = torch.isfinite(output.logits_LV).all(dim=1).tolist()
+        for sequence, logits, is_finite in zip(finishing, output.logits_LV, are_finite, strict=True):
+            if self._is_running(sequence):
+                events.append(
+                    self._advance(sequence, logits) if is_finite else self._fail_non_finite(sequence)
+                )
         self._add_phase("sampling", time.perf_counter() - started)
         return events
 
-    def _batch(
-        self, chunks: SequenceOf[Chunk], sequences: SequenceOf[Sequence]
-    ) -> tuple[StepBatch, list[Sequence]]:
-        """The step's rows, and the sequences whose last known token is among them, in row order."""
-        spans, positions, finishing = [], [], []
-        ids: list[int] = []
-        logit_rows: list[int] = []
-        scored_rows: list[int] = []
-        probed_rows: list[int] = []
-        embeddings: dict[int, Tensor] = {}
-        injections: dict[int, dict[int, Tensor]] = {}
-        for chunk, sequence in zip(chunks, sequences, strict=True):
-            row = len(ids)
-            end = chunk.first + chunk.count
-            spans.append(Span(self.allocator.table(chunk.name), chunk.first, chunk.count))
-            ids.extend(sequence.tokens[chunk.first : end])
-            positions.append(sequence.positions(chunk.first, chunk.count))
-            scored_rows.extend(row + p - chunk.first for p in sequence.unscored(chunk.first, chunk.count))
-            probed_rows.extend(row + p - chunk.first for p in self._probed(chunk, sequence))
-            for index, embedding in sequence.inputs.embeddings.items():
-                if chunk.first <= index < end:
-                    embeddings[row + index - chunk.first] = embedding
-            for layer, added in sequence.inputs.injections.items():
-                for index, vector in added.items():
-                    if chunk.first <= index < end:
-                        injections.setdefault(layer, {})[row + index - chunk.first] = vector
-            if end == len(sequence.tokens):
-                logit_rows.append(len(ids) - 1)
-                finishing.append(sequence)
-        lengths = None
-        if self.backbone.config.rope.depends_on_length:
-            lengths = torch.cat(
-                [s.text_lengths(c.first, c.count) for c, s in zip(chunks, sequences, strict=True)]
-            )
-        capture = {layer for sequence in sequences for layer in sequence.inputs.capture_layers}
-        batch = StepBatch(
-            tuple(spans),
-            torch.tensor(ids),
-            torch.cat(positions, dim=1),
-            tuple(logit_rows),
-            embeddings,
-            injections,
-            tuple(sorted(capture)),
-            chunks[0].name[:64],
-            lengths,
-            (*scored_rows, *probed_rows),
-            self._routing(chunks, sequences),
-        )
-        return batch, finishing
-
-    def _routing(self, chunks: SequenceOf[Chunk], sequences: SequenceOf[Sequence]) -> StepRouting:
-        owners = (
-            SpanOwner(s.request, c.first, c.count, s.tokens) for c, s in zip(chunks, sequences, strict=True)
-        )
-        return StepRouting(tuple(owners), self.policy, self.watchers)
-
-    def _hand_out(
-        self, chunks: SequenceOf[Chunk], sequences: SequenceOf[Sequence], captured: dict[int, Tensor]
-    ) -> None:
+    def _hand_out(self, parts: SequenceOf[PassRows], captured: dict[int, Tensor]) -> None:
         row = 0
-        for chunk, sequence in zip(chunks, sequences, strict=True):
-            if sequence.inputs.on_capture is not None:
-                for layer in sequence.inputs.capture_layers:
-                    sequence.inputs.on_capture(layer, chunk.first, captured[layer][row : row + chunk.count])
+        for part in parts:
+            inputs, chunk = part.sequence.inputs, part.chunk
+            if inputs.on_capture is not None and self._is_running(part.sequence):
+                for layer in inputs.capture_layers:
+                    inputs.on_capture(layer, chunk.first, captured[layer][row : row + chunk.count])
             row += chunk.count
 
-    def _score_prompts(
-        self, chunks: SequenceOf[Chunk], sequences: SequenceOf[Sequence], scored_RD: Tensor
-    ) -> list[TokenEvent]:
+    def _score_prompts(self, parts: SequenceOf[PassRows], scored_RD: Tensor) -> list[TokenEvent]:
         """Note the logprobs of prompt tokens where they are wanted. Returns the ends of those that failed."""
         events = []
         row = 0
-        for chunk, sequence in zip(chunks, sequences, strict=True):
-            following = [sequence.tokens[p + 1] for p in sequence.unscored(chunk.first, chunk.count)]
-            if following:
+        for part in parts:
+            sequence = part.sequence
+            following = [sequence.tokens[p + 1] for p in part.unscored]
+            if following and self._is_running(sequence):
                 hidden_RD = scored_RD[row : row + len(following)]
                 num_top = sequence.request.num_prompt_logprobs or 0
                 found = prompt_logprobs(hidden_RD, following, num_top, self.backbone.logits)
@@ -338,32 +351,20 @@ class Engine:
             row += len(following)
         return events
 
-    def _probed(self, chunk: Chunk, sequence: Sequence) -> SequenceOf[int]:
-        """Positions that the probe asks for."""
-        if self.probe is None:
-            return ()
-        return self.probe.positions(SpanOwner(sequence.request, chunk.first, chunk.count))
-
-    def _score_probed(
-        self, chunks: SequenceOf[Chunk], sequences: SequenceOf[Sequence], scored_RD: Tensor
-    ) -> None:
+    def _score_probed(self, parts: SequenceOf[PassRows], scored_RD: Tensor) -> None:
         """Their rows come after all others: a probe changes nothing of anybody's answer."""
-        following = [
-            sequence.tokens[position + 1]
-            for chunk, sequence in zip(chunks, sequences, strict=True)
-            for position in self._probed(chunk, sequence)
-        ]
+        following = [part.sequence.tokens[p + 1] for part in parts for p in part.probed]
         if self.probe is not None and following:
             nll_N = prompt_nlls(scored_RD[-len(following) :], following, self.backbone.logits)
             self.probe.scored(following, nll_N)
 
     def _advance(self, sequence: Sequence, logits_V: Tensor) -> TokenEvent:
-        """Draw the sequence's next token and end it where it must end."""
-        if not bool(torch.isfinite(logits_V).all()):
-            return self._fail_non_finite(sequence)
+        """Draw the sequence's next token from finite logits, and end it where it must end."""
         request = sequence.request
-        # The prompt's logprobs go out once, with the first token.
-        prompt = () if sequence.has_drawn else tuple(sequence.prompt_logprobs)
+        # What is known of the prompt goes out once, with the first token.
+        is_first = not sequence.has_drawn
+        prompt = tuple(sequence.prompt_logprobs) if is_first else ()
+        num_cached = (sequence.num_cached or 0) if is_first else 0
         if not request.sampling.max_tokens:
             routing = self._routing_report(sequence)
             self._end(sequence)
@@ -374,10 +375,13 @@ class Engine:
                 prompt_logprobs=prompt,
                 routing=routing,
                 is_mixed=sequence.is_mixed,
+                num_cached=num_cached,
             )
         token = sample(sequence.drawable(logits_V), request.sampling, sequence.num_generated)
         sequence.append(token)
         self.stats.generated_tokens += 1
+        if is_first:
+            self.kv.keep_prefix(sequence)
         reason = sequence.finish_after(token)
         routing = self._routing_report(sequence)
         if reason is not None:
@@ -385,14 +389,24 @@ class Engine:
         found = (
             () if request.num_logprobs is None else (token_logprob(logits_V, token, request.num_logprobs),)
         )
-        return TokenEvent(sequence.name, (token,), reason, None, found, prompt, routing, sequence.is_mixed)
+        return TokenEvent(
+            sequence.name,
+            (token,),
+            reason,
+            None,
+            found,
+            prompt,
+            routing,
+            sequence.is_mixed,
+            num_cached=num_cached,
+        )
 
     def _fail_non_finite(self, sequence: Sequence) -> TokenEvent:
         logger.error("request %s: non-finite logits", sequence.name)
         return self._fail(sequence, "the model produced non-finite numbers")
 
     def _fail(self, sequence: Sequence, message: str) -> TokenEvent:
-        self._free_blocks(sequence, must_scrub=True)
+        self.kv.free(sequence, must_scrub=True)
         self._end(sequence)
         self.stats.failed += 1
         reason: FinishReason = "error"
@@ -408,17 +422,9 @@ class Engine:
         self._release(sequence)
 
     def _release(self, sequence: Sequence) -> None:
-        if self.allocator.holds(sequence.name):
-            self._free_blocks(sequence, must_scrub=not sequence.has_drawn)
-        if sequence.swapped is not None:
-            self._swapped_bytes -= _nbytes(sequence.swapped)
+        self.kv.release(sequence)
         if self.reporter is not None:
             self.reporter.forget(sequence.name)
-
-    def _free_blocks(self, sequence: Sequence, *, must_scrub: bool) -> None:
-        freed = self.allocator.free(sequence.name)
-        if must_scrub:
-            self.pool.scrub(freed)
 
     def _add_phase(self, phase: str, seconds: float) -> None:
         self.stats.phase_seconds[phase] = self.stats.phase_seconds.get(phase, 0.0) + seconds
@@ -453,7 +459,3 @@ def _member(sequence: Sequence) -> Member:
         can_give=sequence.has_drawn and is_prompt_there,
         can_take=is_untouched and not sequence.wants_prompt_logprobs,
     )
-
-
-def _nbytes(saved: tuple[Tensor, Tensor]) -> int:
-    return saved[0].nbytes + saved[1].nbytes

@@ -16,6 +16,7 @@ from torch import Tensor
 from router.attention import BLOCK_POSITIONS
 from router.errors import KvExhausted
 from router.model_config import ModelConfig
+from router.prefix_index import PrefixIndex
 
 
 def blocks_for(num_positions: int) -> int:
@@ -32,7 +33,10 @@ class BlockCopy:
 
 
 class BlockAllocator:
-    """Block tables with reference counts. `allocate` pairs with `free`; `fork` shares, a write unshares."""
+    """Block tables with reference counts. `allocate` pairs with `free`; `fork` and `share` share, a write unshares.
+
+    Blocks that `prefixes` knows stay after their last holder until somebody needs room; they are free all the same.
+    """
 
     def __init__(self, num_blocks: int) -> None:
         """num_blocks: with the zero block, so one more than can be handed out."""
@@ -40,17 +44,22 @@ class BlockAllocator:
         self._free = list(range(num_blocks - 1, 0, -1))
         self._holders = [0] * num_blocks
         self._tables: dict[str, list[int]] = {}
+        self.prefixes = PrefixIndex()
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        """Blocks that nobody holds."""
+        return len(self._free) + self.prefixes.num_kept
 
     @property
     def num_used(self) -> int:
-        return self.num_blocks - 1 - len(self._free)
+        return self.num_blocks - 1 - self.num_free
 
     def table(self, sequence: str) -> tuple[int, ...]:
         return tuple(self._tables[sequence])
+
+    def num_blocks_of(self, sequence: str) -> int:
+        return len(self._tables[sequence])
 
     def holds(self, sequence: str) -> bool:
         return sequence in self._tables
@@ -67,6 +76,19 @@ class BlockAllocator:
     def extend(self, sequence: str, num_positions: int) -> None:
         """Grow a sequence to cover this many positions. Raises KvExhausted and then changes nothing."""
         self._tables[sequence].extend(self._take(self.missing(sequence, num_positions)))
+
+    def num_held(self, blocks: Sequence[int]) -> int:
+        """How many of these blocks somebody holds, so that one more holder takes no room."""
+        return sum(self._holders[block] > 0 for block in blocks)
+
+    def share(self, sequence: str, blocks: Sequence[int]) -> None:
+        """Give a new sequence blocks that `prefixes` knows."""
+        assert sequence not in self._tables
+        for block in blocks:
+            if not self._holders[block]:
+                self.prefixes.hold(block)
+            self._holders[block] += 1
+        self._tables[sequence] = list(blocks)
 
     def num_shared(self, sequence: str) -> int:
         """Blocks of a sequence that others hold as well."""
@@ -89,6 +111,8 @@ class BlockAllocator:
         table = self._tables[sequence]
         covered = range(first // BLOCK_POSITIONS, blocks_for(last))
         shared = [index for index in covered if self._holders[table[index]] > 1]
+        own = [table[index] for index in covered if self._holders[table[index]] == 1]
+        assert not any(map(self.prefixes.knows, own)), "a known block would be written to"
         copies = []
         for index, target in zip(shared, self._take(len(shared)), strict=True):
             copies.append(BlockCopy(table[index], target))
@@ -96,14 +120,26 @@ class BlockAllocator:
             table[index] = target
         return copies
 
+    def rename(self, sequence: str, name: str) -> None:
+        """Its blocks are held under another name from now on."""
+        assert name not in self._tables
+        self._tables[name] = self._tables.pop(sequence)
+
     def free(self, sequence: str) -> tuple[int, ...]:
-        """Give up a sequence's blocks. Returns those that nobody else holds; they can be handed out again."""
-        table = self._tables.pop(sequence)
-        for block in table:
+        """Give up a sequence's blocks. Returns those that nobody else holds and that are not kept for their prefix;
+        they can be handed out again."""
+        freed = []
+        for block in reversed(self._tables.pop(sequence)):  # without what is before it, a block is of no use
             self._holders[block] -= 1
-        freed = tuple(block for block in table if not self._holders[block])
+            if not self._holders[block] and not self.prefixes.release(block):
+                freed.append(block)
+        freed.reverse()
         self._free.extend(freed)
-        return freed
+        return tuple(freed)
+
+    def forget_prefixes(self) -> None:
+        """Nobody is to find anything that is in the cache now."""
+        self._free.extend(self.prefixes.clear())
 
     def check(self) -> None:
         """Raises AssertionError with the numbers when the books do not add up. For tests and debugging."""
@@ -112,13 +148,18 @@ class BlockAllocator:
             for block in table:
                 held[block] += 1
         assert held == self._holders, f"holders {self._holders} but tables hold {held}"
-        free = sorted(self._free)
-        assert free == [b for b in range(1, self.num_blocks) if not held[b]], f"free list {free}"
+        kept = [block for block in range(self.num_blocks) if self.prefixes.is_kept(block)]
+        assert len(kept) == self.prefixes.num_kept, f"{self.prefixes.num_kept} kept, of ours {kept}"
+        free = sorted([*self._free, *kept])
+        assert free == [b for b in range(1, self.num_blocks) if not held[b]], (
+            f"free {self._free}, kept {kept}"
+        )
+        self.prefixes.check()
 
     def _take(self, count: int) -> list[int]:
-        if count > len(self._free):
-            raise KvExhausted(count, len(self._free))
-        taken = [self._free.pop() for _ in range(count)]
+        if count > self.num_free:
+            raise KvExhausted(count, self.num_free)
+        taken = [self._free.pop() if self._free else self.prefixes.evict() for _ in range(count)]
         for block in taken:
             self._holders[block] = 1
         return taken

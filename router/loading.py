@@ -29,6 +29,7 @@ from router.means_keeper import MeansKeeper, StandInOptions, keep_means
 from router.model_config import ModelConfig, read_model_config
 from router.output_means import OutputMeans
 from router.prefetch import Prefetcher
+from router.prefix_keys import PrefixScope
 from router.scoring import DEFAULT_PRESET, PRESETS, SnarcWeights
 from router.self_test import prove_row_invariance
 from router.steering import MoeShape, SteeredPolicy
@@ -69,6 +70,8 @@ class EngineOptions:
     the snarc policy."""
     trust: TrustOptions | None = None
     """Whether and where trust is learned; None means that nobody watches."""
+    prefix_cache: bool = True
+    """Whether keys and values of earlier requests are used again where a request begins alike (docs/serving.md)."""
 
     @property
     def has_stand_ins(self) -> bool:
@@ -183,6 +186,9 @@ def load_engine(
     if trust is not None:
         trust.attach(engine)
     loaded = LoadedEngine(engine, store, worker, directory, config, kernel, dtype, forms, trust, stand_ins)
+    # Such keys are turned by an angle that depends on the whole prompt's length.
+    if options.prefix_cache and not config.rope.depends_on_length:
+        engine.kv.scope = PrefixScope(store.hash, loaded.numerics_class, config.experts_per_token)
     logger.info(
         "engine ready: %s, backbone %d bytes, KV %d bytes",
         loaded.numerics_class,

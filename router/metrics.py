@@ -36,11 +36,18 @@ class _Collector:
     def _engine(self) -> Iterable[Metric]:
         engine = self._service.loaded.engine
         stats = engine.stats
-        block_bytes = engine.pool.nbytes // engine.allocator.num_blocks
+        block_bytes = engine.kv.block_bytes
         yield _gauge("requests_running", "Sequences in the batch.", engine.num_running)
         yield _gauge("requests_waiting", "Sequences in the queue.", engine.num_waiting)
         yield _gauge("kv_used_bytes", "KV cache in use.", engine.allocator.num_used * block_bytes)
         yield _gauge("kv_total_bytes", "KV cache.", engine.pool.nbytes)
+        yield _gauge("prefix_cache_bytes", "KV cache kept for prefixes, unused.", engine.kv.prefix_bytes)
+        yield _counter("prefix_cache_hit_tokens", "Tokens found computed.", engine.kv.num_hit_positions)
+        yield _counter(
+            "prefix_cache_evicted_blocks",
+            "KV blocks of prefixes that were taken for others.",
+            engine.allocator.prefixes.num_evicted,
+        )
         yield _gauge("backbone_bytes", "Weights of the backbone.", engine.backbone.nbytes)
         yield _counter("steps", "Steps of the engine.", stats.steps)
         yield _counter("engine_prompt_tokens", "Prompt tokens computed.", stats.prompt_tokens)

@@ -83,6 +83,8 @@ class GenerationRequest:
     routing: RoutingChoice = NATIVE_CHOICE
     answer_id: str | None = None
     """The answer that this sequence is a choice of, by which feedback names it; None means the request's own id."""
+    owner: str = ""
+    """Whose it is: keys and values of a common prefix are shared among the requests of one owner only."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,8 @@ class TokenEvent:
     """Whether the answer so far rests on experts of more than one numerics class (docs/exactness.md)."""
     is_resumable: bool = False
     """Whether an error is the engine's and not the request's, which may then go on in another."""
+    num_cached: int = 0
+    """Tokens of the prompt that were found computed; in the event of the first token."""
 
     def followed_by(self, later: TokenEvent) -> TokenEvent:
         """Both in one."""
@@ -118,4 +122,5 @@ class TokenEvent:
             later.routing.after(self.routing) if later.routing is not None else self.routing,
             self.is_mixed or later.is_mixed,
             later.is_resumable,
+            self.num_cached or later.num_cached,
         )

@@ -59,6 +59,12 @@ class Sequence:
         self.is_mixed = False
         """Whether something that it rests on was computed by experts of another numerics class."""
         self.swapped: tuple[Tensor, Tensor] | None = None
+        self.num_cached: int | None = None
+        """Positions that it found computed when it was admitted first; None before that."""
+        self.block_keys: list[bytes] = []
+        """Of its full blocks, as far as somebody asked (`router.prefix_keys`)."""
+        self.can_give_prefix = True
+        """Whether others may find what it has computed; not where an expert that it rests on may have been wrong."""
         self.prompt_logprobs: list[TokenLogprob | None] = []
         """Of the prompt's first tokens, as far as they are known; stays when the sequence is computed again."""
         if self.wants_prompt_logprobs:
@@ -88,10 +94,14 @@ class Sequence:
 
     @property
     def can_share_prompt(self) -> bool:
-        """Whether its prompt may come from, or go to, another sequence of its group. Never under other routing than
-        native, whose signals only computing the prompt gives, nor where the prompt is to be explained."""
-        request = self.request
-        return request.group is not None and self.inputs is NO_INPUTS and request.routing.is_plain
+        """Whether its prompt may come from, or go to, another sequence of its group."""
+        return self.request.group is not None and self.has_plain_prompt
+
+    @property
+    def has_plain_prompt(self) -> bool:
+        """Whether its keys and values follow from its tokens. Never under other routing than native, whose signals
+        only computing the prompt gives, nor where the prompt is to be explained."""
+        return self.inputs is NO_INPUTS and self.request.routing.is_plain
 
     @property
     def max_total(self) -> int:
@@ -100,8 +110,16 @@ class Sequence:
     def facts(self, num_blocks: int, num_shared_blocks: int = 0, num_given: int = 0) -> SequenceFacts:
         """num_given: positions that it would get computed when it is admitted, in `num_shared_blocks` blocks."""
         num_computed = max(self.num_computed, num_given)
+        # Other routing keeps what it knows of a step from layer to layer, one step at a time.
+        can_pause = self.request.routing.is_plain
         return SequenceFacts(
-            self.name, len(self.tokens), num_computed, num_blocks, self.max_total, num_shared_blocks
+            self.name,
+            len(self.tokens),
+            num_computed,
+            num_blocks,
+            self.max_total,
+            num_shared_blocks,
+            can_pause,
         )
 
     def unscored(self, first: int, count: int) -> range:

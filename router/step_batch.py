@@ -53,7 +53,7 @@ class StepBatch:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.token_ids_T)
+        return self.token_ids_T.shape[0]
 
 
 @dataclass(frozen=True)

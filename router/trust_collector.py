@@ -1,6 +1,6 @@
 """Watches an engine and turns what it sees into observations of trust. Never changes what it is given.
 
-Every step it looks closely at one layer, in turn, one round at stability and the next at efficiency; of prompts it
+Every pass it looks closely at one layer, in turn, one round at stability and the next at efficiency; of prompts it
 looks at a few positions, whose NLL the engine gives. All methods but `reward` and `flush` are called on the engine's
 thread. Keeps no text and no token ids.
 """
@@ -11,7 +11,7 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import numpy as np
@@ -48,8 +48,27 @@ TOKENS_A_FLUSH = 256
 """How often observations reach the book, in tokens."""
 MAX_REQUESTS = 512
 """Requests, running or ended, whose experts are remembered for a reward; the longest unused goes first."""
+MAX_UNDER_WAY = 4
+"""Passes that have begun and not ended: a prompt's that pauses, and those that failed."""
 REWARD_WEIGHT = 8.0
 """Observations that a reward counts as, in each layer, shared out among the experts that served the request."""
+
+
+@dataclass
+class _Pass:
+    """Rows on their way through the layers."""
+
+    owners: Sequence[SpanOwner]
+    turn: int
+    """The layer that is looked at closely, by its place among those with experts."""
+    round: int
+    slots_T: Tensor
+    """Where each row's use of experts is counted."""
+    sampled_N: Tensor
+    """Rows whose NLL the engine gives."""
+    sampled: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """Of each layer so far: flat expert numbers and mixing weights of the sampled rows, (N, K) each."""
+    is_done: bool = False
 
 
 class TrustCollector:
@@ -64,6 +83,8 @@ class TrustCollector:
         self._row_of_layer = {layer: row for row, layer in enumerate(view.layers)}
         self._lock = threading.Lock()
         self._turn, self._round = -1, -1
+        self._passes: list[_Pass] = []
+        self._pass = _Pass((), -1, 0, torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
         self._start, self._tokens = view.now, 0
         self._pending = empty_table(self._component, self._layers, self._num_experts, self._start)
         self._sketch_DS = sketch_matrix(width, SKETCH_SIZE)
@@ -71,10 +92,6 @@ class TrustCollector:
         self._inputs_LES, self._outputs_LES = memory
         self._requests: OrderedDict[str, int] = OrderedDict()
         self._usage_QLE = torch.zeros(MAX_REQUESTS, self._num_layers, self._num_experts)
-        self._slots_T = torch.empty(0, dtype=torch.int64)
-        self._num_sampled, self._sampled_N = 0, torch.empty(0, dtype=torch.int64)
-        self._sampled: list[tuple[Tensor, Tensor]] = []
-        """Of each layer so far: flat expert numbers and mixing weights of the sampled rows, (N, K) each."""
 
     @property
     def _now(self) -> float:
@@ -98,22 +115,23 @@ class TrustCollector:
     ) -> None:
         """See RoutingWatcher.watch."""
         row = self._row_of_layer[gate.layer]
-        if row == 0:
-            self._begin_step(owners)
-        if self._num_sampled:
-            experts_NK = routing.indices_TK[self._sampled_N] + row * self._num_experts
-            self._sampled.append((experts_NK, routing.weights_TK[self._sampled_N]))
-        if row == self._turn:
+        seen = self._pass_of(owners, is_first=row == 0)
+        seen.is_done = row == self._num_layers - 1
+        if len(seen.sampled_N):
+            experts_NK = routing.indices_TK[seen.sampled_N] + row * self._num_experts
+            seen.sampled.append((experts_NK, routing.weights_TK[seen.sampled_N]))
+        if row == seen.turn:
             with self._lock:
                 self._count_usage(row, routing)
-                if self._round % 2:
+                if seen.round % 2:
                     self._observe_efficiency(row, routing, dispatched, rows_RD)
                 else:
                     self._observe_stability(row, gate, dispatched, rows_RD)
 
     def scored(self, token_ids: Sequence[int], nll_N: Tensor) -> None:
         """See PromptProbe.scored."""
-        if len(self._sampled) != self._num_layers:
+        sampled, self._pass.sampled = self._pass.sampled, []
+        if len(sampled) != self._num_layers:
             return  # rows that no expert served: the model's own layers without experts, or a step that failed
         buckets_N = bucket_of(np.asarray(token_ids, dtype=np.int64))
         observed_N = nll_N.double().cpu().numpy()
@@ -121,13 +139,12 @@ class TrustCollector:
             known = (self.book.view(), self._pending)
             expected_N = bucket_means(known, self.book.settings)[buckets_N]
             values_N = convergence_values(torch.from_numpy(observed_N), torch.from_numpy(expected_N))
-            for experts_NK, weights_NK in self._sampled:
+            for experts_NK, weights_NK in sampled:
                 shares_NK = weights_NK.double() / weights_NK.double().sum(dim=1, keepdim=True)
                 self._add(CONVERGENCE, experts_NK, values_N.unsqueeze(1).expand_as(shares_NK), shares_NK)
             is_usable_N = np.isfinite(observed_N)
             kept = (buckets_N[is_usable_N], observed_N[is_usable_N])
             observe_buckets(self._pending, *kept, self._now, self.book.settings)
-        self._sampled = []
 
     def reward(self, request_id: str, score: float) -> bool:
         """Credit a request's feedback in [-1, 1] to the experts that served it; from any thread.
@@ -159,7 +176,17 @@ class TrustCollector:
         self._start, self._tokens = max(self._now, self.book.view().now), 0
         self._pending = empty_table(self._component, self._layers, self._num_experts, self._start)
 
-    def _begin_step(self, owners: Sequence[SpanOwner]) -> None:
+    def _pass_of(self, owners: Sequence[SpanOwner], *, is_first: bool) -> _Pass:
+        """What is known of the rows that are on their way. A prompt's may pause while running streams' pass it."""
+        found = None if is_first else next((seen for seen in self._passes if seen.owners is owners), None)
+        if found is None:
+            under_way = [seen for seen in self._passes if not seen.is_done]
+            found = self._begin_pass(owners)
+            self._passes = [*under_way[-MAX_UNDER_WAY:], found]
+        self._pass = found
+        return found
+
+    def _begin_pass(self, owners: Sequence[SpanOwner]) -> _Pass:
         counts = [owner.count for owner in owners]
         with self._lock:
             if self._tokens >= TOKENS_A_FLUSH:
@@ -168,15 +195,15 @@ class TrustCollector:
             slots = torch.tensor([self._slot(owner.request.request_id) for owner in owners])
         self._turn = (self._turn + 1) % self._num_layers
         self._round += not self._turn
-        self._slots_T = slots.repeat_interleave(torch.tensor(counts)) if max(counts) > 1 else slots
+        slots_T = slots.repeat_interleave(torch.tensor(counts)) if max(counts) > 1 else slots
         starts = accumulate(counts, initial=0)
-        self._sampled = []
         sampled = [
             start + position - owner.first
             for start, owner in zip(starts, owners, strict=False)
             for position in self.positions(owner)
         ]
-        self._num_sampled, self._sampled_N = len(sampled), torch.tensor(sampled, dtype=torch.int64)
+        sampled_N = torch.tensor(sampled, dtype=torch.int64)
+        return _Pass(owners, self._turn, self._round, slots_T, sampled_N)
 
     def _slot(self, request_id: str) -> int:
         """Where a request's use of experts is counted."""
@@ -190,7 +217,7 @@ class TrustCollector:
         return slot
 
     def _count_usage(self, row: int, routing: Routing) -> None:
-        cells_TK = (self._slots_T * self._num_layers + row).unsqueeze(
+        cells_TK = (self._pass.slots_T * self._num_layers + row).unsqueeze(
             1
         ) * self._num_experts + routing.indices_TK
         self._usage_QLE.view(-1).index_add_(0, cells_TK.flatten(), routing.weights_TK.flatten().float())
@@ -230,7 +257,7 @@ class TrustCollector:
     def _some(self, count: int, limit: int) -> slice:
         """Evenly spaced items, at most `limit`, others each round."""
         stride = -(-count // limit)
-        return slice(self._round // 2 % stride, None, stride)
+        return slice(self._pass.round // 2 % stride, None, stride)
 
     def _add(self, aspect: int, experts: Tensor, values: Tensor, weights: Tensor) -> None:
         """Flat expert numbers, with an observation and its weight each."""

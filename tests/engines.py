@@ -22,6 +22,7 @@ from router.engine import Engine
 from router.kv_cache import KvPool
 from router.loading import EngineOptions, LoadedEngine
 from router.model_config import ModelConfig
+from router.pace import Pace, PromptBounds
 from router.request import GenerationRequest, TokenEvent, TokenLogprob
 from router.self_test import prove_row_invariance
 from router.sequence import Sequence as EngineSequence
@@ -87,12 +88,30 @@ class RecordingEngine(Engine):
 def small_engine(
     loaded: LoadedEngine, num_blocks: int, limits: BatchLimits | None = None, *, num_swap_blocks: int = 0
 ) -> RecordingEngine:
-    """Another engine over the same backbone. num_blocks: KV blocks that its sequences can hold."""
+    """Another engine over the same backbone, whose steps depend on no clock. num_blocks: KV blocks that its sequences
+    can hold."""
+    limits = replace(limits or BatchLimits(), is_paced=False)
     pool = KvPool(loaded.config, num_blocks + 1, loaded.dtype)
     swap_budget_bytes = num_swap_blocks * KvPool.block_bytes(loaded.config, loaded.dtype)
     engine = RecordingEngine(loaded.engine.backbone, pool, limits, swap_budget_bytes=swap_budget_bytes)
     engine.outcome = Outcome()
     return engine
+
+
+class OneLayerPace(Pace):
+    """Prompts pause after every layer, with few rows, whatever the clock says."""
+
+    def bounds(self, most: int) -> PromptBounds:
+        return PromptBounds(paused=24, joined=4)
+
+    def may_go_on(self, num_rows: int, spent_s: float) -> bool:
+        return False
+
+
+def pause_prompts(engine: Engine) -> None:
+    """Let prompts go beside running streams one layer a step."""
+    engine.limits = replace(engine.limits, is_paced=True)
+    engine.pace = OneLayerPace(engine.backbone.config.num_layers)
 
 
 def run_to_end(engine: Engine, requests: Sequence[GenerationRequest], join_at: Sequence[int] = ()) -> Outcome:

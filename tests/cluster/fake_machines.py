@@ -151,24 +151,34 @@ def autoscaled_ray(folder: Path, head_bytes: int, machine_bytes: int) -> Iterato
             "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         }
     )
-    log = folder / "head.log"
-    with open(log, "wb") as output:
-        process = subprocess.Popen(
-            [str(Path(sys.executable).parent / "ray"), "start", *options.split()],
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    command = [str(Path(sys.executable).parent / "ray"), "start", *options.split()]
+    process = _started(command, environment, folder / "head.log")
     try:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while "Ray runtime started" not in log.read_text():
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.05)
         yield f"127.0.0.1:{port}"
     finally:
-        if process.poll() is None:
-            family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-            end_processes(family, 0.0)
-        process.wait()
+        _end(process)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _started(command: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """A head that has started. Ray gives one half a minute, which a busy machine may not keep: so up to three times."""
+    for _ in range(3):
+        with open(log, "wb") as output:
+            process = subprocess.Popen(
+                command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while process.poll() is None and time.monotonic() < deadline:
+            if "Ray runtime started" in log.read_text():
+                return process
+            time.sleep(0.05)
+        _end(process)
+    raise AssertionError(log.read_text())
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """With all that it started."""
+    if process.poll() is None:
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        end_processes(family, 0.0)
+    process.wait()

@@ -45,7 +45,8 @@ def _router_text() -> str:
     engine = SimpleNamespace(
         stats=stats,
         pool=SimpleNamespace(nbytes=2),
-        allocator=SimpleNamespace(num_blocks=1, num_used=0),
+        allocator=SimpleNamespace(num_blocks=1, num_used=0, prefixes=SimpleNamespace(num_evicted=0)),
+        kv=SimpleNamespace(block_bytes=2, prefix_bytes=0, num_hit_positions=0),
         num_running=0,
         num_waiting=0,
         backbone=SimpleNamespace(nbytes=1),

@@ -81,6 +81,17 @@ def test_bundled_model_fits_this_machine_and_is_started_by_the_printed_command(
     assert (plan["max-model-len"], plan["max-num-seqs"]) == (2048, 1)
 
 
+def test_one_machine_is_told_nothing_of_others(
+    monkeypatch: pytest.MonkeyPatch, published: Path, three: Path
+) -> None:
+    _, alone, _ = _run(monkeypatch, "plan", "stories")
+    _, spread, _ = _run(monkeypatch, "plan", str(published), "--nodes", str(three))
+    for words in ("messages:", "on one machine only", "whole layers to machines", "calls", "network alone"):
+        assert words not in alone
+        assert words in spread
+    assert "1 stream of 2048 tokens" in alone
+
+
 def test_printed_cache_is_what_the_service_then_takes(
     monkeypatch: pytest.MonkeyPatch, stories_store: Path
 ) -> None:

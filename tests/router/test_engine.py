@@ -27,6 +27,7 @@ from tests.engines import (
     assert_nothing_held,
     assert_same_bits,
     open_engine,
+    pause_prompts,
     run_to_end,
     small_engine,
 )
@@ -102,7 +103,9 @@ def test_cancelled_request_frees_its_blocks_and_disturbs_nobody(loaded: LoadedEn
     other, victim = _request("other", 5, 20), _request("victim", 70, 30)
     engine.submit(other)
     engine.submit(victim)
-    for _ in range({"waiting": 0, "prefill": 2, "decode": 9}[phase]):
+    for _ in range(0 if phase == "waiting" else 2):
+        engine.step()
+    while phase == "decode" and "victim" not in engine.outcome.tokens:
         engine.step()
     drawn = len(engine.outcome.tokens.get("victim", ()))
     assert (drawn > 0) == (phase == "decode")
@@ -176,19 +179,21 @@ def _faulty(loaded: LoadedEngine) -> FaultyDirectory:
 @pytest.mark.parametrize("failing_call", [1, 2])
 def test_expert_error_ends_the_requests_of_its_step_only(loaded: LoadedEngine, failing_call: int) -> None:
     """The second MoE layer fails as the first does: its step has by then written keys of the first."""
-    engine = small_engine(loaded, 6, BatchLimits(max_batch_tokens=16, max_running=2, admission_reserve=1))
+    engine = small_engine(loaded, 6, BatchLimits(max_batch_tokens=16, max_running=3, admission_reserve=1))
     engine.submit(_request("first", 40))
     engine.step()
-    engine.submit(_request("unborn", 9))  # admitted, but the first one's chunk fills the step
+    engine.submit(_request("short", 8))
+    engine.submit(_request("unborn", 9))  # admitted, but the chunks of the other two fill the step
     engine.submit(_request("waiting", 20))
     _faulty(loaded).calls_to_failure = failing_call
     events = engine.step()
-    assert [(event.request_id, event.finish_reason) for event in events] == [("first", "error")]
+    ends = [(event.request_id, event.finish_reason) for event in events]
+    assert ends == [("first", "error"), ("short", "error")]
     assert events[0].error is not None
     assert "experts.bin" not in events[0].error
-    assert engine.stats.failed == 1
+    assert engine.stats.failed == 2
     outcome = _finish(engine)
-    del outcome.tokens["first"]
+    del outcome.tokens["first"], outcome.tokens["short"]
     assert_same_bits(outcome, _alone(loaded, _request("unborn", 9), _request("waiting", 20)))
     assert not engine.pool.keys.isnan().any()
 
@@ -238,7 +243,7 @@ def test_non_finite_keys_of_a_preempted_prompt_do_not_reach_other_requests(loade
     outcome = _finish(engine)
     assert engine.stats.preemptions == 1
     assert outcome.reasons["poisoned"] == "error"
-    del outcome.tokens["poisoned"], outcome.logits["poisoned"]
+    del outcome.tokens["poisoned"]
     assert_same_bits(outcome, _alone(loaded, healthy))
 
 
@@ -433,3 +438,112 @@ def test_hundreds_of_requests_leave_nothing_behind(loaded: LoadedEngine) -> None
     _finish(engine)
     held = {name: value for name, value in vars(engine).items() if isinstance(value, dict | list | set)}
     assert not any(held.values()), held
+
+
+def _beside_a_stream(
+    loaded: LoadedEngine, num_blocks: int = 12, limits: BatchLimits | None = None, **swap: int
+) -> RecordingEngine:
+    """An engine with one stream that runs, whose prompts pause after every layer."""
+    engine = small_engine(loaded, num_blocks, limits, **swap)
+    pause_prompts(engine)
+    engine.submit(_request("stream", 5, 60))
+    engine.step()
+    return engine
+
+
+def _only(outcome: Outcome, *names: str) -> Outcome:
+    return Outcome({n: outcome.tokens[n] for n in names}, {n: outcome.logits[n] for n in names})
+
+
+def test_stream_gets_a_token_in_every_step_beside_a_prompt_that_pauses(loaded: LoadedEngine) -> None:
+    """Bits are those of each alone; three layers and 24 rows a pass take nine steps for 70 tokens."""
+    engine = _beside_a_stream(loaded)
+    prompt = _request("prompt", 70, 5)
+    engine.submit(prompt)
+    steps = 0
+    while "prompt" not in engine.outcome.tokens:
+        before = len(engine.outcome.tokens["stream"])
+        engine.step()
+        steps += 1
+        assert len(engine.outcome.tokens["stream"]) == before + 1
+    assert steps == 9
+    _finish(engine)
+    assert_same_bits(engine.outcome, _alone(loaded, _request("stream", 5, 60), prompt))
+
+
+def test_pass_ends_at_once_when_its_streams_have_ended(loaded: LoadedEngine) -> None:
+    engine = _beside_a_stream(loaded)
+    engine.submit(_request("prompt", 20, 2))
+    engine.step()
+    engine.cancel("stream")
+    engine.step()
+    assert len(engine.outcome.tokens["prompt"]) == 1
+    assert_same_bits(_only(_finish(engine), "prompt"), _alone(loaded, _request("prompt", 20, 2)))
+
+
+def test_request_cancelled_in_a_pass_keeps_its_blocks_to_the_pass_s_end(loaded: LoadedEngine) -> None:
+    """The pass still writes to them: whoever got them at once would find another's keys."""
+    engine = _beside_a_stream(loaded, 4, BatchLimits(admission_reserve=1))
+    engine.submit(_request("victim", 20, 4))
+    engine.submit(_request("stays", 12, 4))
+    engine.step()
+    used = engine.allocator.num_used
+    assert engine.cancel("victim") and not engine.allocator.holds("victim")
+    assert engine.allocator.num_used == used
+    engine.submit(_request("victim", 30, 4))  # its name may be used again
+    outcome = _finish(engine)
+    expected = _alone(loaded, _request("stream", 5, 60), _request("stays", 12, 4), _request("victim", 30, 4))
+    assert_same_bits(outcome, expected)
+
+
+def test_pass_whose_requests_are_all_cancelled_frees_at_once(loaded: LoadedEngine) -> None:
+    engine = _beside_a_stream(loaded)
+    used = engine.allocator.num_used
+    engine.submit(_request("a", 8))
+    engine.submit(_request("b", 8))
+    engine.step()
+    for name in ("a", "b"):
+        engine.cancel(name)
+    assert engine.allocator.num_used == used
+    outcome = _finish(engine)
+    assert_same_bits(outcome, _alone(loaded, _request("stream", 5, 60)))
+
+
+def test_preempted_request_in_a_pass_begins_it_again(loaded: LoadedEngine) -> None:
+    engine = small_engine(loaded, 3, BatchLimits(admission_reserve=1), num_swap_blocks=2)
+    pause_prompts(engine)
+    stream, prompt = _request("stream", BLOCK_POSITIONS - 2, 60), _request("prompt", BLOCK_POSITIONS + 40, 5)
+    engine.submit(stream)
+    engine.step()
+    engine.submit(prompt)
+    outcome = _finish(engine)
+    assert engine.stats.preemptions == 1
+    assert_same_bits(outcome, _alone(loaded, stream, prompt))
+
+
+def test_expert_error_in_a_pass_leaves_the_streams_alone(loaded: LoadedEngine) -> None:
+    engine = _beside_a_stream(loaded)
+    engine.submit(_request("prompt", 20))
+    _faulty(loaded).calls_to_failure = len(loaded.config.moe_layers) + 1  # the stream's step comes before
+    reasons: dict[str, str | None] = {}
+    while not reasons:
+        reasons = {e.request_id: e.finish_reason for e in engine.step() if e.finish_reason is not None}
+    assert reasons == {"prompt": "error"}
+    outcome = _finish(engine)
+    assert_same_bits(_only(outcome, "stream"), _alone(loaded, _request("stream", 5, 60)))
+
+
+def test_prompt_with_inputs_may_pause(loaded: LoadedEngine) -> None:
+    seen = torch.full((30, WIDTH), float("nan"))
+
+    def keep(layer: int, first: int, hidden: torch.Tensor) -> None:
+        seen[first : first + len(hidden)] = hidden
+
+    inputs = PromptInputs(injections={0: {3: torch.ones(WIDTH)}}, capture_layers=(2,), on_capture=keep)
+    engine = _beside_a_stream(loaded)
+    engine.submit(_request("r", 28, 3), inputs)
+    outcome = _only(_finish(engine), "r")
+    paused = seen.clone()
+    whole = _with_inputs(loaded, _request("r", 28, 3), inputs)
+    assert_same_bits(outcome, whole)
+    assert torch.equal(paused, seen) and not seen.isnan().any()

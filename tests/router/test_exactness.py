@@ -28,7 +28,7 @@ from router.loading import EngineOptions
 from router.model_config import read_model_config
 from router.request import GenerationRequest, SamplingParams
 from tests.checkpoints import write_tiny
-from tests.engines import Outcome, assert_same_bits, open_engine, run_to_end, small_engine
+from tests.engines import Outcome, assert_same_bits, open_engine, pause_prompts, run_to_end, small_engine
 from tests.expert_servers import PATIENT, SECRET, expert_servers
 
 SWITCHES: dict[str, dict[str, Any]] = {
@@ -190,6 +190,15 @@ def test_chunked_prefill_equals_whole(
     _check(root, EngineOptions(dtype=dtype, limits=limits), requests, reference)
 
 
+def test_prefill_that_pauses_between_layers_equals_whole(
+    root: Path, dtype: str, requests: list[GenerationRequest], reference: Outcome
+) -> None:
+    loaded = open_engine(root, EngineOptions(dtype=dtype))
+    pause_prompts(loaded.engine)
+    assert_same_bits(run_to_end(loaded.engine, requests, JOIN_AT), reference)
+    loaded.close()
+
+
 @pytest.mark.parametrize("experts_in_budget", [1, 5])
 def test_any_expert_budget_equals_unlimited(
     root: Path, dtype: str, requests: list[GenerationRequest], reference: Outcome, experts_in_budget: int
@@ -346,3 +355,34 @@ def test_choices_that_share_a_prompt_equal_single_requests(root: Path, dtype: st
     assert_same_bits(run_to_end(engine, [choices[2], other, *choices[:2], choices[3]]), alone)
     loaded.close()
     assert engine.stats.preemptions > 0
+
+
+def test_found_prefix_equals_computing_it(root: Path, dtype: str) -> None:
+    """Prompts that begin alike, one of them with an answer in it, at once and after each other, with little room."""
+    loaded = open_engine(root, EngineOptions(dtype=dtype))
+    depends_on_length = loaded.config.rope.depends_on_length
+    assert (loaded.engine.kv.scope is None) == depends_on_length
+    text = tuple((11 * i + i // 7) % 200 for i in range(220))
+    longest = min(200, loaded.engine.max_tokens_per_sequence - 20)
+    requests = [
+        GenerationRequest(
+            f"r{index}",
+            (*text[: min(length, longest - 9)], *text[200 : 200 + index]),
+            SamplingParams(max_tokens=(12, 3, 7)[index % 3], temperature=(0.0, 1.0)[index % 2], seed=index),
+            num_logprobs=1,
+        )
+        for index, length in enumerate((150, 64, 65, 128, 190, 129, 64, 180))
+    ]
+    reference = Outcome()
+    scope, loaded.engine.kv.scope = loaded.engine.kv.scope, None
+    for request in requests:
+        outcome = run_to_end(loaded.engine, [request])
+        reference.tokens |= outcome.tokens
+        reference.logits |= outcome.logits
+        reference.logprobs |= outcome.logprobs
+    for num_blocks in (5, 30):
+        engine = small_engine(loaded, num_blocks, BatchLimits(admission_reserve=1), num_swap_blocks=2)
+        engine.kv.scope = scope
+        assert_same_bits(run_to_end(engine, requests, (0, 1, 3, 6, 9, 30, 31, 32)), reference)
+        assert (engine.kv.num_hit_positions > 0) != depends_on_length
+    loaded.close()

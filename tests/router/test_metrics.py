@@ -195,3 +195,23 @@ def test_local_experts_are_told_like_an_actors(loaded: LoadedEngine) -> None:
     told = asyncio.run(status())
     assert told["resident_bytes"] == loaded.worker.resident_bytes
     assert told["name"] == "router-1"
+
+
+def test_prefixes_that_were_found_and_are_kept_are_told(tiny_store: Path) -> None:
+    loaded = open_engine(tiny_store, EngineOptions(dtype="float32"))
+    for name in ("a", "b"):
+        run_to_end(loaded.engine, [GenerationRequest(name, tuple(range(100)), SamplingParams(max_tokens=2))])
+
+    async def render() -> str:
+        service = RouterService(loaded)
+        try:
+            return render_metrics(service, [])
+        finally:
+            service.engine_thread.stop()
+
+    families = {family.name: family for family in text_string_to_metric_families(asyncio.run(render()))}
+    loaded.close()
+    assert _value(families, "prefix_cache_hit_tokens") == 64
+    assert _value(families, "prefix_cache_bytes") == _block_bytes(loaded)
+    assert _value(families, "prefix_cache_evicted_blocks") == 0
+    assert _value(families, "kv_used_bytes") == 0

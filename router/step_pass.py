@@ -1,0 +1,144 @@
+"""A pass of some sequences' rows through the model, from the plan's chunks to the rows' logits.
+
+Made and driven by `router.engine`. The sequences may end while a pass pauses; the pass keeps the blocks that it still
+writes to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from router.backbone import Backbone, ForwardPass
+from router.batcher import Chunk
+from router.kv_cache import BlockAllocator
+from router.sequence import Sequence
+from router.step_batch import Span, StepBatch
+from router.step_routing import PromptProbe, RoutingPolicy, RoutingWatcher, SpanOwner, StepRouting
+
+
+@dataclass(frozen=True)
+class PassRows:
+    """One sequence's rows of a pass."""
+
+    sequence: Sequence
+    chunk: Chunk
+    probed: tuple[int, ...]
+    """Positions that the probe asks for."""
+
+    @property
+    def end(self) -> int:
+        return self.chunk.first + self.chunk.count
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the rows reach the end of the known text, so that a token can be drawn."""
+        return self.end == len(self.sequence.tokens)
+
+    @property
+    def unscored(self) -> range:
+        return self.sequence.unscored(self.chunk.first, self.chunk.count)
+
+    @property
+    def owner(self) -> SpanOwner:
+        return SpanOwner(self.sequence.request, self.chunk.first, self.chunk.count, self.sequence.tokens)
+
+
+@dataclass
+class StepPass:
+    """Rows on their way."""
+
+    rows: tuple[PassRows, ...]
+    forward: ForwardPass
+    is_mixed: bool = False
+    """Whether experts of another numerics class computed some of it."""
+    kept_tables: list[str] = field(default_factory=list)
+    """Names under which blocks of sequences that have ended meanwhile are held to the pass's end."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.forward.batch.num_tokens
+
+    def has(self, sequence: Sequence) -> bool:
+        return any(rows.sequence is sequence for rows in self.rows)
+
+
+def begin_pass(
+    backbone: Backbone,
+    allocator: BlockAllocator,
+    members: SequenceOf[tuple[Chunk, Sequence]],
+    policy: RoutingPolicy,
+    watchers: tuple[RoutingWatcher, ...],
+    probe: PromptProbe | None,
+) -> StepPass:
+    """Nothing is computed yet but the embeddings."""
+    rows = tuple(PassRows(sequence, chunk, _probed(probe, chunk, sequence)) for chunk, sequence in members)
+    routing = StepRouting(tuple(part.owner for part in rows), policy, watchers)
+    tables = [allocator.table(part.chunk.name) for part in rows]
+    return StepPass(rows, backbone.begin(_batch(backbone, rows, tables, routing)))
+
+
+def _probed(probe: PromptProbe | None, chunk: Chunk, sequence: Sequence) -> tuple[int, ...]:
+    if probe is None:
+        return ()
+    return tuple(probe.positions(SpanOwner(sequence.request, chunk.first, chunk.count)))
+
+
+def _batch(
+    backbone: Backbone,
+    rows: SequenceOf[PassRows],
+    tables: SequenceOf[tuple[int, ...]],
+    routing: StepRouting,
+) -> StepBatch:
+    spans, lengths = [], []
+    ids: list[int] = []
+    logit_rows: list[int] = []
+    scored_rows: list[int] = []
+    probed_rows: list[int] = []
+    embeddings: dict[int, Tensor] = {}
+    injections: dict[int, dict[int, Tensor]] = {}
+    for part, table in zip(rows, tables, strict=True):
+        sequence, first, count = part.sequence, part.chunk.first, part.chunk.count
+        shift = len(ids) - first
+        spans.append(Span(table, first, count))
+        ids.extend(sequence.tokens[first : part.end])
+        if backbone.config.rope.depends_on_length:
+            lengths.append(sequence.text_lengths(first, count))
+        scored_rows.extend(shift + position for position in part.unscored)
+        probed_rows.extend(shift + position for position in part.probed)
+        embeddings.update(_within(sequence.inputs.embeddings, part, shift))
+        for layer, added in sequence.inputs.injections.items():
+            injections.setdefault(layer, {}).update(_within(added, part, shift))
+        if part.is_last:
+            logit_rows.append(len(ids) - 1)
+    return StepBatch(
+        tuple(spans),
+        torch.tensor(ids),
+        _positions(rows),
+        tuple(logit_rows),
+        embeddings,
+        injections,
+        tuple(sorted({layer for part in rows for layer in part.sequence.inputs.capture_layers})),
+        rows[0].chunk.name[:64],
+        torch.cat(lengths) if lengths else None,
+        (*scored_rows, *probed_rows),
+        routing,
+    )
+
+
+def _positions(rows: SequenceOf[PassRows]) -> Tensor:
+    """(3, T) rotary positions."""
+    if all(part.sequence.inputs.positions_3P is None for part in rows):
+        return torch.tensor([p for part in rows for p in range(part.chunk.first, part.end)]).expand(3, -1)
+    return torch.cat([part.sequence.positions(part.chunk.first, part.chunk.count) for part in rows], dim=1)
+
+
+def _within(vectors: Mapping[int, Tensor], part: PassRows, shift: int) -> Iterator[tuple[int, Tensor]]:
+    """Those of a prompt's vectors that lie among the rows, by row."""
+    for index, vector in vectors.items():
+        if part.chunk.first <= index < part.end:
+            yield shift + index, vector

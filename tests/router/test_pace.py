@@ -1,0 +1,77 @@
+"""What is decided from times, without an engine and without a clock."""
+
+from __future__ import annotations
+
+import pytest
+
+from router.pace import CHOICES, FIRST_ROWS, LONGEST_STEPS, Pace, PromptBounds
+
+STREAM_S = 0.010
+MOST = 512
+
+
+def _pace(num_layers: int, layer_s: dict[int, float]) -> Pace:
+    pace = Pace(num_layers)
+    pace.note_streams(STREAM_S)
+    for num_rows, seconds in layer_s.items():
+        pace.note_layer(num_rows, seconds)
+    return pace
+
+
+def test_nothing_known_means_few_rows_and_one_layer_a_step() -> None:
+    pace = Pace(6)
+    assert pace.bounds(MOST) == PromptBounds(FIRST_ROWS, 8)
+    assert pace.bounds(5) == PromptBounds(5, 5)
+    assert not pace.may_go_on(64, 0.0)
+
+
+def test_many_layers_that_each_fit_take_full_chunks() -> None:
+    """As a deep model at full width: a layer of 512 rows takes half a step of its streams."""
+    pace = _pace(48, {1: STREAM_S / 48, 512: STREAM_S / 2})
+    assert pace.bounds(MOST).paused == 512
+    assert pace.bounds(300).paused == 300
+
+
+def test_layers_that_take_longer_than_a_step_may_have_fewer_rows() -> None:
+    pace = _pace(6, {32: 0.4 * STREAM_S, 128: 1.4 * STREAM_S, 512: 5 * STREAM_S})
+    assert pace.bounds(MOST).paused == 128
+
+
+def test_where_not_even_a_layer_fits_the_cheapest_is_taken() -> None:
+    pace = _pace(2, {8: 4 * STREAM_S, 64: 9 * STREAM_S})
+    assert pace.bounds(MOST).paused == CHOICES[0]
+
+
+def test_rows_that_cannot_pause_fit_with_all_their_layers() -> None:
+    pace = _pace(6, {8: 0.1 * STREAM_S, 16: 0.2 * STREAM_S, 32: 0.4 * STREAM_S})
+    assert pace.bounds(MOST).joined == 16
+    assert _pace(6, {8: 1.0}).bounds(MOST).joined == 8, "some progress always"
+
+
+def test_pass_goes_on_while_one_more_layer_fits() -> None:
+    pace = _pace(6, {64: STREAM_S})
+    assert pace.longest_s == pytest.approx(LONGEST_STEPS * STREAM_S)
+    assert pace.may_go_on(64, (LONGEST_STEPS - 1.01) * STREAM_S)
+    assert not pace.may_go_on(64, (LONGEST_STEPS - 0.99) * STREAM_S)
+
+
+def test_single_outlier_changes_nothing() -> None:
+    pace = Pace(6)
+    for seconds in (1.0, 1.0, 50.0, 1.0, 1.0):
+        pace.note_streams(seconds)
+        pace.note_layer(64, seconds / 6)
+    assert pace.longest_s == LONGEST_STEPS and pace.layer_s(64) == 1 / 6
+
+
+def test_later_times_take_the_place_of_earlier_ones() -> None:
+    pace = _pace(6, {64: 1.0})
+    for _ in range(20):
+        pace.note_layer(64, 0.25)
+    assert pace.layer_s(64) == 0.25
+
+
+def test_unknown_numbers_of_rows_are_expected_from_the_nearest() -> None:
+    pace = _pace(6, {64: 1.0})
+    assert pace.layer_s(128) == 2.0, "no more than in proportion"
+    smaller = pace.layer_s(32)
+    assert smaller is not None and 0.5 < smaller < 1.0, "few rows cost more each"
