@@ -83,6 +83,7 @@ class FreeArithmetic(LayerArithmetic):
 
     def _attend(self, index: int, layer: Layer, normed_PD: Tensor, step: StepInputs, pool: KvPool) -> Tensor:
         cache = step.cache
+        assert cache is not None  # a library's kernel has one
         q, k, v = self._queries_keys_values(layer, normed_PD, len(cache.blocks_T))
         q = rotate(q.float(), step.cos, step.sin).to(self.dtype)
         k = rotate(k.float(), step.cos, step.sin).to(self.dtype)

@@ -94,7 +94,7 @@ def main() -> None:
     store = ExpertStore.open(resolve_store(options.store, announce=print))
     # Few enough blocks that the batch evicts.
     limits = BatchLimits(max_running=8)
-    loaded = load_engine(store, EngineOptions(limits=limits, kv_budget_bytes=64 << 20))
+    loaded = load_engine(store, EngineOptions(limits=limits, kv_budget_bytes=6 << 20))
     loaded.worker.load_all()
     bench = Bench(loaded.engine, loaded.config.vocab_size)
     turns: dict[bool, list[float]] = {True: [], False: []}

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ VARIABLE = "SAGE_MOE_PRODUCTS"
 TORCH = "torch"
 LEVELS = ("portable", "avx2", "avx512", "avx512bf16")
 """Each with the bits of its own; a processor has all up to its best one."""
-VERSION = 1
+VERSION = 2
 """Of what is computed; part of the numerics class, and checked against the library's own."""
 DTYPES = (torch.float32, torch.bfloat16)
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
@@ -39,7 +40,14 @@ INT8_KIND, INT4_KIND = 2, 3
 GROUP_SIZES = (None, 32, 64, 128)
 OUT_OF_MEMORY = 1
 
-_POINTER, _INT64 = ctypes.c_void_p, ctypes.c_int64
+_POINTER, _INT64, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+_RUN = (_POINTER, ctypes.c_uint)
+_ARGUMENTS: tuple[list[Any], ...] = (
+    [*[_INT] * 3, _POINTER, _POINTER, _INT64, *[_POINTER] * 3, _INT64, _INT64, _POINTER, _INT64, *_RUN],
+    [*[_INT] * 2, *[_POINTER] * 14, *_RUN],
+    [*[_INT] * 2, _POINTER, *[_INT64] * 3, _POINTER, _FLOAT, _POINTER, *_RUN],
+)
+"""Of multiply, attend and norm; the C source says what they are."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,9 @@ class Library:
     """The loaded library."""
 
     multiply: Callable[..., int]
+    attend: Callable[..., int]
+    """Of `router.native_attention`, as is `norm`."""
+    norm: Callable[..., int]
     best_level: str
     run_in_threads: int | None
     """Address of the OpenMP runtime's entry point; None where PyTorch has no such runtime."""
@@ -179,9 +190,7 @@ def _run(
     token_of_R: array[int] | None,
     out_RO: Tensor,
 ) -> None:
-    found = library()
-    if found is None or LEVELS.index(level) > LEVELS.index(found.best_level):
-        raise ValueError(f"this process has no native products of level {level}")
+    found = library_for(level)
     if not out_RO.numel():
         return
     if not x_TI.shape[1]:
@@ -249,6 +258,14 @@ def chosen_level(dtype: torch.dtype, environment: Mapping[str, str] = os.environ
     return asked or levels[-1]
 
 
+def library_for(level: str) -> Library:
+    """Raises ValueError where this machine does not have the level."""
+    found = library()
+    if found is None or LEVELS.index(level) > LEVELS.index(found.best_level):
+        raise ValueError(f"this process has no native products of level {level}")
+    return found
+
+
 @cache
 def library() -> Library | None:
     """The library, loaded once; None where there is none, or one of another version."""
@@ -257,19 +274,16 @@ def library() -> Library | None:
     try:
         loaded = ctypes.CDLL(str(LIBRARY))
         version, best = int(loaded.sage_version()), int(loaded.sage_level())
-        function = loaded.sage_multiply
+        functions = loaded.sage_multiply, loaded.sage_attend, loaded.sage_norm
     except (AttributeError, OSError) as error:
         logger.warning("native products cannot be loaded: %s", error)
         return None
     if version != VERSION:
         logger.warning("native products are of version %d, not %d: install again", version, VERSION)
         return None
-    function.restype = ctypes.c_int
-    function.argtypes = [
-        *(ctypes.c_int, ctypes.c_int, ctypes.c_int, _POINTER, _POINTER, _INT64, _POINTER, _POINTER),
-        *(_POINTER, _INT64, _INT64, _POINTER, _INT64, _POINTER, ctypes.c_uint),
-    ]
-    return Library(function, LEVELS[best], _find_openmp())
+    for function, arguments in zip(functions, _ARGUMENTS, strict=True):
+        function.restype, function.argtypes = ctypes.c_int, arguments
+    return Library(*functions, LEVELS[best], _find_openmp())
 
 
 def _find_openmp() -> int | None:

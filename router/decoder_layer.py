@@ -17,6 +17,7 @@ from experts.packed_matrix import linear
 from router.attention import ROW_MULTIPLE, attend
 from router.kv_cache import KvPool
 from router.model_config import ModelConfig
+from router.native_attention import NO_NORMS, HeadNorms, Places, attend_in_cache, norm_rows
 from router.rope import RotaryEmbedding, rotate
 from router.step_batch import AttentionGroup, CacheSlots, StepBatch
 from router.weights import Layer
@@ -29,7 +30,10 @@ class StepInputs:
     batch: StepBatch
     cos: Tensor
     sin: Tensor
-    cache: CacheSlots
+    cache: CacheSlots | None
+    """For attention by PyTorch."""
+    places: Places | None
+    """For our own."""
 
 
 class LayerArithmetic:
@@ -37,11 +41,14 @@ class LayerArithmetic:
 
     def __init__(self, config: ModelConfig, kernel: RowKernel, dtype: torch.dtype) -> None:
         self.config, self.kernel, self.dtype = config, kernel, dtype
+        self._is_native = kernel.product == "native"
         self._rope = RotaryEmbedding(config)
 
     def prepare(self, batch: StepBatch) -> StepInputs:
         cos, sin = self._rope.tables(batch.positions_3T, batch.lengths_T)
-        return StepInputs(batch, cos, sin, CacheSlots(batch.spans))
+        if self._is_native:
+            return StepInputs(batch, cos, sin, None, Places.of(batch.spans))
+        return StepInputs(batch, cos, sin, CacheSlots(batch.spans), None)
 
     def attention(
         self, index: int, layer: Layer, hidden_PD: Tensor, step: StepInputs, pool: KvPool
@@ -66,6 +73,8 @@ class LayerArithmetic:
 
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMSNorm over the last dimension, in float32; the weight is applied in the model's dtype."""
+        if self._is_native and x.dim() == 2 and x.dtype == self.dtype:
+            return norm_rows(self.kernel.level, x, weight, self.config.rms_norm_eps)
         wide = x.float()
         scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.config.rms_norm_eps)
         return (wide * scale).to(self.dtype) * weight
@@ -79,7 +88,10 @@ class LayerArithmetic:
         pool: KvPool,
     ) -> Tensor:
         """Returns (T, heads * head_dim) in the model's dtype."""
+        if step.places is not None:
+            return self._attend_natively(index, layer, normed_PD, step, step.places, pool)
         config, cache = self.config, step.cache
+        assert cache is not None
         num_tokens = len(cache.blocks_T)
         q, k, v = self._queries_keys_values(layer, normed_PD, num_tokens)
         q = rotate(q.float(), step.cos, step.sin).mul_(config.head_dim**-0.5)
@@ -98,10 +110,7 @@ class LayerArithmetic:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Of the first `num_tokens` rows, before rotation: (T, heads, head_dim) each, in the model's dtype."""
         config = self.config
-        qkv_TO = linear(self.kernel, normed_PD, layer.qkv_OD)[:num_tokens]
-        if layer.qkv_bias_O is not None:
-            qkv_TO = qkv_TO + layer.qkv_bias_O
-        qkv = qkv_TO.view(num_tokens, -1, config.head_dim)
+        qkv = self._projected(layer, normed_PD, num_tokens).view(num_tokens, -1, config.head_dim)
         q, k, v = torch.split(qkv, [config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
             if config.qk_norm == "whole_width":
@@ -112,6 +121,24 @@ class LayerArithmetic:
         if config.clip_qkv is not None:
             q, k, v = (part.clamp(-config.clip_qkv, config.clip_qkv) for part in (q, k, v))
         return q, k, v
+
+    def _projected(self, layer: Layer, normed_PD: Tensor, num_tokens: int) -> Tensor:
+        qkv_TO = linear(self.kernel, normed_PD, layer.qkv_OD)[:num_tokens]
+        return qkv_TO if layer.qkv_bias_O is None else qkv_TO + layer.qkv_bias_O
+
+    def _attend_natively(
+        self, index: int, layer: Layer, normed_PD: Tensor, step: StepInputs, places: Places, pool: KvPool
+    ) -> Tensor:
+        """As `_attend`. A norm over the whole width and a bound are applied before."""
+        config = self.config
+        if config.qk_norm == "whole_width" or config.clip_qkv is not None:
+            parts = self._queries_keys_values(layer, normed_PD, places.num_tokens)
+            qkv_TO, norms = torch.cat([part.flatten(1) for part in parts], dim=1), NO_NORMS
+        else:
+            qkv_TO = self._projected(layer, normed_PD, places.num_tokens)
+            norms = HeadNorms(layer.q_norm, layer.k_norm)
+        rotation = step.cos, step.sin
+        return attend_in_cache(self.kernel.level, config, qkv_TO, norms, rotation, pool, index, places)
 
     def _output(self, attended_TO: Tensor, layer: Layer) -> Tensor:
         """The attention's output projection of padded rows, (P, D)."""

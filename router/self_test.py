@@ -5,13 +5,20 @@ The promise for whole steps is held by the test suite. Called by `router.loading
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
+from torch import Tensor
 
 from experts.errors import NotRowInvariant
 from experts.ffn import ExpertWeights, compute_segments
 from experts.numerics import RowKernel, calibrate, one_thread, swiglu
 from router.attention import BLOCK_POSITIONS, ROW_MULTIPLE, attend
+from router.kv_cache import KvPool
 from router.model_config import ModelConfig
+from router.native_attention import NO_NORMS, Places, attend_in_cache, norm_rows
+from router.step_batch import Span
 
 PROVED_INPUTS = 64
 """Of gated products; their width is the model's."""
@@ -22,9 +29,11 @@ PROVED_WINDOW = BLOCK_POSITIONS - 3
 def prove_row_invariance(config: ModelConfig, dtype: torch.dtype) -> RowKernel:
     """The row kernel for this model. Raises NotRowInvariant naming the kernel that fails."""
     kernel = calibrate(config.linear_shapes(), dtype)
-    _prove_attention(config.head_dim, None)
-    if config.windowed_layers:
-        _prove_attention(config.head_dim, PROVED_WINDOW)
+    for window in (None, PROVED_WINDOW) if config.windowed_layers else (None,):
+        if kernel.product == "native":
+            _prove_native_attention(config, dtype, kernel.level, window)
+        else:
+            _prove_attention(config.head_dim, window)
     for width in dict.fromkeys(config.gated_widths()):
         if kernel.product == "native":
             _prove_gated(width, dtype, kernel)
@@ -32,6 +41,8 @@ def prove_row_invariance(config: ModelConfig, dtype: torch.dtype) -> RowKernel:
             _prove_activation(width, dtype)
     for width in dict.fromkeys(config.norm_widths()):
         _prove_norm(width)
+        if kernel.product == "native":
+            _prove_native_norm(width, dtype, kernel.level)
     return kernel
 
 
@@ -60,6 +71,36 @@ def _prove_attention(head_dim: int, window: int | None) -> None:
             raise NotRowInvariant(f"attention with heads of {head_dim}", "float32")
 
 
+def _prove_native_attention(config: ModelConfig, dtype: torch.dtype, level: str, window: int | None) -> None:
+    """The same rows whole, by one thread, and in chunks beside another sequence that is elsewhere in the cache."""
+    config = replace(
+        config, num_layers=1, windowed_layers=frozenset({0} if window else ()), sliding_window=window
+    )
+    generator = torch.Generator().manual_seed(1)
+    num_rows, num_blocks = 2 * BLOCK_POSITIONS + 9, 3
+    qkv = torch.randn(num_rows, config.q_width + 2 * config.kv_width, generator=generator).to(dtype)
+    angles = torch.randn(num_rows, 1, config.head_dim, generator=generator)
+    pool = KvPool(config, 2 * num_blocks + 1, dtype)
+
+    def rows_of(spans: Sequence[Span]) -> Tensor:
+        """Of sequences whose rows and angles are those of their positions."""
+        rows = [position for span in spans for position in range(span.first, span.first + span.count)]
+        rotation = angles[rows].cos(), angles[rows].sin()
+        return attend_in_cache(level, config, qkv[rows], NO_NORMS, rotation, pool, 0, Places.of(spans))
+
+    with one_thread():
+        whole = rows_of([Span((1, 2, 3), 0, num_rows)])
+    first = 0
+    for count in (1, 7, 60, 40, 1, 28):
+        beside = [Span((6, 4, 5), first, count), Span((1, 2, 3), first, 1)]
+        part = rows_of(beside)
+        if not torch.equal(part[:count], whole[first : first + count]) or not torch.equal(
+            part[count], whole[first]
+        ):
+            raise NotRowInvariant(f"attention with heads of {config.head_dim}", str(dtype))
+        first += count
+
+
 def _prove_activation(width: int, dtype: torch.dtype) -> None:
     rows = torch.randn(33, 2 * width, generator=torch.Generator().manual_seed(2)).mul_(4).to(dtype)
     whole = swiglu(rows)
@@ -83,6 +124,17 @@ def _prove_gated(width: int, dtype: torch.dtype, kernel: RowKernel) -> None:
         part = compute_segments(rows[first : first + count], [(0, count)], weights, kernel)
         if not torch.equal(part, whole[first : first + count]):
             raise NotRowInvariant(f"gated products of width {width}", str(dtype))
+
+
+def _prove_native_norm(width: int, dtype: torch.dtype, level: str) -> None:
+    rows = torch.randn(33, width, generator=torch.Generator().manual_seed(3)).to(dtype)
+    weight = torch.ones(width, dtype=dtype)
+    whole = norm_rows(level, rows, weight, 1e-6)
+    for first, count in ((0, 1), (5, 2), (10, 7), (32, 1)):
+        if not torch.equal(
+            norm_rows(level, rows[first : first + count], weight, 1e-6), whole[first : first + count]
+        ):
+            raise NotRowInvariant(f"norm of width {width}", str(dtype))
 
 
 def _prove_norm(width: int) -> None:

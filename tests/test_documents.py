@@ -1,4 +1,4 @@
-"""Links between the documents lead somewhere, also to the heading that they name."""
+"""Links between the documents lead somewhere, also to the heading that they name; options of `serve` are explained."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from gateway.service_options import option_names
 
 REPOSITORY = Path(__file__).parent.parent
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)")
@@ -35,3 +37,8 @@ def test_links_lead_to_a_file_and_a_heading(document: str) -> None:
 
 def test_documents_are_found() -> None:
     assert {"README.md", "docs/exactness.md", "benchmarks/results/README.md"} < set(_documents())
+
+
+def test_every_option_of_serve_is_explained() -> None:
+    text = (REPOSITORY / "docs" / "serving.md").read_text(encoding="utf-8")
+    assert not [name for name in option_names() if f"`--{name}`" not in text and f"`{name}`" not in text]

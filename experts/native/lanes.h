@@ -82,13 +82,8 @@ DEFINE_TILES(BFLOAT16)
 DEFINE_TILES(INT8)
 DEFINE_TILES(INT4)
 
-/* Element by element in basic operations, so that no element's bits depend on its place. */
-INLINE TARGET float NAME(silu)(float gate) {
-    /* e^-gate = 2^n * e^r with |r| <= ln 2 / 2; the polynomial is Taylor's, to the eighth power. */
-    float x = -gate;
-    x = x > 89.0f ? 89.0f : x; /* the power is then infinite, and the result 0 */
-    x = x < -87.0f ? -87.0f : x;
-    const float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
+/* e^x = 2^n * e^r with n = round(x / ln 2) and |r| <= ln 2 / 2: this is e^r, by Taylor's polynomial to the eighth power. */
+INLINE TARGET float NAME(exponential)(float x, float n) {
     float r = FMA1(n, -0.693359375f, x);
     r = FMA1(n, 2.12194440e-4f, r);
     float e = FMA1(r, 2.48015873e-5f, 1.98412698e-4f);
@@ -98,11 +93,19 @@ INLINE TARGET float NAME(silu)(float gate) {
     e = FMA1(e, r, 1.66666667e-1f);
     e = FMA1(e, r, 0.5f);
     e = FMA1(e, r, 1.0f);
-    e = FMA1(e, r, 1.0f);
+    return FMA1(e, r, 1.0f);
+}
+
+/* Element by element in basic operations, so that no element's bits depend on its place. */
+INLINE TARGET float NAME(silu)(float gate) {
+    float x = -gate;
+    x = x > 89.0f ? 89.0f : x; /* the power is then infinite, and the result 0 */
+    x = x < -87.0f ? -87.0f : x;
+    const float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
     const int32_t bits = ((int32_t)(n == n ? n : 0.0f) + 127) << 23;
     float power;
     memcpy(&power, &bits, 4);
-    return gate / FMA1(e, power, 1.0f);
+    return gate / FMA1(NAME(exponential)(x, n), power, 1.0f);
 }
 
 static TARGET void NAME(silu_times)(const float *gate, const float *up, float *out, int64_t count, int is_narrow) {

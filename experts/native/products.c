@@ -3,13 +3,9 @@
    instructions in the same order (lanes.h, level_*.c); everything here only decides who computes it when.
 
    Called through ctypes by experts/native_products.py, which has checked every pointer, shape and index. Nothing here
-   keeps state between calls. Work is cut into numbered pieces; threads take the next number. A piece of a later phase
-   waits until the phase before is complete, which threads that never woke up cannot delay. */
-#include "products.h"
+   keeps state between calls. */
+#include "work.h"
 
-#include <sched.h>
-#include <stdatomic.h>
-#include <stdbool.h>
 #include <stdlib.h>
 
 #define PANEL_BYTES (128 << 10) /* of weights: they stay in the second cache while rows pass by */
@@ -17,13 +13,6 @@
 #define GATED_OUTPUTS 64        /* of a panel of gates, and of one of ups; a multiple of every way's `pairs` */
 #define AHEAD_BYTES (12 << 10)
 #define ROWS_PACKED 16          /* by one piece of work */
-#define OUT_OF_MEMORY 1
-
-#define MIN(a, b) ((a) < (b) ? (a) : (b))
-#define UP_TO(n, multiple) (((n) + (multiple) - 1) / (multiple) * (multiple))
-
-/* GOMP_parallel of the OpenMP runtime that the process has already. */
-typedef void run_in_threads(void (*work)(void *), void *data, unsigned threads, unsigned flags);
 
 typedef struct {
     const uint8_t *weights; /* (outputs, inputs), rows back to back */
@@ -40,8 +29,7 @@ typedef struct {
 
 /* What the threads of one call share. Phases: 0 packs x, 1 the first product, 2 the second one, of gated calls only. */
 typedef struct {
-    _Atomic int64_t next, done[3];
-    int64_t pieces[3];
+    work work;
     const level *level;
     form first, second;
     const way *first_way, *second_way;
@@ -59,63 +47,6 @@ typedef struct {
     int64_t out_stride;         /* bytes */
     bool is_gated;
 } call;
-
-static int detected_level(void) {
-#ifdef __x86_64__
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
-        return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
-#endif
-    return 0;
-}
-
-/* Raised with every change of what is computed. */
-int sage_version(void) { return 1; }
-
-/* The best level of this machine: 0 portable, 1 avx2, 2 avx512, 3 avx512bf16. */
-int sage_level(void) { return detected_level(); }
-
-static const level *level_of(int number) {
-#ifdef __x86_64__
-    static const level *const levels[] = {&portable_level, &avx2_level, &avx512_level, &avx512bf16_level};
-    if (number > 0) return levels[number];
-#endif
-    (void)number;
-    return &portable_level;
-}
-
-/* One row, widened or not, in the way's order of inputs, with zeros behind. */
-static void pack_row(const way *way, bool is_narrow, const void *from, uint8_t *to, int64_t count) {
-    const int64_t end = UP_TO(count, STEP);
-    const bool is_widened = is_narrow && way->x_bytes == 4;
-    if (!way->pairs && !is_widened) {
-        memcpy(to, from, (size_t)(count * way->x_bytes));
-        memset(to + count * way->x_bytes, 0, (size_t)((end - count) * way->x_bytes));
-        return;
-    }
-    const int64_t pairs = way->pairs ? way->pairs : STEP, half = pairs / 2;
-    const int64_t forward = way->pairs ? 2 : 1, other = way->pairs ? 1 : half;
-    for (int64_t first = 0; first < end; first += pairs)
-        for (int64_t i = 0; i < half; i++) {
-            const int64_t places[2] = {first + i, first + half + i};
-            const int64_t sources[2] = {first + forward * i, first + forward * i + other};
-            for (int k = 0; k < 2; k++) {
-                const bool is_there = sources[k] < count;
-                if (way->x_bytes == 2)
-                    ((uint16_t *)to)[places[k]] = is_there ? ((const uint16_t *)from)[sources[k]] : 0;
-                else if (is_narrow)
-                    ((float *)to)[places[k]] = is_there ? from_bfloat16(((const uint16_t *)from)[sources[k]]) : 0;
-                else
-                    ((float *)to)[places[k]] = is_there ? ((const float *)from)[sources[k]] : 0;
-            }
-        }
-}
-
-static int64_t packed_stride(const way *way, int64_t inputs) {
-    return UP_TO(inputs, STEP) * way->x_bytes + 64; /* rows a page apart would compete for the same places in the caches */
-}
 
 /* Sums of some rows (as many as a tile has at most) with outputs [from, to) into sums (rows, to - from rounded up). */
 static void multiply_rows(
@@ -138,15 +69,6 @@ static void multiply_rows(
     if (form->kind == INT8)
         for (int r = 0; r < rows; r++)
             for (int64_t o = from; o < to; o++) sums[r * stride + o - from] *= from_bfloat16(m->scales[o]);
-}
-
-static void store_row(bool is_narrow, const float *sums, uint8_t *out, int64_t count) {
-    if (!is_narrow) {
-        memcpy(out, sums, (size_t)count * 4);
-        return;
-    }
-    uint16_t *words = (uint16_t *)out;
-    for (int64_t i = 0; i < count; i++) words[i] = to_bfloat16(sums[i]);
 }
 
 /* How many of `left` rows the next tile takes: as even as possible, which changes no bit. */
@@ -216,22 +138,12 @@ static void product_piece(const call *c, int64_t piece) {
     }
 }
 
-static void take_pieces(void *data) {
-    call *c = data;
-    for (;;) {
-        int64_t piece = atomic_fetch_add_explicit(&c->next, 1, memory_order_relaxed);
-        int phase = 0;
-        while (phase < 3 && piece >= c->pieces[phase]) piece -= c->pieces[phase++];
-        if (phase == 3) return;
-        for (int earlier = 0; earlier < phase; earlier++)
-            for (int spins = 0;
-                 atomic_load_explicit(&c->done[earlier], memory_order_acquire) < c->pieces[earlier]; spins++)
-                if (spins > 1000) sched_yield();
-        if (phase == 0) pack_tokens(c, piece);
-        else if (phase == 1 && c->is_gated) gate_piece(c, piece);
-        else product_piece(c, piece);
-        atomic_fetch_add_explicit(&c->done[phase], 1, memory_order_release);
-    }
+static void run_piece(work *w, int phase, int64_t piece, void *memory) {
+    (void)memory;
+    const call *c = (const call *)w;
+    if (phase == 0) pack_tokens(c, piece);
+    else if (phase == 1 && c->is_gated) gate_piece(c, piece);
+    else product_piece(c, piece);
 }
 
 /* Products of rows with each expert's matrices, or with one matrix.
@@ -280,17 +192,17 @@ int sage_multiply(
     c.hidden = c.x + num_tokens * c.x_stride;
     const int64_t bytes = row_bytes((int)last->kind, last->inputs);
     c.panel = MIN(MOST_OUTPUTS, UP_TO(PANEL_BYTES / bytes + 1, OUTPUTS));
-    c.pieces[0] = (num_tokens + ROWS_PACKED - 1) / ROWS_PACKED;
+    c.work.pieces[0] = (num_tokens + ROWS_PACKED - 1) / ROWS_PACKED;
     if (is_gated) {
         c.per_expert[1] = (c.first.outputs / 2 + GATED_OUTPUTS - 1) / GATED_OUTPUTS;
         c.per_expert[2] = (last->outputs + c.panel - 1) / c.panel;
     } else {
         c.per_expert[1] = (last->outputs + c.panel - 1) / c.panel;
     }
-    for (int phase = 1; phase < 3; phase++) c.pieces[phase] = c.per_expert[phase] * num_experts;
-    if (run && threads > 1) run(take_pieces, &c, threads, 0);
-    else take_pieces(&c);
+    for (int phase = 1; phase < 3; phase++) c.work.pieces[phase] = c.per_expert[phase] * num_experts;
+    c.work.run_piece = run_piece;
+    const int code = run_work(&c.work, run, threads);
     free(c.x);
     free(starts);
-    return 0;
+    return code;
 }

@@ -37,10 +37,22 @@ typedef struct {
 /* silu(gate) * up. is_narrow: round each step to bfloat16, as the published models do. */
 typedef void activate(const float *gate, const float *up, float *out, int64_t count, int is_narrow);
 
+/* See rows.h. */
+typedef float sum_squares(const float *x, int64_t count);
+typedef void scale_row(float *x, const float *weight, float factor, int64_t count, int is_narrow);
+typedef float weigh(float *scores, float largest, int64_t count);
+typedef void add_weighted(
+    int rows, int is_narrow, const float *weights, int64_t stride, const uint8_t *values, int64_t width, int64_t from,
+    int64_t to, float *out, int64_t out_stride);
+
 typedef struct {
     const way *narrow;                 /* by kind, activations in bfloat16; none for float32 weights */
     const way *wide;                   /* activations in float32 */
     activate *silu_times;
+    sum_squares *square_sum;
+    scale_row *scale;
+    weigh *softmax_weights;
+    add_weighted *add_values;
 } level;
 
 extern const level portable_level;

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ REPOSITORY = Path(__file__).parent.parent.parent
 HEAD_TYPE, WORKER_TYPE = "ray.head.default", "worker"
 OBJECT_STORE_BYTES = 80 * 2**20
 START_TIMEOUT_S = 120.0
+MARK = "SAGE_MOE_TEST_CLUSTER"
+"""In the environment of all that belongs to a head."""
 
 
 class FakeMachines(FakeMultiNodeProvider):
@@ -149,6 +151,7 @@ def autoscaled_ray(folder: Path, head_bytes: int, machine_bytes: int) -> Iterato
             "PYTHONPATH": str(REPOSITORY),
             "RAY_FAKE_CLUSTER": "1",
             "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+            MARK: temporary,
         }
     )
     command = [str(Path(sys.executable).parent / "ray"), "start", *options.split()]
@@ -157,6 +160,7 @@ def autoscaled_ray(folder: Path, head_bytes: int, machine_bytes: int) -> Iterato
         yield f"127.0.0.1:{port}"
     finally:
         _end(process)
+        end_processes(_marked(temporary), 0.0)
         shutil.rmtree(temporary, ignore_errors=True)
 
 
@@ -182,3 +186,13 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
         end_processes(family, 0.0)
     process.wait()
+
+
+def _marked(temporary: str) -> list[psutil.Process]:
+    """What an ended head has left behind: agents of a node that failed outlive it, and are nobody's children."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get(MARK) == temporary:
+                found.append(process)
+    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -319,7 +319,7 @@ def test_environment_chooses_and_cannot_ask_for_what_is_not_there() -> None:
 
 def test_level_that_the_processor_lacks_is_never_entered(monkeypatch: pytest.MonkeyPatch) -> None:
     assert BUILT is not None
-    lesser = native_products.Library(BUILT.multiply, "portable", BUILT.run_in_threads)
+    lesser = replace(BUILT, best_level="portable")
     monkeypatch.setattr(native_products, "library", lambda: lesser)
     with pytest.raises(ValueError, match="level avx2"):
         multiply("avx2", X, float_matrix(W))

@@ -12,7 +12,7 @@ from experts.ffn import compute_experts
 from experts.native_products import TORCH, VARIABLE, chosen_level
 from experts.numerics import RowKernel, calibrate
 from experts.packed_matrix import CanonicalMatrix, PackedMatrix, PackedProduct, pack
-from experts.quantised import QuantisedForm, choose_product, expert_form, expert_shapes
+from experts.quantised import QuantisedForm, choose_product, expert_form, expert_shapes, product_suffix
 from experts.store import ExpertStore
 from experts.worker import ExpertWorker
 from extraction.extract import extract
@@ -131,7 +131,7 @@ def test_worker_names_the_product_in_its_class_and_counts_packed_bytes(
     quantization = store.manifest.quantization
     assert quantization is not None
     worker = ExpertWorker(store, _kernel(widths, dtype), dtype, widths={"model": widths[0]})
-    assert worker.numerics_class.endswith(f"/{quantization.name}/{PRODUCTS[0]}-1")
+    assert worker.numerics_class.endswith(product_suffix(quantization, PRODUCTS[0]))
     worker.load_all()
     assert worker.num_resident == 16
     form = expert_form(store, _kernel(widths, dtype), dtype, {"model": widths[0]})

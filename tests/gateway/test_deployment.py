@@ -33,6 +33,9 @@ from experts.trust_ledger import TrustLedger, ledger_path, read_ledger
 from gateway.generate import generate
 from gateway.launch import ServiceOptions, running_service
 from gateway.state_folder import resolve_state_folder
+from gateway.status_command import fetch_status
+from gateway.watch_state import WatchState, answered
+from gateway.watch_view import watch_line
 from router.loading import EngineOptions
 from router.trust_session import trust_identity
 
@@ -118,6 +121,15 @@ def test_actors_router_and_gateway_all_start_on_two_cpus(service: Service) -> No
     pids = {status["router"]["pid"], *(actor["pid"] for actor in status["actors"]), os.getpid()}
     assert len(pids) == 4
     assert [node["cpus"] for node in status["nodes"]] == [2.0]
+
+
+def test_status_is_shown_once_and_again_and_again(service: Service) -> None:
+    answer = fetch_status(service.url, {}, 30.0)  # raises where either view cannot show it
+    first = answered(WatchState(), answer, 0.0, "")
+    line = watch_line(answered(first, service.status(), 1.0, ""), "now")
+    assert "routers=1/1 actors=2/2 nodes=1" in line and "tokens_per_s=0.0" in line
+    assert _metric(service, "sage_moe_expert_actors") == len(answer["actors"])
+    assert _metric(service, "sage_moe_expert_actors_pending") == 0
 
 
 def test_actors_and_router_share_the_node_s_budget_and_keep_to_it(

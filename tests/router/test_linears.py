@@ -16,7 +16,7 @@ from experts import quantised
 from experts.errors import StoreDamaged
 from experts.native_products import TORCH, VARIABLE
 from experts.packed_matrix import CanonicalMatrix, PackedMatrix, pack
-from experts.quantised import planned_product
+from experts.quantised import planned_product, product_suffix
 from experts.store import ExpertStore
 from extraction.extract import extract
 from extraction.quantise import Quantization, quantise_rows
@@ -126,10 +126,9 @@ def test_class_names_the_parts_and_actors_are_told_of_experts_only(
     store: Path, quantization: Quantization
 ) -> None:
     loaded = open_engine(store, EngineOptions(dtype="float32"))
-    name, product = quantization.name, planned_product(torch.float32)
-    assert loaded.numerics_class == (
-        f"{loaded.worker.numerics_class}/backbone-{name}/{product}-1/head-{name}/{product}-1"
-    )
+    name = quantization.name
+    product = product_suffix(quantization, planned_product(torch.float32)).removeprefix("/")
+    assert loaded.numerics_class == (f"{loaded.worker.numerics_class}/backbone-{product}/head-{product}")
     assert name not in loaded.worker.numerics_class
     loaded.close()
 

@@ -15,6 +15,8 @@ from experts.native_products import TORCH, VARIABLE, chosen_level
 from experts.numerics import CANDIDATES, RowKernel, swiglu
 from router import self_test
 from router.attention import attend
+from router.model_config import ModelConfig
+from router.native_attention import attend_in_cache
 from router.self_test import prove_row_invariance
 from tests.router.configs import tiny_config
 
@@ -64,6 +66,8 @@ def test_norm_over_the_whole_width_is_proved(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_window_that_varies_with_the_batch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, TORCH)
+
     def variant(q: Tensor, keys: Tensor, values: Tensor, limits: Tensor, window: int | None) -> Tensor:
         error = 0.0 if window is None else 1e-6 * q.shape[0]
         return attend(q, keys, values, limits, window) * (1 + error)
@@ -84,12 +88,14 @@ def _after(kernel: Callable[..., Tensor], changes: Callable[[Tensor], float]) ->
 
 
 def test_attention_that_varies_with_batch_or_rows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, TORCH)
     for changes in (lambda q: 1e-6 * q.shape[0], lambda q: 1e-6 * (q.shape[1] <= 8)):
         monkeypatch.setattr(self_test, "attend", _after(attend, changes))
         assert "attention with heads of 16 in float32" in _refusal()
 
 
 def test_attention_that_varies_with_threads_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, TORCH)
     by_threads = _after(attend, lambda q: 1e-6 * (torch.get_num_threads() == 1))
     monkeypatch.setattr(self_test, "attend", by_threads)
     before = torch.get_num_threads()
@@ -101,6 +107,8 @@ def test_attention_that_varies_with_threads_is_refused(monkeypatch: pytest.Monke
 
 
 def test_attention_that_varies_with_masked_blocks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, TORCH)
+
     def variant(q: Tensor, keys: Tensor, *others: Any) -> Tensor:
         return attend(q, keys, *others) + keys.shape[1] * 1e-6
 
@@ -119,6 +127,25 @@ def test_gated_products_that_vary_are_refused(monkeypatch: pytest.MonkeyPatch) -
     varying = _after(compute_segments, lambda rows: 1e-6 * (rows.shape[0] == 7))
     monkeypatch.setattr(self_test, "compute_segments", varying)
     assert "gated products of width 24 in torch.float32" in _refusal()
+
+
+@pytest.mark.skipif(chosen_level(torch.float32) is None, reason="native products are not built here")
+@pytest.mark.parametrize("windowed", [False, True])
+def test_native_attention_or_norm_that_varies_is_refused(
+    windowed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def variant(level: str, config: ModelConfig, qkv: Tensor, *others: Any) -> Tensor:
+        applies = qkv.shape[0] == 8 and windowed == (config.sliding_window is not None)
+        return attend_in_cache(level, config, qkv, *others) * (1 + 1e-6 * applies)
+
+    window = {"use_sliding_window": True, "sliding_window": 9} if windowed else {}
+    with monkeypatch.context() as patched:
+        patched.setattr(self_test, "attend_in_cache", variant)
+        with pytest.raises(NotRowInvariant, match="attention with heads of 16"):
+            prove_row_invariance(tiny_config(**window), torch.float32)
+    norm = self_test.norm_rows
+    monkeypatch.setattr(self_test, "norm_rows", lambda *given: norm(*given) + 1e-3 * (len(given[1]) == 7))
+    assert "norm of width 64" in _refusal()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

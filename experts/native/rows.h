@@ -1,0 +1,107 @@
+/* What attention and norms do with rows of float32, for one level. Included after lanes.h. An element's bits depend on
+   its row alone. */
+
+/* Of squares, in sixteen sums whatever the level's lanes are. */
+static TARGET float NAME(square_sum)(const float *x, int64_t count) {
+    float sums[16] = {0};
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16)
+        for (int lane = 0; lane < 16; lane++) sums[lane] += x[i + lane] * x[i + lane];
+    for (int lane = 0; i + lane < count; lane++) sums[lane] += x[i + lane] * x[i + lane];
+    for (int half = 8; half; half /= 2)
+        for (int lane = 0; lane < half; lane++) sums[lane] += sums[lane + half];
+    return sums[0];
+}
+
+/* x * factor * weight; is_narrow: both products are rounded to bfloat16, as the published models do. */
+static TARGET void NAME(scale)(float *x, const float *weight, float factor, int64_t count, int is_narrow) {
+    if (is_narrow)
+        for (int64_t i = 0; i < count; i++) x[i] = rounded(rounded(x[i] * factor) * weight[i]);
+    else
+        for (int64_t i = 0; i < count; i++) x[i] = x[i] * factor * weight[i];
+}
+
+/* e^(x - largest) in place, and the sum in sixteen sums; count is a multiple of 16. Below e^-87 it is 0. */
+static TARGET float NAME(softmax_weights)(float *x, float largest, int64_t count) {
+    float sums[16] = {0};
+    for (int64_t i = 0; i < count; i += 16)
+        for (int lane = 0; lane < 16; lane++) {
+            float y = x[i + lane] - largest;
+            const int is_seen = y >= -87.0f;
+            y = is_seen ? y : 0.0f;
+            const float n = (y * 1.44269504f + 12582912.0f) - 12582912.0f;
+            const float e = NAME(exponential)(y, n);
+            const int32_t bits = ((int32_t)n + 127) << 23;
+            float power;
+            memcpy(&power, &bits, 4);
+            x[i + lane] = is_seen ? e * power : 0.0f;
+            sums[lane] += x[i + lane];
+        }
+    for (int half = 8; half; half /= 2)
+        for (int lane = 0; lane < half; lane++) sums[lane] += sums[lane + half];
+    return sums[0];
+}
+
+#define CHUNK 4 /* vectors of outputs at once */
+
+/* out (rows, out_stride) += weights (rows, stride) times rows from..to of values (to, width), value after value. */
+INLINE TARGET void NAME(add_some_values)(
+    const int rows, const int is_narrow, const float *weights, int64_t stride, const uint8_t *values, int64_t width,
+    int64_t from, int64_t to, float *out, int64_t out_stride
+) {
+    const int64_t item = is_narrow ? 2 : 4;
+    int64_t first = 0;
+    for (; first + CHUNK * LANES <= width; first += CHUNK * LANES) {
+        V sums[MOST][CHUNK];
+        EACH(r, rows) EACH(c, CHUNK) sums[r][c] = LOADU(out + r * out_stride + first + c * LANES);
+        for (int64_t j = from; j < to; j++) {
+            const uint8_t *at = values + (j * width + first) * item;
+            V v[CHUNK];
+            EACH(c, CHUNK) {
+                if (is_narrow) v[c] = FROM_BFLOAT16(at + 2 * c * LANES);
+                else v[c] = LOADU((const float *)at + c * LANES);
+            }
+            EACH(r, rows) {
+                V w = FILLED(weights[r * stride + j]);
+                EACH(c, CHUNK) sums[r][c] = FMA(w, v[c], sums[r][c]);
+            }
+        }
+        EACH(r, rows) EACH(c, CHUNK) STOREU(out + r * out_stride + first + c * LANES, sums[r][c]);
+    }
+    if (first == width) return;
+    for (int64_t j = from; j < to; j++)
+        EACH(r, rows) for (int64_t d = first; d < width; d++) {
+            const uint8_t *at = values + (j * width + d) * item;
+            uint16_t word;
+            float value;
+            if (is_narrow) {
+                memcpy(&word, at, 2);
+                value = from_bfloat16(word);
+            } else memcpy(&value, at, 4);
+            out[r * out_stride + d] = FMA1(weights[r * stride + j], value, out[r * out_stride + d]);
+        }
+}
+
+static TARGET void NAME(add_values)(
+    int rows, int is_narrow, const float *weights, int64_t stride, const uint8_t *values, int64_t width, int64_t from,
+    int64_t to, float *out, int64_t out_stride
+) {
+#define CASE(n)                                                                                              \
+    case n:                                                                                                  \
+        if (is_narrow)                                                                                       \
+            NAME(add_some_values)(n, 1, weights, stride, values, width, from, to, out, out_stride);          \
+        else                                                                                                 \
+            NAME(add_some_values)(n, 0, weights, stride, values, width, from, to, out, out_stride);          \
+        break
+    switch (rows) {
+        CASE(1);
+        CASE(2);
+        CASE(3);
+#if MOST > 3
+        CASE(4);
+        CASE(5);
+        CASE(6);
+#endif
+    }
+#undef CASE
+}
