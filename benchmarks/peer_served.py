@@ -99,7 +99,7 @@ class ServedContender:
         """Asked first, then ended with everything below it."""
         if self._process.poll() is None:
             below = psutil.Process(self._process.pid).children(recursive=True)
-            self._process.send_signal(signal.SIGINT)
+            self._process.send_signal(signal.SIGTERM)  # which a background job does not ignore
             try:
                 self._process.wait(STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
