@@ -88,12 +88,11 @@ def _prefill(length: int) -> Measure:
 
 
 def _read_streams(got: Generated) -> dict[str, float]:
-    found = {
+    return {
         "tokens_per_s": got.tokens_per_s,
         "first_token_s": median(got.first_s),
         "last_first_token_s": max(got.first_s),
     }
-    return found | ({"decode_tokens_per_s": got.decode_tokens_per_s} if len(set(got.last_s)) else {})
 
 
 class Rounds:

@@ -36,7 +36,7 @@ class Generated:
 
     @property
     def decode_tokens_per_s(self) -> float:
-        """Of the tokens after the first ones, which all streams have by then or get meanwhile."""
+        """Of the tokens after the first ones. Only of prompts that get their first tokens together."""
         return (self.num_tokens - len(self.first_s)) / (max(self.last_s) - max(self.first_s))
 
     @property

@@ -17,7 +17,7 @@ def draw(found: Mapping[int, Mapping[str, Any]], gb_per_s: float, title: str, pa
     """found: by number of streams. gb_per_s: the memory's. Raises ModuleNotFoundError without the extra `plot`."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11.0, 4.6), layout="constrained")
+    figure = Figure(figsize=(11.0, 5.4), layout="constrained")
     steps, rates = figure.subplots(1, 2)
     counts = list(found)
     places = list(range(len(counts)))
@@ -53,8 +53,8 @@ def _draw_steps(axes: Any, found: Mapping[int, Mapping[str, Any]], places: list[
             *zip(*bare, strict=True), "D", color="#c0392b", markersize=6, label="the same as bare F.linear"
         )
     axes.set_ylabel("time of a step / time to read its bytes")
-    axes.set_ylim(0, max(bottom) * 1.45)
-    axes.legend(fontsize=8, ncols=2, loc="upper left", frameon=False)
+    axes.set_ylim(0, 1.12 * max(*bottom, *(height for _, height in bare), 1.0))
+    axes.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
 
 
 def _draw_rates(
@@ -64,7 +64,7 @@ def _draw_rates(
         colour = COLOURS[PHASES.index(phase)]
         rates = [figures["phase_gb_per_s"][phase] for figures in found.values()]
         axes.plot(places, rates, "o-", color=colour, label=phase)
-    axes.axhline(gb_per_s, color="black", linewidth=1.2, label=f"the memory: {gb_per_s:.0f} GB/s")
+    axes.axhline(gb_per_s, color="black", linewidth=1.2, label=f"the memory at its best: {gb_per_s:.0f} GB/s")
     axes.set_ylim(0, gb_per_s * 1.25)
     axes.set_ylabel("bytes read once / time of the phase, GB/s")
-    axes.legend(fontsize=8, loc="upper right", frameon=False)
+    axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)

@@ -74,7 +74,7 @@ def decide_disks(
             if (missing := _missing(keeper))
         },
         holds,
-        _fallbacks(keepers, by_node, held),
+        _fallbacks(everything, by_node, held),
         copies.single,
         copies.absent,
     )
@@ -122,14 +122,14 @@ def peers_for(
 
 
 def _fallbacks(
-    keepers: Collection[Keeper],
+    everything: Collection[ExpertKey],
     by_node: Mapping[str, Sequence[Keeper]],
     held: Mapping[str, frozenset[ExpertKey]],
 ) -> Owners:
-    """For the experts of all groups: actors with the record on their machine's disk whose group it is not. Dealt out by
-    an expert's number, so that a lost group's rows are spread."""
+    """Actors with an expert's record on their machine's disk whose group it is not. Dealt out by an expert's number, so
+    that a lost group's rows are spread."""
     able: dict[ExpertKey, list[str]] = {}
-    for key in frozenset().union(*(keeper.group for keeper in keepers)):
+    for key in everything:
         names = [
             keeper.name
             for node, there in sorted(by_node.items())

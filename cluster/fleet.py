@@ -26,7 +26,17 @@ from cluster.members import (
     turned,
 )
 from cluster.plan import ActorPlan, ServicePlan
-from cluster.reconcile import Action, Create, End, Target, Turn, make_owners, reconcile, reservation
+from cluster.reconcile import (
+    Action,
+    Create,
+    End,
+    Target,
+    Turn,
+    make_owners,
+    reconcile,
+    reservation,
+    with_fallbacks,
+)
 from cluster.router_book import RouterBook
 from cluster.service_spec import ServiceSpec, actor_spec, service_of
 from experts.actor import ActorSpec
@@ -207,7 +217,7 @@ class Fleet:
             endpoints = {
                 m.name: m.endpoint for m in members if m.endpoint and m.state in ("ready", "draining")
             }
-            owners = make_owners(target, members)
+            owners = with_fallbacks(target, make_owners(target, members), self.fallbacks, endpoints)
             roster = self.roster
             if (endpoints, owners, self.fallbacks) != (roster.endpoints, roster.owners, roster.fallbacks):
                 version = max(roster.version, self.routers.highest_version()) + 1

@@ -293,6 +293,14 @@ def make_owners(target: Target, members: Sequence[Member]) -> Owners:
     return owners
 
 
+def with_fallbacks(target: Target, owners: Owners, fallbacks: Owners, present: Collection[str]) -> Owners:
+    """Owners, where an expert of the plan's actors whose own are all gone belongs to who has it on disk: routers would
+    otherwise take it for their own. fallbacks: see `Roster.fallbacks`. present: actors that may be asked."""
+    lost = {key for wanted in target.wanted for key in wanted.keys if key not in owners and key in fallbacks}
+    able = {key: tuple(name for name in fallbacks[key] if name in present) for key in lost}
+    return {**owners, **{key: names for key, names in able.items() if names}}
+
+
 def missing_actor(target: Target, members: Iterable[Member]) -> str | None:
     """One of the plan's actors that nobody is yet; None where all are there."""
     ready = [member for member in members if member.state == "ready"]

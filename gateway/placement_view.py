@@ -64,7 +64,8 @@ def render_placement(placed: Placed) -> RenderableType:
     """Names come from machines of the cluster, and are made safe to print."""
     table = Table(title="Placement (MiB)", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in COLUMNS:
-        table.add_column(column, justify="left" if column in COLUMNS[:3] else "right", no_wrap=True)
+        is_text = column in COLUMNS[:3]
+        table.add_column(column, justify="left" if is_text else "right", no_wrap=column != "machine")
     for node in placed.topology.nodes:
         for index, row in enumerate(_rows(placed, node)):
             name = one_line(placed.names.get(node.node_id, node.node_id)) if index == 0 else ""

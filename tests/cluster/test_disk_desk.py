@@ -79,6 +79,8 @@ def test_experts_of_a_group_fall_back_to_those_who_have_them_on_disk() -> None:
     assert fallbacks[KEYS[0]] == ("z",)
     assert set(fallbacks[KEYS[3]]) == {"y", "z"}
     assert fallbacks[KEYS[5]] == ("z",)
+    after_a_loss = decide_disks(SIZES, keepers[1:], HEAD).fallbacks
+    assert after_a_loss[KEYS[0]] == ("z",), "also of a group whose actors are all gone"
 
 
 def test_rows_of_a_lost_group_are_spread_over_all_who_can() -> None:

@@ -261,3 +261,26 @@ def test_slow_disk_of_the_routers_keeps_a_spare_of_every_group(read_bytes_s: flo
         service.plan, _ = scaler.look(service.plan, service.fleet, rooms, None, service.now_s)
     assert len(service.plan.actors) == num_actors
     assert all(len(owners) == num_actors // 2 for owners in service.plan.owners().values())
+
+
+def test_lost_group_belongs_to_who_has_it_on_disk_until_it_is_replaced() -> None:
+    service = _running()
+    service.fleet.fallbacks = dict.fromkeys(KEYS, ("experts-1", "gone"))
+    service.look()
+    assert service.fleet.roster.fallbacks[KEYS[0]] == ("experts-1", "gone")
+    lost = [key for key in KEYS if service.fleet.roster.owners[key] == ("experts-0",)]
+    service.dead = {"experts-0"}
+    service.look()
+    assert {service.fleet.roster.owners[key] for key in lost} == {("experts-1",)}
+    service.dead = set()
+    service.settle()
+    assert all(service.fleet.roster.owners[key][0].startswith("experts-0") for key in lost)
+
+
+def test_group_that_is_to_have_no_actor_stays_with_the_routers() -> None:
+    service = _running()
+    service.fleet.fallbacks = dict.fromkeys(KEYS, ("experts-1",))
+    service.apply(PLAN.actors[1])
+    service.settle()
+    left = {key for group in PLAN.groups if group.name == "experts-0" for key in group.keys}
+    assert not left & service.fleet.roster.owners.keys()
