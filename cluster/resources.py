@@ -169,7 +169,7 @@ def _deployment(num_threads: int, node_id: str | None) -> dict[str, Any]:
 
 
 def start_ray(num_cpus: int | None = None) -> None:
-    """Start a Ray for this process, on loopback; one that runs already is joined by `cluster.joining`."""
+    """Start a Ray for this process, on loopback, also beside another; `cluster.joining` joins one that runs already."""
     import logging
 
     defaults = ray_environment() | LOCAL_ONLY
@@ -180,6 +180,7 @@ def start_ray(num_cpus: int | None = None) -> None:
     import ray
 
     ray.init(
+        address="local",  # else Ray looks for another one first, and finds also what is left of a dead one
         num_cpus=num_cpus,
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import ray
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
@@ -16,6 +17,7 @@ from cluster.resources import (
     plan_spin_s,
     plan_threads,
     router_deployment_options,
+    start_ray,
     supervisor_options,
 )
 
@@ -78,6 +80,17 @@ def test_queues_are_bounded() -> None:
 def test_processes_wait_passively_with_the_threads_they_were_given() -> None:
     environment = expert_actor_options("experts-0", 3)["runtime_env"]["env_vars"]
     assert (environment["OMP_NUM_THREADS"], environment["OMP_WAIT_POLICY"]) == ("3", "PASSIVE")
+
+
+@pytest.mark.ray
+def test_ray_is_started_anew_where_an_address_leads_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of a Ray that died, which Ray would look for first."""
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    start_ray(num_cpus=1)
+    try:
+        assert ray.cluster_resources()["CPU"] == 1  # type: ignore[no-untyped-call]
+    finally:
+        ray.shutdown()
 
 
 def test_example_cluster_file_fits_ray_s_schema() -> None:
