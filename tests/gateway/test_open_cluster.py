@@ -102,4 +102,4 @@ def test_ray_of_our_own_is_closed_and_on_loopback(monkeypatch: pytest.MonkeyPatc
     resources.start_ray()
     assert environment["RAY_AUTH_MODE"] == "token"
     assert environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0"
-    assert started["include_dashboard"] is False and "address" not in started
+    assert started["include_dashboard"] is False and started["address"] == "local"
