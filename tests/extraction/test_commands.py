@@ -128,7 +128,7 @@ def _interrupt(dest: Path, number: signal.Signals, code: int) -> None:
             _, stderr = process.communicate(timeout=30)
         finally:
             process.kill()
-    assert process.returncode == code
+    assert process.returncode == code, stderr
     assert stderr.count("\n") <= 1
     assert not dest.exists()
 
