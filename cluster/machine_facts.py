@@ -29,6 +29,7 @@ from experts.numerics import num_cores
 DEFAULT_STORE_CACHE = Path(".cache") / "sage-moe" / "records"
 SHARED_MEMORY = Path("/dev/shm")
 PACKAGES = ("extraction", "experts", "router", "cluster", "gateway")
+SOURCE_SUFFIXES = (".py", ".c", ".h")
 UNKNOWN = "none"
 
 
@@ -125,11 +126,11 @@ def _read_products(environment: Mapping[str, str]) -> tuple[str, str]:
 
 @cache
 def code_digest() -> str:
-    """Of all modules of the packages as they are on this machine's disk; equal where the same code runs."""
+    """Of the packages' modules and C sources on this machine's disk; equal where the same code runs."""
     root = Path(__file__).resolve().parent.parent
     digest = hashlib.sha256()
     for package in PACKAGES:
-        for path in sorted((root / package).glob("**/*.py")):
+        for path in sorted(p for p in (root / package).glob("**/*") if p.suffix in SOURCE_SUFFIXES):
             digest.update(f"{path.relative_to(root)}\0".encode())
             digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()[:12]

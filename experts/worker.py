@@ -134,9 +134,9 @@ class ExpertWorker:
         """
         keys = [ExpertKey(call.component, call.layer, expert) for expert in call.experts]
         with self._lock:
-            self._count_step(call)
             at_hand = self.cache.at_hand(keys)
             if at_hand is not None:
+                self._count_step(call)
                 self._stats.experts_used.update(keys)
                 rows_RD = compute_experts(call, at_hand, self._kernel)
             else:
@@ -150,6 +150,7 @@ class ExpertWorker:
             if not self._answers_for(key):
                 raise NotInGroup(str(tuple(key)))
             self._store.record(key)
+        self._count_step(call)
         try:
             parts = [self._compute_wave(call, wave, keys) for wave in self.cache.waves(keys)]
         finally:
