@@ -13,43 +13,39 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cluster.addresses import LOOPBACK, is_local_only
-from cluster.autoscaler import ScalerSettings
 from cluster.errors import ClusterError, ClusterRefused
-from cluster.memory_plan import MemoryPlan, Node, router_names, unmatched
-from cluster.placement import plan_local
-from cluster.plan import ServicePlan
+from cluster.memory_plan import MemoryPlan, router_names, unmatched
 from cluster.resources import (
-    ThreadPlan,
     gateway_deployment_options,
     needs_supervisor,
-    plan_threads,
+    plan_spin_s,
     router_deployment_options,
 )
-from experts.loader import check_copies
 from experts.near_store import StoreSource
-from experts.numerics import num_cores
-from experts.store import ExpertStore
-from extraction.manifest import ExpertKey, store_hash
+from extraction.manifest import store_hash
 from gateway.bind_address import BindAddress, check_bind, check_free, resolve_bind
-from gateway.errors import OptionInvalid
-from gateway.memory import plan_service, this_node
+from gateway.layout import (
+    Layout,
+    engine_options,
+    lay_out_here,
+    plan_scaling,
+    plan_service_threads,
+    read_model,
+    record_bytes,
+    store_copies,
+)
+from gateway.memory import this_node
 from gateway.output_file import prepare_folder
 from gateway.service_options import ServiceOptions
-from gateway.state_folder import resolve_state_folder
-from router.batcher import BatchLimits
-from router.footprint import measure_footprint
-from router.loading import EngineOptions, stored_dtype
-from router.means_keeper import StandInOptions
-from router.model_config import ModelConfig, read_model_config
-from router.trust_session import TrustOptions
+from router.loading import EngineOptions
+from router.model_config import ModelConfig
 
 if TYPE_CHECKING:
     from cluster.joining import RunningRay
-    from cluster.service_spec import Placing, Scaling
     from gateway.placing import Placed
 
 __all__ = ["ServiceOptions", "describe_plan", "interruptible", "running_service", "wait_for_interrupt"]
@@ -85,17 +81,14 @@ def running_service(
         check_free(options.host, address)
     if options.trace_folder is not None:
         prepare_folder(options.trace_folder)
-    config, dtype = _read_model(options)
-    threads = _plan_threads(options, config)
+    config, dtype = read_model(options)
+    threads = plan_service_threads(options, config)
     engine = engine_options(options, dtype, threads.router)
-    layout: _Layout | None = None
+    layout: Layout | None = None
     if not options.is_placed:
         node = this_node()
-        memory = _plan_memory(options, engine, node)
-        layout = _Layout(
-            _plan_actors(options, memory), memory, threads.expert_actor, _spin_s(options, threads)
-        )
-        on_plan(memory, unmatched(options.node_budgets, [node]))
+        layout = lay_out_here(options, engine, threads, node)
+        on_plan(layout.memory, unmatched(options.node_budgets, [node]))
 
     stack = ExitStack()
     try:
@@ -114,27 +107,8 @@ def running_service(
             stack.close()
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """What is to run where."""
-
-    plan: ServicePlan
-    memory: MemoryPlan
-    threads_per_actor: int
-    spin_s: float
-    placing: Placing | None = None
-    """How the plan follows the machines; None on one machine."""
-
-
-def _spin_s(options: ServiceOptions, threads: ThreadPlan) -> float:
-    from cluster.resources import plan_spin_s
-
-    return plan_spin_s(num_cores(), options.num_actors, threads.expert_actor, options.num_routers)
-
-
-def _place(options: ServiceOptions, engine: EngineOptions, on_plan: OnPlan, on_placed: OnPlaced) -> _Layout:
+def _place(options: ServiceOptions, engine: EngineOptions, on_plan: OnPlan, on_placed: OnPlaced) -> Layout:
     """By what the cluster's machines are."""
-    from cluster.resources import plan_spin_s
     from gateway.placing import place_service
 
     placed = place_service(options, engine)
@@ -143,14 +117,14 @@ def _place(options: ServiceOptions, engine: EngineOptions, on_plan: OnPlan, on_p
     cores = min(node.num_cores for node in placed.topology.nodes)
     # Threads are each actor's own choice, by its machine.
     spin_s = plan_spin_s(cores, 1, 1, options.num_routers)
-    return _Layout(placed.plan, placed.memory, 1, spin_s, placed.placing)
+    return Layout(placed.plan, placed.memory, 1, spin_s, placed.placing)
 
 
 def _start_actors(
     options: ServiceOptions,
     config: ModelConfig,
     engine: EngineOptions,
-    layout: _Layout,
+    layout: Layout,
     node_id: str | None,
     stack: ExitStack,
 ) -> None:
@@ -170,14 +144,14 @@ def _start_actors(
         plan=layout.plan,
         threads_per_actor=layout.threads_per_actor,
         eviction=options.eviction,
-        store_copies=_copies(options),
+        store_copies=store_copies(options),
         spin_s=layout.spin_s,
         secret=secrets.token_bytes(32),
         is_local_only=is_local_only(node_addresses()),
         rooms={ray.get_runtime_context().get_node_id(): sum(layout.memory.actor_budgets)},
-        scaling=_scaling(options, engine),
+        scaling=plan_scaling(options, engine),
         cache=options.store_cache,
-        record_bytes={} if options.ray_address is None else _record_bytes(options),
+        record_bytes={} if options.ray_address is None else record_bytes(options),
         placing=layout.placing,
     )
     if options.store_cache is not None:
@@ -234,7 +208,7 @@ def _share_store(options: ServiceOptions, secret: bytes, host: str) -> StoreSour
 
     root = str(options.store_root.resolve())
     head = start_keeper(root, secret, host)
-    return StoreSource(store_hash(options.store_root), (root, *_copies(options)), head=head)
+    return StoreSource(store_hash(options.store_root), (root, *store_copies(options)), head=head)
 
 
 def _stop_keeper() -> None:
@@ -253,101 +227,6 @@ def _wait_for_actors(supervisor: Any) -> None:
         raise (error.cause if isinstance(error.cause, ClusterError) else error) from error
 
 
-def _read_model(options: ServiceOptions) -> tuple[ModelConfig, str]:
-    """The model's configuration and the dtype to compute in. Raises OptionInvalid for a context it does not have, and
-    StoreDamaged for a copy that is none."""
-    store = ExpertStore.open(options.store_root)
-    try:
-        config = read_model_config(store.served.config)
-        dtype = options.dtype or stored_dtype(store)
-        check_copies(store, options.store_copies)
-    finally:
-        store.close()
-    if (options.max_model_len or 0) > config.max_position_embeddings:
-        reason = f"({options.max_model_len}) is above the model's context of {config.max_position_embeddings}"
-        raise OptionInvalid("max-model-len", reason)
-    return config, dtype
-
-
-def _plan_threads(options: ServiceOptions, config: ModelConfig) -> ThreadPlan:
-    return plan_threads(num_cores(), options.num_actors, config.expert_elements, options.num_routers)
-
-
-def _plan_memory(options: ServiceOptions, engine: EngineOptions, node: Node) -> MemoryPlan:
-    store = ExpertStore.open(options.store_root)
-    try:
-        budgets = (options.expert_budgets, options.node_budgets)
-        return plan_service(store, engine, options.num_actors, *budgets, node, options.num_routers)
-    finally:
-        store.close()
-
-
-def _record_bytes(options: ServiceOptions) -> dict[ExpertKey, int]:
-    store = ExpertStore.open(options.store_root)
-    try:
-        return {key: store.record(key).nbytes for key in store.expert_keys(store.served.name)}
-    finally:
-        store.close()
-
-
-def _plan_actors(options: ServiceOptions, plan: MemoryPlan) -> ServicePlan:
-    store = ExpertStore.open(options.store_root)
-    try:
-        keys = store.expert_keys(store.served.name)
-    finally:
-        store.close()
-    return plan_local(keys, options.num_actors, plan.actor_budgets)
-
-
-def _scaling(options: ServiceOptions, engine: EngineOptions) -> Scaling | None:
-    """How the number of actors follows the load, where it does."""
-    if options.actor_range is None:
-        return None
-    from cluster.node_report import UNKNOWN_DISK_BYTES_S
-    from cluster.node_speed import measure_disk
-    from cluster.service_spec import Scaling
-
-    store = ExpertStore.open(options.store_root)
-    try:
-        expert_bytes = measure_footprint(store, engine).experts.largest
-        per_token = read_model_config(store.served.config).experts_per_token
-        records = (store.record(key) for key in store.expert_keys(store.served.name))
-        files = dict.fromkeys(part.file for record in records for part in record.parts)
-    finally:
-        store.close()
-    least, most = options.actor_range
-    paths = (options.store_root / name for name in files)
-    read_bytes_s = measure_disk(paths, options.store_root) or UNKNOWN_DISK_BYTES_S
-    return Scaling(ScalerSettings(most, least), expert_bytes, per_token, read_bytes_s)
-
-
-def engine_options(options: ServiceOptions, dtype: str, num_threads: int) -> EngineOptions:
-    state_folder = str(resolve_state_folder(options.state_dir))
-    return EngineOptions(
-        dtype=dtype,
-        kv_budget_bytes=options.kv_budget_bytes,
-        eviction=options.eviction,
-        prefetch=options.is_prefetching,
-        audit_share=options.audit_share,
-        store_copies=_copies(options),
-        limits=BatchLimits(
-            max_batch_tokens=options.max_batch_tokens,
-            max_running=options.max_num_seqs,
-            max_waiting=options.max_queue,
-        ),
-        num_threads=num_threads,
-        max_model_len=options.max_model_len,
-        snarc=options.snarc,
-        stand_ins=StandInOptions(state_folder) if "snarc" in options.routing.policies else None,
-        trust=TrustOptions(state_folder) if options.is_trust_learned else None,
-        prefix_cache=options.has_prefix_cache,
-    )
-
-
-def _copies(options: ServiceOptions) -> tuple[str, ...]:
-    return tuple(str(path.resolve()) for path in options.store_copies)
-
-
 def http_options(address: BindAddress) -> dict[str, Any]:
     """Ray Serve's, for its proxy."""
     return {"host": address.address, "port": address.port, "request_timeout_s": REQUEST_TIMEOUT_S}
@@ -360,11 +239,11 @@ def describe_plan(options: ServiceOptions) -> dict[str, Any]:
     """
     address = resolve_bind(options.host, options.port)
     check_bind(options.host, address, len(options.keys))
-    config, dtype = _read_model(options)
-    threads = _plan_threads(options, config)
+    config, dtype = read_model(options)
+    threads = plan_service_threads(options, config)
     engine = engine_options(options, dtype, threads.router)
     placed = ask_cluster(options) if options.is_placed else None
-    plan = placed.memory if placed else _plan_memory(options, engine, this_node())
+    memory = (placed or lay_out_here(options, engine, threads, this_node())).memory
     shown = options.shown() | {"dtype": dtype, "max-model-len": _context_length(options, config)}
     max_open = options.num_routers * engine.limits.max_open
     gateway = {"name": "gateway", **gateway_deployment_options(max_open)}
@@ -373,7 +252,7 @@ def describe_plan(options: ServiceOptions) -> dict[str, Any]:
     application = {"name": "sage-moe", "route_prefix": "/", "deployments": [gateway, *routers]}
     return {
         "options": shown,
-        "memory": plan.as_json(),
+        "memory": memory.as_json(),
         **_described(placed),
         "threads": {"router": threads.router, "expert-actor": threads.expert_actor},
         "serve": {"http_options": http_options(address), "applications": [application]},
@@ -382,8 +261,8 @@ def describe_plan(options: ServiceOptions) -> dict[str, Any]:
 
 def ask_cluster(options: ServiceOptions) -> Placed:
     """What would be placed where, without taking the cluster. Raises like `place_service` and `join_ray`."""
-    config, dtype = _read_model(options)
-    engine = engine_options(options, dtype, _plan_threads(options, config).router)
+    config, dtype = read_model(options)
+    engine = engine_options(options, dtype, plan_service_threads(options, config).router)
     with ExitStack() as stack:
         stack.callback(_stop_ray)
         _reach_ray(options)
@@ -409,7 +288,7 @@ def _deploy(
     options: ServiceOptions,
     address: BindAddress,
     engine: EngineOptions,
-    layout: _Layout,
+    layout: Layout,
     num_threads: int,
     node_id: str | None,
     stack: ExitStack,

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from gateway.api_keys import KeyRing, check_key
-from gateway.launch import engine_options
+from gateway.layout import engine_options
 from gateway.service_options import ServiceOptions, compose_options, merge_values
 from gateway.study import trace_service
 from router.loading import EngineOptions, LoadedEngine
