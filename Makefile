@@ -45,7 +45,7 @@ unit: setup
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile -m "not ray and not slow"
 	$(BIN)/python -m pytest -m "ray and not slow"
 
-# Kills extractions, batches and every part of a running service, for about an hour; `make test` has the quick ones.
+# Kills extractions, batches and every part of a running service, which takes long; `make test` has the quick ones.
 chaos: setup $(STORE)
 	$(BIN)/python -m tests.chaos.extract_kills models/stories-moe --kills 100
 	rm -f .stores/chaos_kills.json

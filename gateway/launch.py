@@ -298,22 +298,22 @@ def _deploy(
     from gateway.deployment import DeploymentSpec, build_application
 
     spec = DeploymentSpec(
-        str(options.store_root.resolve()),
-        options.model_name,
-        len(layout.plan.actors) if options.is_placed else options.num_actors,
-        engine,
-        options.model_aliases,
-        options.keys,
-        options.cors_origins,
-        options.routing,
-        layout.memory,
-        None if options.trace_folder is None else str(options.trace_folder.resolve()),
-        options.is_trace_with_tokens,
-        options.capacity == "auto",
-        options.actor_range is not None,
-        options.num_routers,
-        options.resume_timeout_s,
-        options.is_placed,
+        store_root=str(options.store_root.resolve()),
+        model_name=options.model_name,
+        num_actors=len(layout.plan.actors) if options.is_placed else options.num_actors,
+        engine=engine,
+        model_aliases=options.model_aliases,
+        keys=options.keys,
+        cors_origins=options.cors_origins,
+        routing=options.routing,
+        memory=layout.memory,
+        trace_folder=None if options.trace_folder is None else str(options.trace_folder.resolve()),
+        is_trace_with_tokens=options.is_trace_with_tokens,
+        is_capacity_auto=options.capacity == "auto",
+        is_autoscaled=options.actor_range is not None,
+        num_routers=options.num_routers,
+        resume_timeout_s=options.resume_timeout_s,
+        is_placed=options.is_placed,
     )
     stack.callback(serve_instance.stop, options.ray_address is not None)
     serve_instance.deploy(build_application(spec, num_threads, node_id), http_options(address))

@@ -190,15 +190,15 @@ def _whole_memory(
     base = SERVICE_BASE.expert_actor
     actors = (
         ProcessMemory(
-            actor.name,
-            base,
-            0,
-            0,
-            0,
-            rules.actor_bytes - base,
-            actor.budget_bytes or 0,
-            sizes[actor.group],
-            names.get(actor.node_id or "", ""),
+            process=actor.name,
+            base_bytes=base,
+            backbone_bytes=0,
+            kv_bytes=0,
+            swap_bytes=0,
+            buffer_bytes=rules.actor_bytes - base,
+            budget_bytes=actor.budget_bytes or 0,
+            expert_bytes=sizes[actor.group],
+            node=names.get(actor.node_id or "", ""),
         )
         for actor in plan.actors
     )

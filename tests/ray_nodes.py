@@ -38,17 +38,19 @@ def ray_nodes(
     """
     cluster = Cluster()
     try:
-        for number in range(num_nodes):
+        nodes = [  # Ray keeps them in a set
             cluster.add_node(
                 num_cpus=1,
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,
                 env_vars=dict(variables[number]) if variables else {},
             )
+            for number in range(num_nodes)
+        ]
         ray.init(
             address=cluster.address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING
         )
-        yield cluster, [node.node_id for node in (cluster.head_node, *cluster.worker_nodes)]
+        yield cluster, [node.node_id for node in nodes]
     finally:
         ray.shutdown()
         cluster.shutdown()  # type: ignore[no-untyped-call]
