@@ -49,6 +49,7 @@ _ARGUMENTS: tuple[list[Any], ...] = (
     [*[_INT] * 2, _POINTER, *[_INT64] * 4, _INT, *[_POINTER] * 2, *_RUN],
     [*[_POINTER] * 2, *[_INT64] * 2, *[_POINTER] * 2, *_RUN],
     [*[_POINTER] * 7, *_RUN],
+    [*[_INT] * 2, _POINTER, *[_INT64] * 2, _POINTER, _FLOAT, *[_POINTER] * 3, *_RUN],
 )
 """Of the library's functions; the C source says what they are."""
 
@@ -93,6 +94,8 @@ class Library:
     attention_half: Callable[..., int]
     """Of `router.native_layer`, as is `experts_half`."""
     experts_half: Callable[..., int]
+    head: Callable[..., int]
+    """Of `router.native_head`."""
     best_level: str
     run_in_threads: int | None
     """Address of the OpenMP runtime's entry point; None where PyTorch has no such runtime."""
@@ -284,7 +287,7 @@ def library() -> Library | None:
         version, best = int(loaded.sage_version()), int(loaded.sage_level())
         functions = (
             *(loaded.sage_multiply, loaded.sage_attend, loaded.sage_norm, loaded.sage_route),
-            *(loaded.sage_attention_half, loaded.sage_experts_half),
+            *(loaded.sage_attention_half, loaded.sage_experts_half, loaded.sage_head),
         )
     except (AttributeError, OSError) as error:
         logger.warning("native products cannot be loaded: %s", error)

@@ -19,6 +19,7 @@ from router.decoder_layer import LayerArithmetic
 from router.kv_cache import KvPool
 from router.linears import FLOAT, LinearForms
 from router.model_config import ModelConfig
+from router.native_head import NativeHead
 from router.prefetch import Prefetcher
 from router.step_batch import StepBatch, StepOutput
 from router.weights import TensorLoader, load_layer
@@ -53,6 +54,9 @@ class Backbone:
         self.norm_D = load("norm.weight", width)
         self.head_VD = load.head(config, self.embeddings_VD)
         self.arithmetic = LayerArithmetic(config, kernel, dtype)
+        self.native_head: NativeHead | None = None
+        if kernel.product == "native":
+            self.native_head = NativeHead.of(kernel.level, self.norm_D, self.head_VD, config.rms_norm_eps)
         self.prefetcher: Prefetcher | None = None
         """Hints each layer's successor's experts; None hints nothing."""
         self.progressed_at = time.monotonic()
@@ -83,9 +87,19 @@ class Backbone:
     @torch.inference_mode()
     def logits(self, hidden_LD: Tensor) -> Tensor:
         """Float32 logits of final hidden states. No rows are a chunk that does not reach its prompt's end."""
+        return self.logits_and_best(hidden_LD)[0]
+
+    @torch.inference_mode()
+    def logits_and_best(self, hidden_LD: Tensor) -> tuple[Tensor, list[int]]:
+        """The same, with each row's likeliest token: of equal ones the first, -1 where a logit is not finite."""
         if not len(hidden_LD):
-            return hidden_LD.new_empty(0, self.config.vocab_size, dtype=torch.float32)
-        return linear(self.kernel, self.arithmetic.norm(hidden_LD, self.norm_D), self.head_VD).float()
+            return hidden_LD.new_empty(0, self.config.vocab_size, dtype=torch.float32), []
+        if self.native_head is not None:
+            return self.native_head.logits(hidden_LD)
+        normed_LD = self.arithmetic.norm(hidden_LD, self.norm_D)
+        logits_LV = linear(self.kernel, normed_LD, self.head_VD).float()
+        are_finite_L = torch.isfinite(logits_LV).all(dim=1)
+        return logits_LV, torch.where(are_finite_L, logits_LV.argmax(dim=1), -1).tolist()
 
     def embed(self, batch: StepBatch) -> Tensor:
         """(P, D) inputs of the first layer."""
@@ -146,11 +160,14 @@ class ForwardPass:
         """Logits and whatever else was asked for, after the last layer."""
         assert self.is_done
         started = time.perf_counter()
-        logits_LV = self._backbone.logits(_select(self._hidden_PD, self.batch.logit_rows))
+        hidden_LD = _select(self._hidden_PD, self.batch.logit_rows)
+        logits_LV, best_L = self._backbone.logits_and_best(hidden_LD)
         self._phases["head"] = time.perf_counter() - started
         scored_RD = _select(self._hidden_PD, self.batch.scored_rows)
-        return StepOutput(logits_LV, self._captured, self._phases, scored_RD)
+        return StepOutput(logits_LV, self._captured, self._phases, scored_RD, best_L)
 
 
 def _select(hidden_PD: Tensor, rows: tuple[int, ...]) -> Tensor:
+    if rows == tuple(range(len(hidden_PD))):
+        return hidden_PD
     return hidden_PD.index_select(0, torch.tensor(rows, dtype=torch.int64))

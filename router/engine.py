@@ -315,11 +315,10 @@ class Engine:
             num_prompt = len(sequence.request.prompt_ids)
             self.stats.prompt_tokens += max(0, min(rows.end, num_prompt) - rows.chunk.first)
         finishing = [rows.sequence for rows in step.rows if rows.is_last]
-        are_finite = torch.isfinite(output.logits_LV).all(dim=1).tolist()
-        for sequence, logits, is_finite in zip(finishing, output.logits_LV, are_finite, strict=True):
+        for sequence, logits, best in zip(finishing, output.logits_LV, output.best_L, strict=True):
             if self._is_running(sequence):
                 events.append(
-                    self._advance(sequence, logits) if is_finite else self._fail_non_finite(sequence)
+                    self._advance(sequence, logits, best) if best >= 0 else self._fail_non_finite(sequence)
                 )
         self._add_phase("sampling", time.perf_counter() - started)
         return events
@@ -358,8 +357,8 @@ class Engine:
             nll_N = prompt_nlls(scored_RD[-len(following) :], following, self.backbone.logits)
             self.probe.scored(following, nll_N)
 
-    def _advance(self, sequence: Sequence, logits_V: Tensor) -> TokenEvent:
-        """Draw the sequence's next token from finite logits, and end it where it must end."""
+    def _advance(self, sequence: Sequence, logits_V: Tensor, best: int) -> TokenEvent:
+        """Draw the sequence's next token from finite logits, and end it where it must end. best: the likeliest."""
         request = sequence.request
         # What is known of the prompt goes out once, with the first token.
         is_first = not sequence.has_drawn
@@ -377,7 +376,11 @@ class Engine:
                 is_mixed=sequence.is_mixed,
                 num_cached=num_cached,
             )
-        token = sample(sequence.drawable(logits_V), request.sampling, sequence.num_generated)
+        drawable_V = sequence.drawable(logits_V)
+        if request.sampling.temperature == 0.0 and drawable_V is logits_V:
+            token = best
+        else:
+            token = sample(drawable_V, request.sampling, sequence.num_generated)
         sequence.append(token)
         self.stats.generated_tokens += 1
         if is_first:

@@ -37,11 +37,13 @@ class _Form(ctypes.Structure):
     _fields_ = [(name, _INT64) for name in ("kind", "group", "outputs", "inputs")]
 
 
-class _Linear(ctypes.Structure):
+class LinearStructure(ctypes.Structure):
+    """`linear` in layer.c."""
+
     _fields_ = [("form", _Form), ("weights", _POINTER), ("scales", _POINTER)]
 
     @classmethod
-    def of(cls, matrix: NativeMatrix) -> _Linear:
+    def of(cls, matrix: NativeMatrix) -> LinearStructure:
         return cls(_Form(*matrix.form), *matrix.pointers)
 
 
@@ -50,7 +52,7 @@ class _Layer(ctypes.Structure):
 
     _fields_ = [
         *((name, _POINTER) for name in ("input_norm", "q_norm", "k_norm", "post_norm")),
-        *((name, _Linear) for name in ("qkv", "output", "gate")),
+        *((name, LinearStructure) for name in ("qkv", "output", "gate")),
         *((name, _Form) for name in ("gate_up", "down")),
         ("experts", _POINTER),
     ]
@@ -105,7 +107,7 @@ class NativeLayer:
         self._table: ExpertTable | None = None
         norms = (matrices.input_norm_D, matrices.q_norm, matrices.k_norm, matrices.post_norm_D)
         addresses = (None if norm is None else norm.data_ptr() for norm in norms)
-        self.structure = _Layer(*addresses, *map(_Linear.of, natives))
+        self.structure = _Layer(*addresses, *map(LinearStructure.of, natives))
         self.address = ctypes.addressof(self.structure)
 
     @classmethod
@@ -117,7 +119,7 @@ class NativeLayer:
         if kernel.product != "native" or has_more or dtype not in DTYPES:
             return None
         width, head = config.hidden_size, config.head_dim
-        natives = tuple(map(_native, (matrices.qkv_OD, matrices.output_DO, matrices.gate_ED)))
+        natives = tuple(map(native_matrix, (matrices.qkv_OD, matrices.output_DO, matrices.gate_ED)))
         qkv, output, gate = natives
         if qkv is None or output is None or gate is None:
             return None
@@ -153,7 +155,8 @@ class NativeLayer:
         self.structure.experts = table.addresses.buffer_info()[0]
 
 
-def _native(weight: Weight) -> NativeMatrix | None:
+def native_matrix(weight: Weight) -> NativeMatrix | None:
+    """For our own products; None where it is packed for another."""
     return weight.native if isinstance(weight, PackedMatrix) else float_matrix(weight)
 
 

@@ -66,6 +66,8 @@ class StepOutput:
     """Wall time by phase: attention, experts, head."""
     scored_RD: Tensor
     """Hidden states before the last norm, one row per entry of `scored_rows`, for `Backbone.logits`."""
+    best_L: list[int] = field(default_factory=list)
+    """The likeliest token of each row of `logits_LV`, of equal ones the first; -1 where a logit is not finite."""
 
 
 @dataclass(frozen=True)

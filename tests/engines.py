@@ -80,9 +80,9 @@ class RecordingEngine(Engine):
                 self.outcome.reasons[event.request_id] = event.finish_reason
         return events
 
-    def _advance(self, sequence: EngineSequence, logits_V: torch.Tensor) -> TokenEvent:
+    def _advance(self, sequence: EngineSequence, logits_V: torch.Tensor, best: int) -> TokenEvent:
         self.outcome.logits.setdefault(sequence.name, []).append(logits_V.clone())
-        return super()._advance(sequence, logits_V)
+        return super()._advance(sequence, logits_V, best)
 
 
 def small_engine(

@@ -40,6 +40,7 @@ typedef struct {
     int64_t out_stride;         /* bytes */
     const uint8_t *added;       /* rows like out's, to which the rounded sums of the last product are added; or NULL */
     bool is_gated;
+    bool is_widened;            /* out is float32, of sums that are rounded as the activations' dtype would */
 } call;
 
 /* From what the caller has set, the rest but for x and hidden, which need rows of x_stride and hidden_stride bytes. */

@@ -17,20 +17,22 @@ typedef struct { const uint8_t *at[OUTPUTS]; const uint16_t *scales[OUTPUTS]; } 
         }                                                                      \
     } while (0)
 
+/* count: inputs, STEP or half of it. */
 INLINE TARGET void NAME(step)(
-    const int rows, const int kind, const tile *t, const NAME(places) *p, int64_t first, V sums[MOST][OUTPUTS]
+    const int rows, const int kind, const int count, const tile *t, const NAME(places) *p, int64_t first,
+    V sums[MOST][OUTPUTS]
 ) {
     if (kind == FLOAT32) {
-        EACH(i, STEP / LANES) ADD_PRODUCTS(LOADU((const float *)p->at[o] + i * LANES), i * LANES);
+        EACH(i, count / LANES) ADD_PRODUCTS(LOADU((const float *)p->at[o] + i * LANES), i * LANES);
     } else if (kind == BFLOAT16) {
-        EACH(i, STEP / LANES / 2) {
+        EACH(i, count / LANES / 2) {
             ADD_PRODUCTS(LOW_HALVES(p->at[o] + 4 * i * LANES), 2 * i * LANES);
             ADD_PRODUCTS(HIGH_HALVES(p->at[o] + 4 * i * LANES), 2 * i * LANES + LANES);
         }
     } else if (kind == INT8) {
-        EACH(i, STEP / LANES) ADD_PRODUCTS(FROM_INT8(p->at[o] + i * LANES), i * LANES);
+        EACH(i, count / LANES) ADD_PRODUCTS(FROM_INT8(p->at[o] + i * LANES), i * LANES);
     } else {
-        EACH(half, 2) {
+        EACH(half, count / (STEP / 2)) {
             V parts[MOST][OUTPUTS];
             EACH(r, rows) EACH(o, OUTPUTS) parts[r][o] = ZERO();
             EACH(i, STEP / LANES / 4) {
@@ -59,17 +61,22 @@ INLINE TARGET void NAME(tile)(const int rows, const int kind, const tile *t) {
     for (; first + STEP <= t->inputs; first += STEP) {
         EACH(o, OUTPUTS) for (int64_t line = 0; line < step_bytes; line += 64)
             __builtin_prefetch(places.at[o] + t->ahead + line, 0, 2);
-        NAME(step)(rows, kind, t, &places, first, sums);
+        NAME(step)(rows, kind, STEP, t, &places, first, sums);
         EACH(o, OUTPUTS) places.at[o] += step_bytes;
     }
+    if (first + STEP / 2 <= t->inputs) {
+        NAME(step)(rows, kind, STEP / 2, t, &places, first, sums);
+        EACH(o, OUTPUTS) places.at[o] += step_bytes / 2;
+        first += STEP / 2;
+    }
     if (first < t->inputs) {
-        uint8_t last[OUTPUTS][4 * STEP] __attribute__((aligned(64)));
+        uint8_t last[OUTPUTS][2 * STEP] __attribute__((aligned(64)));
         memset(last, 0, sizeof last);
         EACH(o, OUTPUTS) {
             memcpy(last[o], places.at[o], (size_t)row_bytes(kind, t->inputs - first));
             places.at[o] = last[o];
         }
-        NAME(step)(rows, kind, t, &places, first, sums);
+        NAME(step)(rows, kind, STEP / 2, t, &places, first, sums);
     }
     EACH(r, rows) NAME(store_sums)(sums[r], t->out + r * t->stride);
 }

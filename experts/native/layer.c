@@ -1,9 +1,9 @@
-/* A decoder layer in two calls: attention, and the mixture of experts, each with its norm before and its residual after.
-   They are made of the pieces that the calls for one operation are made of, in the same dtypes between them, so a row has
+/* A decoder layer in two calls: attention, and the mixture of experts, each with its norm before and its residual after;
+   and the head with its norm. They are made of the pieces that the calls for one operation are made of, in the same dtypes between them, so a row has
    the bits that these calls give it one after another. Threads meet once a half in place of once an operation.
 
-   Called by router/native_layer.py, which has checked pointers, shapes, block numbers and limits; the structures are
-   also written down there. */
+   Called by router/native_layer.py and router/native_head.py, which have checked pointers, shapes, block numbers and
+   limits; the structures are also written down there. */
 #include "attention.h"
 #include "calls.h"
 #include "routing.h"
@@ -265,5 +265,49 @@ int sage_experts_half(
     const int code = run_work(&h.work, run, threads);
     *num_used = h.num_used;
     free(memory.at);
+    return code;
+}
+
+typedef struct {
+    work work;
+    step step;
+    const uint8_t *hidden, *norm;
+    call product;
+    int64_t *best;
+} head;
+
+static void head_piece(work *w, int phase, int64_t piece, void *memory) {
+    const head *h = (const head *)w;
+    if (phase == 0) pack_normed(&h->step, h->hidden, h->norm, &h->product, NULL, piece, memory);
+    else if (phase == 1) product_piece(&h->product, piece);
+    else {
+        const int64_t outputs = h->product.first.outputs;
+        h->best[piece] = h->product.level->find_largest((const float *)h->product.out + piece * outputs, outputs);
+    }
+}
+
+/* Logits of rows (rows, width) after their norm: (rows, outputs) float32, rounded to the rows' dtype on the way.
+   matrix: the head's. best: the first of the largest logits of each row, -1 where one is not finite. */
+int sage_head(
+    int level, int is_narrow, const void *hidden, int64_t num_rows, int64_t width, const void *norm, float eps,
+    const linear *matrix, float *logits, int64_t *best, run_in_threads *run, unsigned threads
+) {
+    expert one;
+    int64_t starts[2];
+    head h = {
+        .step = {.level = level, .is_narrow = is_narrow, .width = width, .num_tokens = num_rows, .eps = eps},
+        .hidden = hidden, .norm = norm, .best = best,
+    };
+    h.product = one_product(&h.step, matrix, &one, starts);
+    h.product.is_widened = true;
+    h.product.out = (uint8_t *)logits, h.product.out_stride = matrix->form.outputs * (int64_t)sizeof(float);
+    h.product.x = aligned_alloc(64, (size_t)(num_rows * h.product.x_stride));
+    if (!h.product.x) return OUT_OF_MEMORY;
+    h.work = (work){
+        .pieces = {packing_pieces(&h.step), first_pieces(&h.product), num_rows}, .run_piece = head_piece,
+        .memory_bytes = norm_memory(&h.step),
+    };
+    const int code = run_work(&h.work, run, threads);
+    free(h.product.x);
     return code;
 }

@@ -75,6 +75,9 @@ INLINE TARGET void step(
     }
 }
 
+/* A mask of so many bytes, of 64. */
+INLINE uint64_t lowest(int64_t bytes) { return bytes >= 64 ? ~0ull : bytes > 0 ? (1ull << bytes) - 1 : 0; }
+
 INLINE TARGET void multiply(const int rows, const int kind, const tile *t) {
     __m512 sums[MOST][OUTPUTS];
     EACH(r, rows) EACH(o, OUTPUTS) sums[r][o] = _mm512_setzero_ps();
@@ -92,9 +95,10 @@ INLINE TARGET void multiply(const int rows, const int kind, const tile *t) {
     }
     if (first < t->inputs) {
         uint8_t last[OUTPUTS][2 * STEP] __attribute__((aligned(64)));
-        memset(last, 0, sizeof last);
+        const int64_t bytes = row_bytes(kind, t->inputs - first);
         EACH(o, OUTPUTS) {
-            memcpy(last[o], p.at[o], (size_t)row_bytes(kind, t->inputs - first));
+            _mm512_store_si512(last[o], _mm512_maskz_loadu_epi8(lowest(bytes), p.at[o]));
+            _mm512_store_si512(last[o] + 64, _mm512_maskz_loadu_epi8(lowest(bytes - 64), p.at[o] + 64));
             p.at[o] = last[o];
         }
         step(rows, kind, t, &p, first, sums);

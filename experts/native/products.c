@@ -87,7 +87,7 @@ void product_piece(const call *c, int64_t piece) {
     const int64_t e = piece / c->per_expert[phase];
     const int64_t from = piece % c->per_expert[phase] * c->panel, to = MIN(form->outputs, from + c->panel);
     const matrix *m = c->is_gated ? &c->experts[e].down : &c->experts[e].gate_up;
-    const int item = c->is_narrow ? 2 : 4;
+    const int item = c->is_narrow && !c->is_widened ? 2 : 4;
     float sums[MOST_ROWS * MOST_OUTPUTS];
     const int64_t end = c->starts[e + 1];
     for (int64_t row = c->starts[e]; row < end;) {
@@ -98,9 +98,11 @@ void product_piece(const call *c, int64_t piece) {
         multiply_rows(way, form, m, from, to, x, rows, AHEAD_BYTES, sums, MOST_OUTPUTS);
         for (int r = 0; r < rows; r++) {
             const int64_t at = (row + r) * c->out_stride + from * item;
-            const float *row_sums = sums + r * MOST_OUTPUTS;
+            float *row_sums = sums + r * MOST_OUTPUTS;
+            if (c->is_widened && c->is_narrow)
+                for (int64_t i = 0; i < to - from; i++) row_sums[i] = rounded(row_sums[i]);
             if (c->added) c->level->add_sums(c->added + at, row_sums, c->out + at, to - from, c->is_narrow);
-            else store_row(c->is_narrow, row_sums, c->out + at, to - from);
+            else store_row(c->is_narrow && !c->is_widened, row_sums, c->out + at, to - from);
         }
         row += rows;
     }

@@ -1,6 +1,8 @@
 /* What attention and norms do with rows of float32, for one level. Included after lanes.h. An element's bits depend on
    its row alone. */
 
+#define CHUNK 4 /* vectors of outputs at once */
+
 /* Of squares, in sixteen sums whatever the level's lanes are. */
 static TARGET float NAME(square_sum)(const float *x, int64_t count) {
     float sums[16] = {0};
@@ -68,36 +70,69 @@ static TARGET void NAME(mix_rows)(
     }
 }
 
-#define CHUNK 4 /* vectors of outputs at once */
+/* The first of the largest values; -1 where one is not finite. */
+static TARGET int64_t NAME(find_largest)(const float *x, int64_t count) {
+    float most[16], bad[16] = {0};
+    for (int lane = 0; lane < 16; lane++) most[lane] = x[0];
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16)
+        for (int lane = 0; lane < 16; lane++) {
+            most[lane] = x[i + lane] > most[lane] ? x[i + lane] : most[lane];
+            bad[lane] += x[i + lane] * 0.0f; /* not a number for what is not finite, else 0 */
+        }
+    for (int lane = 0; i + lane < count; lane++) {
+        most[lane] = x[i + lane] > most[lane] ? x[i + lane] : most[lane];
+        bad[lane] += x[i + lane] * 0.0f;
+    }
+    for (int lane = 1; lane < 16; lane++) {
+        most[0] = most[lane] > most[0] ? most[lane] : most[0];
+        bad[0] += bad[lane];
+    }
+    if (bad[0] != bad[0]) return -1;
+    int64_t found = 0;
+    while (x[found] != most[0]) found++;
+    return found;
+}
 
-/* out (rows, out_stride) += weights (rows, stride) times rows from..to of values (to, width), value after value. */
+/* out (rows, out_stride), from output `first` on, += weights (rows, stride) times rows from..to of values (to, width),
+   value after value, for so many vectors of outputs at once. */
+INLINE TARGET void NAME(add_vectors)(
+    const int rows, const int is_narrow, const int vectors, int64_t first, const float *weights, int64_t stride,
+    const uint8_t *values, int64_t width, int64_t from, int64_t to, float *out, int64_t out_stride
+) {
+    V sums[MOST][CHUNK];
+    EACH(r, rows) EACH(c, vectors) sums[r][c] = LOADU(out + r * out_stride + first + c * LANES);
+    for (int64_t j = from; j < to; j++) {
+        const uint8_t *at = values + (j * width + first) * (is_narrow ? 2 : 4);
+        V v[CHUNK];
+        EACH(c, vectors) {
+            if (is_narrow) v[c] = FROM_BFLOAT16(at + 2 * c * LANES);
+            else v[c] = LOADU((const float *)at + c * LANES);
+        }
+        EACH(r, rows) {
+            V w = FILLED(weights[r * stride + j]);
+            EACH(c, vectors) sums[r][c] = FMA(w, v[c], sums[r][c]);
+        }
+    }
+    EACH(r, rows) EACH(c, vectors) STOREU(out + r * out_stride + first + c * LANES, sums[r][c]);
+}
+
+/* All outputs; each has the same operations wherever it stands. */
 INLINE TARGET void NAME(add_some_values)(
     const int rows, const int is_narrow, const float *weights, int64_t stride, const uint8_t *values, int64_t width,
     int64_t from, int64_t to, float *out, int64_t out_stride
 ) {
-    const int64_t item = is_narrow ? 2 : 4;
     int64_t first = 0;
-    for (; first + CHUNK * LANES <= width; first += CHUNK * LANES) {
-        V sums[MOST][CHUNK];
-        EACH(r, rows) EACH(c, CHUNK) sums[r][c] = LOADU(out + r * out_stride + first + c * LANES);
-        for (int64_t j = from; j < to; j++) {
-            const uint8_t *at = values + (j * width + first) * item;
-            V v[CHUNK];
-            EACH(c, CHUNK) {
-                if (is_narrow) v[c] = FROM_BFLOAT16(at + 2 * c * LANES);
-                else v[c] = LOADU((const float *)at + c * LANES);
-            }
-            EACH(r, rows) {
-                V w = FILLED(weights[r * stride + j]);
-                EACH(c, CHUNK) sums[r][c] = FMA(w, v[c], sums[r][c]);
-            }
-        }
-        EACH(r, rows) EACH(c, CHUNK) STOREU(out + r * out_stride + first + c * LANES, sums[r][c]);
-    }
+    for (; first + CHUNK * LANES <= width; first += CHUNK * LANES)
+        NAME(add_vectors)(rows, is_narrow, CHUNK, first, weights, stride, values, width, from, to, out, out_stride);
+    for (; first + 2 * LANES <= width; first += 2 * LANES)
+        NAME(add_vectors)(rows, is_narrow, 2, first, weights, stride, values, width, from, to, out, out_stride);
+    for (; first + LANES <= width; first += LANES)
+        NAME(add_vectors)(rows, is_narrow, 1, first, weights, stride, values, width, from, to, out, out_stride);
     if (first == width) return;
     for (int64_t j = from; j < to; j++)
         EACH(r, rows) for (int64_t d = first; d < width; d++) {
-            const uint8_t *at = values + (j * width + d) * item;
+            const uint8_t *at = values + (j * width + d) * (is_narrow ? 2 : 4);
             uint16_t word;
             float value;
             if (is_narrow) {
