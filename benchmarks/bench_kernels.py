@@ -26,6 +26,7 @@ from benchmarks.read_bandwidth import read_bandwidth
 from benchmarks.report import finish, spread
 from experts.call import ExpertCall
 from experts.ffn import ExpertWeights, compute_experts
+from experts.huge_pages import weight_bytes
 from experts.native_products import chosen_level
 from experts.numerics import RowKernel, num_cores
 from experts.packed_matrix import CanonicalMatrix, Weight, linear, pack, take_as_it_is
@@ -118,11 +119,16 @@ def _linear_experts(experts: Sequence[ExpertWeights]) -> Callable[[int, Tensor],
 
 
 def _prepared(matrix: Tensor | CanonicalMatrix, kernel: RowKernel) -> Weight:
-    """A copy of its own."""
+    """A copy of its own, in memory as the engine has it."""
     if isinstance(matrix, Tensor):
-        return matrix.clone()
-    copy = CanonicalMatrix(matrix.codes.clone(), matrix.scales.clone(), matrix.inputs, matrix.quantization)
+        return _copied(matrix)
+    codes, scales = _copied(matrix.codes), _copied(matrix.scales)
+    copy = CanonicalMatrix(codes, scales, matrix.inputs, matrix.quantization)
     return take_as_it_is(copy, kernel) if kernel.product == "native" else pack(copy, DTYPE)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return weight_bytes(tensor.nbytes).view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 def _random(

@@ -5,13 +5,16 @@ Used by `experts.worker`, under its lock.
 
 from __future__ import annotations
 
-import mmap
-
 import torch
 from torch import Tensor
 
+from experts.huge_pages import HUGE_BYTES, huge_bytes
+
 MIN_MAPPED_BYTES = 1 << 20
-"""Smaller buffers come from PyTorch's allocator: a mapping of their own would waste half a page each."""
+"""Smaller buffers have no mapping of their own, which would waste half a page each."""
+SLAB_BYTES = 4 * HUGE_BYTES
+"""What small buffers that are never given back are cut from."""
+ALIGNMENT = 64
 
 
 class BufferPool:
@@ -26,9 +29,13 @@ class BufferPool:
         self._limit_bytes = limit_bytes
         self._is_aligned = is_aligned
         self._free: dict[int, list[Tensor]] = {}
+        self._slab = torch.empty(0, dtype=torch.uint8)
 
-    def take(self, nbytes: int) -> Tensor:
-        """A uint8 buffer with anything in it. The caller sees to it that used buffers stay within the limit."""
+    def take(self, nbytes: int, *, is_for_good: bool = False) -> Tensor:
+        """A uint8 buffer with anything in it. The caller sees to it that used buffers stay within the limit.
+
+        is_for_good: it will not be given back, where there is no bound; memory of one that is may stay with others'.
+        """
         free = self._free.get(nbytes)
         if free:
             return free.pop()
@@ -37,8 +44,16 @@ class BufferPool:
         self.allocated_bytes += nbytes
         if self._is_aligned or nbytes >= MIN_MAPPED_BYTES:
             # Goes back to the system as a whole when it is no longer used, unlike memory from a heap.
-            return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
+            return huge_bytes(nbytes)
+        if is_for_good and self._limit_bytes is None:
+            return self._cut(nbytes)
         return torch.empty(nbytes, dtype=torch.uint8)
+
+    def _cut(self, nbytes: int) -> Tensor:
+        if nbytes > len(self._slab):
+            self._slab = huge_bytes(SLAB_BYTES)
+        buffer, self._slab = self._slab[:nbytes], self._slab[-(-nbytes // ALIGNMENT) * ALIGNMENT :]
+        return buffer
 
     def give(self, buffer: Tensor) -> None:
         """Hand back a buffer that nobody looks into any more."""

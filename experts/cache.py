@@ -278,7 +278,8 @@ class ExpertCache:
     def _load(self, key: ExpertKey) -> None:
         """On this thread. A record that becomes something else is read into memory beside the budget."""
         if self._is_in_place(key):
-            window = self._buffers[key] = self._pool.take(self._held[key])
+            is_for_good = key not in self._guests
+            window = self._buffers[key] = self._pool.take(self._held[key], is_for_good=is_for_good)
         else:
             window = BufferPool(None, is_aligned=self._loader.direct).take(self._loader.window_bytes(key))
         self._keep(key, self._loader.load(key, window))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from experts.huge_pages import joined
 from experts.native_products import NativeMatrix, coded_matrix
 from experts.native_products import multiply as multiply_natively
 from experts.numerics import RowKernel
@@ -140,7 +141,7 @@ def stacked(matrices: Sequence[CanonicalMatrix]) -> CanonicalMatrix:
     first = matrices[0]
     if len(matrices) == 1:
         return first
-    codes, scales = (torch.cat(parts) for parts in zip(*((m.codes, m.scales) for m in matrices), strict=True))
+    codes, scales = (joined(parts) for parts in zip(*((m.codes, m.scales) for m in matrices), strict=True))
     return CanonicalMatrix(codes, scales, first.inputs, first.quantization)
 
 

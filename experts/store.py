@@ -18,6 +18,7 @@ from torch import Tensor
 from experts.errors import ExpertCorrupt, StoreDamaged, UnknownExpert
 from experts.file_reads import BLOCK_BYTES
 from experts.hash_log import HashLog
+from experts.huge_pages import weight_bytes
 from experts.weight_files import WeightFiles
 from extraction.decoder_config import read_decoder
 from extraction.errors import ExtractionError
@@ -237,7 +238,7 @@ class ExpertStore:
         self._files.check_indexed(entry.file, entry.offset, entry.nbytes, entry.dtype)
         parts, offset, digest = [], entry.offset, hashlib.sha256()
         for size in sizes:
-            raw = torch.empty(size, dtype=torch.uint8)
+            raw = weight_bytes(size)
             if not self._files.read_into(entry.file, offset, raw):
                 raise StoreDamaged(entry.file, cut_short)
             digest.update(raw.numpy().data)

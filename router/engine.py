@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor
 
 from experts.errors import ExpertError

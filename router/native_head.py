@@ -1,7 +1,7 @@
 """The last norm, the head and the likeliest token in one call to the C source in `experts/native`.
 
-As the norm and the product one after another (`router.backbone`), with the same bits. Every pointer that goes in is of a
-tensor checked here. Called by `router.backbone`.
+As the norm and the product one after another (`router.backbone`), with the same bits. Every pointer that goes in is of
+a tensor checked here. Called by `router.backbone`.
 """
 
 from __future__ import annotations

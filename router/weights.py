@@ -10,6 +10,7 @@ from torch import Tensor
 
 from experts.directory import ExpertDirectory
 from experts.ffn import ExpertWeights
+from experts.huge_pages import joined
 from experts.numerics import RowKernel
 from experts.packed_matrix import CanonicalMatrix, PackedMatrix, Weight
 from experts.store import ExpertStore
@@ -79,7 +80,7 @@ class TensorLoader:
         if self._forms.backbone is not None:
             return self._packed(self._forms.backbone, names, inputs)
         matrices = [self(name, count, inputs) for name, count in names.items()]
-        return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
+        return joined(matrices)
 
     def head(self, config: ModelConfig, embeddings_VD: Tensor) -> Weight:
         """The embedding itself where the head is tied to it and not quantised."""

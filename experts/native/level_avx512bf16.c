@@ -38,13 +38,14 @@ INLINE TARGET __m512 lane_scales(const uint16_t *scales, int64_t first, int64_t 
     return _mm512_set1_ps(from_bfloat16(scales[first / group]));
 }
 
-typedef struct { const uint8_t *at[OUTPUTS]; } places;
+typedef struct { const uint8_t *at[MORE_OUTPUTS]; } places;
 
 INLINE TARGET void step(
-    const int rows, const int kind, const tile *t, const places *p, int64_t first, __m512 sums[MOST][OUTPUTS]
+    const int rows, const int outputs, const int kind, const tile *t, const places *p, int64_t first,
+    __m512 sums[MOST][MORE_OUTPUTS]
 ) {
     if (kind == INT4) {
-        EACH(pair, 2) {
+        EACH(pair, outputs / 2) {
             __m512i even[2], odd[2];
             __m512 scale[2];
             EACH(j, 2) {
@@ -66,11 +67,11 @@ INLINE TARGET void step(
         return;
     }
     EACH(half, 2) {
-        __m512i w[OUTPUTS];
-        EACH(o, OUTPUTS) w[o] = kind == INT8 ? widened(p->at[o] + 32 * half) : _mm512_loadu_si512(p->at[o] + 64 * half);
+        __m512i w[MORE_OUTPUTS];
+        EACH(o, outputs) w[o] = kind == INT8 ? widened(p->at[o] + 32 * half) : _mm512_loadu_si512(p->at[o] + 64 * half);
         EACH(r, rows) {
             __m512i x = _mm512_load_si512(t->x[r] + 2 * first + 64 * half);
-            EACH(o, OUTPUTS) sums[r][o] = _mm512_dpbf16_ps(sums[r][o], (__m512bh)w[o], (__m512bh)x);
+            EACH(o, outputs) sums[r][o] = _mm512_dpbf16_ps(sums[r][o], (__m512bh)w[o], (__m512bh)x);
         }
     }
 }
@@ -78,42 +79,52 @@ INLINE TARGET void step(
 /* A mask of so many bytes, of 64. */
 INLINE uint64_t lowest(int64_t bytes) { return bytes >= 64 ? ~0ull : bytes > 0 ? (1ull << bytes) - 1 : 0; }
 
-INLINE TARGET void multiply(const int rows, const int kind, const tile *t) {
-    __m512 sums[MOST][OUTPUTS];
-    EACH(r, rows) EACH(o, OUTPUTS) sums[r][o] = _mm512_setzero_ps();
+INLINE TARGET void multiply(const int rows, const int outputs, const int kind, const tile *t) {
+    __m512 sums[MOST][MORE_OUTPUTS];
+    EACH(r, rows) EACH(o, outputs) sums[r][o] = _mm512_setzero_ps();
     places p;
-    EACH(o, OUTPUTS) p.at[o] = t->weights[o];
+    EACH(o, outputs) p.at[o] = t->weights[o];
     const int step_bytes = (int)row_bytes(kind, STEP);
     int64_t first = 0;
     for (; first + STEP <= t->inputs; first += STEP) {
-        EACH(o, OUTPUTS) {
+        if (step_bytes >= 64 || first % (2 * STEP) == 0) EACH(o, outputs) {
             __builtin_prefetch(p.at[o] + t->ahead, 0, 2);
             if (step_bytes == 128) __builtin_prefetch(p.at[o] + t->ahead + 64, 0, 2);
         }
-        step(rows, kind, t, &p, first, sums);
-        EACH(o, OUTPUTS) p.at[o] += step_bytes;
+        step(rows, outputs, kind, t, &p, first, sums);
+        EACH(o, outputs) p.at[o] += step_bytes;
     }
     if (first < t->inputs) {
-        uint8_t last[OUTPUTS][2 * STEP] __attribute__((aligned(64)));
+        uint8_t last[MORE_OUTPUTS][2 * STEP] __attribute__((aligned(64)));
         const int64_t bytes = row_bytes(kind, t->inputs - first);
-        EACH(o, OUTPUTS) {
+        EACH(o, outputs) {
             _mm512_store_si512(last[o], _mm512_maskz_loadu_epi8(lowest(bytes), p.at[o]));
             _mm512_store_si512(last[o] + 64, _mm512_maskz_loadu_epi8(lowest(bytes - 64), p.at[o] + 64));
             p.at[o] = last[o];
         }
-        step(rows, kind, t, &p, first, sums);
+        step(rows, outputs, kind, t, &p, first, sums);
     }
-    EACH(r, rows) avx512bf16_store_sums(sums[r], t->out + r * t->stride);
+    EACH(r, rows) for (int o = 0; o < outputs; o += OUTPUTS)
+        avx512bf16_store_sums(sums[r] + o, t->out + r * t->stride + o);
 }
 
 #define DEFINE_TILE(kind, rows) \
-    static TARGET void tile_##kind##_##rows(const tile *t) { multiply(rows, kind, t); }
+    static TARGET void tile_##kind##_##rows(const tile *t) { multiply(rows, OUTPUTS, kind, t); }
+#define DEFINE_MORE(kind, rows) \
+    static TARGET void more_##kind##_##rows(const tile *t) { multiply(rows, MORE_OUTPUTS, kind, t); }
+#define MORE_OF(kind) DEFINE_MORE(kind, 1) DEFINE_MORE(kind, 2)
 TILES_OF(DEFINE_TILE, BFLOAT16)
 TILES_OF(DEFINE_TILE, INT8)
 TILES_OF(DEFINE_TILE, INT4)
+MORE_OF(BFLOAT16)
+MORE_OF(INT8)
+MORE_OF(INT4)
 
 #define SIX(kind) { tile_##kind##_1, tile_##kind##_2, tile_##kind##_3, tile_##kind##_4, tile_##kind##_5, tile_##kind##_6 }
+#define MORE(kind) { more_##kind##_1, more_##kind##_2 }
 const way avx512bf16_narrow[KINDS] = {
-    [BFLOAT16] = { SIX(BFLOAT16), 6, 2, 0 }, [INT8] = { SIX(INT8), 6, 2, 0 }, [INT4] = { SIX(INT4), 6, 2, 64 },
+    [BFLOAT16] = { SIX(BFLOAT16), 6, 2, 0, MORE(BFLOAT16) },
+    [INT8] = { SIX(INT8), 6, 2, 0, MORE(INT8) },
+    [INT4] = { SIX(INT4), 6, 2, 64, MORE(INT4) },
 };
 #endif

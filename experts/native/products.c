@@ -22,14 +22,16 @@ static void multiply_rows(
     const int64_t groups = form->kind == INT4 ? (form->inputs + form->group - 1) / form->group : 0;
     tile t = {.inputs = form->inputs, .group = form->group, .ahead = ahead, .stride = stride};
     for (int r = 0; r < rows; r++) t.x[r] = x[r];
-    for (int64_t first = from; first < to; first += OUTPUTS) {
-        for (int o = 0; o < OUTPUTS; o++) {
+    multiply_tile *more = rows <= FEW_ROWS ? way->more[rows - 1] : NULL;
+    for (int64_t first = from, count; first < to; first += count) {
+        count = more && first + MORE_OUTPUTS <= to ? MORE_OUTPUTS : OUTPUTS;
+        for (int64_t o = 0; o < count; o++) {
             const int64_t output = MIN(first + o, to - 1); /* those behind the end are computed for nobody */
             t.weights[o] = m->weights + output * bytes;
             t.scales[o] = m->scales + output * groups;
         }
         t.out = sums + (first - from);
-        way->tiles[rows - 1](&t);
+        (count == OUTPUTS ? way->tiles[rows - 1] : more)(&t);
     }
     if (form->kind == INT8)
         for (int r = 0; r < rows; r++)

@@ -7,6 +7,8 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define OUTPUTS 4  /* of a tile */
+#define MORE_OUTPUTS 8 /* of one for few rows: weights come from memory faster in more streams */
+#define FEW_ROWS 2
 #define MOST_ROWS 6
 #define STEP 64  /* inputs; rows of x end with zeros up to a multiple of it */
 
@@ -14,8 +16,8 @@ enum kind { FLOAT32, BFLOAT16, INT8, INT4, KINDS };
 
 /* Some rows of x times some rows of a matrix. */
 typedef struct {
-    const uint8_t *weights[OUTPUTS];   /* where each output's row begins */
-    const uint16_t *scales[OUTPUTS];   /* int4: bfloat16, one a group */
+    const uint8_t *weights[MORE_OUTPUTS];   /* where each output's row begins */
+    const uint16_t *scales[MORE_OUTPUTS];   /* int4: bfloat16, one a group */
     const uint8_t *x[MOST_ROWS];       /* packed as the tile's way wants it, aligned to 64 bytes */
     int64_t inputs;
     int64_t group;                     /* int4: inputs of a scale */
@@ -32,6 +34,7 @@ typedef struct {
     int most_rows;
     int x_bytes;                       /* of one packed activation */
     int pairs;                         /* within so many inputs even ones are packed before odd ones; 0: as they come */
+    multiply_tile *more[FEW_ROWS];     /* for MORE_OUTPUTS and up to FEW_ROWS rows; or NULL */
 } way;
 
 /* silu(gate) * up. is_narrow: round each step to bfloat16, as the published models do. */
