@@ -149,7 +149,7 @@ def test_batch_runs_as_a_submitted_job(cluster: dict[str, str], tmp_path: Path) 
         timeout=600,
     )
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
-    assert "2 rows in 1 parts, 1 with an error" in submitted.stdout
+    assert "2 rows in 1 part, 1 with an error" in submitted.stdout
     rows = pq.read_table(output).to_pylist()
     assert [row["finish_reason"] for row in rows] == ["length", None]
     assert json.loads((output / "_manifest.json").read_bytes())["rows"] == 2
