@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from extraction.manifest import ExpertKey, ExpertRecord, Manifest
+from extraction.manifest import ExpertKey, ExpertRecord, Manifest, RecordPart, TensorEntry
 
 
 def files_cut_short(
@@ -17,9 +17,9 @@ def files_cut_short(
 ) -> tuple[str, ...]:
     """Names of weight files that are missing, or end before the last of what lies in them."""
     ends: dict[str, int] = {}
-    parts = [part for record in index.values() for part in record.parts]
-    tensors = [tensor for component in manifest.components for tensor in component.tensors]
-    for piece in (*parts, *tensors):
+    pieces: list[RecordPart | TensorEntry] = [part for record in index.values() for part in record.parts]
+    pieces += [tensor for component in manifest.components for tensor in component.tensors]
+    for piece in pieces:
         ends[piece.file] = max(ends.get(piece.file, 0), piece.offset + piece.nbytes)
     folder = root if manifest.source_root is None else Path(manifest.source_root)
     return tuple(name for name, end in sorted(ends.items()) if _length(folder / name) < end)
