@@ -33,12 +33,12 @@ def weight_bytes(nbytes: int) -> Tensor:
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:
-    """One below the other, as `torch.cat`, in memory for weights. One alone is not copied."""
+    """One below the other, as `torch.cat`, in memory for weights where they are on the CPU. One alone is not copied."""
     first = tensors[0]
     if len(tensors) == 1:
         return first
     nbytes = sum(tensor.nbytes for tensor in tensors)
-    if not nbytes:
+    if not nbytes or first.device.type != "cpu":
         return torch.cat(list(tensors))
     shape = (sum(len(tensor) for tensor in tensors), *first.shape[1:])
     return torch.cat(list(tensors), out=weight_bytes(nbytes).view(first.dtype).view(shape))
