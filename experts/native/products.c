@@ -38,6 +38,17 @@ static void multiply_rows(
             for (int64_t o = from; o < to; o++) sums[r * stride + o - from] *= from_bfloat16(m->scales[o]);
 }
 
+/* How many bytes ahead weights are asked for: of a small matrix fewer, since nobody asks for what it begins with. */
+static int64_t ahead_of(const form *form) {
+    return MIN(AHEAD_BYTES, form->outputs * row_bytes((int)form->kind, form->inputs) / 6);
+}
+
+/* Asks for what a matrix begins with, while another one is multiplied. */
+static void ask_for(const matrix *m, const form *form) {
+    const int64_t bytes = ahead_of(form);
+    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(m->weights + line, 0, 2);
+}
+
 /* How many of `left` rows the next tile takes: as even as possible, which changes no bit. */
 static int next_rows(int64_t left, int most) {
     const int64_t tiles = (left + most - 1) / most;
@@ -62,14 +73,15 @@ void gate_piece(const call *c, int64_t piece) {
     const matrix *m = &c->experts[e].gate_up;
     float gates[MOST_ROWS * GATED_OUTPUTS], ups[MOST_ROWS * GATED_OUTPUTS], values[GATED_OUTPUTS];
     uint16_t words[GATED_OUTPUTS];
-    const int64_t end = c->starts[e + 1];
+    const int64_t end = c->starts[e + 1], ahead = ahead_of(&c->first);
+    if (to == width && e + 1 < c->num_experts && c->starts[e + 2] > end) ask_for(&c->experts[e + 1].gate_up, &c->first);
     for (int64_t row = c->starts[e]; row < end;) {
         const int rows = next_rows(end - row, c->first_way->most_rows);
         const uint8_t *x[MOST_ROWS];
         for (int r = 0; r < rows; r++) x[r] = row_of_x(c, row + r);
-        multiply_rows(c->first_way, &c->first, m, from, to, x, rows, AHEAD_BYTES, gates, GATED_OUTPUTS);
+        multiply_rows(c->first_way, &c->first, m, from, to, x, rows, ahead, gates, GATED_OUTPUTS);
         multiply_rows(
-            c->first_way, &c->first, m, width + from, width + to, x, rows, AHEAD_BYTES, ups, GATED_OUTPUTS);
+            c->first_way, &c->first, m, width + from, width + to, x, rows, ahead, ups, GATED_OUTPUTS);
         for (int r = 0; r < rows; r++) {
             c->level->silu_times(gates + r * GATED_OUTPUTS, ups + r * GATED_OUTPUTS, values, to - from, c->is_narrow);
             uint8_t *hidden = c->hidden + (row + r) * c->hidden_stride + from * c->second_way->x_bytes;
@@ -91,13 +103,15 @@ void product_piece(const call *c, int64_t piece) {
     const matrix *m = c->is_gated ? &c->experts[e].down : &c->experts[e].gate_up;
     const int item = c->is_narrow && !c->is_widened ? 2 : 4;
     float sums[MOST_ROWS * MOST_OUTPUTS];
-    const int64_t end = c->starts[e + 1];
+    const int64_t end = c->starts[e + 1], ahead = ahead_of(form);
+    if (c->is_gated && to == form->outputs && e + 1 < c->num_experts && c->starts[e + 2] > end)
+        ask_for(&c->experts[e + 1].down, form);
     for (int64_t row = c->starts[e]; row < end;) {
         const int rows = next_rows(end - row, way->most_rows);
         const uint8_t *x[MOST_ROWS];
         for (int r = 0; r < rows; r++)
             x[r] = c->is_gated ? c->hidden + (row + r) * c->hidden_stride : row_of_x(c, row + r);
-        multiply_rows(way, form, m, from, to, x, rows, AHEAD_BYTES, sums, MOST_OUTPUTS);
+        multiply_rows(way, form, m, from, to, x, rows, ahead, sums, MOST_OUTPUTS);
         for (int r = 0; r < rows; r++) {
             const int64_t at = (row + r) * c->out_stride + from * item;
             float *row_sums = sums + r * MOST_OUTPUTS;
