@@ -86,12 +86,12 @@ def test_head_is_not_computed_for_prompt_positions_unless_asked(tiny_store: Path
     loaded = open_engine(tiny_store, EngineOptions())
     rows: list[int] = []
 
-    def counted(self: Backbone, hidden: torch.Tensor) -> torch.Tensor:
+    def counted(self: Backbone, hidden: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
         rows.append(len(hidden))
         return plain(self, hidden)
 
-    plain = Backbone.logits
-    with mock.patch.object(Backbone, "logits", counted):
+    plain = Backbone.logits_and_best
+    with mock.patch.object(Backbone, "logits_and_best", counted):
         run_to_end(loaded.engine, [GenerationRequest("r", tuple(range(30)), SamplingParams(max_tokens=1))])
         assert rows == [1]
         request = GenerationRequest(
