@@ -93,12 +93,16 @@ def reconcile(
     patience: Patience,
 ) -> tuple[Action, ...]:
     """The next actions, in order. taken: names that Ray still has though they are no members any more."""
+    seated = _waiting_with_room(target, members)
+    taken = {*taken, *seated}
+    members = [member for member in members if member.name not in seated]
     current = {wanted.name: _current(target, wanted, members) for wanted in target.wanted}
     back = _taken_back(target, current, members)
     chosen = {member.name for member in current.values() if member is not None}
     superseded = [m for m in members if m.state in ("ready", "starting") and m.name not in chosen]
     endings = (_ending(m, now_s, patience) for m in members if m.name not in back.values())
     return (
+        *(End(name, "waited for a machine, and a node has room now") for name in sorted(seated)),
         *(action for action in endings if action is not None),
         *(End(m.name, "is not wanted any more") for m in superseded if m.state == "starting"),
         *_drains(target, current, [m for m in superseded if m.state == "ready"]),
@@ -114,6 +118,14 @@ def _taken_back(
     absent = [wanted for wanted in target.wanted if current[wanted.name] is None]
     leaving = {wanted.name: _fitting(target, wanted, members, ("draining",)) for wanted in absent}
     return {name: member.name for name, member in leaving.items() if member is not None}
+
+
+def _waiting_with_room(target: Target, members: Sequence[Member]) -> set[str]:
+    """Members that wait for a machine though by now a node has room for what they are to be."""
+    waiting = {m.actor: m.name for m in members if m.state == "starting" and m.is_waiting_for_node}
+    rooms = _free_rooms(target, members)
+    wanted = (w for w in target.wanted if w.name in waiting and w.plan.node_id not in target.rooms)
+    return {waiting[w.name] for w in wanted if not _choose_node(target, w, rooms)[1]}
 
 
 def fits(target: Target, wanted: WantedActor, member: Member) -> bool:

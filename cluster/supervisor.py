@@ -77,7 +77,8 @@ class Supervisor:
             self._fleet.source_for = self._disks.source_for
         self._nodes = None
         if spec.placing is not None:
-            self._nodes = NodeWatch(spec.placing, self._record.topology or spec.placing.topology)
+            topology = self._record.topology or spec.placing.topology
+            self._nodes = NodeWatch(spec.placing, topology, is_scaled=spec.scaling is not None)
         self._closing = threading.Event()
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="reconcile", daemon=True)
@@ -250,7 +251,7 @@ class Supervisor:
         """Node id -> room; without nodes that were quarantined too often, unless that leaves none."""
         rooms = {node_id: self._spec.rooms.get(node_id, num_bytes) for node_id, num_bytes in memory.items()}
         if self._nodes is not None:
-            rooms = self._nodes.rooms(memory, self._record.plan)
+            rooms = self._nodes.rooms(memory, where_it_runs(self._record.plan, self._fleet))
         counts = self._record.quarantines
         trusted = {
             node_id: room for node_id, room in rooms.items() if counts.get(node_id, 0) < MAX_QUARANTINES
@@ -303,8 +304,9 @@ class Supervisor:
     def _scale(self, now_s: float) -> None:
         if self._scaler is None:
             return
+        topology = self._nodes.topology if self._nodes is not None else None
         plan, decisions = self._scaler.look(
-            self._record.plan, self._fleet, self._rooms, self._trust.known(), now_s
+            self._record.plan, self._fleet, self._rooms, self._trust.known(), now_s, topology
         )
         for decision in decisions:
             self._fleet.note(decision.kind, decision.actor, decision.reason)
