@@ -18,6 +18,7 @@ from cluster.plan import ServicePlan
 from cluster.service_spec import Placing
 from experts.budget import BudgetRequest, ExpertBytes
 from tests.cluster.clusters import EXPERT_BYTES, cluster, even_demand, node
+from tests.cluster.machines import ARITHMETIC
 from tests.cluster.machines import node as report
 from tests.deadlines import wait_until
 
@@ -143,7 +144,8 @@ def test_machine_that_joins_takes_its_part_of_what_the_others_have() -> None:
     topology = cluster(node("a", 0, has_store=True), node("b", 16))
     placing = replace(PLACING, topology=topology, options=options)
     plan = place(topology, placing.demand, None, options)
-    watch = NodeWatch(placing, topology, _Machines(d=_report("d", link=Link(1e9, 1e-7))))
+    joins = _report("d", link=Link(1e9, 1e-7), arithmetic=replace(ARITHMETIC, expert_bytes_s=1e9))
+    watch = NodeWatch(placing, topology, _Machines(d=joins))
     change = _change(watch, "a", "b", "d", plan=plan)
     assert {actor.node_id for actor in change.plan.actors} == {"b", "d"}
     kept = next(group for group in change.plan.groups if group.name == plan.groups[0].name)
