@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.demand import Demand
+from cluster.demand import Demand, uniform_demand
 from cluster.placement import PlacementOptions, place
 from cluster.plan import ServicePlan
 from cluster.plan_time import expert_step_s, overflow_bytes
 from cluster.replanning import place_again
 from cluster.topology import NodeFacts, Topology
-from tests.cluster.clusters import EXPERT_BYTES, cluster, even_demand, node, node_of, skewed_demand
+from tests.cluster.clusters import EXPERT_BYTES, cluster, even_demand, keys_of, node, node_of, skewed_demand
 
 OPTIONS = PlacementOptions()
 LONE = PlacementOptions(replicas=1)
@@ -208,6 +208,23 @@ def test_machine_that_joins_takes_its_part_where_that_wins_more_than_it_costs() 
     (stays, comes) = again.actors
     assert (stays.name, stays.node_id, stays.budget_bytes) == ("experts-0", "b", 8 * EXPERT_BYTES)
     assert (comes.group, comes.node_id, comes.budget_bytes) == (new.name, "c", 8 * EXPERT_BYTES)
+
+
+@pytest.mark.parametrize(("num_streams", "num_groups"), [(64, 5), (1, 4)])
+def test_fifth_machine_takes_its_part_of_a_large_model_where_many_streams_run(
+    num_streams: int, num_groups: int
+) -> None:
+    """Qwen3-30B-A3B on desktops. With one stream another message in every layer costs more than it saves."""
+    demand = uniform_demand(dict.fromkeys(keys_of(48, 128), 9 * 2**20), 8, 4096)
+    named = (("a", 8), *((name, 16) for name in "bcdef"))
+    nodes = [
+        NodeFacts(name, name, size * 2**30, 8, 25e9, 1.25e9, 150e-6, disk_bytes_s=2e9, has_store=True)
+        for name, size in named
+    ]
+    options = PlacementOptions(num_streams=num_streams)
+    plan = place(cluster(*nodes[:5]), demand, None, options)
+    again = place_again(cluster(*nodes), demand, plan, options, {"f"})
+    assert len(plan.groups) == 4 and len(again.groups) == num_groups
 
 
 @pytest.mark.parametrize(
