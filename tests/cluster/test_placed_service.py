@@ -165,7 +165,7 @@ def test_placed_service_follows_the_load_and_the_machines(
             assert service.tell() == expected
             (gave,), (took,) = service.actors(WORKER), service.actors(NEXT_WORKER)
             assert gave["pid"] == first["pid"], "who gives experts away goes on"
-            assert gave["group"] < first["group"] == gave["group"] + took["group"]
+            assert gave["group"] < first["group"] <= gave["group"] + took["group"]
             assert gave["group"] * 73_728 <= 12 * 2**20
 
             service.wait_until(lambda: not service.status()["actors"])
