@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from cluster.actor_counts import GroupLoad, ScalerState
 from cluster.autoscaler import Decision, LoadSnapshot, carry_out, decide
-from cluster.capacity import Capacity, observe
+from cluster.capacity import Capacity, Load, observe
 from cluster.fleet import Fleet
 from cluster.plan import ExpertGroup, ServicePlan
 from cluster.replanning import share_new_gpus
@@ -58,9 +58,9 @@ class PlanScaler:
         if load is None or (looked_at_s is not None and now_s - looked_at_s < self._scaling.interval_s):
             return plan, ()
         self._looked_at_s = now_s
-        self._capacity = observe(self._capacity, load, now_s)
         busy_s = self._busy_by_group(plan, fleet)
         rows = fleet.routers.take_rows({group.name: group.keys for group in plan.groups})
+        self._capacity = observe(self._capacity, _at_least_one(load, rows), now_s)
         if looked_at_s is None:  # counted since nobody knows when
             return plan, ()
         elapsed_s = now_s - looked_at_s
@@ -104,6 +104,13 @@ class PlanScaler:
             self._busy_s[known] = pulse.busy_s
             busy_s[group] += pulse.busy_s - before.get(known, pulse.busy_s)
         return busy_s
+
+
+def _at_least_one(load: Load, rows: Mapping[str, int]) -> Load:
+    """The load with the request that has asked for rows, where it came and went between two reports."""
+    if load.num_running or load.num_waiting or not any(rows.values()):
+        return load
+    return replace(load, num_running=1)
 
 
 def where_it_runs(plan: ServicePlan, fleet: Fleet) -> ServicePlan:

@@ -35,7 +35,7 @@ from cluster.service_record import ServiceRecord, forget_record, load_record, sa
 from cluster.service_spec import ServiceSpec, service_of, wanted_actors
 from cluster.supervisor_status import actor_entries, disks_entry, note_entries, pending_entries, plan_entry
 from cluster.trust_desk import TrustDesk
-from experts.roster import Roster
+from experts.roster import ResidentExperts, Roster
 from experts.trust import TrustReport, TrustTable
 from experts.trust_ledger import TrustIdentity
 from router.trust_session import TrustOptions
@@ -94,9 +94,12 @@ class Supervisor:
         """How long a router's connections look for an answer before they sleep."""
         return self._spec.spin_s
 
-    def roster(self, router: str = "", version: int = -1, share: Fraction | None = None) -> Roster:
-        """Who is where now. version: what the router that asks has carried out. share: of its group, that it wishes
-        every actor to keep in memory within its budget."""
+    def roster(
+        self, router: str = "", version: int = -1, share: Fraction | None = None
+    ) -> Roster | Mapping[str, ResidentExperts]:
+        """Who is where now; where the router that asks has that already, only what actors hold in memory, as in
+        `Roster.resident`. version: what the router has carried out. share: of its group, that it wishes every actor to
+        keep in memory within its budget."""
         with self._lock:
             fleet = self._fleet
             if router:
@@ -104,7 +107,8 @@ class Supervisor:
                 if fleet.is_changing:
                     self._wake.set()
             there = fleet.roster.endpoints.keys() & fleet.pulses.keys()
-            return replace(fleet.roster, resident={name: fleet.pulses[name].resident for name in there})
+            resident = {name: fleet.pulses[name].resident for name in there}
+            return resident if version == fleet.roster.version else replace(fleet.roster, resident=resident)
 
     def report_load(self, router: str, report: RouterLoad) -> None:
         """What a router has to do, and what its requests ask of experts."""

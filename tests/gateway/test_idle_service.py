@@ -37,7 +37,9 @@ class Service:
         return httpx.get(f"{self.url}/sage/status", timeout=TIMEOUT_S).raise_for_status().json()
 
     def pids(self) -> set[int]:
-        return {actor["pid"] for actor in self.status()["actors"] if actor["state"] == "ready"}
+        return {
+            actor["pid"] for actor in self.status()["actors"] if actor["state"] == "ready" and "pid" in actor
+        }
 
     def wait_until(self, is_reached: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 2 * TIMEOUT_S
