@@ -124,12 +124,11 @@ def test_actors_router_and_gateway_all_start_on_two_cpus(service: Service) -> No
     if Path(SCORE_FILE.format(pid="self")).exists():
         victims = [_oom_score(actor["pid"]) for actor in status["actors"]]
         assert _oom_score(status["router"]["pid"]) == ROUTER_SCORE < min(victims)
+    assert [node["cpus"] for node in status["nodes"]] == [2.0]
 
 
 def _oom_score(pid: int) -> int:
     return int(Path(SCORE_FILE.format(pid=pid)).read_text())
-
-    assert [node["cpus"] for node in status["nodes"]] == [2.0]
 
 
 def test_status_is_shown_once_and_again_and_again(service: Service) -> None:
