@@ -2,8 +2,8 @@
 
 `TieredCache` is to the worker what `ExpertCache` is without a device, which it has for the host's part. Both tiers keep
 their budgets by the same policy (`experts.residency`). What the device lacks is read into host memory where it lacks it
-too, copied as it is stored, and computed as it comes, while the experts that were there are computed. An expert that goes
-is dropped: what is in host memory is its copy. Used by `experts.worker`, under its lock.
+too, copied as it is stored, and computed as it comes, while the experts that were there are computed. An expert that
+goes is dropped: host memory or the store has it as it is. Used by `experts.worker`, under its lock.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from experts.errors import DeviceUnavailable
+from experts.node_memory import NodeMemory, read_node_memory
 
 CPU = torch.device("cpu")
 ADVICE = "must be cpu, cuda, cuda:N or auto"
@@ -82,6 +83,14 @@ def library_name(device: torch.device) -> str:
     """PyTorch's version, on CUDA with that of the cuBLAS in this process."""
     name = f"torch-{torch.__version__}"
     return f"{name}-cublas-{_cublas_version() or torch.version.cuda}" if device.type == "cuda" else name
+
+
+def read_device_memory(device: torch.device) -> NodeMemory:
+    """Of a CUDA device; of another, which has no memory of its own, the node's."""
+    if device.type != "cuda":
+        return read_node_memory()
+    free, total = torch.cuda.mem_get_info(device)
+    return NodeMemory(total, free)
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:

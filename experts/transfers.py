@@ -96,13 +96,13 @@ class CudaTransfers:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.memory = PinnedMemory()
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def follow(self) -> None:
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
 
     def start(self, source: Tensor, target: Tensor) -> Transfer:
-        done = torch.cuda.Event()
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
             done.record(self._stream)

@@ -11,6 +11,7 @@ from unittest import mock
 
 import torch
 
+from experts.devices import CPU
 from experts.directory import ExpertDirectory, LocalDirectory
 from experts.native_products import chosen_level
 from experts.numerics import RowKernel
@@ -43,12 +44,12 @@ class Outcome:
 
 
 @functools.cache
-def _prove(config: ModelConfig, dtype: torch.dtype, level: str | None) -> RowKernel:
-    return prove_row_invariance(config, dtype)
+def _prove(config: ModelConfig, dtype: torch.dtype, device: torch.device, level: str | None) -> RowKernel:
+    return prove_row_invariance(config, dtype, device)
 
 
-def _prove_once(config: ModelConfig, dtype: torch.dtype) -> RowKernel:
-    return _prove(config, dtype, chosen_level(dtype))
+def _prove_once(config: ModelConfig, dtype: torch.dtype, device: torch.device = CPU) -> RowKernel:
+    return _prove(config, dtype, device, chosen_level(dtype))
 
 
 def open_engine(

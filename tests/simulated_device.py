@@ -1,8 +1,8 @@
 """A device that is host memory, but as strict as a real one: what mixes its tensors with the host's fails.
 
-`simulated()` makes PyTorch's calls of this thread tell tensors of `DEVICE` from others: an operator takes tensors of one
-side alone, a tensor changes sides by `to`, `cpu` and `copy_` only, and nobody gets its address. Numbers are those of the
-CPU's operators. What is read back is kept, so that tests can count it.
+`simulated()` makes PyTorch's calls of this thread tell tensors of `DEVICE` from others: an operator takes tensors of
+one side alone, a tensor changes sides by `to`, `cpu` and `copy_` only, and nobody gets its address. Numbers are those
+of the CPU's operators. What is read back is kept, so that tests can count it.
 """
 
 from __future__ import annotations
