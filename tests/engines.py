@@ -92,7 +92,7 @@ def small_engine(
     """Another engine over the same backbone, whose steps depend on no clock. num_blocks: KV blocks that its sequences
     can hold."""
     limits = replace(limits or BatchLimits(), is_paced=False)
-    pool = KvPool(loaded.config, num_blocks + 1, loaded.dtype)
+    pool = KvPool(loaded.config, num_blocks + 1, loaded.dtype, loaded.kernel.device)
     swap_budget_bytes = num_swap_blocks * KvPool.block_bytes(loaded.config, loaded.dtype)
     engine = RecordingEngine(loaded.engine.backbone, pool, limits, swap_budget_bytes=swap_budget_bytes)
     engine.outcome = Outcome()
