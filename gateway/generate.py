@@ -155,9 +155,10 @@ def _run(
 
 def resident_bytes(loaded: LoadedEngine) -> dict[str, int]:
     """What this process holds for the model, by kind."""
-    engine = loaded.engine
-    return {
+    engine, behind = loaded.engine, loaded.worker.stats.behind
+    held = {
         "backbone": engine.backbone.nbytes,
         "experts": loaded.worker.resident_bytes,
         "kv_cache": engine.pool.nbytes,
     }
+    return held if behind is None else held | {"experts_behind": behind.resident_bytes}

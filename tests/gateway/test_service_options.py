@@ -117,7 +117,7 @@ def test_budgets_of_a_device_are_two_and_it_goes_with_no_actors(monkeypatch: pyt
     assert options.shown()["device"] == "cuda:1"
     assert _options({"device": "cuda:1"}, {}).host_budgets == ()
     for more in ({"actors": 2}, {"routers": 2}, {"address": "auto"}):
-        with pytest.raises(OptionInvalid, match="device .cuda:1. goes with one router and no expert actors"):
+        with pytest.raises(OptionInvalid, match=r"device .cuda:1. goes with one router and no expert actors"):
             _options({"device": "cuda:1"}, more)
 
 
