@@ -17,9 +17,10 @@ from torch import Tensor
 
 from experts.buffers import BufferPool, DeviceMemory
 from experts.cache import CacheOptions, ExpertCache
+from experts.device_stacks import DeviceStacks
 from experts.eviction import Eviction, make_worth
 from experts.ffn import ExpertWeights
-from experts.quantised import ExpertForm
+from experts.quantised import ExpertForm, FloatForm
 from experts.residency import Residency
 from experts.shadow import ShadowCaches
 from experts.store import ExpertStore
@@ -34,6 +35,8 @@ class TierOptions:
     transfers: Transfers
     host_budget_bytes: int | None = None
     """Of experts in host memory; None means no bound."""
+    is_stacked: bool = False
+    """Whether experts lie side by side on the device where it holds all of them; see `experts.grouped`."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +88,20 @@ class TieredCache:
         self._buffers: dict[ExpertKey, Tensor] = {}
         self._copies: list[Transfer] = []
         self._bytes_moved = 0
-        self._held = {key: form.loaded_bytes(store.record(key)) for key in keys}
+        records = [store.record(key) for key in keys]
+        self._held = {record.key: form.loaded_bytes(record) for record in records}
         self._residency = Residency(budget, make_worth(options.eviction, options.trust))
         self.group_bytes = sum(self._held.values())
         self._largest = max(self._held.values(), default=0)
+        self._stacks: DeviceStacks | None = None
+        has_room = budget is None or budget >= self.group_bytes
+        if (
+            tiers.is_stacked
+            and has_room
+            and isinstance(form, FloatForm)
+            and all(map(form.is_in_place, records))
+        ):
+            self._stacks = DeviceStacks(store, form, keys, tiers.transfers.device)
         self._shadows = None
         if budget is not None and self.group_bytes > budget:
             self._shadows = ShadowCaches(budget, self._largest, options.eviction, options.trust)
@@ -118,6 +131,8 @@ class TieredCache:
         if self._planned_bytes is None:
             raise ValueError("a cache without a bound cannot get one")
         budget_bytes = min(self._planned_bytes, max(budget_bytes, self._largest))
+        if self._stacks is not None and budget_bytes < self.group_bytes:
+            self._unstack()
         for key in self._residency.set_budget(budget_bytes):
             self._drop(key)
         self._pool.set_limit(budget_bytes)
@@ -131,7 +146,7 @@ class TieredCache:
     @property
     def allocated_bytes(self) -> int:
         """Of all buffers on the device, free ones too; never above the budget."""
-        return self._pool.allocated_bytes
+        return self._pool.allocated_bytes if self._stacks is None else self._stacks.allocated_bytes
 
     @property
     def host_allocated_bytes(self) -> int:
@@ -209,7 +224,7 @@ class TieredCache:
         try:
             for key in missing:
                 if self._is_in_place(key):
-                    self._buffers[key] = self._pool.take(self._held[key])
+                    self._buffers[key] = self._take(key)
             self._transfers.follow()  # after all of this memory was taken: others may still compute in it
             for part in self._host.waves(missing):
                 # What is read next may take the memory that copies are still read from.
@@ -222,10 +237,18 @@ class TieredCache:
                             there = []
                         for key, raw, copy in copies:
                             copy.join()
-                            self.weights[key] = self._form.weights(self._store.record(key), raw)
+                            self._keep(key, raw)
                             yield [key]
         finally:
             self._forget_absent(absent)
+
+    @torch.inference_mode()
+    def _take(self, key: ExpertKey) -> Tensor:
+        return self._pool.take(self._held[key]) if self._stacks is None else self._stacks.buffer(key)
+
+    def _keep(self, key: ExpertKey, raw: Tensor) -> None:
+        weights = self._form.weights(self._store.record(key), raw)
+        self.weights[key] = weights if self._stacks is None else self._stacks.placed(key, weights)
 
     @torch.inference_mode()
     def _start(self, key: ExpertKey) -> tuple[Tensor, Transfer]:
@@ -261,5 +284,13 @@ class TieredCache:
     def _drop(self, key: ExpertKey) -> None:
         self.weights.pop(key, None)
         buffer = self._buffers.pop(key, None)
-        if buffer is not None:
+        if buffer is not None and self._stacks is None:
             self._pool.give(buffer)
+
+    def _unstack(self) -> None:
+        """Where not all may stay, single ones must be able to go; they are copied anew when they are needed."""
+        self._await_copies()
+        for key in tuple(self._buffers):
+            self._residency.forget(key)
+            self._drop(key)
+        self._stacks = None

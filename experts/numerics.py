@@ -86,6 +86,8 @@ class RowKernel:
     device: torch.device = CPU
     norm: Norm = ""
     """Of a device."""
+    is_grouped: bool = False
+    """Whether a device multiplies experts by PyTorch's grouped matmul; see `experts.grouped`."""
     is_on_cpu: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -95,7 +97,8 @@ class RowKernel:
     def name(self) -> str:
         """In the name of a numerics class."""
         if self.product == "blocks":
-            return f"blocks{self.row_multiple}-{self.norm}-1"
+            experts = "-grouped" if self.is_grouped else ""
+            return f"blocks{self.row_multiple}-{self.norm}{experts}-1"
         return f"native-{self.level}-{VERSION}" if self.product == "native" else f"{self.product}-1"
 
     def padded(self, num_rows: int) -> int:

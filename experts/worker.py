@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -96,6 +96,7 @@ class ExpertWorker:
         if tiers is None:
             self.cache = ExpertCache(store, form, self._keys, options, guests)
         else:
+            tiers = replace(tiers, is_stacked=kernel.is_grouped)
             self.cache = TieredCache(store, form, self._keys, options, tiers)
         self._steps: dict[tuple[str, int], int] = {}
         self._now = 0
