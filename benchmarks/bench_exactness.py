@@ -48,6 +48,9 @@ GOAL = 1.05
 class FreeWorker(LocalDirectory):
     """The library's own products and activation for each expert's rows, however many they are."""
 
+    def table(self, component: str, layer: int) -> None:
+        """So that every call comes to `run`."""
+
     def run(self, call: ExpertCall) -> Tensor:
         rows_RD = call.tokens_TD[list(call.token_of_R)]
         out, first = torch.empty_like(rows_RD), 0

@@ -2,7 +2,8 @@
 
 One engine in process, streams that decode, all experts in memory. Arithmetic is what a step cannot do without:
 products with weights (projections, gates, experts, head), attention over the cache, norms and rotation; each is timed
-where it is called, and the timers' own time is measured and taken off. All the rest of `Engine.step` is overhead:
+where it is called, or by the call that computes a layer's half, and the timers' own time is measured and taken off. All
+the rest of `Engine.step` is overhead:
 planning, building the batch, choosing experts, dispatch and combine, the books of caches, writing and gathering keys
 and values, sampling, events.
 
@@ -30,6 +31,7 @@ from experts.store import ExpertStore
 from gateway.store_source import resolve_store
 from router.decoder_layer import LayerArithmetic
 from router.loading import EngineOptions, LoadedEngine, load_engine
+from router.native_layer import NativeStep
 from router.request import GenerationRequest, SamplingParams
 
 PROMPT_TOKENS = 64
@@ -46,8 +48,12 @@ TIMED: tuple[tuple[Any, str], ...] = (
 )
 
 
+OVERHEAD_PHASES = ("route", "sort", "combine")
+"""Of a layer's half that is computed in one call."""
+
+
 class Clock:
-    """Time inside the outermost timed call."""
+    """Time inside the outermost timed call, and in the arithmetic of layers that are computed in two calls."""
 
     def __init__(self) -> None:
         self.seconds, self.calls, self._depth = 0.0, 0, 0
@@ -67,11 +73,20 @@ class Clock:
 
         return timed
 
+    def attended(self, step: NativeStep) -> None:
+        """See `router.decoder_layer.LayerClock`. What tells of the phases takes time that is not taken off."""
+        self.seconds += sum(step.phase_s.values())
+
+    def mixed(self, layer: int, step: NativeStep) -> None:
+        """See `router.decoder_layer.LayerClock`."""
+        self.seconds += sum(s for phase, s in step.phase_s.items() if phase not in OVERHEAD_PHASES)
+
 
 @contextmanager
-def timed_arithmetic() -> Iterator[Clock]:
+def timed_arithmetic(arithmetic: LayerArithmetic) -> Iterator[Clock]:
     clock = Clock()
     with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(arithmetic, "clock", clock))
         for owner, name in TIMED:
             stack.enter_context(mock.patch.object(owner, name, clock.around(getattr(owner, name))))
         yield clock
@@ -101,7 +116,7 @@ def measure(loaded: LoadedEngine, streams: int, steps: int, temperature: float) 
     plain = [_step_s(engine.step) for _ in range(steps // 2)]
     own_s = timer_s()
     whole, outside = [], []
-    with timed_arithmetic() as clock:
+    with timed_arithmetic(engine.backbone.arithmetic) as clock:
         for _ in range(steps // 2):
             before_s, before = clock.seconds, clock.calls
             step_s = _step_s(engine.step)

@@ -123,6 +123,9 @@ class ScoredOnly:
         self._policy = policy
         self.seconds = 0.0
 
+    def is_native(self, owners: Sequence[SpanOwner]) -> bool:
+        return False
+
     def route(self, owners: Sequence[SpanOwner], gate: GateOutput) -> Routing:
         started = perf_counter()
         scored = self._policy.route(owners, gate)

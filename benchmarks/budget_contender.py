@@ -80,6 +80,9 @@ class MappedExperts(LocalDirectory):
         self._store = store
         self._files: dict[str, mmap.mmap] = {}
 
+    def table(self, component: str, layer: int) -> None:
+        """So that every call comes to `run`."""
+
     def run(self, call: ExpertCall) -> Tensor:
         weights = [self._view(ExpertKey(call.component, call.layer, expert)) for expert in call.experts]
         return compute_experts(call, weights, self.worker._kernel)

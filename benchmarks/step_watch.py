@@ -1,23 +1,27 @@
 """Watches an engine's steps from outside: where their time goes, which experts they use, how many bytes they must read.
 
-Wraps every mixture of experts and the way to its experts in clocks; changes no number. Used by `bench_roofline`.
+Wraps every mixture of experts and the way to its experts in clocks, and asks layers that are computed in two calls for
+the time of their phases; changes no number. Used by `bench_roofline`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from time import perf_counter
+from unittest import mock
 
 from torch import Tensor
 
 from experts.call import ExpertCall
 from experts.directory import ExpertDirectory
-from router.dispatch import Dispatch
+from router.backbone import ForwardPass
 from router.loading import LoadedEngine
 from router.moe_block import MoeBlock
-from router.scoring import Routing
-from router.step_routing import NATIVE, GateOutput, SpanOwner, StepRouting
+from router.native_layer import NativeStep
+from router.step_batch import Span, StepBatch
+from router.step_routing import NATIVE, StepRouting
 
 PHASES = ("attention", "gate and dispatch", "experts", "combine", "head", "sampling", "rest")
 
@@ -53,8 +57,10 @@ class StepClocks:
 class TimedDirectory:
     """The same directory with a clock around its computation."""
 
-    def __init__(self, inner: ExpertDirectory, clocks: StepClocks) -> None:
-        self._inner, self._clocks = inner, clocks
+    def __init__(
+        self, inner: ExpertDirectory, clocks: StepClocks, on_call: Callable[[ExpertCall], None]
+    ) -> None:
+        self._inner, self._clocks, self._on_call = inner, clocks, on_call
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._inner, name)
@@ -65,6 +71,7 @@ class TimedDirectory:
         rows_RD = self._inner.run(call)
         self._clocks.run_ended = perf_counter()
         self._clocks.experts += self._clocks.run_ended - started
+        self._on_call(call)
         return rows_RD
 
 
@@ -95,25 +102,27 @@ class StepWatch:
             layer if layer.moe is None else replace(layer, moe=self._timed(layer.moe))
             for layer in backbone.layers
         ]
-        loaded.engine.watchers += (self,)
+        backbone.arithmetic.clock = self
 
     def _timed(self, moe: MoeBlock) -> TimedMoeBlock:
-        directory: ExpertDirectory = TimedDirectory(moe.directory, self.clocks)  # type: ignore[assignment]
+        directory: ExpertDirectory = TimedDirectory(  # type: ignore[assignment]
+            moe.directory, self.clocks, self._note_call
+        )
         return TimedMoeBlock(**(vars(moe) | {"directory": directory}), clocks=self.clocks)
 
-    def watch(
-        self,
-        owners: Sequence[SpanOwner],
-        gate: GateOutput,
-        routing: Routing,
-        dispatched: Dispatch,
-        rows_RD: Tensor,
-    ) -> None:
-        """As a watcher of routing."""
-        call = dispatched.call
-        self._record.experts[gate.layer] = dict(zip(call.experts, call.counts, strict=True))
-        self._record.num_rows = len(gate.hidden_TD)
-        self._record.num_positions = sum(owner.first + owner.count for owner in owners)
+    def _note_call(self, call: ExpertCall) -> None:
+        self._record.experts[call.layer] = dict(zip(call.experts, call.counts, strict=True))
+
+    def attended(self, step: NativeStep) -> None:
+        """See `LayerClock`."""
+
+    def mixed(self, layer: int, step: NativeStep) -> None:
+        """See `LayerClock`."""
+        self._record.experts[layer] = dict(sorted(Counter(step.chosen).items()))
+        spent = step.phase_s
+        self.clocks.gate += sum(spent[phase] for phase in ("norm", "gate", "route", "sort"))
+        self.clocks.experts += spent["gate_up"] + spent["down"]
+        self.clocks.combine += spent["combine"]
 
     def step(self) -> tuple[StepRecord, int]:
         """Run one step. Returns what it was and how many tokens it drew."""
@@ -122,9 +131,18 @@ class StepWatch:
         stats = self.loaded.engine.stats
         before = dict(stats.phase_seconds)
         drawn = stats.generated_tokens
-        started = perf_counter()
-        self.loaded.engine.step()
-        total = perf_counter() - started
+        begin, spans = self.loaded.engine.backbone.begin, list[Span]()
+
+        def noted(batch: StepBatch) -> ForwardPass:
+            spans.extend(batch.spans)
+            return begin(batch)
+
+        with mock.patch.object(self.loaded.engine.backbone, "begin", noted):
+            started = perf_counter()
+            self.loaded.engine.step()
+            total = perf_counter() - started
+        record.num_rows = sum(span.count for span in spans)
+        record.num_positions = sum(span.first + span.count for span in spans)
         spent = {name: seconds - before.get(name, 0.0) for name, seconds in stats.phase_seconds.items()}
         clocks = self.clocks
         record.seconds = {

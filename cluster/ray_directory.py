@@ -18,6 +18,7 @@ from cluster.router_book import RouterLoad
 from cluster.supervisor import find_supervisor
 from experts.call import ExpertCall
 from experts.directory import DirectoryStats
+from experts.expert_table import ExpertTable
 from experts.remote_directory import DirectoryOptions, RemoteDirectory
 from experts.transport import TransportLimits
 from experts.worker import ExpertWorker
@@ -76,6 +77,14 @@ class RayDirectory:
     def prefetch(self, component: str, layer: int, experts: Sequence[int]) -> None:
         """See RemoteDirectory.prefetch."""
         self.remote.prefetch(component, layer, experts)
+
+    def table(self, component: str, layer: int) -> ExpertTable | None:
+        """See RemoteDirectory.table."""
+        return None
+
+    def note_use(self, table: ExpertTable, used: Sequence[int], num_rows: int) -> None:
+        """Never called: there is no table."""
+        raise AssertionError("there is no table")
 
     def resident(self, component: str, layer: int) -> frozenset[int]:
         """See ExpertDirectory.resident."""

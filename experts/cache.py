@@ -149,6 +149,19 @@ class ExpertCache(Generic[Held]):
         self.hits += len(found)
         return found
 
+    def for_good(self, keys: Sequence[ExpertKey]) -> list[Held] | None:
+        """The weights of experts that are all there and never go: without a budget, and no guests. Counts no use."""
+        if self.budget_bytes is not None:
+            return None
+        if self._guests and not self._guests.isdisjoint(keys):
+            return None
+        found = [self.weights.get(key) for key in keys]
+        return None if None in found else [weights for weights in found if weights is not None]
+
+    def note_hits(self, count: int) -> None:
+        """Uses of experts that are there for good."""
+        self.hits += count
+
     def waves(self, keys: Sequence[ExpertKey]) -> list[range]:
         """See `Residency.waves`."""
         return self._residency.waves([self._held[key] for key in keys])

@@ -174,6 +174,13 @@ class TieredCache:
         self.hits += len(found)
         return found
 
+    def for_good(self, keys: Sequence[ExpertKey]) -> list[ExpertWeights] | None:
+        """See `ExpertCache.for_good`: no caller computes by itself on a device."""
+        return None
+
+    def note_hits(self, count: int) -> None:
+        self.hits += count
+
     def waves(self, keys: Sequence[ExpertKey]) -> list[range]:
         """See `Residency.waves`. Raises BudgetTooSmall."""
         return self._residency.waves([self._held[key] for key in keys])

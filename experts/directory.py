@@ -14,6 +14,7 @@ from torch import Tensor
 from experts.call import ExpertCall
 from experts.call_times import LatencySummary
 from experts.errors import LossKind
+from experts.expert_table import ExpertTable
 from experts.worker import ExpertWorker
 
 FailureKind = Literal[LossKind, "error", "not finite"]
@@ -79,6 +80,15 @@ class ExpertDirectory(Protocol):
         """
         ...
 
+    def table(self, component: str, layer: int) -> ExpertTable | None:
+        """All experts of one layer, where they are in this process's memory for good, so that the caller may compute
+        with them itself and say so by `note_use`. None: ask `run`."""
+        ...
+
+    def note_use(self, table: ExpertTable, used: Sequence[int], num_rows: int) -> None:
+        """A call of so many rows was computed with a table. used: numbers of the experts."""
+        ...
+
     def resident(self, component: str, layer: int) -> frozenset[int]:
         """Numbers of the experts of one layer that are in memory where they would be computed.
 
@@ -107,6 +117,12 @@ class LocalDirectory:
 
     def run(self, call: ExpertCall) -> Tensor:
         return self.worker.compute(call)
+
+    def table(self, component: str, layer: int) -> ExpertTable | None:
+        return self.worker.table(component, layer)
+
+    def note_use(self, table: ExpertTable, used: Sequence[int], num_rows: int) -> None:
+        self.worker.note_use(table, used, num_rows)
 
     def resident(self, component: str, layer: int) -> frozenset[int]:
         return self.worker.resident(component, layer)

@@ -32,7 +32,7 @@ VARIABLE = "SAGE_MOE_PRODUCTS"
 TORCH = "torch"
 LEVELS = ("portable", "avx2", "avx512", "avx512bf16")
 """Each with the bits of its own; a processor has all up to its best one."""
-VERSION = 2
+VERSION = 3
 """Of what is computed; part of the numerics class, and checked against the library's own."""
 DTYPES = (torch.float32, torch.bfloat16)
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
@@ -46,8 +46,11 @@ _ARGUMENTS: tuple[list[Any], ...] = (
     [*[_INT] * 3, _POINTER, _POINTER, _INT64, *[_POINTER] * 3, _INT64, _INT64, _POINTER, _INT64, *_RUN],
     [*[_INT] * 2, *[_POINTER] * 14, *_RUN],
     [*[_INT] * 2, _POINTER, *[_INT64] * 3, _POINTER, _FLOAT, _POINTER, *_RUN],
+    [*[_INT] * 2, _POINTER, *[_INT64] * 4, _INT, *[_POINTER] * 2, *_RUN],
+    [*[_POINTER] * 2, *[_INT64] * 2, *[_POINTER] * 2, *_RUN],
+    [*[_POINTER] * 7, *_RUN],
 )
-"""Of multiply, attend and norm; the C source says what they are."""
+"""Of the library's functions; the C source says what they are."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,11 @@ class Library:
     attend: Callable[..., int]
     """Of `router.native_attention`, as is `norm`."""
     norm: Callable[..., int]
+    route: Callable[..., int]
+    """Of `router.native_routing`."""
+    attention_half: Callable[..., int]
+    """Of `router.native_layer`, as is `experts_half`."""
+    experts_half: Callable[..., int]
     best_level: str
     run_in_threads: int | None
     """Address of the OpenMP runtime's entry point; None where PyTorch has no such runtime."""
@@ -274,7 +282,10 @@ def library() -> Library | None:
     try:
         loaded = ctypes.CDLL(str(LIBRARY))
         version, best = int(loaded.sage_version()), int(loaded.sage_level())
-        functions = loaded.sage_multiply, loaded.sage_attend, loaded.sage_norm
+        functions = (
+            *(loaded.sage_multiply, loaded.sage_attend, loaded.sage_norm, loaded.sage_route),
+            *(loaded.sage_attention_half, loaded.sage_experts_half),
+        )
     except (AttributeError, OSError) as error:
         logger.warning("native products cannot be loaded: %s", error)
         return None

@@ -26,6 +26,7 @@ from experts.call import ExpertCall
 from experts.call_times import CallTimes
 from experts.directory import AuditStats, DirectoryStats
 from experts.errors import ExpertError, ExpertUnavailable
+from experts.expert_table import ExpertTable
 from experts.links import ActorLinks, View
 from experts.replicas import Reach, Tiers, best_left, choose, rank
 from experts.roster import Roster
@@ -174,6 +175,14 @@ class RemoteDirectory:
 
     def prefetch(self, component: str, layer: int, experts: Sequence[int]) -> None:
         """Does nothing: a hint would take a round trip of its own, about as long as the next call is away."""
+
+    def table(self, component: str, layer: int) -> ExpertTable | None:
+        """None: who has which expert changes."""
+        return None
+
+    def note_use(self, table: ExpertTable, used: Sequence[int], num_rows: int) -> None:
+        """Never called: there is no table."""
+        raise AssertionError("there is no table")
 
     def resident(self, component: str, layer: int) -> frozenset[int]:
         """See ExpertDirectory.resident."""

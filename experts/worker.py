@@ -22,6 +22,7 @@ from experts.call import ExpertCall
 from experts.device_tier import TieredCache, TierOptions, TierStats
 from experts.errors import NotInGroup
 from experts.eviction import DEFAULT_EVICTION, Eviction
+from experts.expert_table import ExpertTable
 from experts.ffn import ExpertWeights, compute_experts
 from experts.loader import LOAD_THREADS
 from experts.numerics import RowKernel, numerics_class
@@ -101,6 +102,9 @@ class ExpertWorker:
         self._steps: dict[tuple[str, int], int] = {}
         self._now = 0
         self._lock = threading.Lock()
+        self._tables: dict[tuple[str, int], ExpertTable] = {}
+        self._tried: dict[tuple[str, int], int] = {}
+        """How many experts there were when a table could not be made."""
 
     @property
     def stats(self) -> WorkerStats:
@@ -148,7 +152,7 @@ class ExpertWorker:
         with self._lock:
             at_hand = self.cache.at_hand(keys)
             if at_hand is not None:
-                self._count_step(call)
+                self._count_step((call.component, call.layer))
                 self._stats.experts_used.update(keys)
                 rows_RD = compute_experts(call, at_hand, self._kernel)
             else:
@@ -157,12 +161,47 @@ class ExpertWorker:
             self._stats.rows += call.num_rows
         return rows_RD
 
+    def table(self, component: str, layer: int) -> ExpertTable | None:
+        """All experts of a layer, where our own products take them and they stay in memory for good. Who computes
+        with it says so by `note_use`."""
+        at = (component, layer)
+        found = self._tables.get(at)
+        if (
+            found is None
+            and self._kernel.product == "native"
+            and self._tried.get(at) != len(self.cache.weights)
+        ):
+            self._tried[at] = len(self.cache.weights)
+            with self._lock:
+                found = self._make_table(at)
+            if found is not None:
+                self._tables[at] = found
+        return found
+
+    def note_use(self, table: ExpertTable, used: Sequence[int], num_rows: int) -> None:
+        """Counts as one call what was computed elsewhere with a table. used: numbers of the experts."""
+        first, stats = table.keys[0], self._stats
+        with self._lock:
+            self._count_step((first.component, first.layer))
+            stats.experts_used.update([table.keys[expert] for expert in used])
+            stats.calls += 1
+            stats.rows += num_rows
+            self.cache.note_hits(len(used))
+
+    def _make_table(self, at: tuple[str, int]) -> ExpertTable | None:
+        keys = [key for key in self._keys if (key.component, key.layer) == at]
+        weights = self.cache.for_good(keys)
+        if weights is None or [key.expert for key in keys] != list(range(len(keys))):
+            return None
+        experts = [expert.native for expert in weights if expert.native is not None]
+        return ExpertTable.of(keys, experts) if len(experts) == len(keys) else None
+
     def _compute_waves(self, call: ExpertCall, keys: list[ExpertKey]) -> Tensor:
         for key in keys:
             if not self._answers_for(key):
                 raise NotInGroup(str(tuple(key)))
             self._store.record(key)
-        self._count_step(call)
+        self._count_step((call.component, call.layer))
         try:
             parts = [self._compute_wave(call, wave, keys) for wave in self.cache.waves(keys)]
         finally:
@@ -201,9 +240,8 @@ class ExpertWorker:
     def _answers_for(self, key: ExpertKey) -> bool:
         return self._is_for(key) or (self._has_guests and key.component in self.widths)
 
-    def _count_step(self, call: ExpertCall) -> None:
+    def _count_step(self, layer: tuple[str, int]) -> None:
         """Time for evictions: how often the layer that was called most often was called."""
-        layer = (call.component, call.layer)
         self._steps[layer] = count = self._steps.get(layer, 0) + 1
         self._now = max(self._now, count)
 

@@ -131,7 +131,7 @@ class ForwardPass:
         started = time.perf_counter()
         hidden_PD = backbone.arithmetic.attention(index, layer, self._hidden_PD, self._inputs, pool)
         attended = time.perf_counter()
-        hidden_PD = backbone.arithmetic.feed_forward(layer, hidden_PD, batch)
+        hidden_PD = backbone.arithmetic.feed_forward(layer, hidden_PD, self._inputs)
         if backbone.prefetcher is not None:
             backbone.prefetcher.hint(index, hidden_PD, batch.num_tokens)
         self._phases["attention"] += attended - started

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from router.expert_facts import Residents
 from router.output_means import OutputMeans
-from router.scoring import Routing, ScoreTerms, SnarcWeights, route_native, route_scored
+from router.scoring import Routing, ScoreTerms, SnarcWeights, route_scored
 from router.stand_in import replace_spared, spare
 from router.step_routing import GateOutput
 
@@ -54,7 +54,7 @@ class ResidentChooser:
     ) -> Choice:
         """See Chooser."""
         if terms is None:
-            chosen = route_native(logits_RE, k, gate.normalise)
+            chosen = gate.best(logits_RE, k)
         else:
             chosen = route_scored(logits_RE, terms.total(), k, gate.normalise, self._weights.keep_best)
         cold_RK = residents.cold_E[chosen.experts_TK]

@@ -7,6 +7,7 @@ Called by `router.backbone` for the layers of a model, and by `router.single_lay
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from router.device_norm import norm_on_device
 from router.kv_cache import KvPool
 from router.model_config import ModelConfig
 from router.native_attention import NO_NORMS, HeadNorms, Places, attend_in_cache, norm_rows
+from router.native_layer import NativeStep
 from router.rope import RotaryEmbedding, rotate
 from router.step_batch import AttentionGroup, CacheSlots, StepBatch
 from router.weights import Layer
@@ -37,6 +39,18 @@ class StepInputs:
     """For attention by PyTorch."""
     places: Places | None
     """For our own."""
+    native: NativeStep | None = None
+    """For layers that are computed in two calls."""
+    is_plain: bool = False
+    """Whether nobody needs to see how the rows are routed."""
+
+
+class LayerClock(Protocol):
+    """Is told of every half of a layer that was computed in one call, with the time that its phases took."""
+
+    def attended(self, step: NativeStep) -> None: ...
+
+    def mixed(self, layer: int, step: NativeStep) -> None: ...
 
 
 class LayerArithmetic:
@@ -46,11 +60,17 @@ class LayerArithmetic:
         self.config, self.kernel, self.dtype = config, kernel, dtype
         self._is_native = kernel.product == "native"
         self._rope = RotaryEmbedding(config)
+        self.clock: LayerClock | None = None
 
     def prepare(self, batch: StepBatch) -> StepInputs:
         cos, sin = self._rope.tables(batch.positions_3T, batch.lengths_T)
         if self._is_native:
-            return StepInputs(batch, cos, sin, None, Places.of(batch.spans))
+            places = Places.of(batch.spans)
+            is_timed = self.clock is not None
+            native = NativeStep(
+                self.kernel.level, self.config, self.dtype, (cos, sin), places, is_timed=is_timed
+            )
+            return StepInputs(batch, cos, sin, None, places, native, batch.routing.is_plain())
         device = self.kernel.device
         cache = CacheSlots(batch.spans, device)
         return StepInputs(batch, upload(cos, device), upload(sin, device), cache, None)
@@ -59,11 +79,25 @@ class LayerArithmetic:
         self, index: int, layer: Layer, hidden_PD: Tensor, step: StepInputs, pool: KvPool
     ) -> Tensor:
         """The first half of a layer, residual included: (P, D) -> (P, D)."""
+        if layer.native is not None and step.native is not None:
+            hidden_PD = step.native.attention(layer.native, index, hidden_PD, pool)
+            if self.clock is not None:
+                self.clock.attended(step.native)
+            return hidden_PD
         normed_PD = self.norm(hidden_PD, layer.input_norm_D)
         return hidden_PD + self._output(self._attend(index, layer, normed_PD, step, pool), layer)
 
-    def feed_forward(self, layer: Layer, hidden_PD: Tensor, batch: StepBatch) -> Tensor:
+    def feed_forward(self, layer: Layer, hidden_PD: Tensor, step: StepInputs) -> Tensor:
         """The second half, residual included: (P, D) -> (P, D). Raises ExpertError."""
+        batch = step.batch
+        if step.is_plain and step.native is not None and layer.native is not None and layer.moe is not None:
+            table = layer.moe.table()
+            if table is not None:
+                hidden_PD, used = step.native.experts(layer.native, table, hidden_PD)
+                layer.moe.note_use(table, used, batch.num_tokens)
+                if self.clock is not None:
+                    self.clock.mixed(layer.moe.layer, step.native)
+                return hidden_PD
         normed_PD = self.norm(hidden_PD, layer.post_norm_D)
         if layer.moe is not None:
             routed_TD = layer.moe.forward(normed_PD, batch.num_tokens, batch.routing, batch.trace)

@@ -61,13 +61,22 @@ class MaskPolicy:
             allowed_E[sorted(experts)] = False
             self._allowed[layer] = allowed_E
 
+    def is_native(self, owners: Sequence[SpanOwner]) -> bool:
+        """See RoutingPolicy."""
+        return False
+
     def route(self, owners: Sequence[SpanOwner], gate: GateOutput) -> Routing:
         allowed_E = self._allowed.get(gate.layer)
+        native = gate.native()
         if allowed_E is None:
-            return gate.native()
+            return native
         probabilities_TE = torch.softmax(gate.logits_TE.float(), dim=-1)
         ranked_TE = torch.where(allowed_E.to(probabilities_TE.device), probabilities_TE, -1.0)
         weights_TK, experts_TK = torch.topk(ranked_TE, gate.experts_per_token, dim=-1)
         if gate.normalise:
             weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
-        return Routing(experts_TK, weights_TK)
+        is_allowed_T1 = allowed_E[native.experts_TK].all(dim=-1, keepdim=True)
+        return Routing(
+            torch.where(is_allowed_T1, native.experts_TK, experts_TK),
+            torch.where(is_allowed_T1, native.weights_TK, weights_TK),
+        )

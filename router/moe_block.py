@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from experts.directory import ExpertDirectory
+from experts.expert_table import ExpertTable
 from experts.numerics import RowKernel
 from router.dispatch import combine, dispatch
 from router.model_config import ModelConfig
@@ -39,8 +41,21 @@ class MoeBlock:
             logits_TE = logits_TE.cpu()  # the one reading back of a layer: routing is decided on the host
         config = self.config
         return GateOutput(
-            self.layer, hidden_PD[:num_tokens], logits_TE, config.experts_per_token, config.normalise_top_k
+            self.layer,
+            hidden_PD[:num_tokens],
+            logits_TE,
+            config.experts_per_token,
+            config.normalise_top_k,
+            self.kernel.level or None,
         )
+
+    def table(self) -> ExpertTable | None:
+        """All experts of the layer, where they stay in this process; see `ExpertDirectory.table`."""
+        return self.directory.table(self.component, self.layer)
+
+    def note_use(self, table: ExpertTable, used: Sequence[int], num_tokens: int) -> None:
+        """Tokens were sent to their own experts without `forward`. used: numbers of these experts."""
+        self.directory.note_use(table, used, num_tokens * self.config.experts_per_token)
 
     def forward(
         self, hidden_PD: Tensor, num_tokens: int, steering: StepRouting = NATIVE, trace: str = ""

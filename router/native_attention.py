@@ -81,14 +81,14 @@ def attend_in_cache(
     width, dtype = config.head_dim, qkv_TO.dtype
     outputs = (config.num_heads + 2 * config.num_kv_heads) * width
     num_tokens, shape = places.num_tokens, pool.keys.shape
-    _expect(qkv_TO, (num_tokens, outputs), dtype)
+    expect(qkv_TO, (num_tokens, outputs), dtype)
     for weight in (norms.q, norms.k):
         if weight is not None:
-            _expect(weight, (width,), dtype)
+            expect(weight, (width,), dtype)
     for table in rotation:
-        _expect(table, (num_tokens, 1, width), torch.float32)
+        expect(table, (num_tokens, 1, width), torch.float32)
     for cache in (pool.keys, pool.values):
-        _expect(cache, (shape[0], shape[1], config.num_kv_heads, BLOCK_POSITIONS, width), dtype)
+        expect(cache, (shape[0], shape[1], config.num_kv_heads, BLOCK_POSITIONS, width), dtype)
     if not 0 <= layer < shape[0] or places.largest_block >= shape[1] or dtype not in DTYPES or width % 2:
         raise ValueError(f"no layer {layer} or block {places.largest_block} in a cache of {tuple(shape)}")
     out_TO = qkv_TO.new_empty(num_tokens, config.num_heads * width)
@@ -135,8 +135,8 @@ def norm_rows(level: str, x_RD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """
     num_rows, width = x_RD.shape
     x_RD = x_RD.contiguous()
-    _expect(x_RD, (num_rows, width), x_RD.dtype)
-    _expect(weight_D, (width,), x_RD.dtype)
+    expect(x_RD, (num_rows, width), x_RD.dtype)
+    expect(weight_D, (width,), x_RD.dtype)
     if x_RD.dtype not in DTYPES or not width:
         raise ValueError(f"no norm of {x_RD.dtype} rows of {width}")
     out_RD = torch.empty_like(x_RD)
@@ -159,7 +159,8 @@ def norm_rows(level: str, x_RD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return out_RD
 
 
-def _expect(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def expect(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Raises ValueError for a tensor that is not contiguous on the CPU, or of another shape or dtype."""
     if (
         tuple(tensor.shape) != shape
         or tensor.dtype != dtype

@@ -22,7 +22,7 @@ from router.choosing import Choice
 from router.dispatch import Dispatch
 from router.expert_facts import Residents
 from router.output_means import OutputMeans
-from router.scoring import Routing, ScoreTerms, SnarcWeights, route_native, route_scored
+from router.scoring import Routing, ScoreTerms, SnarcWeights, route_scored
 from router.stand_in import replace_spared, spare
 from router.step_routing import GateOutput, SpanOwner
 
@@ -82,7 +82,7 @@ class OneStream:
         """See Chooser. One row after another, since each finds what the one before it left; `residents` are not those
         of this stream."""
         if terms is None:
-            chosen = route_native(logits_RE, k, gate.normalise)
+            chosen = gate.best(logits_RE, k)
             return Choice(chosen, self._count(gate.layer, chosen.experts_TK), None, chosen)
         cache, weights = self._cache(gate.layer), self._weights
         score_RE = replace(terms, warmth_E=None).total()

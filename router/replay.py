@@ -48,6 +48,10 @@ class ReplayPolicy:
         self._numbers: dict[str, int] = {}
         self._step: tuple[Sequence[SpanOwner], np.ndarray, np.ndarray] | None = None
 
+    def is_native(self, owners: Sequence[SpanOwner]) -> bool:
+        """See RoutingPolicy."""
+        return False
+
     def route(self, owners: Sequence[SpanOwner], gate: GateOutput) -> Routing:
         """Raises RoutingMissing for a token that the trace does not have."""
         if self._step is None or self._step[0] is not owners:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from router.errors import WeightsInvalid
+from router.native_routing import route_rows
 
 ABSENT = -1
 """In place of an expert at the ranks that a token does not use."""
@@ -50,11 +51,16 @@ class Routing:
         return self.experts_TK.clamp_min(0) if self.has_absent else self.experts_TK
 
 
-def route_native(gate_logits_TE: Tensor, experts_per_token: int, normalise: bool) -> Routing:
+def route_native(
+    gate_logits_TE: Tensor, experts_per_token: int, normalise: bool, level: str | None = None
+) -> Routing:
     """The checkpoint's own routing: softmax over all experts in float32, then top-k.
 
-    normalise: make the chosen weights sum to 1 (`norm_topk_prob`). Logits may be of any float dtype.
+    normalise: make the chosen weights sum to 1 (`norm_topk_prob`). Logits may be of any float dtype. level: of our own
+    products, where the model is computed by them.
     """
+    if level is not None:
+        return Routing(*route_rows(level, gate_logits_TE, experts_per_token, normalise))
     probabilities_TE = torch.softmax(gate_logits_TE.float(), dim=-1)
     weights_TK, experts_TK = torch.topk(probabilities_TE, experts_per_token, dim=-1)
     if normalise:

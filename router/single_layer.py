@@ -80,8 +80,9 @@ class SingleLayers:
         arithmetic = LayerArithmetic(alone, self._kernel, DTYPE)
         pool = KvPool(alone, len(batch.spans[0].table) + 1, DTYPE)
         hidden_PD = arithmetic.pad(hidden_TD)
-        hidden_PD = arithmetic.attention(0, layer, hidden_PD, arithmetic.prepare(batch), pool)
-        hidden_PD = arithmetic.feed_forward(layer, hidden_PD, batch)
+        step = arithmetic.prepare(batch)
+        hidden_PD = arithmetic.attention(0, layer, hidden_PD, step, pool)
+        hidden_PD = arithmetic.feed_forward(layer, hidden_PD, step)
         return LayerOutput(hidden_PD[: len(hidden_TD)], notes.experts_TK, notes.logits_TE)
 
 

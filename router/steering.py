@@ -104,10 +104,13 @@ class SteeredPolicy:
         """Requests of which something is kept."""
         return len(self._requests)
 
+    def is_native(self, owners: Sequence[SpanOwner]) -> bool:
+        """See RoutingPolicy."""
+        return self._step_of(owners).plan.is_plain and not self._is_use_counted
+
     def route(self, owners: Sequence[SpanOwner], gate: GateOutput) -> Routing:
-        if self._step.owners is not owners:
-            self._step = self._begin(owners)
-        step = self._step
+        """See RoutingPolicy."""
+        step = self._step_of(owners)
         routing = gate.native() if step.plan.is_plain else self._route_steered(step, gate)
         if self._is_use_counted:
             self._facts.count_use(gate.layer, routing)
@@ -140,6 +143,11 @@ class SteeredPolicy:
             state.is_cut,
             state.newest_effort,
         )
+
+    def _step_of(self, owners: Sequence[SpanOwner]) -> _Step:
+        if self._step.owners is not owners:
+            self._step = self._begin(owners)
+        return self._step
 
     def _begin(self, owners: Sequence[SpanOwner]) -> _Step:
         for owner in owners:

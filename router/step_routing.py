@@ -42,14 +42,25 @@ class GateOutput:
     """K of the checkpoint."""
     normalise: bool
     """Whether the mixing weights of the chosen experts sum to 1 (`norm_topk_prob`)."""
+    level: str | None = None
+    """Of our own products, where the model is computed by them."""
 
     def native(self) -> Routing:
         """The checkpoint's own routing."""
-        return route_native(self.logits_TE, self.experts_per_token, self.normalise)
+        return self.best(self.logits_TE, self.experts_per_token)
+
+    def best(self, logits_RE: Tensor, k: int) -> Routing:
+        """Some rows' best experts, chosen as the checkpoint's own routing does."""
+        return route_native(logits_RE, k, self.normalise, self.level)
 
 
 class RoutingPolicy(Protocol):
     """Chooses experts. Called on the engine's thread, layer after layer."""
+
+    def is_native(self, owners: Sequence[SpanOwner]) -> bool:
+        """Whether these rows get `GateOutput.native` in every layer, and nothing is learned from it: then `route` need
+        not be called for them."""
+        ...
 
     def route(self, owners: Sequence[SpanOwner], gate: GateOutput) -> Routing: ...
 
@@ -97,6 +108,9 @@ class PromptProbe(Protocol):
 class NativePolicy:
     """The checkpoint's own routing for everyone."""
 
+    def is_native(self, owners: Sequence[SpanOwner]) -> bool:
+        return True
+
     def route(self, owners: Sequence[SpanOwner], gate: GateOutput) -> Routing:
         return gate.native()
 
@@ -108,6 +122,10 @@ class StepRouting:
     owners: tuple[SpanOwner, ...] = ()
     policy: RoutingPolicy = field(default_factory=NativePolicy)
     watchers: tuple[RoutingWatcher, ...] = ()
+
+    def is_plain(self) -> bool:
+        """Whether nobody needs to see how the rows are routed. Asked once a step, before its first layer."""
+        return not self.watchers and self.policy.is_native(self.owners)
 
     def route(self, gate: GateOutput) -> Routing:
         return self.policy.route(self.owners, gate)

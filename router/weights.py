@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from router.errors import WeightMismatch
 from router.linears import FLOAT, LinearForm, LinearForms
 from router.model_config import ModelConfig
 from router.moe_block import MoeBlock
+from router.native_layer import LayerMatrices, NativeLayer
 from router.shared_expert import SharedExpert, padded_gate
 
 
@@ -36,6 +37,8 @@ class Layer:
     post_norm_D: Tensor
     moe: MoeBlock | None
     dense: ExpertWeights | None
+    native: NativeLayer | None = None
+    """The same, where all of it can be computed in two calls of our own."""
 
     @property
     def nbytes(self) -> int:
@@ -125,7 +128,7 @@ def load_layer(
         for name, size in norms.items()
     )
     outputs = {"q": q_width, "k": kv_width, "v": kv_width}
-    return Layer(
+    layer = Layer(
         input_norm_D=load(prefix + "input_layernorm.weight", width),
         qkv_OD=load.linear({f"{attention}{name}_proj": size for name, size in outputs.items()}, width),
         qkv_bias_O=torch.cat([load(f"{attention}{name}_proj.bias", size) for name, size in outputs.items()])
@@ -139,6 +142,23 @@ def load_layer(
         moe=moe,
         dense=dense,
     )
+    return replace(layer, native=_as_native(layer, config, kernel))
+
+
+def _as_native(layer: Layer, config: ModelConfig, kernel: RowKernel) -> NativeLayer | None:
+    has_bias = layer.qkv_bias_O is not None or layer.output_bias_D is not None
+    if layer.moe is None or layer.moe.shared is not None or has_bias or kernel.product != "native":
+        return None
+    matrices = LayerMatrices(
+        layer.input_norm_D,
+        layer.q_norm,
+        layer.k_norm,
+        layer.post_norm_D,
+        layer.qkv_OD,
+        layer.output_DO,
+        layer.moe.gate_ED,
+    )
+    return NativeLayer.of(matrices, config, kernel, layer.post_norm_D.dtype)
 
 
 def _load_gated(load: TensorLoader, prefix: str, inner: int, width: int) -> ExpertWeights:

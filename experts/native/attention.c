@@ -3,44 +3,15 @@
    Blocks that a row does not see would add zeros, so leaving them out changes nothing. All of it in float32.
 
    Called by router/native_attention.py, which has checked pointers, shapes, block numbers and limits. */
-#include "work.h"
+#include "attention.h"
 
 #include <math.h>
 #include <stdlib.h>
 
-#define BLOCK 64 /* positions; a multiple of 16 and of OUTPUTS */
 #define ROWS_NORMED 32
 
-typedef struct {
-    int64_t first_row, count, table_start, first_position; /* rows of the step, and where the sequence's blocks stand */
-} span;
-
-typedef struct {
-    work work;
-    const level *level;
-    const way *way;
-    bool is_narrow;
-    int64_t num_tokens, heads, kv_heads, width, window, num_spans, block_bytes, most_blocks;
-    const uint8_t *qkv, *q_norm, *k_norm;
-    const float *cos, *sin;
-    float eps, scale;
-    uint8_t *keys, *values;
-    const int64_t *blocks, *offsets, *tables;
-    const span *spans;
-    const int64_t *span_pieces; /* (spans + 1): pieces before each */
-    uint8_t *q;                 /* packed, (tokens * heads) */
-    int64_t q_stride;
-    uint8_t *out;
-} attention;
-
-static void read_row(bool is_narrow, const uint8_t *from, float *to, int64_t count) {
-    if (!is_narrow) memcpy(to, from, (size_t)count * 4);
-    else
-        for (int64_t i = 0; i < count; i++) to[i] = from_bfloat16(((const uint16_t *)from)[i]);
-}
-
 /* memory: room for the weights, which are in the rows' dtype. */
-static void norm_row(
+void norm_row(
     const level *level, bool is_narrow, float *x, const uint8_t *weight, float *memory, float eps, int64_t count
 ) {
     const float mean = level->square_sum(x, count) / (float)count;
@@ -58,7 +29,8 @@ static void rotate(const float *x, const float *cos, const float *sin, float *to
 }
 
 /* One token's heads: norm, rotation; keys and values go to the cache. */
-static void place_token(const attention *a, int64_t t, float *x, float *turned) {
+void place_token(const attention *a, int64_t t, float *x) {
+    float *turned = x + a->width;
     const int64_t item = a->is_narrow ? 2 : 4, width = a->width;
     const uint8_t *row = a->qkv + t * (a->heads + 2 * a->kv_heads) * width * item;
     const float *cos = a->cos + t * width, *sin = a->sin + t * width;
@@ -133,7 +105,7 @@ static int64_t tiles_of(const attention *a, const span *s) {
     return (rows + a->way->most_rows - 1) / a->way->most_rows;
 }
 
-static void attend_piece(const attention *a, int64_t piece, float *memory) {
+void attend_piece(const attention *a, int64_t piece, float *memory) {
     int64_t index = 0;
     for (int64_t end = a->num_spans; end - index > 1;) { /* the last span that begins at or before the piece */
         const int64_t middle = (index + end) / 2;
@@ -146,9 +118,27 @@ static void attend_piece(const attention *a, int64_t piece, float *memory) {
     attend_rows(a, s, inside / tiles, first, (int)MIN(rows - first, a->way->most_rows), memory);
 }
 
+void plan_attention(attention *a, int64_t *span_pieces) {
+    a->way = &a->level->wide[a->is_narrow ? BFLOAT16 : FLOAT32];
+    a->q_stride = packed_stride(a->way, a->width);
+    span_pieces[0] = 0;
+    for (int64_t i = 0; i < a->num_spans; i++)
+        span_pieces[i + 1] = span_pieces[i] + tiles_of(a, &a->spans[i]) * a->kv_heads;
+    a->span_pieces = span_pieces;
+}
+
+size_t attention_memory(const attention *a) {
+    return (size_t)(MOST_ROWS * (a->most_blocks * BLOCK + a->width) + 2 * a->width) * sizeof(float);
+}
+
+typedef struct {
+    work work;
+    attention attention;
+} attention_call;
+
 static void attention_piece(work *w, int phase, int64_t piece, void *memory) {
-    const attention *a = (const attention *)w;
-    if (phase == 0) place_token(a, piece, memory, (float *)memory + a->width);
+    const attention *a = &((const attention_call *)w)->attention;
+    if (phase == 0) place_token(a, piece, memory);
     else attend_piece(a, piece, memory);
 }
 
@@ -162,29 +152,28 @@ int sage_attend(
     const void *k_norm, const float *cos, const float *sin, void *keys, void *values, const int64_t *blocks,
     const int64_t *offsets, const int64_t *spans, const int64_t *tables, void *out, run_in_threads *run, unsigned threads
 ) {
-    attention a = {
+    attention_call c = {.attention = {
         .level = level_of(level), .is_narrow = is_narrow, .num_tokens = numbers[0], .heads = numbers[1],
         .kv_heads = numbers[2], .width = numbers[3], .window = numbers[4], .num_spans = numbers[5],
         .block_bytes = numbers[6], .most_blocks = numbers[7], .eps = factors[0], .scale = factors[1], .qkv = qkv,
         .q_norm = q_norm, .k_norm = k_norm, .cos = cos, .sin = sin, .keys = keys, .values = values, .blocks = blocks,
         .offsets = offsets, .spans = (const span *)spans, .tables = tables, .out = out,
-    };
-    a.way = &a.level->wide[is_narrow ? BFLOAT16 : FLOAT32];
-    a.q_stride = packed_stride(a.way, a.width);
-    int64_t *pieces = malloc((size_t)(a.num_spans + 1) * sizeof *pieces);
-    a.q = aligned_alloc(64, (size_t)(a.num_tokens * a.heads * a.q_stride));
+    }};
+    attention *a = &c.attention;
+    int64_t *pieces = malloc((size_t)(a->num_spans + 1) * sizeof *pieces);
     int code = OUT_OF_MEMORY;
-    if (pieces && a.q) {
-        pieces[0] = 0;
-        for (int64_t i = 0; i < a.num_spans; i++) pieces[i + 1] = pieces[i] + tiles_of(&a, &a.spans[i]) * a.kv_heads;
-        a.span_pieces = pieces;
-        a.work.pieces[0] = a.num_tokens;
-        a.work.pieces[1] = pieces[a.num_spans];
-        a.work.run_piece = attention_piece;
-        a.work.memory_bytes = (size_t)(MOST_ROWS * (a.most_blocks * BLOCK + a.width) + 2 * a.width) * sizeof(float);
-        code = run_work(&a.work, run, threads);
+    if (pieces) {
+        plan_attention(a, pieces);
+        a->q = aligned_alloc(64, (size_t)(a->num_tokens * a->heads * a->q_stride));
     }
-    free(a.q);
+    if (a->q) {
+        c.work.pieces[0] = a->num_tokens;
+        c.work.pieces[1] = pieces[a->num_spans];
+        c.work.run_piece = attention_piece;
+        c.work.memory_bytes = attention_memory(a);
+        code = run_work(&c.work, run, threads);
+    }
+    free(a->q);
     free(pieces);
     return code;
 }

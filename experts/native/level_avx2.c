@@ -44,6 +44,7 @@ INLINE TARGET void avx2_store_sums(const __m256 sums[OUTPUTS], float *out) {
 static const way narrow[KINDS] = { NARROW_WAYS };
 static const way wide[KINDS] = { [FLOAT32] = { THREE(FLOAT32), 3, 4, 0 }, NARROW_WAYS };
 const level avx2_level = {
-    narrow, wide, avx2_silu_times, avx2_square_sum, avx2_scale, avx2_softmax_weights, avx2_add_values,
+    narrow, wide, avx2_silu_times, avx2_square_sum, avx2_scale, avx2_softmax_weights, avx2_add_values, avx2_add_sums,
+    avx2_mix_rows,
 };
 #endif

@@ -14,7 +14,8 @@
     [BFLOAT16] = { SIX(BFLOAT16), 6, 4, 32 }, [INT8] = { SIX(INT8), 6, 4, 0 }, [INT4] = { SIX(INT4), 3, 4, 32 }
 static const way narrow[KINDS] = { NARROW_WAYS };
 static const way wide[KINDS] = { [FLOAT32] = { SIX(FLOAT32), 6, 4, 0 }, NARROW_WAYS };
-#define ROW_WORK avx512_silu_times, avx512_square_sum, avx512_scale, avx512_softmax_weights, avx512_add_values
+#define ROW_WORK avx512_silu_times, avx512_square_sum, avx512_scale, avx512_softmax_weights, avx512_add_values, \
+                 avx512_add_sums, avx512_mix_rows
 const level avx512_level = { narrow, wide, ROW_WORK };
 const level avx512bf16_level = { avx512bf16_narrow, wide, ROW_WORK };
 #endif

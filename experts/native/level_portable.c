@@ -47,4 +47,5 @@ static const way narrow[KINDS] = { NARROW_WAYS };
 static const way wide[KINDS] = { [FLOAT32] = { THREE(FLOAT32), 3, 4, 0 }, NARROW_WAYS };
 const level portable_level = {
     narrow, wide, portable_silu_times, portable_square_sum, portable_scale, portable_softmax_weights, portable_add_values,
+    portable_add_sums, portable_mix_rows,
 };

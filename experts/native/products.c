@@ -4,7 +4,7 @@
 
    Called through ctypes by experts/native_products.py, which has checked every pointer, shape and index. Nothing here
    keeps state between calls. */
-#include "work.h"
+#include "calls.h"
 
 #include <stdlib.h>
 
@@ -12,41 +12,6 @@
 #define MOST_OUTPUTS 512        /* of a panel */
 #define GATED_OUTPUTS 64        /* of a panel of gates, and of one of ups; a multiple of every way's `pairs` */
 #define AHEAD_BYTES (32 << 10)
-#define ROWS_PACKED 16          /* by one piece of work */
-
-typedef struct {
-    const uint8_t *weights; /* (outputs, inputs), rows back to back */
-    const uint16_t *scales; /* bfloat16: int8 one an output, int4 (outputs, groups) */
-} matrix;
-
-typedef struct {
-    int64_t kind, group, outputs, inputs;
-} form;
-
-typedef struct {
-    matrix gate_up, down;
-} expert;
-
-/* What the threads of one call share. Phases: 0 packs x, 1 the first product, 2 the second one, of gated calls only. */
-typedef struct {
-    work work;
-    const level *level;
-    form first, second;
-    const way *first_way, *second_way;
-    const expert *experts;
-    const int64_t *starts;      /* (experts + 1): where each one's rows begin */
-    const int64_t *token_of;    /* row to token; NULL: row r is token r */
-    const uint8_t *tokens;
-    int64_t num_tokens, token_stride;
-    bool is_narrow;             /* activations are bfloat16, else float32 */
-    uint8_t *x, *hidden;        /* packed tokens; packed rows between both products */
-    int64_t x_stride, hidden_stride;
-    int64_t per_expert[3];      /* pieces, of phases 1 and 2 */
-    int64_t panel;              /* outputs of a piece of the last product */
-    uint8_t *out;
-    int64_t out_stride;         /* bytes */
-    bool is_gated;
-} call;
 
 /* Sums of some rows (as many as a tile has at most) with outputs [from, to) into sums (rows, to - from rounded up). */
 static void multiply_rows(
@@ -81,7 +46,7 @@ static const uint8_t *row_of_x(const call *c, int64_t row) {
     return c->x + (c->token_of ? c->token_of[row] : row) * c->x_stride;
 }
 
-static void pack_tokens(const call *c, int64_t piece) {
+void pack_tokens(const call *c, int64_t piece) {
     const int64_t end = MIN(c->num_tokens, (piece + 1) * ROWS_PACKED);
     for (int64_t t = piece * ROWS_PACKED; t < end; t++)
         pack_row(
@@ -89,7 +54,7 @@ static void pack_tokens(const call *c, int64_t piece) {
 }
 
 /* A panel of gates and the one of the same ups, and the activation: a part of each row's hidden values. */
-static void gate_piece(const call *c, int64_t piece) {
+void gate_piece(const call *c, int64_t piece) {
     const int64_t e = piece / c->per_expert[1], width = c->first.outputs / 2;
     const int64_t from = piece % c->per_expert[1] * GATED_OUTPUTS, to = MIN(width, from + GATED_OUTPUTS);
     const matrix *m = &c->experts[e].gate_up;
@@ -115,7 +80,7 @@ static void gate_piece(const call *c, int64_t piece) {
 }
 
 /* A panel of the last product, for all rows of one expert. */
-static void product_piece(const call *c, int64_t piece) {
+void product_piece(const call *c, int64_t piece) {
     const int phase = c->is_gated ? 2 : 1;
     const form *form = c->is_gated ? &c->second : &c->first;
     const way *way = c->is_gated ? c->second_way : c->first_way;
@@ -131,16 +96,42 @@ static void product_piece(const call *c, int64_t piece) {
         for (int r = 0; r < rows; r++)
             x[r] = c->is_gated ? c->hidden + (row + r) * c->hidden_stride : row_of_x(c, row + r);
         multiply_rows(way, form, m, from, to, x, rows, AHEAD_BYTES, sums, MOST_OUTPUTS);
-        for (int r = 0; r < rows; r++)
-            store_row(
-                c->is_narrow, sums + r * MOST_OUTPUTS, c->out + (row + r) * c->out_stride + from * item, to - from);
+        for (int r = 0; r < rows; r++) {
+            const int64_t at = (row + r) * c->out_stride + from * item;
+            const float *row_sums = sums + r * MOST_OUTPUTS;
+            if (c->added) c->level->add_sums(c->added + at, row_sums, c->out + at, to - from, c->is_narrow);
+            else store_row(c->is_narrow, row_sums, c->out + at, to - from);
+        }
         row += rows;
     }
 }
 
+void plan_call(call *c) {
+    const way *ways = c->is_narrow ? c->level->narrow : c->level->wide;
+    const form *last = c->is_gated ? &c->second : &c->first;
+    c->first_way = &ways[c->first.kind];
+    c->x_stride = packed_stride(c->first_way, c->first.inputs);
+    if (c->is_gated) {
+        c->second_way = &ways[c->second.kind];
+        c->hidden_stride = packed_stride(c->second_way, c->second.inputs);
+        c->per_expert[1] = (c->first.outputs / 2 + GATED_OUTPUTS - 1) / GATED_OUTPUTS;
+    }
+    c->panel = MIN(MOST_OUTPUTS, UP_TO(PANEL_BYTES / row_bytes((int)last->kind, last->inputs) + 1, OUTPUTS));
+    c->per_expert[c->is_gated ? 2 : 1] = (last->outputs + c->panel - 1) / c->panel;
+}
+
+int64_t first_pieces(const call *c) { return c->per_expert[1] * c->num_experts; }
+
+int64_t last_pieces(const call *c) { return c->per_expert[2] * c->num_experts; }
+
+typedef struct {
+    work work;
+    call call;
+} product;
+
 static void run_piece(work *w, int phase, int64_t piece, void *memory) {
     (void)memory;
-    const call *c = (const call *)w;
+    const call *c = &((const product *)w)->call;
     if (phase == 0) pack_tokens(c, piece);
     else if (phase == 1 && c->is_gated) gate_piece(c, piece);
     else product_piece(c, piece);
@@ -155,10 +146,11 @@ int sage_multiply(
     const int64_t *counts, const int64_t *token_of, const void *tokens, int64_t num_tokens, int64_t token_stride,
     void *out, int64_t out_stride, run_in_threads *run, unsigned threads
 ) {
-    call c = {
+    product p = {.call = {
         .level = level_of(level),
         .first = {forms[0], forms[1], forms[2], forms[3]},
         .experts = experts,
+        .num_experts = num_experts,
         .token_of = token_of,
         .tokens = tokens,
         .num_tokens = num_tokens,
@@ -167,42 +159,28 @@ int sage_multiply(
         .out = out,
         .out_stride = out_stride,
         .is_gated = is_gated,
-    };
-    const way *ways = is_narrow ? c.level->narrow : c.level->wide;
-    c.first_way = &ways[c.first.kind];
-    const form *last = &c.first;
-    if (is_gated) {
-        c.second = (form){forms[4], forms[5], forms[6], forms[7]};
-        c.second_way = &ways[c.second.kind];
-        last = &c.second;
-    }
+    }};
+    call *c = &p.call;
+    if (is_gated) c->second = (form){forms[4], forms[5], forms[6], forms[7]};
+    plan_call(c);
     int64_t *starts = malloc((size_t)(num_experts + 1) * sizeof *starts);
     if (!starts) return OUT_OF_MEMORY;
     starts[0] = 0;
     for (int64_t e = 0; e < num_experts; e++) starts[e + 1] = starts[e] + counts[e];
-    c.starts = starts;
+    c->starts = starts;
     const int64_t num_rows = starts[num_experts];
-    c.x_stride = packed_stride(c.first_way, c.first.inputs);
-    c.hidden_stride = is_gated ? packed_stride(c.second_way, c.second.inputs) : 0;
-    c.x = aligned_alloc(64, (size_t)(num_tokens * c.x_stride + num_rows * c.hidden_stride + 64));
-    if (!c.x) {
+    c->x = aligned_alloc(64, (size_t)(num_tokens * c->x_stride + num_rows * c->hidden_stride + 64));
+    if (!c->x) {
         free(starts);
         return OUT_OF_MEMORY;
     }
-    c.hidden = c.x + num_tokens * c.x_stride;
-    const int64_t bytes = row_bytes((int)last->kind, last->inputs);
-    c.panel = MIN(MOST_OUTPUTS, UP_TO(PANEL_BYTES / bytes + 1, OUTPUTS));
-    c.work.pieces[0] = (num_tokens + ROWS_PACKED - 1) / ROWS_PACKED;
-    if (is_gated) {
-        c.per_expert[1] = (c.first.outputs / 2 + GATED_OUTPUTS - 1) / GATED_OUTPUTS;
-        c.per_expert[2] = (last->outputs + c.panel - 1) / c.panel;
-    } else {
-        c.per_expert[1] = (last->outputs + c.panel - 1) / c.panel;
-    }
-    for (int phase = 1; phase < 3; phase++) c.work.pieces[phase] = c.per_expert[phase] * num_experts;
-    c.work.run_piece = run_piece;
-    const int code = run_work(&c.work, run, threads);
-    free(c.x);
+    c->hidden = c->x + num_tokens * c->x_stride;
+    p.work.pieces[0] = (num_tokens + ROWS_PACKED - 1) / ROWS_PACKED;
+    p.work.pieces[1] = first_pieces(c);
+    p.work.pieces[2] = last_pieces(c);
+    p.work.run_piece = run_piece;
+    const int code = run_work(&p.work, run, threads);
+    free(c->x);
     free(starts);
     return code;
 }

@@ -41,6 +41,9 @@ typedef void activate(const float *gate, const float *up, float *out, int64_t co
 typedef float sum_squares(const float *x, int64_t count);
 typedef void scale_row(float *x, const float *weight, float factor, int64_t count, int is_narrow);
 typedef float weigh(float *scores, float largest, int64_t count);
+typedef void add_to_row(const uint8_t *row, const float *sums, uint8_t *out, int64_t count, int is_narrow);
+typedef void mix(
+    int64_t num_rows, const uint8_t *const *rows, const float *weights, float *out, int64_t count, int is_narrow);
 typedef void add_weighted(
     int rows, int is_narrow, const float *weights, int64_t stride, const uint8_t *values, int64_t width, int64_t from,
     int64_t to, float *out, int64_t out_stride);
@@ -53,6 +56,8 @@ typedef struct {
     scale_row *scale;
     weigh *softmax_weights;
     add_weighted *add_values;
+    add_to_row *add_sums;
+    mix *mix_rows;
 } level;
 
 extern const level portable_level;

@@ -42,6 +42,32 @@ static TARGET float NAME(softmax_weights)(float *x, float largest, int64_t count
     return sums[0];
 }
 
+/* out = row + sums, in the rows' dtype, to which the sums are rounded before. */
+static TARGET void NAME(add_sums)(const uint8_t *row, const float *sums, uint8_t *out, int64_t count, int is_narrow) {
+    if (is_narrow) {
+        const uint16_t *words = (const uint16_t *)row;
+        for (int64_t i = 0; i < count; i++)
+            ((uint16_t *)out)[i] = to_bfloat16(from_bfloat16(words[i]) + rounded(sums[i]));
+    } else
+        for (int64_t i = 0; i < count; i++) ((float *)out)[i] = ((const float *)row)[i] + sums[i];
+}
+
+/* out = weights[0] * rows[0] + weights[1] * rows[1] + ..., in this order: one product and one addition a row, each
+   rounded to float32. */
+static TARGET void NAME(mix_rows)(
+    int64_t num_rows, const uint8_t *const *rows, const float *weights, float *out, int64_t count, int is_narrow
+) {
+    for (int64_t k = 0; k < num_rows; k++) {
+        const float w = weights[k];
+        const uint16_t *words = (const uint16_t *)rows[k];
+        const float *values = (const float *)rows[k];
+        if (is_narrow && k) for (int64_t i = 0; i < count; i++) out[i] = out[i] + w * from_bfloat16(words[i]);
+        else if (is_narrow) for (int64_t i = 0; i < count; i++) out[i] = w * from_bfloat16(words[i]);
+        else if (k) for (int64_t i = 0; i < count; i++) out[i] = out[i] + w * values[i];
+        else for (int64_t i = 0; i < count; i++) out[i] = w * values[i];
+    }
+}
+
 #define CHUNK 4 /* vectors of outputs at once */
 
 /* out (rows, out_stride) += weights (rows, stride) times rows from..to of values (to, width), value after value. */

@@ -3,6 +3,7 @@
 
 #include <sched.h>
 #include <stdlib.h>
+#include <time.h>
 
 static int detected_level(void) {
 #ifdef __x86_64__
@@ -16,7 +17,7 @@ static int detected_level(void) {
 }
 
 /* Raised with every change of what is computed. */
-int sage_version(void) { return 2; }
+int sage_version(void) { return 3; }
 
 /* The best level of this machine: 0 portable, 1 avx2, 2 avx512, 3 avx512bf16. */
 int sage_level(void) { return detected_level(); }
@@ -61,6 +62,12 @@ int64_t packed_stride(const way *way, int64_t inputs) {
     return UP_TO(inputs, STEP) * way->x_bytes + 64; /* rows a page apart would compete for the same places in the caches */
 }
 
+void read_row(bool is_narrow, const uint8_t *from, float *to, int64_t count) {
+    if (!is_narrow) memcpy(to, from, (size_t)count * 4);
+    else
+        for (int64_t i = 0; i < count; i++) to[i] = from_bfloat16(((const uint16_t *)from)[i]);
+}
+
 void store_row(bool is_narrow, const float *sums, uint8_t *out, int64_t count) {
     if (!is_narrow) {
         memcpy(out, sums, (size_t)count * 4);
@@ -68,6 +75,12 @@ void store_row(bool is_narrow, const float *sums, uint8_t *out, int64_t count) {
     }
     uint16_t *words = (uint16_t *)out;
     for (int64_t i = 0; i < count; i++) words[i] = to_bfloat16(sums[i]);
+}
+
+static int64_t now_ns(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000000000 + now.tv_nsec;
 }
 
 static void take_pieces(void *data) {
@@ -87,7 +100,8 @@ static void take_pieces(void *data) {
                  atomic_load_explicit(&w->done[earlier], memory_order_acquire) < w->pieces[earlier]; spins++)
                 if (spins > 1000) sched_yield();
         w->run_piece(w, phase, piece, memory);
-        atomic_fetch_add_explicit(&w->done[phase], 1, memory_order_release);
+        const int64_t done = 1 + atomic_fetch_add_explicit(&w->done[phase], 1, memory_order_release);
+        if (w->ended_ns && done == w->pieces[phase]) w->ended_ns[phase] = now_ns();
     }
     free(memory);
 }

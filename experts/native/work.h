@@ -7,7 +7,7 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 
-#define PHASES 3
+#define PHASES 7 /* at most */
 #define OUT_OF_MEMORY 1
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define UP_TO(n, multiple) (((n) + (multiple) - 1) / (multiple) * (multiple))
@@ -24,12 +24,14 @@ struct work {
     int64_t pieces[PHASES];
     void (*run_piece)(work *, int phase, int64_t piece, void *memory);
     size_t memory_bytes; /* of each thread's memory */
+    int64_t *ended_ns;   /* (PHASES): clock at each one's end; or NULL */
 };
 
 int run_work(work *w, run_in_threads *run, unsigned threads);
 const level *level_of(int number);
 void pack_row(const way *way, bool is_narrow, const void *from, uint8_t *to, int64_t count);
 int64_t packed_stride(const way *way, int64_t inputs);
+void read_row(bool is_narrow, const uint8_t *from, float *to, int64_t count);
 void store_row(bool is_narrow, const float *sums, uint8_t *out, int64_t count);
 
 #endif

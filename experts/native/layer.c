@@ -1,0 +1,269 @@
+/* A decoder layer in two calls: attention, and the mixture of experts, each with its norm before and its residual after.
+   They are made of the pieces that the calls for one operation are made of, in the same dtypes between them, so a row has
+   the bits that these calls give it one after another. Threads meet once a half in place of once an operation.
+
+   Called by router/native_layer.py, which has checked pointers, shapes, block numbers and limits; the structures are
+   also written down there. */
+#include "attention.h"
+#include "calls.h"
+#include "routing.h"
+
+#include <stdlib.h>
+
+typedef struct {
+    form form;
+    matrix matrix;
+} linear;
+
+/* What a layer has. Norms are in the rows' dtype; q_norm and k_norm may be NULL. */
+typedef struct {
+    const uint8_t *input_norm, *q_norm, *k_norm, *post_norm;
+    linear qkv, output, gate;
+    form gate_up, down;
+    const expert *experts; /* all of them */
+} layer;
+
+/* What all layers of a step share. */
+typedef struct {
+    int64_t level, is_narrow, width, heads, kv_heads, head_width, num_experts, top_k, is_normalised;
+    int64_t num_tokens, num_spans, most_blocks, block_bytes, layer_bytes;
+    const float *cos, *sin;
+    uint8_t *keys, *values;
+    const int64_t *blocks, *offsets, *tables;
+    const span *spans;
+    int64_t *ended_ns; /* (PHASES): when each phase of a call ended; or NULL */
+    float eps, scale;
+} step;
+
+/* Memory that a call needs at once, cut into parts. */
+typedef struct {
+    uint8_t *at;
+    size_t used;
+} arena;
+
+static void *cut(arena *a, int64_t bytes) {
+    void *part = a->at ? a->at + a->used : NULL;
+    a->used += UP_TO((size_t)bytes, 64);
+    return part;
+}
+
+static int64_t packing_pieces(const step *s) { return (s->num_tokens + ROWS_PACKED - 1) / ROWS_PACKED; }
+
+static size_t norm_memory(const step *s) { return 3 * (size_t)s->width * sizeof(float); }
+
+/* Normed rows as the first product wants them, and the second, if any. */
+static void pack_normed(
+    const step *s, const uint8_t *hidden, const uint8_t *norm, const call *first, const call *second, int64_t piece,
+    float *memory
+) {
+    const int64_t item = s->is_narrow ? 2 : 4, end = MIN(s->num_tokens, (piece + 1) * ROWS_PACKED);
+    uint8_t *normed = (uint8_t *)(memory + 2 * s->width);
+    for (int64_t t = piece * ROWS_PACKED; t < end; t++) {
+        read_row(s->is_narrow, hidden + t * s->width * item, memory, s->width);
+        norm_row(first->level, s->is_narrow, memory, norm, memory + s->width, s->eps, s->width);
+        store_row(s->is_narrow, memory, normed, s->width);
+        pack_row(first->first_way, s->is_narrow, normed, first->x + t * first->x_stride, s->width);
+        if (second) pack_row(second->first_way, s->is_narrow, normed, second->x + t * second->x_stride, s->width);
+    }
+}
+
+/* A product of all rows with one matrix. one: room for the matrix; starts: for two numbers. */
+static call one_product(const step *s, const linear *l, expert *one, int64_t *starts) {
+    *one = (expert){.gate_up = l->matrix};
+    starts[0] = 0, starts[1] = s->num_tokens;
+    call c = {
+        .level = level_of((int)s->level), .first = l->form, .experts = one, .num_experts = 1, .starts = starts,
+        .num_tokens = s->num_tokens, .is_narrow = s->is_narrow, .out_stride = l->form.outputs * (s->is_narrow ? 2 : 4),
+    };
+    plan_call(&c);
+    return c;
+}
+
+typedef struct {
+    work work;
+    const step *step;
+    const layer *layer;
+    const uint8_t *hidden;
+    call qkv, output;
+    attention attention;
+} attention_half;
+
+static void attention_half_piece(work *w, int phase, int64_t piece, void *memory) {
+    const attention_half *h = (const attention_half *)w;
+    switch (phase) {
+        case 0: pack_normed(h->step, h->hidden, h->layer->input_norm, &h->qkv, NULL, piece, memory); break;
+        case 1: product_piece(&h->qkv, piece); break;
+        case 2: place_token(&h->attention, piece, memory); break;
+        case 3: attend_piece(&h->attention, piece, memory); break;
+        case 4: pack_tokens(&h->output, piece); break;
+        default: product_piece(&h->output, piece);
+    }
+}
+
+static void cut_attention(attention_half *h, arena *a, int64_t **span_pieces) {
+    const int64_t tokens = h->step->num_tokens, item = h->step->is_narrow ? 2 : 4;
+    h->qkv.x = cut(a, tokens * h->qkv.x_stride);
+    h->qkv.out = cut(a, tokens * h->qkv.out_stride);
+    h->attention.q = cut(a, tokens * h->attention.heads * h->attention.q_stride);
+    h->attention.out = cut(a, tokens * h->output.first.inputs * item);
+    h->output.x = cut(a, tokens * h->output.x_stride);
+    *span_pieces = cut(a, (h->step->num_spans + 1) * (int64_t)sizeof **span_pieces);
+}
+
+/* hidden + output(attention(norm(hidden))): (tokens, width) rows in the model's dtype. index: of the layer in the cache.
+   window: 0 for none. */
+int sage_attention_half(
+    const step *s, const layer *l, int64_t index, int64_t window, const void *hidden, void *out, run_in_threads *run,
+    unsigned threads
+) {
+    expert matrices[2];
+    int64_t starts[2], *span_pieces;
+    const int64_t item = s->is_narrow ? 2 : 4, at = index * s->layer_bytes;
+    attention_half h = {
+        .step = s, .layer = l, .hidden = hidden, .qkv = one_product(s, &l->qkv, &matrices[0], starts),
+        .output = one_product(s, &l->output, &matrices[1], starts),
+        .attention = {
+            .level = level_of((int)s->level), .is_narrow = s->is_narrow, .num_tokens = s->num_tokens,
+            .heads = s->heads, .kv_heads = s->kv_heads, .width = s->head_width, .window = window,
+            .num_spans = s->num_spans, .block_bytes = s->block_bytes, .most_blocks = s->most_blocks, .eps = s->eps,
+            .scale = s->scale, .q_norm = l->q_norm, .k_norm = l->k_norm, .cos = s->cos, .sin = s->sin,
+            .keys = s->keys + at, .values = s->values + at, .blocks = s->blocks, .offsets = s->offsets,
+            .spans = s->spans, .tables = s->tables,
+        },
+    };
+    attention *a = &h.attention;
+    a->way = &a->level->wide[a->is_narrow ? BFLOAT16 : FLOAT32];
+    a->q_stride = packed_stride(a->way, a->width);
+    arena memory = {0};
+    cut_attention(&h, &memory, &span_pieces);
+    memory = (arena){.at = aligned_alloc(64, memory.used)};
+    if (!memory.at) return OUT_OF_MEMORY;
+    cut_attention(&h, &memory, &span_pieces);
+    plan_attention(a, span_pieces);
+    a->qkv = h.qkv.out;
+    h.output.tokens = a->out, h.output.token_stride = h.output.first.inputs * item;
+    h.output.out = out, h.output.added = hidden;
+    h.work = (work){
+        .pieces = {packing_pieces(s), first_pieces(&h.qkv), s->num_tokens, span_pieces[s->num_spans],
+                   packing_pieces(s), first_pieces(&h.output)},
+        .run_piece = attention_half_piece, .ended_ns = s->ended_ns,
+    };
+    const size_t attending = attention_memory(a), norming = norm_memory(s);
+    h.work.memory_bytes = attending > norming ? attending : norming;
+    const int code = run_work(&h.work, run, threads);
+    free(memory.at);
+    return code;
+}
+
+typedef struct {
+    work work;
+    const step *step;
+    const layer *layer;
+    const uint8_t *hidden;
+    uint8_t *out;
+    call gate, experts;
+    bool has_own_x; /* whether experts take rows packed in another way than the gate */
+    int64_t *chosen, *used, *starts, *row_of, *token_of, num_used;
+    float *weights;
+    expert *called; /* the experts in use */
+} experts_half;
+
+static void route_rows(const experts_half *h, int64_t piece, float *memory) {
+    const step *s = h->step;
+    const int64_t end = MIN(s->num_tokens, (piece + 1) * ROWS_PACKED);
+    for (int64_t t = piece * ROWS_PACKED; t < end; t++)
+        route_row(
+            h->gate.level, s->is_narrow, h->gate.out + t * h->gate.out_stride, s->num_experts, s->top_k,
+            s->is_normalised, h->chosen + t * s->top_k, h->weights + t * s->top_k, memory);
+}
+
+static void call_experts(experts_half *h) {
+    const step *s = h->step;
+    h->num_used = sort_by_expert(
+        h->chosen, s->num_tokens, s->top_k, s->num_experts, h->used, h->starts, h->row_of, h->token_of);
+    for (int64_t i = 0; i < h->num_used; i++) h->called[i] = h->layer->experts[h->used[i]];
+}
+
+/* Each row's experts by rank, added to the row. memory: width floats, then room for top_k addresses. */
+static void combine_rows(const experts_half *h, int64_t piece, float *memory) {
+    const step *s = h->step;
+    const int64_t stride = h->experts.out_stride, end = MIN(s->num_tokens, (piece + 1) * ROWS_PACKED);
+    const uint8_t **rows = (const uint8_t **)(memory + UP_TO(s->width, UNIT));
+    for (int64_t t = piece * ROWS_PACKED; t < end; t++) {
+        for (int64_t k = 0; k < s->top_k; k++) rows[k] = h->experts.out + h->row_of[t * s->top_k + k] * stride;
+        h->gate.level->mix_rows(s->top_k, rows, h->weights + t * s->top_k, memory, s->width, s->is_narrow);
+        h->gate.level->add_sums(h->hidden + t * stride, memory, h->out + t * stride, s->width, s->is_narrow);
+    }
+}
+
+static void experts_half_piece(work *w, int phase, int64_t piece, void *memory) {
+    experts_half *h = (experts_half *)w;
+    const call *other = h->has_own_x ? &h->experts : NULL;
+    switch (phase) {
+        case 0: pack_normed(h->step, h->hidden, h->layer->post_norm, &h->gate, other, piece, memory); break;
+        case 1: product_piece(&h->gate, piece); break;
+        case 2: route_rows(h, piece, memory); break;
+        case 3: call_experts(h); break;
+        case 4: gate_piece(&h->experts, piece); break;
+        case 5: product_piece(&h->experts, piece); break;
+        default: combine_rows(h, piece, memory);
+    }
+}
+
+static void cut_experts(experts_half *h, arena *a) {
+    const step *s = h->step;
+    const int64_t slots = s->num_tokens * s->top_k, number = sizeof(int64_t);
+    h->gate.x = cut(a, s->num_tokens * h->gate.x_stride);
+    h->experts.x = h->has_own_x ? cut(a, s->num_tokens * h->experts.x_stride) : h->gate.x;
+    h->gate.out = cut(a, s->num_tokens * h->gate.out_stride);
+    h->weights = cut(a, slots * (int64_t)sizeof(float));
+    h->starts = cut(a, (s->num_experts + 1) * number);
+    h->row_of = cut(a, slots * number);
+    h->token_of = cut(a, slots * number);
+    h->called = cut(a, h->experts.num_experts * (int64_t)sizeof(expert));
+    h->experts.hidden = cut(a, slots * h->experts.hidden_stride);
+    h->experts.out = cut(a, slots * h->experts.out_stride);
+}
+
+/* hidden + experts(norm(hidden)) by the checkpoint's own routing: (tokens, width) rows in the model's dtype.
+   chosen: (tokens, top_k), best first. used: the experts in use, ascending, num_used of them; room for num_experts. */
+int sage_experts_half(
+    const step *s, const layer *l, const void *hidden, void *out, int64_t *chosen, int64_t *used, int64_t *num_used,
+    run_in_threads *run, unsigned threads
+) {
+    expert matrix;
+    int64_t starts[2];
+    const int64_t slots = s->num_tokens * s->top_k;
+    experts_half h = {
+        .step = s, .layer = l, .hidden = hidden, .out = out, .gate = one_product(s, &l->gate, &matrix, starts),
+        .experts = {
+            .level = level_of((int)s->level), .first = l->gate_up, .second = l->down,
+            .num_experts = MIN(s->num_experts, slots), .num_tokens = s->num_tokens, .is_narrow = s->is_narrow,
+            .out_stride = s->width * (s->is_narrow ? 2 : 4), .is_gated = true,
+        },
+        .chosen = chosen, .used = used,
+    };
+    plan_call(&h.experts);
+    h.has_own_x = h.experts.first_way->x_bytes != h.gate.first_way->x_bytes ||
+                  h.experts.first_way->pairs != h.gate.first_way->pairs;
+    arena memory = {0};
+    cut_experts(&h, &memory);
+    memory = (arena){.at = aligned_alloc(64, memory.used)};
+    if (!memory.at) return OUT_OF_MEMORY;
+    cut_experts(&h, &memory);
+    h.experts.experts = h.called, h.experts.starts = h.starts, h.experts.token_of = h.token_of;
+    h.work = (work){
+        .pieces = {packing_pieces(s), first_pieces(&h.gate), packing_pieces(s), 1, first_pieces(&h.experts),
+                   last_pieces(&h.experts), packing_pieces(s)},
+        .run_piece = experts_half_piece, .ended_ns = s->ended_ns,
+    };
+    const size_t routing = (size_t)UP_TO(s->num_experts, UNIT) * sizeof(float);
+    const size_t combining = (size_t)UP_TO(s->width, UNIT) * sizeof(float) + (size_t)s->top_k * sizeof(uint8_t *);
+    h.work.memory_bytes = norm_memory(s);
+    if (routing > h.work.memory_bytes) h.work.memory_bytes = routing;
+    if (combining > h.work.memory_bytes) h.work.memory_bytes = combining;
+    const int code = run_work(&h.work, run, threads);
+    *num_used = h.num_used;
+    free(memory.at);
+    return code;
+}
