@@ -9,7 +9,7 @@ how many rows came with it. Called by `experts.worker`, and by
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -30,9 +30,9 @@ class ExpertWeights:
     gate_up_FD: Weight
     """(2F, D): the gate's rows, then the up projection's."""
     down_DF: Weight
-    stack: ExpertStack | None = None
+    stack: ExpertStack | None = field(default=None, kw_only=True)
     """In which it lies, on a device that has all experts of the layer."""
-    place: int = 0
+    place: int = field(default=0, kw_only=True)
 
     @property
     def nbytes(self) -> int:

@@ -33,8 +33,8 @@ def view_stack(records_EB: Tensor, dtype: torch.dtype, width: int) -> ExpertStac
     expert_width = values.shape[1] // (3 * width)
     split = 2 * expert_width * width
     return ExpertStack(
-        values[:, :split].unflatten(1, (2 * expert_width, width)),
-        values[:, split:].unflatten(1, (width, expert_width)),
+        torch.unflatten(values[:, :split], 1, (2 * expert_width, width)),
+        torch.unflatten(values[:, split:], 1, (width, expert_width)),
     )
 
 

@@ -78,8 +78,9 @@ def _are_groups_sound(x_PD: Tensor, stack: ExpertStack, unit: int) -> bool:
     expected = []
     for place in range(GROUPS):
         alone = ExpertStack(stack.gate_up_EFD[place][None], stack.down_EDF[place][None])
-        parts = [compute_groups(rows_RD, [unit], [0], alone) for rows_RD in x_PD.split(unit)]
+        parts = [compute_groups(rows_RD, [unit], [0], alone) for rows_RD in torch.split(x_PD, unit)]
         expected.append(torch.cat(parts))
+    calls: list[tuple[tuple[int, ...], tuple[int, ...]]]
     calls = [((1, GROUPS - 1), (n * unit, (num_units - n) * unit)) for n in range(1, num_units)]
     calls += [((2,), (len(x_PD),)), (tuple(range(num_units)), (unit,) * num_units)]
     calls += [(tuple(range(GROUPS)), (len(x_PD),) * GROUPS)]

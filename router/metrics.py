@@ -92,9 +92,9 @@ class _Collector:
             name, node = str(actor["name"]), str(actor.get("node", ""))
             resident.add_metric([name, node, "resident"], actor.get("resident_bytes", 0))
             behind = actor.get("behind") or {}
-            for family, key in ((resident, "resident_bytes"), (budget, "budget_bytes")):
+            for gauge, key in ((resident, "resident_bytes"), (budget, "budget_bytes")):
                 if behind.get(key) is not None:
-                    family.add_metric([name, node, "host"], behind[key])
+                    gauge.add_metric([name, node, "host"], behind[key])
             for eviction, rate in actor.get("hit_rates", {}).items():
                 rates.add_metric([name, node, eviction], rate)
             if actor.get("budget_bytes") is not None:
