@@ -45,9 +45,11 @@ unit: setup
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile -m "not ray and not slow"
 	$(BIN)/python -m pytest -m "ray and not slow"
 
-# On a machine with an NVIDIA GPU and a CUDA build of PyTorch in .venv; elsewhere every test says why it is skipped.
+# On a machine with an NVIDIA GPU and a CUDA build of PyTorch in .venv; elsewhere tests say why they are skipped, and
+# the benchmark what it needs.
 test-gpu: setup
 	$(BIN)/python -m pytest -m "gpu and not slow" -rs
+	$(BIN)/python -m benchmarks.bench_device --quick --folder .bench
 
 # Kills extractions, batches and every part of a running service, which takes long; `make test` has the quick ones.
 chaos: setup $(STORE)

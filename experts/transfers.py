@@ -8,6 +8,7 @@ and a plain one, in which a copy is done when it was started, for whatever else 
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from typing import Protocol
 
 import torch
@@ -95,7 +96,7 @@ class CudaTransfers:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.memory = PinnedMemory()
+        self.memory = PinnedMemory(device)
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def follow(self) -> None:
@@ -119,7 +120,8 @@ class PinnedMemory:
     PyTorch's own pinned memory is rounded up to a power of two, which a budget would not see.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._plain = PlainMemory()
         self._pinned: dict[int, Tensor] = {}
         """By address. Held here, since memory must not go back to the system while it is pinned."""
@@ -127,16 +129,20 @@ class PinnedMemory:
     def take(self, nbytes: int, *, is_aligned: bool) -> Tensor:
         """Not pinned where the system lets no more memory be: copies then wait for the processor, and stay right."""
         buffer = self._plain.take(nbytes, is_aligned=is_aligned)
-        code = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), nbytes, 0))  # type: ignore[no-untyped-call]
+        with torch.cuda.device(self._device):
+            code = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), nbytes, 0))  # type: ignore[no-untyped-call]
         if code:
             logger.warning("%d bytes of host memory cannot be pinned: CUDA error %d", nbytes, code)
+            with suppress(RuntimeError):  # CUDA tells an error again at the next call, which is not to blame
+                torch.zeros(1, device=self._device)
         else:
             self._pinned[buffer.data_ptr()] = buffer
         return buffer
 
     def release(self, buffer: Tensor) -> None:
         if self._pinned.pop(buffer.data_ptr(), None) is not None:
-            torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())  # type: ignore[no-untyped-call]
+            with torch.cuda.device(self._device):
+                torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
         for buffer in tuple(self._pinned.values()):

@@ -82,7 +82,7 @@ def test_any_pair_of_budgets_gives_the_same_bits_within_both(store: ExpertStore,
 
 
 def test_host_memory_is_pinned_to_the_byte_and_let_go() -> None:
-    memory = PinnedMemory()
+    memory = PinnedMemory(DEVICE)
     buffer = memory.take(5 * MIB + 8192, is_aligned=True)
     assert buffer.is_pinned() and buffer.numel() == 5 * MIB + 8192
     memory.release(buffer)
