@@ -167,13 +167,8 @@ class ExpertCache(Generic[Held]):
         return self._residency.waves([self._held[key] for key in keys])
 
     def first_that_fit(self, keys: Sequence[ExpertKey]) -> Sequence[ExpertKey]:
-        """Those from the start that can be in memory without anything going."""
-        held = self.resident_bytes
-        for index, key in enumerate(keys):
-            held += 0 if key in self._residency else self._held[key]
-            if self.budget_bytes is not None and held > self.budget_bytes:
-                return keys[:index]
-        return keys
+        """See `Residency.first_that_fit`."""
+        return self._residency.first_that_fit(keys, [self._held[key] for key in keys])
 
     def bring(self, wave: Sequence[ExpertKey], now: float) -> Generator[Sequence[ExpertKey]]:
         """Make a wave's experts resident, as used at step `now`; yields them as they are there, each once.

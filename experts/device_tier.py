@@ -186,13 +186,8 @@ class TieredCache:
         return self._residency.waves([self._held[key] for key in keys])
 
     def first_that_fit(self, keys: Sequence[ExpertKey]) -> Sequence[ExpertKey]:
-        """Those from the start that can be on the device without anything going."""
-        held = self.resident_bytes
-        for index, key in enumerate(keys):
-            held += 0 if key in self._residency else self._held[key]
-            if self.budget_bytes is not None and held > self.budget_bytes:
-                return keys[:index]
-        return keys
+        """See `Residency.first_that_fit`."""
+        return self._residency.first_that_fit(keys, [self._held[key] for key in keys])
 
     def bring(self, wave: Sequence[ExpertKey], now: float) -> Generator[Sequence[ExpertKey]]:
         """See `ExpertCache.bring`: first those that were on the device, then each as its copy is under way."""
