@@ -128,7 +128,8 @@ class PinnedMemory:
 
     def take(self, nbytes: int, *, is_aligned: bool) -> Tensor:
         """Not pinned where the system lets no more memory be: copies then wait for the processor, and stay right."""
-        buffer = self._plain.take(nbytes, is_aligned=is_aligned)
+        # Pages of its own: CUDA refuses to pin a page twice.
+        buffer = self._plain.take(nbytes, is_aligned=True)
         with torch.cuda.device(self._device):
             code = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), nbytes, 0))  # type: ignore[no-untyped-call]
         if code:
