@@ -19,10 +19,28 @@ _FATAL = (signal.SIGTERM, signal.SIGHUP)
 
 @contextmanager
 def signals_as_exit() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise SystemExit with the code that a shell reports for them."""
+    """SIGTERM and SIGHUP raise SystemExit with the code that a shell reports for them, SIGINT KeyboardInterrupt.
+
+    That is what the block ends with, whatever it met on its way out: an exception that comes between two steps of
+    Python's own locks makes these raise errors of their own.
+    """
+    received: list[BaseException] = []
+
+    def interrupt(number: int, _frame: FrameType | None) -> NoReturn:
+        asked = KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
+        received.append(asked)
+        raise asked
+
     replaced = [number for number in _FATAL if signal.getsignal(number) is signal.SIG_DFL]
-    with _handled(replaced, _exit):
-        yield
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        replaced.append(signal.SIGINT)
+    with _handled(replaced, interrupt):
+        try:
+            yield
+        except Exception as error:
+            if received:
+                raise received[0] from error
+            raise
 
 
 @contextmanager
@@ -46,7 +64,3 @@ def _handled(numbers: list[signal.Signals], handler: Any) -> Iterator[None]:
         for number, old in before.items():
             if old is not None:
                 signal.signal(number, old)
-
-
-def _exit(number: int, _frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + number)

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from extraction.decoder_config import MAX_EXPERTS, MAX_LAYERS
 from extraction.errors import ManifestInvalid
 from extraction.expert_index import INDEX_NAME, read_expert_index
+from extraction.file_lengths import files_cut_short
 from extraction.manifest import (
     MANIFEST_NAME,
     Component,
@@ -93,6 +94,9 @@ class StoreSummary:
     left_out: Mapping[str, Any] | None
     """Components, and layers by component, that a partial store lacks; None in a whole one."""
 
+    files_cut_short: tuple[str, ...] = ()
+    """Weight files that are missing, or end too early: what lies behind their ends cannot be computed with."""
+
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -130,6 +134,7 @@ def summarize(root: Path) -> StoreSummary:
         backbone_quantization=_as_json(manifest.backbone_quantization),
         head_quantization=_as_json(manifest.head_quantization),
         left_out=_as_json(manifest.left_out),
+        files_cut_short=files_cut_short(root, manifest, index),
     )
 
 

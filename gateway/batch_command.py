@@ -75,7 +75,8 @@ def batch(
         raise
     if report.ignored_columns:
         typer.echo(f"columns without a meaning here: {', '.join(report.ignored_columns)}", err=True)
+    parts = "1 part" if report.num_parts == 1 else f"{report.num_parts} parts"
     typer.echo(
-        f"{output}: {report.rows} rows in {report.num_parts} parts, {report.errors} with an error; "
+        f"{output}: {report.rows} rows in {parts}, {report.errors} with an error; "
         f"{report.prompt_tokens} prompt and {report.completion_tokens} completion tokens"
     )

@@ -16,6 +16,7 @@ def render_summary(summary: StoreSummary) -> RenderableType:
     # Not as strings, in which rich takes [words] of a path or a manifest for markup.
     lines: list[RenderableType] = [
         Text(one_line(f"{summary.store}  ({summary.family}, {summary.kind}, {summary.dtype})")),
+        *_cut_short(summary),
         *_partial(summary),
         *_quantised(summary),
         f"{moe}, {summary.experts_per_token} per token; "
@@ -43,6 +44,10 @@ def render_summary(summary: StoreSummary) -> RenderableType:
     if len(summary.components) > 1:
         return Group(*lines, totals, "", table, "", _components(summary), note)
     return Group(*lines, totals, "", table, note)
+
+
+def _cut_short(summary: StoreSummary) -> list[RenderableType]:
+    return [Text(one_line(f"DAMAGED: {name} is cut short or missing")) for name in summary.files_cut_short]
 
 
 def _partial(summary: StoreSummary) -> list[RenderableType]:

@@ -18,6 +18,7 @@ from experts.hash_log import LOG_NAME
 from extraction.errors import DestinationOccupied, ExtractionError, ManifestInvalid, PathRefused
 from extraction.expert_index import read_expert_index
 from extraction.extract import extract
+from extraction.file_lengths import files_cut_short
 from extraction.hub import HubId, parse_hub_id
 from extraction.manifest import FORMAT_VERSION, MANIFEST_NAME, check_files, read_manifest
 from gateway.errors import CheckpointIsStore, StoreNotFound, StorePartial
@@ -66,7 +67,7 @@ def model_name(source: str) -> str:
 def resolve_runnable(source: str, *, announce: Callable[[str], None]) -> Path:
     """A whole store's folder, also from a hub id: its checkpoint is downloaded, and indexed where it then lies.
 
-    announce is called before a download, and as in `resolve_store`.
+    announce is called before a download, of files that are cut short, and as in `resolve_store`.
     Raises StorePartial, StoreNotFound, or what downloading and indexing raise.
     """
     hub_id = hub_id_of(source)
@@ -75,12 +76,15 @@ def resolve_runnable(source: str, *, announce: Callable[[str], None]) -> Path:
 
         source = str(hub_snapshot(hub_id, announce=announce))
     root = resolve_store(source, announce=announce)
-    left_out = read_manifest(root).left_out
+    manifest = read_manifest(root)
+    left_out = manifest.left_out
     if left_out is not None:
         parts = [*left_out.components, *(f"{len(n)} layers of {name}" for name, n in left_out.layers.items())]
         if left_out.groups is not None:
             parts.append(f"the experts of {left_out.groups.total - len(left_out.groups.kept)} groups")
         raise StorePartial(str(root), ", ".join(parts))
+    for name in files_cut_short(root, manifest, read_expert_index(root, manifest)):
+        announce(f"warning: {name} of {root} is cut short or missing: what is not there cannot be computed")
     return root
 
 

@@ -23,14 +23,15 @@ from router.batcher import BatchLimits, Chunk, SequenceFacts, StepPlan, admissio
 from router.errors import PromptInvalid, QueueFull, RequestTooLong
 from router.kv_cache import KvPool, blocks_for
 from router.kv_room import KvRoom
-from router.logprobs import prompt_logprobs, prompt_nlls, token_logprob
+from router.logprobs import prompt_logprobs, token_logprob
 from router.pace import Pace
-from router.prompt_groups import Member, match_members, shared_positions
+from router.prompt_groups import match_members, shared_positions
 from router.request import FinishReason, GenerationRequest, TokenEvent
+from router.request_checks import check_request
 from router.routing_choice import RoutingReport
 from router.sampling import sample
 from router.sequence import NO_INPUTS, PromptInputs, Sequence
-from router.step_pass import PassRows, StepPass, begin_pass
+from router.step_pass import PassRows, StepPass, begin_pass, hand_out_captured, score_probed
 from router.step_routing import NativePolicy, PromptProbe, RoutingPolicy, RoutingReporter, RoutingWatcher
 
 logger = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ class Engine:
         if request.request_id in self._waiting or request.request_id in self._running:
             raise ValueError(f"request id {request.request_id!r} is in use")
         config = self.backbone.config
-        _check_prompt(request, config.vocab_size)
+        check_request(request, config.vocab_size)
         if self.reporter is None and not request.routing.is_plain:
             raise ValueError("this engine has native routing only")
         self._check_group(request)
@@ -184,7 +185,10 @@ class Engine:
         """See `match_members`; most steps have nobody to match."""
         if not any(sequence.can_share_prompt for sequence in self._waiting.values()):
             return {}, frozenset()
-        return match_members(map(_member, self._running.values()), map(_member, self._waiting.values()))
+        return match_members(
+            (sequence.as_member() for sequence in self._running.values()),
+            (sequence.as_member() for sequence in self._waiting.values()),
+        )
 
     def _plan(self, parents: Mapping[str, str], held: frozenset[str]) -> StepPlan:
         self.kv.begin_step()
@@ -303,9 +307,10 @@ class Engine:
         output = step.forward.finish()
         started = time.perf_counter()
         living = [rows for rows in step.rows if self._is_running(rows.sequence)]
-        self._hand_out(step.rows, output.captured)
+        hand_out_captured(step.rows, output.captured, self._is_running)
         events = self._score_prompts(step.rows, output.scored_RD)
-        self._score_probed(step.rows, output.scored_RD)
+        if self.probe is not None:
+            score_probed(step.rows, output.scored_RD, self.probe, self.backbone.logits)
         for phase, seconds in output.phase_seconds.items():
             self._add_phase(phase, seconds)
         for rows in living:
@@ -324,15 +329,6 @@ class Engine:
         self._add_phase("sampling", time.perf_counter() - started)
         return events
 
-    def _hand_out(self, parts: SequenceOf[PassRows], captured: dict[int, Tensor]) -> None:
-        row = 0
-        for part in parts:
-            inputs, chunk = part.sequence.inputs, part.chunk
-            if inputs.on_capture is not None and self._is_running(part.sequence):
-                for layer in inputs.capture_layers:
-                    inputs.on_capture(layer, chunk.first, captured[layer][row : row + chunk.count])
-            row += chunk.count
-
     def _score_prompts(self, parts: SequenceOf[PassRows], scored_RD: Tensor) -> list[TokenEvent]:
         """Note the logprobs of prompt tokens where they are wanted. Returns the ends of those that failed."""
         events = []
@@ -350,13 +346,6 @@ class Engine:
                     sequence.prompt_logprobs.extend(found)
             row += len(following)
         return events
-
-    def _score_probed(self, parts: SequenceOf[PassRows], scored_RD: Tensor) -> None:
-        """Their rows come after all others: a probe changes nothing of anybody's answer."""
-        following = [part.sequence.tokens[p + 1] for part in parts for p in part.probed]
-        if self.probe is not None and following:
-            nll_N = prompt_nlls(scored_RD[-len(following) :], following, self.backbone.logits)
-            self.probe.scored(following, nll_N)
 
     def _advance(self, sequence: Sequence, logits_V: Tensor) -> TokenEvent:
         """Draw the sequence's next token from finite logits, and end it where it must end."""
@@ -428,34 +417,3 @@ class Engine:
 
     def _add_phase(self, phase: str, seconds: float) -> None:
         self.stats.phase_seconds[phase] = self.stats.phase_seconds.get(phase, 0.0) + seconds
-
-
-def _check_prompt(request: GenerationRequest, vocab_size: int) -> None:
-    if not request.prompt_ids:
-        raise PromptInvalid("it has no tokens")
-    known = (*request.prompt_ids, *request.generated_ids)
-    outside = next((token for token in known if not 0 <= token < vocab_size), None)
-    if outside is not None:
-        raise PromptInvalid(f"token id {outside} is outside the vocabulary of {vocab_size}")
-    named = (*request.sampling.stop_token_ids, *(token for token, _ in request.sampling.logit_bias))
-    if any(not 0 <= token < vocab_size for token in named):
-        raise PromptInvalid(f"a stop token or bias is outside the vocabulary of {vocab_size}")
-    num_generated, max_tokens = len(request.generated_ids), request.sampling.max_tokens
-    is_prompt_all = max_tokens == 0 and not num_generated
-    if request.generated_efforts and len(request.generated_efforts) != num_generated:
-        raise PromptInvalid(f"{len(request.generated_efforts)} efforts for {num_generated} generated tokens")
-    if num_generated >= max_tokens and not is_prompt_all:
-        raise PromptInvalid(f"max_tokens of {max_tokens} leaves nothing to generate after {num_generated}")
-
-
-def _member(sequence: Sequence) -> Member:
-    if not sequence.can_share_prompt:
-        return Member(sequence.name, None)
-    is_prompt_there = sequence.num_computed >= len(sequence.request.prompt_ids)
-    is_untouched = sequence.num_computed == 0 and sequence.swapped is None
-    return Member(
-        sequence.name,
-        sequence.request.group,
-        can_give=sequence.has_drawn and is_prompt_there,
-        can_take=is_untouched and not sequence.wants_prompt_logprobs,
-    )

@@ -11,6 +11,7 @@ from torch import Tensor
 from router.batcher import SequenceFacts
 from router.errors import PromptInvalid
 from router.penalties import TokenHistory, adjusted
+from router.prompt_groups import Member
 from router.request import FinishReason, GenerationRequest, TokenLogprob
 
 
@@ -102,6 +103,19 @@ class Sequence:
         """Whether its keys and values follow from its tokens. Never under other routing than native, whose signals
         only computing the prompt gives, nor where the prompt is to be explained."""
         return self.inputs is NO_INPUTS and self.request.routing.is_plain
+
+    def as_member(self) -> Member:
+        """Of its group, for who may share its prompt."""
+        if not self.can_share_prompt:
+            return Member(self.name, None)
+        is_prompt_there = self.num_computed >= len(self.request.prompt_ids)
+        is_untouched = self.num_computed == 0 and self.swapped is None
+        return Member(
+            self.name,
+            self.request.group,
+            can_give=self.has_drawn and is_prompt_there,
+            can_take=is_untouched and not self.wants_prompt_logprobs,
+        )
 
     @property
     def max_total(self) -> int:

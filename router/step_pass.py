@@ -6,7 +6,7 @@ writes to.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from router.backbone import Backbone, ForwardPass
 from router.batcher import Chunk
 from router.kv_cache import BlockAllocator
+from router.logprobs import prompt_nlls
 from router.sequence import Sequence
 from router.step_batch import Span, StepBatch
 from router.step_routing import PromptProbe, RoutingPolicy, RoutingWatcher, SpanOwner, StepRouting
@@ -80,6 +81,28 @@ def begin_pass(
     routing = StepRouting(tuple(part.owner for part in rows), policy, watchers)
     tables = [allocator.table(part.chunk.name) for part in rows]
     return StepPass(rows, backbone.begin(_batch(backbone, rows, tables, routing)))
+
+
+def hand_out_captured(
+    parts: SequenceOf[PassRows], captured: Mapping[int, Tensor], is_running: Callable[[Sequence], bool]
+) -> None:
+    """Give the hidden states that were asked for to those who asked. captured: of each layer, (T, D)."""
+    row = 0
+    for part in parts:
+        inputs, chunk = part.sequence.inputs, part.chunk
+        if inputs.on_capture is not None and is_running(part.sequence):
+            for layer in inputs.capture_layers:
+                inputs.on_capture(layer, chunk.first, captured[layer][row : row + chunk.count])
+        row += chunk.count
+
+
+def score_probed(
+    parts: SequenceOf[PassRows], scored_RD: Tensor, probe: PromptProbe, logits: Callable[[Tensor], Tensor]
+) -> None:
+    """Tell a probe what it asked for. Its rows come after all others: it changes nothing of anybody's answer."""
+    following = [part.sequence.tokens[p + 1] for part in parts for p in part.probed]
+    if following:
+        probe.scored(following, prompt_nlls(scored_RD[-len(following) :], following, logits))
 
 
 def _probed(probe: PromptProbe | None, chunk: Chunk, sequence: Sequence) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -18,12 +19,19 @@ from hypothesis import settings
 
 from cluster.resources import LOCAL_ONLY, ray_environment
 from extraction.extract import extract
+from tests import ports
 from tests.checkpoints import write_tiny_qwen3_moe
 
-os.environ.update(ray_environment() | LOCAL_ONLY)  # before anything imports Ray
-# What services learn in tests stays out of the user's state folder.
-os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="sage-moe-tests-state-")
-atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
+# What services learn in tests, and the token of their Ray, stay out of the user's folders.
+_own = Path(tempfile.mkdtemp(prefix="sage-moe-tests-"))
+atexit.register(shutil.rmtree, _own, ignore_errors=True)
+os.environ["XDG_STATE_HOME"] = str(_own / "state")
+_token = _own / "token"
+_token.touch(mode=0o600)
+_token.write_text(secrets.token_hex(32))
+# Before anything imports Ray, which would else go by what the user's folder holds, or an earlier test has left there.
+os.environ.update(ray_environment() | LOCAL_ONLY)
+os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(_token)})
 # A script's background job and nohup ignore these signals, and so would the commands that tests start and send them to.
 # What is handled here is as new there.
 for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, lambda *_: None)):
@@ -71,8 +79,7 @@ def tiny_store(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) 
 @pytest.fixture
 def free_port() -> int:
     """A port of the loopback address that nobody listens on now."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
+    return ports.free_port()
 
 
 @pytest.fixture

@@ -8,24 +8,30 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from cluster.ray_directory import RayDirectory
 from cluster.resources import NAMESPACE
 from cluster.service_spec import ServiceSpec
 from experts.store import ExpertStore
+from experts.transport import TransportLimits
+from experts.worker import ExpertWorker
 from router.loading import LoadedEngine, stored_dtype
 from router.model_config import read_model_config
 from router.request import GenerationRequest, SamplingParams
 from tests.engines import run_to_end
 
-WAIT_S = 120.0
+WAIT_S = 240.0
 """For anything, on a busy machine."""
 OBJECT_STORE_BYTES = 80 * 2**20
+PATIENT_MISSES = 40
 
 
 @contextmanager
@@ -71,6 +77,14 @@ def service_spec(root: Path, plan: Any, **more: Any) -> ServiceSpec:
         secret=secrets.token_bytes(32),
         **more,
     )
+
+
+def patient_directory(worker: ExpertWorker) -> RayDirectory:
+    """One that takes no actor for lost which a busy machine keeps from sending heartbeats for some seconds."""
+    patient = partial(TransportLimits, heartbeat_misses=PATIENT_MISSES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cluster.ray_directory.TransportLimits", patient)
+        return RayDirectory(worker)
 
 
 def wait_settled(supervisor: Any) -> None:

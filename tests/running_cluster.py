@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from ray.core.generated import gcs_pb2, gcs_service_pb2, gcs_service_pb2_grpc
 
 from cluster.ray_token import Token
 from cluster.resources import LOCAL_ONLY
+from tests.ports import free_port
 from tests.started_command import REPOSITORY, TIMEOUT_S, started
 
 SCRIPTS = Path(sys.executable).parent
@@ -77,9 +77,7 @@ def running_head(folder: Path) -> Iterator[RunningCluster]:
     token = folder / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.create_server((HEAD, 0))) for _ in range(2)]
-        port, client = (probe.getsockname()[1] for probe in probes)
+    port, client = free_port(HEAD), free_port(HEAD)
     # What tests set for Ray to stay on 127.0.0.1 would keep a second node from joining.
     environment = {name: value for name, value in os.environ.items() if name not in LOCAL_ONLY} | {
         "RAY_AUTH_MODE": "token",

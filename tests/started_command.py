@@ -14,7 +14,7 @@ import psutil
 from cluster.processes import end_processes
 
 REPOSITORY = Path(__file__).parent.parent
-TIMEOUT_S = 120.0
+TIMEOUT_S = 240.0
 
 
 @contextmanager

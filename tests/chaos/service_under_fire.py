@@ -7,7 +7,6 @@ other nodes. `tests.chaos.failpoints` is in each of its processes.
 from __future__ import annotations
 
 import os
-import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -25,13 +24,14 @@ from cluster.processes import descendants, end_processes
 from cluster.supervisor import find_supervisor
 from gateway.launch import ServiceOptions, running_service
 from tests.chaos.failpoints import VARIABLE
+from tests.ports import free_port
 
 REPOSITORY = Path(__file__).parent.parent.parent
 IN_PROCESSES = Path(__file__).parent / "in_processes"
 MODEL = "stories"
 NUM_NODES, NUM_GROUPS, NUM_ROUTERS = 2, 2, 2
 """Nodes beside the head."""
-WAIT_S = 120.0
+WAIT_S = 240.0
 LOOK_S = 0.1
 NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
 
@@ -140,12 +140,10 @@ def service_under_fire(store: Path) -> Iterator[ServiceUnderFire]:
 
 @contextmanager
 def _serving(cluster: Cluster, store: Path, folder: Path) -> Iterator[ServiceUnderFire]:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = int(probe.getsockname()[1])
     options = ServiceOptions(
         store,
         MODEL,
-        port=port,
+        port=free_port(),
         ray_address=cluster.address,
         num_actors=NUM_GROUPS,
         num_routers=NUM_ROUTERS,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import pytest
 from gateway.launch import ServiceOptions, running_service
 from tests.chaos.service_under_fire import wait_for
 from tests.chaos.trials import MODEL, read_answer
+from tests.ports import free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.slow]
 
@@ -29,9 +29,9 @@ MOST_STALL_S = 45.0
 
 @pytest.fixture(scope="module")
 def url(stories_store: Path) -> Iterator[str]:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = int(probe.getsockname()[1])
-    options = ServiceOptions(stories_store, MODEL, port=port, num_actors=1, num_cpus=2, resume_timeout_s=120)
+    options = ServiceOptions(
+        stories_store, MODEL, port=free_port(), num_actors=1, num_cpus=2, resume_timeout_s=120
+    )
     with running_service(options) as url:
         yield url
 

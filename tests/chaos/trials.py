@@ -28,7 +28,7 @@ PROMPTS = (
     "In a deep forest lived a wolf, and",
 )
 MAX_TOKENS = 40
-FIRE_WITHIN_S = 90.0
+FIRE_WITHIN_S = 240.0
 
 Target = Literal["actor", "newborn actor", "draining actor", "router", "supervisor", "node"]
 
@@ -287,7 +287,7 @@ class Range:
             since_s = deed.done_at_s if result.is_fired else deed.begun_at_s
             result.stall_s = max([result.stall_s, *answer.gaps_s(since_s)])
             gaps_s += answer.gaps_s()
-        result.usual_gap_s = statistics.median(gaps_s)
+        result.usual_gap_s = statistics.median(gaps_s) if gaps_s else 0.0
 
 
 class _Deed:

@@ -10,7 +10,6 @@ import json
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -34,6 +33,7 @@ from ray.autoscaler.tags import (
 )
 
 from cluster.processes import end_processes
+from tests.ports import free_port
 
 REPOSITORY = Path(__file__).parent.parent.parent
 HEAD_TYPE, WORKER_TYPE = "ray.head.default", "worker"
@@ -133,8 +133,7 @@ def autoscaled_ray(folder: Path, head_bytes: int, machine_bytes: int) -> Iterato
     head_bytes, machine_bytes: memory that Ray counts there. Yields the head's address. What is ended at the end is what
     was started here, and nothing else: `ray.cluster_utils.AutoscalingCluster` ends every Ray of the user.
     """
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = int(probe.getsockname()[1])
+    port = free_port()
     configuration = folder / "autoscaling.json"
     configuration.write_text(json.dumps(_configuration(port, head_bytes, machine_bytes)))
     temporary = f"/tmp/sage-{secrets.token_hex(4)}"  # short: sockets lie in it
@@ -144,16 +143,12 @@ def autoscaled_ray(folder: Path, head_bytes: int, machine_bytes: int) -> Iterato
         f"--include-dashboard=false --dashboard-agent-listen-port=0 --min-worker-port=0 --max-worker-port=0 "
         f"--temp-dir={temporary}"
     )
-    environment = (
-        {"RAY_AUTH_MODE": "disabled"}
-        | os.environ
-        | {  # as this process, which is to connect
-            "PYTHONPATH": str(REPOSITORY),
-            "RAY_FAKE_CLUSTER": "1",
-            "AUTOSCALER_UPDATE_INTERVAL_S": "1",
-            MARK: temporary,
-        }
-    )
+    environment = os.environ | {
+        "PYTHONPATH": str(REPOSITORY),
+        "RAY_FAKE_CLUSTER": "1",
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        MARK: temporary,
+    }
     command = [str(Path(sys.executable).parent / "ray"), "start", *options.split()]
     process = _started(command, environment, folder / "head.log")
     try:

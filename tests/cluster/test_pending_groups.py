@@ -26,10 +26,10 @@ from router.expert_use import ExpertUse
 from router.loading import EngineOptions
 from tests.cluster.fake_machines import autoscaled_ray
 from tests.engines import open_engine, run_to_end
-from tests.ray_nodes import Stream, greedy, service_spec
+from tests.ray_nodes import Stream, greedy, patient_directory, service_spec
 
 pytestmark = pytest.mark.ray
-WAIT_S = 180.0
+WAIT_S = 300.0
 """A machine is a Ray node that starts, on a busy machine."""
 
 
@@ -79,7 +79,7 @@ def test_pending_group_brings_a_machine_and_its_idleness_takes_it_away(
             directories: list[RayDirectory] = []
 
             def connect(worker: Any) -> RayDirectory:
-                directories.append(RayDirectory(worker))
+                directories.append(patient_directory(worker))
                 return directories[0]
 
             loaded = open_engine(stories_store, EngineOptions(), connect)
@@ -91,15 +91,16 @@ def test_pending_group_brings_a_machine_and_its_idleness_takes_it_away(
                 _wait_until(lambda: ready() == 2)
                 (added,) = _machines() - head
                 _wait_until(lambda: len(directories[0].remote.connected()) == 2)
+                told = status()
             assert not stream.errors and all(answer == expected for answer in stream.answers)
-            places = {entry["node_id"] for entry in status()["actors"]}
-            assert places == {name[:12] for name in (*head, added)}
-            assert status()["pending"] == []
+            assert {entry["node_id"] for entry in told["actors"]} == {name[:12] for name in (*head, added)}
+            assert told["pending"] == []
 
             _wait_until(lambda: not status()["actors"])
             _wait_until(lambda: _machines() == head)
             decided = [d["kind"] for d in status()["decisions"] if d["kind"] in ("spawn", "drain")]
-            assert decided == ["spawn", "spawn", "drain", "drain"]
+            # On a slow machine a group may look cold for a while, and be asked for again.
+            assert decided.count("spawn") == decided.count("drain") >= 2
 
             with Stream(loaded) as stream:  # from no actor to one, where there is room for it
                 _wait_until(lambda: ready() >= 1)

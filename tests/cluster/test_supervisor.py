@@ -25,7 +25,17 @@ from cluster.supervisor import find_supervisor, start_supervisor, stop_superviso
 from experts.store import ExpertStore
 from router.loading import EngineOptions, LoadedEngine
 from tests.engines import open_engine, run_to_end
-from tests.ray_nodes import WAIT_S, Stream, greedy, pids, ray_nodes, service_spec, states, wait_settled
+from tests.ray_nodes import (
+    WAIT_S,
+    Stream,
+    greedy,
+    patient_directory,
+    pids,
+    ray_nodes,
+    service_spec,
+    states,
+    wait_settled,
+)
 
 pytestmark = pytest.mark.ray
 
@@ -93,7 +103,7 @@ def service(stories_store: Path) -> Iterator[Running]:
             directories: list[RayDirectory] = []
 
             def connect(worker: Any) -> RayDirectory:
-                directories.append(RayDirectory(worker))
+                directories.append(patient_directory(worker))
                 return directories[0]
 
             loaded = open_engine(stories_store, EngineOptions(), connect)

@@ -25,7 +25,7 @@ from extraction.manifest import ExpertKey
 from router.loading import EngineOptions, LoadedEngine
 from tests.deadlines import wait_until
 from tests.engines import open_engine, run_to_end
-from tests.ray_nodes import WAIT_S, greedy, ray_nodes, service_spec, wait_settled
+from tests.ray_nodes import WAIT_S, greedy, patient_directory, ray_nodes, service_spec, wait_settled
 
 pytestmark = pytest.mark.ray
 
@@ -96,7 +96,7 @@ def service(stories_store: Path, tmp_path_factory: pytest.TempPathFactory) -> It
             directories: list[RayDirectory] = []
 
             def connect(worker: Any) -> RayDirectory:
-                directories.append(RayDirectory(worker))
+                directories.append(patient_directory(worker))
                 return directories[0]
 
             loaded = open_engine(stories_store, EngineOptions(), connect)

@@ -37,6 +37,7 @@ from tests.experts.wire_peers import (
     LIMITS,
     MAX_ROWS,
     SECRET,
+    SLACK_S,
     channel_pair,
     hear_frame,
     raw_pair,
@@ -54,7 +55,7 @@ def _meet(
     limits: TransportLimits = LIMITS,
 ) -> tuple[ServiceInfo, Agreement]:
     """Introduce a router to an actor that runs on another thread."""
-    deadline_s = time.monotonic() + 5.0
+    deadline_s = time.monotonic() + 20.0
     with channel_pair(limits) as (near, far):
 
         def act() -> None:
@@ -143,7 +144,7 @@ def test_frames_sent_back_to_their_sender_are_refused() -> None:
         thread = threading.Thread(target=echo, daemon=True)
         thread.start()
         with pytest.raises(FrameFault, match="kind is 1 instead of 2"):
-            introduce(channel, SECRET, INCARNATION, LIMITS, time.monotonic() + 5.0)
+            introduce(channel, SECRET, INCARNATION, LIMITS, time.monotonic() + 20.0)
         channel.end("done")
         thread.join(5.0)
 
@@ -268,7 +269,7 @@ def test_hello_that_is_none_is_refused_before_its_body(change: dict[str, Any]) -
     with raw_pair() as (channel, far):
         far.sendall(encode_header(header))
         with pytest.raises(FrameFault):
-            hear_out(channel, SECRET, time.monotonic() + 5.0)
+            hear_out(channel, SECRET, time.monotonic() + 20.0)
 
 
 def test_proof_for_another_incarnation_than_the_hello_is_refused() -> None:
@@ -276,7 +277,7 @@ def test_proof_for_another_incarnation_than_the_hello_is_refused() -> None:
         far.sendall(encode_header(Header(Kind.HELLO, incarnation=1, body_bytes=32)) + bytes(32))
         far.sendall(encode_header(Header(Kind.PROOF, incarnation=2, body_bytes=32)) + bytes(32))
         with pytest.raises(FrameFault, match="incarnation is 2 instead of 1"):
-            hear_out(channel, SECRET, time.monotonic() + 5.0)
+            hear_out(channel, SECRET, time.monotonic() + 20.0)
 
 
 def test_router_that_sends_byte_by_byte_is_given_up_at_the_deadline() -> None:
@@ -294,7 +295,7 @@ def test_router_that_sends_byte_by_byte_is_given_up_at_the_deadline() -> None:
         started_s = time.monotonic()
         with pytest.raises(LinkLost, match="the deadline passed"):
             hear_out(channel, SECRET, started_s + 0.3)
-        assert time.monotonic() - started_s < 1.0
+        assert time.monotonic() - started_s < 0.3 + SLACK_S
         is_done.set()
         thread.join(5.0)
 
@@ -306,7 +307,7 @@ def test_challenges_never_repeat() -> None:
             far.sendall(encode_header(Header(Kind.HELLO, body_bytes=32)) + bytes(32))
             far.sendall(encode_header(Header(Kind.PROOF, body_bytes=32)) + bytes(32))
             with pytest.raises(FrameFault, match="wrong proof"):
-                hear_out(channel, SECRET, time.monotonic() + 5.0)
+                hear_out(channel, SECRET, time.monotonic() + 20.0)
             challenges.add(hear_frame(far)[1])
     assert len(challenges) == 20
 

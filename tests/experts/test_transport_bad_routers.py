@@ -37,6 +37,7 @@ from tests.experts.wire_peers import (
     LIMITS,
     QUICK,
     SECRET,
+    SHY,
     SLACK_S,
     RawRouter,
     ask,
@@ -64,13 +65,13 @@ def _call_frame(call: ExpertCall, sequence: int = 1, **change: int) -> bytes:
 def test_noise_is_refused_with_one_line(seed: int, warnings: list[str]) -> None:
     chance = random.Random(seed)
     noise = chance.randbytes(chance.choice([1, 63, 64, 65, 200, 5000]))
-    with serving(limits=QUICK) as server:
+    with serving(limits=SHY) as server:
         with RawRouter(server.port) as router:
             router.send(chance.choice([b"", b"SAGE", b"SAGE\x01", b"SAGE\x01\x01\x00\x00"]) + noise)
             if seed % 2:
                 with suppress(OSError):  # the server may have seen enough
                     router.socket.shutdown(socket.SHUT_WR)
-            assert router.is_closed_within(QUICK.handshake_timeout_s + SLACK_S)
+            assert router.is_closed_within(SHY.handshake_timeout_s + SLACK_S)
         assert_one_line(warnings, "connection from 127.0.0.1")
         assert_serves(server)
         assert len(warnings) == 1
@@ -128,7 +129,7 @@ def test_call_with_a_wrong_header_is_refused_before_anything_is_allocated(
         with monkeypatch.context() as patched:
             patched.delattr(torch, "empty")  # whoever allocates now fails with another line in the log
             router.send(_call_frame(make_call(), **change)[:HEADER_BYTES])
-            assert router.is_closed_within(5.0)
+            assert router.is_closed_within(20.0)
             assert_one_line(warnings, "refused: ")
         assert_serves(server)
 
@@ -139,7 +140,7 @@ def test_repeated_call_is_refused(warnings: list[str]) -> None:
         router.ask(make_call(), sequence=1)
         assert router.hear()[0] == rows_header(AGREED, 1, 3)
         router.ask(make_call(), sequence=1)
-        assert router.is_closed_within(5.0)
+        assert router.is_closed_within(20.0)
         assert_one_line(warnings, "sequence is 1 instead of 2")
 
 
@@ -181,18 +182,18 @@ def test_replayed_proof_is_refused(warnings: list[str]) -> None:
         with RawRouter(server.port) as router:
             router.send(hello + spoken)
             assert router.hear()[0].kind == Kind.CHALLENGE
-            assert router.is_closed_within(5.0)
+            assert router.is_closed_within(20.0)
         assert_one_line(warnings, "wrong proof of the cluster secret")
 
 
 def test_stranger_that_sends_byte_by_byte_is_given_up(warnings: list[str]) -> None:
-    with serving(limits=QUICK) as server, RawRouter(server.port) as router:
+    with serving(limits=SHY) as server, RawRouter(server.port) as router:
         started_s = time.monotonic()
         for byte in encode_header(Header(Kind.HELLO, incarnation=INCARNATION, body_bytes=32)) + bytes(32):
             router.send(bytes([byte]))
             if router.is_closed_within(0.02):
                 break
-        assert time.monotonic() - started_s < QUICK.handshake_timeout_s + SLACK_S
+        assert time.monotonic() - started_s < SHY.handshake_timeout_s + SLACK_S
         assert_one_line(warnings, "the deadline passed")
         assert_serves(server)
 
@@ -249,15 +250,15 @@ def test_router_that_stops_reading_is_let_go(warnings: list[str]) -> None:
 
 
 def test_flood_of_strangers_is_bounded_and_does_not_shut_others_out() -> None:
-    limits = replace(QUICK, max_unproven=4, handshake_timeout_s=3.0)
+    limits = replace(QUICK, max_unproven=4, handshake_timeout_s=60.0)
     before = threading.active_count()
     with serving(limits=limits) as server:
         flood = [RawRouter(server.port) for _ in range(40)]
         try:
-            assert eventually(lambda: threading.active_count() <= before + 2 + 4, 2.0)
+            assert eventually(lambda: threading.active_count() <= before + 2 + 4)
             assert len(server._listener._unproven) <= 4
             assert_serves(server)
-            assert eventually(lambda: sum(router.is_closed_within(0.001) for router in flood) >= 36, 2.0)
+            assert eventually(lambda: sum(router.is_closed_within(0.001) for router in flood) >= 36)
         finally:
             for router in flood:
                 router.socket.close()
@@ -268,7 +269,7 @@ def test_flood_is_bounded_while_nobody_wakes_up(monkeypatch: pytest.MonkeyPatch)
     is_done = threading.Event()
 
     def sleep_on(*_: Any) -> None:
-        is_done.wait(10.0)
+        is_done.wait(60.0)
         raise LinkLost("woke up")
 
     monkeypatch.setattr("experts.listener.hear_out", sleep_on)
@@ -344,7 +345,7 @@ def test_server_outlives_a_lack_of_threads(monkeypatch: pytest.MonkeyPatch, warn
 
             patched.setattr(threading.Thread, "start", refuse)
             with RawRouter(server.port) as router:
-                assert router.is_closed_within(5.0)
+                assert router.is_closed_within(20.0)
             assert_one_line(warnings, "can't start new thread")
         assert_serves(server)
 

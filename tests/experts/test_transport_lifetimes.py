@@ -6,7 +6,6 @@ import socket
 import threading
 import time
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -27,6 +26,7 @@ from tests.experts.wire_peers import (
     QUICK,
     SECRET,
     SLACK_S,
+    STEADY,
     RawRouter,
     ask,
     assert_one_line,
@@ -43,21 +43,20 @@ pytestmark = pytest.mark.usefixtures("nothing_stays")
 
 
 def test_idle_connection_lives_on_heartbeats() -> None:
-    with serving(limits=QUICK) as server, connecting(server.port, limits=QUICK) as link:
-        for _ in range(20):
+    with serving(limits=STEADY) as server, connecting(server.port, limits=STEADY) as link:
+        until_s = time.monotonic() + 1.5 * max(STEADY.silence_s, STEADY.idle_timeout_s)
+        while time.monotonic() < until_s:
             time.sleep(0.04)
             assert link.tend()
         assert torch.equal(ask(link, make_call()), rows_of(make_call()))
 
 
 def test_long_computation_is_not_taken_for_silence() -> None:
-    limits = replace(QUICK, heartbeat_misses=12)  # a busy machine may let a heartbeat wait
-
     def compute(call: ExpertCall) -> torch.Tensor:
-        time.sleep(3 * limits.silence_s)
+        time.sleep(2 * STEADY.silence_s)
         return rows_of(call)
 
-    with serving(compute, limits=limits) as server, connecting(server.port, limits=limits) as link:
+    with serving(compute, limits=STEADY) as server, connecting(server.port, limits=STEADY) as link:
         assert torch.equal(ask(link, make_call()), rows_of(make_call()))
 
 
@@ -119,12 +118,12 @@ def test_stopped_server_ends_calls_that_run(warnings: list[str]) -> None:
 
     def compute(call: ExpertCall) -> torch.Tensor:
         is_computing.set()
-        may_end.wait(10.0)
+        may_end.wait(60.0)
         return rows_of(call)
 
     with serving(compute) as server, connecting(server.port) as link:
         link.start(make_call(), timeout_s=20.0)
-        assert is_computing.wait(5.0)
+        assert is_computing.wait(20.0)
         started_s = time.monotonic()
         server.stop()
         with pytest.raises(PeerLost, match="goodbye"):
@@ -158,12 +157,12 @@ def test_stopping_ends_a_peer_that_just_came_or_just_proved_itself(monkeypatch: 
         monkeypatch.setattr(experts.listener, "hear_out", stop_then)
         with RawRouter(server.port) as router:
             router.introduce()
-            assert router.is_closed_within(5.0)
+            assert router.is_closed_within(20.0)
         with socket.create_server(("127.0.0.1", 0)) as listener:
             router = RawRouter(listener.getsockname()[1])
             with router:
                 server._listener._admit(listener.accept()[0], "a late peer")
-                assert router.is_closed_within(5.0)
+                assert router.is_closed_within(20.0)
     assert server.num_connections == 0
 
 
@@ -177,7 +176,7 @@ def test_closing_wakes_a_thread_that_waits_for_rows() -> None:
     may_end = threading.Event()
 
     def compute(call: ExpertCall) -> torch.Tensor:
-        may_end.wait(10.0)
+        may_end.wait(60.0)
         return rows_of(call)
 
     with serving(compute) as server, connecting(server.port) as link:
@@ -235,7 +234,7 @@ def test_closing_between_start_and_finish_lets_go_of_the_connection() -> None:
 
         thread = threading.Thread(target=start_elsewhere, daemon=True)
         thread.start()
-        thread.join(5.0)
+        thread.join(20.0)
         assert outcome == ["connection to experts-0 lost: closed here"]
 
 

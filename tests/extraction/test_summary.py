@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -96,3 +97,12 @@ def test_manifest_without_components_is_refused(tiny_store: Path, tmp_path: Path
     (store / MANIFEST_NAME).write_text(json.dumps(table))
     with pytest.raises(ManifestInvalid, match="no experts"):
         summarize(store)
+
+
+def test_files_that_a_broken_copy_has_left_short_are_named(stories_store: Path, tmp_path: Path) -> None:
+    assert summarize(stories_store).files_cut_short == ()
+    store = Path(shutil.copytree(stories_store, tmp_path / "store"))
+    first, second, *_ = sorted((store / "experts").iterdir())
+    os.truncate(first, 100_000)
+    second.unlink()
+    assert summarize(store).files_cut_short == (f"experts/{first.name}", f"experts/{second.name}")

@@ -6,12 +6,10 @@ import json
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -23,10 +21,11 @@ from cluster.processes import end_processes
 from gateway.batch_job import BatchOptions, compute_here, run_batch
 from gateway.batch_plan import RowDefaults
 from gateway.progress import LINE_INTERVAL_S, ProgressLines
+from tests.ports import free_port
 
 REPOSITORY = Path(__file__).parent.parent.parent
 SCRIPTS = Path(sys.executable).parent
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 240.0
 
 
 def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -34,7 +33,7 @@ def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
         [sys.executable, "-m", "gateway.cli", "batch", *arguments],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
         env=os.environ | {"COLUMNS": "200"} | environment,
     )
 
@@ -98,9 +97,7 @@ def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
     token = tmp_path / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
-        dashboard, agent, client = (probe.getsockname()[1] for probe in probes)
+    dashboard, agent, client = free_port(), free_port(), free_port()
     environment = os.environ | {
         "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}",
         "RAY_AUTH_MODE": "token",
@@ -149,10 +146,10 @@ def test_batch_runs_as_a_submitted_job(cluster: dict[str, str], tmp_path: Path) 
         env=cluster,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
     )
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
-    assert "2 rows in 1 parts, 1 with an error" in submitted.stdout
+    assert "2 rows in 1 part, 1 with an error" in submitted.stdout
     rows = pq.read_table(output).to_pylist()
     assert [row["finish_reason"] for row in rows] == ["length", None]
     assert json.loads((output / "_manifest.json").read_bytes())["rows"] == 2

@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -38,6 +37,7 @@ from gateway.watch_state import WatchState, answered
 from gateway.watch_view import watch_line
 from router.loading import EngineOptions
 from router.trust_session import trust_identity
+from tests.ports import free_port
 
 pytestmark = pytest.mark.ray
 
@@ -48,7 +48,7 @@ NODE_BUDGET_BYTES = 60 * EXPERT_BYTES
 """Of 384 experts: every step needs waves, in the actors and, when one is lost, in the router."""
 PROMPT = "Once upon a time there was a king who had three daughters"
 GREEDY: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "temperature": 0, "max_tokens": 48}
-RECOVERY_TIMEOUT_S = 60.0
+RECOVERY_TIMEOUT_S = 180.0
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,7 @@ class Service:
 
 @pytest.fixture(scope="module")
 def service(stories_store: Path) -> Iterator[Service]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     options = ServiceOptions(
         stories_store,
         MODEL,
@@ -91,8 +89,8 @@ def expected(stories_store: Path) -> Callable[..., str]:
     return text
 
 
-def _wait_until(is_reached: Callable[[], bool], timeout_s: float = RECOVERY_TIMEOUT_S) -> None:
-    deadline = time.monotonic() + timeout_s
+def _wait_until(is_reached: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + RECOVERY_TIMEOUT_S
     while not is_reached():
         assert time.monotonic() < deadline, "not reached in time"
         time.sleep(0.1)
@@ -224,7 +222,7 @@ def test_client_that_leaves_frees_its_memory_and_stops_its_computation(service: 
         lines = response.iter_lines()  # kept: to forget it would close the connection
         next(lines)
         assert service.status()["requests"]["running"] == 1
-    _wait_until(lambda: service.status()["requests"]["running"] == 0, 10.0)
+    _wait_until(lambda: service.status()["requests"]["running"] == 0)
     before = service.status()["requests"]["generated_tokens"]
     time.sleep(0.5)
     assert service.status()["requests"]["generated_tokens"] == before
@@ -259,9 +257,7 @@ def test_supervisor_keeps_what_the_router_learns(service: Service, stories_store
     path = ledger_path(resolve_state_folder(), identity.store_hash)
     with pytest.raises(LedgerBusy):
         TrustLedger(path, identity)
-    deadline = time.monotonic() + RECOVERY_TIMEOUT_S
-    while not read_ledger(path, identity).num_tokens and time.monotonic() < deadline:
-        time.sleep(0.2)
+    _wait_until(lambda: read_ledger(path, identity).num_tokens > 0)
     assert read_ledger(path, identity).counts_ALE.any()
 
 
@@ -319,18 +315,25 @@ def test_actor_killed_in_mid_answer_changes_no_token_and_comes_back(
 ) -> None:
     victim = service.status()["actors"][0]
 
-    def kill_at_tenth(num_chunks: int) -> None:
-        if num_chunks == 10:
+    def kill_at_fifth(num_chunks: int) -> None:
+        if num_chunks == 5:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(victim["pid"], signal.SIGKILL)
 
-    text = _stream_text(service, GREEDY | {"max_tokens": 120}, kill_at_tenth)
-    assert text == expected(120)
+    text = _stream_text(service, GREEDY | {"max_tokens": 200}, kill_at_fifth)
+    assert text == expected(200)
     assert service.status()["router"]["expert_calls"]["failovers"] > 0
     _wait_until(lambda: _has_recovered(service, victim))
-    rows_before = service.status()["router"]["expert_calls"]["local_rows"]
-    assert service.post(GREEDY).json()["choices"][0]["text"] == expected(48)
-    assert service.status()["router"]["expert_calls"]["local_rows"] == rows_before
+
+    def do_actors_compute_all() -> bool:
+        before = service.status()["router"]["expert_calls"]
+        assert service.post(GREEDY).json()["choices"][0]["text"] == expected(48)
+        after = service.status()["router"]["expert_calls"]
+        return bool(
+            after["remote_rows"] > before["remote_rows"] and after["local_rows"] == before["local_rows"]
+        )
+
+    _wait_until(do_actors_compute_all)
 
 
 def _has_recovered(service: Service, victim: dict[str, Any]) -> bool:

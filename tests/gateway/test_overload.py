@@ -104,9 +104,9 @@ async def _chunks(num_chunks: int, num_bytes: int, pause_s: float) -> AsyncItera
 
 
 def test_body_gets_more_time_the_more_of_it_has_come() -> None:
-    limits = RequestLimits(body_grace_s=0.2, min_body_bytes_per_s=1000.0)
-    steady = asyncio.run(read_body(_chunks(8, 200, 0.05), None, limits))
-    assert len(steady) == 1600
+    limits = RequestLimits(body_grace_s=1.0, min_body_bytes_per_s=1000.0)
+    steady = asyncio.run(read_body(_chunks(30, 200, 0.05), None, limits))
+    assert len(steady) == 6000
     with pytest.raises(ApiError) as caught:
         asyncio.run(read_body(_chunks(100, 1, 0.05), None, limits))
     assert caught.value.status == 408

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,12 @@ from gateway.errors import GenerationFailed
 from gateway.generate import generate
 from gateway.launch import ServiceOptions, running_service
 from router.loading import EngineOptions
+from tests.ports import free_port
 
 pytestmark = pytest.mark.ray
 
 PROMPT = "Once upon a time there was a king who had three daughters"
-MAX_TOKENS = 60
-SAMPLING: dict[str, Any] = {"temperature": 0.0, "max_tokens": MAX_TOKENS}
+SAMPLING: dict[str, Any] = {"temperature": 0.0, "max_tokens": 200}
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +50,7 @@ def damaged(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(whole: Path, damaged: Path) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     options = ServiceOptions(
         damaged,
         "stories",
@@ -92,7 +89,8 @@ def test_actor_reads_the_copy_where_the_first_store_is_damaged(
     status = _status(url)
     assert status["actors"][0]["bytes_read"] > 0
     calls = status["router"]["expert_calls"]
-    assert (calls["failovers"], calls["local_rows"]) == (0, 0), "but for audits, the router computes nothing"
+    assert calls["remote_rows"] > 0
+    assert {calls["failovers_by_kind"][kind] for kind in ("error", "not finite")} == {0}
 
 
 @pytest.mark.chaos
@@ -105,7 +103,7 @@ def test_quantised_actor_killed_in_mid_answer_changes_no_token(url: str, expecte
                 event = json.loads(line.removeprefix("data: "))
                 assert "error" not in event, event
                 pieces += [choice["text"] for choice in event["choices"]]
-                if len(pieces) == 10:
+                if len(pieces) == 5:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(victim, signal.SIGKILL)
     assert "".join(pieces) == expected

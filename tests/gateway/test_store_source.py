@@ -127,3 +127,14 @@ def test_unusable_store_that_the_user_named_is_refused_and_stays(tiny_store: Pat
     with pytest.raises(ManifestInvalid, match="shared_experts"):
         resolve_runnable(str(store), announce=_refuse)
     assert (store / MANIFEST_NAME).read_bytes() == before
+
+
+def test_store_that_is_cut_short_is_said_to_be_before_anything_is_computed(
+    stories_store: Path, tmp_path: Path
+) -> None:
+    store = Path(shutil.copytree(stories_store, tmp_path / "store"))
+    last = sorted((store / "experts").iterdir())[-1]
+    os.truncate(last, last.stat().st_size // 2)
+    said: list[str] = []
+    assert resolve_runnable(str(store), announce=said.append) == store
+    assert len(said) == 1 and f"experts/{last.name} of {store} is cut short" in said[0]
