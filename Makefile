@@ -8,7 +8,7 @@ NATIVE := hatch_build.py experts/native_build.py $(wildcard experts/native/*.[ch
 STORE := .stores/stories
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: setup demo demo-kill serve test lint unit chaos bench bench-peers bench-transport bench-extract clean
+.PHONY: setup demo demo-kill serve test test-gpu lint unit chaos bench bench-peers bench-transport bench-extract clean
 
 setup: $(STAMP)
 
@@ -44,6 +44,12 @@ lint: setup
 unit: setup
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile -m "not ray and not slow"
 	$(BIN)/python -m pytest -m "ray and not slow"
+
+# On a machine with an NVIDIA GPU and a CUDA build of PyTorch in .venv; elsewhere tests say why they are skipped, and
+# the benchmark what it needs.
+test-gpu: setup
+	$(BIN)/python -m pytest -m "gpu and not slow" -rs
+	$(BIN)/python -m benchmarks.bench_device --quick --folder .bench
 
 # Kills extractions, batches and every part of a running service, which takes long; `make test` has the quick ones.
 chaos: setup $(STORE)

@@ -19,13 +19,14 @@ KV_BUDGET_BYTES = 1 << 28
 """Enough for every task here; the default would take a gigabyte that the other contenders' weights need."""
 
 
+DEFAULTS = EngineOptions(kv_budget_bytes=KV_BUDGET_BYTES)
+
+
 class SageContender:
     """Every option but the cache's size at its default, all experts in memory."""
 
-    def __init__(self, store: Path, num_threads: int) -> None:
-        self.loaded: LoadedEngine = load_engine(
-            ExpertStore.open(store), EngineOptions(kv_budget_bytes=KV_BUDGET_BYTES)
-        )
+    def __init__(self, store: Path, num_threads: int, options: EngineOptions = DEFAULTS) -> None:
+        self.loaded: LoadedEngine = load_engine(ExpertStore.open(store), options)
         # The engine chooses one thread for tiny experts; more than was agreed it may not have.
         torch.set_num_threads(min(num_threads, torch.get_num_threads()))
         self.loaded.worker.load_all()

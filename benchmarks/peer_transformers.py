@@ -1,5 +1,5 @@
-"""`transformers` as a contender of `bench_peers`: its own model on the CPU, each task with the way of computing experts
-that was fastest for it.
+"""`transformers` as a contender of `bench_peers` and `bench_device`: its own model, each task with the way of computing
+experts that was fastest for it.
 
 Which ways there are is the library's to say (`experts_implementation`). The first task of a shape tries all of them on
 itself, prompts and tokens apart, and the answers name what was chosen. A batch of prompts of equal length needs no
@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.device_rates import wait_for
 from benchmarks.peer_run import Facts, Generated, Prompts
+from experts.devices import CPU
 
 logger = logging.getLogger(__name__)
 
@@ -39,14 +41,15 @@ class Ways:
 class TransformersContender:
     """Loaded by `AutoModelForCausalLM`, attention by `sdpa`, the cache that grows."""
 
-    def __init__(self, checkpoint: Path, num_threads: int) -> None:
+    def __init__(self, checkpoint: Path, num_threads: int, device: torch.device = CPU) -> None:
         from transformers import AutoModelForCausalLM
 
         torch.set_num_threads(num_threads)
+        self._device = device
         model: Any = AutoModelForCausalLM.from_pretrained(
             checkpoint, dtype=torch.bfloat16, attn_implementation="sdpa"
         )
-        self.model = model.eval()
+        self.model = model.eval().to(device)
         self._chosen: dict[tuple[int, int], Ways] = {}
 
     def facts(self) -> Facts:
@@ -66,7 +69,7 @@ class TransformersContender:
         return Facts("transformers", transformers.__version__, total, head_bytes, setting)
 
     def generate(self, prompts: Prompts, num_tokens: int) -> Generated:
-        ids_SP = torch.tensor([list(prompt) for prompt in prompts])
+        ids_SP = torch.tensor([list(prompt) for prompt in prompts], device=self._device)
         shape = (ids_SP.shape[0], ids_SP.shape[1])
         if shape not in self._chosen:
             self._chosen[shape] = self._choose(ids_SP, has_tokens=num_tokens > 1)
@@ -75,7 +78,9 @@ class TransformersContender:
     def top_logprobs(self, prompt: Sequence[int], count: int) -> list[tuple[int, float]]:
         self.model.set_experts_implementation("eager")
         with torch.inference_mode():
-            logits_V = self.model(input_ids=torch.tensor([list(prompt)]), logits_to_keep=1).logits[0, -1]
+            logits_V = self.model(
+                input_ids=torch.tensor([list(prompt)], device=self._device), logits_to_keep=1
+            ).logits[0, -1]
         values, tokens = torch.log_softmax(logits_V.float(), dim=-1).topk(count)
         return list(zip(tokens.tolist(), values.tolist(), strict=True))
 
@@ -107,12 +112,14 @@ class TransformersContender:
         self.model.set_experts_implementation(ways.prompt)
         started = perf_counter()
         next_S1 = self._next(ids_SP, cache)
+        wait_for(self._device)
         first_s = perf_counter() - started
         columns = [next_S1]
         self.model.set_experts_implementation(ways.token)
         for _ in range(num_tokens - 1):
             next_S1 = self._next(next_S1, cache)
             columns.append(next_S1)
+        wait_for(self._device)
         last_s = perf_counter() - started
         tokens = torch.cat(columns, dim=1).tolist()
         num_streams = len(tokens)

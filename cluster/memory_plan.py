@@ -67,6 +67,8 @@ class MemoryPlan:
     processes: tuple[ProcessMemory, ...]
     """The routers, then the expert actors."""
     num_routers: int = 1
+    behind: ProcessMemory | None = None
+    """Host memory of a router that computes on a device, whose own memory its row then is."""
 
     @property
     def router(self) -> ProcessMemory:
@@ -82,7 +84,9 @@ class MemoryPlan:
         return tuple(process.budget_bytes for process in self.processes[self.num_routers :])
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self) | {"processes": [asdict(process) for process in self.processes]}
+        """With the host's row among the others."""
+        rows = self.processes if self.behind is None else (*self.processes, self.behind)
+        return asdict(self) | {"processes": [asdict(process) for process in rows]}
 
 
 def router_names(num_routers: int) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from experts.errors import BudgetTooSmall
-from experts.quantised import ExpertForm
+from experts.quantised import RecordForm
 from experts.store import ExpertStore
 from extraction.manifest import ExpertKey
 
@@ -46,7 +46,7 @@ class ExpertBytes:
     """Of one expert; what every budget must hold."""
 
 
-def measure_experts(store: ExpertStore, keys: Iterable[ExpertKey], form: ExpertForm) -> ExpertBytes:
+def measure_experts(store: ExpertStore, keys: Iterable[ExpertKey], form: RecordForm[object]) -> ExpertBytes:
     sizes = [form.loaded_bytes(store.record(key)) for key in keys]
     return ExpertBytes(sum(sizes), max(sizes, default=0))
 

@@ -11,16 +11,16 @@ from collections.abc import Callable, Collection, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from experts.buffers import BufferPool
+from experts.buffers import PLAIN_MEMORY, BufferPool, HostMemory
 from experts.eviction import DEFAULT_EVICTION, Eviction, make_worth
-from experts.ffn import ExpertWeights
 from experts.guessed_reads import MOST_READS, GuessedReads
 from experts.loader import MIN_PARALLEL_BYTES, ExpertLoader
-from experts.quantised import ExpertForm
+from experts.quantised import RecordForm
 from experts.residency import Residency
 from experts.shadow import ShadowCaches
 from experts.store import ExpertStore
@@ -41,22 +41,28 @@ class CacheOptions:
     exceed the budget and are large."""
     copies: tuple[Path, ...] = ()
     """Further folders of the same store, read where it fails."""
+    memory: HostMemory = PLAIN_MEMORY
+    """Where buffers come from."""
 
 
-class ExpertCache:
-    """Resident weights by expert. Not safe for several threads, but `resident` may be asked by any."""
+Held = TypeVar("Held")
+
+
+class ExpertCache(Generic[Held]):
+    """What experts' records became, by expert: weights, or records for a tier above. Not safe for several threads, but
+    `resident` may be asked by any."""
 
     def __init__(
         self,
         store: ExpertStore,
-        form: ExpertForm,
+        form: RecordForm[Held],
         keys: Collection[ExpertKey],
         options: CacheOptions,
         guests: Collection[ExpertKey] = (),
     ) -> None:
         """keys: the experts that it is for. form: what records become in memory. guests: further experts that may be
         asked for; they share the budget, or stay for one call where there is none."""
-        self.weights: dict[ExpertKey, ExpertWeights] = {}
+        self.weights: dict[ExpertKey, Held] = {}
         self.hits = self.misses = self.bytes_read = 0
         self._store, self._form = store, form
         stored = [store.record(key).nbytes for key in keys]
@@ -71,7 +77,7 @@ class ExpertCache:
         )
         self._can_guess = is_large and all(map(self._is_in_place, keys))
         self._guesses = GuessedReads(self._loader)
-        self._pool = BufferPool(budget, is_aligned=self._loader.direct)
+        self._pool = BufferPool(budget, is_aligned=self._loader.direct, memory=options.memory)
         self._buffers: dict[ExpertKey, Tensor] = {}
         self._held = {key: self._held_bytes(key) for key in (*keys, *guests)}
         self._guests = frozenset(guests)
@@ -131,7 +137,7 @@ class ExpertCache:
         """
         return self._shadows.hit_rates(self.hits + self.misses, self.hits) if self._shadows else {}
 
-    def at_hand(self, keys: Sequence[ExpertKey]) -> list[ExpertWeights] | None:
+    def at_hand(self, keys: Sequence[ExpertKey]) -> list[Held] | None:
         """The weights of experts that are all there, as used, where that takes no more than counting: without a budget
         nothing has to go, nothing is guessed, and no other eviction is followed. None where it takes more."""
         if self.budget_bytes is not None or self._shadows is not None or self._can_guess:
@@ -143,7 +149,7 @@ class ExpertCache:
         self.hits += len(found)
         return found
 
-    def for_good(self, keys: Sequence[ExpertKey]) -> list[ExpertWeights] | None:
+    def for_good(self, keys: Sequence[ExpertKey]) -> list[Held] | None:
         """The weights of experts that are all there and never go: without a budget, and no guests. Counts no use."""
         if self.budget_bytes is not None:
             return None
@@ -161,13 +167,8 @@ class ExpertCache:
         return self._residency.waves([self._held[key] for key in keys])
 
     def first_that_fit(self, keys: Sequence[ExpertKey]) -> Sequence[ExpertKey]:
-        """Those from the start that can be in memory without anything going."""
-        held = self.resident_bytes
-        for index, key in enumerate(keys):
-            held += 0 if key in self._residency else self._held[key]
-            if self.budget_bytes is not None and held > self.budget_bytes:
-                return keys[:index]
-        return keys
+        """See `Residency.first_that_fit`."""
+        return self._residency.first_that_fit(keys, [self._held[key] for key in keys])
 
     def bring(self, wave: Sequence[ExpertKey], now: float) -> Generator[Sequence[ExpertKey]]:
         """Make a wave's experts resident, as used at step `now`; yields them as they are there, each once.

@@ -113,6 +113,20 @@ class ExpertCorrupt(ExpertError):
         return f"expert {self.key} in {self.file} at offset {self.offset}: {self.reason}"
 
 
+# Devices
+
+
+class DeviceUnavailable(ExpertError):
+    """The device that was asked for is not one that this process can compute on."""
+
+    def __init__(self, device: str, reason: str) -> None:
+        super().__init__(device, reason)
+        self.device, self.reason = device, reason
+
+    def __str__(self) -> str:
+        return f"--device {self.device}: {self.reason}"
+
+
 # Weights that come from elsewhere
 
 

@@ -9,13 +9,15 @@ how many rows came with it. Called by `experts.worker`, and by
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from experts.call import ExpertCall
+from experts.devices import upload
+from experts.grouped import ExpertStack, compute_groups
 from experts.native_products import GatedMatrices, compute_gated, float_matrix, gated_matrices
 from experts.numerics import RowKernel, swiglu
 from experts.packed_matrix import PackedMatrix, Weight, multiply
@@ -28,6 +30,9 @@ class ExpertWeights:
     gate_up_FD: Weight
     """(2F, D): the gate's rows, then the up projection's."""
     down_DF: Weight
+    stack: ExpertStack | None = field(default=None, kw_only=True)
+    """In which it lies, on a device that has all experts of the layer."""
+    place: int = field(default=0, kw_only=True)
 
     @property
     def nbytes(self) -> int:
@@ -84,11 +89,31 @@ def compute_experts(call: ExpertCall, weights: Sequence[ExpertWeights], kernel: 
         source.extend(rows[-1:] * (end - start - count))
         wanted.extend(range(start, start + count))
         first += count
-    x_PD = call.tokens_TD.index_select(0, torch.tensor(source, device=call.tokens_TD.device))
-    y_PD = compute_segments(x_PD, segments, weights, kernel)
+    device = call.tokens_TD.device
+    x_PD = call.tokens_TD.index_select(0, upload(torch.tensor(source), device))
+    if kernel.is_grouped and isinstance(weights[0].down_DF, Tensor):
+        y_PD = _compute_grouped(x_PD, segments, weights)
+    else:
+        y_PD = compute_segments(x_PD, segments, weights, kernel)
     if len(wanted) == len(source):
         return y_PD
-    return y_PD.index_select(0, torch.tensor(wanted, device=y_PD.device))
+    return y_PD.index_select(0, upload(torch.tensor(wanted), device))
+
+
+def _compute_grouped(
+    x_PD: Tensor, segments: Sequence[tuple[int, int]], weights: Sequence[ExpertWeights]
+) -> Tensor:
+    """All at once where they lie side by side, else each in a group of its own: the same kernel, the same bits."""
+    stack = weights[0].stack
+    if stack is not None and all(expert.stack is stack for expert in weights):
+        rows = [end - start for start, end in segments]
+        return compute_groups(x_PD, rows, [expert.place for expert in weights], stack)
+    parts = []
+    for (start, end), expert in zip(segments, weights, strict=True):
+        gate_up_FD, down_DF = expert.as_tensors()
+        alone = ExpertStack(gate_up_FD.unsqueeze(0), down_DF.unsqueeze(0))
+        parts.append(compute_groups(x_PD[start:end], [end - start], [0], alone))
+    return torch.cat(parts)
 
 
 def compute_segments(

@@ -6,6 +6,8 @@ class every product of the model therefore goes through one `RowKernel`, which r
 multiple at which each row was seen to have the same bits whatever stands beside it: one row with our products, some
 with a library's. `calibrate` finds product and multiple when a process starts. docs/exactness.md is the contract.
 
+On a device every product has one shape, `row_multiple` rows, so that its library has one kernel to choose from.
+
 Does not promise anything across classes: another device, instruction set, dtype or library gives other bits.
 """
 
@@ -14,17 +16,20 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from experts.devices import CPU, arithmetic_name, library_name
 from experts.errors import NotRowInvariant
 from experts.native_products import VERSION, chosen_level, float_matrix
 from experts.native_products import multiply as multiply_natively
 
-Product = Literal["native", "onednn", "mm"]
+Product = Literal["native", "onednn", "mm", "blocks"]
+Norm = Literal["", "fused", "halves"]
+"""How a device computes the mean of a norm: by PyTorch's own kernel for it, or by adding halves; see `router.norms`."""
 
 CANDIDATES: Mapping[torch.dtype, Sequence[tuple[Product, int]]] = {
     torch.float32: [("onednn", n) for n in (2, 4, 8, 16, 32)] + [("mm", n) for n in (8, 16, 32)],
@@ -36,6 +41,9 @@ used. Lower multiples are left out even where
 they pass a test: a single row takes a path of its own in every library, and the float32 library behind `torch.mm`
 shares rows out to threads in eights. For float32 oneDNN comes first: with 2 rows it takes a quarter of the time that
 `torch.mm` takes with 8 (2 cores, AVX-512). The other dtypes reach it through `torch.mm`."""
+DEVICE_ROWS = (64, 32)
+"""Rows of a device's products, tried in this order. Decoding waits for the weights, not for the rows that are added; a
+prompt of some hundreds has about so many rows at each expert."""
 REFERENCE_ROWS = 64
 TESTED_ROWS = (1, 2, 3, 5, 7, 8, 9, 16, 17, 31, 33, 40)
 MANY_ROWS = 512
@@ -75,10 +83,22 @@ class RowKernel:
     product: Product = "mm"
     level: str = ""
     """Of our own product."""
+    device: torch.device = CPU
+    norm: Norm = ""
+    """Of a device."""
+    is_grouped: bool = False
+    """Whether a device multiplies experts by PyTorch's grouped matmul; see `experts.grouped`."""
+    is_on_cpu: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "is_on_cpu", self.device.type == "cpu")
 
     @property
     def name(self) -> str:
         """In the name of a numerics class."""
+        if self.product == "blocks":
+            experts = "-grouped" if self.is_grouped else ""
+            return f"blocks{self.row_multiple}-{self.norm}{experts}-1"
         return f"native-{self.level}-{VERSION}" if self.product == "native" else f"{self.product}-1"
 
     def padded(self, num_rows: int) -> int:
@@ -99,8 +119,22 @@ class RowKernel:
             return multiply_natively(self.level, x_PI, float_matrix(weight_OI), out_PO)
         if self.product == "mm":
             return torch.mm(x_PI, weight_OI.t(), out=out_PO)
+        if self.product == "blocks":
+            return self._multiply_blocks(x_PI, weight_OI, out_PO)
         y_PO: Tensor = torch.ops.mkldnn._linear_pointwise(x_PI, weight_OI, None, "none", [], "")
         return y_PO if out_PO is None else out_PO.copy_(y_PO)
+
+    def _multiply_blocks(self, x_PI: Tensor, weight_OI: Tensor, out_PO: Tensor | None) -> Tensor:
+        """Every product of one matrix has the same shape."""
+        x_PI, weight_IO = x_PI.contiguous(), weight_OI.t()
+        if x_PI.shape[0] == self.row_multiple:
+            return torch.mm(x_PI, weight_IO, out=out_PO)
+        if out_PO is None:
+            out_PO = x_PI.new_empty(x_PI.shape[0], weight_OI.shape[0])
+        for first in range(0, x_PI.shape[0], self.row_multiple):
+            rows = slice(first, first + self.row_multiple)
+            torch.mm(x_PI[rows], weight_IO, out=out_PO[rows])
+        return out_PO
 
 
 def swiglu(gate_up_RF: Tensor) -> Tensor:
@@ -115,21 +149,13 @@ def swiglu(gate_up_RF: Tensor) -> Tensor:
     return silu.to(up.dtype).mul_(up)
 
 
-def instruction_set(device: torch.device) -> str:
-    """What selects the kernels on this device, as a short name."""
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        return f"sm{major}{minor}"
-    return torch.backends.cpu.get_cpu_capability().lower()
-
-
 def numerics_class(device: torch.device, dtype: torch.dtype, kernel: RowKernel) -> str:
     """Name of the set of machines and settings within which results are bitwise equal.
 
     Quantised experts add two parts, what they are and how they are multiplied (`experts.quantised`).
     """
     name = str(dtype).removeprefix("torch.")
-    return f"{device.type}/{instruction_set(device)}/{name}/torch-{torch.__version__}/{kernel.name}"
+    return f"{device.type}/{arithmetic_name(device)}/{name}/{library_name(device)}/{kernel.name}"
 
 
 def quantization_in(class_name: str) -> str | None:
@@ -149,12 +175,9 @@ def calibrate(
     The bits to reproduce are those of a product with 64 rows by one thread; what reproduces them are as many threads
     as this process computes with. Raises NotRowInvariant when no candidate passes.
     """
-    device = device or torch.device("cpu")
+    device = device or CPU
     generator = torch.Generator().manual_seed(0)
-    candidates = [RowKernel(n, product) for product, n in CANDIDATES[dtype] if _is_usable(product, device)]
-    level = chosen_level(dtype) if device.type == "cpu" else None
-    if level is not None:
-        candidates.insert(0, RowKernel(1, "native", level))
+    candidates = _candidates(dtype, device)
     for outputs, inputs in sorted(set(shapes)):
         outputs = min(outputs, MAX_TESTED_OUTPUTS)
         weight = torch.randn(outputs, inputs, generator=generator).mul_(inputs**-0.5).to(device, dtype)
@@ -166,12 +189,20 @@ def calibrate(
     return candidates[0]
 
 
-def _is_usable(product: Product, device: torch.device) -> bool:
+def _candidates(dtype: torch.dtype, device: torch.device) -> list[RowKernel]:
+    if device.type != "cpu":
+        return [RowKernel(n, "blocks", "", device) for n in DEVICE_ROWS]
+    candidates = [RowKernel(n, product) for product, n in CANDIDATES[dtype] if _is_usable(product)]
+    level = chosen_level(dtype)
+    return candidates if level is None else [RowKernel(1, "native", level), *candidates]
+
+
+def _is_usable(product: Product) -> bool:
     """oneDNN's linear is reached through an operator of PyTorch's compiler, which need not be there."""
     if product == "mm":
         return True
     has_operator = hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return device.type == "cpu" and bool(torch.backends.mkldnn.is_available()) and has_operator  # type: ignore[no-untyped-call]
+    return bool(torch.backends.mkldnn.is_available()) and has_operator  # type: ignore[no-untyped-call]
 
 
 @contextmanager
@@ -189,7 +220,7 @@ def _is_invariant(kernel: RowKernel, x: Tensor, weight: Tensor) -> bool:
     with one_thread():
         reference = kernel.multiply(x, weight)
     part = weight[:MANY_ROWS_OUTPUTS]
-    if kernel.product == "native" and not _is_close(reference, x, weight):
+    if kernel.product in ("native", "blocks") and not _is_close(reference, x, weight):
         return False
     return gives_few_rows_their_bits(
         lambda rows: kernel.linear(rows, weight), x, reference
@@ -199,10 +230,12 @@ def _is_invariant(kernel: RowKernel, x: Tensor, weight: Tensor) -> bool:
 
 
 def _is_close(found: Tensor, x: Tensor, weight: Tensor) -> bool:
-    """Of some outputs, to a library's product: a compiler's mistake must not be served."""
+    """Of some outputs, to the host library's product: a compiler's or a device's mistake must not be served."""
     some = slice(None, None, -(-weight.shape[0] // CLOSELY_TESTED_OUTPUTS))
-    plain = torch.mm(x.float(), weight[some].float().t())
-    return bool((found[:, some].float() - plain).abs().max() <= LARGEST_ERRORS[x.dtype] * plain.abs().max())
+    plain = torch.mm(x.float().cpu(), weight[some].float().cpu().t())
+    return bool(
+        (found[:, some].float().cpu() - plain).abs().max() <= LARGEST_ERRORS[x.dtype] * plain.abs().max()
+    )
 
 
 def gives_few_rows_their_bits(linear: Callable[[Tensor], Tensor], x: Tensor, reference: Tensor) -> bool:

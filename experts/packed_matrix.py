@@ -55,6 +55,10 @@ class CanonicalMatrix:
         """Some of its outputs; copies nothing."""
         return CanonicalMatrix(self.codes[first:end], self.scales[first:end], self.inputs, self.quantization)
 
+    def on(self, device: torch.device) -> CanonicalMatrix:
+        codes, scales = self.codes.to(device), self.scales.to(device)
+        return CanonicalMatrix(codes, scales, self.inputs, self.quantization)
+
     def codes_as_int8(self) -> Tensor:
         """(outputs, inputs), from -128 to 127 or from -8 to 7."""
         if self.quantization.scheme == "int8":
@@ -152,8 +156,9 @@ def pack(matrix: CanonicalMatrix, dtype: torch.dtype) -> PackedMatrix:
 
 
 def keep(matrix: CanonicalMatrix, kernel: RowKernel) -> PackedMatrix:
-    """To be dequantised anew for each product. The codes are not copied."""
-    return PackedMatrix(matrix.shape, matrix.quantization, matrix.codes, matrix.scales.clone(), kernel)
+    """To be dequantised anew for each product. The codes are not copied, nor the scales on a device."""
+    scales = matrix.scales.clone() if kernel.is_on_cpu else matrix.scales
+    return PackedMatrix(matrix.shape, matrix.quantization, matrix.codes, scales, kernel)
 
 
 def take_as_it_is(matrix: CanonicalMatrix, kernel: RowKernel) -> PackedMatrix:

@@ -11,11 +11,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from experts.devices import CPU
 from experts.errors import NotRowInvariant, StoreDamaged
 from experts.ffn import ExpertWeights, view_expert
 from experts.native_products import VERSION, chosen_level
@@ -51,13 +52,11 @@ TOLERANCES = {torch.bfloat16: 2e-2, torch.float32: 1e-4, torch.float16: 4e-3}
 weight and output: 3e-3 was seen. Of wrong packings the error is about 1."""
 
 
-class ExpertForm(Protocol):
-    """How a store's experts lie in memory."""
+Held = TypeVar("Held", covariant=True)
 
-    @property
-    def class_suffix(self) -> str:
-        """What it adds to the name of the numerics class."""
-        ...
+
+class RecordForm(Protocol[Held]):
+    """What a store's records become in memory."""
 
     def loaded_bytes(self, record: ExpertRecord) -> int:
         """What the expert takes in memory, known before it is read."""
@@ -67,8 +66,17 @@ class ExpertForm(Protocol):
         """Whether the weights are the record's own bytes, and nothing beside them."""
         ...
 
-    def weights(self, record: ExpertRecord, raw: Tensor) -> ExpertWeights:
+    def weights(self, record: ExpertRecord, raw: Tensor) -> Held:
         """raw: the record's bytes, not to be used by others afterwards. Raises StoreDamaged, ValueError."""
+        ...
+
+
+class ExpertForm(RecordForm[ExpertWeights], Protocol):
+    """How a store's experts lie in memory."""
+
+    @property
+    def class_suffix(self) -> str:
+        """What it adds to the name of the numerics class."""
         ...
 
 
@@ -109,7 +117,7 @@ class QuantisedForm:
 
     def loaded_bytes(self, record: ExpertRecord) -> int:
         shapes = self._shapes(record)
-        if self.product == "native" and self._has_aligned_scales(shapes):
+        if self._takes_it_as_it_is(shapes):
             return record.nbytes
         if self.product != "pack":
             return record.nbytes + sum(map(self.quantization.scale_bytes, shapes))
@@ -122,7 +130,7 @@ class QuantisedForm:
         return scales + sum(outputs * inputs for outputs, inputs in padded)
 
     def is_in_place(self, record: ExpertRecord) -> bool:
-        return self.product == "native" and self._has_aligned_scales(self._shapes(record))
+        return self._takes_it_as_it_is(self._shapes(record))
 
     def weights(self, record: ExpertRecord, raw: Tensor) -> ExpertWeights:
         shapes = self._shapes(record)
@@ -138,7 +146,7 @@ class QuantisedForm:
             )
             codes = raw[codes_at : codes_at + code_bytes].view(self.quantization.code_shape(shape))
             scales = raw[scales_at : scales_at + scale_bytes]
-            if self.product != "native" or not self._has_aligned_scales(shapes):
+            if not self._takes_it_as_it_is(shapes):
                 scales = scales.clone()
             scales = scales.view(torch.bfloat16).view(self.quantization.scale_shape(shape))
             # A view would keep the whole record in memory beside the other matrix's padded copy.
@@ -147,6 +155,10 @@ class QuantisedForm:
             codes_at, scales_at = codes_at + code_bytes, scales_at + scale_bytes
         gate_up, down = (packed_for(self.product, matrix, self.dtype, self.kernel) for matrix in matrices)
         return ExpertWeights(gate_up, down)
+
+    def _takes_it_as_it_is(self, shapes: Sequence[tuple[int, int]]) -> bool:
+        is_able = self.product == "native" or not self.kernel.is_on_cpu
+        return is_able and self._has_aligned_scales(shapes)
 
     def _has_aligned_scales(self, shapes: Sequence[tuple[int, int]]) -> bool:
         """Whether an even number of code bytes lies before them, so that they can stay where they are."""
@@ -178,16 +190,21 @@ def expert_form(
     return QuantisedForm(quantization, dtype, widths, kernel, product)
 
 
-def planned_form(store: ExpertStore, dtype: torch.dtype, widths: Mapping[str, int]) -> ExpertForm:
+def planned_form(
+    store: ExpertStore, dtype: torch.dtype, widths: Mapping[str, int], device: torch.device = CPU
+) -> ExpertForm:
     """The form that `expert_form` nearly always finds, for planning only: nothing is proven."""
     quantization = store.quantization
     if quantization is None:
         return FloatForm(dtype, widths)
-    return QuantisedForm(quantization, dtype, widths, RowKernel(1), planned_product(dtype))
+    kernel = RowKernel(1, device=device)
+    return QuantisedForm(quantization, dtype, widths, kernel, planned_product(dtype, device))
 
 
-def planned_product(dtype: torch.dtype) -> PackedProduct:
+def planned_product(dtype: torch.dtype, device: torch.device = CPU) -> PackedProduct:
     """The product that this machine nearly always finds, for planning only."""
+    if device.type != "cpu":
+        return "dequantise"
     return "pack" if chosen_level(dtype) is None else "native"
 
 
@@ -213,7 +230,7 @@ def choose_product(
     shapes: list[tuple[int, int]], quantization: Quantization, dtype: torch.dtype, kernel: RowKernel
 ) -> PackedProduct:
     """The fastest product that passes for all shapes. Raises NotRowInvariant when none does."""
-    products: list[PackedProduct] = ["pack", "dequantise"]
+    products: list[PackedProduct] = ["pack", "dequantise"] if kernel.is_on_cpu else ["dequantise"]
     if kernel.product == "native":
         products.insert(0, "native")
     for product in products:
@@ -238,8 +255,8 @@ def _is_proven(
     """Close to the plain product, and every row by itself. Of a large matrix the first rows, as `calibrate` does."""
     generator = torch.Generator().manual_seed(4)
     shape = (min(shape[0], MAX_TESTED_OUTPUTS), shape[1])
-    matrix = _random_matrix(shape, quantization, generator)
-    x = torch.randn(REFERENCE_ROWS, shape[1], generator=generator).to(dtype)
+    matrix = _random_matrix(shape, quantization, generator).on(kernel.device)
+    x = torch.randn(REFERENCE_ROWS, shape[1], generator=generator).to(kernel.device, dtype)
     try:
         packed = packed_for(product, matrix, dtype, kernel)
         part = packed_for(product, matrix.rows(0, MANY_ROWS_OUTPUTS), dtype, kernel)

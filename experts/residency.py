@@ -66,6 +66,15 @@ class Residency:
         waves.append(range(start, len(sizes)))
         return waves
 
+    def first_that_fit(self, keys: Sequence[ExpertKey], sizes: Sequence[int]) -> Sequence[ExpertKey]:
+        """Those from the start that can be resident without anything going."""
+        held = self.resident_bytes
+        for index, (key, nbytes) in enumerate(zip(keys, sizes, strict=True)):
+            held += 0 if key in self else nbytes
+            if self.budget_bytes is not None and held > self.budget_bytes:
+                return keys[:index]
+        return keys
+
     def admit(self, wave: Sequence[ExpertKey], sizes: Sequence[int], now: float = 0.0) -> Exchange:
         """Make room for one wave and count all of it as used at step `now`, which never falls.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -19,10 +19,11 @@ from torch import Tensor
 
 from experts.cache import CacheOptions, ExpertCache
 from experts.call import ExpertCall
+from experts.device_tier import TieredCache, TierOptions, TierStats
 from experts.errors import NotInGroup
 from experts.eviction import DEFAULT_EVICTION, Eviction
 from experts.expert_table import ExpertTable
-from experts.ffn import compute_experts
+from experts.ffn import ExpertWeights, compute_experts
 from experts.loader import LOAD_THREADS
 from experts.numerics import RowKernel, numerics_class
 from experts.quantised import expert_form
@@ -48,6 +49,8 @@ class WorkerStats:
     """Experts read because the layer before them was taken to know them; see `ExpertCache.prefetched`."""
     prefetched_used: int = 0
     """Of these, those that were then needed."""
+    behind: TierStats | None = None
+    """Of host memory behind a device; None where experts are computed where they are read to."""
 
 
 class ExpertWorker:
@@ -68,15 +71,18 @@ class ExpertWorker:
         direct: bool | None = None,
         copies: Sequence[Path] = (),
         has_guests: bool = False,
+        tiers: TierOptions | None = None,
     ) -> None:
         """widths: model width D of each component. group: the experts it is for; None means all of these.
         has_guests: whether it also computes, for whoever lost an actor, the other experts of these components.
+        tiers: of a kernel that computes on a device, where the budget then is.
 
         The other options are those of `CacheOptions`.
         """
+        assert tiers is None or not has_guests
         self.dtype = dtype
         form = expert_form(store, kernel, dtype, widths)
-        self.numerics_class = numerics_class(torch.device("cpu"), dtype, kernel) + form.class_suffix
+        self.numerics_class = numerics_class(kernel.device, dtype, kernel) + form.class_suffix
         self._stats = WorkerStats()
         self._store = store
         self._kernel = kernel
@@ -87,7 +93,12 @@ class ExpertWorker:
         self._keys = tuple(key for key in known if self._is_for(key))
         guests = [key for key in known if not self._is_for(key)] if has_guests else []
         options = CacheOptions(budget_bytes, eviction, trust, direct, tuple(copies))
-        self.cache = ExpertCache(store, form, self._keys, options, guests)
+        self.cache: ExpertCache[ExpertWeights] | TieredCache
+        if tiers is None:
+            self.cache = ExpertCache(store, form, self._keys, options, guests)
+        else:
+            tiers = replace(tiers, is_stacked=kernel.is_grouped)
+            self.cache = TieredCache(store, form, self._keys, options, tiers)
         self._steps: dict[tuple[str, int], int] = {}
         self._now = 0
         self._lock = threading.Lock()
@@ -102,6 +113,7 @@ class ExpertWorker:
         stats.hits, stats.misses, stats.bytes_read = cache.hits, cache.misses, cache.bytes_read
         stats.hit_rates = cache.hit_rates()
         stats.prefetched, stats.prefetched_used = cache.prefetched
+        stats.behind = cache.tier if isinstance(cache, TieredCache) else None
         return stats
 
     @property

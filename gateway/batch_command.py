@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from gateway.budget_options import ExpertBudgetOption, read_budgets
+from gateway.budget_options import ExpertBudgetOption, read_memory
 from gateway.errors import BatchOutputRefused
 from gateway.progress import shown_progress
 
@@ -65,7 +65,7 @@ def batch(
     defaults = RowDefaults(seed, max_tokens, temperature)
     name = served_model_name or model_name(store)
     root = resolve_runnable(store, announce=lambda line: typer.echo(line, err=True))
-    budgets = read_budgets(expert_budget, None, lambda line: typer.echo(line, err=True))
+    budgets = read_memory(None, expert_budget, None, lambda line: typer.echo(line, err=True)).experts
     options = BatchOptions(root, name, input, output, dtype, defaults, budgets)
     try:
         with interruptible(), shown_progress("rows") as show:

@@ -1,15 +1,22 @@
-"""`--expert-budget` and `--host-budget`, as the commands share them. Values are read by `gateway.byte_sizes`."""
+"""`--device`, `--expert-budget` and `--host-budget`, as the commands share them.
+
+Sizes are read by `gateway.byte_sizes`, devices by `experts.devices`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 if TYPE_CHECKING:
+    import torch
+
     from cluster.memory_plan import MemoryPlan
     from experts.budget import BudgetRequest
+    from gateway.service_options import OptionValues
 
 ONE_MEMORY_NOTICE = (
     "note: experts are computed in host memory on this machine: "
@@ -29,22 +36,46 @@ HostBudgetOption = Annotated[
         help="The same for host memory behind a device; without one it is added to --expert-budget.",
     ),
 ]
+DeviceOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        metavar="cpu|cuda|cuda:N|auto", help="What computes; auto is a GPU where PyTorch sees one. [cpu]"
+    ),
+]
 
 
-def read_budgets(
-    expert_budget: str | None, host_budget: str | None, announce: Callable[[str], None]
-) -> tuple[BudgetRequest, ...]:
+@dataclass(frozen=True)
+class ChosenMemory:
+    """Which device computes, and what was asked for of its memory and of the host's behind it."""
+
+    device: torch.device
+    experts: tuple[BudgetRequest, ...]
+    host: tuple[BudgetRequest, ...] = ()
+    """Nothing where host memory is what computes: it is then asked for with `experts`."""
+
+
+def read_memory(
+    device: str | None, expert_budget: str | None, host_budget: str | None, announce: Callable[[str], None]
+) -> ChosenMemory:
     """For commands without a config file. announce: takes a line about a budget that means another here.
 
-    Raises OptionInvalid.
+    Raises OptionInvalid or DeviceUnavailable.
     """
-    from gateway.service_options import merge_values, one_memory
+    from gateway.service_options import merge_values
 
-    given = {"expert-budget": expert_budget, "host-budget": host_budget}
-    values = merge_values(given, {}, "")
-    if values.host_budget is not None:
+    given = {"device": device, "expert-budget": expert_budget, "host-budget": host_budget}
+    return choose_memory(merge_values(given, {}, ""), announce)
+
+
+def choose_memory(values: OptionValues, announce: Callable[[str], None]) -> ChosenMemory:
+    """Raises DeviceUnavailable."""
+    from experts.devices import resolve_device
+    from gateway.service_options import tiers
+
+    device = resolve_device(values.device)
+    if device.type == "cpu" and values.host_budget is not None:
         announce(ONE_MEMORY_NOTICE)
-    return one_memory(values.expert_budget, values.host_budget)
+    return ChosenMemory(device, *tiers(device, values.expert_budget, values.host_budget))
 
 
 def print_plan(plan: MemoryPlan) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from gateway.budget_options import ExpertBudgetOption, read_budgets
+from gateway.budget_options import DeviceOption, ExpertBudgetOption, HostBudgetOption, read_memory
 
 if TYPE_CHECKING:
     from gateway.chat_loop import ChatBackend
@@ -37,7 +37,9 @@ def chat(
         Number, typer.Option(min=0, max=2**64 - 1, help="Seed of the sampling noise; default: random.")
     ] = None,
     dtype: Annotated[Word, typer.Option(help="With STORE: float32 or bfloat16; default: as stored.")] = None,
+    device: DeviceOption = None,
     expert_budget: ExpertBudgetOption = None,
+    host_budget: HostBudgetOption = None,
     api_key: Annotated[
         Word,
         typer.Option(
@@ -52,7 +54,8 @@ def chat(
     given = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     sampling = {name: value for name, value in given.items() if value is not None}
     terminal = PlainTerminal()
-    with _backend(target, model, dtype, expert_budget, api_key, sampling) as backend:
+    memory = (device, expert_budget, host_budget)
+    with _backend(target, model, dtype, memory, api_key, sampling) as backend:
         terminal.note(f"{backend.model} at {target}; /help lists commands, Ctrl-D ends")
         run_chat(backend, terminal, Conversation(system))
 
@@ -62,13 +65,13 @@ def _backend(
     target: str,
     model: str | None,
     dtype: str | None,
-    expert_budget: str | None,
+    memory: tuple[str | None, str | None, str | None],
     api_key: str | None,
     sampling: dict[str, Any],
 ) -> Iterator[ChatBackend]:
     if target.startswith(("http://", "https://")):
-        if dtype is not None or expert_budget is not None:
-            raise typer.BadParameter("--dtype and --expert-budget go with a STORE")
+        if dtype is not None or any(option is not None for option in memory):
+            raise typer.BadParameter("--dtype, --device and budgets go with a STORE")
         from gateway.api_keys import client_key
         from gateway.chat_remote import connect
 
@@ -81,12 +84,14 @@ def _backend(
     from gateway.store_source import model_name, resolve_runnable
     from router.loading import EngineOptions
 
+    chosen = read_memory(*memory, _announce)
     with open_store(
         resolve_runnable(target, announce=_announce),
         model_name(target),
         sampling,
-        EngineOptions(dtype=dtype),
-        read_budgets(expert_budget, None, _announce),
+        EngineOptions(dtype=dtype, device=chosen.device),
+        chosen.experts,
+        chosen.host,
     ) as local:
         yield local
 

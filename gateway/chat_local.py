@@ -92,16 +92,17 @@ def open_store(
     sampling: Mapping[str, Any],
     options: EngineOptions,
     budgets: tuple[BudgetRequest, ...] = (),
+    host_budgets: tuple[BudgetRequest, ...] = (),
 ) -> Iterator[LocalChat]:
     """A chat with a store's model. sampling: fields of SamplingParams that the user chose; the checkpoint's
-    recommendation fills in the others. budgets: of experts, as in `gateway.generate`.
+    recommendation fills in the others. budgets, host_budgets: of experts, as in `gateway.generate`.
     Raises what loading the engine raises."""
     store = ExpertStore.open(root)
     tokenizer = TextTokenizer.from_folder(root)
     template = ChatTemplate.from_folder(root, tokenizer)
     defaults = asdict(read_sampling_defaults(store.manifest.generation_config))
     if budgets:
-        options, _ = plan_engine(store, options, budgets)
+        options, _ = plan_engine(store, options, budgets, host_requests=host_budgets)
     loaded = load_engine(store, options)
     eos = read_eos_token_ids(store.manifest, loaded.config.vocab_size)
     chat = LocalChat(model, loaded, tokenizer, template, defaults | {"stop_token_ids": eos} | dict(sampling))

@@ -14,7 +14,13 @@ from cluster.errors import ClusterError
 from experts.errors import ExpertError
 from extraction.errors import ExtractionError, one_line
 from gateway.batch_command import batch
-from gateway.budget_options import ExpertBudgetOption, HostBudgetOption, print_plan, read_budgets
+from gateway.budget_options import (
+    DeviceOption,
+    ExpertBudgetOption,
+    HostBudgetOption,
+    print_plan,
+    read_memory,
+)
 from gateway.chat_command import chat
 from gateway.compare_command import compare
 from gateway.doctor_command import doctor
@@ -135,6 +141,7 @@ def generate(
             "--prefetch/--no-prefetch", help="Read experts ahead by the next layer's gate. [--no-prefetch]"
         ),
     ] = False,
+    device: DeviceOption = None,
     expert_budget: ExpertBudgetOption = None,
     host_budget: HostBudgetOption = None,
     policy: Annotated[str, typer.Option(help="Routing: native or snarc.")] = "native",
@@ -179,8 +186,10 @@ def generate(
     weights = read_weights(DEFAULT_PRESET if snarc is None else snarc)
     learning = TrustOptions(str(resolve_state_folder(state_dir))) if trust else None
     kept_in = learning.state_folder if learning is not None else None
+    memory = read_memory(device, expert_budget, host_budget, _announce)
     options = EngineOptions(
         dtype=dtype,
+        device=memory.device,
         eviction=parse_eviction(eviction),
         prefetch=prefetch,
         snarc=weights,
@@ -191,8 +200,7 @@ def generate(
     if temperature is not None:
         sampling["temperature"] = temperature
     show = _write_at_once if stream else _keep_quiet
-    budgets = read_budgets(expert_budget, host_budget, _announce)
-    is_asked = expert_budget is not None or host_budget is not None
+    is_asked = expert_budget is not None or host_budget is not None or memory.device.type != "cpu"
     result = run(
         resolve_runnable(store, announce=_announce),
         chosen_prompt,
@@ -200,9 +208,10 @@ def generate(
         options,
         show,
         routing,
-        budgets,
+        memory.experts,
         print_plan if is_asked else _keep_quiet,
         study,
+        memory.host,
     )
     if as_json:
         typer.echo(json.dumps(result.as_json(), ensure_ascii=False))

@@ -107,7 +107,12 @@ class DeploymentSpec:
         """Of one router: its part of the node's memory for experts."""
         if self.memory is None:
             return self.engine
-        return replace(self.engine, expert_budget_bytes=self.memory.routers[index].budget_bytes)
+        behind = self.memory.behind
+        return replace(
+            self.engine,
+            expert_budget_bytes=self.memory.routers[index].budget_bytes,
+            host_budget_bytes=None if behind is None else behind.budget_bytes,
+        )
 
 
 class RouterDeployment:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional, TypeVar
 
 import typer
 
-from gateway.budget_options import read_budgets
+from gateway.budget_options import DeviceOption, HostBudgetOption, read_memory
 from gateway.progress import shown_progress
 from gateway.study_options import MaskOption, ReplayOption, TraceOption
 
@@ -67,6 +67,8 @@ def evaluate(
             help="Route and count token by token, as one stream that decodes with a cache of the budget's size.",
         ),
     ] = False,
+    device: DeviceOption = None,
+    host_budget: HostBudgetOption = None,
     dtype: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="float32 or bfloat16; default: as stored."),
@@ -107,10 +109,20 @@ def evaluate(
 
         check_plots()
     root = resolve_runnable(store, announce=_announce)
-    budgets = read_budgets(budget, None, _announce)
+    memory = read_memory(device, budget, host_budget, _announce)
     weights = read_weights(DEFAULT_PRESET if snarc is None else snarc)
     options = EvalOptions(
-        sliding, batch_tokens, budgets, parse_eviction(eviction), dtype, routing, weights, study, one_stream
+        sliding,
+        batch_tokens,
+        memory.experts,
+        parse_eviction(eviction),
+        dtype,
+        routing,
+        weights,
+        study,
+        one_stream,
+        memory.device,
+        memory.host,
     )
     with tempfile.TemporaryDirectory(prefix="sage-moe-eval-") as folder:
         if plot is not None and trace is None:

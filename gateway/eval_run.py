@@ -14,7 +14,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
+
 from experts.budget import BudgetRequest, ExpertBytes, measure_experts, resolve_budget
+from experts.devices import CPU
 from experts.eviction import DEFAULT_EVICTION, Eviction
 from experts.quantised import planned_form
 from experts.store import ExpertStore
@@ -66,6 +69,9 @@ class EvalOptions:
     is_one_stream: bool = False
     """Route every row, and count misses, as one stream that decodes would with a cache of the budget's size; see
     `router.one_stream`. Nothing is then kept out of memory."""
+    device: torch.device = CPU
+    host_budgets: tuple[BudgetRequest, ...] = ()
+    """Of experts in host memory behind another device."""
 
     def __post_init__(self) -> None:
         """Raises OptionInvalid."""
@@ -218,6 +224,7 @@ def _engine_options(store: ExpertStore, options: EvalOptions) -> EngineOptions:
     num_running = options.batch_tokens // options.sliding.context + 2
     engine = EngineOptions(
         dtype=options.dtype,
+        device=options.device,
         eviction=options.eviction,
         limits=BatchLimits(
             options.batch_tokens, num_running, WAITING_WINDOWS, admission_reserve=0, is_paced=False
@@ -227,7 +234,9 @@ def _engine_options(store: ExpertStore, options: EvalOptions) -> EngineOptions:
         stand_ins=StandInOptions() if options.routing.policy == "snarc" else None,
     )
     is_bounded = options.budgets and not options.is_one_stream
-    return plan_engine(store, engine, options.budgets)[0] if is_bounded else engine
+    if not is_bounded:
+        return engine
+    return plan_engine(store, engine, options.budgets, host_requests=options.host_budgets)[0]
 
 
 def _budget_bytes(loaded: LoadedEngine, options: EvalOptions, expert_bytes: int) -> int:

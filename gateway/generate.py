@@ -79,12 +79,13 @@ def generate(
     budgets: tuple[BudgetRequest, ...] = (),
     on_plan: Callable[[MemoryPlan], None] = lambda plan: None,
     study: Study = NO_STUDY,
+    host_budgets: tuple[BudgetRequest, ...] = (),
 ) -> Generation:
     """Generate one answer; `on_text` is called with each piece of text as it becomes stable.
 
     sampling: fields of SamplingParams that were chosen; the checkpoint's recommendation fills in the others.
     budgets: of experts; resolved against this machine's memory and then told to `on_plan`. Without any, those of the
-    options hold.
+    options hold. host_budgets: of host memory behind a device.
     Raises OptionInvalid, GenerationFailed, what loading the engine raises, or what `studied` raises.
     """
     store = ExpertStore.open(root)
@@ -93,7 +94,7 @@ def generate(
     manifest = store.manifest
     facts = asdict(read_sampling_defaults(manifest.generation_config))
     if budgets:
-        options, plan = plan_engine(store, options, budgets)
+        options, plan = plan_engine(store, options, budgets, host_requests=host_budgets)
         on_plan(plan)
     loaded = load_engine(store, options)
     eos = read_eos_token_ids(manifest, loaded.config.vocab_size)
@@ -154,9 +155,10 @@ def _run(
 
 def resident_bytes(loaded: LoadedEngine) -> dict[str, int]:
     """What this process holds for the model, by kind."""
-    engine = loaded.engine
-    return {
+    engine, behind = loaded.engine, loaded.worker.stats.behind
+    held = {
         "backbone": engine.backbone.nbytes,
         "experts": loaded.worker.resident_bytes,
         "kv_cache": engine.pool.nbytes,
     }
+    return held if behind is None else held | {"experts_behind": behind.resident_bytes}

@@ -20,7 +20,7 @@ from experts.numerics import num_cores
 from experts.store import ExpertStore
 from extraction.manifest import ExpertKey
 from gateway.errors import OptionInvalid
-from gateway.memory import plan_service
+from gateway.memory import SERVICE_BASE, plan_on_device, plan_service
 from gateway.service_options import ServiceOptions
 from gateway.state_folder import resolve_state_folder
 from router.batcher import BatchLimits
@@ -67,7 +67,11 @@ def lay_out_here(options: ServiceOptions, engine: EngineOptions, threads: Thread
     """Everything on one machine, in `num_actors` equal groups. Raises like `plan_service`."""
     with closing(ExpertStore.open(options.store_root)) as store:
         budgets = (options.expert_budgets, options.node_budgets)
-        memory = plan_service(store, engine, options.num_actors, *budgets, node, options.num_routers)
+        if options.device.type == "cpu":
+            memory = plan_service(store, engine, options.num_actors, *budgets, node, options.num_routers)
+        else:
+            tiers = options.expert_budgets, options.host_budgets
+            memory = plan_on_device(store, engine, *tiers, node, SERVICE_BASE)
         keys = store.expert_keys(store.served.name)
     plan = plan_local(keys, options.num_actors, memory.actor_budgets)
     spin_s = plan_spin_s(num_cores(), options.num_actors, threads.expert_actor, options.num_routers)
@@ -103,6 +107,7 @@ def engine_options(options: ServiceOptions, dtype: str, num_threads: int) -> Eng
     state_folder = str(resolve_state_folder(options.state_dir))
     return EngineOptions(
         dtype=dtype,
+        device=options.device,
         kv_budget_bytes=options.kv_budget_bytes,
         eviction=options.eviction,
         prefetch=options.is_prefetching,

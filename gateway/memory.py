@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import psutil
 
+from cluster.device_plan import plan_device
 from cluster.memory_plan import (
     BaseMemory,
     MemoryPlan,
@@ -22,7 +23,9 @@ from cluster.memory_plan import (
     plan_memory,
 )
 from cluster.placement import split_experts
-from experts.budget import BudgetRequest, measure_experts
+from experts.budget import FIT, BudgetRequest, measure_experts
+from experts.device_tier import RecordsAsStored
+from experts.devices import read_device_memory
 from experts.errors import BudgetTooSmall
 from experts.node_memory import read_node_memory
 from experts.quantised import planned_form
@@ -60,14 +63,36 @@ def plan_engine(
     options: EngineOptions,
     requests: tuple[BudgetRequest, ...],
     base: BaseMemory = THIS_PROCESS,
+    host_requests: tuple[BudgetRequest, ...] = (),
 ) -> tuple[EngineOptions, MemoryPlan]:
-    """Options with the budget resolved, for one engine on this machine. base: what is still to be started for it.
+    """Options with the budgets resolved, for one engine on this machine. base: what is still to be started for it.
+    host_requests: of host memory, where the engine computes on another device than the CPU.
 
     Raises BudgetTooSmall or NodeTooSmall.
     """
     footprint = measure_footprint(store, options)
+    if options.device.type != "cpu":
+        plan = plan_on_device(store, options, requests, host_requests, this_node(), base)
+        assert plan.behind is not None
+        budgets = plan.budget_bytes, plan.behind.budget_bytes
+        return replace(options, expert_budget_bytes=budgets[0], host_budget_bytes=budgets[1]), plan
     plan = plan_memory(requests, footprint, (), this_node(), base)
     return replace(options, expert_budget_bytes=plan.budget_bytes), plan
+
+
+def plan_on_device(
+    store: ExpertStore,
+    options: EngineOptions,
+    requests: tuple[BudgetRequest, ...],
+    host_requests: tuple[BudgetRequest, ...],
+    node: Node,
+    base: BaseMemory,
+) -> MemoryPlan:
+    """See `plan_device`; the options' device as it is now."""
+    stored = measure_experts(store, store.expert_keys(store.served.name), RecordsAsStored())
+    device = Node(str(options.device), (), read_device_memory(options.device))
+    footprint = measure_footprint(store, options)
+    return plan_device(requests or (FIT,), host_requests, footprint, stored, device, node, base)
 
 
 def plan_service(

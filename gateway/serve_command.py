@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from gateway.budget_options import ONE_MEMORY_NOTICE, ExpertBudgetOption, HostBudgetOption, print_plan
+from gateway.budget_options import (
+    DeviceOption,
+    ExpertBudgetOption,
+    HostBudgetOption,
+    choose_memory,
+    print_plan,
+)
 
 if TYPE_CHECKING:
     from cluster.memory_plan import MemoryPlan
@@ -109,6 +115,7 @@ def serve(
         Optional[float],  # noqa: UP045
         typer.Option(metavar="SHARE", help="Part of actors' answers that is computed twice. [0.0001]"),
     ] = None,
+    device: DeviceOption = None,
     expert_budget: ExpertBudgetOption = None,
     host_budget: HostBudgetOption = None,
     store_copy: Annotated[
@@ -207,6 +214,7 @@ def serve(
         "prefetch": prefetch,
         "capacity": capacity,
         "audit-share": audit_share,
+        "device": device,
         "expert-budget": expert_budget,
         "host-budget": host_budget,
         "store-copy": store_copy or None,
@@ -243,8 +251,7 @@ def _gather(store: str, given: dict[str, Any], config: Path | None) -> ServiceOp
 
     file = read_config(config) if config else {}
     values = merge_values(given, file, str(config))
-    if values.host_budget is not None:
-        _announce(ONE_MEMORY_NOTICE)
+    choose_memory(values, _announce)
     keys = [key for option in values.api_key for key in keys_of_option(option)]
     keys += [key for path in values.api_key_file for key in read_key_file(path)]
     keys += keys_of_environment(os.environ)

@@ -13,11 +13,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
+import torch
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
 from cluster.placement import DEFAULT_OPTIONS, Grouping
 from experts.budget import FIT, BudgetRequest
+from experts.devices import CPU, resolve_device
 from experts.eviction import DEFAULT_EVICTION, EVICTIONS, Eviction
 from experts.near_store import CacheSpec
 from extraction.errors import one_line
@@ -152,6 +154,9 @@ class OptionValues(BaseModel):
     audit_share: float = Field(
         DEFAULT_AUDIT_SHARE, ge=0.0, le=1.0, allow_inf_nan=False, description="a number from 0 to 1"
     )
+    device: str = Field(
+        "cpu", pattern=r"^(cpu|auto|cuda(:[0-9]{1,3})?)$", description="cpu, cuda, cuda:N or auto"
+    )
     expert_budget: Budget | None = Field(None, description=BUDGET_ADVICE.removeprefix("must be "))
     host_budget: Budget | None = Field(None, description=BUDGET_ADVICE.removeprefix("must be "))
     node_budgets: dict[Text, Budget] = Field(
@@ -219,8 +224,12 @@ class ServiceOptions:
     capacity: CapacityMode = "fixed"
     audit_share: float = DEFAULT_AUDIT_SHARE
     """Share of expert actors' answers that are computed again elsewhere and compared."""
+    device: torch.device = CPU
+    """Of the router, which then computes all experts."""
     expert_budgets: tuple[BudgetRequest, ...] = (FIT,)
     """Bytes of experts on each node, added up; the experts' tiers on a machine that computes in host memory."""
+    host_budgets: tuple[BudgetRequest, ...] = ()
+    """Of host memory behind another device than the CPU."""
     node_budgets: Mapping[str, BudgetRequest] = field(default_factory=dict)
     """In place of `expert_budgets`, by node name or address."""
     store_copies: tuple[Path, ...] = ()
@@ -252,6 +261,9 @@ class ServiceOptions:
             raise OptionInvalid("max-num-seqs", f"{reason}each running request needs a row in every step")
         if self.is_trace_with_tokens and self.trace_folder is None:
             raise OptionInvalid("trace-tokens", "goes with trace, which says where traces are written")
+        if self.device.type != "cpu" and (self.num_actors or self.is_placed or self.num_routers > 1):
+            reason = f"({self.device}) goes with one router and no expert actors, which compute on CPUs"
+            raise OptionInvalid("device", reason)
         if self.is_prefetching and self.is_placed:
             raise OptionInvalid("prefetch", "goes with no expert actors, which a cluster may get")
         if self.is_prefetching and self.num_actors:
@@ -289,7 +301,9 @@ class ServiceOptions:
             "prefetch": self.is_prefetching,
             "capacity": self.capacity,
             "audit-share": self.audit_share,
+            "device": str(self.device),
             "expert-budget": " + ".join(map(format_budget, self.expert_budgets)),
+            "host-budget": " + ".join(map(format_budget, self.host_budgets)) or None,
             "node-budgets": {name: format_budget(budget) for name, budget in self.node_budgets.items()},
             "store-copy": [str(path) for path in self.store_copies],
             "store-cache": self.store_cache.folder if self.store_cache else None,
@@ -334,7 +348,10 @@ def option_names() -> tuple[str, ...]:
 
 
 def compose_options(values: OptionValues, store_root: Path, store_name: str, keys: KeyRing) -> ServiceOptions:
-    """Raises OptionInvalid for values that do not go together. store_name: what the model is called without a name."""
+    """Raises OptionInvalid for values that do not go together, DeviceUnavailable. store_name: what the model is called
+    without a name."""
+    device = resolve_device(values.device)
+    expert_budgets, host_budgets = tiers(device, values.expert_budget, values.host_budget)
     name, *aliases = dict.fromkeys(values.served_model_name or (store_name,))
     return ServiceOptions(
         store_root,
@@ -355,7 +372,9 @@ def compose_options(values: OptionValues, store_root: Path, store_name: str, key
         is_prefetching=values.prefetch,
         capacity=values.capacity,
         audit_share=values.audit_share,
-        expert_budgets=one_memory(values.expert_budget, values.host_budget),
+        device=device,
+        expert_budgets=expert_budgets,
+        host_budgets=host_budgets,
         node_budgets=values.node_budgets,
         store_copies=tuple(Path(folder) for folder in dict.fromkeys(values.store_copy)),
         store_cache=_store_cache(values),
@@ -455,13 +474,17 @@ def parse_eviction(word: str) -> Eviction:
     raise OptionInvalid("--eviction", f"must be lfu, lru or trust, not {word[:MAX_SHOWN_CHARS]!r}")
 
 
-def one_memory(
-    expert_budget: BudgetRequest | None, host_budget: BudgetRequest | None
-) -> tuple[BudgetRequest, ...]:
-    """The budgets of both tiers where experts are computed in host memory: they are one, so what is given of them is
-    added up, and nothing given is `fit`."""
+def tiers(
+    device: torch.device, expert_budget: BudgetRequest | None, host_budget: BudgetRequest | None
+) -> tuple[tuple[BudgetRequest, ...], tuple[BudgetRequest, ...]]:
+    """What is asked for of the device's memory, where nothing given is `fit`, and of host memory behind it.
+
+    Where experts are computed in host memory the two are one, and what is given of them is added up.
+    """
+    if device.type != "cpu":
+        return (expert_budget or FIT,), () if host_budget is None else (host_budget,)
     given = tuple(budget for budget in (expert_budget, host_budget) if budget is not None)
-    return given or (FIT,)
+    return given or (FIT,), ()
 
 
 def _nearest(name: str) -> str:

@@ -11,6 +11,7 @@ import time
 import torch
 from torch import Tensor
 
+from experts.devices import upload
 from experts.directory import ExpertDirectory
 from experts.numerics import RowKernel
 from experts.packed_matrix import linear
@@ -86,26 +87,27 @@ class Backbone:
 
     @torch.inference_mode()
     def logits(self, hidden_LD: Tensor) -> Tensor:
-        """Float32 logits of final hidden states. No rows are a chunk that does not reach its prompt's end."""
+        """Float32 logits of final hidden states, in host memory. No rows are a chunk that does not reach its prompt's
+        end."""
         return self.logits_and_best(hidden_LD)[0]
 
     @torch.inference_mode()
     def logits_and_best(self, hidden_LD: Tensor) -> tuple[Tensor, list[int]]:
         """The same, with each row's likeliest token: of equal ones the first, -1 where a logit is not finite."""
         if not len(hidden_LD):
-            return hidden_LD.new_empty(0, self.config.vocab_size, dtype=torch.float32), []
+            return torch.empty(0, self.config.vocab_size, dtype=torch.float32), []
         if self.native_head is not None:
             return self.native_head.logits(hidden_LD)
         normed_LD = self.arithmetic.norm(hidden_LD, self.norm_D)
-        logits_LV = linear(self.kernel, normed_LD, self.head_VD).float()
+        logits_LV = linear(self.kernel, normed_LD, self.head_VD).float().cpu()
         are_finite_L = torch.isfinite(logits_LV).all(dim=1)
         return logits_LV, torch.where(are_finite_L, logits_LV.argmax(dim=1), -1).tolist()
 
     def embed(self, batch: StepBatch) -> Tensor:
         """(P, D) inputs of the first layer."""
-        hidden_TD = self.embeddings_VD.index_select(0, batch.token_ids_T)
+        hidden_TD = self.embeddings_VD.index_select(0, upload(batch.token_ids_T, self.kernel.device))
         for row, embedding_D in batch.embeddings.items():
-            hidden_TD[row] = embedding_D.to(self.dtype)
+            hidden_TD[row] = embedding_D.to(self.kernel.device, self.dtype)
         return self.arithmetic.pad(hidden_TD)
 
 
@@ -149,9 +151,9 @@ class ForwardPass:
         self._phases["experts"] += time.perf_counter() - attended
         backbone.progressed_at = time.monotonic()
         if index in batch.capture_layers:
-            self._captured[index] = hidden_PD[: batch.num_tokens].clone()
+            self._captured[index] = hidden_PD[: batch.num_tokens].to("cpu", copy=True)
         for row, vector_D in batch.injections.get(index, {}).items():
-            hidden_PD[row] += vector_D.to(backbone.dtype)
+            hidden_PD[row] += vector_D.to(backbone.kernel.device, backbone.dtype)
         self._hidden_PD = hidden_PD
         self._num_done += 1
 
@@ -170,4 +172,4 @@ class ForwardPass:
 def _select(hidden_PD: Tensor, rows: tuple[int, ...]) -> Tensor:
     if rows == tuple(range(len(hidden_PD))):
         return hidden_PD
-    return hidden_PD.index_select(0, torch.tensor(rows, dtype=torch.int64))
+    return hidden_PD.index_select(0, upload(torch.tensor(rows, dtype=torch.int64), hidden_PD.device))

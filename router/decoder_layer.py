@@ -12,10 +12,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from experts.devices import upload
 from experts.ffn import compute_segments
 from experts.numerics import RowKernel
 from experts.packed_matrix import linear
 from router.attention import ROW_MULTIPLE, attend
+from router.device_attention import QUERY_ROWS, attend_in_tiles
+from router.device_norm import norm_on_device
 from router.kv_cache import KvPool
 from router.model_config import ModelConfig
 from router.native_attention import NO_NORMS, HeadNorms, Places, attend_in_cache, norm_rows
@@ -68,7 +71,9 @@ class LayerArithmetic:
                 self.kernel.level, self.config, self.dtype, (cos, sin), places, is_timed=is_timed
             )
             return StepInputs(batch, cos, sin, None, places, native, batch.routing.is_plain())
-        return StepInputs(batch, cos, sin, CacheSlots(batch.spans), None)
+        device = self.kernel.device
+        cache = CacheSlots(batch.spans, device)
+        return StepInputs(batch, upload(cos, device), upload(sin, device), cache, None)
 
     def attention(
         self, index: int, layer: Layer, hidden_PD: Tensor, step: StepInputs, pool: KvPool
@@ -109,6 +114,8 @@ class LayerArithmetic:
         """RMSNorm over the last dimension, in float32; the weight is applied in the model's dtype."""
         if self._is_native and x.dim() == 2 and x.dtype == self.dtype:
             return norm_rows(self.kernel.level, x, weight, self.config.rms_norm_eps)
+        if self.kernel.norm:
+            return norm_on_device(self.kernel.norm, x, weight, self.config.rms_norm_eps)
         wide = x.float()
         scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.config.rms_norm_eps)
         return (wide * scale).to(self.dtype) * weight
@@ -135,7 +142,7 @@ class LayerArithmetic:
         for group in cache.groups:
             keys, values = pool.gather(index, group.tables_SN)
             attended[group.rows] = _attend_group(
-                q[group.rows], keys, values, group, config, config.window(index)
+                q[group.rows], keys, values, group, config, config.window(index), self.kernel.is_on_cpu
             )
         return attended.to(self.dtype).flatten(1)
 
@@ -187,6 +194,7 @@ def _attend_group(
     group: AttentionGroup,
     config: ModelConfig,
     window: int | None,
+    is_on_cpu: bool,
 ) -> Tensor:
     """Bring query rows into (sequence x kv head, rows) form, attend, and back. Returns (R, heads, head_dim)."""
     num_sequences, count = group.limits_SC.shape
@@ -195,10 +203,11 @@ def _attend_group(
     q_BMd = q.transpose(1, 2).reshape(num_sequences * config.num_kv_heads, count * per_kv, config.head_dim)
     limits = group.limits_SC.repeat_interleave(per_kv, dim=1).repeat_interleave(config.num_kv_heads, dim=0)
     num_rows = q_BMd.shape[1]
-    missing = -num_rows % ROW_MULTIPLE
+    missing = -num_rows % (ROW_MULTIPLE if is_on_cpu else QUERY_ROWS)
     if missing:
         q_BMd = torch.cat((q_BMd, q_BMd.new_zeros(q_BMd.shape[0], missing, config.head_dim)), dim=1)
         limits = torch.cat((limits, limits[:, -1:].expand(-1, missing)), dim=1)
-    out = attend(q_BMd, keys, values, limits, window)[:, :num_rows]
+    compute = attend if is_on_cpu else attend_in_tiles
+    out = compute(q_BMd, keys, values, limits, window)[:, :num_rows]
     out = out.reshape(num_sequences, config.num_kv_heads, count, per_kv, config.head_dim).transpose(1, 2)
     return out.reshape(num_sequences * count, config.num_heads, config.head_dim)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from experts.call import ExpertCall
+from experts.devices import upload
 from router.scoring import ABSENT, Routing
 
 
@@ -51,8 +52,18 @@ def dispatch(component: str, layer: int, tokens_TD: Tensor, routing: Routing, tr
         trace,
     )
     absent_TK = routing.experts_TK < 0 if routing.has_absent else None
-    rows = torch.from_numpy(row_of_slot).to(tokens_TD.device)
-    return Dispatch(call, rows, routing.weights_TK, absent_TK)
+    dispatched = Dispatch(call, torch.from_numpy(row_of_slot), routing.weights_TK, absent_TK)
+    return dispatched if tokens_TD.is_cpu else _on_device(dispatched, tokens_TD.device)
+
+
+def _on_device(dispatched: Dispatch, device: torch.device) -> Dispatch:
+    absent_TK = dispatched.absent_TK
+    return Dispatch(
+        dispatched.call,
+        upload(dispatched.row_of_slot, device),
+        upload(dispatched.weights_TK, device),
+        None if absent_TK is None else upload(absent_TK, device),
+    )
 
 
 def combine(dispatched: Dispatch, rows_RD: Tensor) -> Tensor:

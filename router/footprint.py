@@ -57,7 +57,9 @@ def measure_footprint(store: ExpertStore, options: EngineOptions) -> Footprint:
     if options.max_model_len:
         most_blocks = options.limits.max_running * blocks_for(options.max_model_len)
     return Footprint(
-        backbone_bytes=backbone_bytes(component, config, dtype, planned_linears(store.quantised, dtype)),
+        backbone_bytes=backbone_bytes(
+            component, config, dtype, planned_linears(store.quantised, dtype, options.device)
+        ),
         kv_bytes=num_blocks * block_bytes,
         swap_bytes=options.kv_budget_bytes if num_blocks <= most_blocks else 0,
         buffer_bytes=buffer_bytes(config, dtype, options.limits, num_blocks),
@@ -65,7 +67,7 @@ def measure_footprint(store: ExpertStore, options: EngineOptions) -> Footprint:
         experts=measure_experts(
             store,
             store.expert_keys(component.name),
-            planned_form(store, dtype, {component.name: config.hidden_size}),
+            planned_form(store, dtype, {component.name: config.hidden_size}, options.device),
         ),
         experts_per_token=config.experts_per_token,
         stand_in_bytes=means_bytes(config.num_experts, config.hidden_size, len(config.moe_layers))

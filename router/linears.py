@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from experts.devices import CPU
 from experts.numerics import RowKernel
 from experts.packed_matrix import CanonicalMatrix, PackedMatrix, PackedProduct, packed_bytes, stacked
 from experts.quantised import choose_product, packed_for, planned_product, product_suffix
@@ -71,11 +72,11 @@ def prove_linears(
     )
 
 
-def planned_linears(quantised: QuantisedParts, dtype: torch.dtype) -> LinearForms:
+def planned_linears(quantised: QuantisedParts, dtype: torch.dtype, device: torch.device = CPU) -> LinearForms:
     """What `prove_linears` nearly always finds, for planning only: nothing is proven."""
     return LinearForms(
         *(
-            None if part is None else LinearForm(part, dtype, planned_product(dtype))
+            None if part is None else LinearForm(part, dtype, planned_product(dtype, device))
             for part in (quantised.backbone, quantised.head)
         )
     )

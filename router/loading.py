@@ -12,10 +12,13 @@ from pathlib import Path
 
 import torch
 
+from experts.device_tier import TierOptions
+from experts.devices import CPU, settle_arithmetic
 from experts.directory import ExpertDirectory, LocalDirectory
 from experts.eviction import DEFAULT_EVICTION, Eviction
 from experts.numerics import RowKernel, num_cores, useful_threads
 from experts.store import ExpertStore
+from experts.transfers import open_transfers
 from experts.worker import DTYPES, ExpertWorker
 from router.attention import BLOCK_POSITIONS
 from router.backbone import Backbone
@@ -49,6 +52,10 @@ class EngineOptions:
     kv_budget_bytes: int = DEFAULT_KV_BUDGET_BYTES
     expert_budget_bytes: int | None = None
     """Resident bytes of experts in this process; None means no bound."""
+    device: torch.device = CPU
+    """On which the backbone, the cache and the experts are and are computed."""
+    host_budget_bytes: int | None = None
+    """Of experts in host memory behind another device than the CPU, whose own bytes the other budget then is."""
     eviction: Eviction = DEFAULT_EVICTION
     """Which expert goes first when room is needed."""
     prefetch: bool = False
@@ -149,7 +156,8 @@ def load_engine(
     component = store.served
     config = read_model_config(component.config)
     torch.set_num_threads(options.num_threads or useful_threads(num_cores(), config.expert_elements))
-    kernel = prove_row_invariance(config, dtype)
+    settle_arithmetic(options.device)
+    kernel = prove_row_invariance(config, dtype, options.device)
     forms = prove_linears(store.quantised, config, kernel, dtype)
     trust = TrustSession(store, config, options.trust, open_keeper) if options.trust is not None else None
     worker = ExpertWorker(
@@ -161,12 +169,13 @@ def load_engine(
         eviction=options.eviction,
         trust=trust.book.score if trust is not None else None,
         copies=tuple(map(Path, options.store_copies)),
+        tiers=_tiers(options),
     )
     directory = connect(worker)
     backbone = Backbone(store, component.name, config, kernel, directory, dtype, forms)
     if options.prefetch:
         backbone.prefetcher = Prefetcher(backbone.layers, backbone.arithmetic, directory)
-    pool = KvPool(config, num_kv_blocks(config, dtype, options), dtype)
+    pool = KvPool(config, num_kv_blocks(config, dtype, options), dtype, options.device)
     engine = Engine(backbone, pool, options.limits, swap_budget_bytes=options.kv_budget_bytes)
     stand_ins = None
     if config.moe_layers:
@@ -196,6 +205,12 @@ def load_engine(
         pool.nbytes,
     )
     return loaded
+
+
+def _tiers(options: EngineOptions) -> TierOptions | None:
+    if options.device.type == "cpu":
+        return None
+    return TierOptions(open_transfers(options.device), options.host_budget_bytes)
 
 
 def num_kv_blocks(config: ModelConfig, dtype: torch.dtype, options: EngineOptions) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -90,6 +91,10 @@ class _Collector:
         for actor in self._actors:
             name, node = str(actor["name"]), str(actor.get("node", ""))
             resident.add_metric([name, node, "resident"], actor.get("resident_bytes", 0))
+            behind = actor.get("behind") or {}
+            for gauge, key in ((resident, "resident_bytes"), (budget, "budget_bytes")):
+                if behind.get(key) is not None:
+                    gauge.add_metric([name, node, "host"], behind[key])
             for eviction, rate in actor.get("hit_rates", {}).items():
                 rates.add_metric([name, node, eviction], rate)
             if actor.get("budget_bytes") is not None:
@@ -162,6 +167,7 @@ def local_actor(service: RouterService, name: str) -> dict[str, Any]:
         "bytes_read": stats.bytes_read,
         "prefetched": stats.prefetched,
         "prefetched_used": stats.prefetched_used,
+        "behind": None if stats.behind is None else asdict(stats.behind),
     }
 
 

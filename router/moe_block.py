@@ -37,6 +37,8 @@ class MoeBlock:
     def gate(self, hidden_PD: Tensor, num_tokens: int) -> GateOutput:
         """What the gate says about the first `num_tokens` rows; the rest is padding."""
         logits_TE = self.kernel.linear(hidden_PD, self.gate_ED)[:num_tokens]
+        if not self.kernel.is_on_cpu:
+            logits_TE = logits_TE.cpu()  # the one reading back of a layer: routing is decided on the host
         config = self.config
         return GateOutput(
             self.layer,
@@ -66,7 +68,9 @@ class MoeBlock:
         steering.watch(gate, routing, dispatched, rows_RD)
         routed_TD = combine(dispatched, rows_RD)
         if routing.stand_ins is not None:
-            routed_TD = routed_TD.index_add(0, *routing.stand_ins)
+            rows_N, output_ND = routing.stand_ins
+            device = self.kernel.device
+            routed_TD = routed_TD.index_add(0, rows_N.to(device), output_ND.to(device))
         if self.shared is None:
             return routed_TD
         return routed_TD + self.shared.forward(hidden_PD, num_tokens)

@@ -57,7 +57,7 @@ class _Layer:
 
     def learn(self, experts_X: Tensor, counts_X: Tensor, rows_RD: Tensor) -> bool:
         """rows_RD: by expert. False for a call whose rows are not all finite: it would stay in every mean for good."""
-        rows_RD = rows_RD.float()
+        rows_RD = rows_RD.cpu().float()
         norms_R = torch.linalg.vector_norm(rows_RD, dim=-1)
         if not bool(norms_R.isfinite().all()):
             return False

@@ -11,10 +11,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from experts.devices import CPU
 from experts.errors import NotRowInvariant
 from experts.ffn import ExpertWeights, compute_segments
 from experts.numerics import RowKernel, calibrate, one_thread, swiglu
 from router.attention import BLOCK_POSITIONS, ROW_MULTIPLE, attend
+from router.device_self_test import prove_device
 from router.kv_cache import KvPool
 from router.model_config import ModelConfig
 from router.native_attention import NO_NORMS, Places, attend_in_cache, norm_rows
@@ -26,8 +28,10 @@ PROVED_WINDOW = BLOCK_POSITIONS - 3
 """Short enough that whole blocks lie before it."""
 
 
-def prove_row_invariance(config: ModelConfig, dtype: torch.dtype) -> RowKernel:
+def prove_row_invariance(config: ModelConfig, dtype: torch.dtype, device: torch.device = CPU) -> RowKernel:
     """The row kernel for this model. Raises NotRowInvariant naming the kernel that fails."""
+    if device.type != "cpu":
+        return prove_device(config, dtype, device, PROVED_WINDOW if config.windowed_layers else None)
     kernel = calibrate(config.linear_shapes(), dtype)
     for window in (None, PROVED_WINDOW) if config.windowed_layers else (None,):
         if kernel.product == "native":

@@ -239,7 +239,7 @@ class SteeredPolicy:
         needs, layer = step.needs, gate.layer
         surprise_R = novelty_R = arousal_R = reward_R = conflict_R = None
         if needs.of_past:
-            direction_RS, length_R1 = self._sketch.of(_picked(gate.hidden_TD, step.signal_rows))
+            direction_RS, length_R1 = self._sketch.of(_picked(gate.hidden_TD.cpu(), step.signal_rows))
             past = self._memory.recall(
                 layer,
                 step.index,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from experts.devices import CPU, upload
 from router.attention import BLOCK_POSITIONS
 from router.kv_cache import blocks_for
 from router.step_routing import NATIVE, StepRouting
@@ -81,16 +82,21 @@ class AttentionGroup:
     limits_SC: Tensor
     """How many cache positions each row sees."""
 
+    def on(self, device: torch.device) -> AttentionGroup:
+        tensors = (upload(tensor, device) for tensor in (self.rows, self.tables_SN, self.limits_SC))
+        rows, tables_SN, limits_SC = tensors
+        return AttentionGroup(rows, self.count, tables_SN, limits_SC)
+
 
 class CacheSlots:
     """Where a step's rows are written, and how its spans are grouped; the same for every layer."""
 
-    def __init__(self, spans: Sequence[Span]) -> None:
+    def __init__(self, spans: Sequence[Span], device: torch.device = CPU) -> None:
         positions = [span.first + i for span in spans for i in range(span.count)]
         tables = [span.table for span in spans for _ in range(span.count)]
         blocks = [table[p // BLOCK_POSITIONS] for p, table in zip(positions, tables, strict=True)]
-        self.blocks_T = torch.tensor(blocks)
-        self.offsets_T = torch.tensor(positions) % BLOCK_POSITIONS
+        self.blocks_T = upload(torch.tensor(blocks), device)
+        self.offsets_T = upload(torch.tensor(positions) % BLOCK_POSITIONS, device)
         members: dict[tuple[int, int], list[tuple[int, Span]]] = {}
         row = 0
         for span in spans:
@@ -99,7 +105,7 @@ class CacheSlots:
             key = (1, bucket) if span.count == 1 else (span.count, row + 2)
             members.setdefault(key, []).append((row, span))
             row += span.count
-        self.groups = [_group(rows_and_spans) for rows_and_spans in members.values()]
+        self.groups = [_group(rows_and_spans).on(device) for rows_and_spans in members.values()]
 
 
 def _group(rows_and_spans: list[tuple[int, Span]]) -> AttentionGroup:

@@ -229,8 +229,8 @@ class TrustCollector:
         firsts = list(accumulate(call.counts[:-1], initial=0))[some]
         tokens = [call.token_of_R[first] for first in firsts]
         experts_G = torch.tensor(call.experts[some])
-        inputs_GS = gate.hidden_TD[tokens].float() @ self._sketch_DS
-        outputs_GS = rows_RD[firsts].float() @ self._sketch_DS
+        inputs_GS = gate.hidden_TD[tokens].cpu().float() @ self._sketch_DS
+        outputs_GS = rows_RD[firsts].cpu().float() @ self._sketch_DS
         inputs_ES, outputs_ES = self._inputs_LES[row], self._outputs_LES[row]
         values_G, weights_G = consistency(inputs_GS, outputs_GS, inputs_ES[experts_G], outputs_ES[experts_G])
         self._add(STABILITY, experts_G + row * self._num_experts, values_G, weights_G)
@@ -244,7 +244,7 @@ class TrustCollector:
         is_present = (routing.experts_TK[some] != ABSENT).flatten()
         weights_TK = routing.weights_TK[some].float()
         row_of_slot = dispatched.row_of_slot.view(num_tokens, num_ranks)[some].flatten()
-        norms = torch.linalg.vector_norm(rows_RD[row_of_slot], dim=1, dtype=torch.float32)
+        norms = torch.linalg.vector_norm(rows_RD[row_of_slot].cpu(), dim=1, dtype=torch.float32)
         shares_TK = contribution_shares(norms.view_as(weights_TK), weights_TK)
         nothing_E = torch.zeros(self._num_experts)
         rows_E = nothing_E.index_add(0, experts, is_present.float())

@@ -54,7 +54,8 @@ class Layer:
 
 
 class TensorLoader:
-    """Reads backbone tensors of one component, checks shapes, converts the dtype or packs."""
+    """Reads backbone tensors of one component, checks shapes, converts the dtype or packs, and brings them to the
+    kernel's device."""
 
     def __init__(
         self,
@@ -72,7 +73,7 @@ class TensorLoader:
         tensor = self._store.read_tensor(self._component, name)
         if tuple(tensor.shape) != shape:
             raise WeightMismatch(name, tuple(tensor.shape), shape)
-        return tensor.to(self._dtype).contiguous()
+        return tensor.to(self._kernel.device, self._dtype).contiguous()
 
     def linear(self, rows: Mapping[str, int], inputs: int) -> Weight:
         """Matrices of a layer one below the other, as one; rows: of each. Names are those without `.weight`."""
@@ -94,7 +95,8 @@ class TensorLoader:
             codes, scales, shape = self._store.read_quantised(self._component, name, form.quantization)
             if shape != (count, inputs):
                 raise WeightMismatch(name, shape, (count, inputs))
-            matrices.append(CanonicalMatrix(codes, scales, inputs, form.quantization))
+            matrix = CanonicalMatrix(codes, scales, inputs, form.quantization)
+            matrices.append(matrix.on(self._kernel.device))
         return form.packed(matrices, self._kernel)
 
 

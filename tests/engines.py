@@ -11,6 +11,7 @@ from unittest import mock
 
 import torch
 
+from experts.devices import CPU
 from experts.directory import ExpertDirectory, LocalDirectory
 from experts.native_products import chosen_level
 from experts.numerics import RowKernel
@@ -43,12 +44,12 @@ class Outcome:
 
 
 @functools.cache
-def _prove(config: ModelConfig, dtype: torch.dtype, level: str | None) -> RowKernel:
-    return prove_row_invariance(config, dtype)
+def _prove(config: ModelConfig, dtype: torch.dtype, device: torch.device, level: str | None) -> RowKernel:
+    return prove_row_invariance(config, dtype, device)
 
 
-def _prove_once(config: ModelConfig, dtype: torch.dtype) -> RowKernel:
-    return _prove(config, dtype, chosen_level(dtype))
+def _prove_once(config: ModelConfig, dtype: torch.dtype, device: torch.device = CPU) -> RowKernel:
+    return _prove(config, dtype, device, chosen_level(dtype))
 
 
 def open_engine(
@@ -91,7 +92,7 @@ def small_engine(
     """Another engine over the same backbone, whose steps depend on no clock. num_blocks: KV blocks that its sequences
     can hold."""
     limits = replace(limits or BatchLimits(), is_paced=False)
-    pool = KvPool(loaded.config, num_blocks + 1, loaded.dtype)
+    pool = KvPool(loaded.config, num_blocks + 1, loaded.dtype, loaded.kernel.device)
     swap_budget_bytes = num_swap_blocks * KvPool.block_bytes(loaded.config, loaded.dtype)
     engine = RecordingEngine(loaded.engine.backbone, pool, limits, swap_budget_bytes=swap_budget_bytes)
     engine.outcome = Outcome()

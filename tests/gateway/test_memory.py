@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from cluster.memory_plan import BaseMemory, Node
+from cluster.memory_plan import BaseMemory, MemoryPlan, Node
 from experts.budget import FIT, BudgetRequest
 from experts.errors import BudgetTooSmall
 from experts.node_memory import NodeMemory
@@ -18,10 +20,12 @@ from experts.store import ExpertStore
 from gateway.batch_job import BatchOptions, run_batch
 from gateway.cli import app
 from gateway.errors import OptionInvalid
+from gateway.generate import generate
 from gateway.memory import SERVICE_BASE, plan_engine, plan_service, this_node
 from gateway.memory_view import render_memory
 from router.loading import EngineOptions
 from router.means_keeper import StandInOptions
+from tests.simulated_device import DEVICE, simulated
 
 EXPERT_BYTES = 73728
 """One expert of the bundled model in bfloat16."""
@@ -121,6 +125,30 @@ def test_fit_in_this_process_does_not_count_it_twice(stories_store: Path) -> Non
     assert options.expert_budget_bytes == plan.budget_bytes <= NUM_EXPERTS * EXPERT_BYTES
     assert plan.router.base_bytes == BaseMemory(router=0).router
     assert "127.0.0.1" in this_node().aliases
+
+
+def test_generation_on_a_device_divides_its_memory_and_the_host_s_behind_it(stories_store: Path) -> None:
+    plans: list[MemoryPlan] = []
+    sampling = {"max_tokens": 2, "temperature": 0.0}
+    options = EngineOptions(dtype="float32", kv_budget_bytes=1 << 24)
+    with simulated():
+        found = generate(
+            stories_store,
+            "Once upon a time",
+            sampling,
+            replace(options, device=DEVICE),
+            budgets=(BudgetRequest(share=Fraction(1, 4)),),
+            host_budgets=(BudgetRequest(num_bytes=50 * EXPERT_BYTES),),
+            on_plan=plans.append,
+        )
+    assert found.text == generate(stories_store, "Once upon a time", sampling, options).text
+    held = found.resident_bytes
+    assert 0 < held["experts"] <= NUM_EXPERTS * EXPERT_BYTES // 2 == found.expert_budget_bytes
+    assert 0 < held["experts_behind"] <= 50 * EXPERT_BYTES
+    assert [row["tier"] for row in plans[0].as_json()["processes"]] == ["device", "host"]
+    table = io.StringIO()
+    Console(file=table, width=80).print(render_memory(plans[0].as_json()))
+    assert "host" in table.getvalue() and max(map(len, table.getvalue().splitlines())) <= 80
 
 
 @pytest.mark.parametrize("has_stand_ins", [False, True])

@@ -10,6 +10,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from experts.call_times import LatencySummary
+from experts.device_tier import TierStats
 from experts.directory import DirectoryStats
 from experts.trust import ASPECTS
 from gateway.capacity_metrics import render_capacity
@@ -37,6 +38,7 @@ def _router_text() -> str:
             bytes_read=1,
             prefetched=0,
             prefetched_used=0,
+            behind=TierStats(1, 1, 1, 1, 1),
         ),
     )
     stats = SimpleNamespace(

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from experts.budget import FIT, BudgetRequest
+from experts.errors import DeviceUnavailable
 from experts.near_store import CacheSpec
+from gateway import service_options
 from gateway.api_keys import KeyRing
 from gateway.config_file import read_config
 from gateway.errors import FileUnusable, OptionInvalid
@@ -105,6 +108,25 @@ def test_budgets_of_both_tiers_are_one_memory_and_none_is_fit() -> None:
     assert _options({}, {}).expert_budgets == (FIT,)
     assert _options({"expert-budget": "25%"}, {"host-budget": "2GiB"}).expert_budgets == (quarter, size)
     assert _options({"host-budget": "2GiB"}, {}).expert_budgets == (size,)
+
+
+def test_budgets_of_a_device_are_two_and_it_goes_with_no_actors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_options, "resolve_device", torch.device)
+    size = BudgetRequest(num_bytes=2**31)
+    options = _options({"device": "cuda:1", "host-budget": "2GiB"}, {})
+    assert (options.expert_budgets, options.host_budgets) == ((FIT,), (size,))
+    assert options.shown()["device"] == "cuda:1"
+    assert _options({"device": "cuda:1"}, {}).host_budgets == ()
+    for more in ({"actors": 2}, {"routers": 2}, {"address": "auto"}):
+        with pytest.raises(OptionInvalid, match=r"device .cuda:1. goes with one router and no expert actors"):
+            _options({"device": "cuda:1"}, more)
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    with pytest.raises(OptionInvalid, match="must be cpu, cuda, cuda:N or auto, not 'gpu'"):
+        _options({"device": "gpu"}, {})
+    with pytest.raises(DeviceUnavailable, match="cuda:99"):
+        _options({"device": "cuda:99"}, {})
 
 
 def test_audit_share_is_a_number_whole_or_not() -> None:
