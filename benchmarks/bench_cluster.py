@@ -184,22 +184,38 @@ def count_messages(contender: Contender, num_tokens: int) -> dict[str, float]:
 
 
 def measure_prefill(contender: Contender) -> dict[str, float]:
-    """How long a stream's step takes alone, and at most while a long prompt is computed beside it in chunks."""
+    """How long a stream's step takes alone, and as a rule and at most while a long prompt is computed beside it in
+    chunks; and how long that prompt takes, against the same one alone. Times in milliseconds."""
     engine = contender.loaded.engine
-    contender.submit(prompts_for(contender, 1), 200)
+    lone_prompt_s = sum(_prompt_steps(contender, seed=98))
+    contender.submit(prompts_for(contender, 1), 1000)
     for _ in range(20):
         engine.step()
     alone = statistics.median(contender.step_s() for _ in range(40))
-    contender.submit([_prompt(contender, LONG_PROMPT_TOKENS, seed=99)], 1)
-    computed = engine.stats.prompt_tokens + LONG_PROMPT_TOKENS
-    beside = []
-    while engine.stats.prompt_tokens < computed:
-        beside.append(contender.step_s())
+    beside = _prompt_steps(contender, seed=99)
     for name in engine.open_requests():
         engine.cancel(name)
     while engine.has_work:
         engine.step()
-    return {"alone_ms": alone * 1e3, "longest_ms": max(beside) * 1e3, "steps": max(beside) / alone}
+    return {
+        "alone_ms": alone * 1e3,
+        "beside_ms": statistics.median(beside) * 1e3,
+        "longest_ms": max(beside) * 1e3,
+        "steps": max(beside) / alone,
+        "prompt_ms": sum(beside) * 1e3,
+        "prompt_alone_ms": lone_prompt_s * 1e3,
+    }
+
+
+def _prompt_steps(contender: Contender, seed: int) -> list[float]:
+    """Submit a long prompt; seconds of the steps until it is computed."""
+    engine = contender.loaded.engine
+    computed = engine.stats.prompt_tokens + LONG_PROMPT_TOKENS
+    contender.submit([_prompt(contender, LONG_PROMPT_TOKENS, seed)], 1)
+    steps = []
+    while engine.stats.prompt_tokens < computed:
+        steps.append(contender.step_s())
+    return steps
 
 
 def measure_kill(root: Path, num_replicas: int, num_tokens: int) -> dict[str, Any]:

@@ -20,6 +20,8 @@ class ScalerSettings:
 
     max_actors: int
     min_actors: int = 0
+    max_replicas: int | None = None
+    """Most actors of a group; None for no bound of its own."""
     high_busy: float = 0.6
     """Of its time that an actor computes, above which its group gets a replica."""
     low_busy: float = 0.2
@@ -41,6 +43,8 @@ class ScalerSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.min_actors <= self.max_actors:
             raise ValueError(f"min_actors {self.min_actors} is not in 0 to max_actors {self.max_actors}")
+        if self.max_replicas is not None and self.max_replicas < 1:
+            raise ValueError(f"max_replicas {self.max_replicas} leaves no actor to a group")
         if not 0.0 < self.low_busy < self.high_busy:
             raise ValueError(f"low_busy {self.low_busy} is not in 0 to high_busy {self.high_busy}")
 
@@ -185,7 +189,8 @@ def wanted_counts(
     if capacity == "rest":
         wanted = {view.name: int(view.load.fallback_s == float("inf")) for view in views}
     else:
-        wanted = {view.name: _group_wants(view, settings, now_s) for view in views}
+        most = settings.max_actors if settings.max_replicas is None else settings.max_replicas
+        wanted = {view.name: min(most, _group_wants(view, settings, now_s)) for view in views}
         # The state bounds growth only: what runs goes when it is idle for long.
         needed = sum(max(view.least, int(wanted[view.name] > 0)) for view in views)
         ceiling = max(needed, sum(counts.values()), num_actors_at(capacity, settings.max_actors))

@@ -213,7 +213,7 @@ class _Look:
         """Shrink an actor, not below `least`, until there are `wanted` bytes free around it."""
         missing = wanted - self._rooms.free(giver.node_id)
         excess = self._rooms.taken_by(giver) - least
-        if missing > 0 and excess > 0:
+        if missing > 0 and excess > 0 and self._rooms.can_shrink(giver.node_id):
             size = self._rooms.taken_by(giver) - min(missing, excess)
             self._resize(giver, size, "shrink", f"{why}, and {group} needs the room")
 
@@ -248,10 +248,11 @@ class _Look:
         self._decide(kind, resized, reason)
 
     def _placed(self, group: str) -> ActorPlan:
-        """A new actor: on the node with the most room, with what of an even share fits there; on none if that is less
-        than an expert."""
+        """A new actor: on the best node, with what of an even share fits there; on none if that is less than an
+        expert."""
         load, node_id = self._views[group].load, self._rooms.best(group)
-        size = min(self._even(group), self._rooms.free(node_id))
+        even = self._even(group) if self._rooms.can_shrink(node_id) else load.group_bytes
+        size = min(even, self._rooms.free(node_id))
         if size < load.least_bytes:
             node_id, size = None, load.group_bytes
         actor = ActorPlan(self._new_name(group), group, node_id, size)

@@ -38,9 +38,11 @@ class PlanChange:
 class NodeWatch:
     """Times are of a monotonic clock, in seconds."""
 
-    def __init__(self, placing: Placing, topology: Topology, ask: Ask = gather) -> None:
-        """topology: the machines that the plan was last made for."""
-        self._placing, self._ask = placing, ask
+    def __init__(
+        self, placing: Placing, topology: Topology, ask: Ask = gather, *, is_scaled: bool = False
+    ) -> None:
+        """topology: the machines that the plan was last made for. is_scaled: see `place_again`."""
+        self._placing, self._ask, self._is_scaled = placing, ask, is_scaled
         self._planned = topology
         self._facts = {node.node_id: node for node in topology.nodes}
         self._refused_at_s: dict[str, float] = {}
@@ -48,6 +50,11 @@ class NodeWatch:
         self._told: dict[str, str] = {}
         self._asked: dict[str, Future[Sequence[NodeReport]]] = {}
         self._pool = ThreadPoolExecutor(1, "node-watch")
+
+    @property
+    def topology(self) -> Topology:
+        """The machines that the plan was last made for."""
+        return self._planned
 
     def rooms(self, alive: Collection[str], plan: ServicePlan) -> dict[str, int]:
         """Bytes that expert actors may take on each node that lives and is known to be of use."""
@@ -108,7 +115,9 @@ class NodeWatch:
             return None
         topology = Topology(nodes, router)
         placing = self._placing
-        again = place_again(topology, placing.demand, plan, placing.options)
+        again = place_again(
+            topology, placing.demand, plan, placing.options, now - before, is_scaled=self._is_scaled
+        )
         self._planned = topology
         return PlanChange(again, topology, _why(before - now, now - before))
 

@@ -46,12 +46,14 @@ class PlacementOptions:
     """The router's own work for one message and its answer."""
     horizon_tokens: float = 100_000.0
     """Within which an expert's move must win back the time that its bytes take on the way."""
+    least_gain: float = 0.1
+    """Of a step's expected time with experts: what a machine that joins must win for others to give experts to it."""
 
     def __post_init__(self) -> None:
         if min(self.num_streams, self.replicas, self.actors_per_node) < 1:
             raise ValueError("num_streams, replicas and actors_per_node must be at least 1")
-        if min(self.slack, self.message_s, self.horizon_tokens) < 0:
-            raise ValueError("slack, message_s and horizon_tokens must not be negative")
+        if min(self.slack, self.message_s, self.horizon_tokens, self.least_gain) < 0:
+            raise ValueError("slack, message_s, horizon_tokens and least_gain must not be negative")
 
 
 DEFAULT_OPTIONS = PlacementOptions()
@@ -76,7 +78,8 @@ def place(
     assign = assign_by_expert if options.grouping == "expert" else assign_by_layer
     seat_X = assign(work, seats, _homes(work, seats, current), trade)
     plan = _planned(work, seats, seat_X, names)
-    replicas = plan_replicas(topology, demand, plan, current, options.replicas)
+    wanted = {group.name: options.replicas for group in plan.groups}
+    replicas = plan_replicas(topology, demand, plan, current, wanted)
     plan = replace(plan, actors=(*plan.actors, *replicas))
     return _give_rest_to_router(topology, share_gpus(topology, plan))
 
@@ -172,7 +175,7 @@ def _planned(work: Work, seats: Sequence[Seat], seat_X: Ints, names: _Names) -> 
     groups, actors = [], []
     for number, seat in enumerate(seats):
         if keys[number] and not seat.is_router:
-            groups.append(ExpertGroup(names.groups[number], tuple(keys[number])))
+            groups.append(ExpertGroup(names.groups[number], tuple(keys[number]), seat.node_id))
             budget = min(sizes[number], seat.room_bytes)
             actors.append(ActorPlan(names.actors[number], names.groups[number], seat.node_id, budget))
     room, least = seats[0].room_bytes, max(work.bytes_X.tolist(), default=0)

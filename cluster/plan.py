@@ -18,6 +18,8 @@ class ExpertGroup:
     name: str
     keys: tuple[ExpertKey, ...]
     """Sorted."""
+    home: str | None = None
+    """The node that placement made it for, where its first actor goes while there is room. None for any."""
 
 
 @dataclass(frozen=True)

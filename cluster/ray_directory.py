@@ -7,7 +7,8 @@ import secrets
 import threading
 import uuid
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -20,6 +21,7 @@ from experts.call import ExpertCall
 from experts.directory import DirectoryStats
 from experts.expert_table import ExpertTable
 from experts.remote_directory import DirectoryOptions, RemoteDirectory
+from experts.roster import ResidentExperts, Roster
 from experts.transport import TransportLimits
 from experts.worker import ExpertWorker
 
@@ -42,8 +44,8 @@ class RayDirectory:
         self._closing = threading.Event()
         self._lost: set[str] = set()
         self._name = uuid.uuid4().hex
-        self._version = roster.version
-        """Of the roster that was carried out last."""
+        self._roster: Roster = roster
+        """That was carried out last."""
         self._share: Fraction | None = None
         self._load: Callable[[], RouterLoad] | None = None
         self._bad: deque[tuple[str, int, str]] = deque()
@@ -144,9 +146,11 @@ class RayDirectory:
 
     def _follow_roster(self) -> bool:
         """Whether the roster has changed, which the supervisor is then to be told at once."""
-        told = self._supervisor.roster.remote(self._name, self._version, self._share)
-        roster = ray.get(told, timeout=ANSWER_TIMEOUT_S)
+        answer = self._supervisor.roster.remote(self._name, self._roster.version, self._share)
+        told: Roster | Mapping[str, ResidentExperts] = ray.get(answer, timeout=ANSWER_TIMEOUT_S)
+        roster = told if isinstance(told, Roster) else replace(self._roster, resident=told)
         self.remote.update(roster)
-        is_newer = roster.version > self._version
-        self._version = max(roster.version, self._version)
+        is_newer = roster.version > self._roster.version
+        if roster.version >= self._roster.version:
+            self._roster = roster
         return is_newer and not self._closing.is_set()

@@ -93,12 +93,16 @@ def reconcile(
     patience: Patience,
 ) -> tuple[Action, ...]:
     """The next actions, in order. taken: names that Ray still has though they are no members any more."""
+    seated = _waiting_with_room(target, members)
+    taken = {*taken, *seated}
+    members = [member for member in members if member.name not in seated]
     current = {wanted.name: _current(target, wanted, members) for wanted in target.wanted}
     back = _taken_back(target, current, members)
     chosen = {member.name for member in current.values() if member is not None}
     superseded = [m for m in members if m.state in ("ready", "starting") and m.name not in chosen]
     endings = (_ending(m, now_s, patience) for m in members if m.name not in back.values())
     return (
+        *(End(name, "waited for a machine, and a node has room now") for name in sorted(seated)),
         *(action for action in endings if action is not None),
         *(End(m.name, "is not wanted any more") for m in superseded if m.state == "starting"),
         *_drains(target, current, [m for m in superseded if m.state == "ready"]),
@@ -116,15 +120,28 @@ def _taken_back(
     return {name: member.name for name, member in leaving.items() if member is not None}
 
 
+def _waiting_with_room(target: Target, members: Sequence[Member]) -> set[str]:
+    """Members that wait for a machine though by now a node has room for what they are to be."""
+    waiting = {m.actor: m.name for m in members if m.state == "starting" and m.is_waiting_for_node}
+    rooms = _free_rooms(target, members)
+    wanted = (w for w in target.wanted if w.name in waiting and w.plan.node_id not in target.rooms)
+    return {waiting[w.name] for w in wanted if not _choose_node(target, w, rooms)[1]}
+
+
 def fits(target: Target, wanted: WantedActor, member: Member) -> bool:
-    """Whether a member is what the plan wants of that actor."""
+    """Whether a member is what the plan wants of that actor. One that could answer for more experts is."""
     return (
         member.actor == wanted.name
         and member.fingerprint == wanted.fingerprint
+        and _has_keys(member, wanted.keys)
         and member.incarnation >= target.least_incarnation
         and _has_budget(member, wanted.plan.budget_bytes)
         and _is_in_place(target, wanted, member)
     )
+
+
+def _has_keys(member: Member, keys: tuple[ExpertKey, ...]) -> bool:
+    return member.keys == keys or frozenset(member.keys).issuperset(keys)
 
 
 def _has_budget(member: Member, budget_bytes: int | None) -> bool:
@@ -187,8 +204,9 @@ def _drains(
     if not superseded:
         return []
     planned = {key for wanted in target.wanted for key in wanted.keys}
-    standing = [m for m in current.values() if m is not None and m.state == "ready" and m.is_known]
-    missing = planned.difference(*(member.keys for member in standing))
+    members = ((wanted, current[wanted.name]) for wanted in target.wanted)
+    standing = [w.keys for w, m in members if m is not None and m.state == "ready" and m.is_known]
+    missing = planned.difference(*standing)
     return [
         Turn(m.name, "draining", "others have taken over" if planned else "no actor is wanted")
         for m in superseded
@@ -281,16 +299,31 @@ def reservation(create: Create, memory: Mapping[str, int], members: Iterable[Mem
 
 def make_owners(target: Target, members: Sequence[Member]) -> Owners:
     """Expert -> names of the actors that answer for it: the plan's, in its order, then those that still serve until
-    these have taken over. Draining ones are left out."""
+    these have taken over. What a group has given away stays with its actors until then. Draining ones are left out."""
     ready = [member for member in members if member.state == "ready"]
-    current = [_current(target, wanted, ready) for wanted in target.wanted]
-    first = [member for member in current if member is not None]
-    names = {member.name for member in first}
+    current = [(wanted, _current(target, wanted, ready)) for wanted in target.wanted]
+    first = [(member, wanted.keys) for wanted, member in current if member is not None]
+    names = {member.name for member, _ in first}
     owners: dict[ExpertKey, tuple[str, ...]] = {}
-    for member in (*first, *(member for member in ready if member.name not in names)):
-        for key in member.keys:
+    for member, keys in (*first, *((member, member.keys) for member in ready if member.name not in names)):
+        for key in keys:
             owners[key] = (*owners.get(key, ()), member.name)
-    return owners
+    return owners | _given_away(target, first, owners)
+
+
+def _given_away(
+    target: Target, first: Sequence[tuple[Member, tuple[ExpertKey, ...]]], owners: Owners
+) -> dict[ExpertKey, tuple[str, ...]]:
+    """Of the plan's experts that nobody owns yet, those that an actor could answer for whose group they were in."""
+    wider = [member for member, keys in first if len(member.keys) > len(keys)]
+    if not wider:
+        return {}
+    absent = {key for wanted in target.wanted for key in wanted.keys if key not in owners}
+    given: dict[ExpertKey, tuple[str, ...]] = {}
+    for member in wider:
+        for key in absent.intersection(member.keys):
+            given[key] = (*given.get(key, ()), member.name)
+    return given
 
 
 def with_fallbacks(target: Target, owners: Owners, fallbacks: Owners, present: Collection[str]) -> Owners:

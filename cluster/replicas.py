@@ -6,7 +6,7 @@ Called by `cluster.placement` once every expert has its place.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from cluster.demand import Demand
@@ -36,10 +36,14 @@ class _Left:
 
 
 def plan_replicas(
-    topology: Topology, demand: Demand, plan: ServicePlan, current: ServicePlan | None, num_actors: int
+    topology: Topology,
+    demand: Demand,
+    plan: ServicePlan,
+    current: ServicePlan | None,
+    wanted: Mapping[str, int],
 ) -> list[ActorPlan]:
-    """Actors to add to a plan until every group has `num_actors`, hottest groups first, as far as there is room; those
-    that have none come before all others.
+    """Actors to add to a plan until every group has as many as are wanted, hottest groups first, as far as there is
+    room; those that have none come before all others.
 
     A replica that runs now stays where it is, if there is still room.
     """
@@ -51,9 +55,9 @@ def plan_replicas(
     names = {actor.name for actor in (*plan.actors, *(current.actors if current else ()))}
     there = {(actor.group, actor.node_id): actor.name for actor in (current.actors if current else ())}
     added: list[ActorPlan] = []
-    for number in range(1, num_actors + 1):
+    for number in range(1, max(wanted.values(), default=0) + 1):
         for group in sorted(plan.groups, key=lambda group: (-heat[group.name], group.name)):
-            if counts[group.name] >= number:
+            if not counts[group.name] < number <= wanted[group.name]:
                 continue
             actor = _replica(group, sizes[group.name], demand.largest_bytes, nodes, there, names)
             if actor is not None:

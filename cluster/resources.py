@@ -87,6 +87,8 @@ def ray_environment() -> dict[str, str]:
         "RAY_SERVE_LOG_TO_STDERR": "0",
         # A replica that hangs would else be asked to end in order, and its answers would wait for that.
         "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
+        # It would kill what Ray can start again, and so the router, before an expert actor, which others stand in for.
+        "RAY_memory_monitor_refresh_ms": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",

@@ -11,11 +11,13 @@ from dataclasses import replace
 
 from cluster.actor_counts import GroupLoad, ScalerState
 from cluster.autoscaler import Decision, LoadSnapshot, carry_out, decide
-from cluster.capacity import Capacity, observe
+from cluster.capacity import Capacity, Load, observe
 from cluster.fleet import Fleet
 from cluster.plan import ExpertGroup, ServicePlan
-from cluster.scaling_room import NodeLoad
+from cluster.replanning import share_new_gpus
+from cluster.scaling_room import node_load
 from cluster.service_spec import Scaling
+from cluster.topology import Topology
 from experts.group_trust import group_scores
 from experts.trust import TrustSettings, TrustTable
 
@@ -46,15 +48,19 @@ class PlanScaler:
         rooms: Mapping[str, int],
         trust: Trust | None,
         now_s: float,
+        topology: Topology | None = None,
     ) -> tuple[ServicePlan, tuple[Decision, ...]]:
-        """The plan from now on, and what was decided. Nothing changes before a router has told its load."""
+        """The plan from now on, and what was decided. Nothing changes before a router has told its load.
+
+        rooms: by node id, what expert actors may take. topology: the machines, where the plan is made for them.
+        """
         load, looked_at_s = fleet.routers.load(now_s), self._looked_at_s
         if load is None or (looked_at_s is not None and now_s - looked_at_s < self._scaling.interval_s):
             return plan, ()
         self._looked_at_s = now_s
-        self._capacity = observe(self._capacity, load, now_s)
         busy_s = self._busy_by_group(plan, fleet)
         rows = fleet.routers.take_rows({group.name: group.keys for group in plan.groups})
+        self._capacity = observe(self._capacity, _at_least_one(load, rows), now_s)
         if looked_at_s is None:  # counted since nobody knows when
             return plan, ()
         elapsed_s = now_s - looked_at_s
@@ -71,11 +77,13 @@ class PlanScaler:
             )
             for group in plan.groups
         )
-        nodes = tuple(NodeLoad(node_id, room_bytes) for node_id, room_bytes in sorted(rooms.items()))
+        facts = {} if topology is None else {node.node_id: node for node in topology.nodes}
+        nodes = tuple(node_load(node_id, room, facts.get(node_id)) for node_id, room in sorted(rooms.items()))
         snapshot = LoadSnapshot(self._capacity.state, groups, nodes, self._can_add_machines)
         seen = where_it_runs(plan, fleet)
         self._state, decisions = decide(self._state, snapshot, seen, self._scaling.settings, now_s)
-        return carry_out(plan, decisions), decisions
+        scaled = carry_out(plan, decisions)
+        return scaled if topology is None else share_new_gpus(topology, plan, scaled), decisions
 
     def _fallback_s(self, group: ExpertGroup) -> float:
         """See `GroupLoad`. Every expert of a token is taken to be among the group's, as far as it has so many."""
@@ -96,6 +104,13 @@ class PlanScaler:
             self._busy_s[known] = pulse.busy_s
             busy_s[group] += pulse.busy_s - before.get(known, pulse.busy_s)
         return busy_s
+
+
+def _at_least_one(load: Load, rows: Mapping[str, int]) -> Load:
+    """The load with the request that has asked for rows, where it came and went between two reports."""
+    if load.num_running or load.num_waiting or not any(rows.values()):
+        return load
+    return replace(load, num_running=1)
 
 
 def where_it_runs(plan: ServicePlan, fleet: Fleet) -> ServicePlan:

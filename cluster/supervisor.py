@@ -35,7 +35,7 @@ from cluster.service_record import ServiceRecord, forget_record, load_record, sa
 from cluster.service_spec import ServiceSpec, service_of, wanted_actors
 from cluster.supervisor_status import actor_entries, disks_entry, note_entries, pending_entries, plan_entry
 from cluster.trust_desk import TrustDesk
-from experts.roster import Roster
+from experts.roster import ResidentExperts, Roster
 from experts.trust import TrustReport, TrustTable
 from experts.trust_ledger import TrustIdentity
 from router.trust_session import TrustOptions
@@ -77,7 +77,8 @@ class Supervisor:
             self._fleet.source_for = self._disks.source_for
         self._nodes = None
         if spec.placing is not None:
-            self._nodes = NodeWatch(spec.placing, self._record.topology or spec.placing.topology)
+            topology = self._record.topology or spec.placing.topology
+            self._nodes = NodeWatch(spec.placing, topology, is_scaled=spec.scaling is not None)
         self._closing = threading.Event()
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="reconcile", daemon=True)
@@ -93,9 +94,12 @@ class Supervisor:
         """How long a router's connections look for an answer before they sleep."""
         return self._spec.spin_s
 
-    def roster(self, router: str = "", version: int = -1, share: Fraction | None = None) -> Roster:
-        """Who is where now. version: what the router that asks has carried out. share: of its group, that it wishes
-        every actor to keep in memory within its budget."""
+    def roster(
+        self, router: str = "", version: int = -1, share: Fraction | None = None
+    ) -> Roster | Mapping[str, ResidentExperts]:
+        """Who is where now; where the router that asks has that already, only what actors hold in memory, as in
+        `Roster.resident`. version: what the router has carried out. share: of its group, that it wishes every actor to
+        keep in memory within its budget."""
         with self._lock:
             fleet = self._fleet
             if router:
@@ -103,7 +107,8 @@ class Supervisor:
                 if fleet.is_changing:
                     self._wake.set()
             there = fleet.roster.endpoints.keys() & fleet.pulses.keys()
-            return replace(fleet.roster, resident={name: fleet.pulses[name].resident for name in there})
+            resident = {name: fleet.pulses[name].resident for name in there}
+            return resident if version == fleet.roster.version else replace(fleet.roster, resident=resident)
 
     def report_load(self, router: str, report: RouterLoad) -> None:
         """What a router has to do, and what its requests ask of experts."""
@@ -250,7 +255,7 @@ class Supervisor:
         """Node id -> room; without nodes that were quarantined too often, unless that leaves none."""
         rooms = {node_id: self._spec.rooms.get(node_id, num_bytes) for node_id, num_bytes in memory.items()}
         if self._nodes is not None:
-            rooms = self._nodes.rooms(memory, self._record.plan)
+            rooms = self._nodes.rooms(memory, where_it_runs(self._record.plan, self._fleet))
         counts = self._record.quarantines
         trusted = {
             node_id: room for node_id, room in rooms.items() if counts.get(node_id, 0) < MAX_QUARANTINES
@@ -303,8 +308,9 @@ class Supervisor:
     def _scale(self, now_s: float) -> None:
         if self._scaler is None:
             return
+        topology = self._nodes.topology if self._nodes is not None else None
         plan, decisions = self._scaler.look(
-            self._record.plan, self._fleet, self._rooms, self._trust.known(), now_s
+            self._record.plan, self._fleet, self._rooms, self._trust.known(), now_s, topology
         )
         for decision in decisions:
             self._fleet.note(decision.kind, decision.actor, decision.reason)

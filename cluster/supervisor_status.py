@@ -46,6 +46,9 @@ def _entry(
     now_s: float,
 ) -> dict[str, Any]:
     backoff = backoffs.get(member.actor)
+    planned = _of_plan(plan, member.actor)
+    # It may have started with more experts than it answers for by now.
+    size = min(len(member.keys), planned["group"] or len(member.keys))
     entry: dict[str, Any] = {
         "name": member.name,
         "actor": member.actor,
@@ -53,14 +56,13 @@ def _entry(
         "seconds_in_state": round(now_s - member.since_s, 1),
         "incarnation": member.incarnation,
         "last_error": member.error or (backoff.error if backoff else ""),
-        **_of_plan(plan, member.actor),
-        "group": len(member.keys),
+        **planned,
     }
     if member.endpoint is not None:
         entry["node"] = member.endpoint.host
     if member.node_id is not None:
         entry["node_id"] = member.node_id[:12]
-    return entry | dict(told or {})
+    return entry | dict(told or {}) | {"group": size}
 
 
 def _of_plan(plan: ServicePlan, name: str) -> dict[str, Any]:

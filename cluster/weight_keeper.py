@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from experts.store import ExpertStore
 from experts.weight_server import WeightServer
 
 START_TIMEOUT_S = 120.0
+NAME_LOOKS, NAME_LOOK_S = 50, 0.1
 START_ATTEMPTS = 3
 
 
@@ -61,11 +63,15 @@ def start_keeper(
 
 
 def stop_keeper(name: str = WEIGHT_KEEPER_NAME) -> None:
-    """Does nothing where none runs."""
+    """Does nothing where none runs. Its name is free afterwards, as a rule."""
     try:
         ray.kill(ray.get_actor(name, namespace=NAMESPACE))
     except ValueError:
         return
+    for _ in range(NAME_LOOKS):
+        if name not in ray.util.list_named_actors():
+            return
+        time.sleep(NAME_LOOK_S)
 
 
 def _free_port(host: str) -> int:

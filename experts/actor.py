@@ -70,8 +70,9 @@ class ActorSpec:
     from these; 0 means `num_threads`."""
 
     def fingerprint(self) -> str:
-        """Equal for specs that compute the same for the same routers, whenever, wherever and within whatever budget."""
-        return self._sign((self.store_root, self.dtype, self.group, self.eviction))
+        """Equal for specs that compute the same rows for an expert of both groups, whenever, wherever and within
+        whatever budget."""
+        return self._sign((self.store_root, self.dtype, self.eviction))
 
     def service(self) -> str:
         """Equal for all actors that know the same secret."""

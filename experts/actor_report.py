@@ -19,7 +19,7 @@ class ActorIdentity:
     """The plan's actor that it stands for."""
     incarnation: int
     fingerprint: str
-    """Equal for actors that compute the same for the same routers; see `ActorSpec.fingerprint`."""
+    """Equal for actors that compute the same rows for an expert of both; see `ActorSpec.fingerprint`."""
     budget_bytes: int | None
     """Of experts, from its start; it may be told to keep less, never more. None means no bound."""
     node_id: str

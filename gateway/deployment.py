@@ -27,6 +27,7 @@ from ray.serve.handle import DeploymentHandle
 from cluster.capacity import CapacityState, Load, ServiceSize, num_actors, present_state, resident_bytes
 from cluster.capacity_watch import CapacityWatch
 from cluster.memory_plan import MemoryPlan, router_names
+from cluster.memory_pressure import prefer_others_as_victims
 from cluster.ray_directory import RayDirectory
 from cluster.resources import gateway_deployment_options, needs_supervisor, router_deployment_options
 from cluster.router_book import RouterLoad
@@ -113,6 +114,7 @@ class RouterDeployment:
     """One router: `RouterService` behind Serve."""
 
     async def __init__(self, spec: DeploymentSpec, index: int) -> None:  # type: ignore[misc]  # Serve awaits it
+        prefer_others_as_victims()
         self._spec, self._index = spec, index
         self._name = spec.router_names[index]
         self._directory: RayDirectory | None = None

@@ -197,6 +197,7 @@ def _take_cluster(options: ServiceOptions, address: BindAddress, stack: ExitStac
     take_lease(options.model_name, address.url)
     stack.callback(release_lease)
     stop_supervisor()
+    _stop_keeper()
     serve_instance.stop(is_shared=True)
     check_free(options.host, address)
     return node_id

@@ -95,7 +95,8 @@ def plan_scaling(options: ServiceOptions, engine: EngineOptions) -> Scaling | No
     least, most = options.actor_range
     paths = (options.store_root / name for name in files)
     read_bytes_s = measure_disk(paths, options.store_root) or UNKNOWN_DISK_BYTES_S
-    return Scaling(ScalerSettings(most, least), expert_bytes, per_token, read_bytes_s)
+    replicas = options.replicas if options.is_placed else None
+    return Scaling(ScalerSettings(most, least, replicas), expert_bytes, per_token, read_bytes_s)
 
 
 def engine_options(options: ServiceOptions, dtype: str, num_threads: int) -> EngineOptions:

@@ -69,7 +69,7 @@ def serve(
         typer.Option("--autoscale/--no-autoscale", help="Let the number of actors follow the load. [off]"),
     ] = None,
     min_actors: Annotated[Number, typer.Option(help="Fewest, with --autoscale. [0]")] = None,
-    max_actors: Annotated[Number, typer.Option(help="Most, with --autoscale. [--actors]")] = None,
+    max_actors: Annotated[Number, typer.Option(help="Most, with --autoscale. [--actors; placed: 64]")] = None,
     routers: Annotated[
         Number, typer.Option(help="Routers that share the expert actors, each with a cache of its own. [1]")
     ] = None,

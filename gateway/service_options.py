@@ -37,6 +37,7 @@ DEFAULT_AUDIT_SHARE = 1e-4
 """An actor that is always wrong is found within 46,000 answers, some minutes of decoding, for a ten-thousandth of the
 experts' work (docs/serving.md)."""
 MAX_SHOWN_CHARS = 80
+MAX_ACTORS = 64
 DEFAULT_REPLICAS = DEFAULT_OPTIONS.replicas
 CapacityMode = Literal["fixed", "auto"]
 CAPACITY_MODES: tuple[CapacityMode, ...] = get_args(CapacityMode)
@@ -122,13 +123,19 @@ class OptionValues(BaseModel):
     host: str = Field("127.0.0.1", min_length=1, max_length=253, description="an address or host name")
     port: int = _whole(1, 65535, 8000)
     address: Text | None = Field(None, description="auto, or HOST:PORT of a Ray cluster's head")
-    actors: int | None = Field(None, ge=0, le=64, description="a whole number from 0 to 64")
+    actors: int | None = Field(
+        None, ge=0, le=MAX_ACTORS, description=f"a whole number from 0 to {MAX_ACTORS}"
+    )
     replicas: int = _whole(1, 8, DEFAULT_REPLICAS)
     grouping: Grouping = Field("expert", description="expert or layer")
     demand: Text | None = Field(None, description="a routing trace's path of 1 to 512 printable characters")
     autoscale: bool = Field(False, description="true or false")
-    min_actors: int | None = Field(None, ge=0, le=64, description="a whole number from 0 to 64")
-    max_actors: int | None = Field(None, ge=1, le=64, description="a whole number from 1 to 64")
+    min_actors: int | None = Field(
+        None, ge=0, le=MAX_ACTORS, description=f"a whole number from 0 to {MAX_ACTORS}"
+    )
+    max_actors: int | None = Field(
+        None, ge=1, le=MAX_ACTORS, description=f"a whole number from 1 to {MAX_ACTORS}"
+    )
     routers: int = _whole(1, 16, 1)
     dtype: Literal["float32", "bfloat16"] | None = Field(None, description="float32 or bfloat16")
     served_model_name: Texts = Field((), description=_TEXTS)
@@ -392,7 +399,8 @@ def _placing(values: OptionValues) -> dict[str, Any]:
 
 
 def _actor_range(values: OptionValues) -> tuple[int, int] | None:
-    """Where the number of actors follows the load: from none up to those of the start, unless told otherwise."""
+    """Where the number of actors follows the load: from none up to those of the start, unless told otherwise; where the
+    machines decide how many groups there are, up to `replicas` of each."""
     given = {"min-actors": values.min_actors, "max-actors": values.max_actors}
     if not values.autoscale:
         for name, number in given.items():
@@ -401,11 +409,18 @@ def _actor_range(values: OptionValues) -> tuple[int, int] | None:
                     name, "goes with autoscale, which lets the number of actors follow the load"
                 )
         return None
+    least = values.min_actors or 0
+    if is_placed(values):
+        most = MAX_ACTORS if values.max_actors is None else values.max_actors
+        if least > most:
+            raise OptionInvalid("min-actors", f"({least}) is above max-actors ({most})")
+        return least, most
     if not values.actors:
         raise OptionInvalid(
-            "autoscale", "goes with actors, which says in how many groups experts are dealt out"
+            "autoscale",
+            "goes with actors, which says in how many groups experts are dealt out, or with address, by whose machines "
+            "they are placed",
         )
-    least = values.min_actors or 0
     most = values.actors if values.max_actors is None else values.max_actors
     if not least <= values.actors <= most:
         reason = f"({values.actors}) is not from min-actors ({least}) to max-actors ({most})"

@@ -199,7 +199,15 @@ def test_random_histories_keep_every_promise(seed: int) -> None:
         max_actors=random_of.randint(groups, 2 * groups), min_actors=random_of.randint(0, 1)
     )
     service = _Service(_plan(groups=groups), settings)
-    nodes = [NodeLoad(f"n{index}", random_of.randint(50, 4000)) for index in range(random_of.randint(1, 4))]
+    nodes = [
+        NodeLoad(
+            f"n{index}", random_of.randint(50, 4000), disk_bytes=random_of.choice((None, None, 0, 1500, 9000))
+        )
+        for index in range(random_of.randint(1, 4))
+    ]
+    homes = [random_of.choice(("n0", "n1", "n9", None)) for _ in range(groups)]
+    made = zip(service.plan.groups, homes, strict=True)
+    service.plan = replace(service.plan, groups=tuple(replace(group, home=home) for group, home in made))
     can_add_machines = random_of.random() < 0.5
     seen: set[str] = set()
     for _ in range(60):
@@ -229,7 +237,59 @@ def test_random_histories_keep_every_promise(seed: int) -> None:
             assert not (node.is_leaving and any(actor.name in new for actor in held))
             assert sum(actor.budget_bytes or GROUP_BYTES for actor in held) <= node.room_bytes
             assert len({actor.group for actor in held}) == len(held), "replicas are on different nodes"
+            assert node.most_bytes is None or len(held) * GROUP_BYTES <= node.most_bytes
+            assert node.can_read or all(actor.budget_bytes == GROUP_BYTES for actor in held)
     assert len(seen) <= groups * (settings.max_actors + 1), "names, and labels of metrics, are few"
+
+
+def _at(home: str, *actors: ActorPlan, groups: int = 1) -> ServicePlan:
+    plan = _plan(*actors, groups=groups)
+    return replace(plan, groups=tuple(replace(group, home=home) for group in plan.groups))
+
+
+def test_group_comes_back_on_the_machine_that_it_was_made_for() -> None:
+    (decision,) = _Service(_at("small")).look(_load(0))
+    assert (decision.kind, decision.node_id) == ("spawn", "small")
+
+
+def test_group_whose_machine_holds_less_of_it_than_another_comes_back_there() -> None:
+    nodes = (NodeLoad("big", 3000), NodeLoad("small", 400))
+    (decision,) = _Service(_at("small")).look(_load(0), nodes=nodes)
+    assert (decision.node_id, decision.budget_bytes) == ("big", GROUP_BYTES)
+
+
+def test_replica_of_a_group_at_home_goes_to_another_machine() -> None:
+    service = _Service(_at("big", _actor(0)))
+    service.look(_load(0, busy=0.9))
+    (decision,) = service.look(_load(0, busy=0.9), after_s=5.0)
+    assert (decision.kind, decision.node_id) == ("replicate", "small")
+
+
+def test_machine_without_disk_for_a_group_gets_no_actor_of_it() -> None:
+    nodes = (NodeLoad("big", 3000, disk_bytes=0), NodeLoad("small", 1500))
+    service = _Service(_plan(_actor(0, "big"), _actor(1, "big"), groups=4))
+    loads = [_load(group) for group in range(4)]
+    assert [d.node_id for d in service.look(*loads, nodes=nodes)] == ["small", "big"]
+    full = (NodeLoad("big", 1500, disk_bytes=1900), NodeLoad("small", 50))
+    (decision,) = _Service(_plan(_actor(0, "big"))).look(_load(0), _load(1), nodes=full)
+    assert (decision.kind, decision.node_id) == ("spawn", None), (
+        "one group and a half are too much for its disk"
+    )
+
+
+def test_actor_on_a_machine_without_a_disk_keeps_its_group_in_memory() -> None:
+    nodes = (NodeLoad("big", 1000, disk_bytes=0),)
+    (decision,) = _Service(_plan(_actor(0))).look(_load(0, 0.0, 0.0), _load(1), nodes=nodes)
+    assert (decision.kind, decision.node_id) == ("spawn", None)
+
+
+def test_group_never_gets_more_actors_than_its_most() -> None:
+    settings = replace(SETTINGS, max_replicas=1)
+    service = _Service(_plan(_actor(0), _actor(1)), settings)
+    for _ in range(20):
+        assert service.look(_load(0, busy=0.9), _load(1), after_s=5.0) == []
+    with pytest.raises(ValueError, match="leaves no actor"):
+        replace(SETTINGS, max_replicas=0)
 
 
 SLOW_DISK_S = 3.0

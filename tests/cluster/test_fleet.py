@@ -236,6 +236,14 @@ def test_idle_service_goes_down_to_no_actor_and_comes_back_with_the_first_reques
     assert sorted(spec.group for spec in service.pool.specs.values()) == sorted(g.keys for g in PLAN.groups)
 
 
+def test_requests_that_are_over_when_their_router_reports_wake_an_idle_service() -> None:
+    service, scaler = _running(), PlanScaler(Scaling(ScalerSettings(max_actors=2), expert_bytes=10))
+    _scale(service, scaler, Load(0, 0, 8), 0, int(REST_AFTER_S) + 5)
+    assert (scaler.state, service.plan.actors) == ("rest", ())
+    _scale(service, scaler, Load(0, 0, 8), 10, 1)
+    assert (scaler.state, len(service.plan.actors)) == ("wake", 2)
+
+
 def test_nothing_changes_before_a_router_has_told_its_load() -> None:
     service, scaler = _running(), PlanScaler(Scaling(ScalerSettings(max_actors=2), expert_bytes=10))
     for _ in range(3):

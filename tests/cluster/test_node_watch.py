@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
+import pytest
+
+from cluster.link_rate import Link
 from cluster.node_report import NodeReport, StoreQuestion
 from cluster.node_rooms import RoomRules
 from cluster.node_speed import ExpertShape
@@ -14,6 +18,7 @@ from cluster.plan import ServicePlan
 from cluster.service_spec import Placing
 from experts.budget import BudgetRequest, ExpertBytes
 from tests.cluster.clusters import EXPERT_BYTES, cluster, even_demand, node
+from tests.cluster.machines import ARITHMETIC
 from tests.cluster.machines import node as report
 from tests.deadlines import wait_until
 
@@ -132,3 +137,28 @@ def test_rooms_are_those_of_machines_that_live_less_what_the_routers_have() -> N
     watch = NodeWatch(PLACING, PLACING.topology, _Machines())
     room = PLACING.topology.node("b").room_bytes
     assert watch.rooms(("a", "b", "z"), PLAN) == {"a": 0, "b": room}
+
+
+def test_machine_that_joins_takes_its_part_of_what_the_others_have() -> None:
+    options = PlacementOptions(replicas=1, message_s=0.0)
+    topology = cluster(node("a", 0, has_store=True), node("b", 16))
+    placing = replace(PLACING, topology=topology, options=options)
+    plan = place(topology, placing.demand, None, options)
+    joins = _report("d", link=Link(1e9, 1e-7), arithmetic=replace(ARITHMETIC, expert_bytes_s=1e9))
+    watch = NodeWatch(placing, topology, _Machines(d=joins))
+    change = _change(watch, "a", "b", "d", plan=plan)
+    assert {actor.node_id for actor in change.plan.actors} == {"b", "d"}
+    kept = next(group for group in change.plan.groups if group.name == plan.groups[0].name)
+    assert set(kept.keys) < set(plan.groups[0].keys)
+
+
+@pytest.mark.parametrize(("is_scaled", "num_waiting"), [(True, 0), (False, 1)])
+def test_group_that_the_load_has_left_without_an_actor_gets_none_when_its_machine_is_lost(
+    is_scaled: bool, num_waiting: int
+) -> None:
+    watch = NodeWatch(PLACING, PLACING.topology, _Machines(), is_scaled=is_scaled)
+    idle = replace(PLAN, actors=tuple(actor for actor in PLAN.actors if actor.node_id != "c"))
+    change = _look(watch, "a", "b", plan=idle)
+    assert change is not None
+    assert len(change.plan.actors) == 1 + num_waiting
+    assert {group.home for group in change.plan.groups} == {"b", None}

@@ -206,6 +206,29 @@ def test_actor_that_is_to_keep_less_is_told_and_not_replaced() -> None:
     assert _actions(_target(_wanted("a", budget=10)), _member("a")) == []
 
 
+def test_actor_whose_group_gives_experts_away_goes_on_and_answers_for_them_until_others_do() -> None:
+    first, second = GROUPS["a"]
+    small = replace(_wanted("a"), keys=(first,))
+    taker = WantedActor(ActorPlan("t", "t", "n2", 50), "print of a", (second,))
+    target, member = _target(small, taker), _member("a")
+    assert _brief(_actions(target, member)) == [("create", "t")]
+    starting = _member("t", "starting", keys=(second,), node_id="n2", budget_bytes=50)
+    assert make_owners(target, [member, starting]) == {first: ("a",), second: ("a",)}
+    ready = replace(starting, state="ready")
+    assert _actions(target, member, ready) == []
+    assert make_owners(target, [member, ready]) == {first: ("a",), second: ("t",)}
+
+
+def test_expert_that_is_in_no_wanted_actor_any_more_is_not_asked_of_the_one_that_had_it() -> None:
+    first = GROUPS["a"][0]
+    assert make_owners(_target(replace(_wanted("a"), keys=(first,))), [_member("a")]) == {first: ("a",)}
+
+
+def test_actor_whose_group_gets_more_experts_is_replaced() -> None:
+    more = replace(_wanted("a"), keys=(*GROUPS["a"], *GROUPS["b"]))
+    assert _brief(_actions(_target(more), _member("a"))) == [("create", "a.2")]
+
+
 def test_actors_are_rolled_one_after_another() -> None:
     target = _target(_wanted("a"), _wanted("b"), least=2)
     old = (_member("a"), _member("b"))
@@ -281,6 +304,15 @@ def test_actor_for_which_no_node_has_room_waits_for_a_machine_and_asks_ray_for_a
     assert reservation(create, {"n1": 10_000}, []) == 301
     waiting = _member("a", "starting", node_id=None, is_waiting_for_node=True, budget_bytes=301)
     assert _actions(_target(_wanted("a", node=None, budget=301)), waiting) == []
+
+
+def test_actor_that_waits_for_a_machine_is_started_on_a_node_that_has_room_by_now() -> None:
+    target = _target(_wanted("a", node=None, budget=250), _wanted("b", budget=100))
+    waiting = _member("a", "starting", node_id=None, is_waiting_for_node=True, budget_bytes=250)
+    assert _actions(target, waiting, _member("b")) == []
+    ended, created = _actions(replace(target, wanted=target.wanted[:1]), waiting)
+    assert _brief([ended, created]) == [("end", "a"), ("create", "a.2")]
+    assert isinstance(created, Create) and (created.node_id, created.is_waiting_for_node) == ("n1", False)
 
 
 def test_rooms_are_shared_by_what_is_created_in_one_look() -> None:

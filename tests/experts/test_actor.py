@@ -17,7 +17,7 @@ from experts.eviction import DEFAULT_EVICTION
 from experts.near_store import CacheSpec, StoreSource
 from experts.store import ExpertStore
 from experts.transport import ExpertConnection
-from extraction.manifest import ExpertKey, group_of
+from extraction.manifest import group_of
 from tests.experts.weight_peers import PATIENCE_S, SECRET, sharing
 
 WIDTH, EXPERT_WIDTH = 64, 24
@@ -128,4 +128,4 @@ def test_fingerprint_does_not_depend_on_where_records_come_from(whole: ExpertSto
     spec = _spec(whole, "/s", store_source=StoreSource(whole.hash, (), (("127.0.0.1", 1),)))
     moved = replace(spec, store_source=StoreSource(whole.hash, (), (("127.0.0.1", 2),)))
     assert spec.fingerprint() == moved.fingerprint()
-    assert spec.fingerprint() != replace(spec, group=(ExpertKey("model", 2, 1),)).fingerprint()
+    assert spec.fingerprint() != replace(spec, store_root="/t").fingerprint()

@@ -23,6 +23,7 @@ import pytest
 import ray
 from prometheus_client.parser import text_string_to_metric_families
 
+from cluster.memory_pressure import ROUTER_SCORE, SCORE_FILE
 from cluster.resources import NAMESPACE
 from cluster.supervisor import find_supervisor
 from experts.budget import FIT, BudgetRequest
@@ -118,7 +119,14 @@ def test_actors_router_and_gateway_all_start_on_two_cpus(service: Service) -> No
         assert actor["state"] == "ready"
     pids = {status["router"]["pid"], *(actor["pid"] for actor in status["actors"]), os.getpid()}
     assert len(pids) == 4
+    if Path(SCORE_FILE.format(pid="self")).exists():
+        victims = [_oom_score(actor["pid"]) for actor in status["actors"]]
+        assert _oom_score(status["router"]["pid"]) == ROUTER_SCORE < min(victims)
     assert [node["cpus"] for node in status["nodes"]] == [2.0]
+
+
+def _oom_score(pid: int) -> int:
+    return int(Path(SCORE_FILE.format(pid=pid)).read_text())
 
 
 def test_status_is_shown_once_and_again_and_again(service: Service) -> None:

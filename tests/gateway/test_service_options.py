@@ -17,6 +17,7 @@ from gateway.config_file import read_config
 from gateway.errors import FileUnusable, OptionInvalid
 from gateway.serve_command import serve, without_option
 from gateway.service_options import (
+    MAX_ACTORS,
     OptionValues,
     ServiceOptions,
     compose_options,
@@ -67,7 +68,7 @@ def test_number_of_actors_follows_the_load_from_none_to_those_of_the_start_unles
     ("given", "complaint"),
     [
         ({"actors": 2, "min-actors": 1}, "min-actors goes with autoscale"),
-        ({"autoscale": True}, "autoscale goes with actors"),
+        ({"autoscale": True}, "autoscale goes with actors, .* or with address"),
         ({"autoscale": True, "actors": 2, "min-actors": 3}, r"\(2\) is not from min-actors \(3\)"),
         ({"autoscale": True, "actors": 3, "max-actors": 2}, r"to max-actors \(2\)"),
         ({"autoscale": True, "actors": 2, "max-actors": 65}, "from 1 to 64"),
@@ -303,6 +304,10 @@ def test_actors_are_placed_by_the_machines_on_a_cluster_unless_they_are_counted(
     assert (placed.replicas, placed.grouping, placed.demand_trace) == (3, "layer", Path("t.parquet"))
     assert placed.shown()["actors"] == "placed by the machines"
     assert _options({"address": "auto", "store-cache": "/c"}, {}).store_cache is not None
+    assert placed.actor_range is None
+    assert _options({"address": "auto", "autoscale": True}, {}).actor_range == (0, MAX_ACTORS)
+    bounded = _options({"address": "auto", "autoscale": True}, {"min-actors": 1, "max-actors": 4})
+    assert bounded.is_placed and bounded.actor_range == (1, 4)
 
 
 @pytest.mark.parametrize(
@@ -313,7 +318,7 @@ def test_actors_are_placed_by_the_machines_on_a_cluster_unless_they_are_counted(
         ({"demand": "t"}, "demand goes with address"),
         ({"address": "auto", "prefetch": True}, "prefetch goes with no expert actors"),
         ({"address": "auto", "grouping": "both"}, "must be expert or layer, not 'both'"),
-        ({"address": "auto", "autoscale": True}, "autoscale goes with actors"),
+        ({"address": "auto", "autoscale": True, "min-actors": 3, "max-actors": 2}, r"\(3\) is above max"),
     ],
 )
 def test_options_of_a_placement_that_do_not_go_together_are_refused(
