@@ -1,5 +1,4 @@
-"""Ends what Ray leaves running, and keeps what it says meanwhile from the user: its agents outlive a stopped Ray by
-minutes.
+"""Ray's processes: started with patience, and ended where Ray leaves them running, as its agents by minutes.
 
 Called by whoever starts or leaves a Ray.
 """
@@ -8,9 +7,33 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import psutil
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+NOT_IN_TIME = "timed out during startup"
+"""In Ray's error about a node that has not started within half a minute."""
+START_ATTEMPTS = 3
+
+
+def started_patiently(start: Callable[[], T]) -> T:
+    """What `start` returns. Ray gives a node half a minute, which a busy machine may not keep: then what was started is
+    ended, and it is tried again."""
+    for _ in range(START_ATTEMPTS - 1):
+        before = set(descendants())
+        try:
+            return start()
+        except Exception as error:  # Ray raises no other
+            if NOT_IN_TIME not in str(error):
+                raise
+        logger.warning("Ray has not started in time; it is tried again")
+        end_processes([process for process in descendants() if process not in before], 0.0)
+    return start()
 
 
 def quietly(stop: Callable[[], None]) -> None:

@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.processes import started_patiently
 from experts.numerics import useful_threads
 
 NAMESPACE = "sage-moe"
@@ -181,13 +182,16 @@ def start_ray(num_cpus: int | None = None) -> None:
     os.environ.update({key: os.environ.get(key, value) for key, value in defaults.items()})
     import ray
 
-    ray.init(
-        address="local",  # else Ray looks for another one first, and finds also what is left of a dead one
-        num_cpus=num_cpus,
-        include_dashboard=False,
-        object_store_memory=OBJECT_STORE_BYTES,
-        namespace=NAMESPACE,
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-        configure_logging=True,
-    )
+    def start() -> None:
+        ray.init(
+            address="local",  # else Ray looks for another one first, and finds also what is left of a dead one
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            namespace=NAMESPACE,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            configure_logging=True,
+        )
+
+    started_patiently(start)

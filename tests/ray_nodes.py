@@ -17,6 +17,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from cluster.processes import started_patiently
 from cluster.ray_directory import RayDirectory
 from cluster.resources import NAMESPACE
 from cluster.service_spec import ServiceSpec
@@ -34,6 +35,11 @@ OBJECT_STORE_BYTES = 80 * 2**20
 PATIENT_MISSES = 40
 
 
+def add_node(cluster: Cluster, **options: Any) -> Any:
+    """The first one is the head."""
+    return started_patiently(lambda: cluster.add_node(**options))
+
+
 @contextmanager
 def ray_nodes(
     num_nodes: int, variables: Sequence[Mapping[str, str]] = ()
@@ -45,7 +51,8 @@ def ray_nodes(
     cluster = Cluster()
     try:
         nodes = [  # Ray keeps them in a set
-            cluster.add_node(
+            add_node(
+                cluster,
                 num_cpus=1,
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,

@@ -25,6 +25,7 @@ from cluster.supervisor import find_supervisor
 from gateway.launch import ServiceOptions, running_service
 from tests.chaos.failpoints import VARIABLE
 from tests.ports import free_port
+from tests.ray_nodes import add_node
 
 REPOSITORY = Path(__file__).parent.parent.parent
 IN_PROCESSES = Path(__file__).parent / "in_processes"
@@ -109,7 +110,7 @@ class ServiceUnderFire:
         for node in list(self.cluster.worker_nodes):
             if not node.any_processes_alive() or not node.remaining_processes_alive():
                 self.cluster.remove_node(node, allow_graceful=False)
-                self.cluster.add_node(**NODE)
+                add_node(self.cluster, **NODE)
 
 
 def wait_for(look: Callable[[], Any], timeout_s: float = WAIT_S) -> Any:
@@ -129,9 +130,8 @@ def service_under_fire(store: Path) -> Iterator[ServiceUnderFire]:
     with tempfile.TemporaryDirectory(prefix="sage-chaos-") as folder, _environment(Path(folder)):
         cluster = Cluster()
         try:
-            cluster.add_node(**NODE)
-            for _ in range(NUM_NODES):
-                cluster.add_node(**NODE)
+            for _ in range(1 + NUM_NODES):
+                add_node(cluster, **NODE)
             with _serving(cluster, store, Path(folder)) as service:
                 yield service
         finally:  # by ourselves: the cluster would first ask a head that is gone

@@ -101,7 +101,7 @@ def _configuration(port: int, head_bytes: int, machine_bytes: int) -> dict[str, 
     return {
         "cluster_name": "fake",
         "max_workers": 1,
-        "idle_timeout_minutes": 0.05,
+        "idle_timeout_minutes": 0.25,
         "provider": {
             "type": "external",
             "module": module,
@@ -128,7 +128,7 @@ def _configuration(port: int, head_bytes: int, machine_bytes: int) -> dict[str, 
 
 @contextmanager
 def autoscaled_ray(folder: Path, head_bytes: int, machine_bytes: int) -> Iterator[str]:
-    """A head on loopback whose autoscaler may add one machine, and takes it away when it was idle for three seconds.
+    """A head on loopback whose autoscaler may add one machine, and takes it away when it was idle for 15 seconds.
 
     head_bytes, machine_bytes: memory that Ray counts there. Yields the head's address. What is ended at the end is what
     was started here, and nothing else: `ray.cluster_utils.AutoscalingCluster` ends every Ray of the user.
