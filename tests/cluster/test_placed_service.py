@@ -48,18 +48,18 @@ class Placed:
         with started(hidden, self.cluster.environment, "has joined", log) as process:
             yield process
 
-    def options(self, port: int) -> list[str]:
-        """The head has memory for some experts, the others for all."""
+    def options(self, port: int, worker: str = "40MiB") -> list[str]:
+        """The head has memory for some experts, the others for all, unless the first of them is to have less."""
         config = self.folder / "serve.yaml"
         cache = self.folder / "cache-of-the-service"
-        budgets = {HEAD: "6MiB", WORKER: "40MiB", NEXT_WORKER: "40MiB"}
+        budgets = {HEAD: "6MiB", WORKER: worker, NEXT_WORKER: "40MiB"}
         config.write_text(yaml.safe_dump({"node-budgets": budgets, "store-cache": str(cache)}))
         more = ("--address", self.cluster.head, "--port", str(port), "--no-trust", "--max-num-seqs", "1")
         return ["serve", str(self.store), "--config", str(config), *more, "--served-model-name", "stories"]
 
     @contextmanager
-    def served(self, port: int, log: Path) -> Iterator[Service]:
-        command = self.cluster.command(*self.options(port))
+    def served(self, port: int, log: Path, *more: str, worker: str = "40MiB") -> Iterator[Service]:
+        command = self.cluster.command(*self.options(port, worker), *more)
         with started(command, self.cluster.environment, " is served at ", log):
             yield Service(f"http://127.0.0.1:{port}", log)
 
@@ -151,6 +151,34 @@ def test_service_follows_the_machines_and_keeps_its_tokens(
                 service.wait_until(lambda: not service.status()["cluster"]["pending"])
                 assert service.actors(NEXT_WORKER)[0]["group"] == entry["group"]
                 assert service.tell() == expected
+
+
+def test_placed_service_follows_the_load_and_the_machines(
+    placed: Placed, expected: str, free_port: int, tmp_path: Path
+) -> None:
+    log = tmp_path / "serve.log"
+    with placed.joined(WORKER), placed.served(free_port, log, "--autoscale", worker="12MiB") as service:
+        assert service.tell() == expected
+        (first,) = service.actors(WORKER)
+        with placed.joined(NEXT_WORKER):
+            service.wait_until(lambda: len(service.actors(NEXT_WORKER)) == 1)
+            assert service.tell() == expected
+            (gave,), (took,) = service.actors(WORKER), service.actors(NEXT_WORKER)
+            assert gave["pid"] == first["pid"], "who gives experts away goes on"
+            assert gave["group"] < first["group"] <= gave["group"] + took["group"]
+            assert gave["group"] * 73_728 <= 12 * 2**20
+
+            service.wait_until(lambda: not service.status()["actors"])
+            assert service.status()["cluster"]["capacity"] == "rest"
+            assert service.tell() == expected
+            service.wait_until(
+                lambda: [len(service.actors(name)) for name in (WORKER, NEXT_WORKER)] == [1, 1]
+            )
+            back = [*service.actors(WORKER), *service.actors(NEXT_WORKER)]
+            assert [entry["group_name"] for entry in back] == [gave["group_name"], took["group_name"]]
+            assert service.tell() == expected
+        service.wait_until(lambda: _reasons(service, "was lost"))
+        assert service.tell() == expected
 
 
 def _sync_ahead(placed: Placed) -> None:
