@@ -177,6 +177,17 @@ class ServiceRunsAlready(ClusterError):
         return f"a service runs on this Ray cluster already ({self.description}): one cluster takes one; stop it first"
 
 
+class HeadLost(ClusterError):
+    """Nobody listens any more where the cluster's head was."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address)
+        self.address = address
+
+    def __str__(self) -> str:
+        return f"the Ray cluster's head at {self.address} is lost, and the service with it: start both again"
+
+
 class NodeLost(ClusterError):
     """This machine's Ray node did not start, or ended by itself. `reason` is Ray's own text."""
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any, NoReturn, Optional
 
 import typer
 
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, HeadLost
 from experts.errors import ExpertError
 from extraction.errors import ExtractionError, one_line
 from gateway.batch_command import batch
@@ -64,6 +65,10 @@ def main() -> None:
         app()
     except KeyboardInterrupt:
         sys.exit(130)
+    except HeadLost as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.flush()
+        os._exit(1)  # at an exit in order, what Ray has left in this process would end it by a signal
     except (ExtractionError, ExpertError, RouterError, ClusterError, GatewayError) as error:
         _fail(str(error))
 

@@ -17,8 +17,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cluster.addresses import LOOPBACK, is_local_only
-from cluster.errors import ClusterError, ClusterRefused
+from cluster.errors import ClusterError, ClusterRefused, HeadLost
 from cluster.memory_plan import MemoryPlan, router_names, unmatched
+from cluster.processes import descendants, end_processes, quietly
 from cluster.resources import (
     gateway_deployment_options,
     needs_supervisor,
@@ -48,7 +49,14 @@ if TYPE_CHECKING:
     from cluster.joining import RunningRay
     from gateway.placing import Placed
 
-__all__ = ["ServiceOptions", "describe_plan", "interruptible", "running_service", "wait_for_interrupt"]
+__all__ = [
+    "ServiceOptions",
+    "describe_plan",
+    "interruptible",
+    "running_service",
+    "wait_for_interrupt",
+    "wait_while_served",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +110,10 @@ def running_service(
         _start_actors(options, config, engine, layout, node_id, stack)
         _deploy(options, address, engine, layout, threads.router, node_id, stack)
         yield address.url
+    except HeadLost:
+        stack.pop_all()  # nobody is there who could stop anything in order
+        _leave_lost_ray()
+        raise
     finally:
         with _undisturbed():
             stack.close()
@@ -320,14 +332,32 @@ def _deploy(
     serve_instance.deploy(build_application(spec, num_threads, node_id), http_options(address))
 
 
-def _stop_ray() -> None:
+def _leave_lost_ray() -> None:
+    """Ray would try for a minute to reach a head that is lost, also at the end of this process."""
+    import atexit
+
     import ray
 
-    from cluster.processes import descendants, end_processes, quietly
+    atexit.unregister(ray.shutdown)
+    end_processes(descendants(), 0.0)
+
+
+def _stop_ray() -> None:
+    import ray
 
     started = descendants()
     quietly(ray.shutdown)
     end_processes(started, RAY_GRACE_S)
+
+
+def wait_while_served() -> None:
+    """Return on SIGINT or SIGTERM. Raises HeadLost."""
+    from cluster.head_watch import wait_head_lost
+
+    try:
+        wait_head_lost()
+    except KeyboardInterrupt:
+        return
 
 
 def wait_for_interrupt() -> None:

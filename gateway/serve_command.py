@@ -302,7 +302,7 @@ def _print_plan(options: ServiceOptions, as_json: bool) -> None:
 
 
 def _serve(options: ServiceOptions) -> None:
-    from gateway.launch import interruptible, running_service, wait_for_interrupt
+    from gateway.launch import interruptible, running_service, wait_while_served
 
     with interruptible():
         try:
@@ -311,7 +311,7 @@ def _serve(options: ServiceOptions) -> None:
                 # From the moment that it is announced, stopping it is no failure.
                 with suppress(KeyboardInterrupt):
                     typer.echo(f"{names} is served at {url}/v1 (Ctrl-C stops it)")
-                    wait_for_interrupt()
+                    wait_while_served()
         except KeyboardInterrupt:
             sys.exit(130)
 

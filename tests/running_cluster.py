@@ -31,6 +31,8 @@ class RunningCluster:
     head: str
     token: Token
     environment: dict[str, str]
+    pid: int
+    """Of the head, the parent of all that runs on its machine."""
 
     def command(self, *arguments: str) -> list[str]:
         return [sys.executable, "-m", "gateway.cli", *arguments]
@@ -93,8 +95,9 @@ def running_head(folder: Path) -> Iterator[RunningCluster]:
     )
     command = [str(SCRIPTS / "ray"), "start", *options.split()]
     try:
-        with started(command, environment, "Ray runtime started", folder / "head.log"):
+        with started(command, environment, "Ray runtime started", folder / "head.log") as process:
             del environment["RAY_AUTH_MODE"]  # our commands find out by themselves
-            yield RunningCluster(f"{HEAD}:{port}", Token(token.read_text(), str(token)), environment)
+            known = Token(token.read_text(), str(token))
+            yield RunningCluster(f"{HEAD}:{port}", known, environment, process.pid)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
