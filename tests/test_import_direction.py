@@ -18,6 +18,7 @@ RAY_SHELLS = {
     "cluster/ray_topology.py",
     "cluster/resources.py",
     "cluster/supervisor.py",
+    "cluster/head_watch.py",
     "cluster/actor_pool.py",
     "cluster/actor_notices.py",
     "cluster/service_record.py",
