@@ -53,10 +53,15 @@ class DiskDecision:
 
 
 def decide_disks(
-    record_bytes: Mapping[ExpertKey, int], keepers: Sequence[Keeper], head: str | None
+    record_bytes: Mapping[ExpertKey, int],
+    keepers: Sequence[Keeper],
+    head: str | None,
+    coming: Mapping[str, frozenset[ExpertKey]] | None = None,
 ) -> DiskDecision:
     """record_bytes: of every expert that is served. head: the node of the routers, which has the whole store and
-    computes from it; None where nobody knows."""
+    computes from it; None where nobody knows. coming: by node, groups of actors that have not said anything yet; they
+    will fetch them, so that nobody else has to."""
+    coming = coming or {}
     everything = frozenset(record_bytes)
     by_node: dict[str, list[Keeper]] = defaultdict(list)
     for keeper in sorted(keepers, key=lambda keeper: keeper.name):
@@ -64,7 +69,10 @@ def decide_disks(
     held = {node: _held(there, everything) for node, there in by_node.items()}
     if head is not None:
         held[head] = everything
-    nodes = [_disk_node(node, held[node], by_node.get(node, ())) for node in sorted(held)]
+    nodes = [
+        _disk_node(node, held.get(node, frozenset()), by_node.get(node, ()), coming.get(node, frozenset()))
+        for node in sorted({*held, *coming})
+    ]
     copies = plan_disk_copies(record_bytes, nodes)
     holds = {_taker(by_node[order.node]).name: order.keys for order in copies.orders}
     return DiskDecision(
@@ -86,8 +94,10 @@ def _held(keepers: Sequence[Keeper], everything: frozenset[ExpertKey]) -> frozen
     return frozenset().union(*(keeper.report.held for keeper in keepers))
 
 
-def _disk_node(node: str, held: frozenset[ExpertKey], keepers: Sequence[Keeper]) -> DiskNode:
-    promised = frozenset().union(*(keeper.group | keeper.ordered for keeper in keepers))
+def _disk_node(
+    node: str, held: frozenset[ExpertKey], keepers: Sequence[Keeper], coming: frozenset[ExpertKey]
+) -> DiskNode:
+    promised = coming.union(*(keeper.group | keeper.ordered for keeper in keepers))
     rooms = [keeper.report.free_bytes for keeper in keepers]
     takes = any(keeper.takes_orders and not keeper.report.is_whole for keeper in keepers)
     return DiskNode(node, held, promised, min(rooms) if takes else 0)

@@ -7,7 +7,7 @@ Waits for none of them; one call at a time is open to an actor. Decides nothing:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +25,8 @@ ASK_INTERVAL_S = 2.0
 
 Members = Mapping[str, tuple[Member, Any]]
 """Ready actors with their handles, by name in Ray."""
+Place = tuple[str, tuple[ExpertKey, ...]]
+"""A node, and the group of an actor there."""
 
 
 @dataclass
@@ -62,7 +64,8 @@ class DiskKeeper:
         self._record_bytes, self._source, self._head = record_bytes, source, head
         self._known: dict[str, _Known] = {}
         self._open: dict[str, _Call] = {}
-        self._decided_for: tuple[str, ...] = ()
+        self._decided_for: tuple[tuple[str, ...], frozenset[Place]] = ((), frozenset())
+        """Names of those that were ready, and those that had not said anything."""
         self._keepers: tuple[Keeper, ...] = ()
         self.decision = DiskDecision()
         """The last one."""
@@ -73,8 +76,11 @@ class DiskKeeper:
             return None
         return replace(self._source, peers=peers_for(frozenset(keys), node, self._keepers))
 
-    def look(self, members: Members, now_s: float) -> None:
-        """Take in answers, decide where there is news, and ask or tell whoever has nothing open."""
+    def look(self, members: Members, starting: Collection[Member], now_s: float) -> None:
+        """Take in answers, decide where there is news, and ask or tell whoever has nothing open.
+
+        members: those that are ready. starting: those that are not yet.
+        """
         self._known = {
             name: known
             for name, known in self._known.items()
@@ -83,8 +89,11 @@ class DiskKeeper:
         for name, (member, _) in members.items():
             self._known.setdefault(name, _Known(member.incarnation))
         has_news = self._take_answers()
-        if has_news or self._decided_for != tuple(self._known):
-            self._decide(members)
+        silent = [member for name, (member, _) in members.items() if self._known[name].report is None]
+        decides_for = (tuple(self._known), frozenset(_places((*starting, *silent))))
+        if has_news or self._decided_for != decides_for:
+            self._decide(members, decides_for[1])
+            self._decided_for = decides_for
         for name, (_, handle) in members.items():
             if name not in self._open:
                 self._next(name, handle, now_s)
@@ -109,7 +118,7 @@ class DiskKeeper:
                 logger.warning("expert actor %s was not asked or told about its disk: %s", name, reason[0])
         return has_news
 
-    def _decide(self, members: Members) -> None:
+    def _decide(self, members: Members, coming: Collection[Place]) -> None:
         self._keepers = tuple(
             Keeper(
                 name,
@@ -122,11 +131,13 @@ class DiskKeeper:
             for name, known in sorted(self._known.items())
             if known.report is not None
         )
-        decision = decide_disks(self._record_bytes, self._keepers, self._head)
+        groups: dict[str, frozenset[ExpertKey]] = {}
+        for node, keys in coming:
+            groups[node] = groups.get(node, frozenset()).union(keys)
+        decision = decide_disks(self._record_bytes, self._keepers, self._head, groups)
         if decision.fallbacks == self.decision.fallbacks:  # the same object tells others that nothing is new
             decision = replace(decision, fallbacks=self.decision.fallbacks)
         self.decision = decision
-        self._decided_for = tuple(self._known)
 
     def _next(self, name: str, handle: Any, now_s: float) -> None:
         """What an actor is to be told now; else, after a while, the question how its disk is."""
@@ -144,6 +155,13 @@ class DiskKeeper:
         self, name: str, answer: Any, take: Callable[[_Known, Any], bool], *, is_order: bool = False
     ) -> None:
         self._open[name] = _Call(answer, self._known[name].incarnation, take, is_order)
+
+
+def _places(members: Iterable[Member]) -> Iterator[Place]:
+    """Of those that will be somewhere soon, and do not wait for a node to have room."""
+    for member in members:
+        if member.node_id is not None and not member.is_waiting_for_node:
+            yield member.node_id, member.keys
 
 
 def _reported(known: _Known, report: DiskReport) -> bool:

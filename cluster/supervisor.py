@@ -287,7 +287,8 @@ class Supervisor:
             for name, member in self._fleet.members.items()
             if member.state == "ready"
         }
-        self._disks.look(ready, now_s)
+        starting = [member for member in self._fleet.members.values() if member.state == "starting"]
+        self._disks.look(ready, starting, now_s)
         self._fleet.fallbacks = self._disks.decision.fallbacks
 
     def _tell(self, now_s: float) -> None:

@@ -37,6 +37,15 @@ def test_machine_without_the_store_is_to_keep_what_only_the_head_has() -> None:
     assert not again.holds and not again.single
 
 
+def test_nobody_keeps_what_an_actor_that_has_said_nothing_yet_will_fetch() -> None:
+    first = _keeper("x", "b", KEYS[:4])
+    decision = decide_disks(SIZES, [first], HEAD, {"c": frozenset(KEYS[4:7])})
+    assert decision.holds == {"x": KEYS[7:]}
+    assert not decision.single
+    same_machine = decide_disks(SIZES, [first], HEAD, {"b": frozenset(KEYS[4:])})
+    assert not same_machine.holds and not same_machine.single
+
+
 def test_what_finds_no_room_is_listed() -> None:
     decision = decide_disks(SIZES, [_keeper("x", "b", KEYS[:4], KEYS[:2], free=45)], HEAD)
     assert decision.holds == {"x": KEYS[4:6]}, "two of the group are still to come"
