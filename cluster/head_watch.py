@@ -5,12 +5,13 @@ Ray's own clients try for a minute and end the process then. Called by whoever k
 
 from __future__ import annotations
 
-import socket
 import time
 
 import ray
 
 from cluster.errors import HeadLost
+from cluster.head_probe import split_host_port
+from cluster.living_nodes import takes_connections
 
 LOOK_INTERVAL_S = 1.0
 CONNECT_TIMEOUT_S = 2.0
@@ -21,18 +22,9 @@ MISSES = 3
 def wait_head_lost() -> None:
     """Return never: raises HeadLost once Ray's control process takes no connection any more."""
     address = str(ray.get_runtime_context().gcs_address)
+    host, port = split_host_port(address)
     misses = 0
     while misses < MISSES:
         time.sleep(LOOK_INTERVAL_S)
-        misses = 0 if takes_connections(address) else misses + 1
+        misses = 0 if takes_connections(host, port, CONNECT_TIMEOUT_S) else misses + 1
     raise HeadLost(address)
-
-
-def takes_connections(address: str) -> bool:
-    """address: HOST:PORT. A process that is busy or stopped still takes them: the system does it."""
-    host, _, port = address.rpartition(":")
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S):
-            return True
-    except OSError:
-        return False

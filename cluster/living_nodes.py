@@ -26,11 +26,16 @@ class LivingNode:
 
     def is_reached(self) -> bool:
         """Whether its raylet takes a connection, which it does within a round trip where it is there."""
-        try:
-            socket.create_connection((self.address, self.port), REACH_TIMEOUT_S).close()
-        except OSError:
-            return False
-        return True
+        return takes_connections(self.address, self.port, REACH_TIMEOUT_S)
+
+
+def takes_connections(host: str, port: int, timeout_s: float) -> bool:
+    """Whether somebody listens there. A process that is busy or stopped still takes them: the system does it."""
+    try:
+        socket.create_connection((host, port), timeout_s).close()
+    except OSError:
+        return False
+    return True
 
 
 def living_nodes() -> dict[str, LivingNode]:

@@ -86,7 +86,9 @@ class MemoryPlan:
     def as_json(self) -> dict[str, Any]:
         """With the host's row among the others."""
         rows = self.processes if self.behind is None else (*self.processes, self.behind)
-        return asdict(self) | {"processes": [asdict(process) for process in rows]}
+        told = asdict(self) | {"processes": [asdict(process) for process in rows]}
+        del told["behind"]  # among the rows
+        return told
 
 
 def router_names(num_routers: int) -> tuple[str, ...]:
