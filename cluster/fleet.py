@@ -91,6 +91,7 @@ class Fleet:
         self.notes: deque[Note] = deque(maxlen=MAX_NOTES)
         self._told_of: tuple[object, ...] = ()
         self._incarnation = 0
+        self._observed_at_s: float | None = None
 
     @property
     def is_changing(self) -> bool:
@@ -131,6 +132,7 @@ class Fleet:
 
     def observe(self, found: Collection[str], answers: Mapping[str, Answer], now_s: float) -> None:
         """Take in a look. found: names of actors in Ray that were unknown here."""
+        self._excuse(now_s)
         for name in found:
             self.members[name] = Member(name, "found", now_s, now_s)
         for name, answer in answers.items():
@@ -140,6 +142,14 @@ class Fleet:
             is_known = self._is_known(member, now_s)
             self.members[name] = replace(checked(member, now_s, self._patience), is_known=is_known)
         self.backoffs = recovered(self.backoffs, self.members.values(), now_s, self._patience)
+
+    def _excuse(self, now_s: float) -> None:
+        """Whoever could not be heard since this process was held up, as by a stopped machine, was not silent."""
+        before_s, self._observed_at_s = self._observed_at_s, now_s
+        held_up_s = 0.0 if before_s is None else now_s - before_s - self._patience.look_s
+        if held_up_s > 0:
+            for name, member in self.members.items():
+                self.members[name] = replace(member, heard_at_s=member.heard_at_s + held_up_s)
 
     def _answered(self, member: Member, answer: Answer, now_s: float) -> Member:
         if isinstance(answer, Death):

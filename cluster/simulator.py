@@ -268,7 +268,11 @@ class Simulation:
     def _follow_plan(self, ready_at_s: float) -> None:
         for actor in self.plan.actors:
             if actor.name not in self._workers:
-                self._workers[actor.name] = self._new_worker(actor.budget_bytes, ready_at_s)
+                is_waiting = (
+                    actor.node_id is None and self._scaling is not None
+                )  # for a machine that never comes
+                ready_s = float("inf") if is_waiting else ready_at_s
+                self._workers[actor.name] = self._new_worker(actor.budget_bytes, ready_s)
             elif actor.budget_bytes is not None:
                 self._workers[actor.name].set_budget(actor.budget_bytes)
         self._refresh_owners()

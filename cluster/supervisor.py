@@ -24,7 +24,7 @@ from cluster.actor_pool import ActorPool
 from cluster.disk_keeper import DiskKeeper
 from cluster.errors import ActorsNotStarted, SupervisorMissing
 from cluster.fleet import Fleet
-from cluster.living_nodes import living_nodes
+from cluster.living_nodes import living_nodes, unreached
 from cluster.node_watch import NodeWatch
 from cluster.plan import ServicePlan
 from cluster.reconcile import Target, is_settled, missing_actor
@@ -239,12 +239,13 @@ class Supervisor:
         now_s, memory = time.monotonic(), {node_id: node.memory_bytes for node_id, node in nodes.items()}
         with self._lock:
             doubtful = self._cut_off | self._fleet.doubtful_nodes(answers, now_s)
-        cut_off = frozenset(node for node in doubtful if node in nodes and not nodes[node].is_reached())
+        cut_off = unreached({node: nodes[node] for node in doubtful if node in nodes})
         with self._lock:
             if self._closing.is_set():
                 return
-            self._rooms, self._cut_off = self._usable(memory), cut_off
             self._fleet.observe(found, answers, now_s)
+            # After that: a machine counts from when an actor that waited for it runs there.
+            self._rooms, self._cut_off = self._usable(memory), cut_off
             self._follow_nodes(memory, now_s)
             self._look_after_disks(now_s)
             self._fleet.act(self._target(), self._record.plan, memory, now_s)
