@@ -159,7 +159,7 @@ class _Look:
             if not self._rooms.is_leaving(actor.node_id) or others >= wanted[group]:
                 continue
             del self._actors[actor.name]
-            reason = f"node {actor.node_id} leaves"
+            reason = f"node {(actor.node_id or '')[:12]} leaves"
             can_wait = self._can_wait and not (others and self._views[group].is_spared)
             if not can_wait and not self._has_room(group):
                 self._decide("drain", actor, f"{reason}, and no other has room")

@@ -50,6 +50,8 @@ logger = logging.getLogger(__name__)
 MAX_NOTES = 200
 """That are remembered for people."""
 MAX_REASON_CHARS = 300
+SHOWN_ID_CHARS = 12
+"""Of a node's id in Ray, as in all tables."""
 
 SourceFor = Callable[[Collection[ExpertKey], str | None], StoreSource | None]
 """For an actor of these experts on that node."""
@@ -157,7 +159,8 @@ class Fleet:
         if isinstance(answer, ActorIdentity):
             member = identified(member, answer, self._service, now_s)
             self._incarnation = max(self._incarnation, member.incarnation)
-            self.note(member.state, member.name, f"incarnation {member.incarnation} on {member.node_id}")
+            node = (member.node_id or "")[:SHOWN_ID_CHARS]
+            self.note(member.state, member.name, f"incarnation {member.incarnation} on node {node}")
             return member
         before = self.pulses.get(member.name)
         self.pulses[member.name] = answer

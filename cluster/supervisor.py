@@ -23,7 +23,7 @@ from cluster.actor_notices import ActorNotices
 from cluster.actor_pool import ActorPool
 from cluster.disk_keeper import DiskKeeper
 from cluster.errors import ActorsNotStarted, SupervisorMissing
-from cluster.fleet import Fleet
+from cluster.fleet import SHOWN_ID_CHARS, Fleet
 from cluster.living_nodes import living_nodes, unreached
 from cluster.node_watch import NodeWatch
 from cluster.plan import ServicePlan
@@ -148,14 +148,14 @@ class Supervisor:
         with self._lock:
             self._wanted = wanted
             self._keep(replace(self._record, plan=plan))
-            self._fleet.note("apply", f"{len(plan.actors)} actors", reason)
+            self._fleet.note("apply", _actors(plan), reason)
         self._wake.set()
 
     def roll(self, reason: str = "asked for") -> None:
         """Replace every actor by a new one, one after another. Returns at once; see `wait_settled`."""
         with self._lock:
             self._keep(replace(self._record, least_incarnation=self._fleet.next_incarnation()))
-            self._fleet.note("roll", f"{len(self._record.plan.actors)} actors", reason)
+            self._fleet.note("roll", _actors(self._record.plan), reason)
         self._wake.set()
 
     def plan(self) -> ServicePlan:
@@ -275,7 +275,7 @@ class Supervisor:
         self._pool.full_nodes = frozenset(alive)  # the plan has used what room there is
         change = self._nodes.look(self._rooms, where_it_runs(self._record.plan, self._fleet), now_s)
         for name, reason in self._nodes.take_refusals().items():
-            self._fleet.note("leave out", f"node {name}", reason)
+            self._fleet.note("leave out", f"node {name[:SHOWN_ID_CHARS]}", reason)
         if change is not None:
             self._record = replace(self._record, topology=change.topology)
             self.apply(change.plan, change.reason)
@@ -322,6 +322,11 @@ class Supervisor:
     def _keep(self, record: ServiceRecord) -> None:
         self._record = record
         save_record(record)
+
+
+def _actors(plan: ServicePlan) -> str:
+    number = len(plan.actors)
+    return "1 actor" if number == 1 else f"{number} actors"
 
 
 def _own_node() -> str:

@@ -57,7 +57,7 @@ def _between_machines(report: PlanReport) -> list[str]:
     return [
         f"messages: {_short(traffic.messages)} per token, {report.forecast.messages_per_layer:.2f} per layer; "
         f"{traffic.bytes / 1e3:.1f} KB per token",
-        f"on one machine only: {report.num_single_copies} of {report.num_experts} experts",
+        f"on one machine only, in memory or on disk: {report.num_single_copies} of {report.num_experts} experts",
         _other_way(report),
     ]
 
