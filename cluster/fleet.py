@@ -99,6 +99,11 @@ class Fleet:
     def is_changing(self) -> bool:
         return any(member.state != "ready" or not member.is_known for member in self.members.values())
 
+    @property
+    def is_acquainted(self) -> bool:
+        """Whether everybody who was found has said who it is."""
+        return self._observed_at_s is not None and all(m.state != "found" for m in self.members.values())
+
     def next_incarnation(self) -> int:
         """Above that of every actor of this service, also of those that an earlier supervisor has started."""
         self._incarnation = max(self._incarnation + 1, int(time.time()))

@@ -122,15 +122,19 @@ class Supervisor:
             self._fleet.suspect(name)
         self._wake.set()
 
-    def report_bad(self, name: str, incarnation: int, reason: str) -> None:
-        """A router was sent wrong rows: end that actor, and in the end leave its node alone."""
+    def report_bad(self, name: str, incarnation: int, reason: str) -> bool:
+        """A router was sent wrong rows: end that actor, and in the end leave its node alone. False where that is to be
+        said again, since not all actors have said who they are."""
         with self._lock:
+            if not self._fleet.is_acquainted:
+                return False
             member = self._fleet.quarantine(name, incarnation, reason, time.monotonic())
             if member is not None and member.node_id is not None:
                 counts = dict(self._record.quarantines)
                 counts[member.node_id] = counts.get(member.node_id, 0) + 1
                 self._keep(replace(self._record, quarantines=counts))
         self._wake.set()
+        return True
 
     def trust_table(self, identity: TrustIdentity, options: TrustOptions) -> TrustTable:
         """What is kept. Raises LedgerBusy or LedgerUnusable."""

@@ -191,6 +191,17 @@ def test_quarantined_actor_is_replaced_and_an_accusation_of_an_earlier_one_is_no
     assert after.incarnation > incarnation
 
 
+def test_restarted_fleet_is_acquainted_once_everybody_has_said_who_it_is() -> None:
+    earlier = _running()
+    service = _Service()
+    assert not service.fleet.is_acquainted, "nobody was looked for"
+    service.pool.specs = dict(earlier.pool.specs)
+    service.fleet.observe(tuple(service.pool.specs), {}, service.now_s)
+    assert not service.fleet.is_acquainted
+    service.settle()
+    assert service.fleet.is_acquainted
+
+
 def test_restarted_fleet_adopts_its_actors_and_ends_those_of_another_service() -> None:
     earlier = _running()
     service = _Service()
