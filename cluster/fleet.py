@@ -157,6 +157,7 @@ class Fleet:
         if held_up_s > 0:
             for name, member in self.members.items():
                 self.members[name] = replace(member, heard_at_s=member.heard_at_s + held_up_s)
+            self.routers.excuse(held_up_s, now_s)
 
     def _answered(self, member: Member, answer: Answer, now_s: float) -> Member:
         if isinstance(answer, Death):

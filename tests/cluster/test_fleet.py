@@ -134,6 +134,7 @@ def test_nobody_was_silent_while_the_supervisor_itself_was_held_up() -> None:
     last_s = service.now_s
     service.fleet.observe((), {}, last_s + 100.0)
     assert {member.state for member in service.fleet.members.values()} == {"ready"}
+    assert service.fleet.routers.all_follow(0, last_s + 100.0), "nor were routers"
     for later_s in (101.0, 102.0, 103.0, 104.0, 105.0, 106.0, 107.0):
         service.fleet.observe((), {}, last_s + later_s)
     assert {member.state for member in service.fleet.members.values()} == {"lost"}, "who stays silent is lost"
