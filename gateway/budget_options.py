@@ -26,7 +26,7 @@ ExpertBudgetOption = Annotated[
     Optional[str],  # noqa: UP045 - typer reads the annotation at run time
     typer.Option(
         metavar="SIZE|PERCENT|fit",
-        help="Memory for experts on each node: 2GiB, 25% of all experts, or what fits. [fit]",
+        help="Memory for experts on each node: 2GiB, 25% of all experts, or what fits. \\[fit]",
     ),
 ]
 HostBudgetOption = Annotated[
@@ -39,7 +39,7 @@ HostBudgetOption = Annotated[
 DeviceOption = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(
-        metavar="cpu|cuda|cuda:N|auto", help="What computes; auto is a GPU where PyTorch sees one. [cpu]"
+        metavar="cpu|cuda|cuda:N|auto", help="What computes; auto is a GPU where PyTorch sees one. \\[cpu]"
     ),
 ]
 
