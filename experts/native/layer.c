@@ -132,8 +132,8 @@ int sage_attention_half(
         },
     };
     attention *a = &h.attention;
-    a->way = &a->level->wide[a->is_narrow ? BFLOAT16 : FLOAT32];
-    a->q_stride = packed_stride(a->way, a->width);
+    a->way = a->level->blocks[a->is_narrow];
+    a->q_stride = a->width * a->way->item;
     arena memory = {0};
     cut_attention(&h, &memory, &span_pieces);
     memory = (arena){.at = aligned_alloc(64, memory.used)};

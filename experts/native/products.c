@@ -49,12 +49,6 @@ static void ask_for(const matrix *m, const form *form) {
     for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(m->weights + line, 0, 2);
 }
 
-/* How many of `left` rows the next tile takes: as even as possible, which changes no bit. */
-static int next_rows(int64_t left, int most) {
-    const int64_t tiles = (left + most - 1) / most;
-    return (int)((left + tiles - 1) / tiles);
-}
-
 static const uint8_t *row_of_x(const call *c, int64_t row) {
     return c->x + (c->token_of ? c->token_of[row] : row) * c->x_stride;
 }

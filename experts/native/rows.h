@@ -1,8 +1,6 @@
 /* What attention and norms do with rows of float32, for one level. Included after lanes.h. An element's bits depend on
    its row alone. */
 
-#define CHUNK 4 /* vectors of outputs at once */
-
 /* Of squares, in sixteen sums whatever the level's lanes are. */
 static TARGET float NAME(square_sum)(const float *x, int64_t count) {
     float sums[16] = {0};
@@ -92,77 +90,4 @@ static TARGET int64_t NAME(find_largest)(const float *x, int64_t count) {
     int64_t found = 0;
     while (x[found] != most[0]) found++;
     return found;
-}
-
-/* out (rows, out_stride), from output `first` on, += weights (rows, stride) times rows from..to of values (to, width),
-   value after value, for so many vectors of outputs at once. */
-INLINE TARGET void NAME(add_vectors)(
-    const int rows, const int is_narrow, const int vectors, int64_t first, const float *weights, int64_t stride,
-    const uint8_t *values, int64_t width, int64_t from, int64_t to, float *out, int64_t out_stride
-) {
-    V sums[MOST][CHUNK];
-    EACH(r, rows) EACH(c, vectors) sums[r][c] = LOADU(out + r * out_stride + first + c * LANES);
-    for (int64_t j = from; j < to; j++) {
-        const uint8_t *at = values + (j * width + first) * (is_narrow ? 2 : 4);
-        V v[CHUNK];
-        EACH(c, vectors) {
-            if (is_narrow) v[c] = FROM_BFLOAT16(at + 2 * c * LANES);
-            else v[c] = LOADU((const float *)at + c * LANES);
-        }
-        EACH(r, rows) {
-            V w = FILLED(weights[r * stride + j]);
-            EACH(c, vectors) sums[r][c] = FMA(w, v[c], sums[r][c]);
-        }
-    }
-    EACH(r, rows) EACH(c, vectors) STOREU(out + r * out_stride + first + c * LANES, sums[r][c]);
-}
-
-/* All outputs; each has the same operations wherever it stands. */
-INLINE TARGET void NAME(add_some_values)(
-    const int rows, const int is_narrow, const float *weights, int64_t stride, const uint8_t *values, int64_t width,
-    int64_t from, int64_t to, float *out, int64_t out_stride
-) {
-    int64_t first = 0;
-    for (; first + CHUNK * LANES <= width; first += CHUNK * LANES)
-        NAME(add_vectors)(rows, is_narrow, CHUNK, first, weights, stride, values, width, from, to, out, out_stride);
-    for (; first + 2 * LANES <= width; first += 2 * LANES)
-        NAME(add_vectors)(rows, is_narrow, 2, first, weights, stride, values, width, from, to, out, out_stride);
-    for (; first + LANES <= width; first += LANES)
-        NAME(add_vectors)(rows, is_narrow, 1, first, weights, stride, values, width, from, to, out, out_stride);
-    if (first == width) return;
-    for (int64_t j = from; j < to; j++)
-        EACH(r, rows) for (int64_t d = first; d < width; d++) {
-            const uint8_t *at = values + (j * width + d) * (is_narrow ? 2 : 4);
-            uint16_t word;
-            float value;
-            if (is_narrow) {
-                memcpy(&word, at, 2);
-                value = from_bfloat16(word);
-            } else memcpy(&value, at, 4);
-            out[r * out_stride + d] = FMA1(weights[r * stride + j], value, out[r * out_stride + d]);
-        }
-}
-
-static TARGET void NAME(add_values)(
-    int rows, int is_narrow, const float *weights, int64_t stride, const uint8_t *values, int64_t width, int64_t from,
-    int64_t to, float *out, int64_t out_stride
-) {
-#define CASE(n)                                                                                              \
-    case n:                                                                                                  \
-        if (is_narrow)                                                                                       \
-            NAME(add_some_values)(n, 1, weights, stride, values, width, from, to, out, out_stride);          \
-        else                                                                                                 \
-            NAME(add_some_values)(n, 0, weights, stride, values, width, from, to, out, out_stride);          \
-        break
-    switch (rows) {
-        CASE(1);
-        CASE(2);
-        CASE(3);
-#if MOST > 3
-        CASE(4);
-        CASE(5);
-        CASE(6);
-#endif
-    }
-#undef CASE
 }

@@ -10,7 +10,6 @@
 #define PHASES 7 /* at most */
 #define OUT_OF_MEMORY 1
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
-#define UP_TO(n, multiple) (((n) + (multiple) - 1) / (multiple) * (multiple))
 
 /* GOMP_parallel of the OpenMP runtime that the process has already. */
 typedef void run_in_threads(void (*work)(void *), void *data, unsigned threads, unsigned flags);
@@ -26,6 +25,12 @@ struct work {
     size_t memory_bytes; /* of each thread's memory */
     int64_t *ended_ns;   /* (PHASES): clock at each one's end; or NULL */
 };
+
+/* How many of `left` rows the next tile takes: as even as possible, which changes no bit. */
+static inline int next_rows(int64_t left, int most) {
+    const int64_t tiles = (left + most - 1) / most;
+    return (int)((left + tiles - 1) / tiles);
+}
 
 int run_work(work *w, run_in_threads *run, unsigned threads);
 const level *level_of(int number);
