@@ -13,7 +13,7 @@ from torch import Tensor
 
 from experts.devices import upload
 from experts.directory import ExpertDirectory
-from experts.numerics import RowKernel
+from experts.numerics import RowKernel, computing_threads
 from experts.packed_matrix import linear
 from experts.store import ExpertStore
 from router.decoder_layer import LayerArithmetic
@@ -140,11 +140,12 @@ class ForwardPass:
         undefined and may be computed again.
         """
         backbone, batch, index = self._backbone, self.batch, self._num_done
-        layer = backbone.layers[index]
+        layer, arithmetic = backbone.layers[index], backbone.arithmetic
         started = time.perf_counter()
-        hidden_PD = backbone.arithmetic.attention(index, layer, self._hidden_PD, self._inputs, pool)
-        attended = time.perf_counter()
-        hidden_PD = backbone.arithmetic.feed_forward(layer, hidden_PD, self._inputs)
+        with computing_threads(arithmetic.threads_for(batch.num_tokens)):
+            hidden_PD = arithmetic.attention(index, layer, self._hidden_PD, self._inputs, pool)
+            attended = time.perf_counter()
+            hidden_PD = arithmetic.feed_forward(layer, hidden_PD, self._inputs)
         if backbone.prefetcher is not None:
             backbone.prefetcher.hint(index, hidden_PD, batch.num_tokens)
         self._phases["attention"] += attended - started

@@ -28,6 +28,10 @@ from router.step_batch import AttentionGroup, CacheSlots, StepBatch
 from router.weights import Layer
 
 
+MANY_ROWS = 128
+"""Beside the work of so many, waking a thread takes no time to speak of, even where matrices are small."""
+
+
 @dataclass(frozen=True)
 class StepInputs:
     """What all layers of a step share."""
@@ -61,6 +65,13 @@ class LayerArithmetic:
         self._is_native = kernel.product == "native"
         self._rope = RotaryEmbedding(config)
         self.clock: LayerClock | None = None
+        self.prompt_threads = 0
+        """Threads for many rows, where more than the process usually computes with."""
+
+    def threads_for(self, num_rows: int) -> int:
+        """Changes speed only."""
+        usual = torch.get_num_threads()
+        return max(usual, self.prompt_threads) if num_rows >= MANY_ROWS else usual
 
     def prepare(self, batch: StepBatch) -> StepInputs:
         cos, sin = self._rope.tables(batch.positions_3T, batch.lengths_T)

@@ -12,6 +12,8 @@
 #define MOST_OUTPUTS 512        /* of a panel */
 #define GATED_OUTPUTS 64        /* of a panel of gates, and of one of ups; a multiple of every way's `pairs` */
 #define AHEAD_BYTES (32 << 10)
+#define ROWS_OF_A_RUN 96        /* of one small matrix, where many rows come: a multiple of every way's rows */
+#define FEW_PANELS 16
 
 /* Sums of some rows (as many as a tile has at most) with outputs [from, to) into sums (rows, to - from rounded up). */
 static void multiply_rows(
@@ -87,20 +89,22 @@ void gate_piece(const call *c, int64_t piece) {
     }
 }
 
-/* A panel of the last product, for all rows of one expert. */
+/* A panel of the last product, for all rows of one expert, or for a run of one matrix's rows. */
 void product_piece(const call *c, int64_t piece) {
     const int phase = c->is_gated ? 2 : 1;
     const form *form = c->is_gated ? &c->second : &c->first;
     const way *way = c->is_gated ? c->second_way : c->first_way;
-    const int64_t e = piece / c->per_expert[phase];
-    const int64_t from = piece % c->per_expert[phase] * c->panel, to = MIN(form->outputs, from + c->panel);
+    const int64_t run = piece % c->row_runs, e = piece / c->row_runs / c->per_expert[phase];
+    const int64_t from = piece / c->row_runs % c->per_expert[phase] * c->panel, to = MIN(form->outputs, from + c->panel);
     const matrix *m = c->is_gated ? &c->experts[e].down : &c->experts[e].gate_up;
     const int item = c->is_narrow && !c->is_widened ? 2 : 4;
     float sums[MOST_ROWS * MOST_OUTPUTS];
-    const int64_t end = c->starts[e + 1], ahead = ahead_of(form);
+    const int64_t rows_of_run = c->row_runs > 1 ? ROWS_OF_A_RUN : c->starts[e + 1] - c->starts[e];
+    const int64_t begin = c->starts[e] + run * rows_of_run, end = MIN(c->starts[e + 1], begin + rows_of_run);
+    const int64_t ahead = ahead_of(form);
     if (c->is_gated && to == form->outputs && e + 1 < c->num_experts && c->starts[e + 2] > end)
         ask_for(&c->experts[e + 1].down, form);
-    for (int64_t row = c->starts[e]; row < end;) {
+    for (int64_t row = begin; row < end;) {
         const int rows = next_rows(end - row, way->most_rows);
         const uint8_t *x[MOST_ROWS];
         for (int r = 0; r < rows; r++)
@@ -130,9 +134,12 @@ void plan_call(call *c) {
     }
     c->panel = MIN(MOST_OUTPUTS, UP_TO(PANEL_BYTES / row_bytes((int)last->kind, last->inputs) + 1, OUTPUTS));
     c->per_expert[c->is_gated ? 2 : 1] = (last->outputs + c->panel - 1) / c->panel;
+    const bool is_cut = !c->is_gated && c->num_experts == 1 && c->per_expert[1] < FEW_PANELS;
+    c->row_runs = is_cut ? (c->num_tokens + ROWS_OF_A_RUN - 1) / ROWS_OF_A_RUN : 1;
+    if (c->row_runs < 1) c->row_runs = 1;
 }
 
-int64_t first_pieces(const call *c) { return c->per_expert[1] * c->num_experts; }
+int64_t first_pieces(const call *c) { return c->per_expert[1] * c->num_experts * (c->is_gated ? 1 : c->row_runs); }
 
 int64_t last_pieces(const call *c) { return c->per_expert[2] * c->num_experts; }
 

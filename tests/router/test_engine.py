@@ -15,6 +15,7 @@ from experts.errors import ExpertCorrupt
 from experts.worker import ExpertWorker
 from router.attention import BLOCK_POSITIONS
 from router.batcher import BatchLimits
+from router.decoder_layer import MANY_ROWS
 from router.errors import PromptInvalid, QueueFull, RequestTooLong
 from router.kv_cache import BlockAllocator, KvPool
 from router.loading import EngineOptions, LoadedEngine
@@ -550,3 +551,24 @@ def test_prompt_with_inputs_may_pause(loaded: LoadedEngine) -> None:
     whole = _with_inputs(loaded, _request("r", 28, 3), inputs)
     assert_same_bits(outcome, whole)
     assert torch.equal(paused, seen) and not seen.isnan().any()
+
+
+def test_long_prompt_computes_with_the_threads_of_prompts_and_the_same_bits(
+    loaded: LoadedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: set[tuple[bool, int]] = set()
+    run = FaultyDirectory.run
+
+    def watched(self: FaultyDirectory, call: ExpertCall) -> torch.Tensor:
+        threads.add((len(call.tokens_TD) >= MANY_ROWS, torch.get_num_threads()))
+        return run(self, call)
+
+    request = _request("long", MANY_ROWS + 40)
+    before = torch.get_num_threads()
+    in_chunks = run_to_end(small_engine(loaded, 8, BatchLimits(max_batch_tokens=50)), [request])
+    monkeypatch.setattr(FaultyDirectory, "run", watched)
+    monkeypatch.setattr(loaded.engine.backbone.arithmetic, "prompt_threads", before + 1)
+    whole = run_to_end(small_engine(loaded, 8), [request])
+    assert_same_bits(whole, in_chunks)
+    assert threads == {(True, before + 1), (False, before)}
+    assert torch.get_num_threads() == before
