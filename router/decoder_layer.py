@@ -27,7 +27,6 @@ from router.rope import RotaryEmbedding, rotate
 from router.step_batch import AttentionGroup, CacheSlots, StepBatch
 from router.weights import Layer
 
-
 MANY_ROWS = 128
 """Beside the work of so many, waking a thread takes no time to speak of, even where matrices are small."""
 
