@@ -90,7 +90,7 @@ static void take_pieces(void *data) {
         atomic_store(&w->has_failed, true); /* others go on; where nobody has memory, nothing is done */
         return;
     }
-    for (;;) {
+    for (bool is_first = true; is_first || !w->until_ns || now_ns() < w->until_ns; is_first = false) {
         int64_t piece = atomic_fetch_add_explicit(&w->next, 1, memory_order_relaxed);
         int phase = 0;
         while (phase < PHASES && piece >= w->pieces[phase]) piece -= w->pieces[phase++];
@@ -106,9 +106,13 @@ static void take_pieces(void *data) {
     free(memory);
 }
 
-/* All pieces, each once. Returns OUT_OF_MEMORY where some thread had none; results are then not to be used. */
+/* All pieces, each once, or PAUSED where some are left for another call. Returns OUT_OF_MEMORY where some thread had none;
+   results are then not to be used. */
 int run_work(work *w, run_in_threads *run, unsigned threads) {
     if (run && threads > 1) run(take_pieces, w, threads, 0);
     else take_pieces(w);
-    return atomic_load(&w->has_failed) ? OUT_OF_MEMORY : 0;
+    if (atomic_load(&w->has_failed)) return OUT_OF_MEMORY;
+    for (int phase = 0; phase < PHASES; phase++)
+        if (atomic_load(&w->done[phase]) < w->pieces[phase]) return PAUSED;
+    return 0;
 }

@@ -9,13 +9,15 @@
 
 #define PHASES 7 /* at most */
 #define OUT_OF_MEMORY 1
+#define PAUSED 2
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 
 /* GOMP_parallel of the OpenMP runtime that the process has already. */
 typedef void run_in_threads(void (*work)(void *), void *data, unsigned threads, unsigned flags);
 
 /* Numbered pieces in phases; threads take the next number. A piece of a later phase waits until the phases before are
-   complete, which threads that never woke up cannot delay. First member of what a call's pieces need. */
+   complete, which threads that never woke up cannot delay. First member of what a call's pieces need. It may pause between
+   any two pieces. */
 typedef struct work work;
 struct work {
     _Atomic int64_t next, done[PHASES];
@@ -24,6 +26,7 @@ struct work {
     void (*run_piece)(work *, int phase, int64_t piece, void *memory);
     size_t memory_bytes; /* of each thread's memory */
     int64_t *ended_ns;   /* (PHASES): clock at each one's end; or NULL */
+    int64_t until_ns;    /* clock after which no thread takes another piece, but for its first one; or 0 */
 };
 
 /* How many of `left` rows the next tile takes: as even as possible, which changes no bit. */
