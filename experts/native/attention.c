@@ -16,17 +16,8 @@ void norm_row(
     const level *level, bool is_narrow, float *x, const uint8_t *weight, float *memory, float eps, int64_t count
 ) {
     const float mean = level->square_sum(x, count) / (float)count;
-    read_row(is_narrow, weight, memory, count);
+    level->read_row(is_narrow, weight, memory, count);
     level->scale(x, memory, 1.0f / sqrtf(mean + eps), count, is_narrow);
-}
-
-/* Pairs (i, i + half), as rotary embeddings do. */
-static void rotate(const float *x, const float *cos, const float *sin, float *to, int64_t width) {
-    const int64_t half = width / 2;
-    for (int64_t i = 0; i < half; i++) {
-        to[i] = x[i] * cos[i] - x[half + i] * sin[i];
-        to[half + i] = x[half + i] * cos[half + i] + x[i] * sin[half + i];
-    }
 }
 
 /* One token's heads: norm, rotation; keys and values go to the cache. */
@@ -36,17 +27,17 @@ void place_token(const attention *a, int64_t t, float *x) {
     const uint8_t *row = a->qkv + t * (a->heads + 2 * a->kv_heads) * width * item;
     const float *cos = a->cos + t * width, *sin = a->sin + t * width;
     for (int64_t h = 0; h < a->heads; h++) {
-        read_row(a->is_narrow, row + h * width * item, x, width);
+        a->level->read_row(a->is_narrow, row + h * width * item, x, width);
         if (a->q_norm) norm_row(a->level, a->is_narrow, x, a->q_norm, turned, a->eps, width);
-        rotate(x, cos, sin, turned, width);
-        store_row(a->way->item == 2, turned, a->q + (t * a->heads + h) * a->q_stride, width);
+        a->level->rotate(x, cos, sin, turned, width);
+        a->level->store_row(a->way->item == 2, turned, a->q + (t * a->heads + h) * a->q_stride, width);
     }
     for (int64_t h = 0; h < a->kv_heads; h++) {
         const int64_t at = a->blocks[t] * a->block_bytes + (h * BLOCK + a->offsets[t]) * width * item;
-        read_row(a->is_narrow, row + (a->heads + h) * width * item, x, width);
+        a->level->read_row(a->is_narrow, row + (a->heads + h) * width * item, x, width);
         if (a->k_norm) norm_row(a->level, a->is_narrow, x, a->k_norm, turned, a->eps, width);
-        rotate(x, cos, sin, turned, width);
-        store_row(a->is_narrow, turned, a->keys + at, width);
+        a->level->rotate(x, cos, sin, turned, width);
+        a->level->store_row(a->is_narrow, turned, a->keys + at, width);
         memcpy(a->values + at, row + (a->heads + a->kv_heads + h) * width * item, (size_t)(width * item));
     }
 }
@@ -135,7 +126,7 @@ static void attend_run(const attention *a, const run *p, const piece_memory *m) 
     for (int64_t r = 0; r < p->rows; r++) {
         float *out = m->out + r * stride;
         for (int64_t d = 0; d < width; d++) out[d] /= m->totals[r];
-        store_row(a->is_narrow, out, a->out + place_of(a, p, r) * width * item, width);
+        a->level->store_row(a->is_narrow, out, a->out + place_of(a, p, r) * width * item, width);
     }
 }
 
@@ -229,9 +220,9 @@ static void norm_piece(work *w, int phase, int64_t piece, void *memory) {
     const norm *n = (const norm *)w;
     const int64_t item = n->is_narrow ? 2 : 4, end = MIN(n->num_rows, (piece + 1) * ROWS_NORMED);
     for (int64_t r = piece * ROWS_NORMED; r < end; r++) {
-        read_row(n->is_narrow, n->x + r * n->stride, memory, n->width);
+        n->level->read_row(n->is_narrow, n->x + r * n->stride, memory, n->width);
         norm_row(n->level, n->is_narrow, memory, n->weight, (float *)memory + n->width, n->eps, n->width);
-        store_row(n->is_narrow, memory, n->out + r * n->width * item, n->width);
+        n->level->store_row(n->is_narrow, memory, n->out + r * n->width * item, n->width);
     }
 }
 

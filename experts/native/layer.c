@@ -59,9 +59,9 @@ static void pack_normed(
     const int64_t item = s->is_narrow ? 2 : 4, end = MIN(s->num_tokens, (piece + 1) * ROWS_PACKED);
     uint8_t *normed = (uint8_t *)(memory + 2 * s->width);
     for (int64_t t = piece * ROWS_PACKED; t < end; t++) {
-        read_row(s->is_narrow, hidden + t * s->width * item, memory, s->width);
+        first->level->read_row(s->is_narrow, hidden + t * s->width * item, memory, s->width);
         norm_row(first->level, s->is_narrow, memory, norm, memory + s->width, s->eps, s->width);
-        store_row(s->is_narrow, memory, normed, s->width);
+        first->level->store_row(s->is_narrow, memory, normed, s->width);
         pack_row(first->first_way, s->is_narrow, normed, first->x + t * first->x_stride, s->width);
         if (second) pack_row(second->first_way, s->is_narrow, normed, second->x + t * second->x_stride, s->width);
     }

@@ -81,7 +81,7 @@ void gate_piece(const call *c, int64_t piece) {
         for (int r = 0; r < rows; r++) {
             c->level->silu_times(gates + r * GATED_OUTPUTS, ups + r * GATED_OUTPUTS, values, to - from, c->is_narrow);
             uint8_t *hidden = c->hidden + (row + r) * c->hidden_stride + from * c->second_way->x_bytes;
-            store_row(true, values, (uint8_t *)words, to - from);
+            c->level->store_row(true, values, (uint8_t *)words, to - from);
             pack_row(
                 c->second_way, c->is_narrow, c->is_narrow ? (void *)words : (void *)values, hidden, to - from);
         }
@@ -116,7 +116,7 @@ void product_piece(const call *c, int64_t piece) {
             if (c->is_widened && c->is_narrow)
                 for (int64_t i = 0; i < to - from; i++) row_sums[i] = rounded(row_sums[i]);
             if (c->added) c->level->add_sums(c->added + at, row_sums, c->out + at, to - from, c->is_narrow);
-            else store_row(c->is_narrow && !c->is_widened, row_sums, c->out + at, to - from);
+            else c->level->store_row(c->is_narrow && !c->is_widened, row_sums, c->out + at, to - from);
         }
         row += rows;
     }

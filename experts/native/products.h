@@ -57,7 +57,10 @@ typedef void activate(const float *gate, const float *up, float *out, int64_t co
 /* See rows.h. */
 typedef float sum_squares(const float *x, int64_t count);
 typedef void scale_row(float *x, const float *weight, float factor, int64_t count, int is_narrow);
-typedef float weigh(float *scores, float largest, int64_t count);
+typedef void to_probabilities(float *scores, int64_t count);
+typedef void read_values(int is_narrow, const uint8_t *from, float *to, int64_t count);
+typedef void store_values(int is_narrow, const float *values, uint8_t *out, int64_t count);
+typedef void turn(const float *x, const float *cos, const float *sin, float *to, int64_t width);
 typedef void add_to_row(const uint8_t *row, const float *sums, uint8_t *out, int64_t count, int is_narrow);
 typedef void mix(
     int64_t num_rows, const uint8_t *const *rows, const float *weights, float *out, int64_t count, int is_narrow);
@@ -91,7 +94,10 @@ typedef struct {
     activate *silu_times;
     sum_squares *square_sum;
     scale_row *scale;
-    weigh *softmax_weights;
+    to_probabilities *softmax;
+    read_values *read_row;
+    store_values *store_row;
+    turn *rotate;
     add_to_row *add_sums;
     mix *mix_rows;
     find *find_largest;

@@ -1,6 +1,27 @@
 /* What attention and norms do with rows of float32, for one level. Included after lanes.h. An element's bits depend on
    its row alone. */
 
+static TARGET void NAME(read_row)(int is_narrow, const uint8_t *from, float *to, int64_t count) {
+    if (!is_narrow) memcpy(to, from, (size_t)count * 4);
+    else
+        for (int64_t i = 0; i < count; i++) to[i] = from_bfloat16(((const uint16_t *)from)[i]);
+}
+
+static TARGET void NAME(store_row)(int is_narrow, const float *values, uint8_t *out, int64_t count) {
+    if (!is_narrow) memcpy(out, values, (size_t)count * 4);
+    else
+        for (int64_t i = 0; i < count; i++) ((uint16_t *)out)[i] = to_bfloat16(values[i]);
+}
+
+/* Pairs (i, i + half), as rotary embeddings do. */
+static TARGET void NAME(rotate)(const float *x, const float *cos, const float *sin, float *to, int64_t width) {
+    const int64_t half = width / 2;
+    for (int64_t i = 0; i < half; i++) {
+        to[i] = x[i] * cos[i] - x[half + i] * sin[i];
+        to[half + i] = x[half + i] * cos[half + i] + x[i] * sin[half + i];
+    }
+}
+
 /* Of squares, in sixteen sums whatever the level's lanes are. */
 static TARGET float NAME(square_sum)(const float *x, int64_t count) {
     float sums[16] = {0};
@@ -21,9 +42,18 @@ static TARGET void NAME(scale)(float *x, const float *weight, float factor, int6
         for (int64_t i = 0; i < count; i++) x[i] = x[i] * factor * weight[i];
 }
 
-/* e^(x - largest) in place, and the sum in sixteen sums; count is a multiple of 16. Below e^-87 it is 0. */
-static TARGET float NAME(softmax_weights)(float *x, float largest, int64_t count) {
-    float sums[16] = {0};
+/* Softmax in place, its sum in sixteen sums; count is a multiple of 16. Below e^-87 of the largest it is 0. */
+static TARGET void NAME(softmax)(float *x, int64_t count) {
+    float sums[16] = {0}, most[16];
+    for (int lane = 0; lane < 16; lane++) most[lane] = x[lane];
+    for (int64_t i = 16; i < count; i += 16)
+        for (int lane = 0; lane < 16; lane++) {
+            const float y = x[i + lane];
+            most[lane] = y > most[lane] || y != y ? y : most[lane];
+        }
+    float largest = most[0]; /* what is no number stays the largest */
+    for (int lane = 1; lane < 16; lane++)
+        largest = most[lane] > largest || most[lane] != most[lane] ? most[lane] : largest;
     for (int64_t i = 0; i < count; i += 16)
         for (int lane = 0; lane < 16; lane++) {
             float y = x[i + lane] - largest;
@@ -39,7 +69,7 @@ static TARGET float NAME(softmax_weights)(float *x, float largest, int64_t count
         }
     for (int half = 8; half; half /= 2)
         for (int lane = 0; lane < half; lane++) sums[lane] += sums[lane + half];
-    return sums[0];
+    for (int64_t i = 0; i < count; i++) x[i] /= sums[0];
 }
 
 /* out = row + sums, in the rows' dtype, to which the sums are rounded before. */

@@ -62,21 +62,6 @@ int64_t packed_stride(const way *way, int64_t inputs) {
     return UP_TO(inputs, STEP) * way->x_bytes + 64; /* rows a page apart would compete for the same places in the caches */
 }
 
-void read_row(bool is_narrow, const uint8_t *from, float *to, int64_t count) {
-    if (!is_narrow) memcpy(to, from, (size_t)count * 4);
-    else
-        for (int64_t i = 0; i < count; i++) to[i] = from_bfloat16(((const uint16_t *)from)[i]);
-}
-
-void store_row(bool is_narrow, const float *sums, uint8_t *out, int64_t count) {
-    if (!is_narrow) {
-        memcpy(out, sums, (size_t)count * 4);
-        return;
-    }
-    uint16_t *words = (uint16_t *)out;
-    for (int64_t i = 0; i < count; i++) words[i] = to_bfloat16(sums[i]);
-}
-
 static int64_t now_ns(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);

@@ -39,7 +39,5 @@ int run_work(work *w, run_in_threads *run, unsigned threads);
 const level *level_of(int number);
 void pack_row(const way *way, bool is_narrow, const void *from, uint8_t *to, int64_t count);
 int64_t packed_stride(const way *way, int64_t inputs);
-void read_row(bool is_narrow, const uint8_t *from, float *to, int64_t count);
-void store_row(bool is_narrow, const float *sums, uint8_t *out, int64_t count);
 
 #endif
