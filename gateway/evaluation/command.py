@@ -89,7 +89,7 @@ def evaluate(
     from gateway.evaluation.windows import Sliding
     from gateway.local.study import Study
     from gateway.output_file import check_output
-    from gateway.service.options import parse_eviction
+    from gateway.service.option_values import parse_eviction
     from gateway.stores.source import resolve_runnable
     from router.effort import EFFORT_CHOICES
     from router.routing_choice import POLICIES, RoutingChoice

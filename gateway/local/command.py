@@ -82,7 +82,7 @@ def generate(
     from gateway.http.routing_rules import read_choice
     from gateway.local.generate import generate as run
     from gateway.local.study import Study
-    from gateway.service.options import parse_eviction
+    from gateway.service.option_values import parse_eviction
     from gateway.service.state_folder import resolve_state_folder
     from gateway.stores.source import resolve_runnable
     from router.loading import EngineOptions

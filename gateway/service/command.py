@@ -247,7 +247,8 @@ def _gather(store: str, given: dict[str, Any], config: Path | None) -> ServiceOp
         read_key_file,
     )
     from gateway.service.config_file import read_config
-    from gateway.service.options import compose_options, merge_values
+    from gateway.service.option_values import merge_values
+    from gateway.service.options import compose_options
     from gateway.stores.source import model_name, resolve_runnable
 
     file = read_config(config) if config else {}
