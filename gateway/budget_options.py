@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from cluster.memory_plan import MemoryPlan
     from experts.budget import BudgetRequest
-    from gateway.service.options import OptionValues
+    from gateway.service.option_values import OptionValues
 
 ONE_MEMORY_NOTICE = (
     "note: experts are computed in host memory on this machine: "
@@ -61,7 +61,7 @@ def read_memory(
 
     Raises OptionInvalid or DeviceUnavailable.
     """
-    from gateway.service.options import merge_values
+    from gateway.service.option_values import merge_values
 
     given = {"device": device, "expert-budget": expert_budget, "host-budget": host_budget}
     return choose_memory(merge_values(given, {}, ""), announce)

@@ -17,7 +17,7 @@ MAX_ANSWER_BYTES = 32 * 1024 * 1024
 
 
 def status(
-    url: Annotated[str, typer.Option(help="Where the service answers.")] = DEFAULT_URL,
+    url: Annotated[str, typer.Argument(metavar="[URL]", help="Where the service answers.")] = DEFAULT_URL,
     is_watched: Annotated[
         bool, typer.Option("--watch", help="Show it again and again, until Ctrl-C.")
     ] = False,

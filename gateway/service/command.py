@@ -19,6 +19,7 @@ from gateway.budget_options import (
     choose_memory,
     print_plan,
 )
+from gateway.command_line import StoreArgument, announce
 
 if TYPE_CHECKING:
     from cluster.memory_plan import MemoryPlan
@@ -31,13 +32,7 @@ Words = Optional[list[str]]  # noqa: UP045
 
 
 def serve(
-    store: Annotated[
-        str,
-        typer.Argument(
-            metavar="STORE",
-            help="An expert store, a checkpoint folder, or the name of a bundled model (stories).",
-        ),
-    ],
+    store: StoreArgument,
     host: Annotated[
         Word, typer.Option(help="Address to bind; beyond loopback needs a key. [127.0.0.1]")
     ] = None,
@@ -252,18 +247,19 @@ def _gather(store: str, given: dict[str, Any], config: Path | None) -> ServiceOp
         read_key_file,
     )
     from gateway.service.config_file import read_config
-    from gateway.service.options import compose_options, merge_values
+    from gateway.service.option_values import merge_values
+    from gateway.service.options import compose_options
     from gateway.stores.source import model_name, resolve_runnable
 
     file = read_config(config) if config else {}
     values = merge_values(given, file, str(config))
-    choose_memory(values, _announce)
+    choose_memory(values, announce)
     keys = [key for option in values.api_key for key in keys_of_option(option)]
     keys += [key for path in values.api_key_file for key in read_key_file(path)]
     keys += keys_of_environment(os.environ)
     os.environ.pop(KEYS_VARIABLE, None)  # Ray's processes would inherit it
     return compose_options(
-        values, resolve_runnable(store, announce=_announce), model_name(store), KeyRing.of(keys)
+        values, resolve_runnable(store, announce=announce), model_name(store), KeyRing.of(keys)
     )
 
 
@@ -337,7 +333,7 @@ def _serve(options: ServiceOptions) -> None:
 
 def _print_memory(plan: MemoryPlan, unknown_nodes: Sequence[str]) -> None:
     for name in unknown_nodes:
-        _announce(f"note: node-budgets names {name}, where nothing of this service runs")
+        announce(f"note: node-budgets names {name}, where nothing of this service runs")
     print_plan(plan)
 
 
@@ -347,7 +343,3 @@ def _print_placement(placed: Placed) -> None:
     from gateway.service.placement_view import render_placement
 
     Console(stderr=True, highlight=False).print(render_placement(placed))
-
-
-def _announce(line: str) -> None:
-    typer.echo(line, err=True)
