@@ -216,7 +216,7 @@ def test_expert_budget_that_changes_while_requests_run_equals_unlimited(
     root: Path, dtype: str, requests: list[GenerationRequest], reference: Outcome
 ) -> None:
     """As by the capacity state, and worse: another after every layer, down to one expert and up again."""
-    loaded = open_engine(root, EngineOptions(dtype=dtype, expert_budget_bytes=1 << 30))
+    loaded = open_engine(root, EngineOptions(dtype=dtype, expert_budget_bytes=1 << 30, is_resizable=True))
     chance = random.Random(5)
 
     class Resizer(RoutingWatcher):
