@@ -32,7 +32,7 @@ VARIABLE = "SAGE_MOE_PRODUCTS"
 TORCH = "torch"
 LEVELS = ("portable", "avx2", "avx512", "avx512bf16")
 """Each with the bits of its own; a processor has all up to its best one."""
-VERSION = 4
+VERSION = 5
 """Of what is computed; part of the numerics class, and checked against the library's own."""
 DTYPES = (torch.float32, torch.bfloat16)
 KINDS = {torch.float32: 0, torch.bfloat16: 1}

@@ -71,6 +71,7 @@ static void attend_rows(const attention *a, const span *s, int64_t kv, int64_t f
         const uint8_t *keys = a->keys + table[b] * a->block_bytes + kv * BLOCK * width * item;
         for (int64_t j = 0; j < BLOCK; j += OUTPUTS) {
             for (int o = 0; o < OUTPUTS; o++) t.weights[o] = keys + (j + o) * width * item;
+            t.soon = keys + (j + OUTPUTS) * width * item;
             t.out = scores + b * BLOCK + j;
             a->way->tiles[rows - 1](&t);
         }

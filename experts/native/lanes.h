@@ -57,10 +57,10 @@ INLINE TARGET void NAME(tile)(const int rows, const int kind, const tile *t) {
     NAME(places) places;
     EACH(o, OUTPUTS) places.at[o] = t->weights[o], places.scales[o] = t->scales[o];
     const int64_t step_bytes = row_bytes(kind, STEP);
+    const uint8_t *soon = t->soon;
     int64_t first = 0;
-    for (; first + STEP <= t->inputs; first += STEP) {
-        EACH(o, OUTPUTS) for (int64_t line = 0; line < step_bytes; line += 64)
-            __builtin_prefetch(places.at[o] + t->ahead + line, 0, 2);
+    for (; first + STEP <= t->inputs; first += STEP, soon += OUTPUTS * step_bytes) {
+        for (int64_t line = 0; line < OUTPUTS * step_bytes; line += 64) __builtin_prefetch(soon + line, 0, 2);
         NAME(step)(rows, kind, STEP, t, &places, first, sums);
         EACH(o, OUTPUTS) places.at[o] += step_bytes;
     }

@@ -68,12 +68,13 @@ static void pack_normed(
 }
 
 /* A product of all rows with one matrix. one: room for the matrix; starts: for two numbers. */
-static call one_product(const step *s, const linear *l, expert *one, int64_t *starts) {
+static call one_product(const step *s, const linear *l, unsigned threads, expert *one, int64_t *starts) {
     *one = (expert){.gate_up = l->matrix};
     starts[0] = 0, starts[1] = s->num_tokens;
     call c = {
         .level = level_of((int)s->level), .first = l->form, .experts = one, .num_experts = 1, .starts = starts,
         .num_tokens = s->num_tokens, .is_narrow = s->is_narrow, .out_stride = l->form.outputs * (s->is_narrow ? 2 : 4),
+        .threads = threads,
     };
     plan_call(&c);
     return c;
@@ -120,8 +121,8 @@ int sage_attention_half(
     int64_t starts[2], *span_pieces;
     const int64_t item = s->is_narrow ? 2 : 4, at = index * s->layer_bytes;
     attention_half h = {
-        .step = s, .layer = l, .hidden = hidden, .qkv = one_product(s, &l->qkv, &matrices[0], starts),
-        .output = one_product(s, &l->output, &matrices[1], starts),
+        .step = s, .layer = l, .hidden = hidden, .qkv = one_product(s, &l->qkv, run ? threads : 1, &matrices[0], starts),
+        .output = one_product(s, &l->output, run ? threads : 1, &matrices[1], starts),
         .attention = {
             .level = level_of((int)s->level), .is_narrow = s->is_narrow, .num_tokens = s->num_tokens,
             .heads = s->heads, .kv_heads = s->kv_heads, .width = s->head_width, .window = window,
@@ -235,17 +236,19 @@ int sage_experts_half(
     int64_t starts[2];
     const int64_t slots = s->num_tokens * s->top_k;
     experts_half h = {
-        .step = s, .layer = l, .hidden = hidden, .out = out, .gate = one_product(s, &l->gate, &matrix, starts),
+        .step = s, .layer = l, .hidden = hidden, .out = out, .gate = one_product(s, &l->gate, run ? threads : 1, &matrix, starts),
         .experts = {
             .level = level_of((int)s->level), .first = l->gate_up, .second = l->down,
             .num_experts = MIN(s->num_experts, slots), .num_tokens = s->num_tokens, .is_narrow = s->is_narrow,
-            .out_stride = s->width * (s->is_narrow ? 2 : 4), .is_gated = true,
+            .out_stride = s->width * (s->is_narrow ? 2 : 4),
+            .threads = run ? threads : 1, .is_gated = true,
         },
         .chosen = chosen, .used = used,
     };
     plan_call(&h.experts);
     h.has_own_x = h.experts.first_way->x_bytes != h.gate.first_way->x_bytes ||
-                  h.experts.first_way->pairs != h.gate.first_way->pairs;
+                  h.experts.first_way->pairs != h.gate.first_way->pairs ||
+                  h.experts.first_way->pack != h.gate.first_way->pack;
     arena memory = {0};
     cut_experts(&h, &memory);
     memory = (arena){.at = aligned_alloc(64, memory.used)};
@@ -298,7 +301,7 @@ int sage_head(
         .step = {.level = level, .is_narrow = is_narrow, .width = width, .num_tokens = num_rows, .eps = eps},
         .hidden = hidden, .norm = norm, .best = best,
     };
-    h.product = one_product(&h.step, matrix, &one, starts);
+    h.product = one_product(&h.step, matrix, run ? threads : 1, &one, starts);
     h.product.is_widened = true;
     h.product.out = (uint8_t *)logits, h.product.out_stride = matrix->form.outputs * (int64_t)sizeof(float);
     h.product.x = aligned_alloc(64, (size_t)(num_rows * h.product.x_stride));

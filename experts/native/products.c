@@ -10,17 +10,18 @@
 
 #define PANEL_BYTES (256 << 10) /* of weights: they stay in the second cache while rows pass by */
 #define MOST_OUTPUTS 512        /* of a panel */
-#define GATED_OUTPUTS 64        /* of a panel of gates, and of one of ups; a multiple of every way's `pairs` */
+#define GATED_OUTPUTS 128        /* of a panel of gates, and of one of ups; a multiple of every way's `pairs` */
 #define AHEAD_BYTES (32 << 10)
 
-/* Sums of some rows (as many as a tile has at most) with outputs [from, to) into sums (rows, to - from rounded up). */
+/* Sums of some rows (as many as a tile has at most) with outputs [from, to) into sums (rows, to - from rounded up).
+   then: the weights that are needed after these; NULL where nobody knows. */
 static void multiply_rows(
     const way *way, const form *form, const matrix *m, int64_t from, int64_t to, const uint8_t *const *x, int rows,
-    int64_t ahead, float *sums, int64_t stride
+    const uint8_t *then, float *sums, int64_t stride
 ) {
     const int64_t bytes = row_bytes((int)form->kind, form->inputs);
     const int64_t groups = form->kind == INT4 ? (form->inputs + form->group - 1) / form->group : 0;
-    tile t = {.inputs = form->inputs, .group = form->group, .ahead = ahead, .stride = stride};
+    tile t = {.inputs = form->inputs, .group = form->group, .stride = stride};
     for (int r = 0; r < rows; r++) t.x[r] = x[r];
     multiply_tile *more = rows <= FEW_ROWS ? way->more[rows - 1] : NULL;
     for (int64_t first = from, count; first < to; first += count) {
@@ -30,6 +31,8 @@ static void multiply_rows(
             t.weights[o] = m->weights + output * bytes;
             t.scales[o] = m->scales + output * groups;
         }
+        t.soon = t.weights[0] + AHEAD_BYTES;
+        if (t.soon >= m->weights + to * bytes) t.soon = then ? then + (t.soon - (m->weights + to * bytes)) : t.weights[0];
         t.out = sums + (first - from);
         (count == OUTPUTS ? way->tiles[rows - 1] : more)(&t);
     }
@@ -38,15 +41,22 @@ static void multiply_rows(
             for (int64_t o = from; o < to; o++) sums[r * stride + o - from] *= from_bfloat16(m->scales[o]);
 }
 
-/* How many bytes ahead weights are asked for: of a small matrix fewer, since nobody asks for what it begins with. */
-static int64_t ahead_of(const form *form) {
-    return MIN(AHEAD_BYTES, form->outputs * row_bytes((int)form->kind, form->inputs) / 6);
+static const uint8_t *weights_of(const form *form, const matrix *m, int64_t output) {
+    return m->weights + output * row_bytes((int)form->kind, form->inputs);
 }
 
-/* Asks for what a matrix begins with, while another one is multiplied. */
-static void ask_for(const matrix *m, const form *form) {
-    const int64_t bytes = ahead_of(form);
-    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(m->weights + line, 0, 2);
+/* The weights of the piece that the thread with this one probably takes next: threads take turns. NULL: of no piece of
+   this call. Pieces of the last product follow those of the first. */
+static const uint8_t *next_weights(const call *c, int64_t piece) {
+    piece += c->threads;
+    const int64_t gated = c->is_gated ? first_pieces(c) : 0;
+    const bool is_last = piece >= gated;
+    const int64_t inside = is_last ? piece - gated : piece;
+    const int64_t count = c->per_expert[is_last && c->is_gated ? 2 : 1], e = inside / count;
+    if (e >= c->num_experts || c->starts[e + 1] == c->starts[e]) return NULL;
+    if (!is_last) return weights_of(&c->first, &c->experts[e].gate_up, inside % count * GATED_OUTPUTS);
+    return c->is_gated ? weights_of(&c->second, &c->experts[e].down, inside % count * c->panel)
+                       : weights_of(&c->first, &c->experts[e].gate_up, inside % count * c->panel);
 }
 
 /* How many of `left` rows the next tile takes: as even as possible, which changes no bit. */
@@ -73,15 +83,14 @@ void gate_piece(const call *c, int64_t piece) {
     const matrix *m = &c->experts[e].gate_up;
     float gates[MOST_ROWS * GATED_OUTPUTS], ups[MOST_ROWS * GATED_OUTPUTS], values[GATED_OUTPUTS];
     uint16_t words[GATED_OUTPUTS];
-    const int64_t end = c->starts[e + 1], ahead = ahead_of(&c->first);
-    if (to == width && e + 1 < c->num_experts && c->starts[e + 2] > end) ask_for(&c->experts[e + 1].gate_up, &c->first);
+    const int64_t end = c->starts[e + 1];
+    const uint8_t *ups_begin = weights_of(&c->first, m, width + from), *next = next_weights(c, piece);
     for (int64_t row = c->starts[e]; row < end;) {
         const int rows = next_rows(end - row, c->first_way->most_rows);
         const uint8_t *x[MOST_ROWS];
         for (int r = 0; r < rows; r++) x[r] = row_of_x(c, row + r);
-        multiply_rows(c->first_way, &c->first, m, from, to, x, rows, ahead, gates, GATED_OUTPUTS);
-        multiply_rows(
-            c->first_way, &c->first, m, width + from, width + to, x, rows, ahead, ups, GATED_OUTPUTS);
+        multiply_rows(c->first_way, &c->first, m, from, to, x, rows, ups_begin, gates, GATED_OUTPUTS);
+        multiply_rows(c->first_way, &c->first, m, width + from, width + to, x, rows, next, ups, GATED_OUTPUTS);
         for (int r = 0; r < rows; r++) {
             c->level->silu_times(gates + r * GATED_OUTPUTS, ups + r * GATED_OUTPUTS, values, to - from, c->is_narrow);
             uint8_t *hidden = c->hidden + (row + r) * c->hidden_stride + from * c->second_way->x_bytes;
@@ -103,15 +112,14 @@ void product_piece(const call *c, int64_t piece) {
     const matrix *m = c->is_gated ? &c->experts[e].down : &c->experts[e].gate_up;
     const int item = c->is_narrow && !c->is_widened ? 2 : 4;
     float sums[MOST_ROWS * MOST_OUTPUTS];
-    const int64_t end = c->starts[e + 1], ahead = ahead_of(form);
-    if (c->is_gated && to == form->outputs && e + 1 < c->num_experts && c->starts[e + 2] > end)
-        ask_for(&c->experts[e + 1].down, form);
+    const int64_t end = c->starts[e + 1];
+    const uint8_t *next = next_weights(c, piece + (c->is_gated ? first_pieces(c) : 0));
     for (int64_t row = c->starts[e]; row < end;) {
         const int rows = next_rows(end - row, way->most_rows);
         const uint8_t *x[MOST_ROWS];
         for (int r = 0; r < rows; r++)
             x[r] = c->is_gated ? c->hidden + (row + r) * c->hidden_stride : row_of_x(c, row + r);
-        multiply_rows(way, form, m, from, to, x, rows, ahead, sums, MOST_OUTPUTS);
+        multiply_rows(way, form, m, from, to, x, rows, next, sums, MOST_OUTPUTS);
         for (int r = 0; r < rows; r++) {
             const int64_t at = (row + r) * c->out_stride + from * item;
             float *row_sums = sums + r * MOST_OUTPUTS;
@@ -176,6 +184,7 @@ int sage_multiply(
         .is_narrow = is_narrow,
         .out = out,
         .out_stride = out_stride,
+        .threads = run ? threads : 1,
         .is_gated = is_gated,
     }};
     call *c = &p.call;
