@@ -57,7 +57,7 @@ static void attend_rows(const attention *a, const span *s, int64_t kv, int64_t f
     const int64_t stride = a->most_blocks * BLOCK;
     float *scores = memory, *out = memory + MOST_ROWS * stride;
     int64_t from[MOST_ROWS] = {0}, to[MOST_ROWS] = {0}, token[MOST_ROWS], head[MOST_ROWS];
-    tile t = {.inputs = width, .stride = stride};
+    tile t = {.inputs = width, .row_bytes = width * item, .outputs = BLOCK, .stride = stride};
     for (int r = 0; r < rows; r++) {
         token[r] = s->first_row + (first + r) / shared;
         head[r] = kv * shared + (first + r) % shared;
@@ -69,12 +69,10 @@ static void attend_rows(const attention *a, const span *s, int64_t kv, int64_t f
     const int64_t *table = a->tables + s->table_start;
     for (int64_t b = first_block; b < end_block; b++) {
         const uint8_t *keys = a->keys + table[b] * a->block_bytes + kv * BLOCK * width * item;
-        for (int64_t j = 0; j < BLOCK; j += OUTPUTS) {
-            for (int o = 0; o < OUTPUTS; o++) t.weights[o] = keys + (j + o) * width * item;
-            t.soon = keys + (j + OUTPUTS) * width * item;
-            t.out = scores + b * BLOCK + j;
-            a->way->tiles[rows - 1](&t);
-        }
+        t.weights = keys;
+        t.soon = a->keys + table[b + 1 < end_block ? b + 1 : b] * a->block_bytes + kv * BLOCK * width * item;
+        t.out = scores + b * BLOCK;
+        a->way->tiles[rows - 1](&t);
     }
     float totals[MOST_ROWS];
     for (int r = 0; r < rows; r++) {

@@ -1,6 +1,9 @@
-/* Level `avx512bf16`: activations in bfloat16, 32 inputs at once by the instruction that adds products of pairs. Codes
-   are multiplied in codes.c. Activations in float32 are multiplied as at level `avx512`. */
+/* Level `avx512bf16`: activations in bfloat16. With weights in bfloat16 and int4, whose codes are exact in it, 32 inputs at
+   once by the instruction that adds products of pairs; with int8 activations become whole numbers of two bytes, and 64
+   codes at once are multiplied by each. Activations in float32 are multiplied as at level `avx512`. */
 #include "products.h"
+
+#include <stdbool.h>
 
 #ifdef __x86_64__
 #define NAME(x) avx512bf16_##x
@@ -12,14 +15,20 @@
 /* A mask of so many bytes, of 64. */
 INLINE uint64_t lowest(int64_t bytes) { return bytes >= 64 ? ~0ull : bytes > 0 ? (1ull << bytes) - 1 : 0; }
 
-typedef struct { const uint8_t *at[MORE_OUTPUTS]; } places;
+/* Where a tile stands in its outputs' rows, which lie `stride` bytes apart, `scale_stride` scales. */
+typedef struct {
+    const uint8_t *at;
+    int64_t stride;
+    const uint16_t *scales;
+    int64_t scale_stride;
+} place;
 
 INLINE TARGET void step_floats(
-    const int rows, const int outputs, const tile *t, const places *p, int64_t first, __m512 sums[MOST][MORE_OUTPUTS]
+    const int rows, const int outputs, const tile *t, const place *p, int64_t first, __m512 sums[MOST][MORE_OUTPUTS]
 ) {
     EACH(half, 2) {
         __m512i w[MORE_OUTPUTS];
-        EACH(o, outputs) w[o] = _mm512_loadu_si512(p->at[o] + 64 * half);
+        EACH(o, outputs) w[o] = _mm512_loadu_si512(p->at + o * p->stride + 64 * half);
         EACH(r, rows) {
             __m512i x = _mm512_load_si512(t->x[r] + 2 * first + 64 * half);
             EACH(o, outputs) sums[r][o] = _mm512_dpbf16_ps(sums[r][o], (__m512bh)w[o], (__m512bh)x);
@@ -29,13 +38,16 @@ INLINE TARGET void step_floats(
 
 /* A block's activations as pack_fixed leaves them: 128 high bytes, 128 low ones, what lanes begin with, the unit. */
 INLINE TARGET void step_int8(
-    const int rows, const int outputs, const tile *t, const places *p, int64_t first, __m512 sums[MOST][MORE_OUTPUTS]
+    const int rows, const int outputs, const tile *t, const place *p, int64_t first, __m512 sums[MOST][MORE_OUTPUTS]
 ) {
     const __m512i turned = _mm512_set1_epi8((char)0x80);
     const int together = rows == 1 ? 1 : OUTPUTS;
     _Pragma("GCC unroll 8") for (int from = 0; from < outputs; from += together) {
         __m512i a[OUTPUTS], b[OUTPUTS];
-        EACH(o, together) a[o] = _mm512_loadu_si512(p->at[from + o]), b[o] = _mm512_loadu_si512(p->at[from + o] + 64);
+        EACH(o, together) {
+            const uint8_t *at = p->at + (from + o) * p->stride;
+            a[o] = _mm512_loadu_si512(at), b[o] = _mm512_loadu_si512(at + 64);
+        }
         EACH(r, rows) {
             const uint8_t *at = t->x[r] + 3 * first;
             __m512i sum[OUTPUTS], x = _mm512_load_si512(at), start = _mm512_load_si512(at + 256);
@@ -77,14 +89,14 @@ INLINE TARGET __m512 lane_scales(const uint16_t *scales, const int group) {
 }
 
 INLINE TARGET void step_int4(
-    const int rows, const int outputs, const int group, const tile *t, const places *p, int64_t first,
-    const uint16_t *const *scales, __m512 sums[MOST][MORE_OUTPUTS]
+    const int rows, const int outputs, const int group, const tile *t, const place *p, int64_t first,
+    __m512 sums[MOST][MORE_OUTPUTS]
 ) {
     EACH(o, outputs) {
-        const __m512i words = _mm512_loadu_si512(p->at[o]);
+        const __m512i words = _mm512_loadu_si512(p->at + o * p->stride);
         const __m512i a = code_values(words), b = code_values(_mm512_srli_epi16(words, 4));
         const __m512i c = code_values(_mm512_srli_epi16(words, 8)), d = code_values(_mm512_srli_epi16(words, 12));
-        const __m512 scale = lane_scales(scales[o], group);
+        const __m512 scale = lane_scales(p->scales + o * p->scale_stride, group);
         EACH(r, rows) {
             const uint8_t *x = t->x[r] + 2 * first;
             __m512 part = _mm512_dpbf16_ps(_mm512_setzero_ps(), (__m512bh)a, (__m512bh)_mm512_load_si512(x));
@@ -96,46 +108,53 @@ INLINE TARGET void step_int4(
     }
 }
 
+INLINE TARGET void step(
+    const int rows, const int outputs, const int kind, const int group, const tile *t, const place *p, int64_t first,
+    __m512 sums[MOST][MORE_OUTPUTS]
+) {
+    if (kind == BFLOAT16) step_floats(rows, outputs, t, p, first, sums);
+    else if (kind == INT8) step_int8(rows, outputs, t, p, first, sums);
+    else step_int4(rows, outputs, group, t, p, first, sums);
+}
+
+/* The step behind the last whole one: what is missing is zero. */
+INLINE TARGET void last_step(
+    const int rows, const int outputs, const int kind, const int group, const tile *t, place p, int64_t first,
+    __m512 sums[MOST][MORE_OUTPUTS]
+) {
+    uint8_t last[MORE_OUTPUTS][128] __attribute__((aligned(64)));
+    uint16_t scales[MORE_OUTPUTS][4] = {0};
+    const int64_t bytes = row_bytes(kind, t->inputs - first);
+    EACH(o, outputs) {
+        const uint8_t *at = p.at + o * p.stride;
+        _mm512_store_si512(last[o], _mm512_maskz_loadu_epi8(lowest(bytes), at));
+        _mm512_store_si512(last[o] + 64, _mm512_maskz_loadu_epi8(lowest(bytes - 64), at + 64));
+        if (kind == INT4)
+            memcpy(scales[o], p.scales + o * p.scale_stride, (size_t)((t->inputs - first + group - 1) / group) * 2);
+    }
+    step(rows, outputs, kind, group, t, &(place){last[0], sizeof last[0], scales[0], 4}, first, sums);
+}
+
 INLINE TARGET void multiply(const int rows, const int outputs, const int kind, const int group, const tile *t) {
-    __m512 sums[MOST][MORE_OUTPUTS];
-    EACH(r, rows) EACH(o, outputs) sums[r][o] = _mm512_setzero_ps();
-    const int step_inputs = kind == BFLOAT16 ? STEP : BLOCK_INPUTS;
-    const int step_bytes = (int)row_bytes(kind, step_inputs);
-    places p;
-    const uint16_t *scales[MORE_OUTPUTS];
-    EACH(o, outputs) p.at[o] = t->weights[o], scales[o] = t->scales[o];
+    const int step_inputs = kind == BFLOAT16 ? STEP : BLOCK_INPUTS, step_bytes = (int)row_bytes(kind, step_inputs);
     const uint8_t *soon = t->soon;
-    int64_t first = 0;
-    for (; first + step_inputs <= t->inputs; first += step_inputs) {
-        EACH(line, outputs * step_bytes / 64) __builtin_prefetch(soon + 64 * line, 0, 2);
-        soon += outputs * step_bytes;
-        if (kind == BFLOAT16) step_floats(rows, outputs, t, &p, first, sums);
-        else if (kind == INT8) step_int8(rows, outputs, t, &p, first, sums);
-        else {
-            step_int4(rows, outputs, group, t, &p, first, scales, sums);
-            EACH(o, outputs) scales[o] += BLOCK_INPUTS / group;
+    for (int64_t output = 0; output < t->outputs; output += outputs) {
+        __m512 sums[MOST][MORE_OUTPUTS];
+        EACH(r, rows) EACH(o, outputs) sums[r][o] = _mm512_setzero_ps();
+        place p = {
+            t->weights + output * t->row_bytes, t->row_bytes, t->scales + output * t->row_scales, t->row_scales
+        };
+        int64_t first = 0;
+        for (; first + step_inputs <= t->inputs; first += step_inputs) {
+            EACH(line, outputs * step_bytes / 64) __builtin_prefetch(soon + 64 * line, 0, 2);
+            step(rows, outputs, kind, group, t, &p, first, sums);
+            soon += outputs * step_bytes, p.at += step_bytes;
+            if (kind == INT4) p.scales += BLOCK_INPUTS / group;
         }
-        EACH(o, outputs) p.at[o] += step_bytes;
+        if (first < t->inputs) last_step(rows, outputs, kind, group, t, p, first, sums);
+        EACH(r, rows) for (int o = 0; o < outputs; o += OUTPUTS)
+            avx512bf16_store_sums(sums[r] + o, t->out + r * t->stride + output + o);
     }
-    if (first < t->inputs) {
-        uint8_t last[MORE_OUTPUTS][128] __attribute__((aligned(64)));
-        uint16_t last_scales[MORE_OUTPUTS][4] = {0};
-        const int64_t bytes = row_bytes(kind, t->inputs - first);
-        EACH(o, outputs) {
-            _mm512_store_si512(last[o], _mm512_maskz_loadu_epi8(lowest(bytes), p.at[o]));
-            _mm512_store_si512(last[o] + 64, _mm512_maskz_loadu_epi8(lowest(bytes - 64), p.at[o] + 64));
-            p.at[o] = last[o];
-            if (kind == INT4) {
-                memcpy(last_scales[o], scales[o], (size_t)((t->inputs - first + group - 1) / group) * 2);
-                scales[o] = last_scales[o];
-            }
-        }
-        if (kind == BFLOAT16) step_floats(rows, outputs, t, &p, first, sums);
-        else if (kind == INT8) step_int8(rows, outputs, t, &p, first, sums);
-        else step_int4(rows, outputs, group, t, &p, first, scales, sums);
-    }
-    EACH(r, rows) for (int o = 0; o < outputs; o += OUTPUTS)
-        avx512bf16_store_sums(sums[r] + o, t->out + r * t->stride + o);
 }
 
 INLINE TARGET void multiply_grouped(const int rows, const int outputs, const int kind, const tile *t) {
@@ -145,32 +164,39 @@ INLINE TARGET void multiply_grouped(const int rows, const int outputs, const int
     else multiply(rows, outputs, INT4, 128, t);
 }
 
-/* Of int8: inputs as whole numbers of a unit that fits the block's largest, in high and low bytes. */
+/* 32 inputs, zeros behind the last of count. */
+INLINE TARGET __m512i words_at(const void *from, int64_t first, int64_t count) {
+    return _mm512_maskz_loadu_epi16((__mmask32)lowest(count - first), (const uint16_t *)from + first);
+}
+
+/* Of int8: inputs as whole numbers of a unit in which the block's largest has 15 bits. Of each, in bytes: its high one,
+   signed, and its low one, unsigned. step_int8 multiplies high bytes with codes to which 128 is added, as the instruction
+   wants one factor unsigned; what lanes begin with takes that away again. A block with no number for a value has the unit
+   NaN. */
 static TARGET void pack_fixed(const void *from, uint8_t *to, int64_t count) {
     for (int64_t first = 0; first < count; first += BLOCK_INPUTS, to += 3 * BLOCK_INPUTS) {
         __m512i words[4], most = _mm512_setzero_si512();
         EACH(i, 4) {
-            const int64_t left = count - first - 32 * i;
-            const __mmask32 there = left >= 32 ? 0xffffffff : left > 0 ? (1u << left) - 1 : 0;
-            words[i] = _mm512_maskz_loadu_epi16(there, (const uint16_t *)from + first + 32 * i);
+            words[i] = words_at(from, first + 32 * i, count);
             most = _mm512_max_epu16(most, _mm512_and_si512(words[i], _mm512_set1_epi16(0x7fff)));
         }
         most = _mm512_max_epu32(_mm512_srli_epi32(most, 16), _mm512_and_si512(most, _mm512_set1_epi32(0xffff)));
-        const int found = (int)_mm512_reduce_max_epu32(most) >> 7, exponent = found < 32 ? 32 : found;
-        const __m512 factor = _mm512_castsi512_ps(_mm512_set1_epi32(found == 255 ? 0 : (268 - exponent) << 23));
-        const int unit = found == 255 ? 0x7fc00000 : (exponent - 14) << 23;
-        __m512i starts = _mm512_setzero_si512();
+        const int largest = (int)_mm512_reduce_max_epu32(most) >> 7; /* exponent, with bfloat16's offset of 127 */
+        const bool is_number = largest < 255;
+        const int exponent = largest < 32 ? 32 : largest; /* below it a unit would not be a normal number */
+        const __m512i factor = _mm512_set1_epi32(is_number ? (268 - exponent) << 23 : 0); /* 2^14 / 2^exponent */
         EACH(i, 8) {
-            const __m256i half = i % 2 ? _mm512_extracti64x4_epi64(words[i / 2], 1) : _mm512_castsi512_si256(words[i / 2]);
+            const __m512i pair = words[i / 2];
+            const __m256i half = i % 2 ? _mm512_extracti64x4_epi64(pair, 1) : _mm512_castsi512_si256(pair);
             const __m512 x = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-            const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(x, factor));
+            const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(x, _mm512_castsi512_ps(factor)));
             _mm_store_si128((__m128i *)(to + 16 * i), _mm512_cvtepi32_epi8(_mm512_srai_epi32(whole, 8)));
             _mm_store_si128((__m128i *)(to + 128 + 16 * i), _mm512_cvtepi32_epi8(whole));
         }
-        EACH(i, 2)
-            starts = _mm512_dpbusd_epi32(starts, _mm512_set1_epi8((char)0x80), _mm512_load_si512(to + 64 * i));
-        _mm512_store_si512(to + 256, _mm512_sub_epi32(_mm512_setzero_si512(), starts));
-        _mm512_store_si512(to + 320, _mm512_set1_epi32(unit));
+        __m512i added = _mm512_setzero_si512();
+        EACH(i, 2) added = _mm512_dpbusd_epi32(added, _mm512_set1_epi8((char)0x80), _mm512_load_si512(to + 64 * i));
+        _mm512_store_si512(to + 256, _mm512_sub_epi32(_mm512_setzero_si512(), added));
+        _mm512_store_si512(to + 320, _mm512_set1_epi32(is_number ? (exponent - 14) << 23 : 0x7fc00000));
     }
 }
 
@@ -178,9 +204,7 @@ static TARGET void pack_fixed(const void *from, uint8_t *to, int64_t count) {
 static TARGET void pack_fourths(const void *from, uint8_t *to, int64_t count) {
     for (int64_t first = 0; first < count; first += BLOCK_INPUTS, to += 2 * BLOCK_INPUTS)
         EACH(i, 4) {
-            const int64_t left = count - first - 32 * i;
-            const __mmask32 there = left >= 32 ? 0xffffffff : left > 0 ? (1u << left) - 1 : 0;
-            const __m512i words = _mm512_maskz_loadu_epi16(there, (const uint16_t *)from + first + 32 * i);
+            const __m512i words = words_at(from, first + 32 * i, count);
             EACH(k, 4)
                 _mm_store_si128(
                     (__m128i *)(to + 64 * k + 16 * i), _mm512_cvtepi64_epi16(_mm512_srli_epi64(words, 16 * k)));

@@ -16,8 +16,10 @@ enum kind { FLOAT32, BFLOAT16, INT8, INT4, KINDS };
 
 /* Some rows of x times some rows of a matrix. */
 typedef struct {
-    const uint8_t *weights[MORE_OUTPUTS];   /* where each output's row begins */
-    const uint16_t *scales[MORE_OUTPUTS];   /* int4: bfloat16, one a group */
+    const uint8_t *weights;            /* where the first output's row begins */
+    const uint16_t *scales;            /* its first scale; int4: bfloat16, one a group */
+    int64_t row_bytes, row_scales;     /* from one output to the next; 0: the same output again and again */
+    int64_t outputs;                   /* a multiple of the tile's */
     const uint8_t *x[MOST_ROWS];       /* packed as the tile's way wants it, aligned to 64 bytes */
     int64_t inputs;
     int64_t group;                     /* int4: inputs of a scale */
