@@ -24,11 +24,11 @@ $(STORE): | setup
 
 # Streams one story through HTTP, Ray Serve, the router and two expert actors, prints a table, stops everything.
 demo: setup $(STORE)
-	@$(BIN)/python -m gateway.demo $(STORE)
+	@$(BIN)/python -m gateway.demo.story $(STORE)
 
 # Streams a story, kills an expert actor in the middle of it, and shows that the answer is the same.
 demo-kill: setup $(STORE)
-	@$(BIN)/python -m gateway.demo_kill $(STORE)
+	@$(BIN)/python -m gateway.demo.kill $(STORE)
 
 # Leaves the service running until Ctrl-C.
 serve: setup $(STORE)

@@ -24,16 +24,16 @@ from time import perf_counter
 
 from benchmarks.report import finish, spread
 from experts.store import ExpertStore
-from gateway.batch_job import BatchOptions, run_batch
-from gateway.batch_output import PartSummary
-from gateway.batch_plan import NO_DEFAULTS, Part
-from gateway.batch_ray import compute_on_ray, ray_session
-from gateway.batch_rows import RawRow, RowPreparer
-from gateway.batch_worker import RowsEnded, WorkerSpec
-from gateway.chat_template import ChatTemplate
-from gateway.settings import GatewaySettings
-from gateway.store_source import resolve_store
-from gateway.tokenizer import TextTokenizer
+from gateway.batch.job import BatchOptions, run_batch
+from gateway.batch.output import PartSummary
+from gateway.batch.plan import NO_DEFAULTS, Part
+from gateway.batch.ray_shell import compute_on_ray, ray_session
+from gateway.batch.rows import RawRow, RowPreparer
+from gateway.batch.worker import RowsEnded, WorkerSpec
+from gateway.http.settings import GatewaySettings
+from gateway.stores.source import resolve_store
+from gateway.text.chat_template import ChatTemplate
+from gateway.text.tokenizer import TextTokenizer
 from router.loading import EngineOptions, LoadedEngine, load_engine
 from router.request import GenerationRequest
 

@@ -41,7 +41,7 @@ from experts.roster import Roster
 from experts.store import ExpertStore
 from experts.transport import ExpertConnection, TransportLimits
 from experts.worker import ExpertWorker
-from gateway.store_source import resolve_store
+from gateway.stores.source import resolve_store
 from router.loading import EngineOptions, LoadedEngine, load_engine
 from router.model_config import read_model_config
 from router.request import GenerationRequest, SamplingParams

@@ -24,7 +24,7 @@ from experts.replay import Trace, replay, replay_belady
 from experts.store import ExpertStore
 from extraction.extract import extract
 from extraction.manifest import ExpertKey
-from gateway.tokenizer import TextTokenizer
+from gateway.text.tokenizer import TextTokenizer
 from router.dispatch import Dispatch
 from router.engine import Engine
 from router.loading import EngineOptions, load_engine

@@ -28,7 +28,7 @@ import router.decoder_layer
 from benchmarks.report import finish, spread
 from experts.numerics import RowKernel
 from experts.store import ExpertStore
-from gateway.store_source import resolve_store
+from gateway.stores.source import resolve_store
 from router.decoder_layer import LayerArithmetic
 from router.loading import EngineOptions, LoadedEngine, load_engine
 from router.native_layer import NativeStep

@@ -26,8 +26,8 @@ from cluster.placement import plan_local
 from cluster.simulated_worker import Costs
 from cluster.topology import NodeFacts, Topology
 from experts.numerics import num_cores
-from gateway.plan_nodes import CPU_BYTES_S
-from gateway.store_source import resolve_store
+from gateway.planning.nodes import CPU_BYTES_S
+from gateway.stores.source import resolve_store
 
 TYPICAL_ROUND_TRIP_S = 150e-6
 """To an actor on the same machine that sleeps between calls (bench_transport)."""

@@ -24,7 +24,7 @@ import numpy as np
 
 from benchmarks.report import finish, spread
 from experts.store import ExpertStore
-from gateway.store_source import resolve_store
+from gateway.stores.source import resolve_store
 from router.batcher import BatchLimits
 from router.engine import Engine
 from router.loading import EngineOptions, load_engine

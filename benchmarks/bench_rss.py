@@ -31,7 +31,7 @@ from experts.budget import BudgetRequest
 from experts.store import ExpertStore
 from extraction.extract import extract
 from gateway.byte_sizes import parse_budget
-from gateway.memory import plan_engine
+from gateway.service.memory import plan_engine
 from router.batcher import BatchLimits
 from router.loading import EngineOptions, load_engine
 from router.request import GenerationRequest, SamplingParams

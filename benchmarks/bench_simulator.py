@@ -29,7 +29,7 @@ from benchmarks.simulator_costs import (
     record_routing,
 )
 from benchmarks.simulator_costs import STREAMS as CALIBRATED
-from gateway.store_source import resolve_store
+from gateway.stores.source import resolve_store
 
 GOAL = 0.2
 """Most that a forecast may be off, relative to the measurement."""

@@ -24,7 +24,7 @@ from experts.replay import Trace, replay, replay_belady
 from experts.store import ExpertStore
 from experts.trust_book import TrustBook
 from extraction.extract import extract
-from gateway.tokenizer import TextTokenizer
+from gateway.text.tokenizer import TextTokenizer
 from router.loading import EngineOptions, LoadedEngine, load_engine
 from router.request import GenerationRequest
 from router.trust_collector import TrustCollector

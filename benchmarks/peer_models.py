@@ -133,7 +133,7 @@ class PeerModel:
 
 
 def _book(checkpoint: Path) -> list[int]:
-    from gateway.tokenizer import TextTokenizer
+    from gateway.text.tokenizer import TextTokenizer
 
     text = sorted(TEXTS.glob("*.txt"))[0].read_text()
     return list(TextTokenizer.from_folder(checkpoint).encode(text))

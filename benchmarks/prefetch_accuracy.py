@@ -17,7 +17,7 @@ from experts.residency import Residency
 from experts.store import ExpertStore
 from experts.worker import ExpertWorker
 from extraction.manifest import ExpertKey
-from gateway.tokenizer import TextTokenizer
+from gateway.text.tokenizer import TextTokenizer
 from router.loading import EngineOptions, load_engine
 
 

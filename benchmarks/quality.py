@@ -29,16 +29,16 @@ from benchmarks.report import RESULTS, finish
 from experts.budget import BudgetRequest
 from experts.store import ExpertStore
 from gateway.byte_sizes import parse_budget
-from gateway.eval_page import draw_page
-from gateway.eval_plots import FrontierPoint, draw_frontier, draw_miss_curves, new_figure, to_png
-from gateway.eval_report import as_json
-from gateway.eval_routing import by_text, select
-from gateway.eval_run import EvalOptions, EvalText, Evaluation, evaluate, read_texts
-from gateway.eval_windows import Sliding, cut_windows
+from gateway.evaluation.page import draw_page
+from gateway.evaluation.plots import FrontierPoint, draw_frontier, draw_miss_curves, new_figure, to_png
+from gateway.evaluation.report import as_json
+from gateway.evaluation.routing import by_text, select
+from gateway.evaluation.run import EvalOptions, EvalText, Evaluation, evaluate, read_texts
+from gateway.evaluation.windows import Sliding, cut_windows
+from gateway.local.study import Study
 from gateway.output_file import write_output
-from gateway.store_source import resolve_checkpoint, resolve_store
-from gateway.study import Study
-from gateway.tokenizer import TextTokenizer
+from gateway.stores.source import resolve_checkpoint, resolve_store
+from gateway.text.tokenizer import TextTokenizer
 from router.trace_reader import read_trace
 from router.trace_statistics import busier_half, miss_curves, moe_layers, use_counts, use_entropy
 

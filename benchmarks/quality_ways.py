@@ -12,9 +12,9 @@ from typing import Any
 from experts.budget import BudgetRequest
 from experts.eviction import DEFAULT_EVICTION, Eviction
 from gateway.byte_sizes import parse_budget
-from gateway.eval_run import EvalOptions, Evaluation
-from gateway.eval_statistics import Cluster, Estimate, compare
-from gateway.eval_windows import Sliding
+from gateway.evaluation.run import EvalOptions, Evaluation
+from gateway.evaluation.statistics import Cluster, Estimate, compare
+from gateway.evaluation.windows import Sliding
 from router.routing_choice import NATIVE_CHOICE, RoutingChoice
 from router.scoring import PRESETS, SnarcWeights
 

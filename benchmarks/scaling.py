@@ -36,7 +36,7 @@ from cluster.simulated_worker import Costs, ModelShape
 from cluster.simulator import NodeEvent, Report, Simulation
 from cluster.topology import NodeFacts, Topology
 from extraction.manifest import ExpertKey
-from gateway.eval_plots import new_figure, to_png
+from gateway.evaluation.plots import new_figure, to_png
 
 NODES = (1, 2, 4, 8, 16, 32, 64)
 """Beside the router's."""

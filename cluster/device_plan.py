@@ -1,6 +1,6 @@
 """How memory is divided where a device computes: what is on it, and what is in host memory behind it. Pure.
 
-`cluster.memory_plan` for one process with a device. Called by `gateway.memory`.
+`cluster.memory_plan` for one process with a device. Called by `gateway.service.memory`.
 """
 
 from __future__ import annotations

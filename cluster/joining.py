@@ -2,7 +2,7 @@
 
 A service goes beyond loopback only on a Ray that refuses strangers: whoever may call Ray gets the data plane's secret
 from it, and can run code on every node. That is asked of the running cluster, by a call without a token; what this
-process's environment says about it would be a wish. Called by `gateway.launch`, `gateway.batch_ray` and
+process's environment says about it would be a wish. Called by `gateway.service.launch`, `gateway.batch.ray_shell` and
 `cluster.ray_topology`.
 """
 

@@ -1,7 +1,7 @@
 """One service in a cluster: who has it, kept in Ray's own key-value store, for as long as its command lives.
 
 A shell without decisions of its own. A command that was killed leaves its entry; Ray knows that its job is dead, and
-the next service takes over. Called by `gateway.launch`.
+the next service takes over. Called by `gateway.service.launch`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How a node's memory is divided: backbone, cache, buffers, processes, and of the rest the experts. Pure.
 
-Made once by whoever starts processes (`gateway.memory`), shown to the user, and passed to those processes: the
+Made once by whoever starts processes (`gateway.service.memory`), shown to the user, and passed to those processes: the
 expert actors of a node and the router's own worker share the node's budget.
 """
 

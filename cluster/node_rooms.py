@@ -1,8 +1,8 @@
 """What the machines of a running cluster may hold of a service's experts: from their reports to a topology. Pure.
 
 The router's machine is divided by `cluster.memory_plan`; of every other one this takes away idle actors, their buffers
-and what is left to others. A machine that cannot take part is named with the reason. Called by `gateway.placing`, and
-by `cluster.node_watch` for machines that join.
+and what is left to others. A machine that cannot take part is named with the reason. Called by
+`gateway.service.placing`, and by `cluster.node_watch` for machines that join.
 """
 
 from __future__ import annotations

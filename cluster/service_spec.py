@@ -1,6 +1,6 @@
 """What a service is told to keep running, and what follows for each of its expert actors. Plain values.
 
-Made by `gateway.launch`; read by `cluster.supervisor`, from whose plan it may depart later.
+Made by `gateway.service.launch`; read by `cluster.supervisor`, from whose plan it may depart later.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The Ray shell that alone creates expert actors, and keeps what runs as it is planned.
 
-Detached and named; Ray restarts it. It looks at all actors at once, about once a second, and waits for none; what to
-do is decided by `cluster.reconcile`, and where the plan follows the load, by `cluster.autoscaler`. After its own
-restart it finds the actors in Ray and the plan in `cluster.service_record`. Called by `gateway.launch` (start, stop),
+Detached and named; Ray restarts it. It looks at all actors at once, about once a second, and waits for none; what to do
+is decided by `cluster.reconcile`, and where the plan follows the load, by `cluster.autoscaler`. After its own restart
+it finds the actors in Ray and the plan in `cluster.service_record`. Called by `gateway.service.launch` (start, stop),
 `cluster.ray_directory` and `sage-moe status`.
 """
 

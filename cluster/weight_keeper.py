@@ -2,7 +2,7 @@
 
 Apart from the supervisor, which Ray may restart on another machine, and from the router, whose engine it must not slow
 down. Its port is chosen once, so that Ray can restart it at the address that expert actors know. Contains no decision.
-Called by `gateway.launch`.
+Called by `gateway.service.launch`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Whether the files that hold a store's weights are there in their whole length, without reading them.
 
 A copy that broke off shows here; bytes that are others are found by their hashes when they are loaded, or by
-`extract --verify`. Called by `extraction.summary` and `gateway.store_source`.
+`extract --verify`. Called by `extraction.summary` and `gateway.stores.source`.
 """
 
 from __future__ import annotations

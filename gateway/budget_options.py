@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from cluster.memory_plan import MemoryPlan
     from experts.budget import BudgetRequest
-    from gateway.service_options import OptionValues
+    from gateway.service.options import OptionValues
 
 ONE_MEMORY_NOTICE = (
     "note: experts are computed in host memory on this machine: "
@@ -61,7 +61,7 @@ def read_memory(
 
     Raises OptionInvalid or DeviceUnavailable.
     """
-    from gateway.service_options import merge_values
+    from gateway.service.options import merge_values
 
     given = {"device": device, "expert-budget": expert_budget, "host-budget": host_budget}
     return choose_memory(merge_values(given, {}, ""), announce)
@@ -70,7 +70,7 @@ def read_memory(
 def choose_memory(values: OptionValues, announce: Callable[[str], None]) -> ChosenMemory:
     """Raises DeviceUnavailable."""
     from experts.devices import resolve_device
-    from gateway.service_options import tiers
+    from gateway.service.options import tiers
 
     device = resolve_device(values.device)
     if device.type == "cpu" and values.host_budget is not None:
@@ -82,6 +82,6 @@ def print_plan(plan: MemoryPlan) -> None:
     """On stderr, so that what a command answers stays alone on stdout."""
     from rich.console import Console
 
-    from gateway.memory_view import render_memory
+    from gateway.service.memory_view import render_memory
 
     Console(stderr=True, highlight=False).print(render_memory(plan.as_json()))

@@ -14,7 +14,7 @@ import typer
 from cluster.errors import ClusterError, HeadLost
 from experts.errors import ExpertError
 from extraction.errors import ExtractionError, one_line
-from gateway.batch_command import batch
+from gateway.batch.command import batch
 from gateway.budget_options import (
     DeviceOption,
     ExpertBudgetOption,
@@ -22,18 +22,18 @@ from gateway.budget_options import (
     print_plan,
     read_memory,
 )
-from gateway.chat_command import chat
-from gateway.compare_command import compare
-from gateway.doctor_command import doctor
+from gateway.chat.command import chat
 from gateway.errors import GatewayError
-from gateway.eval_command import evaluate
-from gateway.extract_command import extract
-from gateway.join_command import join
-from gateway.plan_command import plan
-from gateway.serve_command import serve
-from gateway.status_command import status
-from gateway.store_command import store as store_app
-from gateway.study_options import MaskOption, ReplayOption, TraceOption
+from gateway.evaluation.command import evaluate
+from gateway.local.study_options import MaskOption, ReplayOption, TraceOption
+from gateway.operations.doctor_command import doctor
+from gateway.operations.join_command import join
+from gateway.operations.status_command import status
+from gateway.planning.command import plan
+from gateway.service.command import serve
+from gateway.stores.command import store as store_app
+from gateway.stores.compare_command import compare
+from gateway.stores.extract_command import extract
 from router.errors import RouterError
 
 app = typer.Typer(
@@ -109,8 +109,8 @@ def inspect(
     from rich.console import Console
 
     from extraction.summary import summarize
-    from gateway.inspect_view import render_summary
-    from gateway.store_source import resolve_store
+    from gateway.stores.inspect_view import render_summary
+    from gateway.stores.source import resolve_store
 
     summary = summarize(resolve_store(store, announce=_announce))
     if as_json:
@@ -175,12 +175,12 @@ def generate(
         raise typer.BadParameter("--explain goes with --json")
     chosen_prompt = _chosen_prompt(prompt, prompt_ids)
 
-    from gateway.generate import generate as run
-    from gateway.routing_rules import read_choice
-    from gateway.service_options import parse_eviction
-    from gateway.state_folder import resolve_state_folder
-    from gateway.store_source import resolve_runnable
-    from gateway.study import Study
+    from gateway.http.routing_rules import read_choice
+    from gateway.local.generate import generate as run
+    from gateway.local.study import Study
+    from gateway.service.options import parse_eviction
+    from gateway.service.state_folder import resolve_state_folder
+    from gateway.stores.source import resolve_runnable
     from router.loading import EngineOptions
     from router.means_keeper import StandInOptions
     from router.scoring import DEFAULT_PRESET, read_weights
@@ -251,7 +251,7 @@ def _write_at_once(text: str) -> None:
 
 def _for_output(text: str) -> str:
     """A model's text without what would move a terminal's cursor; to a file or pipe, as it is."""
-    from gateway.terminal_text import safe_text
+    from gateway.text.terminal_text import safe_text
 
     return safe_text(text) if sys.stdout.isatty() else text
 

@@ -1,6 +1,6 @@
 """One decoder layer of a store, computed alone by the product's own code: `sage-moe compare`.
 
-Nothing but that layer is read; its experts stay within a budget. Called by `gateway.comparison`.
+Nothing but that layer is read; its experts stay within a budget. Called by `gateway.stores.comparison`.
 """
 
 from __future__ import annotations

@@ -11,11 +11,11 @@ from typing import Any
 import httpx
 
 from experts.store import ExpertStore
-from gateway.chat_template import ChatTemplate
-from gateway.http_app import build_app
-from gateway.router_client import RouterHealth
-from gateway.settings import GatewaySettings
-from gateway.tokenizer import TextTokenizer
+from gateway.http.app import build_app
+from gateway.http.settings import GatewaySettings
+from gateway.routers.client import RouterHealth
+from gateway.text.chat_template import ChatTemplate
+from gateway.text.tokenizer import TextTokenizer
 from router.loading import LoadedEngine
 from router.request import GenerationRequest, TokenEvent
 from router.service import RouterService

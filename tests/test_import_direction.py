@@ -27,12 +27,12 @@ RAY_SHELLS = {
     "cluster/disk_keeper.py",
     "cluster/weight_keeper.py",
     "cluster/node_sync.py",
-    "gateway/store_sync_cluster.py",
-    "gateway/batch_ray.py",
-    "gateway/deployment.py",
-    "gateway/launch.py",
-    "gateway/serve_router_client.py",
-    "gateway/serve_instance.py",
+    "gateway/stores/sync_cluster.py",
+    "gateway/batch/ray_shell.py",
+    "gateway/service/deployment.py",
+    "gateway/service/launch.py",
+    "gateway/routers/serve_router_client.py",
+    "gateway/service/serve_instance.py",
 }
 
 
@@ -73,4 +73,4 @@ def test_reference_implementation_appears_only_where_it_is_compared_with() -> No
         for path in (REPOSITORY / package).glob("**/*.py")
         if "transformers" in set(_imported(path))
     }
-    assert users == {"gateway/published_layers.py"}
+    assert users == {"gateway/stores/published_layers.py"}

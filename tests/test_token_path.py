@@ -17,11 +17,11 @@ import pytest
 from experts.remote_directory import RemoteDirectory
 from experts.roster import Roster
 from experts.store import ExpertStore
-from gateway.chat_template import ChatTemplate
-from gateway.generate import generate
-from gateway.http_app import build_app
-from gateway.settings import GatewaySettings
-from gateway.tokenizer import TextTokenizer
+from gateway.http.app import build_app
+from gateway.http.settings import GatewaySettings
+from gateway.local.generate import generate
+from gateway.text.chat_template import ChatTemplate
+from gateway.text.tokenizer import TextTokenizer
 from router.loading import EngineOptions, load_engine
 from router.service import RouterService
 from tests.expert_servers import PATIENT, SECRET, expert_servers
@@ -99,13 +99,13 @@ def test_readme_follows_the_token_through_files_that_exist() -> None:
 
 def test_readme_s_tree_has_one_line_for_every_file() -> None:
     tree = README.read_text(encoding="utf-8").split("## The tree")[1].split("```")[1]
-    listed, package = [], ""
+    listed, folders = [], [""]
     for line in tree.strip().splitlines():
-        if line.startswith(" "):
-            listed.append(f"{package}/{line.split()[0]}")
-        else:
-            package = line.split("/")[0]
+        depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
+        folders[depth:] = [name.rstrip("/")]
+        if not name.endswith("/"):
+            listed.append("/".join(folders))
     packages = ("extraction", "experts", "router", "cluster", "gateway", "benchmarks")
-    paths = [path for package in packages for path in (README.parent / package).glob("*.py")]
-    files = [f"{path.parent.name}/{path.name}" for path in paths if path.name != "__init__.py"]
+    paths = [path for package in packages for path in (README.parent / package).rglob("*.py")]
+    files = [path.relative_to(README.parent).as_posix() for path in paths if path.name != "__init__.py"]
     assert sorted(listed) == sorted(files), "each once"

@@ -17,7 +17,7 @@ from benchmarks.published import PUBLISHED
 from benchmarks.slice_probe import probe_routing
 from experts.store import ExpertStore
 from extraction.extract import extract
-from gateway.tokenizer import TextTokenizer
+from gateway.text.tokenizer import TextTokenizer
 from router.model_config import read_model_config
 
 SIZES = {

@@ -14,7 +14,7 @@ import httpx
 import psutil
 import pytest
 
-from gateway.launch import ServiceOptions, running_service
+from gateway.service.launch import ServiceOptions, running_service
 from tests.chaos.service_under_fire import wait_for
 from tests.chaos.trials import MODEL, read_answer
 from tests.ports import free_port

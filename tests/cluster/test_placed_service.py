@@ -17,7 +17,7 @@ import httpx
 import pytest
 import yaml
 
-from gateway.generate import generate
+from gateway.local.generate import generate
 from router.loading import EngineOptions
 from tests.running_cluster import HEAD, WORKER, RunningCluster, running_head
 from tests.started_command import TIMEOUT_S, started

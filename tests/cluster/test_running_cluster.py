@@ -16,7 +16,7 @@ import pytest
 
 from cluster.head_probe import Answer, probe_head
 from cluster.ray_token import Token
-from gateway.generate import generate
+from gateway.local.generate import generate
 from router.loading import EngineOptions
 from tests.running_cluster import HEAD, WORKER, RunningCluster, running_head
 from tests.started_command import TIMEOUT_S, started

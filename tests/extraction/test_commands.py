@@ -21,7 +21,7 @@ from extraction.extract import extract
 from extraction.layouts import layout_for
 from extraction.manifest import ROLES
 from extraction.safetensors_file import write_header
-from gateway.store_source import resolve_store
+from gateway.stores.source import resolve_store
 from tests.checkpoints import SIZES
 from tests.conftest import REPOSITORY
 

@@ -19,7 +19,7 @@ from extraction.hub_extract import HubShards
 from extraction.plan import SHARD_INDEX
 from extraction.verify import verify
 from gateway.cli import app
-from gateway.store_source import hub_id_of
+from gateway.stores.source import hub_id_of
 from tests.hub_stand_in import COMMIT, Hub, running_hub
 
 

@@ -21,7 +21,7 @@ from extraction.selection import Selection, parse_groups, parse_layers, select, 
 from extraction.verify import verify
 from gateway.cli import app
 from gateway.errors import StorePartial
-from gateway.store_source import resolve_runnable
+from gateway.stores.source import resolve_runnable
 
 
 @pytest.mark.parametrize(

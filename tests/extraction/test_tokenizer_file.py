@@ -15,7 +15,7 @@ from extraction.errors import CheckpointDamaged
 from extraction.extract import extract
 from extraction.manifest import read_manifest
 from extraction.tokenizer_file import built_tokenizer
-from gateway.tokenizer import TextTokenizer
+from gateway.text.tokenizer import TextTokenizer
 from tests.checkpoints import write_tiny_qwen3_moe
 
 WORDS = ("Ġthe", "Ġrouter", "expert", "user", "Ġand", "123", "ĠĠĠ", "ĊĊ", "Ã©", "è¯Ń", "'ll", "ING")

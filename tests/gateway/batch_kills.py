@@ -19,16 +19,17 @@ from typing import Any
 from unittest import mock
 
 from experts.store import ExpertStore
-from gateway import batch_output, batch_plan
-from gateway.batch_job import BatchOptions, Compute, compute_here, run_batch
-from gateway.batch_output import OutputFolder, PartSummary
-from gateway.batch_plan import Part
-from gateway.batch_rows import RowPreparer
-from gateway.batch_source import open_rows
-from gateway.batch_worker import PartsRun, RowsEnded, WorkerSpec
-from gateway.chat_template import ChatTemplate
-from gateway.settings import GatewaySettings
-from gateway.tokenizer import TextTokenizer
+from gateway.batch import output as batch_output
+from gateway.batch import plan as batch_plan
+from gateway.batch.job import BatchOptions, Compute, compute_here, run_batch
+from gateway.batch.output import OutputFolder, PartSummary
+from gateway.batch.plan import Part
+from gateway.batch.rows import RowPreparer
+from gateway.batch.source import open_rows
+from gateway.batch.worker import PartsRun, RowsEnded, WorkerSpec
+from gateway.http.settings import GatewaySettings
+from gateway.text.chat_template import ChatTemplate
+from gateway.text.tokenizer import TextTokenizer
 from router.engine import Engine
 from router.request import GenerationRequest, TokenEvent
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import httpx
 from fastapi import FastAPI
 
-from gateway.chat_template import ChatTemplate
 from gateway.errors import RouterBusy, RouterLost, RouterUnavailable
-from gateway.http_app import build_app
-from gateway.router_client import RouterHealth
-from gateway.settings import GatewaySettings
-from gateway.tokenizer import TextTokenizer
+from gateway.http.app import build_app
+from gateway.http.settings import GatewaySettings
+from gateway.routers.client import RouterHealth
+from gateway.text.chat_template import ChatTemplate
+from gateway.text.tokenizer import TextTokenizer
 from router.request import FinishReason, GenerationRequest, TokenEvent
 
 MODEL = "stories"

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 
 from gateway.errors import RouterLost, RouterUnavailable
-from gateway.router_client import RouterHealth
+from gateway.routers.client import RouterHealth
 from router.engine import Engine
 from router.request import GenerationRequest, TokenEvent
 

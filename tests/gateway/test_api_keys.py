@@ -14,8 +14,9 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from gateway import api_keys
-from gateway.api_keys import (
+from gateway.errors import FileUnusable, KeysRefused
+from gateway.http import api_keys
+from gateway.http.api_keys import (
     KEYS_VARIABLE,
     KeyRing,
     client_key,
@@ -23,7 +24,6 @@ from gateway.api_keys import (
     keys_of_option,
     read_key_file,
 )
-from gateway.errors import FileUnusable, KeysRefused
 from tests.gateway.fake_router import FakeRouter, app_over, http_client, script, stories_tokenizer
 
 KEY, OTHER = "sk-canary-1234567890", "sk-second"

@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.processes import end_processes
-from gateway.batch_job import BatchOptions, compute_here, run_batch
-from gateway.batch_plan import RowDefaults
+from gateway.batch.job import BatchOptions, compute_here, run_batch
+from gateway.batch.plan import RowDefaults
 from gateway.progress import LINE_INTERVAL_S, ProgressLines
 from tests.ports import free_port
 

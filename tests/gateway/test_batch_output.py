@@ -10,9 +10,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from gateway import batch_output
-from gateway.batch_output import OutputFolder, ResultRow, claimed, write_whole
-from gateway.batch_plan import Part
+from gateway.batch import output as batch_output
+from gateway.batch.output import OutputFolder, ResultRow, claimed, write_whole
+from gateway.batch.plan import Part
 from gateway.errors import BatchFailed, BatchOutputRefused
 
 PARTS = (Part(0, 0, 2), Part(1, 2, 1))

@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.batch_plan import (
+from gateway.batch.plan import (
     PART_BYTES,
     PART_ROWS,
     Part,

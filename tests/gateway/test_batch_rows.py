@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from gateway.batch_plan import RowDefaults, row_seed
-from gateway.batch_rows import PreparedRow, RawRow, RowPreparer
-from gateway.chat_template import ChatTemplate
-from gateway.settings import GatewaySettings
-from gateway.tokenizer import TextTokenizer
+from gateway.batch.plan import RowDefaults, row_seed
+from gateway.batch.rows import PreparedRow, RawRow, RowPreparer
+from gateway.http.settings import GatewaySettings
+from gateway.text.chat_template import ChatTemplate
+from gateway.text.tokenizer import TextTokenizer
 from tests.conftest import STORIES
 
 CONTEXT = 200

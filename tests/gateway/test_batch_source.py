@@ -14,10 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from extraction.errors import PathRefused
-from gateway import batch_parquet, batch_source
-from gateway.batch_plan import PART_ROWS
-from gateway.batch_rows import RawRow
-from gateway.batch_source import open_rows, plan_input
+from gateway.batch import parquet as batch_parquet
+from gateway.batch import source as batch_source
+from gateway.batch.plan import PART_ROWS
+from gateway.batch.rows import RawRow
+from gateway.batch.source import open_rows, plan_input
 from gateway.errors import BatchInputInvalid
 
 

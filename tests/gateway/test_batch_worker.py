@@ -12,13 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from experts.store import ExpertStore
-from gateway.batch_job import BatchOptions, compute_here, run_batch
-from gateway.batch_output import PartSummary
-from gateway.batch_plan import PART_ROWS, Part, RowDefaults, row_seed
-from gateway.batch_worker import WorkerSpec
+from gateway.batch.job import BatchOptions, compute_here, run_batch
+from gateway.batch.output import PartSummary
+from gateway.batch.plan import PART_ROWS, Part, RowDefaults, row_seed
+from gateway.batch.worker import WorkerSpec
 from gateway.errors import BatchFailed, BatchOutputRefused
-from gateway.generate import generate
-from gateway.tokenizer import TextTokenizer
+from gateway.local.generate import generate
+from gateway.text.tokenizer import TextTokenizer
 from router.engine import EXPERT_FAILED
 from router.loading import EngineOptions, load_engine
 from router.request import TokenEvent

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from gateway.bind_address import BindAddress, check_bind, check_free, resolve_bind
 from gateway.errors import AddressUnusable, BindNeedsKey, PortTaken
+from gateway.service.bind_address import BindAddress, check_bind, check_free, resolve_bind
 
 NAMES = {
     "here.test": ["127.0.0.1"],

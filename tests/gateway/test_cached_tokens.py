@@ -11,10 +11,10 @@ from typing import Any
 import httpx
 import pytest
 
-from gateway.api_keys import KeyRing, check_key
-from gateway.layout import engine_options
-from gateway.service_options import ServiceOptions, compose_options, merge_values
-from gateway.study import trace_service
+from gateway.http.api_keys import KeyRing, check_key
+from gateway.local.study import trace_service
+from gateway.service.layout import engine_options
+from gateway.service.options import ServiceOptions, compose_options, merge_values
 from router.loading import EngineOptions, LoadedEngine
 from tests.engines import open_engine
 from tests.gateway.fake_router import stories_tokenizer

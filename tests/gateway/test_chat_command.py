@@ -20,11 +20,11 @@ from typing import Any
 import httpx
 import pytest
 
-from gateway.api_keys import KeyRing
-from gateway.chat_local import open_store
-from gateway.chat_loop import ChatBackend, Conversation, Piece, run_chat
-from gateway.chat_remote import RemoteChat, connect
+from gateway.chat.local import open_store
+from gateway.chat.loop import ChatBackend, Conversation, Piece, run_chat
+from gateway.chat.remote import RemoteChat, connect
 from gateway.errors import ChatFailed, GenerationFailed
+from gateway.http.api_keys import KeyRing
 from router.loading import EngineOptions
 from tests.gateway.fake_router import FakeRouter, Step, app_over, script, stories_tokenizer
 

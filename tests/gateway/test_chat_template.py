@@ -10,10 +10,10 @@ import pytest
 from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from gateway.chat_template import ChatTemplate
 from gateway.errors import ApiError, ModelFileInvalid
-from gateway.openai_types import Message
-from gateway.template_renderer import RenderLimits
+from gateway.http.openai_types import Message
+from gateway.text.chat_template import ChatTemplate
+from gateway.text.template_renderer import RenderLimits
 from tests.gateway.fake_router import STORIES, stories_tokenizer
 
 TOKENIZER = stories_tokenizer()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from gateway.cluster_metrics import STATES, render_cluster
+from gateway.service.cluster_metrics import STATES, render_cluster
 
 
 def test_actors_are_counted_by_state_and_what_waits_apart() -> None:

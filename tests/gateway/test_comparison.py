@@ -21,9 +21,9 @@ from extraction.quantise import Quantization
 from extraction.quantised_parts import QuantisedParts
 from extraction.selection import Selection
 from gateway.cli import app
-from gateway.comparison import Comparison, ComparisonOptions, compare
 from gateway.errors import ComparisonRefused, ExtraMissing, OptionInvalid
-from gateway.published_layers import PublishedLayers
+from gateway.stores.comparison import Comparison, ComparisonOptions, compare
+from gateway.stores.published_layers import PublishedLayers
 from router.single_layer import SingleLayers
 from tests.checkpoints import FAMILIES, write_tiny
 

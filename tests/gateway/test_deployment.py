@@ -30,12 +30,12 @@ from experts.budget import FIT, BudgetRequest
 from experts.errors import LedgerBusy
 from experts.store import ExpertStore
 from experts.trust_ledger import TrustLedger, ledger_path, read_ledger
-from gateway.generate import generate
-from gateway.launch import ServiceOptions, running_service
-from gateway.state_folder import resolve_state_folder
-from gateway.status_command import fetch_status
-from gateway.watch_state import WatchState, answered
-from gateway.watch_view import watch_line
+from gateway.local.generate import generate
+from gateway.operations.status_command import fetch_status
+from gateway.operations.watch_state import WatchState, answered
+from gateway.operations.watch_view import watch_line
+from gateway.service.launch import ServiceOptions, running_service
+from gateway.service.state_folder import resolve_state_folder
 from router.loading import EngineOptions
 from router.trust_session import trust_identity
 from tests.ports import free_port

@@ -13,8 +13,8 @@ from cluster import local_ray
 from cluster.errors import ClusterError
 from cluster.findings import failure, ok, warning
 from gateway.cli import app
-from gateway.doctor_view import Examination, render
 from gateway.errors import OptionInvalid
+from gateway.operations.doctor_view import Examination, render
 from tests.cluster.fake_head import FakeHead, listening
 from tests.cluster.machines import node
 

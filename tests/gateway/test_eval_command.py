@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gateway.cli import main
-from gateway.eval_report import WINDOW_SCHEMA
+from gateway.evaluation.report import WINDOW_SCHEMA
 from router.trace_file import TraceFile
 from router.trace_reader import read_trace
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.eval_plots import (
+from gateway.evaluation.plots import (
     LABEL_SIDES,
     LABEL_SIZE,
     TOUCH,

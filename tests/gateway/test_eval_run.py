@@ -12,13 +12,13 @@ import torch
 
 from experts.budget import BudgetRequest
 from gateway.errors import EvaluationFailed, FileUnusable, OptionInvalid
-from gateway.eval_report import as_json
-from gateway.eval_routing import by_text
-from gateway.eval_run import EvalOptions, EvalText, Evaluation, evaluate, read_texts
-from gateway.eval_statistics import estimate
-from gateway.eval_windows import Sliding
-from gateway.study import Study
-from gateway.tokenizer import TextTokenizer
+from gateway.evaluation.report import as_json
+from gateway.evaluation.routing import by_text
+from gateway.evaluation.run import EvalOptions, EvalText, Evaluation, evaluate, read_texts
+from gateway.evaluation.statistics import estimate
+from gateway.evaluation.windows import Sliding
+from gateway.local.study import Study
+from gateway.text.tokenizer import TextTokenizer
 from router.routing_choice import RoutingChoice
 from router.scoring import PRESETS
 from router.trace_reader import read_trace

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from gateway.eval_statistics import Cluster, compare, estimate
+from gateway.evaluation.statistics import Cluster, compare, estimate
 
 
 def test_perplexity_is_of_all_tokens_whatever_the_clusters() -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.errors import OptionInvalid
-from gateway.eval_windows import Sliding, Window, cut_windows
+from gateway.evaluation.windows import Sliding, Window, cut_windows
 
 
 @st.composite

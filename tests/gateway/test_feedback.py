@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from gateway.api_keys import KeyRing
+from gateway.http.api_keys import KeyRing
 from tests.gateway.fake_router import FakeRouter, app_over, http_client
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from gateway.chat_template import ChatTemplate
+from gateway.text.chat_template import ChatTemplate
 from router.loading import EngineOptions
 from tests.engines import open_engine
 from tests.gateway.fake_router import FakeRouter, app_over, http_client, script, stories_tokenizer

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from extraction.extract import extract
-from gateway.generate import generate
+from gateway.local.generate import generate
 from router.loading import EngineOptions
 from tests.checkpoints import write_tiny
 from tests.reference import load_published

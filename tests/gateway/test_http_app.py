@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.errors import RouterBusy, RouterUnavailable
-from gateway.settings import RequestLimits, SamplingDefaults
+from gateway.http.settings import RequestLimits, SamplingDefaults
 from tests.gateway.fake_router import (
     MODEL,
     FakeRouter,

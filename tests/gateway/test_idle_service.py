@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from gateway.generate import generate
+from gateway.local.generate import generate
 from router.loading import EngineOptions
 from tests.started_command import REPOSITORY, TIMEOUT_S, started
 

@@ -122,7 +122,7 @@ def test_port_that_is_taken_is_one_line(start: Start, stories_store: Path, taken
 
 
 def test_demo_prints_a_story_and_what_it_took(start: Start, stories_store: Path) -> None:
-    process = start("gateway.demo", str(stories_store))
+    process = start("gateway.demo.story", str(stories_store))
     output, _ = process.communicate(timeout=600.0)
     assert process.returncode == 0, output
     assert "Once upon a time there was a king" in output
@@ -134,7 +134,7 @@ def test_demo_prints_a_story_and_what_it_took(start: Start, stories_store: Path)
 def test_demo_of_a_kill_prints_that_the_answer_is_the_same_and_who_recovered(
     start: Start, stories_store: Path
 ) -> None:
-    process = start("gateway.demo_kill", str(stories_store))
+    process = start("gateway.demo.kill", str(stories_store))
     output, _ = process.communicate(timeout=600.0)
     assert process.returncode == 0, output
     assert "was killed" in output
@@ -146,7 +146,7 @@ def test_demo_of_a_kill_prints_that_the_answer_is_the_same_and_who_recovered(
     assert re.search(r"replacement ready\W+[0-9.]+ s after the kill", output)
 
 
-@pytest.mark.parametrize("module", ["gateway.demo", "gateway.demo_kill"])
+@pytest.mark.parametrize("module", ["gateway.demo.story", "gateway.demo.kill"])
 def test_interrupted_demo_leaves_no_process(start: Start, stories_store: Path, module: str) -> None:
     process = start(module, str(stories_store))
     _wait_for_children(process, 8)

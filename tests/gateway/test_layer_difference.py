@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from gateway.layer_difference import TOLERANCE, measure
+from gateway.stores.layer_difference import TOLERANCE, measure
 from router.single_layer import LayerOutput
 
 

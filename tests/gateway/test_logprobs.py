@@ -7,8 +7,8 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.logprobs import LoggedToken, chat_logprobs, completion_logprobs, logged
-from gateway.stream import AnswerText
+from gateway.http.logprobs import LoggedToken, chat_logprobs, completion_logprobs, logged
+from gateway.http.stream import AnswerText
 from router.request import TokenLogprob
 from tests.gateway.fake_router import EOS, VOCAB_SIZE, stories_tokenizer
 

@@ -17,12 +17,12 @@ from experts.budget import FIT, BudgetRequest
 from experts.errors import BudgetTooSmall
 from experts.node_memory import NodeMemory
 from experts.store import ExpertStore
-from gateway.batch_job import BatchOptions, run_batch
+from gateway.batch.job import BatchOptions, run_batch
 from gateway.cli import app
 from gateway.errors import OptionInvalid
-from gateway.generate import generate
-from gateway.memory import SERVICE_BASE, plan_engine, plan_service, this_node
-from gateway.memory_view import render_memory
+from gateway.local.generate import generate
+from gateway.service.memory import SERVICE_BASE, plan_engine, plan_service, this_node
+from gateway.service.memory_view import render_memory
 from router.loading import EngineOptions
 from router.means_keeper import StandInOptions
 from tests.simulated_device import DEVICE, simulated

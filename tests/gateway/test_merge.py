@@ -9,7 +9,7 @@ from contextlib import aclosing
 import pytest
 
 from gateway.errors import RouterBusy
-from gateway.merge import MAX_AHEAD, merged
+from gateway.http.merge import MAX_AHEAD, merged
 
 
 class Sources:

@@ -13,10 +13,10 @@ from experts.call_times import LatencySummary
 from experts.device_tier import TierStats
 from experts.directory import DirectoryStats
 from experts.trust import ASPECTS
-from gateway.capacity_metrics import render_capacity
-from gateway.cluster_metrics import render_cluster
-from gateway.http_metrics import GatewayMetrics
-from gateway.router_metrics import PoolCounts, render_pool
+from gateway.http.metrics import GatewayMetrics
+from gateway.routers.metrics import PoolCounts, render_pool
+from gateway.service.capacity_metrics import render_capacity
+from gateway.service.cluster_metrics import render_cluster
 from router.metrics import render_metrics
 
 DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "metrics.md"

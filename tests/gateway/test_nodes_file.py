@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gateway.errors import FileUnusable, OptionInvalid
-from gateway.nodes_file import MAX_NODES, NodesFile, read_nodes
+from gateway.planning.nodes_file import MAX_NODES, NodesFile, read_nodes
 
 WHOLE = """
 router: big

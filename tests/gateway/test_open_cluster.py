@@ -14,8 +14,9 @@ from cluster import joining
 from cluster.errors import ClusterRefused
 from cluster.local_ray import LocalRay
 from cluster.node_start import NodeOptions
-from gateway import batch_ray, launch
-from gateway.join_command import _check
+from gateway.batch import ray_shell as batch_ray
+from gateway.operations.join_command import _check
+from gateway.service import launch
 from tests.cluster.fake_head import FakeHead, listening
 
 OUTWARD = "192.0.2.5"

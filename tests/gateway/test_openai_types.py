@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from gateway.errors import ApiError
-from gateway.field_policy import ignored_header
-from gateway.openai_types import MAX_MESSAGES, ChatRequest, CompletionRequest, ignored_in, read_request
+from gateway.http.field_policy import ignored_header
+from gateway.http.openai_types import MAX_MESSAGES, ChatRequest, CompletionRequest, ignored_in, read_request
 
 COMPLETION = {"model": "m", "prompt": "hello"}
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}

@@ -17,11 +17,11 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.resources import gateway_deployment_options
-from gateway.api_keys import KeyRing
 from gateway.errors import ApiError
-from gateway.proxy_guard import ProxyGuard, middlewares
-from gateway.request_limits import read_body
-from gateway.settings import RequestLimits
+from gateway.http.api_keys import KeyRing
+from gateway.http.proxy_guard import ProxyGuard, middlewares
+from gateway.http.request_limits import read_body
+from gateway.http.settings import RequestLimits
 from tests.gateway.fake_router import MODEL, FakeRouter, Step, app_over, http_client, script
 
 COMPLETION = {"model": MODEL, "prompt": "hello"}

@@ -13,8 +13,8 @@ from cluster.placement import PlacementOptions, place
 from cluster.service_spec import Placing
 from cluster.topology import Topology
 from experts.budget import ExpertBytes
-from gateway.placement_view import placement_json, placement_lines, render_placement
-from gateway.placing import Placed
+from gateway.service.placement_view import placement_json, placement_lines, render_placement
+from gateway.service.placing import Placed
 from tests.cluster.clusters import cluster, even_demand, node
 
 

@@ -16,12 +16,12 @@ from benchmarks.random_store import QWEN3_30B_A3B
 from cluster.errors import RouterTooSmall
 from cluster.model_sizes import measure_model
 from extraction.quantised_parts import NOT_QUANTISED
-from gateway.api_keys import NO_KEYS
 from gateway.cli import main
-from gateway.nodes_file import NodeEntry, NodesFile
-from gateway.plan_nodes import Workload, plan_topology, router_memory
-from gateway.plan_source import read_model
-from gateway.service_options import compose_options, merge_values
+from gateway.http.api_keys import NO_KEYS
+from gateway.planning.nodes import Workload, plan_topology, router_memory
+from gateway.planning.nodes_file import NodeEntry, NodesFile
+from gateway.planning.source import read_model
+from gateway.service.options import compose_options, merge_values
 from tests.hub_stand_in import COMMIT, running_hub
 
 THREE = """

@@ -20,8 +20,8 @@ from extraction.extract import extract
 from extraction.quantise import Quantization
 from extraction.quantised_parts import QuantisedParts
 from gateway.errors import GenerationFailed
-from gateway.generate import generate
-from gateway.launch import ServiceOptions, running_service
+from gateway.local.generate import generate
+from gateway.service.launch import ServiceOptions, running_service
 from router.loading import EngineOptions
 from tests.ports import free_port
 

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.errors import ApiError
-from gateway.request_limits import check_headers, parse_json, read_body
-from gateway.settings import RequestLimits
+from gateway.http.request_limits import check_headers, parse_json, read_body
+from gateway.http.settings import RequestLimits
 
 LIMITS = RequestLimits(max_body_bytes=100, max_header_bytes=200, max_json_depth=4, max_json_marks=50)
 

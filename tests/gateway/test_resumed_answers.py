@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from gateway.chat_template import ChatTemplate
-from gateway.http_app import build_app
-from gateway.router_pool import PoolLimits, RouterPool
-from gateway.routing_rules import RoutingRules
+from gateway.http.app import build_app
+from gateway.http.routing_rules import RoutingRules
+from gateway.routers.pool import PoolLimits, RouterPool
+from gateway.text.chat_template import ChatTemplate
 from router.loading import EngineOptions, LoadedEngine
 from tests.engines import open_engine, small_engine
 from tests.gateway.fake_router import STORIES, http_client, settings, stories_tokenizer

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from gateway.quality import describe_quality
-from gateway.resumption import MAX_FRUITLESS, ResumableRequest
+from gateway.http.quality import describe_quality
+from gateway.routers.resumption import MAX_FRUITLESS, ResumableRequest
 from router.request import GenerationRequest, SamplingParams, TokenEvent
 from router.routing_choice import ExplainedLayer, RoutingChoice, RoutingReport
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.router_choice import RouterLoad, choose_router, routers_to_leave
+from gateway.routers.choice import RouterLoad, choose_router, routers_to_leave
 
 IDLE = RouterLoad(0, 0)
 LOST = RouterLoad(0, 0, lost_at_s=10.0)

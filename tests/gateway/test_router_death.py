@@ -18,8 +18,8 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from gateway.generate import generate
-from gateway.launch import ServiceOptions, running_service
+from gateway.local.generate import generate
+from gateway.service.launch import ServiceOptions, running_service
 from router.loading import EngineOptions
 from tests.ports import free_port
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from gateway.router_metrics import PoolCounts, join_metrics, render_pool
+from gateway.routers.metrics import PoolCounts, join_metrics, render_pool
 
 TEXT = """# HELP sage_moe_steps_total Steps.
 # TYPE sage_moe_steps_total counter

@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 
 from gateway.errors import GatewayError, RouterBusy, RouterLost, RouterUnavailable
-from gateway.router_pool import PoolLimits, RouterPool
+from gateway.routers.pool import PoolLimits, RouterPool
 from router.request import GenerationRequest, SamplingParams, TokenEvent
 from tests.gateway.fake_router import MortalRouter, Step, token_at
 

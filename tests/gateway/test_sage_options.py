@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from gateway.routing_rules import RoutingRules
+from gateway.http.routing_rules import RoutingRules
 from router.loading import EngineOptions, LoadedEngine
 from tests.engines import open_engine
 from tests.gateway.fake_router import stories_tokenizer

@@ -14,12 +14,12 @@ import torch
 from experts.budget import FIT, BudgetRequest
 from experts.errors import DeviceUnavailable
 from experts.near_store import CacheSpec
-from gateway import service_options
-from gateway.api_keys import KeyRing
-from gateway.config_file import read_config
 from gateway.errors import FileUnusable, OptionInvalid
-from gateway.serve_command import serve, without_option
-from gateway.service_options import (
+from gateway.http.api_keys import KeyRing
+from gateway.service import options as service_options
+from gateway.service.command import serve, without_option
+from gateway.service.config_file import read_config
+from gateway.service.options import (
     MAX_ACTORS,
     OptionValues,
     ServiceOptions,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from gateway.errors import ModelFileInvalid
-from gateway.settings import SamplingDefaults, read_eos_token_ids, read_sampling_defaults
+from gateway.http.settings import SamplingDefaults, read_eos_token_ids, read_sampling_defaults
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from experts.errors import CacheTooSmall, SourceFailed, WeightsUnavailable
 from experts.store import ExpertStore
 from extraction.manifest import group_of
 from gateway.errors import OptionInvalid, SecretRefused, SyncStopped
-from gateway.secret_file import make_secret, read_secret
-from gateway.store_command import store as app
-from gateway.store_share import SyncRequest, parse_address, shared_store, sync
+from gateway.stores.command import store as app
+from gateway.stores.secret_file import make_secret, read_secret
+from gateway.stores.share import SyncRequest, parse_address, shared_store, sync
 from tests.experts.weight_peers import FakeWeightServer, assert_all_right, record_files
 
 RUNNER = CliRunner()

@@ -16,7 +16,7 @@ from extraction.errors import ExtractionError, ManifestInvalid
 from extraction.expert_index import INDEX_NAME
 from extraction.manifest import MANIFEST_NAME, read_manifest
 from gateway.errors import StoreNotFound
-from gateway.store_source import bundled_models, model_name, resolve_runnable, resolve_store
+from gateway.stores.source import bundled_models, model_name, resolve_runnable, resolve_store
 
 
 def _refuse(line: str) -> None:

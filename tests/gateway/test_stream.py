@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.stream import AnswerText, StopScanner
+from gateway.http.stream import AnswerText, StopScanner
 from tests.gateway.fake_router import EOS, VOCAB_SIZE, stories_tokenizer
 
 TOKENIZER = stories_tokenizer()

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from gateway.errors import RendererBusy, TemplateStuck, to_api_error
-from gateway.template_process import LENGTH
-from gateway.template_renderer import RenderLimits, TemplateRenderer
+from gateway.text.template_process import LENGTH
+from gateway.text.template_renderer import RenderLimits, TemplateRenderer
 
 LIMITS = RenderLimits(timeout_s=0.8, max_memory_bytes=256 * 1024 * 1024, max_chars=100_000)
 NEVER_LONGER_S = 30.0

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from gateway.status_view import render_status
-from gateway.terminal_text import safe_text
+from gateway.operations.status_view import render_status
+from gateway.text.terminal_text import safe_text
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
 from gateway.errors import ModelFileInvalid
-from gateway.tokenizer import SPLIT_MARK, TextTokenizer
+from gateway.text.tokenizer import SPLIT_MARK, TextTokenizer
 from tests.gateway.fake_router import STORIES, VOCAB_SIZE, stories_tokenizer
 
 TOKENIZER = stories_tokenizer()

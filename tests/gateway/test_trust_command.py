@@ -15,8 +15,8 @@ from experts.trust_ledger import TrustLedger, ledger_path
 from extraction.errors import PathRefused
 from gateway.cli import app
 from gateway.errors import OptionInvalid
-from gateway.state_folder import resolve_state_folder
-from gateway.trust_view import TrustRow
+from gateway.service.state_folder import resolve_state_folder
+from gateway.stores.trust_view import TrustRow
 from router.loading import EngineOptions
 from router.request import GenerationRequest, SamplingParams
 from router.trust_session import TrustOptions, trust_identity

@@ -21,8 +21,8 @@ import pytest
 from rich.console import Console
 
 from gateway.errors import ServiceRefuses, ServiceUnreachable
-from gateway.status_command import MAX_ANSWER_BYTES, fetch_status
-from gateway.watch import watch
+from gateway.operations.status_command import MAX_ANSWER_BYTES, fetch_status
+from gateway.operations.watch import watch
 from tests.gateway.made_up_status import decision, made_up_status
 
 REPOSITORY = Path(__file__).parent.parent.parent

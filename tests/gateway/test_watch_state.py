@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.watch_state import MAX_EVENTS, WatchState, answered, unanswered
+from gateway.operations.watch_state import MAX_EVENTS, WatchState, answered, unanswered
 from tests.gateway.made_up_status import made_up_status
 
 

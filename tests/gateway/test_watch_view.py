@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from gateway.watch_state import WatchState, answered, unanswered
-from gateway.watch_view import decision_line, render_watch, watch_line
+from gateway.operations.watch_state import WatchState, answered, unanswered
+from gateway.operations.watch_view import decision_line, render_watch, watch_line
 from tests.gateway.made_up_status import MIB, decision, made_up_status
 
 

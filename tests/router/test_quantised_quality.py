@@ -10,7 +10,7 @@ import pytest
 from extraction.extract import extract
 from extraction.quantise import Quantization
 from extraction.quantised_parts import QuantisedParts
-from gateway.tokenizer import TextTokenizer
+from gateway.text.tokenizer import TextTokenizer
 from router.loading import EngineOptions
 from router.request import GenerationRequest, SamplingParams
 from tests.conftest import REPOSITORY

@@ -1,0 +1,1 @@
+"""`sage-moe batch`: a file of requests to its end, exactly once."""

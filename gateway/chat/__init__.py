@@ -1,0 +1,1 @@
+"""`sage-moe chat`: a conversation in a terminal, with a service or a store."""

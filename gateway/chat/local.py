@@ -1,0 +1,113 @@
+"""Answers for `sage-moe chat` from a store, in this process: the engine of `generate`, without Ray and HTTP."""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import secrets
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from experts.budget import BudgetRequest
+from experts.store import ExpertStore
+from gateway.chat.loop import Piece
+from gateway.errors import ChatFailed, GenerationFailed
+from gateway.http.openai_types import Message
+from gateway.http.settings import read_eos_token_ids, read_sampling_defaults
+from gateway.http.stream import AnswerText
+from gateway.service.memory import plan_engine
+from gateway.text.chat_template import ChatTemplate
+from gateway.text.tokenizer import TextTokenizer
+from router.engine_thread import EngineThread
+from router.errors import RouterError
+from router.loading import EngineOptions, LoadedEngine, load_engine
+from router.request import GenerationRequest, SamplingParams, TokenEvent
+
+
+class LocalChat:
+    """One engine on a thread of its own, so that Ctrl-C never strikes inside a step. Made by `open_store`."""
+
+    def __init__(
+        self,
+        model: str,
+        loaded: LoadedEngine,
+        tokenizer: TextTokenizer,
+        template: ChatTemplate,
+        sampling: Mapping[str, Any],
+    ) -> None:
+        """sampling: fields of SamplingParams; without a seed each answer gets a random one."""
+        self.model = model
+        self._tokenizer, self._template, self._sampling = tokenizer, template, dict(sampling)
+        self._context_length = loaded.engine.max_tokens_per_sequence
+        self._events: queue.SimpleQueue[Sequence[TokenEvent]] = queue.SimpleQueue()
+        self._numbers = itertools.count(1)
+        self._thread = EngineThread(loaded.engine, self._events.put)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._thread.stop()
+
+    def stream(self, messages: list[dict[str, str]]) -> Generator[Piece, None, None]:
+        """See ChatBackend.stream. Raises ChatFailed, GenerationFailed, or ApiError where the template refuses."""
+        request = self._request(messages)
+        answer = AnswerText(self._tokenizer.detokenizer(), request.sampling.stop_token_ids, ())
+        try:
+            self._thread.submit(request)
+        except RouterError as error:
+            raise ChatFailed(str(error)) from error
+        is_done = False
+        try:
+            while not is_done:
+                for event in self._events.get():
+                    if event.request_id != request.request_id:
+                        continue  # of an answer that was stopped
+                    is_done = event.finish_reason is not None
+                    if event.finish_reason == "error":
+                        raise GenerationFailed(event.error or "the engine gave no reason")
+                    yield Piece(answer.push(event.token_ids), answer.num_tokens)
+            yield Piece(answer.flush(), answer.num_tokens)
+        finally:
+            if not is_done:
+                self._thread.cancel(request.request_id)
+
+    def _request(self, messages: list[dict[str, str]]) -> GenerationRequest:
+        text = self._template.render([Message.model_validate(message) for message in messages])
+        prompt_ids = tuple(self._tokenizer.encode_rendered(text))
+        room = self._context_length - len(prompt_ids)
+        if not prompt_ids or room < 1:
+            reason = f"the conversation has {len(prompt_ids)} tokens and the model's context {self._context_length}"
+            raise ChatFailed(f"{reason}; /reset begins anew")
+        chosen = {"max_tokens": room, "seed": secrets.randbits(64)} | self._sampling
+        chosen["max_tokens"] = min(chosen["max_tokens"], room)
+        return GenerationRequest(f"chat-{next(self._numbers)}", prompt_ids, SamplingParams(**chosen))
+
+
+@contextmanager
+def open_store(
+    root: Path,
+    model: str,
+    sampling: Mapping[str, Any],
+    options: EngineOptions,
+    budgets: tuple[BudgetRequest, ...] = (),
+    host_budgets: tuple[BudgetRequest, ...] = (),
+) -> Iterator[LocalChat]:
+    """A chat with a store's model. sampling: fields of SamplingParams that the user chose; the checkpoint's
+    recommendation fills in the others. budgets, host_budgets: of experts, as in `gateway.local.generate`.
+    Raises what loading the engine raises."""
+    store = ExpertStore.open(root)
+    tokenizer = TextTokenizer.from_folder(root)
+    template = ChatTemplate.from_folder(root, tokenizer)
+    defaults = asdict(read_sampling_defaults(store.manifest.generation_config))
+    if budgets:
+        options, _ = plan_engine(store, options, budgets, host_requests=host_budgets)
+    loaded = load_engine(store, options)
+    eos = read_eos_token_ids(store.manifest, loaded.config.vocab_size)
+    chat = LocalChat(model, loaded, tokenizer, template, defaults | {"stop_token_ids": eos} | dict(sampling))
+    try:
+        yield chat
+    finally:
+        chat.close()
+        loaded.close()

@@ -1,0 +1,153 @@
+"""What clients get: the OpenAI API's answers as JSON values, plain and in chunks.
+
+Our own extension is one object, `sage`, in a plain answer and in a stream's last chunk: the one that has usage, or
+else, where the routing was not the plain one, the last with a finish reason. `gateway.http.quality` makes it. Called by
+`gateway.http.completions` and `gateway.http.connection`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from gateway.http.quality import describe_quality
+from router.routing_choice import RoutingReport
+
+DONE_EVENT = b"data: [DONE]\n\n"
+
+DONE_EVENT = b"data: [DONE]\n\n"
+Logprobs = dict[str, Any] | None
+"""As `gateway.http.logprobs` shapes them."""
+
+
+@dataclass(frozen=True)
+class AnswerHead:
+    """What every chunk of an answer repeats."""
+
+    answer_id: str
+    created: int
+    model: str
+    system_fingerprint: str | None
+    is_chat: bool
+    quantization: str | None = None
+    """Of the experts that answer; None where they are as published."""
+
+
+@dataclass(frozen=True)
+class ChoiceAnswer:
+    """One answer as a whole."""
+
+    text: str
+    logprobs: Logprobs
+    finish_reason: Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What all answers to a request took."""
+
+    num_prompt_tokens: int
+    num_answer_tokens: int
+    ttft_s: float
+    """From the request's arrival to the first token of any answer; 0 where nothing was generated."""
+    tokens_per_s: float
+    """Of the tokens that came after each answer's first event; 0 where there are none."""
+    reports: tuple[RoutingReport, ...] = ()
+    """Of the answers whose routing was not the plain one."""
+    is_mixed: bool = False
+    """Whether experts of another numerics class took part in any answer."""
+    num_cached_tokens: int | None = None
+    """Of the prompts' tokens, those that were found computed; None where nobody tells."""
+
+
+def plain_answer(head: AnswerHead, choices: Sequence[ChoiceAnswer], totals: Totals) -> dict[str, Any]:
+    """The whole answer of either endpoint."""
+    kind = "chat.completion" if head.is_chat else "text_completion"
+    shown = [_plain_choice(head, index, choice) for index, choice in enumerate(choices)]
+    return {**_envelope(head, kind), "choices": shown, **_closing(head, totals)}
+
+
+def _plain_choice(head: AnswerHead, index: int, choice: ChoiceAnswer) -> dict[str, Any]:
+    content: dict[str, Any] = {"text": choice.text}
+    if head.is_chat:
+        content = {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
+    return {"index": index, **content, "logprobs": choice.logprobs, "finish_reason": choice.finish_reason}
+
+
+def role_chunk(head: AnswerHead, index: int) -> dict[str, Any]:
+    """The first chunk of an answer in a chat's stream."""
+    return _chunk(head, [_delta(index, {"role": "assistant", "content": ""}, None, None)])
+
+
+def text_chunk(head: AnswerHead, index: int, text: str, logprobs: Logprobs) -> dict[str, Any]:
+    """Some text, and the logprobs of the tokens that came with it."""
+    if head.is_chat:
+        return _chunk(head, [_delta(index, {"content": text}, logprobs, None)])
+    return _chunk(head, [{"index": index, "text": text, "logprobs": logprobs, "finish_reason": None}])
+
+
+def end_chunk(head: AnswerHead, index: int, finish_reason: str) -> dict[str, Any]:
+    """The chunk with an answer's finish reason."""
+    if head.is_chat:
+        return _chunk(head, [_delta(index, {}, None, finish_reason)])
+    return _chunk(head, [{"index": index, "text": "", "logprobs": None, "finish_reason": finish_reason}])
+
+
+def with_quality(
+    head: AnswerHead, chunk: dict[str, Any], reports: Sequence[RoutingReport], is_mixed: bool
+) -> dict[str, Any]:
+    """The last chunk with choices of a stream without usage: only this one can say that the answer is modified, or
+    explain it. A plain answer's is left as OpenAI has it."""
+    if not reports and head.quantization is None and not is_mixed:
+        return chunk
+    return {**chunk, "sage": describe_quality(reports, head.quantization, is_mixed=is_mixed)}
+
+
+def usage_chunk(head: AnswerHead, totals: Totals) -> dict[str, Any]:
+    """The last chunk where the client asked for usage; it has no choices."""
+    return {**_chunk(head, []), **_closing(head, totals)}
+
+
+def encode_event(value: object) -> bytes:
+    """One server-sent event. JSON escapes line ends, so the value stays on its line."""
+    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+def _chunk(head: AnswerHead, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    kind = "chat.completion.chunk" if head.is_chat else "text_completion"
+    return {**_envelope(head, kind), "choices": choices}
+
+
+def _delta(
+    index: int, delta: dict[str, Any], logprobs: Logprobs, finish_reason: str | None
+) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+
+
+def _envelope(head: AnswerHead, kind: str) -> dict[str, Any]:
+    return {
+        "id": head.answer_id,
+        "object": kind,
+        "created": head.created,
+        "model": head.model,
+        "system_fingerprint": head.system_fingerprint,
+    }
+
+
+def _closing(head: AnswerHead, totals: Totals) -> dict[str, Any]:
+    prompt, answer = totals.num_prompt_tokens, totals.num_answer_tokens
+    timings = {"ttft_s": round(totals.ttft_s, 6), "tokens_per_s": round(totals.tokens_per_s, 3)}
+    quality = describe_quality(totals.reports, head.quantization, is_mixed=totals.is_mixed)
+    usage: dict[str, Any] = {
+        "prompt_tokens": prompt,
+        "completion_tokens": answer,
+        "total_tokens": prompt + answer,
+    }
+    if totals.num_cached_tokens is not None:
+        usage["prompt_tokens_details"] = {"cached_tokens": totals.num_cached_tokens}
+    return {
+        "usage": usage,
+        "sage": {**quality, "timings": timings},
+    }

@@ -1,0 +1,236 @@
+"""From a checked request to its generations: prompt ids, sampling with the model's defaults, the room left.
+
+Everything that depends on the served model is checked here. Called by `gateway.http.app`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+import uuid
+from dataclasses import dataclass, replace
+from functools import partial
+
+from gateway.errors import ApiError
+from gateway.http.answers import AnswerHead
+from gateway.http.openai_types import ChatRequest, CompletionRequest, GenerationOptions
+from gateway.http.settings import GatewaySettings
+from gateway.text.chat_template import ChatTemplate
+from gateway.text.tokenizer import TextTokenizer
+from router.request import GenerationRequest, SamplingParams
+from router.routing_choice import RoutingChoice
+
+GREEDY_BELOW = 1e-5
+"""A lower temperature is greedy in effect, and dividing by it overflows."""
+
+
+@dataclass(frozen=True)
+class ChoiceJob:
+    """One answer of a job."""
+
+    index: int
+    request: GenerationRequest
+    is_echoed: bool
+    """Whether the prompt comes first."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """All answers to one request, and how they are sent."""
+
+    head: AnswerHead
+    choices: tuple[ChoiceJob, ...]
+    num_prompt_tokens: int
+    """Of every prompt once, however many answers it gets."""
+    stops: tuple[str, ...]
+    is_streamed: bool
+    has_usage_chunk: bool
+    started_at: float
+    """Of `time.perf_counter`, before the prompt was tokenised."""
+
+    def owned_by(self, owner: str) -> Job:
+        """The same for somebody, with whose requests alone it shares what is cached."""
+        choices = tuple(
+            replace(choice, request=replace(choice.request, owner=owner)) for choice in self.choices
+        )
+        return replace(self, choices=choices)
+
+
+def check_model(name: str, settings: GatewaySettings) -> None:
+    """Raises ApiError 404."""
+    if name not in settings.model_names:
+        message = f"The model '{name[:200]}' does not exist."
+        raise ApiError(404, message, param="model", code="model_not_found")
+
+
+async def prepare_completion(
+    request: CompletionRequest, settings: GatewaySettings, tokenizer: TextTokenizer
+) -> Job:
+    """Raises ApiError when the model is another one or the request does not fit it."""
+    started_at = time.perf_counter()
+    check_model(request.model, settings)
+    _check_tokens(request, settings)
+    fields = ["prompt"] if len(request.prompt) == 1 else [f"prompt.{i}" for i in range(len(request.prompt))]
+    prompts = []
+    for prompt, field in zip(request.prompt, fields, strict=True):
+        if isinstance(prompt, str):
+            _refuse_certainly_longer(prompt, field, settings, tokenizer)
+            prompts.append(await asyncio.to_thread(tokenizer.encode, prompt))
+        else:
+            prompts.append(prompt)
+    wanted, jobs = request.max_tokens, []
+    for prompt_ids, field in zip(prompts, fields, strict=True):
+        room = settings.context_length - len(prompt_ids)
+        max_tokens = min(settings.default_completion_tokens, room) if wanted is None else wanted
+        _check_fit(prompt_ids, max_tokens, field, settings, is_prompt_all=wanted == 0)
+        jobs.append((prompt_ids, max_tokens))
+    return _job(request, jobs, settings, started_at)
+
+
+async def prepare_chat(
+    request: ChatRequest, settings: GatewaySettings, tokenizer: TextTokenizer, template: ChatTemplate
+) -> Job:
+    """Raises ApiError when the model is another one or the request does not fit it."""
+    started_at = time.perf_counter()
+    check_model(request.model, settings)
+    _check_tokens(request, settings)
+    render = partial(template.render, request.messages, variant=request.chat_template)
+    text = await asyncio.to_thread(render)
+    _refuse_certainly_longer(text, "messages", settings, tokenizer)
+    prompt_ids = await asyncio.to_thread(tokenizer.encode_rendered, text)
+    wanted = request.max_completion_tokens or request.max_tokens
+    max_tokens = settings.context_length - len(prompt_ids) if wanted is None else wanted
+    _check_fit(prompt_ids, max_tokens, "messages", settings)
+    return _job(request, [(prompt_ids, max_tokens)], settings, started_at)
+
+
+def _job(
+    options: GenerationOptions,
+    prompts: list[tuple[list[int], int]],
+    settings: GatewaySettings,
+    started_at: float,
+) -> Job:
+    """prompts: ids, and the most tokens of an answer to them."""
+    is_chat = isinstance(options, ChatRequest)
+    is_echoed = isinstance(options, CompletionRequest) and bool(options.echo)
+    routing = _routing(options, settings)
+    answer_id = f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}"
+    # A request without a seed gets a random one, so that it could be repeated elsewhere with the same tokens.
+    seed = secrets.randbits(64) if options.seed is None else options.seed % 2**64
+    num_answers = len(prompts) * options.num_choices
+    choices: list[ChoiceJob] = []
+    for position, (prompt_ids, max_tokens) in enumerate(prompts):
+        sampling = _sampling(options, max_tokens, seed, settings)
+        for choice in range(options.num_choices):
+            request = GenerationRequest(
+                answer_id if num_answers == 1 else f"{answer_id}-{len(choices)}",
+                tuple(prompt_ids),
+                replace(sampling, choice=choice),
+                num_logprobs=options.num_logprobs,
+                num_prompt_logprobs=options.num_logprobs if is_echoed else None,
+                group=f"{answer_id}-prompt-{position}" if options.num_choices > 1 else None,
+                routing=routing,
+                answer_id=answer_id,
+            )
+            choices.append(ChoiceJob(len(choices), request, is_echoed))
+    return Job(
+        AnswerHead(
+            answer_id,
+            int(time.time()),
+            settings.model_name,
+            settings.system_fingerprint,
+            is_chat,
+            settings.quantization,
+        ),
+        tuple(choices),
+        sum(len(prompt_ids) for prompt_ids, _ in prompts),
+        options.stop,
+        bool(options.stream),
+        options.stream_options is not None and bool(options.stream_options.include_usage),
+        started_at,
+    )
+
+
+def _routing(options: GenerationOptions, settings: GatewaySettings) -> RoutingChoice:
+    """Raises ApiError where the service does not allow it."""
+    asked = options.sage
+    if asked is None:
+        return settings.routing.choose(None, None, is_explained=False)
+    return settings.routing.choose(asked.policy, asked.effort, is_explained=bool(asked.explain))
+
+
+def _refuse_certainly_longer(
+    text: str, field: str, settings: GatewaySettings, tokenizer: TextTokenizer
+) -> None:
+    """Spare the tokeniser a text that is far too long."""
+    if tokenizer.is_certainly_longer(text, settings.context_length):
+        message = f"{field} is longer than the model's context of {settings.context_length} tokens."
+        raise ApiError(400, message, param=field, code="context_length_exceeded")
+
+
+def _check_tokens(options: GenerationOptions, settings: GatewaySettings) -> None:
+    """Raises ApiError where a token id that the request names is not the model's."""
+    named = {"stop_token_ids": options.stop_token_ids, "logit_bias": [id_ for id_, _ in options.logit_bias]}
+    for field, ids in named.items():
+        if any(token_id >= settings.vocab_size for token_id in ids):
+            message = f"Invalid value for {field}: token ids must be from 0 to {settings.vocab_size - 1}."
+            raise ApiError(400, message, param=field, code="invalid_value")
+    if options.min_tokens and len({*options.stop_token_ids, *settings.eos_token_ids}) >= settings.vocab_size:
+        message = "min_tokens cannot hold back every token of the vocabulary."
+        raise ApiError(400, message, param="min_tokens", code="invalid_value")
+
+
+def _check_fit(
+    prompt_ids: list[int],
+    max_tokens: int,
+    field: str,
+    settings: GatewaySettings,
+    *,
+    is_prompt_all: bool = False,
+) -> None:
+    """is_prompt_all: nothing is to be generated, so the prompt may fill the context."""
+    if not prompt_ids:
+        raise ApiError(400, f"{field} comes to no tokens.", param=field, code="invalid_value")
+    low, high = min(prompt_ids), max(prompt_ids)
+    if low < 0 or high >= settings.vocab_size:
+        message = f"Invalid value for {field}: token ids must be from 0 to {settings.vocab_size - 1}."
+        raise ApiError(400, message, param=field, code="invalid_value")
+    num_prompt, context = len(prompt_ids), settings.context_length
+    num_answer = 0 if is_prompt_all else max(max_tokens, 1)
+    if num_prompt + num_answer > context:
+        message = (
+            f"The model's context is {context} tokens. {field} has {num_prompt} "
+            f"and {num_answer} were asked for in the answer."
+        )
+        raise ApiError(400, message, param=field, code="context_length_exceeded")
+
+
+def _sampling(
+    options: GenerationOptions, max_tokens: int, seed: int, settings: GatewaySettings
+) -> SamplingParams:
+    """The request's values, else the model's."""
+    if options.min_tokens is not None and options.min_tokens > max_tokens:
+        message = (
+            f"Invalid value for min_tokens: must be a whole number from 0 to max_tokens, {max_tokens} here."
+        )
+        raise ApiError(400, message, param="min_tokens", code="invalid_value")
+    defaults = settings.default_sampling
+    temperature = defaults.temperature if options.temperature is None else options.temperature
+    eos = () if options.ignore_eos else settings.eos_token_ids
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature if temperature >= GREEDY_BELOW else 0.0,
+        top_k=defaults.top_k if options.top_k is None else options.top_k,
+        top_p=defaults.top_p if options.top_p is None else options.top_p,
+        min_p=defaults.min_p if options.min_p is None else options.min_p,
+        seed=seed,
+        stop_token_ids=tuple(dict.fromkeys((*eos, *options.stop_token_ids))),
+        min_tokens=options.min_tokens or 0,
+        repetition_penalty=defaults.repetition_penalty
+        if options.repetition_penalty is None
+        else options.repetition_penalty,
+        presence_penalty=options.presence_penalty or 0.0,
+        frequency_penalty=options.frequency_penalty or 0.0,
+        logit_bias=options.logit_bias,
+    )

@@ -1,0 +1,1 @@
+"""One generation in this process, without Ray or HTTP."""

@@ -1,0 +1,164 @@
+"""One generation in this process, without Ray and HTTP: what `sage-moe generate` runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.memory_plan import MemoryPlan
+from experts.budget import BudgetRequest
+from experts.store import ExpertStore
+from gateway.errors import GenerationFailed
+from gateway.http.quality import MODIFIED, describe_quality
+from gateway.http.settings import read_eos_token_ids, read_sampling_defaults
+from gateway.local.study import NO_STUDY, Study, studied
+from gateway.service.memory import plan_engine
+from gateway.text.tokenizer import TextTokenizer
+from router.loading import EngineOptions, LoadedEngine, load_engine
+from router.request import GenerationRequest, SamplingParams
+from router.routing_choice import NATIVE_CHOICE, RoutingChoice, RoutingReport
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The result; `as_json` is what `--json` prints."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_token_ids: tuple[int, ...]
+    finish_reason: str
+    ttft_s: float
+    tokens_per_s: float
+    """Of the tokens after the first; 0 where there is only one."""
+    resident_bytes: dict[str, int]
+    policy: str
+    """`native`, or what replaced the checkpoint's routing."""
+    expert_budget_bytes: int | None
+    """Most bytes of experts that were kept; None means no bound."""
+    reports: tuple[RoutingReport, ...] = ()
+    """How it was routed, where not plainly."""
+    quantization: str | None = None
+    """What of the weights is quantised; None where nothing is."""
+
+    def as_json(self) -> dict[str, Any]:
+        prompt, answer = len(self.prompt_token_ids), len(self.token_ids)
+        return {
+            "text": self.text,
+            "token_ids": list(self.token_ids),
+            "prompt_token_ids": list(self.prompt_token_ids),
+            "finish_reason": self.finish_reason,
+            "usage": {
+                "prompt_tokens": prompt,
+                "completion_tokens": answer,
+                "total_tokens": prompt + answer,
+            },
+            "timings": {"ttft_s": round(self.ttft_s, 6), "tokens_per_s": round(self.tokens_per_s, 3)},
+            "resident_bytes": self.resident_bytes,
+            "policy": self.policy,
+            "expert_budget_bytes": self.expert_budget_bytes,
+            "quantization": self.quantization,
+            "sage": describe_quality(self.reports, self.quantization) | self._study_quality(),
+        }
+
+    def _study_quality(self) -> dict[str, Any]:
+        """What masks and replays change, of which the engine has no report."""
+        is_studied = self.policy in ("masked", "replayed")
+        return {"quality": MODIFIED, "policy": self.policy} if is_studied else {}
+
+
+def generate(
+    root: Path,
+    prompt: str | tuple[int, ...],
+    sampling: Mapping[str, Any],
+    options: EngineOptions,
+    on_text: Callable[[str], None] = lambda text: None,
+    routing: RoutingChoice = NATIVE_CHOICE,
+    budgets: tuple[BudgetRequest, ...] = (),
+    on_plan: Callable[[MemoryPlan], None] = lambda plan: None,
+    study: Study = NO_STUDY,
+    host_budgets: tuple[BudgetRequest, ...] = (),
+) -> Generation:
+    """Generate one answer; `on_text` is called with each piece of text as it becomes stable.
+
+    sampling: fields of SamplingParams that were chosen; the checkpoint's recommendation fills in the others.
+    budgets: of experts; resolved against this machine's memory and then told to `on_plan`. Without any, those of the
+    options hold. host_budgets: of host memory behind a device.
+    Raises OptionInvalid, GenerationFailed, what loading the engine raises, or what `studied` raises.
+    """
+    store = ExpertStore.open(root)
+    tokenizer = TextTokenizer.from_folder(root)
+    prompt_ids = tuple(tokenizer.encode(prompt)) if isinstance(prompt, str) else prompt
+    manifest = store.manifest
+    facts = asdict(read_sampling_defaults(manifest.generation_config))
+    if budgets:
+        options, plan = plan_engine(store, options, budgets, host_requests=host_budgets)
+        on_plan(plan)
+    loaded = load_engine(store, options)
+    eos = read_eos_token_ids(manifest, loaded.config.vocab_size)
+    params = SamplingParams(stop_token_ids=eos, **(facts | dict(sampling)))
+    try:
+        policy = study.policy_beside(routing)
+        with studied(loaded, study, policy):
+            request = GenerationRequest("generate", prompt_ids, params, routing=routing)
+            return _run(loaded, tokenizer, request, on_text, policy)
+    finally:
+        loaded.close()
+
+
+def _run(
+    loaded: LoadedEngine,
+    tokenizer: TextTokenizer,
+    request: GenerationRequest,
+    on_text: Callable[[str], None],
+    policy: str,
+) -> Generation:
+    started = time.perf_counter()
+    engine = loaded.engine
+    engine.submit(request)
+    decoder = tokenizer.detokenizer()
+    tokens: list[int] = []
+    pieces: list[str] = []
+    reason = ""
+    first_at = started
+    report: RoutingReport | None = None
+    while not reason:
+        for event in engine.step():
+            if event.error:
+                raise GenerationFailed(event.error)
+            first_at = first_at if tokens else time.perf_counter()
+            tokens.extend(event.token_ids)
+            report = report if event.routing is None else event.routing.after(report)
+            shown = [t for t in event.token_ids if t not in request.sampling.stop_token_ids]
+            pieces.append("".join(map(decoder.push, shown)))
+            on_text(pieces[-1])
+            reason = event.finish_reason or ""
+    ended = time.perf_counter()
+    pieces.append(decoder.flush())
+    on_text(pieces[-1])
+    return Generation(
+        "".join(pieces),
+        tuple(tokens),
+        request.prompt_ids,
+        reason,
+        first_at - started,
+        (len(tokens) - 1) / (ended - first_at) if len(tokens) > 1 else 0.0,
+        resident_bytes(loaded),
+        policy,
+        loaded.worker.budget_bytes,
+        () if report is None else (report,),
+        loaded.store.manifest.quantised.name,
+    )
+
+
+def resident_bytes(loaded: LoadedEngine) -> dict[str, int]:
+    """What this process holds for the model, by kind."""
+    engine, behind = loaded.engine, loaded.worker.stats.behind
+    held = {
+        "backbone": engine.backbone.nbytes,
+        "experts": loaded.worker.resident_bytes,
+        "kv_cache": engine.pool.nbytes,
+    }
+    return held if behind is None else held | {"experts_behind": behind.resident_bytes}

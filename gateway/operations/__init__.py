@@ -1,0 +1,1 @@
+"""What an operator of a cluster asks: `sage-moe join`, `doctor` and `status`."""

@@ -1,0 +1,362 @@
+"""The Serve shells: a deployment for every router, and the gateway deployment in front of them.
+
+Contain no decision. A request's way: gateway (HTTP, one event loop) -> `RouterPool` -> `ServeRouterClient` -> one
+small call to submit -> `RouterDeployment` -> engine thread; and back in one stream of events for all requests that
+the gateway has at that router.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import AsyncGenerator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, suppress
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import ray
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from cluster.capacity import CapacityState, Load, ServiceSize, num_actors, present_state, resident_bytes
+from cluster.capacity_watch import CapacityWatch
+from cluster.memory_plan import MemoryPlan, router_names
+from cluster.memory_pressure import prefer_others_as_victims
+from cluster.ray_directory import RayDirectory
+from cluster.resources import gateway_deployment_options, needs_supervisor, router_deployment_options
+from cluster.router_book import RouterLoad
+from cluster.trust_keeper import SupervisedTrust
+from experts.budget import share_of
+from experts.directory import ExpertDirectory, LocalDirectory
+from experts.store import ExpertStore
+from experts.worker import ExpertWorker
+from gateway.http.api_keys import NO_KEYS, KeyRing
+from gateway.http.app import GatewaySettings, build_app
+from gateway.http.routing_rules import NATIVE_ONLY, RoutingRules
+from gateway.local.study import trace_service
+from gateway.routers.client import RouterHealth
+from gateway.routers.pool import PoolLimits, RouterPool
+from gateway.routers.serve_router_client import ServeRouterClient
+from gateway.service.capacity_metrics import render_capacity
+from gateway.service.cluster_metrics import render_cluster
+from gateway.text.chat_template import ChatTemplate
+from gateway.text.tokenizer import TextTokenizer
+from router.errors import EngineStopped, TraceFailed
+from router.expert_use import ExpertUse
+from router.loading import EngineOptions, LoadedEngine, load_engine
+from router.metrics import local_actor, render_metrics
+from router.model_config import read_model_config
+from router.request import GenerationRequest, TokenEvent
+from router.service import RouterService
+from router.trace import RoutingTrace
+from router.trust_session import open_local_ledger
+
+logger = logging.getLogger(__name__)
+
+APP_NAME = "sage-moe"
+
+
+@dataclass(frozen=True)
+class DeploymentSpec:
+    """What the deployments need to know."""
+
+    store_root: str
+    model_name: str
+    num_actors: int
+    engine: EngineOptions
+    model_aliases: tuple[str, ...] = ()
+    keys: KeyRing = NO_KEYS
+    cors_origins: tuple[str, ...] = ()
+    routing: RoutingRules = NATIVE_ONLY
+    memory: MemoryPlan | None = None
+    """How the node's memory was divided at the start."""
+    trace_folder: str | None = None
+    """Where routing traces go; None means nowhere."""
+    is_trace_with_tokens: bool = False
+    is_capacity_auto: bool = False
+    """Whether the capacity state sets how many experts stay in memory."""
+    is_autoscaled: bool = False
+    """Whether the supervisor is to hear of the load."""
+    num_routers: int = 1
+    resume_timeout_s: float = 60.0
+    """See `PoolLimits`."""
+    is_placed: bool = False
+    """Whether there may be actors at any time, whatever their number is now."""
+
+    @property
+    def router_names(self) -> tuple[str, ...]:
+        """Of processes and deployments, in their order."""
+        return router_names(self.num_routers)
+
+    @property
+    def max_open_requests(self) -> int:
+        return self.num_routers * self.engine.limits.max_open
+
+    @property
+    def has_supervisor(self) -> bool:
+        """Whether there are actors to look after, or routers that share what they learn."""
+        return self.is_placed or needs_supervisor(self.num_actors, self.num_routers)
+
+    def router_engine(self, index: int) -> EngineOptions:
+        """Of one router: its part of the node's memory for experts."""
+        if self.memory is None:
+            return self.engine
+        behind = self.memory.behind
+        return replace(
+            self.engine,
+            expert_budget_bytes=self.memory.routers[index].budget_bytes,
+            host_budget_bytes=None if behind is None else behind.budget_bytes,
+        )
+
+
+class RouterDeployment:
+    """One router: `RouterService` behind Serve."""
+
+    async def __init__(self, spec: DeploymentSpec, index: int) -> None:  # type: ignore[misc]  # Serve awaits it
+        prefer_others_as_victims()
+        self._spec, self._index = spec, index
+        self._name = spec.router_names[index]
+        self._directory: RayDirectory | None = None
+        loaded = await asyncio.to_thread(self._load_engine)
+        sinks = (loaded.trust.collector,) if loaded.trust is not None else ()
+        self._service = RouterService(loaded, sinks)
+        self._size = _service_size(self._service.loaded, spec.num_actors)
+        self._resizer = ThreadPoolExecutor(1, "capacity")  # one after another, and off the event loop
+        self._capacity = CapacityWatch(self._size, self._begin_resize if spec.is_capacity_auto else None)
+        self._use = ExpertUse()
+        if spec.is_autoscaled:
+            self._begin_reports(loaded)
+        self._trace: RoutingTrace | None = None
+        if spec.trace_folder is not None:
+            self._trace = trace_service(
+                self._service.loaded, Path(spec.trace_folder), has_tokens=spec.is_trace_with_tokens
+            )
+
+    def _load_engine(self) -> LoadedEngine:
+        spec = self._spec
+        store = ExpertStore.open(Path(spec.store_root))
+
+        def connect(worker: ExpertWorker) -> ExpertDirectory:
+            if not (spec.num_actors or spec.is_placed):
+                return LocalDirectory(worker)
+            self._directory = RayDirectory(worker, spec.engine.audit_share)
+            return self._directory
+
+        keeper = SupervisedTrust if spec.has_supervisor else open_local_ledger
+        return load_engine(store, spec.router_engine(self._index), connect, keeper)
+
+    def __del__(self) -> None:
+        """Called by Serve when the replica stops in an orderly way; a failure is in the log already."""
+        with suppress(AttributeError, TraceFailed):
+            if self._trace is not None:
+                self._trace.close()
+        service = getattr(self, "_service", None)
+        if service is not None:
+            service.loaded.keep_learned()
+
+    async def check_health(self) -> None:
+        """Called by Serve; raising makes it replace the replica."""
+        self._observe_capacity()
+        if not self._service.engine_thread.health().is_alive:
+            raise EngineStopped("its thread ended")
+        if self._service.is_stuck:
+            raise EngineStopped("it makes no progress")
+
+    def _observe_capacity(self) -> CapacityState:
+        """Whenever Serve checks the router's health and somebody asks."""
+        return self._capacity.look(self._load(), time.monotonic())
+
+    def _load(self) -> Load:
+        health = self._service.engine_thread.health()
+        max_running = self._spec.engine.limits.max_running
+        if not self._service.num_open:  # what else runs are probes
+            return Load(0, 0, max_running)
+        return Load(health.num_running, health.num_waiting, max_running)
+
+    def _begin_reports(self, loaded: LoadedEngine) -> None:
+        """Tell the supervisor of the load from now on."""
+        if self._directory is not None:
+            loaded.engine.watchers = (*loaded.engine.watchers, self._use)
+            self._directory.report_load(self._router_load)
+
+    def _router_load(self) -> RouterLoad:
+        """On the directory's thread."""
+        return RouterLoad(self._load(), self._use.take())
+
+    def _look(self, num_running: int, num_waiting: int) -> CapacityState:
+        load = Load(num_running, num_waiting, self._spec.engine.limits.max_running)
+        return self._capacity.look(load, time.monotonic())
+
+    def _begin_resize(self, share: Fraction) -> None:
+        self._resizer.submit(self._resize, share)
+
+    def _resize(self, share: Fraction) -> None:
+        """On the resizer's thread: waits for the call that is being computed."""
+        worker = self._service.loaded.worker
+        logger.info("keeping at most %s of the experts within the budget", share)
+        if worker.budget_bytes is not None:
+            worker.set_budget(share_of(share, worker.group_bytes))
+        if self._directory is not None:
+            self._directory.set_share(share)
+
+    async def submit(self, gateway: str, request: GenerationRequest) -> None:
+        self._service.submit(gateway, request)
+        # A request ends rest at once; whether it has to wait shows at a later look.
+        health = self._service.engine_thread.health()
+        self._look(max(1, health.num_running), max(0, health.num_waiting - 1))
+
+    async def cancel_request(self, request_id: str) -> None:
+        self._service.cancel(request_id)
+
+    async def feedback(self, answer_id: str, score: float) -> bool:
+        return self._service.feedback.give(answer_id, score)
+
+    async def events(self, gateway: str) -> AsyncGenerator[tuple[TokenEvent, ...], None]:
+        async with aclosing(self._service.events(gateway)) as stream:
+            async for events in stream:
+                yield events
+
+    async def health(self) -> RouterHealth:
+        health = await self._service.health()
+        return RouterHealth(health.is_ready, health.detail)
+
+    async def metrics(self) -> str:
+        state = self._observe_capacity()
+        own = render_capacity(state, resident_bytes(state, self._size), num_actors(state, self._size))
+        cluster = await self._cluster()
+        of_router = render_metrics(self._service, cluster.get("actors", []), self._name)
+        return of_router + render_cluster(cluster) + own
+
+    async def status(self) -> dict[str, object]:
+        """Plain values: the router itself, its experts, the actors and nodes."""
+        service = self._service
+        loaded = service.loaded
+        engine = loaded.engine
+        health = service.engine_thread.health()
+        cluster = await self._cluster()
+        state = self._observe_capacity()
+        return {
+            "model": self._spec.model_name,
+            "router": {
+                "pid": os.getpid(),
+                "node": ray.util.get_node_ip_address(),  # type: ignore[no-untyped-call]
+                "numerics_class": loaded.numerics_class,
+                "quantization": loaded.store.manifest.quantised.name,
+                "row_multiple": loaded.kernel.row_multiple,
+                "backbone_bytes": engine.backbone.nbytes,
+                "kv_bytes": engine.pool.nbytes,
+                "prefix_cache": engine.kv.prefix_status(),
+                "experts": local_actor(service, self._name),
+                "expert_calls": asdict(loaded.directory.stats()),
+                "connected_actors": len(self._directory.remote.connected()) if self._directory else 0,
+                "phase_seconds": dict(engine.stats.phase_seconds),
+                "steps": engine.stats.steps,
+                "trust": loaded.trust.status() if loaded.trust is not None else None,
+                "stand_ins": loaded.stand_ins.status() if loaded.stand_ins is not None else None,
+            },
+            "capacity": {
+                "state": state,
+                "shown": present_state(state, self._size),
+                "resident_bytes": resident_bytes(state, self._size),
+                "actors": num_actors(state, self._size),
+            },
+            "actors": cluster.pop("actors", []),
+            "cluster": cluster,
+            "memory": self._spec.memory.as_json() if self._spec.memory else None,
+            "nodes": await asyncio.to_thread(_nodes),
+            "requests": {
+                "running": health.num_running,
+                "waiting": health.num_waiting,
+                "generated_tokens": engine.stats.generated_tokens,
+                "prompt_tokens": engine.stats.prompt_tokens,
+            },
+        }
+
+    async def _cluster(self) -> dict[str, Any]:
+        """What the supervisor tells; nothing where none runs."""
+        if self._directory is None:
+            return {}
+        try:
+            return await asyncio.to_thread(self._directory.status)
+        except (ray.exceptions.RayError, TimeoutError) as error:
+            logger.warning("no status of the expert actors: %s", error)
+            return {}
+
+
+def _service_size(loaded: LoadedEngine, max_actors: int) -> ServiceSize:
+    config, store = loaded.config, loaded.store
+    keys = store.expert_keys(store.served.name)
+    return ServiceSize(
+        len(config.moe_layers),
+        config.num_experts,
+        config.experts_per_token,
+        store.record(keys[0]).nbytes if keys else 0,
+        max_actors,
+    )
+
+
+def build_gateway(spec: DeploymentSpec, handles: Sequence[DeploymentHandle[Any]]) -> FastAPI:
+    """The gateway's HTTP app over a handle for every router. Runs inside the gateway's replica."""
+    root = Path(spec.store_root)
+    store = ExpertStore.open(root)
+    config = read_model_config(store.served.config)
+    tokenizer = TextTokenizer.from_folder(root)
+    context_length = spec.engine.max_model_len or config.max_position_embeddings
+    facts = (spec.model_name, context_length, config.vocab_size, int(time.time()))
+    settings = replace(
+        GatewaySettings.from_manifest(store.manifest, *facts),
+        is_request_id_sent=False,  # Serve's proxy sends it
+        model_aliases=spec.model_aliases,
+        keys=spec.keys,
+        cors_origins=spec.cors_origins,
+        routing=spec.routing,
+        max_open_requests=spec.max_open_requests,
+    )
+    store.close()
+    template = ChatTemplate.from_folder(root, tokenizer)
+    links = {name: ServeRouterClient(handle) for name, handle in zip(spec.router_names, handles, strict=True)}
+    pool = RouterPool(links, PoolLimits(resume_timeout_s=spec.resume_timeout_s))
+    return build_app(settings, tokenizer, template, pool)
+
+
+def build_application(
+    spec: DeploymentSpec, num_threads: int, node_id: str | None = None
+) -> serve.Application:
+    """The Serve application: gateway in front, routers behind. num_threads: of each router. node_id: of the node that
+    has the store; None lets Ray choose."""
+
+    def build_app_in_replica() -> FastAPI:
+        names = spec.router_names
+        return build_gateway(spec, [serve.get_deployment_handle(name, app_name=APP_NAME) for name in names])
+
+    deployment: Any = serve.deployment  # its overloads lose the type of what it returns
+    options = router_deployment_options(num_threads, node_id)
+    routers = [
+        deployment(RouterDeployment, name=name, **options).bind(spec, index)
+        for index, name in enumerate(spec.router_names)
+    ]
+    options = gateway_deployment_options(spec.max_open_requests, node_id)
+    gateway = deployment(serve.ingress(build_app_in_replica)(), name="gateway", **options)
+    app: serve.Application = gateway.bind(*routers)
+    return app
+
+
+def _nodes() -> list[dict[str, Any]]:
+    """The Ray nodes: name, address, state, CPUs."""
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return [
+        {
+            "node": node["NodeID"][:12],
+            "address": node["NodeManagerAddress"],
+            "state": "alive" if node["Alive"] else "dead",
+            "cpus": node["Resources"].get("CPU", 0.0),
+            "gpus": node["Resources"].get("GPU", 0.0),
+        }
+        for node in nodes
+    ]

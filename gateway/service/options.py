@@ -1,0 +1,509 @@
+"""What `sage-moe serve` can be told: every option's name, kind, range and default, in one place.
+
+Options come from the command line, a config file and defaults, in this order of precedence, under the same names,
+and are checked by one model. Called by `gateway.service.command`; `gateway.service.launch` gets the result.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import torch
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
+
+from cluster.placement import DEFAULT_OPTIONS, Grouping
+from experts.budget import FIT, BudgetRequest
+from experts.devices import CPU, resolve_device
+from experts.eviction import DEFAULT_EVICTION, EVICTIONS, Eviction
+from experts.near_store import CacheSpec
+from extraction.errors import one_line
+from gateway.byte_sizes import format_budget, format_bytes, parse_budget, parse_bytes
+from gateway.errors import OptionInvalid
+from gateway.http.api_keys import NO_KEYS, KeyRing
+from gateway.http.routing_rules import NATIVE_ONLY, RoutingRules
+from gateway.service.state_folder import resolve_state_folder
+from router.effort import EFFORT_CHOICES, EffortChoice
+from router.errors import WeightsInvalid
+from router.routing_choice import POLICIES, PolicyName
+from router.scoring import DEFAULT_PRESET, PRESETS, SnarcWeights, read_weights
+
+PROVEN_BATCH_TOKENS = 512
+"""Rows for which the self-test at start proves exactness (docs/exactness.md)."""
+DEFAULT_AUDIT_SHARE = 1e-4
+"""An actor that is always wrong is found within 46,000 answers, some minutes of decoding, for a ten-thousandth of the
+experts' work (docs/serving.md)."""
+MAX_SHOWN_CHARS = 80
+MAX_ACTORS = 64
+DEFAULT_REPLICAS = DEFAULT_OPTIONS.replicas
+CapacityMode = Literal["fixed", "auto"]
+CAPACITY_MODES: tuple[CapacityMode, ...] = get_args(CapacityMode)
+"""Whether the capacity state changes how many experts stay in memory (docs/routing.md)."""
+BUDGET_ADVICE = "must be a size such as 2GiB, a percentage such as 25%, or fit"
+OWN_MESSAGE = "own_message"
+"""Type of validation errors whose text is ready to be shown."""
+_ORIGIN = re.compile(r"https?://(?:[a-z0-9._-]+|\[[0-9a-f:]+\])(?::[0-9]{1,5})?")
+
+
+def _read_size(value: object) -> int:
+    """A number alone would leave its unit to be guessed."""
+    if not isinstance(value, str):
+        raise PydanticCustomError(OWN_MESSAGE, "must be a size such as 512MiB or 2GiB")
+    try:
+        return parse_bytes(value)
+    except ValueError as error:
+        raise PydanticCustomError(OWN_MESSAGE, "{reason}", {"reason": str(error)}) from error
+
+
+def _read_budget(value: object) -> BudgetRequest:
+    if not isinstance(value, str):
+        raise PydanticCustomError(OWN_MESSAGE, BUDGET_ADVICE)
+    try:
+        return parse_budget(value)
+    except ValueError as error:
+        raise PydanticCustomError(OWN_MESSAGE, "{reason}", {"reason": str(error)}) from error
+
+
+def _read_texts(value: object) -> object:
+    """One text, or a list of them."""
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+def _check_origins(value: tuple[str, ...]) -> tuple[str, ...]:
+    for origin in value:
+        if origin != "*" and not _ORIGIN.fullmatch(origin):
+            raise PydanticCustomError(
+                OWN_MESSAGE, "must be * or origins such as https://chat.example.com:8443"
+            )
+    return value
+
+
+def _whole(low: int, high: int, default: int) -> Any:
+    return Field(default, ge=low, le=high, description=f"a whole number from {low} to {high}")
+
+
+def _read_list(value: object) -> object:
+    """Words separated by commas, or a list of such."""
+    texts = _read_texts(value)
+    if not isinstance(texts, tuple) or not all(isinstance(text, str) for text in texts):
+        return texts
+    return tuple(word.strip() for text in texts for word in text.split(","))
+
+
+def _read_snarc(value: object) -> SnarcWeights:
+    if not isinstance(value, str):
+        raise PydanticCustomError(OWN_MESSAGE, "must be a preset or NAME=VALUE pairs separated by commas")
+    try:
+        return read_weights(value)
+    except WeightsInvalid as error:
+        raise PydanticCustomError(OWN_MESSAGE, "{reason}", {"reason": error.reason}) from error
+
+
+def _one_of(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+Size = Annotated[int, BeforeValidator(_read_size)]
+Budget = Annotated[BudgetRequest, BeforeValidator(_read_budget)]
+Text = Annotated[str, Field(max_length=512, pattern=r"^[^\p{C}]+$")]
+Texts = Annotated[tuple[Text, ...], BeforeValidator(_read_texts)]
+_TEXTS = "a text or a list of texts, each of 1 to 512 printable characters"
+
+
+class OptionValues(BaseModel):
+    """The options with their defaults. A field's description completes "must be"."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, alias_generator=lambda name: name.replace("_", "-")
+    )
+
+    host: str = Field("127.0.0.1", min_length=1, max_length=253, description="an address or host name")
+    port: int = _whole(1, 65535, 8000)
+    address: Text | None = Field(None, description="auto, or HOST:PORT of a Ray cluster's head")
+    actors: int | None = Field(
+        None, ge=0, le=MAX_ACTORS, description=f"a whole number from 0 to {MAX_ACTORS}"
+    )
+    replicas: int = _whole(1, 8, DEFAULT_REPLICAS)
+    grouping: Grouping = Field("expert", description="expert or layer")
+    demand: Text | None = Field(None, description="a routing trace's path of 1 to 512 printable characters")
+    autoscale: bool = Field(False, description="true or false")
+    min_actors: int | None = Field(
+        None, ge=0, le=MAX_ACTORS, description=f"a whole number from 0 to {MAX_ACTORS}"
+    )
+    max_actors: int | None = Field(
+        None, ge=1, le=MAX_ACTORS, description=f"a whole number from 1 to {MAX_ACTORS}"
+    )
+    routers: int = _whole(1, 16, 1)
+    dtype: Literal["float32", "bfloat16"] | None = Field(None, description="float32 or bfloat16")
+    served_model_name: Texts = Field((), description=_TEXTS)
+    max_model_len: int | None = Field(
+        None, ge=2, le=2**31 - 1, description="a whole number of tokens from 2 to the model's context"
+    )
+    max_num_seqs: int = _whole(1, PROVEN_BATCH_TOKENS, 64)
+    max_queue: int = _whole(0, 65536, 256)
+    max_batch_tokens: int = _whole(1, PROVEN_BATCH_TOKENS, PROVEN_BATCH_TOKENS)
+    kv_budget: Size = Field(2**30, description="a size such as 512MiB or 2GiB")
+    eviction: Eviction = Field(DEFAULT_EVICTION, description="lfu, lru or trust")
+    prefetch: bool = Field(False, description="true or false")
+    capacity: CapacityMode = Field("fixed", description=_one_of(CAPACITY_MODES))
+    audit_share: float = Field(
+        DEFAULT_AUDIT_SHARE, ge=0.0, le=1.0, allow_inf_nan=False, description="a number from 0 to 1"
+    )
+    device: str = Field(
+        "cpu", pattern=r"^(cpu|auto|cuda(:[0-9]{1,3})?)$", description="cpu, cuda, cuda:N or auto"
+    )
+    expert_budget: Budget | None = Field(None, description=BUDGET_ADVICE.removeprefix("must be "))
+    host_budget: Budget | None = Field(None, description=BUDGET_ADVICE.removeprefix("must be "))
+    node_budgets: dict[Text, Budget] = Field(
+        default_factory=dict,
+        max_length=1024,
+        description="a mapping of node names or addresses to budgets, such as 'node-7: 2GiB'",
+    )
+    store_copy: Texts = Field((), description=_TEXTS)
+    store_cache: Text | None = Field(None, description="a folder's path of 1 to 512 printable characters")
+    store_cache_limit: Size | None = Field(None, description="a size such as 40GiB")
+    api_key: Texts = Field((), description=_TEXTS)
+    api_key_file: Texts = Field((), description=_TEXTS)
+    cors_origin: Annotated[Texts, AfterValidator(_check_origins)] = Field((), description=_TEXTS)
+    trace: Text | None = Field(None, description="a folder's path of 1 to 512 printable characters")
+    trace_tokens: bool = Field(False, description="true or false")
+    policy: PolicyName = Field("native", description=_one_of(POLICIES))
+    effort: EffortChoice = Field("focus", description=_one_of(EFFORT_CHOICES))
+    allow_policy: Annotated[tuple[PolicyName, ...], BeforeValidator(_read_list)] = Field(
+        (), description=_one_of(POLICIES)
+    )
+    allow_effort: Annotated[tuple[EffortChoice, ...], BeforeValidator(_read_list)] = Field(
+        (), description=f"of {_one_of(EFFORT_CHOICES)}, with commas between"
+    )
+    snarc: Annotated[SnarcWeights, BeforeValidator(_read_snarc)] = Field(
+        PRESETS[DEFAULT_PRESET], description="a preset or NAME=VALUE pairs separated by commas"
+    )
+    trust: bool = Field(True, description="true or false")
+    prefix_cache: bool = Field(True, description="true or false")
+    resume_timeout: int = _whole(0, 3600, 60)
+    state_dir: Text | None = Field(None, description="a folder's name of 1 to 512 printable characters")
+
+
+@dataclass(frozen=True)
+class ServiceOptions:
+    """What the service is started with. Made by `compose_options`, which has checked every value."""
+
+    store_root: Path
+    model_name: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    num_actors: int = 0
+    dtype: str | None = None
+    ray_address: str | None = None
+    """Of a Ray that runs already, `auto` or HOST:PORT; None starts one for this service."""
+    is_placed: bool = False
+    """Whether actors are placed on the machines of that Ray by what these are, in place of `num_actors` alike."""
+    replicas: int = DEFAULT_REPLICAS
+    """Most actors of a group, on different machines, where memory is left."""
+    grouping: Grouping = "expert"
+    demand_trace: Path | None = None
+    """By which experts are expected to be used; None goes by what trust was learned from, or evenly."""
+    num_cpus: int | None = None
+    """What a Ray that is started counts as its CPUs; None means the machine's."""
+    model_aliases: tuple[str, ...] = ()
+    """Further names that requests may use; answers carry `model_name`."""
+    max_model_len: int | None = None
+    """Most tokens of prompt and answer together; None means the model's context."""
+    max_num_seqs: int = 64
+    max_queue: int = 256
+    max_batch_tokens: int = PROVEN_BATCH_TOKENS
+    kv_budget_bytes: int = 2**30
+    eviction: Eviction = DEFAULT_EVICTION
+    is_prefetching: bool = False
+    """Whether the router's process reads experts ahead by the next layer's gate."""
+    capacity: CapacityMode = "fixed"
+    audit_share: float = DEFAULT_AUDIT_SHARE
+    """Share of expert actors' answers that are computed again elsewhere and compared."""
+    device: torch.device = CPU
+    """Of the router, which then computes all experts."""
+    expert_budgets: tuple[BudgetRequest, ...] = (FIT,)
+    """Bytes of experts on each node, added up; the experts' tiers on a machine that computes in host memory."""
+    host_budgets: tuple[BudgetRequest, ...] = ()
+    """Of host memory behind another device than the CPU."""
+    node_budgets: Mapping[str, BudgetRequest] = field(default_factory=dict)
+    """In place of `expert_budgets`, by node name or address."""
+    store_copies: tuple[Path, ...] = ()
+    """Further folders of the same store, read where it fails."""
+    store_cache: CacheSpec | None = None
+    """Where machines that do not have the store keep what they fetch of it; None expects it everywhere."""
+    keys: KeyRing = NO_KEYS
+    cors_origins: tuple[str, ...] = ()
+    trace_folder: Path | None = None
+    """Where the router writes which experts each token was given; None means nowhere."""
+    is_trace_with_tokens: bool = False
+    """Whether traces hold token ids, which give the prompts away."""
+    routing: RoutingRules = NATIVE_ONLY
+    snarc: SnarcWeights = PRESETS[DEFAULT_PRESET]
+    is_trust_learned: bool = True
+    has_prefix_cache: bool = True
+    """Whether keys and values of earlier requests are used again where one begins alike."""
+    state_dir: str | None = None
+    """Where what is learned is kept; None means the user's state folder."""
+    actor_range: tuple[int, int] | None = None
+    """Fewest and most expert actors, where their number follows the load."""
+    num_routers: int = 1
+    resume_timeout_s: int = 60
+    """How long a request whose router was lost waits for another."""
+
+    def __post_init__(self) -> None:
+        if self.max_num_seqs > self.max_batch_tokens:
+            reason = f"({self.max_num_seqs}) is above max-batch-tokens ({self.max_batch_tokens}): "
+            raise OptionInvalid("max-num-seqs", f"{reason}each running request needs a row in every step")
+        if self.is_trace_with_tokens and self.trace_folder is None:
+            raise OptionInvalid("trace-tokens", "goes with trace, which says where traces are written")
+        if self.device.type != "cpu" and (self.num_actors or self.is_placed or self.num_routers > 1):
+            reason = f"({self.device}) goes with one router and no expert actors, which compute on CPUs"
+            raise OptionInvalid("device", reason)
+        if self.is_prefetching and self.is_placed:
+            raise OptionInvalid("prefetch", "goes with no expert actors, which a cluster may get")
+        if self.is_prefetching and self.num_actors:
+            raise OptionInvalid(
+                "prefetch", f"goes with no expert actors, not {self.num_actors}: they do not read ahead"
+            )
+        if "*" in self.cors_origins and not self.keys:
+            reason = "* without an API key lets every web page use the service; name origins or give a key"
+            raise OptionInvalid("cors-origin", reason)
+
+    def shown(self) -> dict[str, Any]:
+        """For people: option names, sizes with units, and of the keys their number."""
+        return {
+            "store": str(self.store_root),
+            "served-model-name": [self.model_name, *self.model_aliases],
+            "host": self.host,
+            "port": self.port,
+            "address": self.ray_address,
+            "actors": "placed by the machines" if self.is_placed else self.num_actors,
+            "replicas": self.replicas if self.is_placed else None,
+            "grouping": self.grouping if self.is_placed else None,
+            "demand": str(self.demand_trace) if self.demand_trace else None,
+            "autoscale": self.actor_range is not None,
+            "min-actors": self.actor_range[0] if self.actor_range else None,
+            "max-actors": self.actor_range[1] if self.actor_range else None,
+            "routers": self.num_routers,
+            "resume-timeout": self.resume_timeout_s,
+            "dtype": self.dtype or "as stored",
+            "max-model-len": self.max_model_len or "the model's context",
+            "max-num-seqs": self.max_num_seqs,
+            "max-queue": self.max_queue,
+            "max-batch-tokens": self.max_batch_tokens,
+            "kv-budget": format_bytes(self.kv_budget_bytes),
+            "eviction": self.eviction,
+            "prefetch": self.is_prefetching,
+            "capacity": self.capacity,
+            "audit-share": self.audit_share,
+            "device": str(self.device),
+            "expert-budget": " + ".join(map(format_budget, self.expert_budgets)),
+            "host-budget": " + ".join(map(format_budget, self.host_budgets)) or None,
+            "node-budgets": {name: format_budget(budget) for name, budget in self.node_budgets.items()},
+            "store-copy": [str(path) for path in self.store_copies],
+            "store-cache": self.store_cache.folder if self.store_cache else None,
+            "store-cache-limit": _shown_limit(self.store_cache),
+            "api-keys": len(self.keys),
+            "cors-origin": list(self.cors_origins),
+            "trace": str(self.trace_folder) if self.trace_folder else None,
+            "trace-tokens": self.is_trace_with_tokens,
+            "policy": self.routing.policy,
+            "effort": self.routing.effort,
+            "allow-policy": list(self.routing.policies),
+            "allow-effort": list(self.routing.efforts),
+            "snarc": asdict(self.snarc),
+            "trust": self.is_trust_learned,
+            "prefix-cache": self.has_prefix_cache and self.trace_folder is None,
+            "state-dir": str(resolve_state_folder(self.state_dir)),
+        }
+
+
+def merge_values(command_line: Mapping[str, Any], file: Mapping[str, Any], file_name: str) -> OptionValues:
+    """Values by option name; the command line's go before the file's, whole.
+
+    Raises OptionInvalid naming the option, where it stands, and what it must be.
+    """
+    for name in file:
+        if name not in option_names():
+            raise OptionInvalid(f"{file_name}: {name[:MAX_SHOWN_CHARS]}", f"is no option{_nearest(name)}")
+    given = {name: value for name, value in command_line.items() if value is not None}
+    try:
+        return OptionValues.model_validate({**file, **given})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        label = f"--{name}" if name in given else f"{file_name}: {name}"
+        if name == "node-budgets":
+            label += _entry(first["loc"])
+        raise OptionInvalid(label, _what_it_must_be(name, first)) from error
+
+
+def option_names() -> tuple[str, ...]:
+    return tuple(str(field.alias) for field in OptionValues.model_fields.values())
+
+
+def compose_options(values: OptionValues, store_root: Path, store_name: str, keys: KeyRing) -> ServiceOptions:
+    """Raises OptionInvalid for values that do not go together, DeviceUnavailable. store_name: what the model is called
+    without a name."""
+    device = resolve_device(values.device)
+    expert_budgets, host_budgets = tiers(device, values.expert_budget, values.host_budget)
+    name, *aliases = dict.fromkeys(values.served_model_name or (store_name,))
+    return ServiceOptions(
+        store_root,
+        name,
+        values.host,
+        values.port,
+        values.actors or 0,
+        values.dtype,
+        values.address,
+        **_placing(values),
+        model_aliases=tuple(aliases),
+        max_model_len=values.max_model_len,
+        max_num_seqs=values.max_num_seqs,
+        max_queue=values.max_queue,
+        max_batch_tokens=values.max_batch_tokens,
+        kv_budget_bytes=values.kv_budget,
+        eviction=values.eviction,
+        is_prefetching=values.prefetch,
+        capacity=values.capacity,
+        audit_share=values.audit_share,
+        device=device,
+        expert_budgets=expert_budgets,
+        host_budgets=host_budgets,
+        node_budgets=values.node_budgets,
+        store_copies=tuple(Path(folder) for folder in dict.fromkeys(values.store_copy)),
+        store_cache=_store_cache(values),
+        keys=keys,
+        cors_origins=tuple(dict.fromkeys(values.cors_origin)),
+        trace_folder=None if values.trace is None else Path(values.trace),
+        is_trace_with_tokens=values.trace_tokens,
+        routing=RoutingRules(values.policy, values.effort, values.allow_policy, values.allow_effort),
+        snarc=values.snarc,
+        is_trust_learned=values.trust,
+        has_prefix_cache=values.prefix_cache,
+        state_dir=values.state_dir,
+        actor_range=_actor_range(values),
+        num_routers=values.routers,
+        resume_timeout_s=values.resume_timeout,
+    )
+
+
+def is_placed(values: OptionValues) -> bool:
+    """A number of actors means equal groups, on whatever machines."""
+    return values.address is not None and values.actors is None
+
+
+def _placing(values: OptionValues) -> dict[str, Any]:
+    if not is_placed(values):
+        given = {
+            "replicas": values.replicas != DEFAULT_REPLICAS,
+            "grouping": values.grouping != "expert",
+            "demand": values.demand is not None,
+        }
+        for name in (name for name, is_given in given.items() if is_given):
+            raise OptionInvalid(
+                name, "goes with address and without actors: they are then placed by the machines"
+            )
+    return {
+        "is_placed": is_placed(values),
+        "replicas": values.replicas,
+        "grouping": values.grouping,
+        "demand_trace": None if values.demand is None else Path(values.demand),
+    }
+
+
+def _actor_range(values: OptionValues) -> tuple[int, int] | None:
+    """Where the number of actors follows the load: from none up to those of the start, unless told otherwise; where the
+    machines decide how many groups there are, up to `replicas` of each."""
+    given = {"min-actors": values.min_actors, "max-actors": values.max_actors}
+    if not values.autoscale:
+        for name, number in given.items():
+            if number is not None:
+                raise OptionInvalid(
+                    name, "goes with autoscale, which lets the number of actors follow the load"
+                )
+        return None
+    least = values.min_actors or 0
+    if is_placed(values):
+        most = MAX_ACTORS if values.max_actors is None else values.max_actors
+        if least > most:
+            raise OptionInvalid("min-actors", f"({least}) is above max-actors ({most})")
+        return least, most
+    if not values.actors:
+        raise OptionInvalid(
+            "autoscale",
+            "goes with actors, which says in how many groups experts are dealt out, or with address, by whose machines "
+            "they are placed",
+        )
+    most = values.actors if values.max_actors is None else values.max_actors
+    if not least <= values.actors <= most:
+        reason = f"({values.actors}) is not from min-actors ({least}) to max-actors ({most})"
+        raise OptionInvalid("actors", reason)
+    return least, most
+
+
+def _store_cache(values: OptionValues) -> CacheSpec | None:
+    if values.store_cache is None:
+        if values.store_cache_limit is not None:
+            raise OptionInvalid("store-cache-limit", "goes with store-cache, which names the folder")
+        return None
+    if not values.actors and not is_placed(values):
+        raise OptionInvalid(
+            "store-cache", "goes with actors or address: what the router computes is read from its store"
+        )
+    if not Path(values.store_cache).is_absolute():
+        reason = f"must be an absolute path, the same on every machine, not {values.store_cache[:MAX_SHOWN_CHARS]!r}"
+        raise OptionInvalid("store-cache", reason)
+    return CacheSpec(values.store_cache, values.store_cache_limit)
+
+
+def _shown_limit(cache: CacheSpec | None) -> str | None:
+    return None if cache is None or cache.limit_bytes is None else format_bytes(cache.limit_bytes)
+
+
+def parse_eviction(word: str) -> Eviction:
+    """Raises OptionInvalid."""
+    for eviction in EVICTIONS:
+        if word == eviction:
+            return eviction
+    raise OptionInvalid("--eviction", f"must be lfu, lru or trust, not {word[:MAX_SHOWN_CHARS]!r}")
+
+
+def tiers(
+    device: torch.device, expert_budget: BudgetRequest | None, host_budget: BudgetRequest | None
+) -> tuple[tuple[BudgetRequest, ...], tuple[BudgetRequest, ...]]:
+    """What is asked for of the device's memory, where nothing given is `fit`, and of host memory behind it.
+
+    Where experts are computed in host memory the two are one, and what is given of them is added up.
+    """
+    if device.type != "cpu":
+        return (expert_budget or FIT,), () if host_budget is None else (host_budget,)
+    given = tuple(budget for budget in (expert_budget, host_budget) if budget is not None)
+    return given or (FIT,), ()
+
+
+def _nearest(name: str) -> str:
+    near = difflib.get_close_matches(name.lower().replace("_", "-"), option_names(), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else f"; options are {', '.join(option_names())}"
+
+
+def _entry(place: Sequence[str | int]) -> str:
+    """Of a mapping, where one value of it is wrong."""
+    return f": {one_line(str(place[1]))[:MAX_SHOWN_CHARS]}" if len(place) == 2 else ""
+
+
+def _what_it_must_be(name: str, first: Any) -> str:
+    """A key's value is left out: it may be a secret in the wrong place."""
+    if first["type"] == OWN_MESSAGE:
+        reason = str(first["msg"])
+    else:
+        field = next(field for field in OptionValues.model_fields.values() if field.alias == name)
+        reason = f"must be {field.description}"
+    if name.startswith("api-key"):
+        return reason
+    return f"{reason}, not {str(first['input'])[:MAX_SHOWN_CHARS]!r}"

@@ -1,0 +1,55 @@
+"""The Ray Serve shell around our application: started, deployed, and stopped without touching anybody else's.
+
+A Ray cluster has one Serve, with one HTTP port for all its applications. Called by `gateway.service.launch`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from ray import serve
+from ray.serve.config import HTTPOptions, ProxyLocation
+
+from cluster.processes import quietly
+from gateway.errors import DeploymentFailed, ServeTaken
+from gateway.service.deployment import APP_NAME
+
+
+def deploy(application: serve.Application, http_options: Mapping[str, Any]) -> None:
+    """Start Serve with its HTTP port on the head and run the application. Raises DeploymentFailed."""
+    _say_little()
+    serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=HTTPOptions(**http_options))
+    try:
+        serve.run(application, name=APP_NAME, route_prefix="/")
+    except RuntimeError as error:
+        deployments = serve.status().applications[APP_NAME].deployments.values()
+        reasons = [deployment.message for deployment in deployments if deployment.message]
+        raise DeploymentFailed(reasons[0] if reasons else str(error)) from error
+
+
+def stop(is_shared: bool) -> None:
+    """End our application, and Serve with it unless it has others by now.
+
+    is_shared: whether the cluster is not ours alone, so that there may be others.
+    """
+    _say_little()
+    if is_shared and _others():
+        quietly(lambda: serve.delete(APP_NAME))
+    else:
+        quietly(serve.shutdown)
+
+
+def check_free() -> None:
+    """Raises ServeTaken where Serve runs for others: the port and the proxies would be theirs."""
+    if others := _others():
+        raise ServeTaken(others)
+
+
+def _say_little() -> None:
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+
+
+def _others() -> tuple[str, ...]:
+    return tuple(sorted(name for name in serve.status().applications if name != APP_NAME))

@@ -1,0 +1,1 @@
+"""Commands about checkpoints and stores: `extract`, `inspect`, `compare` and `store`."""
