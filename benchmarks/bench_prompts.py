@@ -2,7 +2,7 @@
 
 One engine in process, contenders that differ in how a prompt is computed beside running streams, in turns:
 - `whole`: its chunks of up to 512 rows join the step of the streams (`BatchLimits.is_paced` off);
-- `paced`: a pass of its own that pauses between layers (`router/pace.py`), as `serve` does it;
+- `paced`: a pass of its own that pauses (`router/pace.py`), as `serve` does it;
 - `small`: chunks that join the step, of so few rows that a step takes about as long as with `paced`.
 
 Of each round: the gaps between a stream's tokens while the prompt is computed, in steps of the same streams just before

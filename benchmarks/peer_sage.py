@@ -27,8 +27,10 @@ class SageContender:
 
     def __init__(self, store: Path, num_threads: int, options: EngineOptions = DEFAULTS) -> None:
         self.loaded: LoadedEngine = load_engine(ExpertStore.open(store), options)
-        # The engine chooses one thread for tiny experts; more than was agreed it may not have.
+        # The engine chooses one thread for few rows of tiny experts; more than was agreed it may not have.
         torch.set_num_threads(min(num_threads, torch.get_num_threads()))
+        arithmetic = self.loaded.engine.backbone.arithmetic
+        arithmetic.prompt_threads = min(num_threads, arithmetic.prompt_threads)
         self.loaded.worker.load_all()
         self._numbers = count()
 

@@ -32,13 +32,13 @@ VARIABLE = "SAGE_MOE_PRODUCTS"
 TORCH = "torch"
 LEVELS = ("portable", "avx2", "avx512", "avx512bf16")
 """Each with the bits of its own; a processor has all up to its best one."""
-VERSION = 5
+VERSION = 6
 """Of what is computed; part of the numerics class, and checked against the library's own."""
 DTYPES = (torch.float32, torch.bfloat16)
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
 INT8_KIND, INT4_KIND = 2, 3
 GROUP_SIZES = (None, 32, 64, 128)
-OUT_OF_MEMORY = 1
+OUT_OF_MEMORY, PAUSED = 1, 2
 
 _POINTER, _INT64, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _RUN = (_POINTER, ctypes.c_uint)
@@ -50,8 +50,14 @@ _ARGUMENTS: tuple[list[Any], ...] = (
     [*[_POINTER] * 2, *[_INT64] * 2, *[_POINTER] * 2, *_RUN],
     [*[_POINTER] * 7, *_RUN],
     [*[_INT] * 2, _POINTER, *[_INT64] * 2, _POINTER, _FLOAT, *[_POINTER] * 3, *_RUN],
+    [_POINTER, _INT64, *_RUN],
 )
-"""Of the library's functions; the C source says what they are."""
+"""Of the library's functions that return a code; the C source says what they are."""
+_BEGINNING: tuple[list[Any], ...] = (
+    [*[_POINTER] * 2, *[_INT64] * 2, *[_POINTER] * 2, ctypes.c_uint],
+    [*[_POINTER] * 7, ctypes.c_uint],
+)
+"""Of those that return half a layer."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,11 @@ class Library:
     experts_half: Callable[..., int]
     head: Callable[..., int]
     """Of `router.native_head`."""
+    run_half: Callable[..., int]
+    """Of `router.native_layer`, as are the next three."""
+    begin_attention: Callable[..., int | None]
+    begin_experts: Callable[..., int | None]
+    end_half: Callable[..., None]
     best_level: str
     run_in_threads: int | None
     """Address of the OpenMP runtime's entry point; None where PyTorch has no such runtime."""
@@ -287,8 +298,10 @@ def library() -> Library | None:
         version, best = int(loaded.sage_version()), int(loaded.sage_level())
         functions = (
             *(loaded.sage_multiply, loaded.sage_attend, loaded.sage_norm, loaded.sage_route),
-            *(loaded.sage_attention_half, loaded.sage_experts_half, loaded.sage_head),
+            *(loaded.sage_attention_half, loaded.sage_experts_half, loaded.sage_head, loaded.sage_run_half),
         )
+        beginning = loaded.sage_begin_attention, loaded.sage_begin_experts
+        end_half = loaded.sage_end_half
     except (AttributeError, OSError) as error:
         logger.warning("native products cannot be loaded: %s", error)
         return None
@@ -297,7 +310,10 @@ def library() -> Library | None:
         return None
     for function, arguments in zip(functions, _ARGUMENTS, strict=True):
         function.restype, function.argtypes = ctypes.c_int, arguments
-    return Library(*functions, LEVELS[best], _find_openmp())
+    for function, arguments in zip(beginning, _BEGINNING, strict=True):
+        function.restype, function.argtypes = _POINTER, arguments
+    end_half.restype, end_half.argtypes = None, [_POINTER]
+    return Library(*functions, *beginning, end_half, LEVELS[best], _find_openmp())
 
 
 def _find_openmp() -> int | None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -206,14 +206,19 @@ def _is_usable(product: Product) -> bool:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute with one thread inside: the bits that any number of threads must reproduce."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def computing_threads(num_threads: int) -> Iterator[None]:
+    """Compute with so many threads inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
     try:
         yield
     finally:
-        torch.set_num_threads(num_threads)
+        torch.set_num_threads(before)
+
+
+def one_thread() -> AbstractContextManager[None]:
+    """Compute with one thread inside: the bits that any number of threads must reproduce."""
+    return computing_threads(1)
 
 
 def _is_invariant(kernel: RowKernel, x: Tensor, weight: Tensor) -> bool:

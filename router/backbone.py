@@ -13,7 +13,7 @@ from torch import Tensor
 
 from experts.devices import upload
 from experts.directory import ExpertDirectory
-from experts.numerics import RowKernel
+from experts.numerics import RowKernel, computing_threads
 from experts.packed_matrix import linear
 from experts.store import ExpertStore
 from router.decoder_layer import LayerArithmetic
@@ -22,7 +22,7 @@ from router.linears import FLOAT, LinearForms
 from router.model_config import ModelConfig
 from router.native_head import NativeHead
 from router.prefetch import Prefetcher
-from router.step_batch import StepBatch, StepOutput
+from router.step_batch import Half, StepBatch, StepOutput
 from router.weights import TensorLoader, load_layer
 
 
@@ -103,6 +103,13 @@ class Backbone:
         are_finite_L = torch.isfinite(logits_LV).all(dim=1)
         return logits_LV, torch.where(are_finite_L, logits_LV.argmax(dim=1), -1).tolist()
 
+    def divisible(self, *, is_watched: bool) -> frozenset[Half]:
+        """Which halves can pause in the middle, in every layer, where rows are routed as the checkpoint says."""
+        halves: tuple[Half, ...] = ("attention",) if is_watched else ("attention", "experts")
+        return frozenset(
+            half for half in halves if all(self.arithmetic.is_divisible(layer, half) for layer in self.layers)
+        )
+
     def embed(self, batch: StepBatch) -> Tensor:
         """(P, D) inputs of the first layer."""
         hidden_TD = self.embeddings_VD.index_select(0, upload(batch.token_ids_T, self.kernel.device))
@@ -114,8 +121,9 @@ class Backbone:
 class ForwardPass:
     """The way of a step's rows through the layers: `advance` until `is_done`, then `finish`.
 
-    May pause between any two layers. A row's bits depend on its own inputs and on keys and values that are there
-    before it is computed, so what other passes compute meanwhile changes nothing.
+    May pause between any two halves of layers, and in the middle of those that are `is_next_divisible`. A row's bits
+    depend on its own inputs and on keys and values that are there before it is computed, so what other passes compute
+    meanwhile changes nothing.
     """
 
     @torch.inference_mode()
@@ -127,34 +135,74 @@ class ForwardPass:
         self._captured: dict[int, Tensor] = {}
         self._phases = {"attention": 0.0, "experts": 0.0, "head": 0.0}
         self._num_done = 0
+        self.next_half: Half = "attention"
+        """Of the layer that is computed next, or is on its way."""
+        self.is_in_half = False
+        """Whether it pauses in the middle of that half."""
+        self._threads = backbone.arithmetic.threads_for(batch.num_tokens)
 
     @property
     def is_done(self) -> bool:
         return self._num_done == len(self._backbone.layers)
 
-    @torch.inference_mode()
-    def advance(self, pool: KvPool) -> None:
-        """Compute one layer: reads and extends the KV cache of the batch's sequences.
+    @property
+    def is_in_layer(self) -> bool:
+        return self.is_in_half or self.next_half == "experts"
 
-        Raises ExpertError when an expert could not be computed; the cache positions of this pass are then
-        undefined and may be computed again.
+    @property
+    def is_next_divisible(self) -> bool:
+        """Whether `advance` can pause in the middle of the next half."""
+        if self.is_done or (self.next_half == "experts" and not self._inputs.is_plain):
+            return False
+        layer = self._backbone.layers[self._num_done]
+        return self._backbone.arithmetic.is_divisible(layer, self.next_half)
+
+    @torch.inference_mode()
+    def advance(self, pool: KvPool, until_ns: int | None = None) -> None:
+        """Compute a layer, or the rest of one: reads and extends the KV cache of the batch's sequences.
+
+        until_ns: monotonic clock; then one half at most is computed, and of one that can pause in the middle what can
+        be done until then, at least some. Raises ExpertError when an expert could not be computed; the cache
+        positions of this pass are then undefined and may be computed again.
         """
-        backbone, batch, index = self._backbone, self.batch, self._num_done
-        layer = backbone.layers[index]
+        if self._threads == torch.get_num_threads():
+            self._advance(pool, until_ns)
+        else:
+            with computing_threads(self._threads):
+                self._advance(pool, until_ns)
+
+    def _advance(self, pool: KvPool, until_ns: int | None) -> None:
+        backbone, index = self._backbone, self._num_done
+        layer, arithmetic = backbone.layers[index], backbone.arithmetic
+        if self.next_half == "attention":
+            started = time.perf_counter()
+            found_PD = arithmetic.attention(index, layer, self._hidden_PD, self._inputs, pool, until_ns)
+            self._note("attention", started, found_PD)
+            if until_ns is not None:
+                return
         started = time.perf_counter()
-        hidden_PD = backbone.arithmetic.attention(index, layer, self._hidden_PD, self._inputs, pool)
-        attended = time.perf_counter()
-        hidden_PD = backbone.arithmetic.feed_forward(layer, hidden_PD, self._inputs)
+        found_PD = arithmetic.feed_forward(layer, self._hidden_PD, self._inputs, until_ns)
+        self._note("experts", started, found_PD)
+        if found_PD is not None:
+            self._end_layer()
+
+    def _note(self, half: Half, started: float, found_PD: Tensor | None) -> None:
+        self._phases[half] += time.perf_counter() - started
+        self._backbone.progressed_at = time.monotonic()
+        self.is_in_half = found_PD is None
+        if found_PD is not None:
+            self._hidden_PD = found_PD
+            self.next_half = "experts" if half == "attention" else "attention"
+
+    def _end_layer(self) -> None:
+        """Hand out and add what was asked for."""
+        backbone, batch, index, hidden_PD = self._backbone, self.batch, self._num_done, self._hidden_PD
         if backbone.prefetcher is not None:
             backbone.prefetcher.hint(index, hidden_PD, batch.num_tokens)
-        self._phases["attention"] += attended - started
-        self._phases["experts"] += time.perf_counter() - attended
-        backbone.progressed_at = time.monotonic()
         if index in batch.capture_layers:
             self._captured[index] = hidden_PD[: batch.num_tokens].to("cpu", copy=True)
         for row, vector_D in batch.injections.get(index, {}).items():
             hidden_PD[row] += vector_D.to(backbone.kernel.device, backbone.dtype)
-        self._hidden_PD = hidden_PD
         self._num_done += 1
 
     @torch.inference_mode()

@@ -24,8 +24,11 @@ from router.model_config import ModelConfig
 from router.native_attention import NO_NORMS, HeadNorms, Places, attend_in_cache, norm_rows
 from router.native_layer import NativeStep
 from router.rope import RotaryEmbedding, rotate
-from router.step_batch import AttentionGroup, CacheSlots, StepBatch
+from router.step_batch import AttentionGroup, CacheSlots, Half, StepBatch
 from router.weights import Layer
+
+MANY_ROWS = 128
+"""Beside the work of so many, waking a thread takes no time to speak of, even where matrices are small."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,19 @@ class LayerArithmetic:
         self._is_native = kernel.product == "native"
         self._rope = RotaryEmbedding(config)
         self.clock: LayerClock | None = None
+        self.prompt_threads = 0
+        """Threads for many rows, where more than the process usually computes with."""
+
+    def threads_for(self, num_rows: int) -> int:
+        """Changes speed only."""
+        usual = torch.get_num_threads()
+        return max(usual, self.prompt_threads) if num_rows >= MANY_ROWS else usual
+
+    def is_divisible(self, layer: Layer, half: Half) -> bool:
+        """Whether it can pause in the middle; `experts` only where rows are routed as the checkpoint says."""
+        if layer.native is None:
+            return False
+        return half == "attention" or (layer.moe is not None and layer.moe.table() is not None)
 
     def prepare(self, batch: StepBatch) -> StepInputs:
         cos, sin = self._rope.tables(batch.positions_3T, batch.lengths_T)
@@ -76,28 +92,42 @@ class LayerArithmetic:
         return StepInputs(batch, upload(cos, device), upload(sin, device), cache, None)
 
     def attention(
-        self, index: int, layer: Layer, hidden_PD: Tensor, step: StepInputs, pool: KvPool
-    ) -> Tensor:
-        """The first half of a layer, residual included: (P, D) -> (P, D)."""
+        self,
+        index: int,
+        layer: Layer,
+        hidden_PD: Tensor,
+        step: StepInputs,
+        pool: KvPool,
+        until_ns: int | None = None,
+    ) -> Tensor | None:
+        """The first half of a layer, residual included: (P, D) -> (P, D).
+
+        until_ns: where the half can pause, None is returned once the monotonic clock has passed it; the next call with
+        the same arguments goes on.
+        """
         if layer.native is not None and step.native is not None:
-            hidden_PD = step.native.attention(layer.native, index, hidden_PD, pool)
-            if self.clock is not None:
+            attended_PD = step.native.attention(layer.native, index, hidden_PD, pool, until_ns)
+            if self.clock is not None and attended_PD is not None:
                 self.clock.attended(step.native)
-            return hidden_PD
+            return attended_PD
         normed_PD = self.norm(hidden_PD, layer.input_norm_D)
         return hidden_PD + self._output(self._attend(index, layer, normed_PD, step, pool), layer)
 
-    def feed_forward(self, layer: Layer, hidden_PD: Tensor, step: StepInputs) -> Tensor:
-        """The second half, residual included: (P, D) -> (P, D). Raises ExpertError."""
+    def feed_forward(
+        self, layer: Layer, hidden_PD: Tensor, step: StepInputs, until_ns: int | None = None
+    ) -> Tensor | None:
+        """The second half, residual included: (P, D) -> (P, D). until_ns: as of `attention`. Raises ExpertError."""
         batch = step.batch
         if step.is_plain and step.native is not None and layer.native is not None and layer.moe is not None:
             table = layer.moe.table()
             if table is not None:
-                hidden_PD, used = step.native.experts(layer.native, table, hidden_PD)
-                layer.moe.note_use(table, used, batch.num_tokens)
+                mixed_PD = step.native.experts(layer.native, table, hidden_PD, until_ns)
+                if mixed_PD is None:
+                    return None
+                layer.moe.note_use(table, step.native.used, batch.num_tokens)
                 if self.clock is not None:
                     self.clock.mixed(layer.moe.layer, step.native)
-                return hidden_PD
+                return mixed_PD
         normed_PD = self.norm(hidden_PD, layer.post_norm_D)
         if layer.moe is not None:
             routed_TD = layer.moe.forward(normed_PD, batch.num_tokens, batch.routing, batch.trace)

@@ -204,7 +204,8 @@ class Engine:
         waiting = self._waiting_facts(parents, held)
         bounds = None
         if self.limits.is_paced and (self._waiting or any(facts.num_missing > 1 for facts in running)):
-            bounds = self.pace.bounds(self.limits.max_batch_tokens)
+            divisible = self.backbone.divisible(is_watched=bool(self.watchers))
+            bounds = self.pace.bounds(self.limits.max_batch_tokens, divisible)
         return plan_step(running, waiting, self.allocator.num_free, self.limits, bounds)
 
     def _waiting_facts(self, parents: Mapping[str, str], held: frozenset[str]) -> Iterator[SequenceFacts]:
@@ -247,20 +248,28 @@ class Engine:
         members = [(chunk, self._running[chunk.name]) for chunk in chunks]
         return begin_pass(self.backbone, self.allocator, members, self.policy, self.watchers, self.probe)
 
-    def _advance_pass(self, step: StepPass) -> list[TokenEvent]:
-        """One more layer. Where that fails, returns the ends of the pass's requests."""
-        directory = self.backbone.directory
+    def _advance_pass(self, step: StepPass, until_ns: int | None = None) -> list[TokenEvent]:
+        """One more layer, or until then some of its next half; see `ForwardPass.advance`. Where that fails, returns the
+        ends of the pass's requests."""
+        directory, forward = self.backbone.directory, step.forward
         foreign_rows = directory.foreign_rows
+        half = None if forward.is_in_half or until_ns is None else forward.next_half
         started = time.perf_counter()
         try:
-            step.forward.advance(self.pool)
+            forward.advance(self.pool, until_ns)
         except ExpertError as error:
             living = [rows.sequence for rows in step.rows if self._is_running(rows.sequence)]
             trace = step.forward.batch.trace
             logger.error("step failed, request %s and %d others end: %s", trace, len(living) - 1, error)
             self._drop(step)
             return [self._fail(sequence, EXPERT_FAILED) for sequence in living]
-        self.pace.note_layer(step.num_tokens, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        step.layer_s += seconds
+        if half is not None and not forward.is_in_half:
+            self.pace.note_half(half, step.num_tokens, seconds)
+        if not forward.is_in_layer:
+            self.pace.note_layer(step.num_tokens, step.layer_s)
+            step.layer_s = 0.0
         step.is_mixed = step.is_mixed or directory.foreign_rows != foreign_rows
         return []
 
@@ -277,19 +286,27 @@ class Engine:
         return events
 
     def _compute_paused(self, step: StepPass, started: float, *, is_alone: bool) -> list[TokenEvent]:
-        """Some layers of a pass that pauses: as many as running streams can wait for, at least one; all of them where
-        nobody waits. started: when the engine's step began."""
+        """As much of a pass that pauses as running streams can wait for, at least some; all of it where nobody waits.
+        started: when the engine's step began."""
+        until_s = started + (self.pace.longest_s or 0.0)
         while not step.forward.is_done:
-            if failed := self._advance_pass(step):
+            until_ns = None if is_alone else _monotonic_ns(until_s)
+            if failed := self._advance_pass(step, until_ns):
                 return failed
-            spent_s = time.perf_counter() - started
-            if not is_alone and not self.pace.may_go_on(step.num_tokens, spent_s):
+            if not is_alone and not self._may_go_on(step, until_s - time.perf_counter()):
                 break
         if not step.forward.is_done:
             return []
         events = self._finish(step)
         self._drop(step)
         return events
+
+    def _may_go_on(self, step: StepPass, left_s: float) -> bool:
+        """Whether streams can wait for more of a pass: for all of the next half, where that cannot pause."""
+        forward = step.forward
+        if forward.is_next_divisible:
+            return left_s > 0
+        return self.pace.may_go_on(forward.next_half, step.num_tokens, left_s)
 
     def _drop(self, step: StepPass) -> None:
         """Forget a pass, and free what it held of requests that have ended. Others' rows may be computed again."""
@@ -419,3 +436,8 @@ class Engine:
 
     def _add_phase(self, phase: str, seconds: float) -> None:
         self.stats.phase_seconds[phase] = self.stats.phase_seconds.get(phase, 0.0) + seconds
+
+
+def _monotonic_ns(moment_s: float) -> int:
+    """A moment of `time.perf_counter` by the monotonic clock."""
+    return time.monotonic_ns() + round((moment_s - time.perf_counter()) * 1e9)

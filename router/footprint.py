@@ -111,6 +111,7 @@ def buffer_bytes(config: ModelConfig, dtype: torch.dtype, limits: BatchLimits, n
     that pauses meanwhile, and the library's own. Counts follow `router.backbone` and `experts.ffn`."""
     item, rows = dtype.itemsize, _rows(limits)
     paused = limits.max_batch_tokens * config.hidden_size * 2 * item
+    paused += _half_a_layer(config, limits.max_batch_tokens, item)
     hidden = rows * config.hidden_size * (3 * item + 2 * FLOAT32_BYTES) + paused
     phases = (
         _attention(config, rows, num_blocks, item),
@@ -123,6 +124,16 @@ def buffer_bytes(config: ModelConfig, dtype: torch.dtype, limits: BatchLimits, n
 def actor_buffer_bytes(config: ModelConfig, dtype: torch.dtype, limits: BatchLimits) -> int:
     """The same of an expert actor: a step's rows as they come, are computed and go."""
     return LIBRARY_BYTES + _experts(config, _rows(limits), dtype.itemsize)
+
+
+def _half_a_layer(config: ModelConfig, rows: int, item: int) -> int:
+    """What a half that pauses in the middle holds, the larger of the two; `experts/native/layer.c` cuts it. Packed rows
+    may be float32."""
+    attention = config.q_width * (2 * FLOAT32_BYTES + item) + (config.q_width + 2 * config.kv_width) * item
+    widest = max(config.gated_widths(), default=0)
+    of_expert = widest * FLOAT32_BYTES + config.hidden_size * item + 3 * FLOAT32_BYTES * 2
+    experts = config.num_experts * item + config.experts_per_token * of_expert
+    return rows * (config.hidden_size * FLOAT32_BYTES + max(attention, experts))
 
 
 def _rows(limits: BatchLimits) -> int:

@@ -65,6 +65,8 @@ class EngineOptions:
     limits: BatchLimits = field(default_factory=BatchLimits)
     num_threads: int | None = None
     """Torch threads of the process; None means what suits machine and model."""
+    prompt_threads: int | None = None
+    """The same for passes of many rows, where it is more; None means `num_threads`, or all cores where that is None."""
     max_model_len: int | None = None
     """Most tokens that a request will be let reach, by whoever takes requests; None means the model's context.
     Only bounds the cache that is allocated."""
@@ -173,6 +175,7 @@ def load_engine(
     )
     directory = connect(worker)
     backbone = Backbone(store, component.name, config, kernel, directory, dtype, forms)
+    backbone.arithmetic.prompt_threads = options.prompt_threads or options.num_threads or num_cores()
     if options.prefetch:
         backbone.prefetcher = Prefetcher(backbone.layers, backbone.arithmetic, directory)
     pool = KvPool(config, num_kv_blocks(config, dtype, options), dtype, options.device)

@@ -1,7 +1,7 @@
 """Attention and norms by the C source in `experts/native`: queries, keys and values of a step, in one call a layer.
 
 As `router.attention`, a row's bits depend on what it sees alone; the cache is read where it lies, block by block, and
-written on the way. In float32 throughout. Every pointer that goes in is of a tensor checked here. Called by
+written on the way. Sums are float32. Every pointer that goes in is of a tensor checked here. Called by
 `router.decoder_layer`.
 """
 

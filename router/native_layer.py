@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import time
+import weakref
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,16 @@ import torch
 from torch import Tensor
 
 from experts.expert_table import ExpertTable
-from experts.native_products import DTYPES, LEVELS, NativeMatrix, float_matrix, library_for
+from experts.native_products import (
+    DTYPES,
+    LEVELS,
+    OUT_OF_MEMORY,
+    PAUSED,
+    Library,
+    NativeMatrix,
+    float_matrix,
+    library_for,
+)
 from experts.numerics import RowKernel
 from experts.packed_matrix import PackedMatrix, Weight
 from router.attention import BLOCK_POSITIONS
@@ -160,6 +170,31 @@ def native_matrix(weight: Weight) -> NativeMatrix | None:
     return weight.native if isinstance(weight, PackedMatrix) else float_matrix(weight)
 
 
+class OpenHalf:
+    """Half a layer that may pause. Holds on to its memory, and to the rows that it reads and writes."""
+
+    def __init__(self, library: Library, address: int | None, hidden_TD: Tensor, out_TD: Tensor) -> None:
+        """Raises MemoryError for no address."""
+        if address is None:
+            raise MemoryError(f"no memory for a layer of {hidden_TD.shape[0]} rows")
+        self._library, self._address = library, address
+        self.hidden_TD, self.out_TD = hidden_TD, out_TD
+        self._end = weakref.finalize(self, library.end_half, address)
+        self._end.atexit = False
+
+    def run(self, until_ns: int | None) -> bool:
+        """Whether it is done now. until_ns: monotonic clock after which nothing more is begun, but for one piece; None
+        leaves nothing. Raises MemoryError."""
+        library = self._library
+        code = library.run_half(self._address, until_ns or 0, library.run_in_threads, torch.get_num_threads())
+        if code == OUT_OF_MEMORY:
+            raise MemoryError(f"no memory for a layer of {self.hidden_TD.shape[0]} rows")
+        return code != PAUSED
+
+    def close(self) -> None:
+        self._end()
+
+
 class NativeStep:
     """What the layers of one step share, as C takes it. Holds on to its tensors."""
 
@@ -202,17 +237,39 @@ class NativeStep:
         self._address = ctypes.addressof(self.structure)
         self._chosen_TK: array[int] | None = None
         self._used_E: array[int] | None = None
+        self._open: OpenHalf | None = None
 
-    def attention(self, layer: NativeLayer, index: int, hidden_TD: Tensor, pool: KvPool) -> Tensor:
+    def attention(
+        self,
+        layer: NativeLayer,
+        index: int,
+        hidden_TD: Tensor,
+        pool: KvPool,
+        until_ns: int | None = None,
+    ) -> Tensor | None:
         """hidden + output(attention(norm(hidden))), (T, D) in the model's dtype; writes keys and values to the cache.
 
-        index: of the layer in the cache. Raises ValueError where anything does not fit, MemoryError.
+        index: of the layer in the cache. until_ns: see `OpenHalf.run`; where something is left, None is returned, and
+        the next call with the same arguments goes on. Raises ValueError where anything does not fit, MemoryError.
         """
+        if self._open is not None:
+            return self._go_on(self._open, until_ns)
         self._bind(pool)
         expect(hidden_TD, self._shape, self._dtype)
         if not 0 <= index < pool.keys.shape[0]:
             raise ValueError(f"no layer {index} in a cache of {pool.keys.shape[0]}")
         out_TD = torch.empty_like(hidden_TD)
+        if until_ns is not None:
+            address = self._library.begin_attention(
+                self._address,
+                layer.address,
+                index,
+                self._config.window(index) or 0,
+                hidden_TD.data_ptr(),
+                out_TD.data_ptr(),
+                torch.get_num_threads(),
+            )
+            return self._go_on(OpenHalf(self._library, address, hidden_TD, out_TD), until_ns)
         began_ns = time.monotonic_ns()
         self._check(
             self._library.attention_half(
@@ -229,12 +286,20 @@ class NativeStep:
         self._note_phases(ATTENTION_PHASES, began_ns)
         return out_TD
 
-    def experts(self, layer: NativeLayer, table: ExpertTable, hidden_TD: Tensor) -> tuple[Tensor, list[int]]:
-        """hidden + experts(norm(hidden)) by the checkpoint's own routing, (T, D) in the model's dtype, and the experts
-        that were used, ascending.
+    @property
+    def used(self) -> list[int]:
+        """The experts that `experts` used, ascending."""
+        return [] if self._used_E is None else self._used_E[: self._used_E[-1]].tolist()
 
-        Raises ValueError where anything does not fit, MemoryError.
+    def experts(
+        self, layer: NativeLayer, table: ExpertTable, hidden_TD: Tensor, until_ns: int | None = None
+    ) -> Tensor | None:
+        """hidden + experts(norm(hidden)) by the checkpoint's own routing, (T, D) in the model's dtype.
+
+        until_ns: as of `attention`. Raises ValueError where anything does not fit, MemoryError.
         """
+        if self._open is not None:
+            return self._go_on(self._open, until_ns)
         config = self._config
         layer.use(table, config.hidden_size, config.num_experts, self._dtype)
         expect(hidden_TD, self._shape, self._dtype)
@@ -243,6 +308,17 @@ class NativeStep:
             self._used_E = array("q", bytes(8 * (config.num_experts + 1)))
         out_TD = torch.empty_like(hidden_TD)
         used = self._used_E.buffer_info()[0]
+        numbers = self._chosen_TK.buffer_info()[0], used, used + 8 * config.num_experts
+        if until_ns is not None:
+            address = self._library.begin_experts(
+                self._address,
+                layer.address,
+                hidden_TD.data_ptr(),
+                out_TD.data_ptr(),
+                *numbers,
+                torch.get_num_threads(),
+            )
+            return self._go_on(OpenHalf(self._library, address, hidden_TD, out_TD), until_ns)
         began_ns = time.monotonic_ns()
         self._check(
             self._library.experts_half(
@@ -250,15 +326,21 @@ class NativeStep:
                 layer.address,
                 hidden_TD.data_ptr(),
                 out_TD.data_ptr(),
-                self._chosen_TK.buffer_info()[0],
-                used,
-                used + 8 * config.num_experts,
+                *numbers,
                 self._library.run_in_threads,
                 torch.get_num_threads(),
             )
         )
         self._note_phases(EXPERTS_PHASES, began_ns)
-        return out_TD, self._used_E[: self._used_E[-1]].tolist()
+        return out_TD
+
+    def _go_on(self, half: OpenHalf, until_ns: int | None) -> Tensor | None:
+        self._open = half
+        if not half.run(until_ns):
+            return None
+        self._open = None
+        half.close()
+        return half.out_TD
 
     def _bind(self, pool: KvPool) -> None:
         if pool is self._pool:

@@ -1,8 +1,10 @@
 """How much of a prompt is computed beside running streams, from what steps cost on this machine.
 
-A prompt's rows go through the layers in a pass that may pause between any two, and a step of the running streams fits
-into every pause. Many rows at once are what makes a prompt cheap, since they share each expert's weights; pauses are
-what keeps streams going; so rows are many and layers few at a time. Learns from times that it is told and has no clock
+A prompt's rows go through the layers in a pass that may pause between any two halves of layers, and a step of the
+running streams fits into every pause. Many rows at once are what makes a prompt cheap, since they share each expert's
+weights; pauses are what keeps streams going. A half that is computed in one call by our own products pauses in the
+middle when its time is up, so rows are as many as a step may have; of others it must be known what they take, and there
+are as many rows as fit. Learns from times that it is told and has no clock
 of its own: equal times give equal decisions. Changes when something is computed, never what comes out. Called by
 `router.engine`.
 """
@@ -12,10 +14,13 @@ from __future__ import annotations
 import statistics
 from collections import deque
 from dataclasses import dataclass
+from functools import cache
+
+from router.step_batch import Half
 
 LONGEST_STEPS = 2.5
 """What a step may take beside a prompt, in steps of the streams alone. Below the three that users are promised, for
-layers that take longer than those before them."""
+what takes longer than before, and for what is begun just before time is up."""
 FIRST_ROWS = 64
 """Rows of a prompt's pass while nothing is known of this machine."""
 CHOICES = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
@@ -43,6 +48,8 @@ class Pace:
         self._stream_steps: deque[float] = deque(maxlen=REMEMBERED)
         self._layers: dict[int, deque[float]] = {}
         """By a choice of rows, seconds of a layer."""
+        self._halves: dict[Half, dict[int, deque[float]]] = {"attention": {}, "experts": {}}
+        """The same of halves that did not pause in the middle."""
 
     def note_streams(self, seconds: float) -> None:
         """A step of running streams took so long, without any prompt."""
@@ -50,9 +57,11 @@ class Pace:
 
     def note_layer(self, num_rows: int, seconds: float) -> None:
         """A layer took so long for a pass of so many rows."""
-        choice = min(CHOICES, key=lambda rows: abs(rows - num_rows))
-        known = self._layers.setdefault(choice, deque(maxlen=REMEMBERED))
-        known.append(seconds * choice / num_rows if num_rows > choice else seconds)
+        _note(self._layers, num_rows, seconds)
+
+    def note_half(self, half: Half, num_rows: int, seconds: float) -> None:
+        """The same of half a layer that was computed at once."""
+        _note(self._halves[half], num_rows, seconds)
 
     @property
     def longest_s(self) -> float | None:
@@ -61,38 +70,59 @@ class Pace:
 
     def layer_s(self, num_rows: int) -> float | None:
         """What a layer is expected to take; None where none was timed."""
-        if not self._layers:
-            return None
-        nearest = min(self._layers, key=lambda rows: max(rows / num_rows, num_rows / rows))
-        ratio = num_rows / nearest
-        return statistics.median(self._layers[nearest]) * (ratio if ratio > 1 else ratio**CONCAVITY)
+        return _expected(self._layers, num_rows)
 
-    def may_go_on(self, num_rows: int, spent_s: float) -> bool:
-        """Whether a pass of so many rows may go through one more layer in a step that has taken so long already."""
-        longest_s, layer_s = self.longest_s, self.layer_s(num_rows)
-        return longest_s is not None and layer_s is not None and spent_s + layer_s <= longest_s
+    def half_s(self, half: Half, num_rows: int) -> float | None:
+        """The same of half a layer: no more than a layer where none was timed."""
+        return _expected(self._halves[half], num_rows) if self._halves[half] else self.layer_s(num_rows)
 
-    def bounds(self, most: int) -> PromptBounds:
-        """For the next step, which may have `most` rows."""
-        longest_s = self.longest_s
+    def may_go_on(self, half: Half, num_rows: int, left_s: float) -> bool:
+        """Whether half a layer for so many rows fits into what is left of a step."""
+        half_s = self.half_s(half, num_rows)
+        return half_s is not None and half_s <= left_s
+
+    def bounds(self, most: int, divisible: frozenset[Half] = frozenset()) -> PromptBounds:
+        """For the next step, which may have `most` rows. divisible: halves that can pause in the middle."""
+        longest_s, whole = self.longest_s, tuple(half for half in self._halves if half not in divisible)
         if longest_s is None or not self._layers:
-            return PromptBounds(min(FIRST_ROWS, most), min(CHOICES[0], most))
+            return PromptBounds(min(FIRST_ROWS, most) if whole else most, min(CHOICES[0], most))
         choices = [rows for rows in CHOICES if rows < most] + [most]
         room_s = longest_s * (1 - 1 / LONGEST_STEPS)
         joined = [rows for rows in choices if self._layer_s(rows) * self._num_layers <= room_s]
-        return PromptBounds(max(choices, key=self._rate), joined[-1] if joined else choices[0])
+        paused = max(choices, key=lambda rows: self._rate(rows, whole, room_s)) if whole else most
+        return PromptBounds(paused, joined[-1] if joined else choices[0])
 
-    def _rate(self, num_rows: int) -> float:
-        """Rows a second in a pass of so many, streams' steps included; those that do not fit come last."""
-        assert self.longest_s is not None
-        stream_s, layer_s = self.longest_s / LONGEST_STEPS, self._layer_s(num_rows)
-        layers_a_step = int((self.longest_s - stream_s) / layer_s)
-        if not layers_a_step:
-            return -layer_s
-        num_steps = -(-self._num_layers // layers_a_step)
+    def _rate(self, num_rows: int, whole: tuple[Half, ...], room_s: float) -> float:
+        """Rows a second in a pass of so many, streams' steps included; those that do not fit come last. whole: halves
+        that cannot pause. room_s: what a step has for them."""
+        stream_s, layer_s = room_s / (LONGEST_STEPS - 1), self._layer_s(num_rows)
+        longest_s = max(self.half_s(half, num_rows) or layer_s for half in whole)
+        if longest_s > room_s:
+            return -longest_s
+        filled_s = int(room_s / longest_s * (1 + 1e-9)) * longest_s
+        num_steps = -(-self._num_layers * layer_s // filled_s)
         return num_rows / (num_steps * stream_s + self._num_layers * layer_s)
 
     def _layer_s(self, num_rows: int) -> float:
         found = self.layer_s(num_rows)
         assert found is not None
         return max(found, 1e-9)
+
+
+def _note(times: dict[int, deque[float]], num_rows: int, seconds: float) -> None:
+    choice = _choice_for(num_rows)
+    known = times.setdefault(choice, deque(maxlen=REMEMBERED))
+    known.append(seconds * choice / num_rows if num_rows > choice else seconds)
+
+
+@cache
+def _choice_for(num_rows: int) -> int:
+    return min(CHOICES, key=lambda rows: abs(rows - num_rows))
+
+
+def _expected(times: dict[int, deque[float]], num_rows: int) -> float | None:
+    if not times:
+        return None
+    nearest = min(times, key=lambda rows: max(rows / num_rows, num_rows / rows))
+    ratio = num_rows / nearest
+    return statistics.median(times[nearest]) * (ratio if ratio > 1 else ratio**CONCAVITY)

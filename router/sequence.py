@@ -124,8 +124,6 @@ class Sequence:
     def facts(self, num_blocks: int, num_shared_blocks: int = 0, num_given: int = 0) -> SequenceFacts:
         """num_given: positions that it would get computed when it is admitted, in `num_shared_blocks` blocks."""
         num_computed = max(self.num_computed, num_given)
-        # Other routing keeps what it knows of a step from layer to layer, one step at a time.
-        can_pause = self.request.routing.is_plain
         return SequenceFacts(
             self.name,
             len(self.tokens),
@@ -133,7 +131,7 @@ class Sequence:
             num_blocks,
             self.max_total,
             num_shared_blocks,
-            can_pause,
+            self.request.routing.can_pause,
         )
 
     def unscored(self, first: int, count: int) -> range:

@@ -81,9 +81,11 @@ class SingleLayers:
         pool = KvPool(alone, len(batch.spans[0].table) + 1, DTYPE)
         hidden_PD = arithmetic.pad(hidden_TD)
         step = arithmetic.prepare(batch)
-        hidden_PD = arithmetic.attention(0, layer, hidden_PD, step, pool)
-        hidden_PD = arithmetic.feed_forward(layer, hidden_PD, step)
-        return LayerOutput(hidden_PD[: len(hidden_TD)], notes.experts_TK, notes.logits_TE)
+        attended_PD = arithmetic.attention(0, layer, hidden_PD, step, pool)
+        assert attended_PD is not None
+        mixed_PD = arithmetic.feed_forward(layer, attended_PD, step)
+        assert mixed_PD is not None
+        return LayerOutput(mixed_PD[: len(hidden_TD)], notes.experts_TK, notes.logits_TE)
 
 
 class _Notes:

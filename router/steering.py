@@ -32,6 +32,9 @@ from router.snarc import Signals, Sketch, arousal, conflict, novelty, surprise
 from router.steering_plan import PLAIN, RowGroup, SteeredRequest, SteeredSpan, SteeringPlan, plan_steering
 from router.step_routing import GateOutput, SpanOwner
 
+MAX_UNDER_WAY = 4
+"""Steered steps that have begun and not ended: one that pauses, and those that failed."""
+
 
 @dataclass(frozen=True)
 class MoeShape:
@@ -96,6 +99,8 @@ class SteeredPolicy:
         self._memory = SignalMemory(self._sketch.signs_GS.shape[1])
         self._requests: dict[str, SteeredRequest] = {}
         self._step = _Step(())
+        self._under_way: list[_Step] = []
+        """Steered steps that have begun and not ended, oldest first."""
         self._is_use_counted = False
         """From the first snarc request on: a service that never has one pays nothing."""
 
@@ -146,7 +151,8 @@ class SteeredPolicy:
 
     def _step_of(self, owners: Sequence[SpanOwner]) -> _Step:
         if self._step.owners is not owners:
-            self._step = self._begin(owners)
+            paused = next((step for step in self._under_way if step.owners is owners), None)
+            self._step = paused or self._begin(owners)
         return self._step
 
     def _begin(self, owners: Sequence[SpanOwner]) -> _Step:
@@ -165,6 +171,7 @@ class SteeredPolicy:
             self._is_use_counted = self._weights.novelty > 0
             if self.means is not None:
                 self.means.is_learning = True
+        self._under_way = [*self._under_way, step][-MAX_UNDER_WAY:]
         return step
 
     def _needs(self, spans: Sequence[SteeredSpan]) -> SignalNeeds:
@@ -266,6 +273,7 @@ class SteeredPolicy:
 
     def _end_step(self, step: _Step) -> None:
         """Count misses, and let `auto` follow the signals of the step's tokens, in position order."""
+        self._under_way = [other for other in self._under_way if other is not step]
         misses, spared = _counted(step)
         drives: list[list[float]] = []
         if step.drive_2R is not None:

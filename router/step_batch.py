@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from experts.devices import CPU, upload
 from router.attention import BLOCK_POSITIONS
 from router.kv_cache import blocks_for
 from router.step_routing import NATIVE, StepRouting
+
+Half = Literal["attention", "experts"]
+"""Of a layer. A dense layer's second half counts as `experts`."""
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,8 @@ class StepPass:
     forward: ForwardPass
     is_mixed: bool = False
     """Whether experts of another numerics class computed some of it."""
+    layer_s: float = 0.0
+    """What the layer that is on its way has taken so far, pauses not counted."""
     kept_tables: list[str] = field(default_factory=list)
     """Names under which blocks of sequences that have ended meanwhile are held to the pass's end."""
 

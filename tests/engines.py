@@ -27,6 +27,7 @@ from router.pace import Pace, PromptBounds
 from router.request import GenerationRequest, TokenEvent, TokenLogprob
 from router.self_test import prove_row_invariance
 from router.sequence import Sequence as EngineSequence
+from router.step_batch import Half
 
 MAX_STEPS = 5000
 KV_BUDGET_BYTES = 1 << 24
@@ -99,20 +100,24 @@ def small_engine(
     return engine
 
 
-class OneLayerPace(Pace):
-    """Prompts pause after every layer, with few rows, whatever the clock says."""
+class SmallestPace(Pace):
+    """Prompts have few rows and pause wherever they can, whatever the clock says."""
 
-    def bounds(self, most: int) -> PromptBounds:
+    longest_s: float = 0.0  # type: ignore[assignment]
+
+    def bounds(self, most: int, divisible: frozenset[Half] = frozenset()) -> PromptBounds:
         return PromptBounds(paused=24, joined=4)
 
-    def may_go_on(self, num_rows: int, spent_s: float) -> bool:
+    def may_go_on(self, half: Half, num_rows: int, left_s: float) -> bool:
         return False
 
 
-def pause_prompts(engine: Engine) -> None:
-    """Let prompts go beside running streams one layer a step."""
+def pause_prompts(engine: Engine, *, within_halves: bool = True) -> None:
+    """Let prompts go beside running streams in the smallest pieces, or pausing between halves of layers only."""
     engine.limits = replace(engine.limits, is_paced=True)
-    engine.pace = OneLayerPace(engine.backbone.config.num_layers)
+    engine.pace = SmallestPace(engine.backbone.config.num_layers)
+    if not within_halves:
+        engine.pace.longest_s = 1e6
 
 
 def run_to_end(engine: Engine, requests: Sequence[GenerationRequest], join_at: Sequence[int] = ()) -> Outcome:

@@ -9,23 +9,15 @@
 #include <stdlib.h>
 
 #define ROWS_NORMED 32
+#define ROWS_OF_A_PIECE 96 /* that share a key-value head; a block is packed once for all of them */
 
 /* memory: room for the weights, which are in the rows' dtype. */
 void norm_row(
     const level *level, bool is_narrow, float *x, const uint8_t *weight, float *memory, float eps, int64_t count
 ) {
     const float mean = level->square_sum(x, count) / (float)count;
-    read_row(is_narrow, weight, memory, count);
+    level->read_row(is_narrow, weight, memory, count);
     level->scale(x, memory, 1.0f / sqrtf(mean + eps), count, is_narrow);
-}
-
-/* Pairs (i, i + half), as rotary embeddings do. */
-static void rotate(const float *x, const float *cos, const float *sin, float *to, int64_t width) {
-    const int64_t half = width / 2;
-    for (int64_t i = 0; i < half; i++) {
-        to[i] = x[i] * cos[i] - x[half + i] * sin[i];
-        to[half + i] = x[half + i] * cos[half + i] + x[i] * sin[half + i];
-    }
 }
 
 /* One token's heads: norm, rotation; keys and values go to the cache. */
@@ -35,73 +27,111 @@ void place_token(const attention *a, int64_t t, float *x) {
     const uint8_t *row = a->qkv + t * (a->heads + 2 * a->kv_heads) * width * item;
     const float *cos = a->cos + t * width, *sin = a->sin + t * width;
     for (int64_t h = 0; h < a->heads; h++) {
-        read_row(a->is_narrow, row + h * width * item, x, width);
+        a->level->read_row(a->is_narrow, row + h * width * item, x, width);
         if (a->q_norm) norm_row(a->level, a->is_narrow, x, a->q_norm, turned, a->eps, width);
-        rotate(x, cos, sin, turned, width);
-        for (int64_t d = 0; d < width; d++) turned[d] *= a->scale;
-        pack_row(a->way, false, turned, a->q + (t * a->heads + h) * a->q_stride, width);
+        a->level->rotate(x, cos, sin, turned, width);
+        a->level->store_row(a->way->item == 2, turned, a->q + (t * a->heads + h) * a->q_stride, width);
     }
     for (int64_t h = 0; h < a->kv_heads; h++) {
         const int64_t at = a->blocks[t] * a->block_bytes + (h * BLOCK + a->offsets[t]) * width * item;
-        read_row(a->is_narrow, row + (a->heads + h) * width * item, x, width);
+        a->level->read_row(a->is_narrow, row + (a->heads + h) * width * item, x, width);
         if (a->k_norm) norm_row(a->level, a->is_narrow, x, a->k_norm, turned, a->eps, width);
-        rotate(x, cos, sin, turned, width);
-        store_row(a->is_narrow, turned, a->keys + at, width);
+        a->level->rotate(x, cos, sin, turned, width);
+        a->level->store_row(a->is_narrow, turned, a->keys + at, width);
         memcpy(a->values + at, row + (a->heads + a->kv_heads + h) * width * item, (size_t)(width * item));
     }
 }
 
-/* Some query rows of one span that share a key-value head. memory: scores (rows, most_blocks * BLOCK), outputs. */
-static void attend_rows(const attention *a, const span *s, int64_t kv, int64_t first, int rows, float *memory) {
-    const int64_t item = a->is_narrow ? 2 : 4, width = a->width, shared = a->heads / a->kv_heads;
-    const int64_t stride = a->most_blocks * BLOCK;
-    float *scores = memory, *out = memory + MOST_ROWS * stride;
-    int64_t from[MOST_ROWS] = {0}, to[MOST_ROWS] = {0}, token[MOST_ROWS], head[MOST_ROWS];
-    tile t = {.inputs = width, .row_bytes = width * item, .outputs = BLOCK, .stride = stride};
-    for (int r = 0; r < rows; r++) {
-        token[r] = s->first_row + (first + r) / shared;
-        head[r] = kv * shared + (first + r) % shared;
-        to[r] = s->first_position + (first + r) / shared + 1;
-        from[r] = a->window && to[r] > a->window ? to[r] - a->window : 0;
-        t.x[r] = a->q + (token[r] * a->heads + head[r]) * a->q_stride;
-    }
-    const int64_t first_block = from[0] / BLOCK, end_block = (to[rows - 1] + BLOCK - 1) / BLOCK;
-    const int64_t *table = a->tables + s->table_start;
-    for (int64_t b = first_block; b < end_block; b++) {
-        const uint8_t *keys = a->keys + table[b] * a->block_bytes + kv * BLOCK * width * item;
-        t.weights = keys;
-        t.soon = a->keys + table[b + 1 < end_block ? b + 1 : b] * a->block_bytes + kv * BLOCK * width * item;
-        t.out = scores + b * BLOCK;
-        a->way->tiles[rows - 1](&t);
-    }
-    float totals[MOST_ROWS];
-    for (int r = 0; r < rows; r++) {
-        float *row = scores + r * stride;
-        for (int64_t j = first_block * BLOCK; j < from[r]; j++) row[j] = -INFINITY;
-        for (int64_t j = to[r]; j < end_block * BLOCK; j++) row[j] = -INFINITY;
-        float largest = -INFINITY;
-        for (int64_t j = from[r]; j < to[r]; j++) largest = row[j] > largest || row[j] != row[j] ? row[j] : largest;
-        totals[r] = 0;
-        for (int64_t b = first_block; b < end_block; b++)
-            totals[r] += a->level->softmax_weights(row + b * BLOCK, largest, BLOCK);
-        for (int64_t d = 0; d < width; d++) out[r * width + d] = 0;
-    }
-    for (int64_t b = first_block; b < end_block; b++) {
-        const uint8_t *values = a->values + table[b] * a->block_bytes + kv * BLOCK * width * item;
-        const int64_t begin = b * BLOCK < from[0] ? from[0] - b * BLOCK : 0;
-        const int64_t end = (b + 1) * BLOCK > to[rows - 1] ? to[rows - 1] - b * BLOCK : BLOCK;
-        a->level->add_values(
-            rows, a->is_narrow, scores + b * BLOCK, stride, values, width, begin, end, out, width);
-    }
-    for (int r = 0; r < rows; r++) {
-        for (int64_t d = 0; d < width; d++) out[r * width + d] /= totals[r];
-        store_row(a->is_narrow, out + r * width, a->out + (token[r] * a->heads + head[r]) * width * item, width);
+/* A thread's memory for a piece. */
+typedef struct {
+    uint8_t *keys, *values; /* of a block, packed */
+    float *out, *largest, *totals;
+} piece_memory;
+
+static int64_t padded_width(const attention *a) { return UP_TO(a->width, BLOCK_UNIT); }
+
+static piece_memory cut_memory(const attention *a, float *memory) {
+    const int64_t block_bytes = padded_width(a) * BLOCK * a->way->item;
+    piece_memory m = {.keys = (uint8_t *)memory, .values = (uint8_t *)memory + block_bytes};
+    m.out = (float *)(m.values + block_bytes);
+    m.largest = m.out + ROWS_OF_A_PIECE * padded_width(a);
+    m.totals = m.largest + ROWS_OF_A_PIECE;
+    return m;
+}
+
+size_t attention_memory(const attention *a) {
+    const int64_t state = ROWS_OF_A_PIECE * (padded_width(a) + 2) * (int64_t)sizeof(float);
+    const int64_t placing = 2 * a->width * (int64_t)sizeof(float);
+    return (size_t)(2 * padded_width(a) * BLOCK * a->way->item + state + placing);
+}
+
+/* Query rows of one span that share a key-value head, from `first` on; row r is a head of token r / shared. */
+typedef struct {
+    const span *span;
+    int64_t kv, first, rows;
+} run;
+
+static int64_t token_of(const attention *a, const run *p, int64_t r) {
+    return (p->first + r) / (a->heads / a->kv_heads);
+}
+
+/* (token, head) of a row, as q and out have them. */
+static int64_t place_of(const attention *a, const run *p, int64_t r) {
+    const int64_t shared = a->heads / a->kv_heads;
+    return (p->span->first_row + token_of(a, p, r)) * a->heads + p->kv * shared + (p->first + r) % shared;
+}
+
+static int64_t end_of(const attention *a, const run *p, int64_t r) {
+    return p->span->first_position + token_of(a, p, r) + 1;
+}
+
+static int64_t begin_of(const attention *a, int64_t end) { return a->window && end > a->window ? end - a->window : 0; }
+
+static int64_t within_block(int64_t position, int64_t block) {
+    position -= block * BLOCK;
+    return position < 0 ? 0 : MIN(position, BLOCK);
+}
+
+/* One block, for those of the run's rows that see any of it. */
+static void attend_to_block(const attention *a, const run *p, int64_t block, const piece_memory *m) {
+    block_tile t = {
+        .keys = m->keys, .values = m->values, .width = a->width, .factor = a->scale * 1.44269504f,
+        .stride = padded_width(a),
+    };
+    for (int64_t r = 0; r < p->rows;) {
+        const int rows = next_rows(p->rows - r, a->way->most_rows);
+        for (int i = 0; i < rows; i++) {
+            const int64_t end = end_of(a, p, r + i);
+            t.q[i] = a->q + place_of(a, p, r + i) * a->q_stride;
+            t.from[i] = within_block(begin_of(a, end), block), t.to[i] = within_block(end, block);
+        }
+        t.out = m->out + r * t.stride, t.largest = m->largest + r, t.totals = m->totals + r;
+        if (t.to[rows - 1] > t.from[0]) a->way->attend(rows, &t);
+        r += rows;
     }
 }
 
-static int64_t tiles_of(const attention *a, const span *s) {
-    const int64_t rows = s->count * (a->heads / a->kv_heads);
-    return (rows + a->way->most_rows - 1) / a->way->most_rows;
+static void attend_run(const attention *a, const run *p, const piece_memory *m) {
+    const int64_t item = a->is_narrow ? 2 : 4, width = a->width, stride = padded_width(a);
+    for (int64_t r = 0; r < p->rows; r++) m->largest[r] = -INFINITY, m->totals[r] = 0;
+    memset(m->out, 0, (size_t)(p->rows * stride) * sizeof(float));
+    const int64_t begin = begin_of(a, end_of(a, p, 0)), end = end_of(a, p, p->rows - 1);
+    for (int64_t b = begin / BLOCK; b * BLOCK < end; b++) {
+        const int64_t at = a->tables[p->span->table_start + b] * a->block_bytes + p->kv * BLOCK * width * item;
+        const int64_t from = within_block(begin, b), to = within_block(end, b);
+        a->way->pack_keys(a->is_narrow, a->keys + at, width, from, to, m->keys);
+        a->way->pack_values(a->is_narrow, a->values + at, width, from, to, m->values);
+        attend_to_block(a, p, b, m);
+    }
+    for (int64_t r = 0; r < p->rows; r++) {
+        float *out = m->out + r * stride;
+        for (int64_t d = 0; d < width; d++) out[d] /= m->totals[r];
+        a->level->store_row(a->is_narrow, out, a->out + place_of(a, p, r) * width * item, width);
+    }
+}
+
+static int64_t runs_of(const attention *a, const span *s) {
+    return (s->count * (a->heads / a->kv_heads) + ROWS_OF_A_PIECE - 1) / ROWS_OF_A_PIECE;
 }
 
 void attend_piece(const attention *a, int64_t piece, float *memory) {
@@ -112,22 +142,20 @@ void attend_piece(const attention *a, int64_t piece, float *memory) {
         else end = middle;
     }
     const span *s = &a->spans[index];
-    const int64_t inside = piece - a->span_pieces[index], tiles = tiles_of(a, s);
-    const int64_t rows = s->count * (a->heads / a->kv_heads), first = inside % tiles * a->way->most_rows;
-    attend_rows(a, s, inside / tiles, first, (int)MIN(rows - first, a->way->most_rows), memory);
+    const int64_t inside = piece - a->span_pieces[index], runs = runs_of(a, s);
+    run p = {.span = s, .kv = inside / runs, .first = inside % runs * ROWS_OF_A_PIECE};
+    p.rows = MIN(s->count * (a->heads / a->kv_heads) - p.first, ROWS_OF_A_PIECE);
+    const piece_memory m = cut_memory(a, memory);
+    attend_run(a, &p, &m);
 }
 
 void plan_attention(attention *a, int64_t *span_pieces) {
-    a->way = &a->level->wide[a->is_narrow ? BFLOAT16 : FLOAT32];
-    a->q_stride = packed_stride(a->way, a->width);
+    a->way = a->level->blocks[a->is_narrow];
+    a->q_stride = a->width * a->way->item;
     span_pieces[0] = 0;
     for (int64_t i = 0; i < a->num_spans; i++)
-        span_pieces[i + 1] = span_pieces[i] + tiles_of(a, &a->spans[i]) * a->kv_heads;
+        span_pieces[i + 1] = span_pieces[i] + runs_of(a, &a->spans[i]) * a->kv_heads;
     a->span_pieces = span_pieces;
-}
-
-size_t attention_memory(const attention *a) {
-    return (size_t)(MOST_ROWS * (a->most_blocks * BLOCK + a->width) + 2 * a->width) * sizeof(float);
 }
 
 typedef struct {
@@ -163,7 +191,7 @@ int sage_attend(
     int code = OUT_OF_MEMORY;
     if (pieces) {
         plan_attention(a, pieces);
-        a->q = aligned_alloc(64, (size_t)(a->num_tokens * a->heads * a->q_stride));
+        a->q = malloc((size_t)(a->num_tokens * a->heads * a->q_stride));
     }
     if (a->q) {
         c.work.pieces[0] = a->num_tokens;
@@ -192,9 +220,9 @@ static void norm_piece(work *w, int phase, int64_t piece, void *memory) {
     const norm *n = (const norm *)w;
     const int64_t item = n->is_narrow ? 2 : 4, end = MIN(n->num_rows, (piece + 1) * ROWS_NORMED);
     for (int64_t r = piece * ROWS_NORMED; r < end; r++) {
-        read_row(n->is_narrow, n->x + r * n->stride, memory, n->width);
+        n->level->read_row(n->is_narrow, n->x + r * n->stride, memory, n->width);
         norm_row(n->level, n->is_narrow, memory, n->weight, (float *)memory + n->width, n->eps, n->width);
-        store_row(n->is_narrow, memory, n->out + r * n->width * item, n->width);
+        n->level->store_row(n->is_narrow, memory, n->out + r * n->width * item, n->width);
     }
 }
 

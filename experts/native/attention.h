@@ -4,16 +4,14 @@
 
 #include "work.h"
 
-#define BLOCK 64 /* positions; a multiple of 16 and of OUTPUTS */
-
 typedef struct {
     int64_t first_row, count, table_start, first_position; /* rows of the step, and where the sequence's blocks stand */
 } span;
 
-/* What the threads share. Phases: a token a piece (place_token), then tiles of query rows (attend_piece). */
+/* What the threads share. Phases: a token a piece (place_token), then runs of query rows (attend_piece). */
 typedef struct {
     const level *level;
-    const way *way;
+    const block_way *way;
     bool is_narrow;
     int64_t num_tokens, heads, kv_heads, width, window, num_spans, block_bytes, most_blocks;
     const uint8_t *qkv, *q_norm, *k_norm;
@@ -23,8 +21,8 @@ typedef struct {
     const int64_t *blocks, *offsets, *tables;
     const span *spans;
     const int64_t *span_pieces; /* (spans + 1): pieces before each */
-    uint8_t *q;                 /* packed, (tokens * heads) */
-    int64_t q_stride;
+    uint8_t *q;                 /* (tokens * heads), as the way takes them */
+    int64_t q_stride;           /* bytes */
     uint8_t *out;
 } attention;
 

@@ -8,8 +8,6 @@
 #define LOAD(p) _mm512_load_ps(p)
 #define LOADU(p) _mm512_loadu_ps(p)
 #define STOREU(p, values) _mm512_storeu_ps(p, values)
-#define FROM_BFLOAT16(p) \
-    _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p))), 16))
 #define FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
 #define FMA1(a, b, c) __builtin_fmaf(a, b, c)
 #define FILLED(value) _mm512_set1_ps(value)

@@ -36,6 +36,7 @@ typedef struct {
     int64_t x_stride, hidden_stride;
     int64_t per_expert[3];      /* pieces, of phases 1 and 2 */
     int64_t panel;              /* outputs of a piece of the last product */
+    int64_t row_runs;           /* pieces of a panel: of one small matrix for many rows several */
     uint8_t *out;
     int64_t out_stride;         /* bytes */
     const uint8_t *added;       /* rows like out's, to which the rounded sums of the last product are added; or NULL */

@@ -59,9 +59,9 @@ static void pack_normed(
     const int64_t item = s->is_narrow ? 2 : 4, end = MIN(s->num_tokens, (piece + 1) * ROWS_PACKED);
     uint8_t *normed = (uint8_t *)(memory + 2 * s->width);
     for (int64_t t = piece * ROWS_PACKED; t < end; t++) {
-        read_row(s->is_narrow, hidden + t * s->width * item, memory, s->width);
+        first->level->read_row(s->is_narrow, hidden + t * s->width * item, memory, s->width);
         norm_row(first->level, s->is_narrow, memory, norm, memory + s->width, s->eps, s->width);
-        store_row(s->is_narrow, memory, normed, s->width);
+        first->level->store_row(s->is_narrow, memory, normed, s->width);
         pack_row(first->first_way, s->is_narrow, normed, first->x + t * first->x_stride, s->width);
         if (second) pack_row(second->first_way, s->is_narrow, normed, second->x + t * second->x_stride, s->width);
     }
@@ -85,6 +85,8 @@ typedef struct {
     const step *step;
     const layer *layer;
     const uint8_t *hidden;
+    expert matrices[2]; /* of both products, as calls take them */
+    int64_t starts[2];
     call qkv, output;
     attention attention;
 } attention_half;
@@ -112,17 +114,15 @@ static void cut_attention(attention_half *h, arena *a, int64_t **span_pieces) {
 }
 
 /* hidden + output(attention(norm(hidden))): (tokens, width) rows in the model's dtype. index: of the layer in the cache.
-   window: 0 for none. */
-int sage_attention_half(
-    const step *s, const layer *l, int64_t index, int64_t window, const void *hidden, void *out, run_in_threads *run,
-    unsigned threads
+   window: 0 for none. threads: as many as will run it, most likely. Nothing is computed yet: see sage_run_half. NULL
+   where there is no memory. */
+void *sage_begin_attention(
+    const step *s, const layer *l, int64_t index, int64_t window, const void *hidden, void *out, unsigned threads
 ) {
-    expert matrices[2];
-    int64_t starts[2], *span_pieces;
+    int64_t *span_pieces;
     const int64_t item = s->is_narrow ? 2 : 4, at = index * s->layer_bytes;
-    attention_half h = {
-        .step = s, .layer = l, .hidden = hidden, .qkv = one_product(s, &l->qkv, run ? threads : 1, &matrices[0], starts),
-        .output = one_product(s, &l->output, run ? threads : 1, &matrices[1], starts),
+    attention_half plan = {
+        .step = s, .layer = l, .hidden = hidden,
         .attention = {
             .level = level_of((int)s->level), .is_narrow = s->is_narrow, .num_tokens = s->num_tokens,
             .heads = s->heads, .kv_heads = s->kv_heads, .width = s->head_width, .window = window,
@@ -132,27 +132,53 @@ int sage_attention_half(
             .spans = s->spans, .tables = s->tables,
         },
     };
-    attention *a = &h.attention;
-    a->way = &a->level->wide[a->is_narrow ? BFLOAT16 : FLOAT32];
-    a->q_stride = packed_stride(a->way, a->width);
-    arena memory = {0};
-    cut_attention(&h, &memory, &span_pieces);
-    memory = (arena){.at = aligned_alloc(64, memory.used)};
-    if (!memory.at) return OUT_OF_MEMORY;
-    cut_attention(&h, &memory, &span_pieces);
+    plan.qkv = one_product(s, &l->qkv, threads, &plan.matrices[0], plan.starts);
+    plan.output = one_product(s, &l->output, threads, &plan.matrices[1], plan.starts);
+    plan.attention.way = plan.attention.level->blocks[s->is_narrow];
+    plan.attention.q_stride = s->head_width * plan.attention.way->item;
+    arena memory = {.used = UP_TO(sizeof plan, 64)};
+    cut_attention(&plan, &memory, &span_pieces);
+    attention_half *h = aligned_alloc(64, memory.used);
+    if (!h) return NULL;
+    *h = plan;
+    memory = (arena){.at = (uint8_t *)h, .used = UP_TO(sizeof plan, 64)};
+    cut_attention(h, &memory, &span_pieces);
+    h->qkv.experts = &h->matrices[0], h->output.experts = &h->matrices[1];
+    h->qkv.starts = h->output.starts = h->starts;
+    attention *a = &h->attention;
     plan_attention(a, span_pieces);
-    a->qkv = h.qkv.out;
-    h.output.tokens = a->out, h.output.token_stride = h.output.first.inputs * item;
-    h.output.out = out, h.output.added = hidden;
-    h.work = (work){
-        .pieces = {packing_pieces(s), first_pieces(&h.qkv), s->num_tokens, span_pieces[s->num_spans],
-                   packing_pieces(s), first_pieces(&h.output)},
+    a->qkv = h->qkv.out;
+    h->output.tokens = a->out, h->output.token_stride = h->output.first.inputs * item;
+    h->output.out = out, h->output.added = hidden;
+    h->work = (work){
+        .pieces = {packing_pieces(s), first_pieces(&h->qkv), s->num_tokens, span_pieces[s->num_spans],
+                   packing_pieces(s), first_pieces(&h->output)},
         .run_piece = attention_half_piece, .ended_ns = s->ended_ns,
     };
     const size_t attending = attention_memory(a), norming = norm_memory(s);
-    h.work.memory_bytes = attending > norming ? attending : norming;
-    const int code = run_work(&h.work, run, threads);
-    free(memory.at);
+    h->work.memory_bytes = attending > norming ? attending : norming;
+    return h;
+}
+
+/* What is left of a half, or of it what threads take before the clock says until_ns (0: all of it): at least one piece.
+   Returns 0, PAUSED or OUT_OF_MEMORY. Only then are its results there. */
+int sage_run_half(void *half, int64_t until_ns, run_in_threads *run, unsigned threads) {
+    work *w = half;
+    w->until_ns = until_ns;
+    return run_work(w, run, threads);
+}
+
+/* A half that is done, or will not be. */
+void sage_end_half(void *half) { free(half); }
+
+/* The same at once. */
+int sage_attention_half(
+    const step *s, const layer *l, int64_t index, int64_t window, const void *hidden, void *out, run_in_threads *run,
+    unsigned threads
+) {
+    void *h = sage_begin_attention(s, l, index, window, hidden, out, run ? threads : 1);
+    const int code = h ? sage_run_half(h, 0, run, threads) : OUT_OF_MEMORY;
+    sage_end_half(h);
     return code;
 }
 
@@ -162,9 +188,11 @@ typedef struct {
     const layer *layer;
     const uint8_t *hidden;
     uint8_t *out;
+    expert matrix; /* the gate's, as calls take it */
+    int64_t gate_starts[2];
     call gate, experts;
     bool has_own_x; /* whether experts take rows packed in another way than the gate */
-    int64_t *chosen, *used, *starts, *row_of, *token_of, num_used;
+    int64_t *chosen, *used, *num_used, *starts, *row_of, *token_of;
     float *weights;
     expert *called; /* the experts in use */
 } experts_half;
@@ -180,9 +208,9 @@ static void route_rows(const experts_half *h, int64_t piece, float *memory) {
 
 static void call_experts(experts_half *h) {
     const step *s = h->step;
-    h->num_used = sort_by_expert(
+    *h->num_used = sort_by_expert(
         h->chosen, s->num_tokens, s->top_k, s->num_experts, h->used, h->starts, h->row_of, h->token_of);
-    for (int64_t i = 0; i < h->num_used; i++) h->called[i] = h->layer->experts[h->used[i]];
+    for (int64_t i = 0; i < *h->num_used; i++) h->called[i] = h->layer->experts[h->used[i]];
 }
 
 /* Each row's experts by rank, added to the row. memory: width floats, then room for top_k addresses. */
@@ -227,47 +255,59 @@ static void cut_experts(experts_half *h, arena *a) {
 }
 
 /* hidden + experts(norm(hidden)) by the checkpoint's own routing: (tokens, width) rows in the model's dtype.
-   chosen: (tokens, top_k), best first. used: the experts in use, ascending, num_used of them; room for num_experts. */
-int sage_experts_half(
+   chosen: (tokens, top_k), best first. used: the experts in use, ascending, num_used of them; room for num_experts.
+   threads: as many as will run it, most likely. Nothing is computed yet: see sage_run_half. NULL where there is no
+   memory. */
+void *sage_begin_experts(
     const step *s, const layer *l, const void *hidden, void *out, int64_t *chosen, int64_t *used, int64_t *num_used,
-    run_in_threads *run, unsigned threads
+    unsigned threads
 ) {
-    expert matrix;
-    int64_t starts[2];
     const int64_t slots = s->num_tokens * s->top_k;
-    experts_half h = {
-        .step = s, .layer = l, .hidden = hidden, .out = out, .gate = one_product(s, &l->gate, run ? threads : 1, &matrix, starts),
+    experts_half plan = {
+        .step = s, .layer = l, .hidden = hidden, .out = out,
         .experts = {
             .level = level_of((int)s->level), .first = l->gate_up, .second = l->down,
             .num_experts = MIN(s->num_experts, slots), .num_tokens = s->num_tokens, .is_narrow = s->is_narrow,
             .out_stride = s->width * (s->is_narrow ? 2 : 4),
-            .threads = run ? threads : 1, .is_gated = true,
+            .threads = threads, .is_gated = true,
         },
-        .chosen = chosen, .used = used,
+        .chosen = chosen, .used = used, .num_used = num_used,
     };
-    plan_call(&h.experts);
-    h.has_own_x = h.experts.first_way->x_bytes != h.gate.first_way->x_bytes ||
-                  h.experts.first_way->pairs != h.gate.first_way->pairs ||
-                  h.experts.first_way->pack != h.gate.first_way->pack;
-    arena memory = {0};
-    cut_experts(&h, &memory);
-    memory = (arena){.at = aligned_alloc(64, memory.used)};
-    if (!memory.at) return OUT_OF_MEMORY;
-    cut_experts(&h, &memory);
-    h.experts.experts = h.called, h.experts.starts = h.starts, h.experts.token_of = h.token_of;
-    h.work = (work){
-        .pieces = {packing_pieces(s), first_pieces(&h.gate), packing_pieces(s), 1, first_pieces(&h.experts),
-                   last_pieces(&h.experts), packing_pieces(s)},
+    plan.gate = one_product(s, &l->gate, threads, &plan.matrix, plan.gate_starts);
+    plan_call(&plan.experts);
+    plan.has_own_x = plan.experts.first_way->x_bytes != plan.gate.first_way->x_bytes ||
+                     plan.experts.first_way->pairs != plan.gate.first_way->pairs ||
+                     plan.experts.first_way->pack != plan.gate.first_way->pack;
+    arena memory = {.used = UP_TO(sizeof plan, 64)};
+    cut_experts(&plan, &memory);
+    experts_half *h = aligned_alloc(64, memory.used);
+    if (!h) return NULL;
+    *h = plan;
+    memory = (arena){.at = (uint8_t *)h, .used = UP_TO(sizeof plan, 64)};
+    cut_experts(h, &memory);
+    h->gate.experts = &h->matrix, h->gate.starts = h->gate_starts;
+    h->experts.experts = h->called, h->experts.starts = h->starts, h->experts.token_of = h->token_of;
+    h->work = (work){
+        .pieces = {packing_pieces(s), first_pieces(&h->gate), packing_pieces(s), 1, first_pieces(&h->experts),
+                   last_pieces(&h->experts), packing_pieces(s)},
         .run_piece = experts_half_piece, .ended_ns = s->ended_ns,
     };
     const size_t routing = (size_t)UP_TO(s->num_experts, UNIT) * sizeof(float);
     const size_t combining = (size_t)UP_TO(s->width, UNIT) * sizeof(float) + (size_t)s->top_k * sizeof(uint8_t *);
-    h.work.memory_bytes = norm_memory(s);
-    if (routing > h.work.memory_bytes) h.work.memory_bytes = routing;
-    if (combining > h.work.memory_bytes) h.work.memory_bytes = combining;
-    const int code = run_work(&h.work, run, threads);
-    *num_used = h.num_used;
-    free(memory.at);
+    h->work.memory_bytes = norm_memory(s);
+    if (routing > h->work.memory_bytes) h->work.memory_bytes = routing;
+    if (combining > h->work.memory_bytes) h->work.memory_bytes = combining;
+    return h;
+}
+
+/* The same at once. */
+int sage_experts_half(
+    const step *s, const layer *l, const void *hidden, void *out, int64_t *chosen, int64_t *used, int64_t *num_used,
+    run_in_threads *run, unsigned threads
+) {
+    void *h = sage_begin_experts(s, l, hidden, out, chosen, used, num_used, run ? threads : 1);
+    const int code = h ? sage_run_half(h, 0, run, threads) : OUT_OF_MEMORY;
+    sage_end_half(h);
     return code;
 }
 

@@ -13,8 +13,6 @@
 #define LOAD(p) _mm256_load_ps(p)
 #define LOADU(p) _mm256_loadu_ps(p)
 #define STOREU(p, values) _mm256_storeu_ps(p, values)
-#define FROM_BFLOAT16(p) \
-    _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p))), 16))
 #define FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
 #define FMA1(a, b, c) __builtin_fmaf(a, b, c)
 #define FILLED(value) _mm256_set1_ps(value)
@@ -37,14 +35,16 @@ INLINE TARGET void avx2_store_sums(const __m256 sums[OUTPUTS], float *out) {
 
 #include "lanes.h"
 #include "rows.h"
+#include "blocks.h"
 
 #define THREE(kind) { avx2_tile_##kind##_1, avx2_tile_##kind##_2, avx2_tile_##kind##_3 }
 #define NARROW_WAYS \
     [BFLOAT16] = { THREE(BFLOAT16), 3, 4, 16 }, [INT8] = { THREE(INT8), 3, 4, 0 }, [INT4] = { THREE(INT4), 3, 4, 16 }
 static const way narrow[KINDS] = { NARROW_WAYS };
 static const way wide[KINDS] = { [FLOAT32] = { THREE(FLOAT32), 3, 4, 0 }, NARROW_WAYS };
+static const block_way blocks = BLOCK_WAY;
 const level avx2_level = {
-    narrow, wide, avx2_silu_times, avx2_square_sum, avx2_scale, avx2_softmax_weights, avx2_add_values, avx2_add_sums,
-    avx2_mix_rows, avx2_find_largest,
+    narrow, wide, avx2_silu_times, avx2_square_sum, avx2_scale, avx2_softmax, avx2_read_row, avx2_store_row, avx2_rotate, avx2_add_sums,
+    avx2_mix_rows, avx2_find_largest, { &blocks, &blocks },
 };
 #endif

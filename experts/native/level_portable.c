@@ -25,7 +25,6 @@ typedef float loose_lanes __attribute__((vector_size(32), aligned(1), may_alias)
     }
 CONVERTER(LOW_HALVES, from_bfloat16((uint16_t)(p[4 * i] | p[4 * i + 1] << 8)))
 CONVERTER(HIGH_HALVES, from_bfloat16((uint16_t)(p[4 * i + 2] | p[4 * i + 3] << 8)))
-CONVERTER(FROM_BFLOAT16, from_bfloat16((uint16_t)(p[2 * i] | p[2 * i + 1] << 8)))
 CONVERTER(FROM_INT8, (float)(int8_t)p[i])
 CONVERTER(LOW_CODES, (float)((int)(p[i] & 15) - 8))
 CONVERTER(HIGH_CODES, (float)((int)(p[i] >> 4) - 8))
@@ -39,13 +38,15 @@ INLINE void portable_store_sums(const lanes sums[OUTPUTS], float *out) {
 
 #include "lanes.h"
 #include "rows.h"
+#include "blocks.h"
 
 #define THREE(kind) { portable_tile_##kind##_1, portable_tile_##kind##_2, portable_tile_##kind##_3 }
 #define NARROW_WAYS \
     [BFLOAT16] = { THREE(BFLOAT16), 3, 4, 16 }, [INT8] = { THREE(INT8), 3, 4, 0 }, [INT4] = { THREE(INT4), 3, 4, 16 }
 static const way narrow[KINDS] = { NARROW_WAYS };
 static const way wide[KINDS] = { [FLOAT32] = { THREE(FLOAT32), 3, 4, 0 }, NARROW_WAYS };
+static const block_way blocks = BLOCK_WAY;
 const level portable_level = {
-    narrow, wide, portable_silu_times, portable_square_sum, portable_scale, portable_softmax_weights, portable_add_values,
-    portable_add_sums, portable_mix_rows, portable_find_largest,
+    narrow, wide, portable_silu_times, portable_square_sum, portable_scale, portable_softmax, portable_read_row, portable_store_row, portable_rotate,
+    portable_add_sums, portable_mix_rows, portable_find_largest, { &blocks, &blocks },
 };

@@ -14,6 +14,8 @@
 #define GATED_STRIDE (GATED_OUTPUTS + OUTPUTS)
 #define SUMS_STRIDE (MOST_OUTPUTS + OUTPUTS)
 #define AHEAD_BYTES (32 << 10)
+#define ROWS_OF_A_RUN 96        /* of one small matrix, where many rows come: a multiple of every way's rows */
+#define FEW_PANELS 16
 
 /* Sums of some rows (as many as a tile has at most) with outputs [from, to) into sums (rows, stride), of which OUTPUTS - 1
    behind may be overwritten. then: the weights that are needed after these; NULL where nobody knows. */
@@ -54,18 +56,12 @@ static const uint8_t *next_weights(const call *c, int64_t piece) {
     piece += c->threads;
     const int64_t gated = c->is_gated ? first_pieces(c) : 0;
     const bool is_last = piece >= gated;
-    const int64_t inside = is_last ? piece - gated : piece;
+    const int64_t inside = (is_last ? piece - gated : piece) / c->row_runs;
     const int64_t count = c->per_expert[is_last && c->is_gated ? 2 : 1], e = inside / count;
     if (e >= c->num_experts || c->starts[e + 1] == c->starts[e]) return NULL;
     if (!is_last) return weights_of(&c->first, &c->experts[e].gate_up, inside % count * GATED_OUTPUTS);
     return c->is_gated ? weights_of(&c->second, &c->experts[e].down, inside % count * c->panel)
                        : weights_of(&c->first, &c->experts[e].gate_up, inside % count * c->panel);
-}
-
-/* How many of `left` rows the next tile takes: as even as possible, which changes no bit. */
-static int next_rows(int64_t left, int most) {
-    const int64_t tiles = (left + most - 1) / most;
-    return (int)((left + tiles - 1) / tiles);
 }
 
 static const uint8_t *row_of_x(const call *c, int64_t row) {
@@ -97,7 +93,7 @@ void gate_piece(const call *c, int64_t piece) {
         for (int r = 0; r < rows; r++) {
             c->level->silu_times(gates + r * GATED_STRIDE, ups + r * GATED_STRIDE, values, to - from, c->is_narrow);
             uint8_t *hidden = c->hidden + (row + r) * c->hidden_stride + from * c->second_way->x_bytes;
-            store_row(true, values, (uint8_t *)words, to - from);
+            c->level->store_row(true, values, (uint8_t *)words, to - from);
             pack_row(
                 c->second_way, c->is_narrow, c->is_narrow ? (void *)words : (void *)values, hidden, to - from);
         }
@@ -105,19 +101,20 @@ void gate_piece(const call *c, int64_t piece) {
     }
 }
 
-/* A panel of the last product, for all rows of one expert. */
+/* A panel of the last product, for all rows of one expert, or for a run of one matrix's rows. */
 void product_piece(const call *c, int64_t piece) {
     const int phase = c->is_gated ? 2 : 1;
     const form *form = c->is_gated ? &c->second : &c->first;
     const way *way = c->is_gated ? c->second_way : c->first_way;
-    const int64_t e = piece / c->per_expert[phase];
-    const int64_t from = piece % c->per_expert[phase] * c->panel, to = MIN(form->outputs, from + c->panel);
+    const int64_t run = piece % c->row_runs, e = piece / c->row_runs / c->per_expert[phase];
+    const int64_t from = piece / c->row_runs % c->per_expert[phase] * c->panel, to = MIN(form->outputs, from + c->panel);
     const matrix *m = c->is_gated ? &c->experts[e].down : &c->experts[e].gate_up;
     const int item = c->is_narrow && !c->is_widened ? 2 : 4;
     float sums[MOST_ROWS * SUMS_STRIDE];
-    const int64_t end = c->starts[e + 1];
+    const int64_t rows_of_run = c->row_runs > 1 ? ROWS_OF_A_RUN : c->starts[e + 1] - c->starts[e];
+    const int64_t begin = c->starts[e] + run * rows_of_run, end = MIN(c->starts[e + 1], begin + rows_of_run);
     const uint8_t *next = next_weights(c, piece + (c->is_gated ? first_pieces(c) : 0));
-    for (int64_t row = c->starts[e]; row < end;) {
+    for (int64_t row = begin; row < end;) {
         const int rows = next_rows(end - row, way->most_rows);
         const uint8_t *x[MOST_ROWS];
         for (int r = 0; r < rows; r++)
@@ -129,7 +126,7 @@ void product_piece(const call *c, int64_t piece) {
             if (c->is_widened && c->is_narrow)
                 for (int64_t i = 0; i < to - from; i++) row_sums[i] = rounded(row_sums[i]);
             if (c->added) c->level->add_sums(c->added + at, row_sums, c->out + at, to - from, c->is_narrow);
-            else store_row(c->is_narrow && !c->is_widened, row_sums, c->out + at, to - from);
+            else c->level->store_row(c->is_narrow && !c->is_widened, row_sums, c->out + at, to - from);
         }
         row += rows;
     }
@@ -147,9 +144,12 @@ void plan_call(call *c) {
     }
     c->panel = MIN(MOST_OUTPUTS, UP_TO(PANEL_BYTES / row_bytes((int)last->kind, last->inputs) + 1, OUTPUTS));
     c->per_expert[c->is_gated ? 2 : 1] = (last->outputs + c->panel - 1) / c->panel;
+    const bool is_cut = !c->is_gated && c->num_experts == 1 && c->per_expert[1] < FEW_PANELS;
+    c->row_runs = is_cut ? (c->num_tokens + ROWS_OF_A_RUN - 1) / ROWS_OF_A_RUN : 1;
+    if (c->row_runs < 1) c->row_runs = 1;
 }
 
-int64_t first_pieces(const call *c) { return c->per_expert[1] * c->num_experts; }
+int64_t first_pieces(const call *c) { return c->per_expert[1] * c->num_experts * (c->is_gated ? 1 : c->row_runs); }
 
 int64_t last_pieces(const call *c) { return c->per_expert[2] * c->num_experts; }
 

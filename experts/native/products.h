@@ -11,6 +11,20 @@
 #define FEW_ROWS 2
 #define MOST_ROWS 6
 #define STEP 64  /* inputs; rows of x end with zeros up to a multiple of it */
+#define BLOCK 64 /* positions that attention takes at once */
+#define BLOCK_UNIT 32 /* a head's packed keys and values are as wide as a multiple of it */
+#define UP_TO(n, multiple) (((n) + (multiple) - 1) / (multiple) * (multiple))
+
+/* 2^f for |f| <= 1/2 is 1 + POWER_1 f + POWER_2 f^2 + ...: to 9e-8, and for what is rounded to bfloat16 to 3e-6. */
+#define POWER_1 0.6931470036506653f
+#define POWER_2 0.24022242426872253f
+#define POWER_3 0.05550733581185341f
+#define POWER_4 0.009671512991189957f
+#define POWER_5 0.001326472731307149f
+#define NARROW_POWER_1 0.6931241750717163f
+#define NARROW_POWER_2 0.24024099111557007f
+#define NARROW_POWER_3 0.055906426161527634f
+#define NARROW_POWER_4 0.009582852944731712f
 
 enum kind { FLOAT32, BFLOAT16, INT8, INT4, KINDS };
 
@@ -48,14 +62,36 @@ typedef void activate(const float *gate, const float *up, float *out, int64_t co
 /* See rows.h. */
 typedef float sum_squares(const float *x, int64_t count);
 typedef void scale_row(float *x, const float *weight, float factor, int64_t count, int is_narrow);
-typedef float weigh(float *scores, float largest, int64_t count);
+typedef void to_probabilities(float *scores, int64_t count);
+typedef void read_values(int is_narrow, const uint8_t *from, float *to, int64_t count);
+typedef void store_values(int is_narrow, const float *values, uint8_t *out, int64_t count);
+typedef void turn(const float *x, const float *cos, const float *sin, float *to, int64_t width);
 typedef void add_to_row(const uint8_t *row, const float *sums, uint8_t *out, int64_t count, int is_narrow);
 typedef void mix(
     int64_t num_rows, const uint8_t *const *rows, const float *weights, float *out, int64_t count, int is_narrow);
 typedef int64_t find(const float *x, int64_t count);
-typedef void add_weighted(
-    int rows, int is_narrow, const float *weights, int64_t stride, const uint8_t *values, int64_t width, int64_t from,
-    int64_t to, float *out, int64_t out_stride);
+
+/* Some query rows and one block of what they attend to; see blocks.h. */
+typedef struct {
+    const uint8_t *q[MOST_ROWS];
+    const uint8_t *keys, *values;      /* packed, aligned to 64 bytes */
+    int64_t width;
+    float factor;                      /* of scores, on their way to powers of 2 */
+    int64_t from[MOST_ROWS], to[MOST_ROWS]; /* the block's positions that each row sees */
+    float *largest, *totals;           /* (rows): of what the rows have seen so far; changed */
+    float *out;                        /* (rows, stride): weighed sums of values so far; changed */
+    int64_t stride;
+} block_tile;
+
+typedef void pack_block(int is_narrow, const uint8_t *rows, int64_t width, int64_t from, int64_t to, uint8_t *packed);
+typedef void attend_block(int rows, const block_tile *);
+
+typedef struct {
+    int most_rows;
+    int item;                          /* bytes of an element of packed keys and values, and of queries */
+    pack_block *pack_keys, *pack_values;
+    attend_block *attend;
+} block_way;
 
 typedef struct {
     const way *narrow;                 /* by kind, activations in bfloat16; none for float32 weights */
@@ -63,17 +99,21 @@ typedef struct {
     activate *silu_times;
     sum_squares *square_sum;
     scale_row *scale;
-    weigh *softmax_weights;
-    add_weighted *add_values;
+    to_probabilities *softmax;
+    read_values *read_row;
+    store_values *store_row;
+    turn *rotate;
     add_to_row *add_sums;
     mix *mix_rows;
     find *find_largest;
+    const block_way *blocks[2];        /* for a cache in float32, and in bfloat16 */
 } level;
 
 extern const level portable_level;
 #ifdef __x86_64__
 extern const level avx2_level, avx512_level, avx512bf16_level;
 extern const way avx512bf16_narrow[KINDS];
+extern const block_way avx512bf16_blocks;
 #endif
 
 static inline int64_t row_bytes(int kind, int64_t inputs) {

@@ -14,15 +14,12 @@ void route_row(
     int64_t *chosen, float *weights, float *memory
 ) {
     const int64_t padded = UP_TO(num_experts, UNIT);
-    read_row(is_narrow, logits, memory, num_experts);
+    level->read_row(is_narrow, logits, memory, num_experts);
     for (int64_t e = num_experts; e < padded; e++) memory[e] = -INFINITY;
-    float largest = -INFINITY;
-    for (int64_t e = 0; e < num_experts; e++)
-        largest = memory[e] > largest || memory[e] != memory[e] ? memory[e] : largest;
-    const float total = level->softmax_weights(memory, largest, padded);
+    level->softmax(memory, padded);
     int64_t count = 0;
     for (int64_t e = 0; e < num_experts; e++) {
-        const float p = memory[e] / total;
+        const float p = memory[e];
         if (count == top_k && !(p > weights[top_k - 1])) continue;
         int64_t place = count < top_k ? count++ : top_k - 1;
         for (; place > 0 && p > weights[place - 1]; place--)

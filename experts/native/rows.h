@@ -1,7 +1,26 @@
 /* What attention and norms do with rows of float32, for one level. Included after lanes.h. An element's bits depend on
    its row alone. */
 
-#define CHUNK 4 /* vectors of outputs at once */
+static TARGET void NAME(read_row)(int is_narrow, const uint8_t *from, float *to, int64_t count) {
+    if (!is_narrow) memcpy(to, from, (size_t)count * 4);
+    else
+        for (int64_t i = 0; i < count; i++) to[i] = from_bfloat16(((const uint16_t *)from)[i]);
+}
+
+static TARGET void NAME(store_row)(int is_narrow, const float *values, uint8_t *out, int64_t count) {
+    if (!is_narrow) memcpy(out, values, (size_t)count * 4);
+    else
+        for (int64_t i = 0; i < count; i++) ((uint16_t *)out)[i] = to_bfloat16(values[i]);
+}
+
+/* Pairs (i, i + half), as rotary embeddings do. */
+static TARGET void NAME(rotate)(const float *x, const float *cos, const float *sin, float *to, int64_t width) {
+    const int64_t half = width / 2;
+    for (int64_t i = 0; i < half; i++) {
+        to[i] = x[i] * cos[i] - x[half + i] * sin[i];
+        to[half + i] = x[half + i] * cos[half + i] + x[i] * sin[half + i];
+    }
+}
 
 /* Of squares, in sixteen sums whatever the level's lanes are. */
 static TARGET float NAME(square_sum)(const float *x, int64_t count) {
@@ -23,9 +42,18 @@ static TARGET void NAME(scale)(float *x, const float *weight, float factor, int6
         for (int64_t i = 0; i < count; i++) x[i] = x[i] * factor * weight[i];
 }
 
-/* e^(x - largest) in place, and the sum in sixteen sums; count is a multiple of 16. Below e^-87 it is 0. */
-static TARGET float NAME(softmax_weights)(float *x, float largest, int64_t count) {
-    float sums[16] = {0};
+/* Softmax in place, its sum in sixteen sums; count is a multiple of 16. Below e^-87 of the largest it is 0. */
+static TARGET void NAME(softmax)(float *x, int64_t count) {
+    float sums[16] = {0}, most[16];
+    for (int lane = 0; lane < 16; lane++) most[lane] = x[lane];
+    for (int64_t i = 16; i < count; i += 16)
+        for (int lane = 0; lane < 16; lane++) {
+            const float y = x[i + lane];
+            most[lane] = y > most[lane] || y != y ? y : most[lane];
+        }
+    float largest = most[0]; /* what is no number stays the largest */
+    for (int lane = 1; lane < 16; lane++)
+        largest = most[lane] > largest || most[lane] != most[lane] ? most[lane] : largest;
     for (int64_t i = 0; i < count; i += 16)
         for (int lane = 0; lane < 16; lane++) {
             float y = x[i + lane] - largest;
@@ -41,7 +69,7 @@ static TARGET float NAME(softmax_weights)(float *x, float largest, int64_t count
         }
     for (int half = 8; half; half /= 2)
         for (int lane = 0; lane < half; lane++) sums[lane] += sums[lane + half];
-    return sums[0];
+    for (int64_t i = 0; i < count; i++) x[i] /= sums[0];
 }
 
 /* out = row + sums, in the rows' dtype, to which the sums are rounded before. */
@@ -92,77 +120,4 @@ static TARGET int64_t NAME(find_largest)(const float *x, int64_t count) {
     int64_t found = 0;
     while (x[found] != most[0]) found++;
     return found;
-}
-
-/* out (rows, out_stride), from output `first` on, += weights (rows, stride) times rows from..to of values (to, width),
-   value after value, for so many vectors of outputs at once. */
-INLINE TARGET void NAME(add_vectors)(
-    const int rows, const int is_narrow, const int vectors, int64_t first, const float *weights, int64_t stride,
-    const uint8_t *values, int64_t width, int64_t from, int64_t to, float *out, int64_t out_stride
-) {
-    V sums[MOST][CHUNK];
-    EACH(r, rows) EACH(c, vectors) sums[r][c] = LOADU(out + r * out_stride + first + c * LANES);
-    for (int64_t j = from; j < to; j++) {
-        const uint8_t *at = values + (j * width + first) * (is_narrow ? 2 : 4);
-        V v[CHUNK];
-        EACH(c, vectors) {
-            if (is_narrow) v[c] = FROM_BFLOAT16(at + 2 * c * LANES);
-            else v[c] = LOADU((const float *)at + c * LANES);
-        }
-        EACH(r, rows) {
-            V w = FILLED(weights[r * stride + j]);
-            EACH(c, vectors) sums[r][c] = FMA(w, v[c], sums[r][c]);
-        }
-    }
-    EACH(r, rows) EACH(c, vectors) STOREU(out + r * out_stride + first + c * LANES, sums[r][c]);
-}
-
-/* All outputs; each has the same operations wherever it stands. */
-INLINE TARGET void NAME(add_some_values)(
-    const int rows, const int is_narrow, const float *weights, int64_t stride, const uint8_t *values, int64_t width,
-    int64_t from, int64_t to, float *out, int64_t out_stride
-) {
-    int64_t first = 0;
-    for (; first + CHUNK * LANES <= width; first += CHUNK * LANES)
-        NAME(add_vectors)(rows, is_narrow, CHUNK, first, weights, stride, values, width, from, to, out, out_stride);
-    for (; first + 2 * LANES <= width; first += 2 * LANES)
-        NAME(add_vectors)(rows, is_narrow, 2, first, weights, stride, values, width, from, to, out, out_stride);
-    for (; first + LANES <= width; first += LANES)
-        NAME(add_vectors)(rows, is_narrow, 1, first, weights, stride, values, width, from, to, out, out_stride);
-    if (first == width) return;
-    for (int64_t j = from; j < to; j++)
-        EACH(r, rows) for (int64_t d = first; d < width; d++) {
-            const uint8_t *at = values + (j * width + d) * (is_narrow ? 2 : 4);
-            uint16_t word;
-            float value;
-            if (is_narrow) {
-                memcpy(&word, at, 2);
-                value = from_bfloat16(word);
-            } else memcpy(&value, at, 4);
-            out[r * out_stride + d] = FMA1(weights[r * stride + j], value, out[r * out_stride + d]);
-        }
-}
-
-static TARGET void NAME(add_values)(
-    int rows, int is_narrow, const float *weights, int64_t stride, const uint8_t *values, int64_t width, int64_t from,
-    int64_t to, float *out, int64_t out_stride
-) {
-#define CASE(n)                                                                                              \
-    case n:                                                                                                  \
-        if (is_narrow)                                                                                       \
-            NAME(add_some_values)(n, 1, weights, stride, values, width, from, to, out, out_stride);          \
-        else                                                                                                 \
-            NAME(add_some_values)(n, 0, weights, stride, values, width, from, to, out, out_stride);          \
-        break
-    switch (rows) {
-        CASE(1);
-        CASE(2);
-        CASE(3);
-#if MOST > 3
-        CASE(4);
-        CASE(5);
-        CASE(6);
-#endif
-    }
-#undef CASE
 }

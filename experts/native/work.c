@@ -17,7 +17,7 @@ static int detected_level(void) {
 }
 
 /* Raised with every change of what is computed. */
-int sage_version(void) { return 5; }
+int sage_version(void) { return 6; }
 
 /* The best level of this machine: 0 portable, 1 avx2, 2 avx512, 3 avx512bf16. */
 int sage_level(void) { return detected_level(); }
@@ -66,21 +66,6 @@ int64_t packed_stride(const way *way, int64_t inputs) {
     return UP_TO(inputs, way->block ? way->block : STEP) * way->x_bytes + 64; /* rows a page apart would compete for the same places in the caches */
 }
 
-void read_row(bool is_narrow, const uint8_t *from, float *to, int64_t count) {
-    if (!is_narrow) memcpy(to, from, (size_t)count * 4);
-    else
-        for (int64_t i = 0; i < count; i++) to[i] = from_bfloat16(((const uint16_t *)from)[i]);
-}
-
-void store_row(bool is_narrow, const float *sums, uint8_t *out, int64_t count) {
-    if (!is_narrow) {
-        memcpy(out, sums, (size_t)count * 4);
-        return;
-    }
-    uint16_t *words = (uint16_t *)out;
-    for (int64_t i = 0; i < count; i++) words[i] = to_bfloat16(sums[i]);
-}
-
 static int64_t now_ns(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
@@ -94,7 +79,7 @@ static void take_pieces(void *data) {
         atomic_store(&w->has_failed, true); /* others go on; where nobody has memory, nothing is done */
         return;
     }
-    for (;;) {
+    for (bool is_first = true; is_first || !w->until_ns || now_ns() < w->until_ns; is_first = false) {
         int64_t piece = atomic_fetch_add_explicit(&w->next, 1, memory_order_relaxed);
         int phase = 0;
         while (phase < PHASES && piece >= w->pieces[phase]) piece -= w->pieces[phase++];
@@ -110,9 +95,13 @@ static void take_pieces(void *data) {
     free(memory);
 }
 
-/* All pieces, each once. Returns OUT_OF_MEMORY where some thread had none; results are then not to be used. */
+/* All pieces, each once, or PAUSED where some are left for another call. Returns OUT_OF_MEMORY where some thread had none;
+   results are then not to be used. */
 int run_work(work *w, run_in_threads *run, unsigned threads) {
     if (run && threads > 1) run(take_pieces, w, threads, 0);
     else take_pieces(w);
-    return atomic_load(&w->has_failed) ? OUT_OF_MEMORY : 0;
+    if (atomic_load(&w->has_failed)) return OUT_OF_MEMORY;
+    for (int phase = 0; phase < PHASES; phase++)
+        if (atomic_load(&w->done[phase]) < w->pieces[phase]) return PAUSED;
+    return 0;
 }

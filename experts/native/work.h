@@ -9,14 +9,15 @@
 
 #define PHASES 7 /* at most */
 #define OUT_OF_MEMORY 1
+#define PAUSED 2
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
-#define UP_TO(n, multiple) (((n) + (multiple) - 1) / (multiple) * (multiple))
 
 /* GOMP_parallel of the OpenMP runtime that the process has already. */
 typedef void run_in_threads(void (*work)(void *), void *data, unsigned threads, unsigned flags);
 
 /* Numbered pieces in phases; threads take the next number. A piece of a later phase waits until the phases before are
-   complete, which threads that never woke up cannot delay. First member of what a call's pieces need. */
+   complete, which threads that never woke up cannot delay. First member of what a call's pieces need. It may pause between
+   any two pieces. */
 typedef struct work work;
 struct work {
     _Atomic int64_t next, done[PHASES];
@@ -25,13 +26,18 @@ struct work {
     void (*run_piece)(work *, int phase, int64_t piece, void *memory);
     size_t memory_bytes; /* of each thread's memory */
     int64_t *ended_ns;   /* (PHASES): clock at each one's end; or NULL */
+    int64_t until_ns;    /* clock after which no thread takes another piece, but for its first one; or 0 */
 };
+
+/* How many of `left` rows the next tile takes: as even as possible, which changes no bit. */
+static inline int next_rows(int64_t left, int most) {
+    const int64_t tiles = (left + most - 1) / most;
+    return (int)((left + tiles - 1) / tiles);
+}
 
 int run_work(work *w, run_in_threads *run, unsigned threads);
 const level *level_of(int number);
 void pack_row(const way *way, bool is_narrow, const void *from, uint8_t *to, int64_t count);
 int64_t packed_stride(const way *way, int64_t inputs);
-void read_row(bool is_narrow, const uint8_t *from, float *to, int64_t count);
-void store_row(bool is_narrow, const float *sums, uint8_t *out, int64_t count);
 
 #endif

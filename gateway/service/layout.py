@@ -119,6 +119,7 @@ def engine_options(options: ServiceOptions, dtype: str, num_threads: int) -> Eng
             max_waiting=options.max_queue,
         ),
         num_threads=num_threads,
+        prompt_threads=max(1, num_cores() // options.num_routers),
         max_model_len=options.max_model_len,
         snarc=options.snarc,
         stand_ins=StandInOptions(state_folder) if "snarc" in options.routing.policies else None,

@@ -120,6 +120,17 @@ def test_row_has_its_bits_whatever_comes_with_it_and_whoever_computes(
     assert torch.equal(multiply(level, x.flip(0), made.native).flip(0), whole)
 
 
+@pytest.mark.parametrize("num_rows", [95, 96, 97, 300])
+def test_runs_of_many_rows_of_a_small_matrix_have_the_bits_of_each_row_alone(num_rows: int) -> None:
+    made = Case.make(24, 40, None, torch.bfloat16, 3)
+    x = _rows(num_rows, 40, torch.bfloat16)
+    torch.set_num_threads(2)
+    whole = multiply(LEVELS_HERE[-1], x, made.native)
+    for row in (0, 94, 95, 96, 191, 192, num_rows - 1):
+        if row < num_rows:
+            assert torch.equal(multiply(LEVELS_HERE[-1], x[row : row + 1], made.native)[0], whole[row])
+
+
 @pytest.mark.parametrize("level", LEVELS_HERE)
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: "float" if form is None else form.name)
 def test_output_has_its_bits_whatever_outputs_stand_beside(level: str, form: Quantization | None) -> None:

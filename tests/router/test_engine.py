@@ -15,6 +15,7 @@ from experts.errors import ExpertCorrupt
 from experts.worker import ExpertWorker
 from router.attention import BLOCK_POSITIONS
 from router.batcher import BatchLimits
+from router.decoder_layer import MANY_ROWS
 from router.errors import PromptInvalid, QueueFull, RequestTooLong
 from router.kv_cache import BlockAllocator, KvPool
 from router.loading import EngineOptions, LoadedEngine
@@ -37,16 +38,18 @@ SMALL_STEPS = BatchLimits(max_batch_tokens=16, admission_reserve=1)
 
 
 class FaultyDirectory(LocalDirectory):
-    """Fails the call with this number, counted down; negative never."""
+    """Fails the call with this number, counted down; negative never. Or the next one with so many tokens."""
 
     calls_to_failure = -1
+    tokens_to_failure = -1
 
     def table(self, component: str, layer: int) -> None:
         """So that every call comes to `run`."""
 
     def run(self, call: ExpertCall) -> torch.Tensor:
         self.calls_to_failure -= 1
-        if self.calls_to_failure == 0:
+        if self.calls_to_failure == 0 or len(call.tokens_TD) == self.tokens_to_failure:
+            self.tokens_to_failure = -1
             raise ExpertCorrupt("('model', 0, 3)", "experts.bin", 64, "the bytes were altered")
         return super().run(call)
 
@@ -446,7 +449,7 @@ def test_hundreds_of_requests_leave_nothing_behind(loaded: LoadedEngine) -> None
 def _beside_a_stream(
     loaded: LoadedEngine, num_blocks: int = 12, limits: BatchLimits | None = None, **swap: int
 ) -> RecordingEngine:
-    """An engine with one stream that runs, whose prompts pause after every layer."""
+    """An engine with one stream that runs, whose prompts pause wherever they can."""
     engine = small_engine(loaded, num_blocks, limits, **swap)
     pause_prompts(engine)
     engine.submit(_request("stream", 5, 60))
@@ -459,8 +462,10 @@ def _only(outcome: Outcome, *names: str) -> Outcome:
 
 
 def test_stream_gets_a_token_in_every_step_beside_a_prompt_that_pauses(loaded: LoadedEngine) -> None:
-    """Bits are those of each alone; three layers and 24 rows a pass take nine steps for 70 tokens."""
+    """Bits are those of each alone. 24 of 70 tokens are in a pass, which pauses before each half but the first that
+    cannot pause in the middle: four of six here, with one layer dense and experts behind a directory without tables."""
     engine = _beside_a_stream(loaded)
+    pause_prompts(engine, within_halves=False)
     prompt = _request("prompt", 70, 5)
     engine.submit(prompt)
     steps = 0
@@ -469,7 +474,7 @@ def test_stream_gets_a_token_in_every_step_beside_a_prompt_that_pauses(loaded: L
         engine.step()
         steps += 1
         assert len(engine.outcome.tokens["stream"]) == before + 1
-    assert steps == 9
+    assert steps == 3 * 5
     _finish(engine)
     assert_same_bits(engine.outcome, _alone(loaded, _request("stream", 5, 60), prompt))
 
@@ -527,7 +532,7 @@ def test_preempted_request_in_a_pass_begins_it_again(loaded: LoadedEngine) -> No
 def test_expert_error_in_a_pass_leaves_the_streams_alone(loaded: LoadedEngine) -> None:
     engine = _beside_a_stream(loaded)
     engine.submit(_request("prompt", 20))
-    _faulty(loaded).calls_to_failure = len(loaded.config.moe_layers) + 1  # the stream's step comes before
+    _faulty(loaded).tokens_to_failure = 20
     reasons: dict[str, str | None] = {}
     while not reasons:
         reasons = {e.request_id: e.finish_reason for e in engine.step() if e.finish_reason is not None}
@@ -550,3 +555,24 @@ def test_prompt_with_inputs_may_pause(loaded: LoadedEngine) -> None:
     whole = _with_inputs(loaded, _request("r", 28, 3), inputs)
     assert_same_bits(outcome, whole)
     assert torch.equal(paused, seen) and not seen.isnan().any()
+
+
+def test_long_prompt_computes_with_the_threads_of_prompts_and_the_same_bits(
+    loaded: LoadedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: set[tuple[bool, int]] = set()
+    run = FaultyDirectory.run
+
+    def watched(self: FaultyDirectory, call: ExpertCall) -> torch.Tensor:
+        threads.add((len(call.tokens_TD) >= MANY_ROWS, torch.get_num_threads()))
+        return run(self, call)
+
+    request = _request("long", MANY_ROWS + 40)
+    before = torch.get_num_threads()
+    in_chunks = run_to_end(small_engine(loaded, 8, BatchLimits(max_batch_tokens=50)), [request])
+    monkeypatch.setattr(FaultyDirectory, "run", watched)
+    monkeypatch.setattr(loaded.engine.backbone.arithmetic, "prompt_threads", before + 1)
+    whole = run_to_end(small_engine(loaded, 8), [request])
+    assert_same_bits(whole, in_chunks)
+    assert threads == {(True, before + 1), (False, before)}
+    assert torch.get_num_threads() == before

@@ -190,7 +190,7 @@ def test_chunked_prefill_equals_whole(
     _check(root, EngineOptions(dtype=dtype, limits=limits), requests, reference)
 
 
-def test_prefill_that_pauses_between_layers_equals_whole(
+def test_prefill_that_pauses_equals_whole(
     root: Path, dtype: str, requests: list[GenerationRequest], reference: Outcome
 ) -> None:
     loaded = open_engine(root, EngineOptions(dtype=dtype))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import pytest
 import torch
@@ -118,8 +119,10 @@ def _batch(spans: Sequence[Span]) -> StepBatch:
     return StepBatch(tuple(spans), torch.zeros_like(positions), positions.expand(3, -1), ())
 
 
-def _run(weights: Random, layer: Layer, steps: Sequence[Sequence[Span]]) -> tuple[list[Tensor], KvPool]:
-    """The layer's rows of each step, one step after another over one cache."""
+def _run(
+    weights: Random, layer: Layer, steps: Sequence[Sequence[Span]], until_ns: int | None = None
+) -> tuple[list[Tensor], KvPool]:
+    """The layer's rows of each step, one step after another over one cache. until_ns: pausing wherever it can after."""
     arithmetic = LayerArithmetic(weights.config, weights.kernel, weights.dtype)
     pool = KvPool(weights.config, NUM_BLOCKS, weights.dtype)
     outs = []
@@ -128,9 +131,20 @@ def _run(weights: Random, layer: Layer, steps: Sequence[Sequence[Span]]) -> tupl
         generator = torch.Generator().manual_seed(batch.num_tokens)
         hidden = torch.randn(batch.num_tokens, weights.config.hidden_size, generator=generator)
         inputs = arithmetic.prepare(batch)
-        attended = arithmetic.attention(1, layer, hidden.to(weights.dtype), inputs, pool)
-        outs += [attended, arithmetic.feed_forward(layer, attended, inputs)]
+        attend = partial(arithmetic.attention, 1, layer, hidden.to(weights.dtype), inputs, pool, until_ns)
+        attended = _finish(attend, until_ns)
+        mix = partial(arithmetic.feed_forward, layer, attended, inputs, until_ns)
+        outs += [attended, _finish(mix, until_ns)]
     return outs, pool
+
+
+def _finish(compute: Callable[[], Tensor | None], until_ns: int | None) -> Tensor:
+    """Call again until it is done; it pauses at least once where it may."""
+    num_pauses = 0
+    while (found := compute()) is None:
+        num_pauses += 1
+    assert num_pauses == 0 or until_ns is not None
+    return found
 
 
 STEPS = (
@@ -190,13 +204,15 @@ def test_two_calls_have_the_bits_of_one_for_each_operation(
         torch.set_num_threads(threads)
         found, pool = _run(weights, layer, STEPS)
         assert here.used == calls
+        in_pieces, pool_of_pieces = _run(weights, layer, STEPS, until_ns=1)
         here.has_table = False  # the first half in one call, the second one call by call
         half, _ = _run(weights, layer, STEPS)
     finally:
         torch.set_num_threads(before)
-    for mine, theirs, mixed in zip(found, expected, half, strict=True):
-        assert torch.equal(mine, theirs) and torch.equal(mixed, theirs)
-    assert torch.equal(pool.keys, expected_pool.keys) and torch.equal(pool.values, expected_pool.values)
+    for others in (found, in_pieces, half):
+        assert all(map(torch.equal, others, expected))
+    for other in (pool, pool_of_pieces):
+        assert torch.equal(other.keys, expected_pool.keys) and torch.equal(other.values, expected_pool.values)
 
 
 def test_what_does_not_fit_is_refused() -> None:

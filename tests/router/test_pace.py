@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from router.pace import CHOICES, FIRST_ROWS, LONGEST_STEPS, Pace, PromptBounds
+from router.step_batch import Half
 
 STREAM_S = 0.010
 MOST = 512
@@ -18,11 +19,18 @@ def _pace(num_layers: int, layer_s: dict[int, float]) -> Pace:
     return pace
 
 
-def test_nothing_known_means_few_rows_and_one_layer_a_step() -> None:
+def test_nothing_known_means_few_rows_and_half_a_layer_a_step() -> None:
     pace = Pace(6)
     assert pace.bounds(MOST) == PromptBounds(FIRST_ROWS, 8)
     assert pace.bounds(5) == PromptBounds(5, 5)
-    assert not pace.may_go_on(64, 0.0)
+    assert pace.bounds(MOST, frozenset({"attention"})).paused == FIRST_ROWS
+    assert not pace.may_go_on("attention", 64, 1.0)
+
+
+def test_halves_that_pause_in_the_middle_take_full_chunks_whatever_they_cost() -> None:
+    both: frozenset[Half] = frozenset({"attention", "experts"})
+    assert Pace(6).bounds(MOST, both).paused == MOST
+    assert _pace(6, {64: 100 * STREAM_S}).bounds(MOST, both).paused == MOST
 
 
 def test_many_layers_that_each_fit_take_full_chunks() -> None:
@@ -37,6 +45,15 @@ def test_layers_that_take_longer_than_a_step_may_have_fewer_rows() -> None:
     assert pace.bounds(MOST).paused == 128
 
 
+def test_only_what_cannot_pause_has_to_fit() -> None:
+    pace = _pace(6, {512: 5 * STREAM_S})
+    for _ in range(3):
+        pace.note_half("attention", 512, 4 * STREAM_S)
+        pace.note_half("experts", 512, STREAM_S)
+    assert pace.bounds(MOST).paused < MOST
+    assert pace.bounds(MOST, frozenset({"attention"})).paused == MOST
+
+
 def test_where_not_even_a_layer_fits_the_cheapest_is_taken() -> None:
     pace = _pace(2, {8: 4 * STREAM_S, 64: 9 * STREAM_S})
     assert pace.bounds(MOST).paused == CHOICES[0]
@@ -48,11 +65,14 @@ def test_rows_that_cannot_pause_fit_with_all_their_layers() -> None:
     assert _pace(6, {8: 1.0}).bounds(MOST).joined == 8, "some progress always"
 
 
-def test_pass_goes_on_while_one_more_layer_fits() -> None:
+def test_pass_goes_on_while_half_a_layer_more_fits() -> None:
     pace = _pace(6, {64: STREAM_S})
     assert pace.longest_s == pytest.approx(LONGEST_STEPS * STREAM_S)
-    assert pace.may_go_on(64, (LONGEST_STEPS - 1.01) * STREAM_S)
-    assert not pace.may_go_on(64, (LONGEST_STEPS - 0.99) * STREAM_S)
+    assert pace.may_go_on("experts", 64, 1.01 * STREAM_S), "no more than the layer"
+    assert not pace.may_go_on("experts", 64, 0.99 * STREAM_S)
+    pace.note_half("experts", 64, 0.4 * STREAM_S)
+    assert pace.may_go_on("experts", 64, 0.5 * STREAM_S)
+    assert not pace.may_go_on("attention", 64, 0.5 * STREAM_S)
 
 
 def test_single_outlier_changes_nothing() -> None:

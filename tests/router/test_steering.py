@@ -21,7 +21,7 @@ from router.routing_choice import NATIVE_CHOICE, RoutingChoice, RoutingReport
 from router.scoring import PRESETS, Routing, SnarcWeights
 from router.steering import SteeredPolicy
 from router.step_routing import GateOutput, SpanOwner
-from tests.engines import assert_same_bits, open_engine, run_to_end, small_engine
+from tests.engines import Outcome, assert_same_bits, open_engine, pause_prompts, run_to_end, small_engine
 
 PROMPT = tuple(range(1, 30))
 CHOICES = (
@@ -178,6 +178,37 @@ def test_preempted_request_follows_the_same_efforts_again(loaded: LoadedEngine) 
     outcome = run_to_end(narrow, requests)
     assert narrow.stats.preemptions > 0
     assert_same_bits(outcome, roomy)
+
+
+def test_prompts_of_a_fixed_effort_pause_beside_streams_and_keep_bits_and_counts(
+    loaded: LoadedEngine,
+) -> None:
+    streams = [request("stream", max_tokens=120), request("steered", CHOICES[3], max_tokens=90)]
+    prompts = [request(effort, RoutingChoice("native", effort), shift=7) for effort in ("wake", "crisis")]
+    alone = [run_to_end(loaded.engine, [each]) for each in (streams[0], *prompts)]
+    engine = loaded.engine
+    pause_prompts(engine, within_halves=False)
+    for each in streams:
+        engine.submit(each)
+    for _ in range(2):
+        engine.step()
+    was_paused = set[str]()
+    for each in prompts:
+        engine.submit(each)
+    engine.outcome = Outcome()  # type: ignore[attr-defined]
+    last: dict[str, TokenEvent] = {}
+    while engine.has_work:
+        last |= {event.request_id: event for event in engine.step()}
+        if engine._paused is not None:
+            was_paused |= {rows.sequence.name for rows in engine._paused.rows}
+    assert was_paused == {"wake", "crisis"}
+    outcome: Outcome = engine.outcome  # type: ignore[attr-defined]
+    for whole, name in zip(alone[1:], ("wake", "crisis"), strict=True):
+        assert outcome.tokens[name] == whole.tokens[name]
+        assert all(map(torch.equal, outcome.logits[name], whole.logits[name]))
+    assert report_of(last["wake"]).tokens_at == (len(PROMPT) + 7, 0, 0)
+    assert report_of(last["crisis"]).tokens_at == (0, 0, len(PROMPT) + 7)
+    assert policy_of(loaded).num_open == 0 and not policy_of(loaded)._under_way
 
 
 def test_report_tells_tokens_misses_and_the_choice(loaded: LoadedEngine) -> None:
