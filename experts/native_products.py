@@ -32,7 +32,7 @@ VARIABLE = "SAGE_MOE_PRODUCTS"
 TORCH = "torch"
 LEVELS = ("portable", "avx2", "avx512", "avx512bf16")
 """Each with the bits of its own; a processor has all up to its best one."""
-VERSION = 5
+VERSION = 6
 """Of what is computed; part of the numerics class, and checked against the library's own."""
 DTYPES = (torch.float32, torch.bfloat16)
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
@@ -53,7 +53,10 @@ _ARGUMENTS: tuple[list[Any], ...] = (
     [_POINTER, _INT64, *_RUN],
 )
 """Of the library's functions that return a code; the C source says what they are."""
-_BEGINNING: tuple[list[Any], ...] = ([*[_POINTER] * 2, *[_INT64] * 2, *[_POINTER] * 2], [_POINTER] * 7)
+_BEGINNING: tuple[list[Any], ...] = (
+    [*[_POINTER] * 2, *[_INT64] * 2, *[_POINTER] * 2, ctypes.c_uint],
+    [*[_POINTER] * 7, ctypes.c_uint],
+)
 """Of those that return half a layer."""
 
 

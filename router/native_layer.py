@@ -267,6 +267,7 @@ class NativeStep:
                 self._config.window(index) or 0,
                 hidden_TD.data_ptr(),
                 out_TD.data_ptr(),
+                torch.get_num_threads(),
             )
             return self._go_on(OpenHalf(self._library, address, hidden_TD, out_TD), until_ns)
         began_ns = time.monotonic_ns()
@@ -310,7 +311,12 @@ class NativeStep:
         numbers = self._chosen_TK.buffer_info()[0], used, used + 8 * config.num_experts
         if until_ns is not None:
             address = self._library.begin_experts(
-                self._address, layer.address, hidden_TD.data_ptr(), out_TD.data_ptr(), *numbers
+                self._address,
+                layer.address,
+                hidden_TD.data_ptr(),
+                out_TD.data_ptr(),
+                *numbers,
+                torch.get_num_threads(),
             )
             return self._go_on(OpenHalf(self._library, address, hidden_TD, out_TD), until_ns)
         began_ns = time.monotonic_ns()

@@ -40,6 +40,7 @@ typedef struct {
     uint8_t *out;
     int64_t out_stride;         /* bytes */
     const uint8_t *added;       /* rows like out's, to which the rounded sums of the last product are added; or NULL */
+    unsigned threads;           /* that take pieces, about as often */
     bool is_gated;
     bool is_widened;            /* out is float32, of sums that are rounded as the activations' dtype would */
 } call;

@@ -2,7 +2,8 @@
    NAME(x), TARGET, LANES, MOST, V and the operations on it. A (row, output) pair has one vector of sums, to which
    inputs are added in one order whatever the tile's number of rows; STEP is a multiple of two vectors at every level. */
 
-typedef struct { const uint8_t *at[OUTPUTS]; const uint16_t *scales[OUTPUTS]; } NAME(places);
+/* Where a tile stands: weights and scales of output o are o times the tile's strides further. */
+typedef struct { const uint8_t *at; int64_t stride; const uint16_t *scales; int64_t row_scales; } NAME(place);
 
 #define EACH(i, n) _Pragma("GCC unroll 8") for (int i = 0; i < (n); i++)
 
@@ -19,18 +20,18 @@ typedef struct { const uint8_t *at[OUTPUTS]; const uint16_t *scales[OUTPUTS]; } 
 
 /* count: inputs, STEP or half of it. */
 INLINE TARGET void NAME(step)(
-    const int rows, const int kind, const int count, const tile *t, const NAME(places) *p, int64_t first,
+    const int rows, const int kind, const int count, const tile *t, const NAME(place) *p, int64_t first,
     V sums[MOST][OUTPUTS]
 ) {
     if (kind == FLOAT32) {
-        EACH(i, count / LANES) ADD_PRODUCTS(LOADU((const float *)p->at[o] + i * LANES), i * LANES);
+        EACH(i, count / LANES) ADD_PRODUCTS(LOADU((const float *)(p->at + o * p->stride) + i * LANES), i * LANES);
     } else if (kind == BFLOAT16) {
         EACH(i, count / LANES / 2) {
-            ADD_PRODUCTS(LOW_HALVES(p->at[o] + 4 * i * LANES), 2 * i * LANES);
-            ADD_PRODUCTS(HIGH_HALVES(p->at[o] + 4 * i * LANES), 2 * i * LANES + LANES);
+            ADD_PRODUCTS(LOW_HALVES(p->at + o * p->stride + 4 * i * LANES), 2 * i * LANES);
+            ADD_PRODUCTS(HIGH_HALVES(p->at + o * p->stride + 4 * i * LANES), 2 * i * LANES + LANES);
         }
     } else if (kind == INT8) {
-        EACH(i, count / LANES) ADD_PRODUCTS(FROM_INT8(p->at[o] + i * LANES), i * LANES);
+        EACH(i, count / LANES) ADD_PRODUCTS(FROM_INT8(p->at + o * p->stride + i * LANES), i * LANES);
     } else {
         EACH(half, count / (STEP / 2)) {
             V parts[MOST][OUTPUTS];
@@ -38,13 +39,13 @@ INLINE TARGET void NAME(step)(
             EACH(i, STEP / LANES / 4) {
                 int at = half * (STEP / 2) + 2 * i * LANES;
                 V (*sums)[OUTPUTS] = parts;
-                ADD_PRODUCTS(LOW_CODES(p->at[o] + at / 2), at);
-                ADD_PRODUCTS(HIGH_CODES(p->at[o] + at / 2), at + LANES);
+                ADD_PRODUCTS(LOW_CODES(p->at + o * p->stride + at / 2), at);
+                ADD_PRODUCTS(HIGH_CODES(p->at + o * p->stride + at / 2), at + LANES);
             }
             int64_t group = (first + half * (STEP / 2)) / t->group;
             if (half && first + STEP / 2 >= t->inputs) break;  /* a short row has no such group */
             EACH(o, OUTPUTS) {
-                V scale = FILLED(from_bfloat16(p->scales[o][group]));
+                V scale = FILLED(from_bfloat16(p->scales[o * p->row_scales + group]));
                 EACH(r, rows) sums[r][o] = FMA(parts[r][o], scale, sums[r][o]);
             }
         }
@@ -52,33 +53,35 @@ INLINE TARGET void NAME(step)(
 }
 
 INLINE TARGET void NAME(tile)(const int rows, const int kind, const tile *t) {
-    V sums[MOST][OUTPUTS];
-    EACH(r, rows) EACH(o, OUTPUTS) sums[r][o] = ZERO();
-    NAME(places) places;
-    EACH(o, OUTPUTS) places.at[o] = t->weights[o], places.scales[o] = t->scales[o];
-    const int64_t step_bytes = row_bytes(kind, STEP);
-    int64_t first = 0;
-    for (; first + STEP <= t->inputs; first += STEP) {
-        EACH(o, OUTPUTS) for (int64_t line = 0; line < step_bytes; line += 64)
-            __builtin_prefetch(places.at[o] + t->ahead + line, 0, 2);
-        NAME(step)(rows, kind, STEP, t, &places, first, sums);
-        EACH(o, OUTPUTS) places.at[o] += step_bytes;
-    }
-    if (first + STEP / 2 <= t->inputs) {
-        NAME(step)(rows, kind, STEP / 2, t, &places, first, sums);
-        EACH(o, OUTPUTS) places.at[o] += step_bytes / 2;
-        first += STEP / 2;
-    }
-    if (first < t->inputs) {
-        uint8_t last[OUTPUTS][2 * STEP] __attribute__((aligned(64)));
-        memset(last, 0, sizeof last);
-        EACH(o, OUTPUTS) {
-            memcpy(last[o], places.at[o], (size_t)row_bytes(kind, t->inputs - first));
-            places.at[o] = last[o];
+    const int64_t step_bytes = row_bytes(kind, STEP), bytes = row_bytes(kind, t->inputs);
+    const uint8_t *soon = t->soon;
+    for (int64_t output = 0; output < t->outputs; output += OUTPUTS) {
+        V sums[MOST][OUTPUTS];
+        EACH(r, rows) EACH(o, OUTPUTS) sums[r][o] = ZERO();
+        NAME(place) place = {
+            t->weights + output * t->row_bytes, t->row_bytes, t->scales + output * t->row_scales, t->row_scales
+        };
+        int64_t first = 0;
+        for (; first + STEP <= t->inputs; first += STEP, soon += OUTPUTS * step_bytes) {
+            for (int64_t line = 0; line < OUTPUTS * step_bytes; line += 64) __builtin_prefetch(soon + line, 0, 2);
+            NAME(step)(rows, kind, STEP, t, &place, first, sums);
+            place.at += step_bytes;
         }
-        NAME(step)(rows, kind, STEP / 2, t, &places, first, sums);
+        if (first + STEP / 2 <= t->inputs) {
+            NAME(step)(rows, kind, STEP / 2, t, &place, first, sums);
+            place.at += step_bytes / 2;
+            first += STEP / 2;
+        }
+        if (first < t->inputs) {
+            uint8_t last[OUTPUTS][2 * STEP] __attribute__((aligned(64)));
+            memset(last, 0, sizeof last);
+            EACH(o, OUTPUTS)
+                memcpy(last[o], place.at + o * place.stride, (size_t)(bytes - row_bytes(kind, first)));
+            place.at = last[0], place.stride = sizeof last[0];
+            NAME(step)(rows, kind, STEP / 2, t, &place, first, sums);
+        }
+        EACH(r, rows) NAME(store_sums)(sums[r], t->out + r * t->stride + output);
     }
-    EACH(r, rows) NAME(store_sums)(sums[r], t->out + r * t->stride);
 }
 
 #define DEFINE_TILE(kind, rows) \

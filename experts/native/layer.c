@@ -68,12 +68,13 @@ static void pack_normed(
 }
 
 /* A product of all rows with one matrix. one: room for the matrix; starts: for two numbers. */
-static call one_product(const step *s, const linear *l, expert *one, int64_t *starts) {
+static call one_product(const step *s, const linear *l, unsigned threads, expert *one, int64_t *starts) {
     *one = (expert){.gate_up = l->matrix};
     starts[0] = 0, starts[1] = s->num_tokens;
     call c = {
         .level = level_of((int)s->level), .first = l->form, .experts = one, .num_experts = 1, .starts = starts,
         .num_tokens = s->num_tokens, .is_narrow = s->is_narrow, .out_stride = l->form.outputs * (s->is_narrow ? 2 : 4),
+        .threads = threads,
     };
     plan_call(&c);
     return c;
@@ -113,9 +114,10 @@ static void cut_attention(attention_half *h, arena *a, int64_t **span_pieces) {
 }
 
 /* hidden + output(attention(norm(hidden))): (tokens, width) rows in the model's dtype. index: of the layer in the cache.
-   window: 0 for none. Nothing is computed yet: see sage_run_half. NULL where there is no memory. */
+   window: 0 for none. threads: as many as will run it, most likely. Nothing is computed yet: see sage_run_half. NULL
+   where there is no memory. */
 void *sage_begin_attention(
-    const step *s, const layer *l, int64_t index, int64_t window, const void *hidden, void *out
+    const step *s, const layer *l, int64_t index, int64_t window, const void *hidden, void *out, unsigned threads
 ) {
     int64_t *span_pieces;
     const int64_t item = s->is_narrow ? 2 : 4, at = index * s->layer_bytes;
@@ -130,8 +132,8 @@ void *sage_begin_attention(
             .spans = s->spans, .tables = s->tables,
         },
     };
-    plan.qkv = one_product(s, &l->qkv, &plan.matrices[0], plan.starts);
-    plan.output = one_product(s, &l->output, &plan.matrices[1], plan.starts);
+    plan.qkv = one_product(s, &l->qkv, threads, &plan.matrices[0], plan.starts);
+    plan.output = one_product(s, &l->output, threads, &plan.matrices[1], plan.starts);
     plan.attention.way = plan.attention.level->blocks[s->is_narrow];
     plan.attention.q_stride = s->head_width * plan.attention.way->item;
     arena memory = {.used = UP_TO(sizeof plan, 64)};
@@ -174,7 +176,7 @@ int sage_attention_half(
     const step *s, const layer *l, int64_t index, int64_t window, const void *hidden, void *out, run_in_threads *run,
     unsigned threads
 ) {
-    void *h = sage_begin_attention(s, l, index, window, hidden, out);
+    void *h = sage_begin_attention(s, l, index, window, hidden, out, run ? threads : 1);
     const int code = h ? sage_run_half(h, 0, run, threads) : OUT_OF_MEMORY;
     sage_end_half(h);
     return code;
@@ -254,9 +256,11 @@ static void cut_experts(experts_half *h, arena *a) {
 
 /* hidden + experts(norm(hidden)) by the checkpoint's own routing: (tokens, width) rows in the model's dtype.
    chosen: (tokens, top_k), best first. used: the experts in use, ascending, num_used of them; room for num_experts.
-   Nothing is computed yet: see sage_run_half. NULL where there is no memory. */
+   threads: as many as will run it, most likely. Nothing is computed yet: see sage_run_half. NULL where there is no
+   memory. */
 void *sage_begin_experts(
-    const step *s, const layer *l, const void *hidden, void *out, int64_t *chosen, int64_t *used, int64_t *num_used
+    const step *s, const layer *l, const void *hidden, void *out, int64_t *chosen, int64_t *used, int64_t *num_used,
+    unsigned threads
 ) {
     const int64_t slots = s->num_tokens * s->top_k;
     experts_half plan = {
@@ -264,14 +268,16 @@ void *sage_begin_experts(
         .experts = {
             .level = level_of((int)s->level), .first = l->gate_up, .second = l->down,
             .num_experts = MIN(s->num_experts, slots), .num_tokens = s->num_tokens, .is_narrow = s->is_narrow,
-            .out_stride = s->width * (s->is_narrow ? 2 : 4), .is_gated = true,
+            .out_stride = s->width * (s->is_narrow ? 2 : 4),
+            .threads = threads, .is_gated = true,
         },
         .chosen = chosen, .used = used, .num_used = num_used,
     };
-    plan.gate = one_product(s, &l->gate, &plan.matrix, plan.gate_starts);
+    plan.gate = one_product(s, &l->gate, threads, &plan.matrix, plan.gate_starts);
     plan_call(&plan.experts);
     plan.has_own_x = plan.experts.first_way->x_bytes != plan.gate.first_way->x_bytes ||
-                     plan.experts.first_way->pairs != plan.gate.first_way->pairs;
+                     plan.experts.first_way->pairs != plan.gate.first_way->pairs ||
+                     plan.experts.first_way->pack != plan.gate.first_way->pack;
     arena memory = {.used = UP_TO(sizeof plan, 64)};
     cut_experts(&plan, &memory);
     experts_half *h = aligned_alloc(64, memory.used);
@@ -299,7 +305,7 @@ int sage_experts_half(
     const step *s, const layer *l, const void *hidden, void *out, int64_t *chosen, int64_t *used, int64_t *num_used,
     run_in_threads *run, unsigned threads
 ) {
-    void *h = sage_begin_experts(s, l, hidden, out, chosen, used, num_used);
+    void *h = sage_begin_experts(s, l, hidden, out, chosen, used, num_used, run ? threads : 1);
     const int code = h ? sage_run_half(h, 0, run, threads) : OUT_OF_MEMORY;
     sage_end_half(h);
     return code;
@@ -335,7 +341,7 @@ int sage_head(
         .step = {.level = level, .is_narrow = is_narrow, .width = width, .num_tokens = num_rows, .eps = eps},
         .hidden = hidden, .norm = norm, .best = best,
     };
-    h.product = one_product(&h.step, matrix, &one, starts);
+    h.product = one_product(&h.step, matrix, run ? threads : 1, &one, starts);
     h.product.is_widened = true;
     h.product.out = (uint8_t *)logits, h.product.out_stride = matrix->form.outputs * (int64_t)sizeof(float);
     h.product.x = aligned_alloc(64, (size_t)(num_rows * h.product.x_stride));

@@ -1,16 +1,68 @@
-/* Level `avx512bf16`: activations in bfloat16 by the instruction that adds products of pairs, 32 inputs at once. Codes
-   are exact in bfloat16. Activations in float32 are multiplied as at level `avx512`. */
+/* Level `avx512bf16`: activations in bfloat16. With weights in bfloat16 and int4, whose codes are exact in it, 32 inputs at
+   once by the instruction that adds products of pairs; with int8 activations become whole numbers of two bytes, and 64
+   codes at once are multiplied by each. Activations in float32 are multiplied as at level `avx512`. */
 #include "products.h"
+
+#include <stdbool.h>
 
 #ifdef __x86_64__
 #define NAME(x) avx512bf16_##x
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")))
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx2,fma")))
 #include "avx512.h"
 #define EACH(i, n) _Pragma("GCC unroll 8") for (int i = 0; i < (n); i++)
+#define BLOCK_INPUTS 128 /* of int8 and int4 */
 
-INLINE TARGET __m512i widened(const uint8_t *p) {
-    __m512 low = FROM_INT8(p), high = FROM_INT8(p + 16);
-    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+/* A mask of so many bytes, of 64. */
+INLINE uint64_t lowest(int64_t bytes) { return bytes >= 64 ? ~0ull : bytes > 0 ? (1ull << bytes) - 1 : 0; }
+
+/* Where a tile stands in its outputs' rows, which lie `stride` bytes apart, `scale_stride` scales. */
+typedef struct {
+    const uint8_t *at;
+    int64_t stride;
+    const uint16_t *scales;
+    int64_t scale_stride;
+} place;
+
+INLINE TARGET void step_floats(
+    const int rows, const int outputs, const tile *t, const place *p, int64_t first, __m512 sums[MOST][MORE_OUTPUTS]
+) {
+    EACH(half, 2) {
+        __m512i w[MORE_OUTPUTS];
+        EACH(o, outputs) w[o] = _mm512_loadu_si512(p->at + o * p->stride + 64 * half);
+        EACH(r, rows) {
+            __m512i x = _mm512_load_si512(t->x[r] + 2 * first + 64 * half);
+            EACH(o, outputs) sums[r][o] = _mm512_dpbf16_ps(sums[r][o], (__m512bh)w[o], (__m512bh)x);
+        }
+    }
+}
+
+/* A block's activations as pack_fixed leaves them: 128 high bytes, 128 low ones, what lanes begin with, the unit. */
+INLINE TARGET void step_int8(
+    const int rows, const int outputs, const tile *t, const place *p, int64_t first, __m512 sums[MOST][MORE_OUTPUTS]
+) {
+    const __m512i turned = _mm512_set1_epi8((char)0x80);
+    const int together = rows == 1 ? 1 : OUTPUTS;
+    _Pragma("GCC unroll 8") for (int from = 0; from < outputs; from += together) {
+        __m512i a[OUTPUTS], b[OUTPUTS];
+        EACH(o, together) {
+            const uint8_t *at = p->at + (from + o) * p->stride;
+            a[o] = _mm512_loadu_si512(at), b[o] = _mm512_loadu_si512(at + 64);
+        }
+        EACH(r, rows) {
+            const uint8_t *at = t->x[r] + 3 * first;
+            __m512i sum[OUTPUTS], x = _mm512_load_si512(at), start = _mm512_load_si512(at + 256);
+            EACH(o, together) sum[o] = _mm512_dpbusd_epi32(start, _mm512_xor_si512(a[o], turned), x);
+            x = _mm512_load_si512(at + 64);
+            EACH(o, together) sum[o] = _mm512_dpbusd_epi32(sum[o], _mm512_xor_si512(b[o], turned), x);
+            x = _mm512_load_si512(at + 128);
+            EACH(o, together) sum[o] = _mm512_dpbusd_epi32(_mm512_slli_epi32(sum[o], 8), x, a[o]);
+            x = _mm512_load_si512(at + 192);
+            EACH(o, together) sum[o] = _mm512_dpbusd_epi32(sum[o], x, b[o]);
+            const __m512 unit = _mm512_load_ps(at + 320);
+            EACH(o, together)
+                sums[r][from + o] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[o]), unit, sums[r][from + o]);
+        }
+    }
 }
 
 /* bfloat16 of the code in the low four bits of each word, whose fifth bit may be anything. */
@@ -23,98 +75,149 @@ INLINE TARGET __m512i code_values(__m512i words) {
     return _mm512_permutexvar_epi16(words, values);
 }
 
-/* The lanes' scales: with groups of 32 the first eight lanes have one, the others the next. */
-INLINE TARGET __m512 lane_scales(const uint16_t *scales, int64_t first, int64_t inputs, int64_t group) {
-    if (group == 32) {
-        const __m512i upper = _mm512_set_epi32(
-            0x00010000, 0x00010000, 0x00010000, 0x00010000, 0x00010000, 0x00010000, 0x00010000, 0x00010000, 0, 0, 0, 0,
-            0, 0, 0, 0);
-        uint32_t both = 0;
-        const uint16_t *at = scales + first / 32;
-        if (first + 32 < inputs) memcpy(&both, at, 4);
-        else both = *at;
-        return (__m512)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, upper, _mm512_set1_epi32((int)both));
-    }
-    return _mm512_set1_ps(from_bfloat16(scales[first / group]));
+/* A block's scales in the lanes that they are of: lane i has inputs 8 i to 8 i + 7. */
+INLINE TARGET __m512 lane_scales(const uint16_t *scales, const int group) {
+    const __m512i sources = group == 32 ? _mm512_set_epi32(
+        0x30000, 0x30000, 0x30000, 0x30000, 0x20000, 0x20000, 0x20000, 0x20000, 0x10000, 0x10000, 0x10000, 0x10000,
+        0, 0, 0, 0) : _mm512_set_epi32(
+        0x10000, 0x10000, 0x10000, 0x10000, 0x10000, 0x10000, 0x10000, 0x10000, 0, 0, 0, 0, 0, 0, 0, 0);
+    __m512i spread;
+    if (group == 32) spread = _mm512_broadcastq_epi64(_mm_loadl_epi64((const __m128i *)scales));
+    else if (group == 64) spread = _mm512_broadcastd_epi32(_mm_loadu_si32(scales));
+    else return (__m512)_mm512_maskz_broadcastw_epi16(0xaaaaaaaa, _mm_loadu_si16(scales));
+    return (__m512)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, sources, spread);
 }
 
-typedef struct { const uint8_t *at[MORE_OUTPUTS]; } places;
-
-INLINE TARGET void step(
-    const int rows, const int outputs, const int kind, const tile *t, const places *p, int64_t first,
+INLINE TARGET void step_int4(
+    const int rows, const int outputs, const int group, const tile *t, const place *p, int64_t first,
     __m512 sums[MOST][MORE_OUTPUTS]
 ) {
-    if (kind == INT4) {
-        EACH(pair, outputs / 2) {
-            __m512i even[2], odd[2];
-            __m512 scale[2];
-            EACH(j, 2) {
-                int o = 2 * pair + j;
-                __m512i words = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)p->at[o]));
-                even[j] = code_values(words), odd[j] = code_values(_mm512_srli_epi16(words, 4));
-                scale[j] = lane_scales(t->scales[o], first, t->inputs, t->group);
-            }
-            EACH(r, rows) {
-                const uint8_t *x = t->x[r] + 2 * first;
-                EACH(j, 2) {
-                    __m512 part = _mm512_dpbf16_ps(
-                        _mm512_setzero_ps(), (__m512bh)even[j], (__m512bh)_mm512_load_si512(x));
-                    part = _mm512_dpbf16_ps(part, (__m512bh)odd[j], (__m512bh)_mm512_load_si512(x + 64));
-                    sums[r][2 * pair + j] = _mm512_fmadd_ps(part, scale[j], sums[r][2 * pair + j]);
-                }
-            }
-        }
-        return;
-    }
-    EACH(half, 2) {
-        __m512i w[MORE_OUTPUTS];
-        EACH(o, outputs) w[o] = kind == INT8 ? widened(p->at[o] + 32 * half) : _mm512_loadu_si512(p->at[o] + 64 * half);
+    EACH(o, outputs) {
+        const __m512i words = _mm512_loadu_si512(p->at + o * p->stride);
+        const __m512i a = code_values(words), b = code_values(_mm512_srli_epi16(words, 4));
+        const __m512i c = code_values(_mm512_srli_epi16(words, 8)), d = code_values(_mm512_srli_epi16(words, 12));
+        const __m512 scale = lane_scales(p->scales + o * p->scale_stride, group);
         EACH(r, rows) {
-            __m512i x = _mm512_load_si512(t->x[r] + 2 * first + 64 * half);
-            EACH(o, outputs) sums[r][o] = _mm512_dpbf16_ps(sums[r][o], (__m512bh)w[o], (__m512bh)x);
+            const uint8_t *x = t->x[r] + 2 * first;
+            __m512 part = _mm512_dpbf16_ps(_mm512_setzero_ps(), (__m512bh)a, (__m512bh)_mm512_load_si512(x));
+            part = _mm512_dpbf16_ps(part, (__m512bh)b, (__m512bh)_mm512_load_si512(x + 64));
+            part = _mm512_dpbf16_ps(part, (__m512bh)c, (__m512bh)_mm512_load_si512(x + 128));
+            part = _mm512_dpbf16_ps(part, (__m512bh)d, (__m512bh)_mm512_load_si512(x + 192));
+            sums[r][o] = _mm512_fmadd_ps(part, scale, sums[r][o]);
         }
     }
 }
 
-/* A mask of so many bytes, of 64. */
-INLINE uint64_t lowest(int64_t bytes) { return bytes >= 64 ? ~0ull : bytes > 0 ? (1ull << bytes) - 1 : 0; }
+INLINE TARGET void step(
+    const int rows, const int outputs, const int kind, const int group, const tile *t, const place *p, int64_t first,
+    __m512 sums[MOST][MORE_OUTPUTS]
+) {
+    if (kind == BFLOAT16) step_floats(rows, outputs, t, p, first, sums);
+    else if (kind == INT8) step_int8(rows, outputs, t, p, first, sums);
+    else step_int4(rows, outputs, group, t, p, first, sums);
+}
 
-INLINE TARGET void multiply(const int rows, const int outputs, const int kind, const tile *t) {
-    __m512 sums[MOST][MORE_OUTPUTS];
-    EACH(r, rows) EACH(o, outputs) sums[r][o] = _mm512_setzero_ps();
-    places p;
-    EACH(o, outputs) p.at[o] = t->weights[o];
-    const int step_bytes = (int)row_bytes(kind, STEP);
-    int64_t first = 0;
-    for (; first + STEP <= t->inputs; first += STEP) {
-        if (step_bytes >= 64 || first % (2 * STEP) == 0) EACH(o, outputs) {
-            __builtin_prefetch(p.at[o] + t->ahead, 0, 2);
-            if (step_bytes == 128) __builtin_prefetch(p.at[o] + t->ahead + 64, 0, 2);
-        }
-        step(rows, outputs, kind, t, &p, first, sums);
-        EACH(o, outputs) p.at[o] += step_bytes;
+/* The step behind the last whole one: what is missing is zero. */
+INLINE TARGET void last_step(
+    const int rows, const int outputs, const int kind, const int group, const tile *t, place p, int64_t first,
+    __m512 sums[MOST][MORE_OUTPUTS]
+) {
+    uint8_t last[MORE_OUTPUTS][128] __attribute__((aligned(64)));
+    uint16_t scales[MORE_OUTPUTS][4] = {0};
+    const int64_t bytes = row_bytes(kind, t->inputs - first);
+    EACH(o, outputs) {
+        const uint8_t *at = p.at + o * p.stride;
+        _mm512_store_si512(last[o], _mm512_maskz_loadu_epi8(lowest(bytes), at));
+        _mm512_store_si512(last[o] + 64, _mm512_maskz_loadu_epi8(lowest(bytes - 64), at + 64));
+        if (kind == INT4)
+            memcpy(scales[o], p.scales + o * p.scale_stride, (size_t)((t->inputs - first + group - 1) / group) * 2);
     }
-    if (first < t->inputs) {
-        uint8_t last[MORE_OUTPUTS][2 * STEP] __attribute__((aligned(64)));
-        const int64_t bytes = row_bytes(kind, t->inputs - first);
-        EACH(o, outputs) {
-            _mm512_store_si512(last[o], _mm512_maskz_loadu_epi8(lowest(bytes), p.at[o]));
-            _mm512_store_si512(last[o] + 64, _mm512_maskz_loadu_epi8(lowest(bytes - 64), p.at[o] + 64));
-            p.at[o] = last[o];
+    step(rows, outputs, kind, group, t, &(place){last[0], sizeof last[0], scales[0], 4}, first, sums);
+}
+
+INLINE TARGET void multiply(const int rows, const int outputs, const int kind, const int group, const tile *t) {
+    const int step_inputs = kind == BFLOAT16 ? STEP : BLOCK_INPUTS, step_bytes = (int)row_bytes(kind, step_inputs);
+    const uint8_t *soon = t->soon;
+    for (int64_t output = 0; output < t->outputs; output += outputs) {
+        __m512 sums[MOST][MORE_OUTPUTS];
+        EACH(r, rows) EACH(o, outputs) sums[r][o] = _mm512_setzero_ps();
+        place p = {
+            t->weights + output * t->row_bytes, t->row_bytes, t->scales + output * t->row_scales, t->row_scales
+        };
+        int64_t first = 0;
+        for (; first + step_inputs <= t->inputs; first += step_inputs) {
+            EACH(line, outputs * step_bytes / 64) __builtin_prefetch(soon + 64 * line, 0, 2);
+            step(rows, outputs, kind, group, t, &p, first, sums);
+            soon += outputs * step_bytes, p.at += step_bytes;
+            if (kind == INT4) p.scales += BLOCK_INPUTS / group;
         }
-        step(rows, outputs, kind, t, &p, first, sums);
+        if (first < t->inputs) last_step(rows, outputs, kind, group, t, p, first, sums);
+        EACH(r, rows) for (int o = 0; o < outputs; o += OUTPUTS)
+            avx512bf16_store_sums(sums[r] + o, t->out + r * t->stride + output + o);
     }
-    EACH(r, rows) for (int o = 0; o < outputs; o += OUTPUTS)
-        avx512bf16_store_sums(sums[r] + o, t->out + r * t->stride + o);
+}
+
+INLINE TARGET void multiply_grouped(const int rows, const int outputs, const int kind, const tile *t) {
+    if (kind != INT4) multiply(rows, outputs, kind, 0, t);
+    else if (t->group == 32) multiply(rows, outputs, INT4, 32, t);
+    else if (t->group == 64) multiply(rows, outputs, INT4, 64, t);
+    else multiply(rows, outputs, INT4, 128, t);
+}
+
+/* 32 inputs, zeros behind the last of count. */
+INLINE TARGET __m512i words_at(const void *from, int64_t first, int64_t count) {
+    return _mm512_maskz_loadu_epi16((__mmask32)lowest(count - first), (const uint16_t *)from + first);
+}
+
+/* Of int8: inputs as whole numbers of a unit in which the block's largest has 15 bits. Of each, in bytes: its high one,
+   signed, and its low one, unsigned. step_int8 multiplies high bytes with codes to which 128 is added, as the instruction
+   wants one factor unsigned; what lanes begin with takes that away again. A block with no number for a value has the unit
+   NaN. */
+static TARGET void pack_fixed(const void *from, uint8_t *to, int64_t count) {
+    for (int64_t first = 0; first < count; first += BLOCK_INPUTS, to += 3 * BLOCK_INPUTS) {
+        __m512i words[4], most = _mm512_setzero_si512();
+        EACH(i, 4) {
+            words[i] = words_at(from, first + 32 * i, count);
+            most = _mm512_max_epu16(most, _mm512_and_si512(words[i], _mm512_set1_epi16(0x7fff)));
+        }
+        most = _mm512_max_epu32(_mm512_srli_epi32(most, 16), _mm512_and_si512(most, _mm512_set1_epi32(0xffff)));
+        const int largest = (int)_mm512_reduce_max_epu32(most) >> 7; /* exponent, with bfloat16's offset of 127 */
+        const bool is_number = largest < 255;
+        const int exponent = largest < 32 ? 32 : largest; /* below it a unit would not be a normal number */
+        const __m512i factor = _mm512_set1_epi32(is_number ? (268 - exponent) << 23 : 0); /* 2^14 / 2^exponent */
+        EACH(i, 8) {
+            const __m512i pair = words[i / 2];
+            const __m256i half = i % 2 ? _mm512_extracti64x4_epi64(pair, 1) : _mm512_castsi512_si256(pair);
+            const __m512 x = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+            const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(x, _mm512_castsi512_ps(factor)));
+            _mm_store_si128((__m128i *)(to + 16 * i), _mm512_cvtepi32_epi8(_mm512_srai_epi32(whole, 8)));
+            _mm_store_si128((__m128i *)(to + 128 + 16 * i), _mm512_cvtepi32_epi8(whole));
+        }
+        __m512i added = _mm512_setzero_si512();
+        EACH(i, 2) added = _mm512_dpbusd_epi32(added, _mm512_set1_epi8((char)0x80), _mm512_load_si512(to + 64 * i));
+        _mm512_store_si512(to + 256, _mm512_sub_epi32(_mm512_setzero_si512(), added));
+        _mm512_store_si512(to + 320, _mm512_set1_epi32(is_number ? (exponent - 14) << 23 : 0x7fc00000));
+    }
+}
+
+/* Of int4: of each four inputs the first ones, then the second, third and fourth ones. */
+static TARGET void pack_fourths(const void *from, uint8_t *to, int64_t count) {
+    for (int64_t first = 0; first < count; first += BLOCK_INPUTS, to += 2 * BLOCK_INPUTS)
+        EACH(i, 4) {
+            const __m512i words = words_at(from, first + 32 * i, count);
+            EACH(k, 4)
+                _mm_store_si128(
+                    (__m128i *)(to + 64 * k + 16 * i), _mm512_cvtepi64_epi16(_mm512_srli_epi64(words, 16 * k)));
+        }
 }
 
 #define DEFINE_TILE(kind, rows) \
-    static TARGET void tile_##kind##_##rows(const tile *t) { multiply(rows, OUTPUTS, kind, t); }
+    static TARGET void tile_##kind##_##rows(const tile *t) { multiply_grouped(rows, OUTPUTS, kind, t); }
 #define DEFINE_MORE(kind, rows) \
-    static TARGET void more_##kind##_##rows(const tile *t) { multiply(rows, MORE_OUTPUTS, kind, t); }
+    static TARGET void more_##kind##_##rows(const tile *t) { multiply_grouped(rows, MORE_OUTPUTS, kind, t); }
 #define MORE_OF(kind) DEFINE_MORE(kind, 1) DEFINE_MORE(kind, 2)
 TILES_OF(DEFINE_TILE, BFLOAT16)
-TILES_OF(DEFINE_TILE, INT8)
+DEFINE_TILE(INT8, 1) DEFINE_TILE(INT8, 2) DEFINE_TILE(INT8, 3) DEFINE_TILE(INT8, 4)
 TILES_OF(DEFINE_TILE, INT4)
 MORE_OF(BFLOAT16)
 MORE_OF(INT8)
@@ -123,8 +226,8 @@ MORE_OF(INT4)
 #define SIX(kind) { tile_##kind##_1, tile_##kind##_2, tile_##kind##_3, tile_##kind##_4, tile_##kind##_5, tile_##kind##_6 }
 #define MORE(kind) { more_##kind##_1, more_##kind##_2 }
 const way avx512bf16_narrow[KINDS] = {
-    [BFLOAT16] = { SIX(BFLOAT16), 6, 2, 0, MORE(BFLOAT16) },
-    [INT8] = { SIX(INT8), 6, 2, 0, MORE(INT8) },
-    [INT4] = { SIX(INT4), 6, 2, 64, MORE(INT4) },
+    [BFLOAT16] = { SIX(BFLOAT16), 6, 2, 0, MORE(BFLOAT16), 0, NULL },
+    [INT8] = { { tile_INT8_1, tile_INT8_2, tile_INT8_3, tile_INT8_4 }, 4, 3, 0, MORE(INT8), BLOCK_INPUTS, pack_fixed },
+    [INT4] = { SIX(INT4), 6, 2, 0, MORE(INT4), BLOCK_INPUTS, pack_fourths },
 };
 #endif

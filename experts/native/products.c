@@ -10,45 +10,58 @@
 
 #define PANEL_BYTES (256 << 10) /* of weights: they stay in the second cache while rows pass by */
 #define MOST_OUTPUTS 512        /* of a panel */
-#define GATED_OUTPUTS 64        /* of a panel of gates, and of one of ups; a multiple of every way's `pairs` */
+#define GATED_OUTPUTS 128        /* of a panel of gates, and of one of ups; a multiple of every way's `pairs` */
+#define GATED_STRIDE (GATED_OUTPUTS + OUTPUTS)
+#define SUMS_STRIDE (MOST_OUTPUTS + OUTPUTS)
 #define AHEAD_BYTES (32 << 10)
 #define ROWS_OF_A_RUN 96        /* of one small matrix, where many rows come: a multiple of every way's rows */
 #define FEW_PANELS 16
 
-/* Sums of some rows (as many as a tile has at most) with outputs [from, to) into sums (rows, to - from rounded up). */
+/* Sums of some rows (as many as a tile has at most) with outputs [from, to) into sums (rows, stride), of which OUTPUTS - 1
+   behind may be overwritten. then: the weights that are needed after these; NULL where nobody knows. */
 static void multiply_rows(
     const way *way, const form *form, const matrix *m, int64_t from, int64_t to, const uint8_t *const *x, int rows,
-    int64_t ahead, float *sums, int64_t stride
+    const uint8_t *then, float *sums, int64_t stride
 ) {
     const int64_t bytes = row_bytes((int)form->kind, form->inputs);
     const int64_t groups = form->kind == INT4 ? (form->inputs + form->group - 1) / form->group : 0;
-    tile t = {.inputs = form->inputs, .group = form->group, .ahead = ahead, .stride = stride};
+    tile t = {.inputs = form->inputs, .group = form->group, .stride = stride};
     for (int r = 0; r < rows; r++) t.x[r] = x[r];
-    multiply_tile *more = rows <= FEW_ROWS ? way->more[rows - 1] : NULL;
+    multiply_tile *few = rows <= FEW_ROWS ? way->more[rows - 1] : NULL;
     for (int64_t first = from, count; first < to; first += count) {
-        count = more && first + MORE_OUTPUTS <= to ? MORE_OUTPUTS : OUTPUTS;
-        for (int64_t o = 0; o < count; o++) {
-            const int64_t output = MIN(first + o, to - 1); /* those behind the end are computed for nobody */
-            t.weights[o] = m->weights + output * bytes;
-            t.scales[o] = m->scales + output * groups;
-        }
-        t.out = sums + (first - from);
-        (count == OUTPUTS ? way->tiles[rows - 1] : more)(&t);
+        const int64_t left = to - first, beyond = AHEAD_BYTES - left * bytes;
+        t.weights = m->weights + first * bytes, t.scales = m->scales + first * groups;
+        t.row_bytes = bytes, t.row_scales = groups;
+        t.out = sums + first - from;
+        t.soon = beyond < 0 ? t.weights + AHEAD_BYTES : then ? then + beyond : t.weights;
+        count = beyond < 0 ? MIN(left, UP_TO(-beyond / bytes + 1, MORE_OUTPUTS)) : left;
+        const bool are_more = few && count >= MORE_OUTPUTS;
+        if (count < OUTPUTS) t.row_bytes = t.row_scales = 0, count = 1; /* a last output, as often as a tile has room */
+        else count -= count % (are_more ? MORE_OUTPUTS : OUTPUTS);
+        t.outputs = count == 1 ? OUTPUTS : count;
+        (are_more ? few : way->tiles[rows - 1])(&t);
     }
     if (form->kind == INT8)
         for (int r = 0; r < rows; r++)
             for (int64_t o = from; o < to; o++) sums[r * stride + o - from] *= from_bfloat16(m->scales[o]);
 }
 
-/* How many bytes ahead weights are asked for: of a small matrix fewer, since nobody asks for what it begins with. */
-static int64_t ahead_of(const form *form) {
-    return MIN(AHEAD_BYTES, form->outputs * row_bytes((int)form->kind, form->inputs) / 6);
+static const uint8_t *weights_of(const form *form, const matrix *m, int64_t output) {
+    return m->weights + output * row_bytes((int)form->kind, form->inputs);
 }
 
-/* Asks for what a matrix begins with, while another one is multiplied. */
-static void ask_for(const matrix *m, const form *form) {
-    const int64_t bytes = ahead_of(form);
-    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(m->weights + line, 0, 2);
+/* The weights of the piece that the thread with this one probably takes next: threads take turns. NULL: of no piece of
+   this call. Pieces of the last product follow those of the first. */
+static const uint8_t *next_weights(const call *c, int64_t piece) {
+    piece += c->threads;
+    const int64_t gated = c->is_gated ? first_pieces(c) : 0;
+    const bool is_last = piece >= gated;
+    const int64_t inside = (is_last ? piece - gated : piece) / c->row_runs;
+    const int64_t count = c->per_expert[is_last && c->is_gated ? 2 : 1], e = inside / count;
+    if (e >= c->num_experts || c->starts[e + 1] == c->starts[e]) return NULL;
+    if (!is_last) return weights_of(&c->first, &c->experts[e].gate_up, inside % count * GATED_OUTPUTS);
+    return c->is_gated ? weights_of(&c->second, &c->experts[e].down, inside % count * c->panel)
+                       : weights_of(&c->first, &c->experts[e].gate_up, inside % count * c->panel);
 }
 
 static const uint8_t *row_of_x(const call *c, int64_t row) {
@@ -67,19 +80,18 @@ void gate_piece(const call *c, int64_t piece) {
     const int64_t e = piece / c->per_expert[1], width = c->first.outputs / 2;
     const int64_t from = piece % c->per_expert[1] * GATED_OUTPUTS, to = MIN(width, from + GATED_OUTPUTS);
     const matrix *m = &c->experts[e].gate_up;
-    float gates[MOST_ROWS * GATED_OUTPUTS], ups[MOST_ROWS * GATED_OUTPUTS], values[GATED_OUTPUTS];
+    float gates[MOST_ROWS * GATED_STRIDE], ups[MOST_ROWS * GATED_STRIDE], values[GATED_OUTPUTS];
     uint16_t words[GATED_OUTPUTS];
-    const int64_t end = c->starts[e + 1], ahead = ahead_of(&c->first);
-    if (to == width && e + 1 < c->num_experts && c->starts[e + 2] > end) ask_for(&c->experts[e + 1].gate_up, &c->first);
+    const int64_t end = c->starts[e + 1];
+    const uint8_t *ups_begin = weights_of(&c->first, m, width + from), *next = next_weights(c, piece);
     for (int64_t row = c->starts[e]; row < end;) {
         const int rows = next_rows(end - row, c->first_way->most_rows);
         const uint8_t *x[MOST_ROWS];
         for (int r = 0; r < rows; r++) x[r] = row_of_x(c, row + r);
-        multiply_rows(c->first_way, &c->first, m, from, to, x, rows, ahead, gates, GATED_OUTPUTS);
-        multiply_rows(
-            c->first_way, &c->first, m, width + from, width + to, x, rows, ahead, ups, GATED_OUTPUTS);
+        multiply_rows(c->first_way, &c->first, m, from, to, x, rows, ups_begin, gates, GATED_STRIDE);
+        multiply_rows(c->first_way, &c->first, m, width + from, width + to, x, rows, next, ups, GATED_STRIDE);
         for (int r = 0; r < rows; r++) {
-            c->level->silu_times(gates + r * GATED_OUTPUTS, ups + r * GATED_OUTPUTS, values, to - from, c->is_narrow);
+            c->level->silu_times(gates + r * GATED_STRIDE, ups + r * GATED_STRIDE, values, to - from, c->is_narrow);
             uint8_t *hidden = c->hidden + (row + r) * c->hidden_stride + from * c->second_way->x_bytes;
             c->level->store_row(true, values, (uint8_t *)words, to - from);
             pack_row(
@@ -98,21 +110,19 @@ void product_piece(const call *c, int64_t piece) {
     const int64_t from = piece / c->row_runs % c->per_expert[phase] * c->panel, to = MIN(form->outputs, from + c->panel);
     const matrix *m = c->is_gated ? &c->experts[e].down : &c->experts[e].gate_up;
     const int item = c->is_narrow && !c->is_widened ? 2 : 4;
-    float sums[MOST_ROWS * MOST_OUTPUTS];
+    float sums[MOST_ROWS * SUMS_STRIDE];
     const int64_t rows_of_run = c->row_runs > 1 ? ROWS_OF_A_RUN : c->starts[e + 1] - c->starts[e];
     const int64_t begin = c->starts[e] + run * rows_of_run, end = MIN(c->starts[e + 1], begin + rows_of_run);
-    const int64_t ahead = ahead_of(form);
-    if (c->is_gated && to == form->outputs && e + 1 < c->num_experts && c->starts[e + 2] > end)
-        ask_for(&c->experts[e + 1].down, form);
+    const uint8_t *next = next_weights(c, piece + (c->is_gated ? first_pieces(c) : 0));
     for (int64_t row = begin; row < end;) {
         const int rows = next_rows(end - row, way->most_rows);
         const uint8_t *x[MOST_ROWS];
         for (int r = 0; r < rows; r++)
             x[r] = c->is_gated ? c->hidden + (row + r) * c->hidden_stride : row_of_x(c, row + r);
-        multiply_rows(way, form, m, from, to, x, rows, ahead, sums, MOST_OUTPUTS);
+        multiply_rows(way, form, m, from, to, x, rows, next, sums, SUMS_STRIDE);
         for (int r = 0; r < rows; r++) {
             const int64_t at = (row + r) * c->out_stride + from * item;
-            float *row_sums = sums + r * MOST_OUTPUTS;
+            float *row_sums = sums + r * SUMS_STRIDE;
             if (c->is_widened && c->is_narrow)
                 for (int64_t i = 0; i < to - from; i++) row_sums[i] = rounded(row_sums[i]);
             if (c->added) c->level->add_sums(c->added + at, row_sums, c->out + at, to - from, c->is_narrow);
@@ -177,6 +187,7 @@ int sage_multiply(
         .is_narrow = is_narrow,
         .out = out,
         .out_stride = out_stride,
+        .threads = run ? threads : 1,
         .is_gated = is_gated,
     }};
     call *c = &p.call;

@@ -30,17 +30,20 @@ enum kind { FLOAT32, BFLOAT16, INT8, INT4, KINDS };
 
 /* Some rows of x times some rows of a matrix. */
 typedef struct {
-    const uint8_t *weights[MORE_OUTPUTS];   /* where each output's row begins */
-    const uint16_t *scales[MORE_OUTPUTS];   /* int4: bfloat16, one a group */
+    const uint8_t *weights;            /* where the first output's row begins */
+    const uint16_t *scales;            /* its first scale; int4: bfloat16, one a group */
+    int64_t row_bytes, row_scales;     /* from one output to the next; 0: the same output again and again */
+    int64_t outputs;                   /* a multiple of the tile's */
     const uint8_t *x[MOST_ROWS];       /* packed as the tile's way wants it, aligned to 64 bytes */
     int64_t inputs;
     int64_t group;                     /* int4: inputs of a scale */
-    int64_t ahead;                     /* how many bytes ahead weights are asked for */
+    const uint8_t *soon;               /* weights that are needed after these: as many bytes are asked for meanwhile */
     float *out;                        /* (rows, stride): sums */
     int64_t stride;
 } tile;
 
 typedef void multiply_tile(const tile *);
+typedef void pack_inputs(const void *from, uint8_t *to, int64_t count);
 
 /* How weights of one kind are multiplied with activations of one dtype at one level. */
 typedef struct {
@@ -49,6 +52,8 @@ typedef struct {
     int x_bytes;                       /* of one packed activation */
     int pairs;                         /* within so many inputs even ones are packed before odd ones; 0: as they come */
     multiply_tile *more[FEW_ROWS];     /* for MORE_OUTPUTS and up to FEW_ROWS rows; or NULL */
+    int block;                         /* rows of x end with zeros up to a multiple of it; 0: of STEP */
+    pack_inputs *pack;                 /* bfloat16 inputs in a layout of the way's own; or NULL */
 } way;
 
 /* silu(gate) * up. is_narrow: round each step to bfloat16, as the published models do. */

@@ -10,14 +10,14 @@ static int detected_level(void) {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl"))
-        return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+        return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") ? 3 : 2;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
 #endif
     return 0;
 }
 
 /* Raised with every change of what is computed. */
-int sage_version(void) { return 5; }
+int sage_version(void) { return 6; }
 
 /* The best level of this machine: 0 portable, 1 avx2, 2 avx512, 3 avx512bf16. */
 int sage_level(void) { return detected_level(); }
@@ -33,6 +33,10 @@ const level *level_of(int number) {
 
 /* One row, widened or not, in the way's order of inputs, with zeros behind. */
 void pack_row(const way *way, bool is_narrow, const void *from, uint8_t *to, int64_t count) {
+    if (way->pack) {
+        way->pack(from, to, count);
+        return;
+    }
     const int64_t end = UP_TO(count, STEP);
     const bool is_widened = is_narrow && way->x_bytes == 4;
     if (!way->pairs && !is_widened) {
@@ -59,7 +63,7 @@ void pack_row(const way *way, bool is_narrow, const void *from, uint8_t *to, int
 }
 
 int64_t packed_stride(const way *way, int64_t inputs) {
-    return UP_TO(inputs, STEP) * way->x_bytes + 64; /* rows a page apart would compete for the same places in the caches */
+    return UP_TO(inputs, way->block ? way->block : STEP) * way->x_bytes + 64; /* rows a page apart would compete for the same places in the caches */
 }
 
 static int64_t now_ns(void) {

@@ -196,16 +196,51 @@ def test_activation_survives_extremes(level: str) -> None:
     torch.testing.assert_close(found[0], F.silu(gates), rtol=3e-6, atol=1e-35)
 
 
-def test_values_that_are_no_numbers_stay_in_their_row() -> None:
-    made = Case.make(20, 70, None, torch.bfloat16, 3)
-    x = _rows(8, 70, torch.bfloat16)
-    for level in LEVELS_HERE:
-        clean = multiply(level, x, made.native)
-        spoilt = x.clone()
-        spoilt[3, 69] = float("nan")
-        found = multiply(level, spoilt, made.native)
-        assert bool(found[3].isnan().all())
-        assert torch.equal(found[[0, 1, 2, 4, 5, 6, 7]], clean[[0, 1, 2, 4, 5, 6, 7]])
+@pytest.mark.parametrize("level", LEVELS_HERE)
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: "float" if form is None else form.name)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_no_numbers_stay_in_their_row(
+    level: str, form: Quantization | None, value: float
+) -> None:
+    made = Case.make(20, 300, form, torch.bfloat16, 3)
+    x = _rows(8, 300, torch.bfloat16)
+    clean = multiply(level, x, made.native)
+    x[3, 299] = value
+    found = multiply(level, x, made.native)
+    others = [0, 1, 2, 4, 5, 6, 7]
+    assert not bool(found[3].isfinite().any())
+    assert torch.equal(found[others], clean[others])
+
+
+@pytest.mark.parametrize("level", LEVELS_HERE)
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: "float" if form is None else form.name)
+def test_rows_scaled_by_a_power_of_two_give_the_same_bits_scaled(
+    level: str, form: Quantization | None
+) -> None:
+    """Whatever units a product counts in; and nothing comes of nothing."""
+    made = Case.make(20, 300, form, torch.bfloat16, 3)
+    x = _rows(4, 300, torch.bfloat16)
+    expected = multiply(level, x, made.native)
+    for exponent in (-60, -1, 1, 60):
+        assert torch.equal(multiply(level, x * 2.0**exponent, made.native), expected * 2.0**exponent)
+    assert not bool(multiply(level, torch.zeros_like(x), made.native).any())
+
+
+@pytest.mark.parametrize("level", LEVELS_HERE)
+def test_large_input_costs_those_beside_it_in_an_int8_product_at_most_its_fifteenth_bit(level: str) -> None:
+    """Activations of 2^-12 to 2^12 side by side: level `avx512bf16` counts 128 of them in one unit, others do not."""
+    made = Case.make(40, 300, FORMS[1], torch.bfloat16, 5)
+    exponents = torch.randint(-12, 13, (6, 300), generator=torch.Generator().manual_seed(6))
+    x = (_rows(6, 300, torch.bfloat16).float() * 2.0**exponents).bfloat16()
+    exact = x.double() @ made.values_OI.t()
+    lost = torch.zeros_like(exact)
+    for block_RI, weights_OI in zip(
+        x.double().split(128, dim=1), made.values_OI.split(128, dim=1), strict=True
+    ):
+        lost += 2.0**-15 * block_RI.abs().amax(dim=1, keepdim=True) * weights_OI.abs().sum(dim=1)
+    sizes = x.double().abs() @ made.values_OI.abs().t()
+    found = multiply(level, x, made.native).double()
+    assert bool(((found - exact).abs() <= lost + 2.0**-8 * exact.abs() + 1e-6 * sizes).all())
 
 
 def test_rows_apart_columns_apart_and_repeated_rows_are_read_right() -> None:
