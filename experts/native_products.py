@@ -48,14 +48,14 @@ _ARGUMENTS: tuple[list[Any], ...] = (
     [*[_INT] * 2, _POINTER, *[_INT64] * 3, _POINTER, _FLOAT, _POINTER, *_RUN],
     [*[_INT] * 2, _POINTER, *[_INT64] * 4, _INT, *[_POINTER] * 2, *_RUN],
     [*[_POINTER] * 2, *[_INT64] * 2, *[_POINTER] * 2, *_RUN],
-    [*[_POINTER] * 7, *_RUN],
+    [*[_POINTER] * 8, *_RUN],
     [*[_INT] * 2, _POINTER, *[_INT64] * 2, _POINTER, _FLOAT, *[_POINTER] * 3, *_RUN],
     [_POINTER, _INT64, *_RUN],
 )
 """Of the library's functions that return a code; the C source says what they are."""
 _BEGINNING: tuple[list[Any], ...] = (
     [*[_POINTER] * 2, *[_INT64] * 2, *[_POINTER] * 2, ctypes.c_uint],
-    [*[_POINTER] * 7, ctypes.c_uint],
+    [*[_POINTER] * 8, ctypes.c_uint],
 )
 """Of those that return half a layer."""
 

@@ -6,7 +6,6 @@ Called by `router.backbone` for the layers of a model, and by `router.single_lay
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,6 +25,7 @@ from router.native_attention import NO_NORMS, HeadNorms, Places, attend_in_cache
 from router.native_layer import NativeStep
 from router.rope import RotaryEmbedding, rotate
 from router.step_batch import AttentionGroup, CacheSlots, Half, StepBatch
+from router.step_routing import EVERYTHING, View
 from router.weights import Layer
 
 MANY_ROWS = 128
@@ -45,12 +45,11 @@ class StepInputs:
     """For our own."""
     native: NativeStep | None = None
     """For layers that are computed in two calls."""
-    shown_layers: Collection[int] | None = None
-    """Those whose routing somebody decides or needs to see; None means all."""
+    shown: View = EVERYTHING
 
     def is_plain(self, layer: int) -> bool:
-        """Whether a layer's rows go to their own experts, and nobody needs to see how."""
-        return self.shown_layers is not None and layer not in self.shown_layers
+        """Whether a layer's rows go to their own experts, and nobody needs to be shown how."""
+        return self.shown.layers is not None and layer not in self.shown.layers
 
 
 class LayerClock(Protocol):
@@ -85,7 +84,7 @@ class LayerArithmetic:
 
     def prepare(self, batch: StepBatch) -> StepInputs:
         cos, sin = self._rope.tables(batch.positions_3T, batch.lengths_T)
-        shown = batch.routing.shown_layers()
+        shown = batch.routing.shown()
         if self._is_native:
             places = Places.of(batch.spans)
             is_timed = self.clock is not None
@@ -95,7 +94,7 @@ class LayerArithmetic:
             return StepInputs(batch, cos, sin, None, places, native, shown)
         device = self.kernel.device
         cache = CacheSlots(batch.spans, device)
-        return StepInputs(batch, upload(cos, device), upload(sin, device), cache, None, shown_layers=shown)
+        return StepInputs(batch, upload(cos, device), upload(sin, device), cache, None, shown=shown)
 
     def attention(
         self,
@@ -131,6 +130,8 @@ class LayerArithmetic:
                 if mixed_PD is None:
                     return None
                 layer.moe.note_use(table, step.native.used, batch.num_tokens)
+                if step.shown.has_choices:
+                    batch.routing.watch_choices(layer.moe.layer, step.native.routing())
                 if self.clock is not None:
                     self.clock.mixed(layer.moe.layer, step.native)
                 return mixed_PD

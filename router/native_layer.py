@@ -35,6 +35,7 @@ from router.attention import BLOCK_POSITIONS
 from router.kv_cache import KvPool
 from router.model_config import ModelConfig
 from router.native_attention import Places, expect
+from router.scoring import Routing
 
 ATTENTION_PHASES = ("norm", "qkv", "place", "attend", "pack", "output")
 EXPERTS_PHASES = ("norm", "gate", "route", "sort", "gate_up", "down", "combine")
@@ -236,6 +237,7 @@ class NativeStep:
         )
         self._address = ctypes.addressof(self.structure)
         self._chosen_TK: array[int] | None = None
+        self._weights_TK = array("f")
         self._used_E: array[int] | None = None
         self._open: OpenHalf | None = None
 
@@ -305,10 +307,12 @@ class NativeStep:
         expect(hidden_TD, self._shape, self._dtype)
         if self._chosen_TK is None or self._used_E is None:
             self._chosen_TK = array("q", bytes(8 * self._shape[0] * config.experts_per_token))
+            self._weights_TK = array("f", bytes(4 * self._shape[0] * config.experts_per_token))
             self._used_E = array("q", bytes(8 * (config.num_experts + 1)))
         out_TD = torch.empty_like(hidden_TD)
         used = self._used_E.buffer_info()[0]
-        numbers = self._chosen_TK.buffer_info()[0], used, used + 8 * config.num_experts
+        choices = self._chosen_TK.buffer_info()[0], self._weights_TK.buffer_info()[0]
+        numbers = *choices, used, used + 8 * config.num_experts
         if until_ns is not None:
             address = self._library.begin_experts(
                 self._address,
@@ -363,6 +367,15 @@ class NativeStep:
     def chosen(self) -> list[int]:
         """The experts of the layer before, token after token, best first."""
         return [] if self._chosen_TK is None else self._chosen_TK.tolist()
+
+    def routing(self) -> Routing:
+        """How `experts` routed the rows of the layer before; the caller's own."""
+        assert self._chosen_TK is not None
+        shape = self._shape[0], self._config.experts_per_token
+        experts_TK = torch.frombuffer(self._chosen_TK, dtype=torch.int64).view(shape)
+        return Routing(
+            experts_TK.clone(), torch.frombuffer(self._weights_TK, dtype=torch.float32).view(shape).clone()
+        )
 
     def _note_phases(self, names: Sequence[str], began_ns: int) -> None:
         if self._ended_ns is not None:

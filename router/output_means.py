@@ -7,7 +7,7 @@ replaced is decided by `router.stand_in`.
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from router.dispatch import Dispatch
 from router.scoring import Routing
-from router.step_routing import GateOutput, RoutingWatcher, SpanOwner
+from router.step_routing import EVERYTHING, NOTHING, GateOutput, RoutingWatcher, SpanOwner, View
 
 MIN_USES = 64
 """Of an expert, before its mean stands in for it."""
@@ -124,9 +124,9 @@ class OutputMeans(RoutingWatcher):
         """Experts of which enough is known."""
         return sum(int(layer.size_E.isfinite().sum()) for layer in self._layers.values())
 
-    def wanted_layers(self, owners: Sequence[SpanOwner]) -> Collection[int] | None:
-        """See RoutingWatcher.wanted_layers."""
-        return None if self.is_learning else ()
+    def wanted(self, owners: Sequence[SpanOwner]) -> View:
+        """See RoutingWatcher.wanted."""
+        return EVERYTHING if self.is_learning else NOTHING
 
     def watch(
         self,

@@ -77,13 +77,29 @@ class RoutingReporter(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class View:
+    """What somebody wants to see of a step. What nobody looks at is computed in fewer calls."""
+
+    layers: Collection[int] | None
+    """To be shown with their rows; None means all."""
+    has_choices: bool = False
+    """Whether of the others he wants to know how their rows were routed."""
+
+
+EVERYTHING, NOTHING = View(None), View(())
+
+
 class RoutingWatcher(Protocol):
     """Sees layers after their experts were computed. Must not change what it is given."""
 
-    def wanted_layers(self, owners: Sequence[SpanOwner]) -> Collection[int] | None:
-        """The layers that it must see of a step with these rows; None means all. It may be shown others, too. Asked
-        once a step, before its first layer; the same `owners` then come with every layer."""
-        return None
+    def wanted(self, owners: Sequence[SpanOwner]) -> View:
+        """What it must see of a step with these rows; it may be shown more. Asked once a step, before its first layer;
+        the same `owners` then come with every layer."""
+        return EVERYTHING
+
+    def watch_choices(self, owners: Sequence[SpanOwner], layer: int, routing: Routing) -> None:
+        """How the rows of a layer that it is not shown were routed: as the checkpoint says. It may keep it."""
 
     def watch(
         self,
@@ -128,21 +144,25 @@ class StepRouting:
     policy: RoutingPolicy = field(default_factory=NativePolicy)
     watchers: tuple[RoutingWatcher, ...] = ()
 
-    def shown_layers(self) -> Collection[int] | None:
-        """In which layers somebody decides or needs to see how the rows are routed; None means all. Asked once a step,
-        before its first layer."""
-        wanted = [watcher.wanted_layers(self.owners) for watcher in self.watchers]
+    def shown(self) -> View:
+        """What has to be shown of the step, since somebody decides it or needs to see it. Asked once, before its first
+        layer."""
+        wanted = [watcher.wanted(self.owners) for watcher in self.watchers]
         if not self.policy.is_native(self.owners):
-            return None
-        shown: set[int] = set()
-        for layers in wanted:
-            if layers is None:
-                return None
-            shown.update(layers)
-        return shown
+            return EVERYTHING
+        layers: set[int] = set()
+        for view in wanted:
+            if view.layers is None:
+                return EVERYTHING
+            layers.update(view.layers)
+        return View(layers, any(view.has_choices for view in wanted))
 
     def route(self, gate: GateOutput) -> Routing:
         return self.policy.route(self.owners, gate)
+
+    def watch_choices(self, layer: int, routing: Routing) -> None:
+        for watcher in self.watchers:
+            watcher.watch_choices(self.owners, layer, routing)
 
     def watch(self, gate: GateOutput, routing: Routing, dispatched: Dispatch, rows_RD: Tensor) -> None:
         for watcher in self.watchers:

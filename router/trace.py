@@ -23,7 +23,7 @@ from torch import Tensor
 from router.dispatch import Dispatch
 from router.errors import TraceFailed
 from router.scoring import Routing
-from router.step_routing import GateOutput, RoutingWatcher, SpanOwner
+from router.step_routing import GateOutput, RoutingWatcher, SpanOwner, View
 from router.trace_file import TraceFacts, TraceFile, trace_schema
 
 logger = logging.getLogger(__name__)
@@ -77,6 +77,10 @@ class RoutingTrace(RoutingWatcher):
         paths = (folder / f"{name}-{number:06}.parquet" for number in itertools.count())
         return cls(facts, paths, has_parts=True)
 
+    def wanted(self, owners: Sequence[SpanOwner]) -> View:
+        """See RoutingWatcher.wanted."""
+        return View((), has_choices=True)
+
     def watch(
         self,
         owners: Sequence[SpanOwner],
@@ -85,9 +89,14 @@ class RoutingTrace(RoutingWatcher):
         dispatched: Dispatch,
         rows_RD: Tensor,
     ) -> None:
+        """See RoutingWatcher.watch."""
+        self.watch_choices(owners, gate.layer, routing)
+
+    def watch_choices(self, owners: Sequence[SpanOwner], layer: int, routing: Routing) -> None:
+        """See RoutingWatcher.watch_choices. Waits while the file cannot be written as fast."""
         if self._failure is not None or self._is_closing:
             return
-        routed = RoutedLayer(owners, gate.layer, routing)
+        routed = RoutedLayer(owners, layer, routing)
         with self._changed:
             self._changed.wait_for(self._has_room)
             self._pending.append(routed)

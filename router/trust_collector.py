@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
@@ -31,7 +31,7 @@ from experts.trust import (
 from experts.trust_book import TrustBook
 from router.dispatch import Dispatch
 from router.scoring import ABSENT, Routing
-from router.step_routing import GateOutput, RoutingWatcher, SpanOwner
+from router.step_routing import GateOutput, RoutingWatcher, SpanOwner, View
 from router.trust_signals import (
     consistency,
     contribution_shares,
@@ -106,12 +106,16 @@ class TrustCollector(RoutingWatcher):
             return ()
         return [p for p in sampled_positions(num_prompt) if owner.first <= p < end]
 
-    def wanted_layers(self, owners: Sequence[SpanOwner]) -> Collection[int] | None:
-        """See RoutingWatcher.wanted_layers: one in turn; all for a prompt's rows at which it looks."""
+    def wanted(self, owners: Sequence[SpanOwner]) -> View:
+        """See RoutingWatcher.wanted: one layer in turn, and the choices of a prompt's rows at which it looks."""
         under_way = [seen for seen in self._passes if not seen.is_done]
         begun = self._begin_pass(owners)
         self._passes = [*under_way[-MAX_UNDER_WAY:], begun]
-        return None if len(begun.sampled_N) else (self._layers[begun.turn],)
+        return View((self._layers[begun.turn],), has_choices=len(begun.sampled_N) > 0)
+
+    def watch_choices(self, owners: Sequence[SpanOwner], layer: int, routing: Routing) -> None:
+        """See RoutingWatcher.watch_choices."""
+        self._look_at(owners, layer, routing)
 
     def watch(
         self,
@@ -123,15 +127,8 @@ class TrustCollector(RoutingWatcher):
     ) -> None:
         """See RoutingWatcher.watch."""
         row = self._row_of_layer[gate.layer]
-        seen = next((seen for seen in self._passes if seen.owners is owners), None)
-        if seen is None:
-            return  # forgotten: too many others have begun and not ended
-        self._pass = seen
-        seen.is_done |= row == (self._num_layers - 1 if len(seen.sampled_N) else seen.turn)
-        if len(seen.sampled_N):
-            experts_NK = routing.indices_TK[seen.sampled_N] + row * self._num_experts
-            seen.sampled.append((experts_NK, routing.weights_TK[seen.sampled_N]))
-        if row == seen.turn:
+        seen = self._look_at(owners, gate.layer, routing)
+        if seen is not None and row == seen.turn:
             with self._lock:
                 self._count_usage(row, routing)
                 if seen.round % 2:
@@ -156,6 +153,20 @@ class TrustCollector(RoutingWatcher):
             is_usable_N = np.isfinite(observed_N)
             kept = (buckets_N[is_usable_N], observed_N[is_usable_N])
             observe_buckets(self._pending, *kept, self._now, self.book.settings)
+
+    def _look_at(self, owners: Sequence[SpanOwner], layer: int, routing: Routing) -> _Pass | None:
+        """Where these rows have come to a layer. None for those that were forgotten, since too many others have begun
+        and not ended."""
+        row = self._row_of_layer[layer]
+        seen = next((seen for seen in self._passes if seen.owners is owners), None)
+        if seen is None:
+            return None
+        self._pass = seen
+        seen.is_done |= row == (self._num_layers - 1 if len(seen.sampled_N) else seen.turn)
+        if len(seen.sampled_N):
+            experts_NK = routing.indices_TK[seen.sampled_N] + row * self._num_experts
+            seen.sampled.append((experts_NK, routing.weights_TK[seen.sampled_N]))
+        return seen
 
     def reward(self, request_id: str, score: float) -> bool:
         """Credit a request's feedback in [-1, 1] to the experts that served it; from any thread.

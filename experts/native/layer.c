@@ -245,7 +245,6 @@ static void cut_experts(experts_half *h, arena *a) {
     h->gate.x = cut(a, s->num_tokens * h->gate.x_stride);
     h->experts.x = h->has_own_x ? cut(a, s->num_tokens * h->experts.x_stride) : h->gate.x;
     h->gate.out = cut(a, s->num_tokens * h->gate.out_stride);
-    h->weights = cut(a, slots * (int64_t)sizeof(float));
     h->starts = cut(a, (s->num_experts + 1) * number);
     h->row_of = cut(a, slots * number);
     h->token_of = cut(a, slots * number);
@@ -255,12 +254,12 @@ static void cut_experts(experts_half *h, arena *a) {
 }
 
 /* hidden + experts(norm(hidden)) by the checkpoint's own routing: (tokens, width) rows in the model's dtype.
-   chosen: (tokens, top_k), best first. used: the experts in use, ascending, num_used of them; room for num_experts.
+   chosen: (tokens, top_k), best first, and with which weights. used: the experts in use, ascending, num_used of them; room for num_experts.
    threads: as many as will run it, most likely. Nothing is computed yet: see sage_run_half. NULL where there is no
    memory. */
 void *sage_begin_experts(
-    const step *s, const layer *l, const void *hidden, void *out, int64_t *chosen, int64_t *used, int64_t *num_used,
-    unsigned threads
+    const step *s, const layer *l, const void *hidden, void *out, int64_t *chosen, float *weights, int64_t *used,
+    int64_t *num_used, unsigned threads
 ) {
     const int64_t slots = s->num_tokens * s->top_k;
     experts_half plan = {
@@ -271,7 +270,7 @@ void *sage_begin_experts(
             .out_stride = s->width * (s->is_narrow ? 2 : 4),
             .threads = threads, .is_gated = true,
         },
-        .chosen = chosen, .used = used, .num_used = num_used,
+        .chosen = chosen, .weights = weights, .used = used, .num_used = num_used,
     };
     plan.gate = one_product(s, &l->gate, threads, &plan.matrix, plan.gate_starts);
     plan_call(&plan.experts);
@@ -302,10 +301,11 @@ void *sage_begin_experts(
 
 /* The same at once. */
 int sage_experts_half(
-    const step *s, const layer *l, const void *hidden, void *out, int64_t *chosen, int64_t *used, int64_t *num_used,
-    run_in_threads *run, unsigned threads
+    const step *s, const layer *l, const void *hidden, void *out, int64_t *chosen, float *weights, int64_t *used,
+    int64_t *num_used, run_in_threads *run,
+    unsigned threads
 ) {
-    void *h = sage_begin_experts(s, l, hidden, out, chosen, used, num_used, run ? threads : 1);
+    void *h = sage_begin_experts(s, l, hidden, out, chosen, weights, used, num_used, run ? threads : 1);
     const int code = h ? sage_run_half(h, 0, run, threads) : OUT_OF_MEMORY;
     sage_end_half(h);
     return code;

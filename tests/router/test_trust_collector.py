@@ -24,10 +24,11 @@ from experts.trust import (
 from experts.trust_ledger import TrustIdentity, TrustLedger, ledger_path, read_ledger
 from experts.trust_reporter import TrustKeeper
 from extraction.manifest import ExpertKey
+from router.batcher import BatchLimits
 from router.loading import EngineOptions, LoadedEngine
 from router.moe_block import MoeBlock
 from router.request import GenerationRequest, SamplingParams
-from router.step_routing import NativePolicy, SpanOwner, StepRouting
+from router.step_routing import NativePolicy, RoutingWatcher, SpanOwner, StepRouting
 from router.trust_collector import MAX_REQUESTS, TrustCollector
 from router.trust_session import TrustOptions, TrustSession, trust_identity
 from router.trust_signals import sampled_positions
@@ -236,27 +237,28 @@ def test_report_whose_answer_was_lost_counts_once(tiny_store: Path, tmp_path: Pa
 
 
 def test_layers_that_it_does_not_look_at_are_computed_in_one_call(tiny_store: Path) -> None:
-    """Of a decode step one in turn is shown to it; of a prompt's pass all, for the positions whose NLL it asks for."""
+    """One in turn is shown to it; of a prompt's positions whose NLL it asks for, it is told all others' choices."""
     loaded, collector, _ = _collected(tiny_store)
     layers = sorted(loaded.config.moe_layers)
     prompt, answer = (1, 2, 3, 4, 5), (6, 7)
     request = GenerationRequest("q", prompt, SamplingParams(max_tokens=9))
-    assert collector.wanted_layers([SpanOwner(request, 0, len(prompt), prompt)]) is None
+    assert collector.wanted([SpanOwner(request, 0, len(prompt), prompt)]).has_choices
     turns = []
     for position in range(2 * len(layers)):
         owner = SpanOwner(request, len(prompt) + position, 1, prompt + answer)
-        wanted = StepRouting((owner,), NativePolicy(), (collector,)).shown_layers()
-        assert wanted is not None
-        turns += wanted
+        shown = StepRouting((owner,), NativePolicy(), (collector,)).shown()
+        assert shown.layers is not None and not shown.has_choices
+        turns += shown.layers
     assert sorted(turns) == sorted(layers * 2)
 
 
-def test_one_call_computes_a_layer_where_nobody_looks(
+class _Everything(RoutingWatcher):
+    """Makes every layer go call by call."""
+
+
+def test_one_call_computes_a_layer_where_nobody_looks_and_teaches_the_same(
     tiny_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded, _, _ = _collected(tiny_store)
-    if loaded.engine.backbone.layers[0].native is None:
-        pytest.skip("needs our own products, which a C compiler makes")
     shown: list[int] = []
     whole = MoeBlock.forward
 
@@ -265,8 +267,29 @@ def test_one_call_computes_a_layer_where_nobody_looks(
         return whole(self, *given)
 
     monkeypatch.setattr(MoeBlock, "forward", forward)
-    request = GenerationRequest("q", (1, 2, 3), SamplingParams(max_tokens=7, temperature=0.0))
-    run_to_end(loaded.engine, [request])
-    layers = sorted(loaded.config.moe_layers)
-    assert shown[: len(layers)] == layers, "the prompt's"
-    assert len(shown) == len(layers) + 6, "one of each of the other steps"
+    views, outcomes, passes = [], [], []
+    for others in ((), (_Everything(),)):
+        options = EngineOptions(
+            limits=BatchLimits(is_paced=False)
+        )  # else passes come in an order of their own
+        loaded = open_engine(tiny_store, options)
+        if loaded.engine.backbone.layers[0].native is None:
+            pytest.skip("needs our own products, which a C compiler makes")
+        while loaded.worker.load_more():
+            pass
+        session = TrustSession(loaded.store, loaded.config, TrustOptions("/unused"), _keep_nothing)
+        session.attach(loaded.engine)
+        loaded.engine.watchers += others
+        shown.clear()
+        outcomes.append(run_to_end(loaded.engine, REQUESTS, [0, 0, 2, 3]))
+        passes.append(len(shown))
+        session.collector.flush()
+        views.append(session.book.view())
+        num_layers = len(loaded.config.moe_layers)
+        loaded.close()
+    assert_same_bits(*outcomes)
+    for ours, theirs in zip(
+        *((view.sums_ALE, view.weights_ALE, view.counts_ALE) for view in views), strict=True
+    ):
+        assert np.array_equal(ours, theirs)
+    assert passes[0] * num_layers == passes[1], "one layer of each pass"
