@@ -98,7 +98,8 @@ def _check(options: NodeOptions) -> list[Finding]:
     )
     cache = {STORE_CACHE_VARIABLE: options.store_cache} if options.store_cache else {}
     for finding in failures(findings):
-        raise ClusterRefused(finding.what, finding.mend)
+        where = "" if finding.where == "here" else f"the Ray cluster at {finding.where}: "
+        raise ClusterRefused(f"{where}{finding.what}", finding.mend)
     findings += check_machine(read_machine(dict(os.environ) | cache), "here")
     if token is not None:
         findings.append(check_token_file(token))
