@@ -11,7 +11,7 @@
 #include "avx512.h"
 #define EACH(i, n) _Pragma("GCC unroll 8") for (int i = 0; i < (n); i++)
 #define BLOCK_INPUTS 128 /* of int8 and int4 */
-#define FEW_FLOATS 2 /* rows */
+#define FEW_FLOATS 2     /* rows that take outputs one by one; codes ahead of them are asked for, floats come by themselves */
 #define FEW_CODES 1
 
 /* A mask of so many bytes, of 64. */
@@ -133,8 +133,8 @@ INLINE TARGET void last_step(
     step(rows, outputs, kind, group, t, &(place){last[0], sizeof last[0], scales[0], 4}, first, sums);
 }
 
-/* Few rows take one output after the other, so that weights come from memory in one stream, which is the fastest;
-   more rows take them together, so that each of their inputs is loaded once for all. */
+/* Few rows take one output after the other, so that weights come from memory in one stream, which is the fastest; more
+   rows take them together, so that each of their inputs is loaded once for all. */
 INLINE TARGET void multiply(const int rows, const int kind, const int group, const tile *t) {
     const int step_inputs = kind == BFLOAT16 ? STEP : BLOCK_INPUTS, step_bytes = (int)row_bytes(kind, step_inputs);
     const int together = rows <= (kind == BFLOAT16 ? FEW_FLOATS : FEW_CODES) ? 1 : OUTPUTS;

@@ -10,8 +10,8 @@
 
 #define PANEL_BYTES (256 << 10) /* of weights: they stay in the second cache while rows pass by */
 #define MOST_OUTPUTS 512        /* of a panel */
-#define GATED_OUTPUTS 128        /* of a panel of gates, and of one of ups; a multiple of every way's `pairs` */
-#define GATED_STRIDE (GATED_OUTPUTS + OUTPUTS)
+#define GATED_OUTPUTS 128       /* of a panel of gates, and of one of ups; a multiple of every way's `pairs` and `block` */
+#define GATED_STRIDE (GATED_OUTPUTS + OUTPUTS) /* of rows of sums, with room behind the last */
 #define SUMS_STRIDE (MOST_OUTPUTS + OUTPUTS)
 #define AHEAD_BYTES (16 << 10)
 #define ROWS_OF_A_RUN 96        /* of one small matrix, where many rows come: a multiple of every way's rows */
