@@ -88,6 +88,10 @@ class RayDirectory:
         """Never called: there is no table."""
         raise AssertionError("there is no table")
 
+    def load_more(self) -> bool:
+        """See ExpertDirectory.load_more: the expert actors have read what is theirs."""
+        return False
+
     def resident(self, component: str, layer: int) -> frozenset[int]:
         """See ExpertDirectory.resident."""
         return self.remote.resident(component, layer)

@@ -52,6 +52,10 @@ SETTINGS = ScalerSettings(
 )
 
 
+Ready = dict[str, list[str]]
+"""Group -> the nodes where it has an actor that is ready, shortened as status does."""
+
+
 @dataclass
 class Running:
     cluster: Cluster
@@ -65,19 +69,17 @@ class Running:
     num_open: int = 0
     """Requests."""
 
+    def report_load(self) -> None:
+        """From now on; the number of actors stays what it is before."""
+        use = ExpertUse()
+        self.loaded.engine.watchers = (*self.loaded.engine.watchers, use)
+        self.directory.report_load(lambda: RouterLoad(Load(self.num_open, 0, 8), use.take()))
+
     def status(self) -> dict[str, Any]:
         told: dict[str, Any] = ray.get(self.supervisor.status.remote(), timeout=WAIT_S)
         return told
 
-    def ready(self) -> Mapping[str, list[str]]:
-        """Group -> the nodes where it has an actor that is ready; shortened as status does."""
-        nodes = defaultdict(list)
-        for entry in self.status()["actors"]:
-            if entry["state"] == "ready":
-                nodes[entry["group_name"]].append(entry["node_id"])
-        return nodes
-
-    def homes(self) -> dict[str, list[str]]:
+    def homes(self) -> Ready:
         return {group.name: [str(group.home)[:12]] for group in self.plan.groups}
 
     def budgets(self) -> dict[str, dict[str, int]]:
@@ -94,20 +96,34 @@ class Running:
         (lost,) = (found for found in self.cluster.worker_nodes if found.node_id.startswith(node))
         self.cluster.remove_node(lost, allow_graceful=True)
 
-    def wait_until(self, is_reached: Callable[[], bool]) -> None:
+    def wait_until(self, is_reached: Callable[[Ready], bool]) -> dict[str, Any]:
+        """The status in which it is."""
         deadline = time.monotonic() + WAIT_S
-        while not is_reached():
-            assert time.monotonic() < deadline, self.status()
+        while not is_reached(_ready(told := self.status())):
+            assert time.monotonic() < deadline, told
             time.sleep(0.1)
+        return told
 
-    def under_load(self, is_reached: Callable[[], bool]) -> None:
-        """A client asks again and again until something is reached, and gets what it always gets."""
+    def under_load(
+        self, is_reached: Callable[[Ready], bool]
+    ) -> tuple[dict[str, Any], dict[str, dict[str, int]]]:
+        """A client asks again and again until something is reached, and gets what it always gets. Returns the status
+        and the budgets of that moment: once nobody asks, actors go."""
         self.num_open = 4
         with Stream(self.loaded) as stream:
-            self.wait_until(is_reached)
+            reached = self.wait_until(is_reached), self.budgets()
         self.num_open = 0
         assert not stream.errors
         assert all(answer == self.expected for answer in stream.answers)
+        return reached
+
+
+def _ready(told: Mapping[str, Any]) -> Ready:
+    nodes: Ready = defaultdict(list)
+    for entry in told["actors"]:
+        if entry["state"] == "ready":
+            nodes[entry["group_name"]].append(entry["node_id"])
+    return nodes
 
 
 def _topology(nodes: list[str], expert_bytes: int) -> Topology:
@@ -166,9 +182,6 @@ def service(stories_store: Path) -> Iterator[Running]:
             loaded = open_engine(stories_store, options, connect)
             largest = placing.demand.largest_bytes
             running = Running(cluster, supervisor, plan, loaded, directories[0], expected, largest)
-            use = ExpertUse()
-            loaded.engine.watchers = (*loaded.engine.watchers, use)
-            directories[0].report_load(lambda: RouterLoad(Load(running.num_open, 0, 8), use.take()))
             yield running
             loaded.close()
         finally:
@@ -176,33 +189,34 @@ def service(stories_store: Path) -> Iterator[Running]:
 
 
 def test_placed_service_follows_load_and_machines_with_the_same_tokens(service: Running) -> None:
-    homes, expert_bytes = service.homes(), service.expert_bytes
+    homes, room_bytes = service.homes(), ROOM * service.expert_bytes
     assert len(homes) == 2 and service.plan.router_keys
-    service.wait_until(lambda: service.ready() == homes)
+    service.wait_until(lambda ready: ready == homes)
+    service.report_load()
 
     # Demand: a second actor for a group, in what room the other's machine has left.
-    service.under_load(lambda: sorted(map(len, service.ready().values())) == [1, 2])
+    told, budgets = service.under_load(lambda ready: sorted(map(len, ready.values())) == [1, 2])
     both = sorted(node for (node,) in homes.values())
-    assert both in [sorted(nodes) for nodes in service.ready().values()]
-    budgets = service.budgets()
-    assert all(sum(found.values()) <= ROOM * expert_bytes for found in budgets.values())
-    first = pids(service.status()["actors"])
+    assert both in [sorted(nodes) for nodes in _ready(told).values()]
+    assert all(sum(found.values()) <= room_bytes for found in budgets.values())
+    first = pids(told["actors"])
 
     # Idleness: no actor.
-    service.wait_until(lambda: not service.status()["actors"])
-    service.wait_until(lambda: not service.directory.remote.connected())
+    service.wait_until(lambda _: not service.status()["actors"])
+    service.wait_until(lambda _: not service.directory.remote.connected())
     kinds = Counter(decision["kind"] for decision in service.status()["decisions"])
     assert kinds["replicate"] >= 1 and kinds["drain"] >= 3
 
     # A request: every group comes back to its machine.
-    service.under_load(lambda: all(set(home) <= set(service.ready()[name]) for name, home in homes.items()))
-    assert first.isdisjoint(pids(service.status()["actors"]))
+    told, _ = service.under_load(
+        lambda ready: all(set(home) <= set(ready[name]) for name, home in homes.items())
+    )
+    assert first and first.isdisjoint(pids(told["actors"]))
 
     # A machine is lost: what ran there moves to the one that is left, within its room.
     lost, left = both
     service.lose(lost)
-    service.under_load(lambda: service.ready() == {name: [left] for name in homes})
-    budgets = service.budgets()
-    assert sum(budgets[left].values()) <= ROOM * expert_bytes
+    told, budgets = service.under_load(lambda ready: ready == {name: [left] for name in homes})
+    assert sum(budgets[left].values()) <= room_bytes
     assert budgets.keys() <= {left, WAITING}, "a second actor waits for a machine"
-    assert any(f"node {lost} was lost" in decision["reason"] for decision in service.status()["decisions"])
+    assert any(f"node {lost} was lost" in decision["reason"] for decision in told["decisions"])

@@ -138,7 +138,6 @@ def test_terminal_gets_a_picture_and_is_left_as_it_was_on_ctrl_c() -> None:
             "--watch",
             "--interval",
             "0.2",
-            "--url",
             url,
         ]
         environment = os.environ | {
