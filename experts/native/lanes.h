@@ -62,8 +62,8 @@ INLINE TARGET void NAME(tile)(const int rows, const int kind, const tile *t) {
             t->weights + output * t->row_bytes, t->row_bytes, t->scales + output * t->row_scales, t->row_scales
         };
         int64_t first = 0;
-        for (; first + STEP <= t->inputs; first += STEP, soon += OUTPUTS * step_bytes) {
-            for (int64_t line = 0; line < OUTPUTS * step_bytes; line += 64) __builtin_prefetch(soon + line, 0, 2);
+        for (; first + STEP <= t->inputs; first += STEP) {
+            if (soon) soon = ask_for(soon, OUTPUTS * step_bytes);
             NAME(step)(rows, kind, STEP, t, &place, first, sums);
             place.at += step_bytes;
         }

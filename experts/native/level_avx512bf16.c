@@ -11,6 +11,8 @@
 #include "avx512.h"
 #define EACH(i, n) _Pragma("GCC unroll 8") for (int i = 0; i < (n); i++)
 #define BLOCK_INPUTS 128 /* of int8 and int4 */
+#define FEW_FLOATS 2     /* rows that take outputs one by one; codes ahead of them are asked for, floats come by themselves */
+#define FEW_CODES 1
 
 /* A mask of so many bytes, of 64. */
 INLINE uint64_t lowest(int64_t bytes) { return bytes >= 64 ? ~0ull : bytes > 0 ? (1ull << bytes) - 1 : 0; }
@@ -24,10 +26,10 @@ typedef struct {
 } place;
 
 INLINE TARGET void step_floats(
-    const int rows, const int outputs, const tile *t, const place *p, int64_t first, __m512 sums[MOST][MORE_OUTPUTS]
+    const int rows, const int outputs, const tile *t, const place *p, int64_t first, __m512 sums[MOST][OUTPUTS]
 ) {
     EACH(half, 2) {
-        __m512i w[MORE_OUTPUTS];
+        __m512i w[OUTPUTS];
         EACH(o, outputs) w[o] = _mm512_loadu_si512(p->at + o * p->stride + 64 * half);
         EACH(r, rows) {
             __m512i x = _mm512_load_si512(t->x[r] + 2 * first + 64 * half);
@@ -38,30 +40,26 @@ INLINE TARGET void step_floats(
 
 /* A block's activations as pack_fixed leaves them: 128 high bytes, 128 low ones, what lanes begin with, the unit. */
 INLINE TARGET void step_int8(
-    const int rows, const int outputs, const tile *t, const place *p, int64_t first, __m512 sums[MOST][MORE_OUTPUTS]
+    const int rows, const int outputs, const tile *t, const place *p, int64_t first, __m512 sums[MOST][OUTPUTS]
 ) {
     const __m512i turned = _mm512_set1_epi8((char)0x80);
-    const int together = rows == 1 ? 1 : OUTPUTS;
-    _Pragma("GCC unroll 8") for (int from = 0; from < outputs; from += together) {
-        __m512i a[OUTPUTS], b[OUTPUTS];
-        EACH(o, together) {
-            const uint8_t *at = p->at + (from + o) * p->stride;
-            a[o] = _mm512_loadu_si512(at), b[o] = _mm512_loadu_si512(at + 64);
-        }
-        EACH(r, rows) {
-            const uint8_t *at = t->x[r] + 3 * first;
-            __m512i sum[OUTPUTS], x = _mm512_load_si512(at), start = _mm512_load_si512(at + 256);
-            EACH(o, together) sum[o] = _mm512_dpbusd_epi32(start, _mm512_xor_si512(a[o], turned), x);
-            x = _mm512_load_si512(at + 64);
-            EACH(o, together) sum[o] = _mm512_dpbusd_epi32(sum[o], _mm512_xor_si512(b[o], turned), x);
-            x = _mm512_load_si512(at + 128);
-            EACH(o, together) sum[o] = _mm512_dpbusd_epi32(_mm512_slli_epi32(sum[o], 8), x, a[o]);
-            x = _mm512_load_si512(at + 192);
-            EACH(o, together) sum[o] = _mm512_dpbusd_epi32(sum[o], x, b[o]);
-            const __m512 unit = _mm512_load_ps(at + 320);
-            EACH(o, together)
-                sums[r][from + o] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[o]), unit, sums[r][from + o]);
-        }
+    __m512i a[OUTPUTS], b[OUTPUTS];
+    EACH(o, outputs) {
+        const uint8_t *at = p->at + o * p->stride;
+        a[o] = _mm512_loadu_si512(at), b[o] = _mm512_loadu_si512(at + 64);
+    }
+    EACH(r, rows) {
+        const uint8_t *at = t->x[r] + 3 * first;
+        __m512i sum[OUTPUTS], x = _mm512_load_si512(at), start = _mm512_load_si512(at + 256);
+        EACH(o, outputs) sum[o] = _mm512_dpbusd_epi32(start, _mm512_xor_si512(a[o], turned), x);
+        x = _mm512_load_si512(at + 64);
+        EACH(o, outputs) sum[o] = _mm512_dpbusd_epi32(sum[o], _mm512_xor_si512(b[o], turned), x);
+        x = _mm512_load_si512(at + 128);
+        EACH(o, outputs) sum[o] = _mm512_dpbusd_epi32(_mm512_slli_epi32(sum[o], 8), x, a[o]);
+        x = _mm512_load_si512(at + 192);
+        EACH(o, outputs) sum[o] = _mm512_dpbusd_epi32(sum[o], x, b[o]);
+        const __m512 unit = _mm512_load_ps(at + 320);
+        EACH(o, outputs) sums[r][o] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[o]), unit, sums[r][o]);
     }
 }
 
@@ -83,14 +81,14 @@ INLINE TARGET __m512 lane_scales(const uint16_t *scales, const int group) {
         0x10000, 0x10000, 0x10000, 0x10000, 0x10000, 0x10000, 0x10000, 0x10000, 0, 0, 0, 0, 0, 0, 0, 0);
     __m512i spread;
     if (group == 32) spread = _mm512_broadcastq_epi64(_mm_loadl_epi64((const __m128i *)scales));
-    else if (group == 64) spread = _mm512_broadcastd_epi32(_mm_loadu_si32(scales));
-    else return (__m512)_mm512_maskz_broadcastw_epi16(0xaaaaaaaa, _mm_loadu_si16(scales));
+    else if (group == 64) spread = _mm512_broadcastd_epi32(_mm_maskz_loadu_epi16(3, scales));
+    else return (__m512)_mm512_maskz_broadcastw_epi16(0xaaaaaaaa, _mm_maskz_loadu_epi16(1, scales));
     return (__m512)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, sources, spread);
 }
 
 INLINE TARGET void step_int4(
     const int rows, const int outputs, const int group, const tile *t, const place *p, int64_t first,
-    __m512 sums[MOST][MORE_OUTPUTS]
+    __m512 sums[MOST][OUTPUTS]
 ) {
     EACH(o, outputs) {
         const __m512i words = _mm512_loadu_si512(p->at + o * p->stride);
@@ -110,7 +108,7 @@ INLINE TARGET void step_int4(
 
 INLINE TARGET void step(
     const int rows, const int outputs, const int kind, const int group, const tile *t, const place *p, int64_t first,
-    __m512 sums[MOST][MORE_OUTPUTS]
+    __m512 sums[MOST][OUTPUTS]
 ) {
     if (kind == BFLOAT16) step_floats(rows, outputs, t, p, first, sums);
     else if (kind == INT8) step_int8(rows, outputs, t, p, first, sums);
@@ -120,10 +118,10 @@ INLINE TARGET void step(
 /* The step behind the last whole one: what is missing is zero. */
 INLINE TARGET void last_step(
     const int rows, const int outputs, const int kind, const int group, const tile *t, place p, int64_t first,
-    __m512 sums[MOST][MORE_OUTPUTS]
+    __m512 sums[MOST][OUTPUTS]
 ) {
-    uint8_t last[MORE_OUTPUTS][128] __attribute__((aligned(64)));
-    uint16_t scales[MORE_OUTPUTS][4] = {0};
+    uint8_t last[OUTPUTS][128] __attribute__((aligned(64)));
+    uint16_t scales[OUTPUTS][4] = {0};
     const int64_t bytes = row_bytes(kind, t->inputs - first);
     EACH(o, outputs) {
         const uint8_t *at = p.at + o * p.stride;
@@ -135,33 +133,42 @@ INLINE TARGET void last_step(
     step(rows, outputs, kind, group, t, &(place){last[0], sizeof last[0], scales[0], 4}, first, sums);
 }
 
-INLINE TARGET void multiply(const int rows, const int outputs, const int kind, const int group, const tile *t) {
+/* Few rows take one output after the other, so that weights come from memory in one stream, which is the fastest; more
+   rows take them together, so that each of their inputs is loaded once for all. */
+INLINE TARGET void multiply(const int rows, const int kind, const int group, const tile *t) {
     const int step_inputs = kind == BFLOAT16 ? STEP : BLOCK_INPUTS, step_bytes = (int)row_bytes(kind, step_inputs);
+    const int together = rows <= (kind == BFLOAT16 ? FEW_FLOATS : FEW_CODES) ? 1 : OUTPUTS;
     const uint8_t *soon = t->soon;
-    for (int64_t output = 0; output < t->outputs; output += outputs) {
-        __m512 sums[MOST][MORE_OUTPUTS];
-        EACH(r, rows) EACH(o, outputs) sums[r][o] = _mm512_setzero_ps();
-        place p = {
-            t->weights + output * t->row_bytes, t->row_bytes, t->scales + output * t->row_scales, t->row_scales
-        };
-        int64_t first = 0;
-        for (; first + step_inputs <= t->inputs; first += step_inputs) {
-            EACH(line, outputs * step_bytes / 64) __builtin_prefetch(soon + 64 * line, 0, 2);
-            step(rows, outputs, kind, group, t, &p, first, sums);
-            soon += outputs * step_bytes, p.at += step_bytes;
-            if (kind == INT4) p.scales += BLOCK_INPUTS / group;
+    for (int64_t output = 0; output < t->outputs; output += OUTPUTS) {
+        __m512 sums[OUTPUTS][MOST][OUTPUTS];
+        _Pragma("GCC unroll 1") for (int from = 0; from < OUTPUTS; from += together) {
+            __m512 some[MOST][OUTPUTS];
+            EACH(r, rows) EACH(o, together) some[r][o] = _mm512_setzero_ps();
+            const int64_t at = output + from;
+            place p = {t->weights + at * t->row_bytes, t->row_bytes, t->scales + at * t->row_scales, t->row_scales};
+            int64_t first = 0;
+            for (; first + step_inputs <= t->inputs; first += step_inputs) {
+                if (soon) soon = ask_for(soon, together * step_bytes);
+                step(rows, together, kind, group, t, &p, first, some);
+                p.at += step_bytes;
+                if (kind == INT4) p.scales += BLOCK_INPUTS / group;
+            }
+            if (first < t->inputs) last_step(rows, together, kind, group, t, p, first, some);
+            EACH(r, rows) EACH(o, together) sums[from][r][o] = some[r][o];
         }
-        if (first < t->inputs) last_step(rows, outputs, kind, group, t, p, first, sums);
-        EACH(r, rows) for (int o = 0; o < outputs; o += OUTPUTS)
-            avx512bf16_store_sums(sums[r] + o, t->out + r * t->stride + output + o);
+        EACH(r, rows) {
+            __m512 four[OUTPUTS];
+            EACH(o, OUTPUTS) four[o] = together > 1 ? sums[0][r][o] : sums[o][r][0];
+            avx512bf16_store_sums(four, t->out + r * t->stride + output);
+        }
     }
 }
 
-INLINE TARGET void multiply_grouped(const int rows, const int outputs, const int kind, const tile *t) {
-    if (kind != INT4) multiply(rows, outputs, kind, 0, t);
-    else if (t->group == 32) multiply(rows, outputs, INT4, 32, t);
-    else if (t->group == 64) multiply(rows, outputs, INT4, 64, t);
-    else multiply(rows, outputs, INT4, 128, t);
+INLINE TARGET void multiply_grouped(const int rows, const int kind, const tile *t) {
+    if (kind != INT4) multiply(rows, kind, 0, t);
+    else if (t->group == 32) multiply(rows, INT4, 32, t);
+    else if (t->group == 64) multiply(rows, INT4, 64, t);
+    else multiply(rows, INT4, 128, t);
 }
 
 /* 32 inputs, zeros behind the last of count. */
@@ -212,22 +219,16 @@ static TARGET void pack_fourths(const void *from, uint8_t *to, int64_t count) {
 }
 
 #define DEFINE_TILE(kind, rows) \
-    static TARGET void tile_##kind##_##rows(const tile *t) { multiply_grouped(rows, OUTPUTS, kind, t); }
-#define DEFINE_MORE(kind, rows) \
-    static TARGET void more_##kind##_##rows(const tile *t) { multiply_grouped(rows, MORE_OUTPUTS, kind, t); }
-#define MORE_OF(kind) DEFINE_MORE(kind, 1) DEFINE_MORE(kind, 2)
+    static TARGET void tile_##kind##_##rows(const tile *t) { multiply_grouped(rows, kind, t); }
 TILES_OF(DEFINE_TILE, BFLOAT16)
-DEFINE_TILE(INT8, 1) DEFINE_TILE(INT8, 2) DEFINE_TILE(INT8, 3) DEFINE_TILE(INT8, 4)
 TILES_OF(DEFINE_TILE, INT4)
-MORE_OF(BFLOAT16)
-MORE_OF(INT8)
-MORE_OF(INT4)
+DEFINE_TILE(INT8, 1) DEFINE_TILE(INT8, 2) DEFINE_TILE(INT8, 3) DEFINE_TILE(INT8, 4)
 
-#define SIX(kind) { tile_##kind##_1, tile_##kind##_2, tile_##kind##_3, tile_##kind##_4, tile_##kind##_5, tile_##kind##_6 }
-#define MORE(kind) { more_##kind##_1, more_##kind##_2 }
+#define FOUR(kind) tile_##kind##_1, tile_##kind##_2, tile_##kind##_3, tile_##kind##_4
+#define SIX(kind) FOUR(kind), tile_##kind##_5, tile_##kind##_6
 const way avx512bf16_narrow[KINDS] = {
-    [BFLOAT16] = { SIX(BFLOAT16), 6, 2, 0, MORE(BFLOAT16), 0, NULL },
-    [INT8] = { { tile_INT8_1, tile_INT8_2, tile_INT8_3, tile_INT8_4 }, 4, 3, 0, MORE(INT8), BLOCK_INPUTS, pack_fixed },
-    [INT4] = { SIX(INT4), 6, 2, 0, MORE(INT4), BLOCK_INPUTS, pack_fourths },
+    [BFLOAT16] = { { SIX(BFLOAT16) }, 6, 2, 0, 0, FEW_FLOATS, NULL },
+    [INT8] = { { FOUR(INT8) }, 4, 3, 0, BLOCK_INPUTS, 0, pack_fixed },
+    [INT4] = { { SIX(INT4) }, 6, 2, 0, BLOCK_INPUTS, 0, pack_fourths },
 };
 #endif

@@ -10,10 +10,10 @@
 
 #define PANEL_BYTES (256 << 10) /* of weights: they stay in the second cache while rows pass by */
 #define MOST_OUTPUTS 512        /* of a panel */
-#define GATED_OUTPUTS 128        /* of a panel of gates, and of one of ups; a multiple of every way's `pairs` */
-#define GATED_STRIDE (GATED_OUTPUTS + OUTPUTS)
+#define GATED_OUTPUTS 128       /* of a panel of gates, and of one of ups; a multiple of every way's `pairs` and `block` */
+#define GATED_STRIDE (GATED_OUTPUTS + OUTPUTS) /* of rows of sums, with room behind the last */
 #define SUMS_STRIDE (MOST_OUTPUTS + OUTPUTS)
-#define AHEAD_BYTES (32 << 10)
+#define AHEAD_BYTES (16 << 10)
 #define ROWS_OF_A_RUN 96        /* of one small matrix, where many rows come: a multiple of every way's rows */
 #define FEW_PANELS 16
 
@@ -27,19 +27,20 @@ static void multiply_rows(
     const int64_t groups = form->kind == INT4 ? (form->inputs + form->group - 1) / form->group : 0;
     tile t = {.inputs = form->inputs, .group = form->group, .stride = stride};
     for (int r = 0; r < rows; r++) t.x[r] = x[r];
-    multiply_tile *few = rows <= FEW_ROWS ? way->more[rows - 1] : NULL;
+    const int64_t ahead = UP_TO(AHEAD_BYTES / bytes + 1, OUTPUTS); /* outputs, as many as are asked for ahead */
     for (int64_t first = from, count; first < to; first += count) {
-        const int64_t left = to - first, beyond = AHEAD_BYTES - left * bytes;
+        const int64_t left = to - first;
+        const bool is_end = left <= ahead + OUTPUTS;
         t.weights = m->weights + first * bytes, t.scales = m->scales + first * groups;
-        t.row_bytes = bytes, t.row_scales = groups;
         t.out = sums + first - from;
-        t.soon = beyond < 0 ? t.weights + AHEAD_BYTES : then ? then + beyond : t.weights;
-        count = beyond < 0 ? MIN(left, UP_TO(-beyond / bytes + 1, MORE_OUTPUTS)) : left;
-        const bool are_more = few && count >= MORE_OUTPUTS;
-        if (count < OUTPUTS) t.row_bytes = t.row_scales = 0, count = 1; /* a last output, as often as a tile has room */
-        else count -= count % (are_more ? MORE_OUTPUTS : OUTPUTS);
-        t.outputs = count == 1 ? OUTPUTS : count;
-        (are_more ? few : way->tiles[rows - 1])(&t);
+        t.row_bytes = bytes, t.row_scales = groups;
+        t.outputs = count = (is_end ? left : left - ahead) / OUTPUTS * OUTPUTS;
+        t.soon = is_end ? then : rows <= way->foreseen_rows ? NULL : t.weights + ahead * bytes;
+        if (left < OUTPUTS) { /* one by one, each as often as a tile has room */
+            t.row_bytes = t.row_scales = 0, t.outputs = OUTPUTS, t.soon = NULL;
+            count = 1;
+        }
+        way->tiles[rows - 1](&t);
     }
     if (form->kind == INT8)
         for (int r = 0; r < rows; r++)

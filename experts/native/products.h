@@ -7,8 +7,6 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define OUTPUTS 4  /* of a tile */
-#define MORE_OUTPUTS 8 /* of one for few rows: weights come from memory faster in more streams */
-#define FEW_ROWS 2
 #define MOST_ROWS 6
 #define STEP 64  /* inputs; rows of x end with zeros up to a multiple of it */
 #define BLOCK 64 /* positions that attention takes at once */
@@ -37,7 +35,7 @@ typedef struct {
     const uint8_t *x[MOST_ROWS];       /* packed as the tile's way wants it, aligned to 64 bytes */
     int64_t inputs;
     int64_t group;                     /* int4: inputs of a scale */
-    const uint8_t *soon;               /* weights that are needed after these: as many bytes are asked for meanwhile */
+    const uint8_t *soon;               /* weights that are needed after these, as many are asked for meanwhile; or NULL */
     float *out;                        /* (rows, stride): sums */
     int64_t stride;
 } tile;
@@ -51,8 +49,8 @@ typedef struct {
     int most_rows;
     int x_bytes;                       /* of one packed activation */
     int pairs;                         /* within so many inputs even ones are packed before odd ones; 0: as they come */
-    multiply_tile *more[FEW_ROWS];     /* for MORE_OUTPUTS and up to FEW_ROWS rows; or NULL */
     int block;                         /* rows of x end with zeros up to a multiple of it; 0: of STEP */
+    int foreseen_rows;                 /* up to so many, tiles read weights as the processor foresees: none are asked for */
     pack_inputs *pack;                 /* bfloat16 inputs in a layout of the way's own; or NULL */
 } way;
 
@@ -108,6 +106,12 @@ typedef struct {
     find *find_largest;
     const block_way *blocks[2];        /* for a cache in float32, and in bfloat16 */
 } level;
+
+/* Asks the memory for so many bytes. Returns where they end. */
+INLINE const uint8_t *ask_for(const uint8_t *from, int64_t bytes) {
+    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(from + line, 0, 2);
+    return from + bytes;
+}
 
 extern const level portable_level;
 #ifdef __x86_64__
