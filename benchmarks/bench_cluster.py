@@ -10,9 +10,11 @@ take turns with the same prompts:
   time from an actor's start until it takes calls;
 - tokens/s of 16 streams with two replicas, and when one of them is dead.
 
-`--parts` takes some of these; another store's result is kept under that store's name.
+`--parts` takes some of these; another store's result is kept under that store's name, and one of some parts under
+`--name`, so that each can be taken alone on a machine that is busy at times.
 
 Usage: python -m benchmarks.bench_cluster [--store NAME] [--rounds N] [--tokens N] [--kills N] [--parts ...] [--keep]
+       [--name NAME]
 """
 
 from __future__ import annotations
@@ -295,6 +297,7 @@ def main() -> None:
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--keep", action="store_true", help="keep the result under benchmarks/results")
+    parser.add_argument("--name", help="of the kept result; default: by the store")
     options = parser.parse_args()
     root = resolve_store(options.store, announce=print)
     results: dict[str, Any] = {}
@@ -315,10 +318,10 @@ def main() -> None:
     if "replica" in options.parts:
         results["one of two replicas down"] = found = measure_one_down(root, options.rounds, options.tokens)
         print(f"one of two replicas down: {found['ratio']:.2f} of the tokens/s with both")
-    config = {key: value for key, value in vars(options).items() if key not in ("keep", "store")}
+    config = {key: value for key, value in vars(options).items() if key not in ("keep", "store", "name")}
     name = "bench_cluster" if options.store == "stories" else f"bench_cluster_{Path(options.store).name}"
     finish(
-        name,
+        options.name or name,
         config | {"store": Path(options.store).name, "goals": {str(k): v for k, v in GOALS.items()}},
         results,
         is_kept=options.keep,

@@ -30,7 +30,7 @@ from router.engine import Engine
 from router.loading import EngineOptions, load_engine
 from router.request import GenerationRequest, SamplingParams
 from router.scoring import Routing
-from router.step_routing import GateOutput, SpanOwner
+from router.step_routing import GateOutput, RoutingWatcher, SpanOwner
 
 STORIES = Path(__file__).parent.parent / "models" / "stories-moe"
 SHARES = (0.125, 0.25, 0.5)
@@ -38,7 +38,7 @@ SEQUENCE_TOKENS = 500
 STORY_PROMPT = "Once upon a time"
 
 
-class RoutingRecorder:
+class RoutingRecorder(RoutingWatcher):
     """A `RoutingWatcher` that notes every token's experts."""
 
     def __init__(self) -> None:

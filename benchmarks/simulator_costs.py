@@ -34,7 +34,7 @@ from experts.numerics import num_cores
 from experts.transport import ExpertConnection
 from router.dispatch import Dispatch
 from router.scoring import Routing
-from router.step_routing import GateOutput, SpanOwner
+from router.step_routing import GateOutput, RoutingWatcher, SpanOwner
 
 STREAMS = (2, 6, 24)
 TOKENS = 32
@@ -43,7 +43,7 @@ FIRST_SEED = 1000
 """Of prompts; lower ones belong to the runs that are foretold."""
 
 
-class RoutingRecorder:
+class RoutingRecorder(RoutingWatcher):
     """A `RoutingWatcher` that keeps which experts each row of each step was given."""
 
     def __init__(self, layers: Sequence[int]) -> None:

@@ -14,14 +14,14 @@ from experts.store import ExpertStore
 from router.dispatch import Dispatch
 from router.loading import EngineOptions, load_engine
 from router.scoring import Routing
-from router.step_routing import GateOutput, SpanOwner, StepRouting
+from router.step_routing import GateOutput, RoutingWatcher, SpanOwner, StepRouting
 
 CHUNK = 128
 """Tokens of one step: enough to use an expert's weights several times, few enough to take little memory."""
 EXPERT_BUDGET_BYTES = 2_000_000_000
 
 
-class RoutingLog:
+class RoutingLog(RoutingWatcher):
     """Keeps the experts of every token, by layer."""
 
     def __init__(self) -> None:

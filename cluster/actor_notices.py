@@ -67,10 +67,8 @@ class ActorNotices:
         now_s: float,
     ) -> _Notice | None:
         incarnation = member.incarnation
-        if self._told.get(member.name, (incarnation, (member.budget_bytes, Fraction(1)))) != (
-            incarnation,
-            limits,
-        ):
+        # Also one that has just started: an earlier supervisor may have told it something else.
+        if self._told.get(member.name) != (incarnation, limits):
             return _Notice(handle.set_limits.remote(*limits), incarnation, limits)
         if trust is None:
             return None

@@ -1,7 +1,7 @@
 """The Ray shell around expert actors: finds, creates, asks and ends them, and waits for none of them.
 
-Every actor has at most one question open; a slow one's answer is taken whenever it comes. Decides nothing. Used on one
-thread, by `cluster.supervisor`.
+Every actor has at most one question open; a slow one's answer is taken whenever it comes. Decides nothing. Used by
+`cluster.supervisor` on its thread, but for `ask_all`.
 """
 
 from __future__ import annotations
@@ -125,8 +125,9 @@ class ActorPool:
             self.end(name, is_dead=False)
 
     def ask_all(self, names: Collection[str], timeout_s: float) -> dict[str, dict[str, Any]]:
-        """The status of those that give it within the time-out."""
-        asked = {self._handles[name].status.remote(): name for name in names if name in self._handles}
+        """The status of those that give it within the time-out. On any thread: some may be ended meanwhile."""
+        handles = {name: self._handles.get(name) for name in names}
+        asked = {handle.status.remote(): name for name, handle in handles.items() if handle is not None}
         if not asked:
             return {}
         done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=timeout_s)

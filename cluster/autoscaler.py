@@ -24,6 +24,7 @@ from cluster.actor_counts import (
 )
 from cluster.capacity import CapacityState
 from cluster.plan import ActorPlan, ServicePlan
+from cluster.replicas import LEAST_SHARE
 from cluster.scaling_room import NodeLoad, Rooms
 
 __all__ = [
@@ -158,7 +159,7 @@ class _Look:
             if not self._rooms.is_leaving(actor.node_id) or others >= wanted[group]:
                 continue
             del self._actors[actor.name]
-            reason = f"node {actor.node_id} leaves"
+            reason = f"node {(actor.node_id or '')[:12]} leaves"
             can_wait = self._can_wait and not (others and self._views[group].is_spared)
             if not can_wait and not self._has_room(group):
                 self._decide("drain", actor, f"{reason}, and no other has room")
@@ -237,8 +238,18 @@ class _Look:
         return [(actor, why) for actor, why in (*cold, *spares) if actor.node_id == node_id]
 
     def _has_room(self, group: str) -> bool:
-        """For one expert at least, on a node that has no actor of the group."""
-        return self._rooms.free(self._rooms.best(group)) >= self._views[group].load.least_bytes
+        """On a node that has no actor of the group, for what an actor keeps at least."""
+        return self._rooms.free(self._rooms.best(group)) >= self._least(group)
+
+    def _least(self, group: str) -> int:
+        """Bytes that a new actor has to find room for: an expert's, where nobody else would answer for the group, and
+        a replica's share beside an actor that stays: one with less would slow down what it is to help."""
+        load = self._views[group].load
+        has_other = any(
+            actor.node_id is not None and not self._rooms.is_leaving(actor.node_id)
+            for actor in self._of(group)
+        )
+        return max(load.least_bytes, load.group_bytes // LEAST_SHARE if has_other else 0)
 
     def _resize(self, actor: ActorPlan, budget_bytes: int, kind: Kind, reason: str) -> None:
         self._rooms.give_back(actor)
@@ -248,12 +259,11 @@ class _Look:
         self._decide(kind, resized, reason)
 
     def _placed(self, group: str) -> ActorPlan:
-        """A new actor: on the best node, with what of an even share fits there; on none if that is less than an
-        expert."""
+        """A new actor: on the best node, with what of an even share fits there; on none if that is too little."""
         load, node_id = self._views[group].load, self._rooms.best(group)
         even = self._even(group) if self._rooms.can_shrink(node_id) else load.group_bytes
         size = min(even, self._rooms.free(node_id))
-        if size < load.least_bytes:
+        if size < self._least(group):
             node_id, size = None, load.group_bytes
         actor = ActorPlan(self._new_name(group), group, node_id, size)
         self._actors[actor.name] = actor

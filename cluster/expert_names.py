@@ -20,12 +20,12 @@ def by_layer(keys: Iterable[ExpertKey]) -> dict[str, list[int]]:
 
 def name_experts(layers: Mapping[str, Sequence[int]]) -> str:
     """As `thinker/3: 0-7, 12; ...`, the first layers only."""
-    named = [f"{layer}: {_ranges(experts)}" for layer, experts in list(layers.items())[:MOST_NAMED]]
+    named = [f"{layer}: {ranges(experts)}" for layer, experts in list(layers.items())[:MOST_NAMED]]
     more = len(layers) - MOST_NAMED
     return "; ".join(named) + (f"; and {more} more layers" if more > 0 else "")
 
 
-def _ranges(numbers: Iterable[int]) -> str:
+def ranges(numbers: Iterable[int]) -> str:
     """Sorted numbers as `0-3, 7`."""
     runs: list[list[int]] = []
     for number in numbers:

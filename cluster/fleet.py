@@ -50,6 +50,8 @@ logger = logging.getLogger(__name__)
 MAX_NOTES = 200
 """That are remembered for people."""
 MAX_REASON_CHARS = 300
+SHOWN_ID_CHARS = 12
+"""Of a node's id in Ray, as in all tables."""
 
 SourceFor = Callable[[Collection[ExpertKey], str | None], StoreSource | None]
 """For an actor of these experts on that node."""
@@ -91,10 +93,16 @@ class Fleet:
         self.notes: deque[Note] = deque(maxlen=MAX_NOTES)
         self._told_of: tuple[object, ...] = ()
         self._incarnation = 0
+        self._observed_at_s: float | None = None
 
     @property
     def is_changing(self) -> bool:
         return any(member.state != "ready" or not member.is_known for member in self.members.values())
+
+    @property
+    def is_acquainted(self) -> bool:
+        """Whether everybody who was found has said who it is."""
+        return self._observed_at_s is not None and all(m.state != "found" for m in self.members.values())
 
     def next_incarnation(self) -> int:
         """Above that of every actor of this service, also of those that an earlier supervisor has started."""
@@ -131,6 +139,7 @@ class Fleet:
 
     def observe(self, found: Collection[str], answers: Mapping[str, Answer], now_s: float) -> None:
         """Take in a look. found: names of actors in Ray that were unknown here."""
+        self._excuse(now_s)
         for name in found:
             self.members[name] = Member(name, "found", now_s, now_s)
         for name, answer in answers.items():
@@ -141,13 +150,23 @@ class Fleet:
             self.members[name] = replace(checked(member, now_s, self._patience), is_known=is_known)
         self.backoffs = recovered(self.backoffs, self.members.values(), now_s, self._patience)
 
+    def _excuse(self, now_s: float) -> None:
+        """Whoever could not be heard since this process was held up, as by a stopped machine, was not silent."""
+        before_s, self._observed_at_s = self._observed_at_s, now_s
+        held_up_s = 0.0 if before_s is None else now_s - before_s - self._patience.look_s
+        if held_up_s > 0:
+            for name, member in self.members.items():
+                self.members[name] = replace(member, heard_at_s=member.heard_at_s + held_up_s)
+            self.routers.excuse(held_up_s, now_s)
+
     def _answered(self, member: Member, answer: Answer, now_s: float) -> Member:
         if isinstance(answer, Death):
             return died(member, answer.error, now_s, self._patience)
         if isinstance(answer, ActorIdentity):
             member = identified(member, answer, self._service, now_s)
             self._incarnation = max(self._incarnation, member.incarnation)
-            self.note(member.state, member.name, f"incarnation {member.incarnation} on {member.node_id}")
+            node = (member.node_id or "")[:SHOWN_ID_CHARS]
+            self.note(member.state, member.name, f"incarnation {member.incarnation} on node {node}")
             return member
         before = self.pulses.get(member.name)
         self.pulses[member.name] = answer

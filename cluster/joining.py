@@ -1,9 +1,9 @@
 """The Ray shell that connects to a cluster which runs already, once it was seen to be fit for that.
 
-A service goes beyond loopback only on a Ray that refuses strangers: whoever may call Ray gets the data plane's secret
-from it, and can run code on every node. That is asked of the running cluster, by a call without a token; what this
-process's environment says about it would be a wish. Called by `gateway.service.launch`, `gateway.batch.ray_shell` and
-`cluster.ray_topology`.
+A service or a batch goes beyond loopback only on a Ray that refuses strangers: whoever may call Ray gets the data
+plane's secret from it, and can run code on every node. That is asked of the running cluster, by a call without a
+token; what this process's environment says about it would be a wish. Called by `gateway.service.launch`,
+`gateway.batch.ray_shell` and `cluster.ray_topology`.
 """
 
 from __future__ import annotations
@@ -58,13 +58,8 @@ def find_running_ray(address: str, token: Token | None = None) -> RunningRay:
     return RunningRay(node, head, is_local_only, tuple(check_head(head, token, is_local_only)))
 
 
-def check_usable(running: RunningRay, is_open_allowed: bool = False) -> None:
-    """Raises ClusterRefused where a service must not, or cannot, use the cluster.
-
-    is_open_allowed: for what listens on no address of its own.
-    """
-    if is_open_allowed and running.head.is_open:
-        return
+def check_usable(running: RunningRay) -> None:
+    """Raises ClusterRefused where the cluster must not, or cannot, be used."""
     for finding in failures(running.findings):
         raise ClusterRefused(f"the Ray cluster at {finding.where}: {finding.what}", finding.mend)
 
@@ -91,12 +86,10 @@ def connect(running: RunningRay, process_variables: Mapping[str, str] | None = N
         raise ClusterRefused(f"the Ray cluster at {running.node.head} cannot be joined", reason) from error
 
 
-def join_ray(
-    address: str, *, process_variables: Mapping[str, str] | None = None, is_open_allowed: bool = False
-) -> RunningRay:
+def join_ray(address: str, *, process_variables: Mapping[str, str] | None = None) -> RunningRay:
     """Find, check and connect. Raises ClusterRefused, HeadAddressInvalid or TokenUnusable."""
     running = find_running_ray(address)
-    check_usable(running, is_open_allowed)
+    check_usable(running)
     connect(running, process_variables)
     return running
 

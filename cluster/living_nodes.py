@@ -6,12 +6,15 @@ Ray gives a machine up only after some tens of seconds in which it does not hear
 from __future__ import annotations
 
 import socket
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 
 REACH_TIMEOUT_S = 0.5
+MAX_PROBES = 64
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,17 @@ def takes_connections(host: str, port: int, timeout_s: float) -> bool:
     except OSError:
         return False
     return True
+
+
+def unreached(nodes: Mapping[str, LivingNode]) -> frozenset[str]:
+    """Ids of those that cannot be reached; takes as long for many as for one."""
+    if not nodes:
+        return frozenset()
+    with ThreadPoolExecutor(min(MAX_PROBES, len(nodes)), "reach") as pool:
+        answers = pool.map(LivingNode.is_reached, nodes.values())
+        return frozenset(
+            node_id for node_id, is_reached in zip(nodes, answers, strict=True) if not is_reached
+        )
 
 
 def living_nodes() -> dict[str, LivingNode]:

@@ -75,6 +75,19 @@ def choose_ray(address: str, found: Sequence[LocalRay], environment: Mapping[str
     raise ClusterRefused(f"this machine is no node of a Ray cluster at {wanted}", mend)
 
 
+def check_not_joined(head: str, node_ip: str | None, found: Sequence[LocalRay]) -> None:
+    """Raises ClusterRefused where this machine is a node of that cluster already: a second one would count its memory
+    and cores again.
+
+    node_ip: the address that the new node is to have; None for the machine's own.
+    """
+    own = own_addresses() if node_ip is None else {node_ip}
+    for node in found:
+        if node.node_ip in own and _is_same(head, node.head):
+            mend = "end the other `sage-moe join` with Ctrl-C or `ray stop`, or join from another machine"
+            raise ClusterRefused(f"this machine is a node of {head} already, as {node.node_ip}", mend)
+
+
 def is_alone(node: LocalRay, found: Sequence[LocalRay]) -> bool:
     """Whether a cluster is this machine's alone: its head and its nodes here listen on loopback only."""
     nodes = (other.node_ip for other in found if other.head == node.head)

@@ -85,7 +85,8 @@ def check_products(facts: MachineFacts, where: str) -> Finding:
 
 def describe_devices(facts: MachineFacts, where: str) -> Finding:
     gpus = ", ".join(f"{gpu.name} ({_gib(gpu.memory_bytes)})" for gpu in facts.gpus)
-    return ok(where, f"{facts.num_cores} cores, {gpus or 'no GPU'}")
+    cores = "1 core" if facts.num_cores == 1 else f"{facts.num_cores} cores"
+    return ok(where, f"{cores}, {gpus or 'no GPU'}")
 
 
 def _gib(num_bytes: int) -> str:

@@ -35,6 +35,8 @@ class Patience:
     """Without an answer, after which an actor is lost."""
     suspicion_s: float = 4.0
     """The same where a router has lost it, too."""
+    look_s: float = 3.0
+    """Between two looks: what the supervisor itself takes longer for is nobody's silence."""
     doubt_s: float = 2.0
     """The same, after which its node is asked whether it is there."""
     settle_s: float = 3.0

@@ -64,7 +64,7 @@ def start_command(ray: str, options: NodeOptions, is_blocking: bool) -> list[str
 
 def start_environment(options: NodeOptions, environment: Mapping[str, str]) -> dict[str, str]:
     """Ray's processes on the node, and the actors that are started there later, inherit it."""
-    variables = dict(environment) | ray_environment() | {MODE_VARIABLE: "token"}
+    variables = ray_environment() | dict(environment) | {MODE_VARIABLE: "token"}
     if options.store_cache is not None:
         variables[STORE_CACHE_VARIABLE] = options.store_cache
     return variables

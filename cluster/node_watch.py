@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.node_report import NodeReport, StoreQuestion
 from cluster.node_rooms import facts_of
@@ -74,6 +74,7 @@ class NodeWatch:
     def find(self, alive: Collection[str], now_s: float) -> None:
         """Ask the nodes that nobody knows, and forget those that are gone."""
         self._refused_at_s = {name: at_s for name, at_s in self._refused_at_s.items() if name in alive}
+        self._told = {name: reason for name, reason in self._told.items() if name in alive}
         for node_id in sorted(set(alive) - self._facts.keys() - self._asked.keys()):
             refused_at_s = self._refused_at_s.get(node_id)
             if refused_at_s is None or now_s - refused_at_s >= ASK_AGAIN_S:
@@ -108,10 +109,13 @@ class NodeWatch:
         return facts_of(reports[0], self._placing.rules) if reports else "it left before it answered"
 
     def _decide(self, usable: frozenset[str], plan: ServicePlan) -> PlanChange | None:
-        nodes = tuple(facts for node_id, facts in self._facts.items() if node_id in usable)
-        now, before = {node.node_id for node in nodes}, {node.node_id for node in self._planned.nodes}
         router = self._planned.router_node
-        if now == before or router not in now:
+        # The routers' own machine is there for as long as anybody looks: not trusted, it is one without room.
+        here = self._facts[router] if router in usable else replace(self._facts[router], room_bytes=0)
+        others = (facts for node_id, facts in self._facts.items() if node_id in usable and node_id != router)
+        nodes = (here, *others)
+        now, before = {node.node_id for node in nodes}, {node.node_id for node in self._planned.nodes}
+        if now == before:
             return None
         topology = Topology(nodes, router)
         placing = self._placing

@@ -17,6 +17,7 @@ from cluster.demand import Demand
 from cluster.layer_ranges import assign_by_layer
 from cluster.layer_work import NOWHERE, Ints, Work, work_of
 from cluster.plan import ActorPlan, ExpertGroup, ServicePlan
+from cluster.plan_time import expert_step_s
 from cluster.replicas import plan_replicas
 from cluster.step_time import MESSAGE_S, Seat
 from cluster.topology import NodeFacts, Topology
@@ -78,6 +79,10 @@ def place(
     assign = assign_by_expert if options.grouping == "expert" else assign_by_layer
     seat_X = assign(work, seats, _homes(work, seats, current), trade)
     plan = _planned(work, seats, seat_X, names)
+    if current is None and demand.total_bytes <= seats[0].room_bytes:
+        here = _planned(work, seats, np.zeros_like(seat_X), names)
+        if expert_step_s(here, topology, demand, options) <= expert_step_s(plan, topology, demand, options):
+            plan = here  # its messages would cost more than the others save
     wanted = {group.name: options.replicas for group in plan.groups}
     replicas = plan_replicas(topology, demand, plan, current, wanted)
     plan = replace(plan, actors=(*plan.actors, *replicas))

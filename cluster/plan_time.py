@@ -6,14 +6,17 @@ The arithmetic of `cluster.forecast`, without what software takes beside message
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from cluster.demand import Demand
 from cluster.forecast import needed_experts
 from cluster.holdings import Holding, Layer, holdings
-from cluster.placement import PlacementOptions
 from cluster.plan import ServicePlan
 from cluster.step_time import expected_slowest, is_called
 from cluster.topology import Topology
+
+if TYPE_CHECKING:
+    from cluster.placement import PlacementOptions
 
 
 def expert_step_s(plan: ServicePlan, topology: Topology, demand: Demand, options: PlacementOptions) -> float:

@@ -88,6 +88,10 @@ class RayDirectory:
         """Never called: there is no table."""
         raise AssertionError("there is no table")
 
+    def load_more(self) -> bool:
+        """See ExpertDirectory.load_more: the expert actors have read what is theirs."""
+        return False
+
     def resident(self, component: str, layer: int) -> frozenset[int]:
         """See ExpertDirectory.resident."""
         return self.remote.resident(component, layer)
@@ -135,14 +139,23 @@ class RayDirectory:
             try:
                 while self._lost:
                     self._supervisor.report_lost.remote(self._lost.pop())
-                while self._bad:
-                    self._supervisor.report_bad.remote(*self._bad.popleft())
+                self._report_all_bad()
                 if self._load is not None:
                     self._supervisor.report_load.remote(self._name, self._load())
                 while self._follow_roster():
                     pass
             except (ray.exceptions.RayError, TimeoutError) as error:
                 logger.warning("the supervisor does not answer: %s", error)
+            except Exception:  # nobody else would ever follow the roster again
+                logger.exception("the roster was not followed")
+
+    def _report_all_bad(self) -> None:
+        """Until the supervisor has taken it in: one that is being restarted will know the actor only later."""
+        while self._bad:
+            answer = self._supervisor.report_bad.remote(*self._bad[0])
+            if not ray.get(answer, timeout=ANSWER_TIMEOUT_S):
+                return
+            self._bad.popleft()
 
     def _follow_roster(self) -> bool:
         """Whether the roster has changed, which the supervisor is then to be told at once."""

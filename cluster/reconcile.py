@@ -101,13 +101,25 @@ def reconcile(
     chosen = {member.name for member in current.values() if member is not None}
     superseded = [m for m in members if m.state in ("ready", "starting") and m.name not in chosen]
     endings = (_ending(m, now_s, patience) for m in members if m.name not in back.values())
+    drains = _drains(target, current, [m for m in superseded if m.state == "ready"])
+    leaving = {m.name for m in members if m.state in ("draining", "retiring")}.union(d.name for d in drains)
     return (
         *(End(name, "waited for a machine, and a node has room now") for name in sorted(seated)),
         *(action for action in endings if action is not None),
         *(End(m.name, "is not wanted any more") for m in superseded if m.state == "starting"),
-        *_drains(target, current, [m for m in superseded if m.state == "ready"]),
+        *drains,
         *(Turn(name, "ready", "is wanted again") for name in back.values()),
-        *_creations(target, current, back, members, superseded, backoffs, taken, now_s),
+        *_creations(
+            target,
+            current,
+            back,
+            members,
+            superseded,
+            leaving.difference(back.values()),
+            backoffs,
+            taken,
+            now_s,
+        ),
     )
 
 
@@ -220,10 +232,12 @@ def _creations(
     back: Collection[str],
     members: Sequence[Member],
     superseded: Sequence[Member],
+    leaving: Collection[str],
     backoffs: Mapping[str, Backoff],
     taken: Collection[str],
     now_s: float,
 ) -> list[Action]:
+    """leaving: names of members that go within a time; whoever needs their room waits for that."""
     if any(member.state == "found" for member in members):
         return []  # one of them may be what is wanted
     serving = {member.actor for member in superseded if member.state == "ready"}
@@ -232,6 +246,7 @@ def _creations(
     num_replaced += sum(member.state in ("draining", "retiring") for member in members)
     used = {*taken, *(member.name for member in members if not member.is_gone)}
     rooms = _free_rooms(target, members)
+    emptied = {m.node_id for m in members if m.name in leaving and m.budget_bytes and m.node_id in rooms}
     creations: list[Action] = []
     for wanted in target.wanted:
         backoff = backoffs.get(wanted.name)
@@ -239,11 +254,15 @@ def _creations(
             continue
         if backoff is not None and now_s < backoff.retry_at_s:
             continue
-        if wanted.name in serving:
-            if num_replaced >= MAX_REPLACED_AT_ONCE:
-                continue
-            num_replaced += 1
+        if wanted.name in serving and num_replaced >= MAX_REPLACED_AT_ONCE:
+            continue
         node_id, is_waiting = _choose_node(target, wanted, rooms)
+        if is_waiting and emptied:
+            continue
+        if node_id in emptied and rooms[node_id] < 0:
+            rooms[node_id] += wanted.plan.budget_bytes or 0
+            continue
+        num_replaced += wanted.name in serving
         name = _free_name(wanted.name, used)
         used.add(name)
         reason = "replaces what serves" if wanted.name in serving else "nothing answers for it"

@@ -90,6 +90,8 @@ def ray_environment() -> dict[str, str]:
         # It would kill what Ray can start again, and so the router, before an expert actor, which others stand in for.
         "RAY_memory_monitor_refresh_ms": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        # Ray's own default, 15, lets whatever else runs on the machine go before every answer.
+        "RAY_worker_niceness": "0",
         "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",
     }

@@ -52,6 +52,11 @@ class RouterBook:
             before_E = self._use.get(layer)
             self._use[layer] = counts_E if before_E is None else before_E + counts_E
 
+    def excuse(self, seconds: float, now_s: float) -> None:
+        """For so long nobody could be heard."""
+        for entry in self._routers.values():
+            entry.heard_at_s = min(now_s, entry.heard_at_s + seconds)
+
     def highest_version(self) -> int:
         """That any router follows; -1 without routers."""
         return max((entry.version for entry in self._routers.values()), default=-1)

@@ -28,10 +28,15 @@ from cluster.scaling_room import NodeLoad
 from cluster.simulated_layer import Job, Machines, layer_s
 from cluster.simulated_worker import Costs, ModelShape, SimulatedWorker, Work
 from cluster.topology import Topology
+from experts.call_times import CallTimes
+from experts.replicas import choose
+from experts.shares import Place
 from extraction.manifest import ExpertKey
 
 LOOK_EVERY_S = 1.0
 """How often the autoscaler looks, on the simulation's clock."""
+ANSWER_TIMEOUT_S = 60.0
+"""Never reached: who is slow is asked less, and who is lost is noticed."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,7 @@ class Simulation:
         self._lost: set[str] = set()
         self._unnoticed: set[str] = set()
         self._looked_at_s = 0.0
+        self._times = CallTimes(ANSWER_TIMEOUT_S)
         self._rows: dict[str, int] = {}
         self._busy_s: dict[str, float] = {}
         self._owned_by: tuple[ServicePlan, frozenset[str]] | None = None
@@ -163,6 +169,7 @@ class Simulation:
                 local_s = work.compute_s
             else:
                 jobs.append(self._job(node_id, share, work))
+                self._note(name, node_id, share, work)
         own_s = self._router_s(self._costs.layer_s, self._costs.layer_row_s, len(experts_TK))
         return noticed_s + own_s + layer_s(jobs, local_s, self._machines, self._costs)
 
@@ -178,23 +185,30 @@ class Simulation:
         row_bytes = self._shape.row_bytes
         return Job(node_id, work.compute_s, message_s, share.tokens * row_bytes, share.rows * row_bytes)
 
+    def _note(self, name: str, node_id: str, share: _Share, work: Work) -> None:
+        """How long an actor took, as far as a choice among replicas goes by it."""
+        if self._has_replicas:
+            node = self._nodes[node_id]
+            nbytes = (share.tokens + share.rows) * self._shape.row_bytes
+            seconds = work.compute_s + node.round_trip_s + nbytes / node.bandwidth_bytes_s
+            self._times.begin(name, share.rows, len(share.keys))
+            self._times.end(name, share.rows, seconds, self.now_s)
+
     def _split(self, layer: int, experts_TK: np.ndarray) -> dict[str | None, _Share]:
-        """By process; None is the router's own. Of replicas, one that is asked anyway, else the one asked least."""
+        """By process; None is the router's own. Among replicas the router that serves would choose alike."""
         experts, counts = np.unique(experts_TK, return_counts=True)
+        experts, counts = experts[experts >= 0], counts[experts >= 0]
+        keys = [ExpertKey(self._shape.component, layer, expert) for expert in experts.tolist()]
+        owners = [self._owners.get(key) or (None,) for key in keys]
+        places = choose(counts.tolist(), owners, lambda name: self._times.load(name, self.now_s))
         shares: dict[str | None, _Share] = {}
-        chosen: dict[int, str | None] = {}
-        for expert, count in zip(experts.tolist(), counts.tolist(), strict=True):
-            if expert < 0:
-                continue
-            key = ExpertKey(self._shape.component, layer, expert)
-            owners: Sequence[str | None] = self._owners.get(key) or (None,)
-            name = min(owners, key=lambda owner: (shares[owner].rows if owner in shares else 0, str(owner)))
+        for key, count, name in zip(keys, counts.tolist(), places, strict=True):
             share = shares.setdefault(name, _Share())
             share.keys.append(key)
             share.rows += count
-            chosen[expert] = name
+        chosen = dict(zip(experts.tolist(), places, strict=True))
         names = list(shares)
-        if names == [None]:
+        if names in ([], [None]):
             return shares
         place = {name: index for index, name in enumerate(names)}
         owner_of_E = np.full(int(experts[-1]) + 1, -1)
@@ -268,7 +282,11 @@ class Simulation:
     def _follow_plan(self, ready_at_s: float) -> None:
         for actor in self.plan.actors:
             if actor.name not in self._workers:
-                self._workers[actor.name] = self._new_worker(actor.budget_bytes, ready_at_s)
+                is_waiting = (
+                    actor.node_id is None and self._scaling is not None
+                )  # for a machine that never comes
+                ready_s = float("inf") if is_waiting else ready_at_s
+                self._workers[actor.name] = self._new_worker(actor.budget_bytes, ready_s)
             elif actor.budget_bytes is not None:
                 self._workers[actor.name].set_budget(actor.budget_bytes)
         self._refresh_owners()
@@ -295,6 +313,8 @@ class Simulation:
             if count * self._costs.threads > self._nodes[node_id].num_cores
         )
         self._machines = Machines(self._nodes, self._router_node, frozenset(crowded))
-        self._owners = {
+        self._owners: dict[ExpertKey, tuple[Place, ...]] = {
             key: tuple(name for name in names if name in ready) for key, names in self.plan.owners().items()
         }
+        self._has_replicas = any(len(names) > 1 for names in self._owners.values())
+        self._times.keep_only(placed)

@@ -23,8 +23,8 @@ from cluster.actor_notices import ActorNotices
 from cluster.actor_pool import ActorPool
 from cluster.disk_keeper import DiskKeeper
 from cluster.errors import ActorsNotStarted, SupervisorMissing
-from cluster.fleet import Fleet
-from cluster.living_nodes import living_nodes
+from cluster.fleet import SHOWN_ID_CHARS, Fleet
+from cluster.living_nodes import living_nodes, unreached
 from cluster.node_watch import NodeWatch
 from cluster.plan import ServicePlan
 from cluster.reconcile import Target, is_settled, missing_actor
@@ -122,15 +122,19 @@ class Supervisor:
             self._fleet.suspect(name)
         self._wake.set()
 
-    def report_bad(self, name: str, incarnation: int, reason: str) -> None:
-        """A router was sent wrong rows: end that actor, and in the end leave its node alone."""
+    def report_bad(self, name: str, incarnation: int, reason: str) -> bool:
+        """A router was sent wrong rows: end that actor, and in the end leave its node alone. False where that is to be
+        said again, since not all actors have said who they are."""
         with self._lock:
+            if not self._fleet.is_acquainted:
+                return False
             member = self._fleet.quarantine(name, incarnation, reason, time.monotonic())
             if member is not None and member.node_id is not None:
                 counts = dict(self._record.quarantines)
                 counts[member.node_id] = counts.get(member.node_id, 0) + 1
                 self._keep(replace(self._record, quarantines=counts))
         self._wake.set()
+        return True
 
     def trust_table(self, identity: TrustIdentity, options: TrustOptions) -> TrustTable:
         """What is kept. Raises LedgerBusy or LedgerUnusable."""
@@ -148,14 +152,14 @@ class Supervisor:
         with self._lock:
             self._wanted = wanted
             self._keep(replace(self._record, plan=plan))
-            self._fleet.note("apply", f"{len(plan.actors)} actors", reason)
+            self._fleet.note("apply", _actors(plan), reason)
         self._wake.set()
 
     def roll(self, reason: str = "asked for") -> None:
         """Replace every actor by a new one, one after another. Returns at once; see `wait_settled`."""
         with self._lock:
             self._keep(replace(self._record, least_incarnation=self._fleet.next_incarnation()))
-            self._fleet.note("roll", f"{len(self._record.plan.actors)} actors", reason)
+            self._fleet.note("roll", _actors(self._record.plan), reason)
         self._wake.set()
 
     def plan(self) -> ServicePlan:
@@ -239,12 +243,13 @@ class Supervisor:
         now_s, memory = time.monotonic(), {node_id: node.memory_bytes for node_id, node in nodes.items()}
         with self._lock:
             doubtful = self._cut_off | self._fleet.doubtful_nodes(answers, now_s)
-        cut_off = frozenset(node for node in doubtful if node in nodes and not nodes[node].is_reached())
+        cut_off = unreached({node: nodes[node] for node in doubtful if node in nodes})
         with self._lock:
             if self._closing.is_set():
                 return
-            self._rooms, self._cut_off = self._usable(memory), cut_off
             self._fleet.observe(found, answers, now_s)
+            # After that: a machine counts from when an actor that waited for it runs there.
+            self._rooms, self._cut_off = self._usable(memory), cut_off
             self._follow_nodes(memory, now_s)
             self._look_after_disks(now_s)
             self._fleet.act(self._target(), self._record.plan, memory, now_s)
@@ -274,7 +279,7 @@ class Supervisor:
         self._pool.full_nodes = frozenset(alive)  # the plan has used what room there is
         change = self._nodes.look(self._rooms, where_it_runs(self._record.plan, self._fleet), now_s)
         for name, reason in self._nodes.take_refusals().items():
-            self._fleet.note("leave out", f"node {name}", reason)
+            self._fleet.note("leave out", f"node {name[:SHOWN_ID_CHARS]}", reason)
         if change is not None:
             self._record = replace(self._record, topology=change.topology)
             self.apply(change.plan, change.reason)
@@ -321,6 +326,11 @@ class Supervisor:
     def _keep(self, record: ServiceRecord) -> None:
         self._record = record
         save_record(record)
+
+
+def _actors(plan: ServicePlan) -> str:
+    number = len(plan.actors)
+    return "1 actor" if number == 1 else f"{number} actors"
 
 
 def _own_node() -> str:

@@ -43,6 +43,8 @@ class CacheOptions:
     """Further folders of the same store, read where it fails."""
     memory: HostMemory = PLAIN_MEMORY
     """Where buffers come from."""
+    is_resizable: bool = True
+    """Whether `set_budget` may be called. A budget that holds everything and stays is no bound, which saves work."""
 
 
 Held = TypeVar("Held")
@@ -77,34 +79,38 @@ class ExpertCache(Generic[Held]):
         )
         self._can_guess = is_large and all(map(self._is_in_place, keys))
         self._guesses = GuessedReads(self._loader)
-        self._pool = BufferPool(budget, is_aligned=self._loader.direct, memory=options.memory)
-        self._buffers: dict[ExpertKey, Tensor] = {}
         self._held = {key: self._held_bytes(key) for key in (*keys, *guests)}
-        self._guests = frozenset(guests)
-        self._residency = Residency(budget, make_worth(options.eviction, options.trust))
-        self._planned_bytes = budget
         self.group_bytes = sum(self._held[key] for key in keys)
         """Of all experts that it is for, in memory."""
+        self.budget_bytes = self._planned_bytes = budget
+        holds_all = budget is not None and self.group_bytes <= budget and not guests
+        bound = None if holds_all and not options.is_resizable else budget
+        self._pool = BufferPool(bound, is_aligned=self._loader.direct, memory=options.memory)
+        self._buffers: dict[ExpertKey, Tensor] = {}
+        self._guests = frozenset(guests)
+        self._residency = Residency(bound, make_worth(options.eviction, options.trust))
         self._largest = max(self._held.values(), default=0)
         self._shadows = None
         if budget is not None and self.group_bytes > budget:
             self._shadows = ShadowCaches(budget, self._largest, options.eviction, options.trust)
 
-    @property
-    def budget_bytes(self) -> int | None:
-        return self._residency.budget_bytes
-
     def set_budget(self, budget_bytes: int) -> None:
         """Keep at most so many bytes from now on: at least one expert, at most the budget of the beginning. What is
-        too much goes at once, and its memory with it. Raises ValueError where there never was a bound."""
-        if self._planned_bytes is None:
+        too much goes at once, and its memory with it. Raises ValueError where there never was a bound, or none was
+        needed (`CacheOptions.is_resizable`)."""
+        if self._planned_bytes is None or self._is_unbounded:
             raise ValueError("a cache without a bound cannot get one")
-        budget_bytes = min(self._planned_bytes, max(budget_bytes, self._largest))
+        self.budget_bytes = budget_bytes = min(self._planned_bytes, max(budget_bytes, self._largest))
         for key in self._residency.set_budget(budget_bytes):
             self._drop(key)
         self._pool.set_limit(budget_bytes)
         if self._shadows is not None:
             self._shadows.set_budget(budget_bytes)
+
+    @property
+    def _is_unbounded(self) -> bool:
+        """Whether nothing that has come ever goes, but for guests."""
+        return self._residency.budget_bytes is None
 
     @property
     def resident_bytes(self) -> int:
@@ -138,9 +144,9 @@ class ExpertCache(Generic[Held]):
         return self._shadows.hit_rates(self.hits + self.misses, self.hits) if self._shadows else {}
 
     def at_hand(self, keys: Sequence[ExpertKey]) -> list[Held] | None:
-        """The weights of experts that are all there, as used, where that takes no more than counting: without a budget
+        """The weights of experts that are all there, as used, where that takes no more than counting: without a bound
         nothing has to go, nothing is guessed, and no other eviction is followed. None where it takes more."""
-        if self.budget_bytes is not None or self._shadows is not None or self._can_guess:
+        if not self._is_unbounded or self._can_guess:
             return None
         try:
             found = [self.weights[key] for key in keys]
@@ -150,8 +156,8 @@ class ExpertCache(Generic[Held]):
         return found
 
     def for_good(self, keys: Sequence[ExpertKey]) -> list[Held] | None:
-        """The weights of experts that are all there and never go: without a budget, and no guests. Counts no use."""
-        if self.budget_bytes is not None:
+        """The weights of experts that are all there and never go: without a bound, and no guests. Counts no use."""
+        if not self._is_unbounded:
             return None
         if self._guests and not self._guests.isdisjoint(keys):
             return None
@@ -161,6 +167,16 @@ class ExpertCache(Generic[Held]):
     def note_hits(self, count: int) -> None:
         """Uses of experts that are there for good."""
         self.hits += count
+
+    def read_ahead(self, key: ExpertKey, now: float) -> bool:
+        """Read an expert that nobody has asked for, which is no miss. False where it is there, on its way, or would not
+        stay for good. Raises what reading the store raises."""
+        if not self._is_unbounded or key in self._guests or key in self.weights or key in self._buffers:
+            return False
+        exchange = self._residency.admit((key,), (self._held[key],), now)
+        for _ in self._load_here((key,), exchange.load):
+            pass
+        return True
 
     def waves(self, keys: Sequence[ExpertKey]) -> list[range]:
         """See `Residency.waves`."""
@@ -208,8 +224,8 @@ class ExpertCache(Generic[Held]):
             self._guesses.begin(key, window)
 
     def let_guests_go(self, keys: Sequence[ExpertKey]) -> None:
-        """After a call: without a budget nothing else would ever make them."""
-        if self.budget_bytes is None:
+        """After a call: without a bound nothing else would ever make them."""
+        if self._is_unbounded:
             for key in self._guests.intersection(keys) & self.weights.keys():
                 self._forget(key)
 

@@ -80,7 +80,9 @@ class TieredCache:
         self.weights: dict[ExpertKey, ExpertWeights] = {}
         self.hits = self.misses = 0
         self._store, self._form, self._transfers = store, form, tiers.transfers
-        behind = replace(options, budget_bytes=tiers.host_budget_bytes, memory=tiers.transfers.memory)
+        behind = replace(
+            options, budget_bytes=tiers.host_budget_bytes, memory=tiers.transfers.memory, is_resizable=True
+        )
         self._host = ExpertCache(store, RecordsAsStored(), keys, behind)
         budget = self._planned_bytes = options.budget_bytes
         self._memory = DeviceMemory(tiers.transfers.device)
@@ -173,6 +175,10 @@ class TieredCache:
             return None
         self.hits += len(found)
         return found
+
+    def read_ahead(self, key: ExpertKey, now: float) -> bool:
+        """See `ExpertCache.read_ahead`: experts come to a device when they are asked for."""
+        return False
 
     def for_good(self, keys: Sequence[ExpertKey]) -> list[ExpertWeights] | None:
         """See `ExpertCache.for_good`: no caller computes by itself on a device."""

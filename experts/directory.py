@@ -89,6 +89,11 @@ class ExpertDirectory(Protocol):
         """A call of so many rows was computed with a table. used: numbers of the experts."""
         ...
 
+    def load_more(self) -> bool:
+        """Read one more expert of those that will stay in this process's memory for good, while nothing else is to be
+        done. False where there is none to read."""
+        ...
+
     def resident(self, component: str, layer: int) -> frozenset[int]:
         """Numbers of the experts of one layer that are in memory where they would be computed.
 
@@ -123,6 +128,9 @@ class LocalDirectory:
 
     def note_use(self, table: ExpertTable, used: Sequence[int], num_rows: int) -> None:
         self.worker.note_use(table, used, num_rows)
+
+    def load_more(self) -> bool:
+        return self.worker.load_more()
 
     def resident(self, component: str, layer: int) -> frozenset[int]:
         return self.worker.resident(component, layer)

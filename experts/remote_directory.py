@@ -184,6 +184,10 @@ class RemoteDirectory:
         """Never called: there is no table."""
         raise AssertionError("there is no table")
 
+    def load_more(self) -> bool:
+        """See ExpertDirectory.load_more: what others have is read here only where they are lost."""
+        return False
+
     def resident(self, component: str, layer: int) -> frozenset[int]:
         """See ExpertDirectory.resident."""
         ranks = self._current_ranks()

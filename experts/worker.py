@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import Tensor
 from experts.cache import CacheOptions, ExpertCache
 from experts.call import ExpertCall
 from experts.device_tier import TieredCache, TierOptions, TierStats
-from experts.errors import NotInGroup
+from experts.errors import ExpertError, NotInGroup
 from experts.eviction import DEFAULT_EVICTION, Eviction
 from experts.expert_table import ExpertTable
 from experts.ffn import ExpertWeights, compute_experts
@@ -72,6 +72,7 @@ class ExpertWorker:
         copies: Sequence[Path] = (),
         has_guests: bool = False,
         tiers: TierOptions | None = None,
+        is_resizable: bool = True,
     ) -> None:
         """widths: model width D of each component. group: the experts it is for; None means all of these.
         has_guests: whether it also computes, for whoever lost an actor, the other experts of these components.
@@ -92,7 +93,9 @@ class ExpertWorker:
         known = [key for key in store.expert_keys() if key.component in widths]
         self._keys = tuple(key for key in known if self._is_for(key))
         guests = [key for key in known if not self._is_for(key)] if has_guests else []
-        options = CacheOptions(budget_bytes, eviction, trust, direct, tuple(copies))
+        options = CacheOptions(
+            budget_bytes, eviction, trust, direct, tuple(copies), is_resizable=is_resizable
+        )
         self.cache: ExpertCache[ExpertWeights] | TieredCache
         if tiers is None:
             self.cache = ExpertCache(store, form, self._keys, options, guests)
@@ -102,6 +105,8 @@ class ExpertWorker:
         self._steps: dict[tuple[str, int], int] = {}
         self._now = 0
         self._lock = threading.Lock()
+        self._unread = iter(self._keys)
+        """What is left to be looked at by `load_more`."""
         self._tables: dict[tuple[str, int], ExpertTable] = {}
         self._tried: dict[tuple[str, int], int] = {}
         """How many experts there were when a table could not be made."""
@@ -229,6 +234,19 @@ class ExpertWorker:
                     pass
             if len(part) < len(wanted):
                 return
+
+    def load_more(self) -> bool:
+        """Read one more expert that will stay for good; False where there is none to read. What cannot be read is left
+        to whoever asks for it.
+
+        Once all of a layer are there, `table` has them.
+        """
+        with self._lock:
+            for key in self._unread:
+                with suppress(ExpertError):
+                    if self.cache.read_ahead(key, self._now):
+                        return True
+        return False
 
     def close(self) -> None:
         """Ends the loading threads; the store belongs to the caller."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from cluster.memory_plan import MemoryPlan
     from experts.budget import BudgetRequest
-    from gateway.service.options import OptionValues
+    from gateway.service.option_values import OptionValues
 
 ONE_MEMORY_NOTICE = (
     "note: experts are computed in host memory on this machine: "
@@ -26,7 +26,7 @@ ExpertBudgetOption = Annotated[
     Optional[str],  # noqa: UP045 - typer reads the annotation at run time
     typer.Option(
         metavar="SIZE|PERCENT|fit",
-        help="Memory for experts on each node: 2GiB, 25% of all experts, or what fits. [fit]",
+        help="Memory for experts on each node: 2GiB, 25% of all experts, or what fits. \\[fit]",
     ),
 ]
 HostBudgetOption = Annotated[
@@ -39,7 +39,7 @@ HostBudgetOption = Annotated[
 DeviceOption = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(
-        metavar="cpu|cuda|cuda:N|auto", help="What computes; auto is a GPU where PyTorch sees one. [cpu]"
+        metavar="cpu|cuda|cuda:N|auto", help="What computes; auto is a GPU where PyTorch sees one. \\[cpu]"
     ),
 ]
 
@@ -61,7 +61,7 @@ def read_memory(
 
     Raises OptionInvalid or DeviceUnavailable.
     """
-    from gateway.service.options import merge_values
+    from gateway.service.option_values import merge_values
 
     given = {"device": device, "expert-budget": expert_budget, "host-budget": host_budget}
     return choose_memory(merge_values(given, {}, ""), announce)

@@ -1,13 +1,15 @@
-"""The command `sage-moe`. Parses and prints; the work is elsewhere. Heavy imports wait until a command needs them."""
+"""The command `sage-moe`: what it can do, and where its errors end.
+
+The commands are beside their subjects, and import what is heavy when they run.
+"""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated, Any, NoReturn, Optional
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -15,17 +17,10 @@ from cluster.errors import ClusterError, HeadLost
 from experts.errors import ExpertError
 from extraction.errors import ExtractionError, one_line
 from gateway.batch.command import batch
-from gateway.budget_options import (
-    DeviceOption,
-    ExpertBudgetOption,
-    HostBudgetOption,
-    print_plan,
-    read_memory,
-)
 from gateway.chat.command import chat
 from gateway.errors import GatewayError
 from gateway.evaluation.command import evaluate
-from gateway.local.study_options import MaskOption, ReplayOption, TraceOption
+from gateway.local.command import generate
 from gateway.operations.doctor_command import doctor
 from gateway.operations.join_command import join
 from gateway.operations.status_command import status
@@ -34,6 +29,7 @@ from gateway.service.command import serve
 from gateway.stores.command import store as store_app
 from gateway.stores.compare_command import compare
 from gateway.stores.extract_command import extract
+from gateway.stores.inspect_command import inspect
 from router.errors import RouterError
 
 app = typer.Typer(
@@ -44,18 +40,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-StoreArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="STORE",
-        help="An expert store, a checkpoint folder, the name of a bundled model (stories), or a hub id.",
-    ),
-]
-DtypeOption = Annotated[
-    Optional[str],  # noqa: UP045 - typer reads the annotation at run time
-    typer.Option(help="float32 or bfloat16; default: as stored."),
-]
 
 
 def main() -> None:
@@ -100,170 +84,8 @@ def _options(
 app.command()(extract)
 
 
-@app.command()
-def inspect(
-    store: StoreArgument,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
-    """Show what a store holds and how much memory it takes."""
-    from rich.console import Console
-
-    from extraction.summary import summarize
-    from gateway.stores.inspect_view import render_summary
-    from gateway.stores.source import resolve_store
-
-    summary = summarize(resolve_store(store, announce=_announce))
-    if as_json:
-        typer.echo(json.dumps(summary.as_json(), indent=2))
-    else:
-        Console(highlight=False).print(render_summary(summary))
-
-
-@app.command()
-def generate(
-    store: StoreArgument,
-    prompt: Annotated[Optional[str], typer.Option(help="Text to continue.")] = None,  # noqa: UP045
-    prompt_ids: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="ID,ID,...", help="Token ids to continue, instead of --prompt."),
-    ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 64,
-    temperature: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option(min=0.0, max=2.0, help="0 is greedy; default: the checkpoint's."),
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Seed of the sampling noise.")] = 0,
-    dtype: DtypeOption = None,
-    trace: TraceOption = None,
-    mask_experts: MaskOption = None,
-    replay_routing: ReplayOption = None,
-    eviction: Annotated[
-        str, typer.Option(metavar="NAME", help="Which expert goes first: lfu, lru or trust.")
-    ] = "lfu",
-    prefetch: Annotated[
-        bool,
-        typer.Option(
-            "--prefetch/--no-prefetch", help="Read experts ahead by the next layer's gate. [--no-prefetch]"
-        ),
-    ] = False,
-    device: DeviceOption = None,
-    expert_budget: ExpertBudgetOption = None,
-    host_budget: HostBudgetOption = None,
-    policy: Annotated[str, typer.Option(help="Routing: native or snarc.")] = "native",
-    effort: Annotated[str, typer.Option(help="Experts per token: wake, focus, crisis or auto.")] = "focus",
-    snarc: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="WEIGHTS", help="Of the snarc policy: a preset, NAME=VALUE,... or both."),
-    ] = None,
-    explain: Annotated[
-        bool, typer.Option("--explain", help="With --json: why every token got its experts.")
-    ] = False,
-    stream: Annotated[bool, typer.Option("--stream", help="Print the text as it is generated.")] = False,
-    trust: Annotated[
-        bool, typer.Option("--trust/--no-trust", help="Learn about experts and keep it. [--no-trust]")
-    ] = False,
-    state_dir: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="FOLDER", help="Where it is kept. [~/.local/state/sage-moe]"),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
-    """Generate once in this process, without Ray."""
-    if stream and as_json:
-        raise typer.BadParameter("choose one of --stream and --json")
-    if explain and not as_json:
-        raise typer.BadParameter("--explain goes with --json")
-    chosen_prompt = _chosen_prompt(prompt, prompt_ids)
-
-    from gateway.http.routing_rules import read_choice
-    from gateway.local.generate import generate as run
-    from gateway.local.study import Study
-    from gateway.service.options import parse_eviction
-    from gateway.service.state_folder import resolve_state_folder
-    from gateway.stores.source import resolve_runnable
-    from router.loading import EngineOptions
-    from router.means_keeper import StandInOptions
-    from router.scoring import DEFAULT_PRESET, read_weights
-    from router.trust_session import TrustOptions
-
-    study = Study(trace, mask_experts, replay_routing)
-    routing = read_choice(policy, effort, is_explained=explain)
-    weights = read_weights(DEFAULT_PRESET if snarc is None else snarc)
-    learning = TrustOptions(str(resolve_state_folder(state_dir))) if trust else None
-    kept_in = learning.state_folder if learning is not None else None
-    memory = read_memory(device, expert_budget, host_budget, _announce)
-    options = EngineOptions(
-        dtype=dtype,
-        device=memory.device,
-        eviction=parse_eviction(eviction),
-        prefetch=prefetch,
-        snarc=weights,
-        stand_ins=StandInOptions(kept_in) if routing.policy == "snarc" else None,
-        trust=learning,
-    )
-    sampling: dict[str, Any] = {"max_tokens": max_tokens, "seed": seed}
-    if temperature is not None:
-        sampling["temperature"] = temperature
-    show = _write_at_once if stream else _keep_quiet
-    is_asked = expert_budget is not None or host_budget is not None or memory.device.type != "cpu"
-    result = run(
-        resolve_runnable(store, announce=_announce),
-        chosen_prompt,
-        sampling,
-        options,
-        show,
-        routing,
-        memory.experts,
-        print_plan if is_asked else _keep_quiet,
-        study,
-        memory.host,
-    )
-    if as_json:
-        typer.echo(json.dumps(result.as_json(), ensure_ascii=False))
-    else:
-        typer.echo("" if stream else _for_output(result.text))
-
-
-def _chosen_prompt(prompt: str | None, prompt_ids: str | None) -> str | tuple[int, ...]:
-    if (prompt is None) == (prompt_ids is None):
-        raise typer.BadParameter("give exactly one of --prompt and --prompt-ids")
-    if prompt is not None:
-        return _checked_text(prompt)
-    try:
-        return tuple(int(part) for part in str(prompt_ids).split(","))
-    except ValueError as error:
-        raise typer.BadParameter("--prompt-ids takes whole numbers separated by commas") from error
-
-
-def _checked_text(text: str) -> str:
-    """Bytes of an argument that are no UTF-8 come in as halves of surrogate pairs, which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise typer.BadParameter(f"--prompt is not UTF-8 at character {error.start}") from error
-    return text
-
-
-def _write_at_once(text: str) -> None:
-    sys.stdout.write(_for_output(text))
-    sys.stdout.flush()
-
-
-def _for_output(text: str) -> str:
-    """A model's text without what would move a terminal's cursor; to a file or pipe, as it is."""
-    from gateway.text.terminal_text import safe_text
-
-    return safe_text(text) if sys.stdout.isatty() else text
-
-
-def _announce(line: str) -> None:
-    typer.echo(line, err=True)
-
-
-def _keep_quiet(_: object) -> None:
-    """For answers that are printed at the end, and plans that nobody asked for."""
-
-
+app.command()(inspect)
+app.command()(generate)
 app.command()(serve)
 app.command()(plan)
 app.command()(chat)

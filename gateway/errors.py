@@ -371,7 +371,10 @@ class ServiceUnreachable(GatewayError):
         self.url, self.reason = url, reason
 
     def __str__(self) -> str:
-        return f"no service answers at {self.url}: {self.reason}"
+        return (
+            f"no service answers at {self.url} ({self.reason}): start one with `sage-moe serve STORE`, or name where "
+            "it is with --url"
+        )
 
 
 class ServiceRefuses(GatewayError):

@@ -152,9 +152,11 @@ class ForwardPass:
     @property
     def is_next_divisible(self) -> bool:
         """Whether `advance` can pause in the middle of the next half."""
-        if self.is_done or (self.next_half == "experts" and not self._inputs.is_plain):
+        if self.is_done:
             return False
         layer = self._backbone.layers[self._num_done]
+        if self.next_half == "experts" and (layer.moe is None or not self._inputs.is_plain(layer.moe.layer)):
+            return False
         return self._backbone.arithmetic.is_divisible(layer, self.next_half)
 
     @torch.inference_mode()

@@ -6,6 +6,7 @@ Called by `router.backbone` for the layers of a model, and by `router.single_lay
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -44,8 +45,12 @@ class StepInputs:
     """For our own."""
     native: NativeStep | None = None
     """For layers that are computed in two calls."""
-    is_plain: bool = False
-    """Whether nobody needs to see how the rows are routed."""
+    shown_layers: Collection[int] | None = None
+    """Those whose routing somebody decides or needs to see; None means all."""
+
+    def is_plain(self, layer: int) -> bool:
+        """Whether a layer's rows go to their own experts, and nobody needs to see how."""
+        return self.shown_layers is not None and layer not in self.shown_layers
 
 
 class LayerClock(Protocol):
@@ -80,16 +85,17 @@ class LayerArithmetic:
 
     def prepare(self, batch: StepBatch) -> StepInputs:
         cos, sin = self._rope.tables(batch.positions_3T, batch.lengths_T)
+        shown = batch.routing.shown_layers()
         if self._is_native:
             places = Places.of(batch.spans)
             is_timed = self.clock is not None
             native = NativeStep(
                 self.kernel.level, self.config, self.dtype, (cos, sin), places, is_timed=is_timed
             )
-            return StepInputs(batch, cos, sin, None, places, native, batch.routing.is_plain())
+            return StepInputs(batch, cos, sin, None, places, native, shown)
         device = self.kernel.device
         cache = CacheSlots(batch.spans, device)
-        return StepInputs(batch, upload(cos, device), upload(sin, device), cache, None)
+        return StepInputs(batch, upload(cos, device), upload(sin, device), cache, None, shown_layers=shown)
 
     def attention(
         self,
@@ -118,8 +124,8 @@ class LayerArithmetic:
     ) -> Tensor | None:
         """The second half, residual included: (P, D) -> (P, D). until_ns: as of `attention`. Raises ExpertError."""
         batch = step.batch
-        if step.is_plain and step.native is not None and layer.native is not None and layer.moe is not None:
-            table = layer.moe.table()
+        if step.native is not None and layer.native is not None and layer.moe is not None:
+            table = layer.moe.table() if step.is_plain(layer.moe.layer) else None
             if table is not None:
                 mixed_PD = step.native.experts(layer.native, table, hidden_PD, until_ns)
                 if mixed_PD is None:

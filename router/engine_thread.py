@@ -57,6 +57,8 @@ class EngineThread:
         self._admission = threading.Lock()
         """Guards `_open` and `_failure`, so that no request slips in after the last have been told of a failure."""
         self._failure: str | None = None
+        self._is_reading = True
+        """Whether there may be experts to read before anybody asks for them."""
         self._busy_since = time.monotonic()
 
     def start(self) -> None:
@@ -118,12 +120,16 @@ class EngineThread:
             self._fail_all(type(error).__name__)
 
     def _drain(self) -> bool:
-        """Carry out waiting commands; block while there is no work. Returns False when told to stop."""
+        """Carry out waiting commands; while there is no work, read what the first requests will ask for, then block.
+        Returns False when told to stop."""
         while True:
             try:
-                command = self._commands.get(block=not self.engine.has_work)
+                command = self._commands.get(block=not (self.engine.has_work or self._is_reading))
             except queue.Empty:
-                return True
+                if self.engine.has_work:
+                    return True
+                self._is_reading = self.engine.backbone.directory.load_more()
+                continue
             if command is None:
                 return False
             if isinstance(command, _Submit):

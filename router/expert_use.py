@@ -14,13 +14,13 @@ from torch import Tensor
 
 from router.dispatch import Dispatch
 from router.scoring import Routing
-from router.step_routing import GateOutput, SpanOwner
+from router.step_routing import GateOutput, RoutingWatcher, SpanOwner
 
 Use = dict[tuple[str, int], npt.NDArray[np.int64]]
 """(component, layer) -> (E,) rows that each expert was asked for."""
 
 
-class ExpertUse:
+class ExpertUse(RoutingWatcher):
     """A `RoutingWatcher` of one engine. Any thread may take."""
 
     def __init__(self) -> None:

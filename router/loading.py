@@ -58,6 +58,8 @@ class EngineOptions:
     """Of experts in host memory behind another device than the CPU, whose own bytes the other budget then is."""
     eviction: Eviction = DEFAULT_EVICTION
     """Which expert goes first when room is needed."""
+    is_resizable: bool = False
+    """Whether the experts' memory may be given back, and taken again, while the engine runs."""
     prefetch: bool = False
     """Whether experts of this process are read ahead by the next layer's gate (docs/memory.md)."""
     store_copies: tuple[str, ...] = ()
@@ -172,6 +174,7 @@ def load_engine(
         trust=trust.book.score if trust is not None else None,
         copies=tuple(map(Path, options.store_copies)),
         tiers=_tiers(options),
+        is_resizable=options.is_resizable,
     )
     directory = connect(worker)
     backbone = Backbone(store, component.name, config, kernel, directory, dtype, forms)

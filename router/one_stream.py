@@ -24,7 +24,7 @@ from router.expert_facts import Residents
 from router.output_means import OutputMeans
 from router.scoring import Routing, ScoreTerms, SnarcWeights, route_scored
 from router.stand_in import replace_spared, spare
-from router.step_routing import GateOutput, SpanOwner
+from router.step_routing import GateOutput, RoutingWatcher, SpanOwner
 
 
 @dataclass
@@ -59,7 +59,7 @@ class _LayerCache:
         return missed
 
 
-class OneStream:
+class OneStream(RoutingWatcher):
     """A `Chooser` for rows whose routing is not native, and a `RoutingWatcher` that counts for those whose is."""
 
     def __init__(

@@ -7,7 +7,7 @@ replaced is decided by `router.stand_in`.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from router.dispatch import Dispatch
 from router.scoring import Routing
-from router.step_routing import GateOutput, SpanOwner
+from router.step_routing import GateOutput, RoutingWatcher, SpanOwner
 
 MIN_USES = 64
 """Of an expert, before its mean stands in for it."""
@@ -83,7 +83,7 @@ class _Layer:
         self.mean_norm = float(norm_E @ uses_E) / total if total else 0.0
 
 
-class OutputMeans:
+class OutputMeans(RoutingWatcher):
     """The mean outputs of a component's experts, learned from all of its traffic.
 
     Holds (D + 3) float32 numbers an expert: 8 KB for one of 9.4 MB. `copy` may be called from any thread, all else
@@ -123,6 +123,10 @@ class OutputMeans:
     def num_known(self) -> int:
         """Experts of which enough is known."""
         return sum(int(layer.size_E.isfinite().sum()) for layer in self._layers.values())
+
+    def wanted_layers(self, owners: Sequence[SpanOwner]) -> Collection[int] | None:
+        """See RoutingWatcher.wanted_layers."""
+        return None if self.is_learning else ()
 
     def watch(
         self,

@@ -27,9 +27,10 @@ STUCK_AFTER_S = 60.0
 from a slow disk is allowed to take a while."""
 PROBE_TIMEOUT_S = 5.0
 PROBE_VALID_S = 2.0
-SEND_INTERVAL_S = 0.01
-"""Least time between two messages to a gateway; the first token of an idle stream never waits for it."""
-
+SEND_INTERVAL_S, SEND_INTERVAL_A_REQUEST_S, MOST_SEND_INTERVAL_S = 0.01, 0.002, 0.1
+"""Least time between two messages to a gateway, with few requests and for each of many. A message is an event for every
+request in it, which on its way to the client costs about as much as the token of a small model. The first token of a
+request and its last never wait."""
 
 STREAM_IDLE_S = 1.0
 """How long a gateway's stream stays open without requests."""
@@ -43,20 +44,34 @@ class ServiceHealth:
     detail: str
 
 
-class _Outbox:
+class Outbox:
     """Events that one stream of a gateway has not taken yet, merged by request."""
 
     def __init__(self) -> None:
         self.pending: dict[str, TokenEvent] = {}
         self.filled = asyncio.Event()
+        self.urgent = asyncio.Event()
+        """Whether a request's first event or its last is among them."""
         self.open_requests: set[str] = set()
+        self._begun: set[str] = set()
 
     def add(self, event: TokenEvent) -> None:
-        earlier = self.pending.get(event.request_id)
-        if earlier is not None:
-            event = earlier.followed_by(event)
-        self.pending[event.request_id] = event
+        name, is_last = event.request_id, event.finish_reason is not None
+        if is_last or name not in self._begun:
+            self.urgent.set()
+            self._begun.add(name)
+        if is_last:
+            self._begun.discard(name)
+        earlier = self.pending.get(name)
+        self.pending[name] = event if earlier is None else earlier.followed_by(event)
         self.filled.set()
+
+    def take(self) -> tuple[TokenEvent, ...]:
+        """What is there, once."""
+        self.filled.clear()
+        self.urgent.clear()
+        events, self.pending = tuple(self.pending.values()), {}
+        return events
 
 
 class RouterService:
@@ -66,9 +81,9 @@ class RouterService:
         self.loaded = loaded
         self.feedback = FeedbackDesk(reward_sinks)
         self._loop = asyncio.get_running_loop()
-        self._outboxes: dict[str, _Outbox] = {}
+        self._outboxes: dict[str, Outbox] = {}
         """Of each gateway's newest stream."""
-        self._outbox_of: dict[str, _Outbox] = {}
+        self._outbox_of: dict[str, Outbox] = {}
         """By request: a gateway that opens a new stream must not get the old one's events in it."""
         self._probes: dict[str, asyncio.Future[TokenEvent]] = {}
         self._probed_at = float("-inf")
@@ -108,16 +123,13 @@ class RouterService:
         Ends by itself after a while without requests, so that a router that is told to stop can: the gateway asks
         for a new stream when it has a request.
         """
-        self._outboxes[gateway] = outbox = _Outbox()
+        self._outboxes[gateway] = outbox = Outbox()
         try:
             yield ()  # tells the gateway that its stream stands
             while await _is_filled(outbox.filled, STREAM_IDLE_S) or outbox.open_requests:
-                outbox.filled.clear()
-                if not outbox.pending:
-                    continue
-                events, outbox.pending = tuple(outbox.pending.values()), {}
-                yield events
-                await asyncio.sleep(SEND_INTERVAL_S)
+                if events := outbox.take():
+                    yield events
+                    await _is_filled(outbox.urgent, send_interval_s(len(outbox.open_requests)))
         finally:
             if outbox.open_requests:
                 logger.info("gateway %s left; cancelling its %d requests", gateway, len(outbox.open_requests))
@@ -197,6 +209,11 @@ class RouterService:
                 del self._outbox_of[event.request_id]
                 outbox.open_requests.discard(event.request_id)
             outbox.add(event)
+
+
+def send_interval_s(num_requests: int) -> float:
+    """Between two messages to a gateway with so many open requests; see SEND_INTERVAL_S."""
+    return min(max(SEND_INTERVAL_S, SEND_INTERVAL_A_REQUEST_S * num_requests), MOST_SEND_INTERVAL_S)
 
 
 async def _is_filled(event: asyncio.Event, timeout_s: float) -> bool:

@@ -24,7 +24,7 @@ from router.model_config import read_model_config
 from router.scoring import Routing
 from router.self_test import prove_row_invariance
 from router.step_batch import Span, StepBatch
-from router.step_routing import GateOutput, SpanOwner, StepRouting
+from router.step_routing import GateOutput, RoutingWatcher, SpanOwner, StepRouting
 from router.weights import TensorLoader, load_layer
 
 DTYPE = torch.float32
@@ -88,7 +88,7 @@ class SingleLayers:
         return LayerOutput(mixed_PD[: len(hidden_TD)], notes.experts_TK, notes.logits_TE)
 
 
-class _Notes:
+class _Notes(RoutingWatcher):
     """Keeps what the gate said and which experts were chosen."""
 
     def __init__(self) -> None:

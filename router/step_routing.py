@@ -6,7 +6,7 @@ Both know whose rows they are. Made by `router.engine` for each step, asked by `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -78,7 +78,12 @@ class RoutingReporter(Protocol):
 
 
 class RoutingWatcher(Protocol):
-    """Sees every layer after its experts were computed. Must not change what it is given."""
+    """Sees layers after their experts were computed. Must not change what it is given."""
+
+    def wanted_layers(self, owners: Sequence[SpanOwner]) -> Collection[int] | None:
+        """The layers that it must see of a step with these rows; None means all. It may be shown others, too. Asked
+        once a step, before its first layer; the same `owners` then come with every layer."""
+        return None
 
     def watch(
         self,
@@ -123,9 +128,18 @@ class StepRouting:
     policy: RoutingPolicy = field(default_factory=NativePolicy)
     watchers: tuple[RoutingWatcher, ...] = ()
 
-    def is_plain(self) -> bool:
-        """Whether nobody needs to see how the rows are routed. Asked once a step, before its first layer."""
-        return not self.watchers and self.policy.is_native(self.owners)
+    def shown_layers(self) -> Collection[int] | None:
+        """In which layers somebody decides or needs to see how the rows are routed; None means all. Asked once a step,
+        before its first layer."""
+        wanted = [watcher.wanted_layers(self.owners) for watcher in self.watchers]
+        if not self.policy.is_native(self.owners):
+            return None
+        shown: set[int] = set()
+        for layers in wanted:
+            if layers is None:
+                return None
+            shown.update(layers)
+        return shown
 
     def route(self, gate: GateOutput) -> Routing:
         return self.policy.route(self.owners, gate)

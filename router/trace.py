@@ -23,7 +23,7 @@ from torch import Tensor
 from router.dispatch import Dispatch
 from router.errors import TraceFailed
 from router.scoring import Routing
-from router.step_routing import GateOutput, SpanOwner
+from router.step_routing import GateOutput, RoutingWatcher, SpanOwner
 from router.trace_file import TraceFacts, TraceFile, trace_schema
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class RoutedLayer:
         return len(self.routing.experts_TK)
 
 
-class RoutingTrace:
+class RoutingTrace(RoutingWatcher):
     """A `RoutingWatcher` that writes a file or, for a folder, parts of at most PART_ROWS rows."""
 
     def __init__(self, facts: TraceFacts, paths: Iterator[Path], *, has_parts: bool) -> None:

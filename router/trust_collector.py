@@ -1,8 +1,8 @@
 """Watches an engine and turns what it sees into observations of trust. Never changes what it is given.
 
-Every pass it looks closely at one layer, in turn, one round at stability and the next at efficiency; of prompts it
-looks at a few positions, whose NLL the engine gives. All methods but `reward` and `flush` are called on the engine's
-thread. Keeps no text and no token ids.
+Every pass it looks closely at one layer, in turn, one round at stability and the next at efficiency, and asks to be
+shown no other; of prompts it looks at a few positions, in all layers, whose NLL the engine gives. All methods but
+`reward` and `flush` are called on the engine's thread. Keeps no text and no token ids.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
@@ -31,7 +31,7 @@ from experts.trust import (
 from experts.trust_book import TrustBook
 from router.dispatch import Dispatch
 from router.scoring import ABSENT, Routing
-from router.step_routing import GateOutput, SpanOwner
+from router.step_routing import GateOutput, RoutingWatcher, SpanOwner
 from router.trust_signals import (
     consistency,
     contribution_shares,
@@ -69,9 +69,10 @@ class _Pass:
     sampled: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """Of each layer so far: flat expert numbers and mixing weights of the sampled rows, (N, K) each."""
     is_done: bool = False
+    """Whether nothing more is wanted of it."""
 
 
-class TrustCollector:
+class TrustCollector(RoutingWatcher):
     """A `RoutingWatcher` and `PromptProbe` of one engine."""
 
     def __init__(self, book: TrustBook, width: int) -> None:
@@ -105,6 +106,13 @@ class TrustCollector:
             return ()
         return [p for p in sampled_positions(num_prompt) if owner.first <= p < end]
 
+    def wanted_layers(self, owners: Sequence[SpanOwner]) -> Collection[int] | None:
+        """See RoutingWatcher.wanted_layers: one in turn; all for a prompt's rows at which it looks."""
+        under_way = [seen for seen in self._passes if not seen.is_done]
+        begun = self._begin_pass(owners)
+        self._passes = [*under_way[-MAX_UNDER_WAY:], begun]
+        return None if len(begun.sampled_N) else (self._layers[begun.turn],)
+
     def watch(
         self,
         owners: Sequence[SpanOwner],
@@ -115,8 +123,11 @@ class TrustCollector:
     ) -> None:
         """See RoutingWatcher.watch."""
         row = self._row_of_layer[gate.layer]
-        seen = self._pass_of(owners, is_first=row == 0)
-        seen.is_done = row == self._num_layers - 1
+        seen = next((seen for seen in self._passes if seen.owners is owners), None)
+        if seen is None:
+            return  # forgotten: too many others have begun and not ended
+        self._pass = seen
+        seen.is_done |= row == (self._num_layers - 1 if len(seen.sampled_N) else seen.turn)
         if len(seen.sampled_N):
             experts_NK = routing.indices_TK[seen.sampled_N] + row * self._num_experts
             seen.sampled.append((experts_NK, routing.weights_TK[seen.sampled_N]))
@@ -175,16 +186,6 @@ class TrustCollector:
         self.book.add(replace(self._pending, num_tokens=self._tokens))
         self._start, self._tokens = max(self._now, self.book.view().now), 0
         self._pending = empty_table(self._component, self._layers, self._num_experts, self._start)
-
-    def _pass_of(self, owners: Sequence[SpanOwner], *, is_first: bool) -> _Pass:
-        """What is known of the rows that are on their way. A prompt's may pause while running streams' pass it."""
-        found = None if is_first else next((seen for seen in self._passes if seen.owners is owners), None)
-        if found is None:
-            under_way = [seen for seen in self._passes if not seen.is_done]
-            found = self._begin_pass(owners)
-            self._passes = [*under_way[-MAX_UNDER_WAY:], found]
-        self._pass = found
-        return found
 
     def _begin_pass(self, owners: Sequence[SpanOwner]) -> _Pass:
         counts = [owner.count for owner in owners]

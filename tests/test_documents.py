@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.service.options import option_names
+from gateway.service.option_values import option_names
 
 REPOSITORY = Path(__file__).parent.parent
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)")

@@ -10,6 +10,7 @@ from typing import Annotated, Optional
 import typer
 
 from gateway.budget_options import ExpertBudgetOption, read_memory
+from gateway.command_line import StoreArgument
 from gateway.errors import BatchOutputRefused
 from gateway.progress import shown_progress
 
@@ -19,9 +20,7 @@ ADDRESS_VARIABLE = "RAY_ADDRESS"
 
 
 def batch(
-    store: Annotated[
-        str, typer.Argument(metavar="STORE", help="An expert store, a checkpoint folder, or a bundled model.")
-    ],
+    store: StoreArgument,
     input: Annotated[Path, typer.Argument(metavar="INPUT", help="Rows to run: .jsonl or .parquet.")],
     output: Annotated[
         Path, typer.Argument(metavar="OUTPUT", help="Folder for the answers; goes on where it was stopped.")

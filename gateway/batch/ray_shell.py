@@ -30,8 +30,6 @@ from gateway.errors import BatchFailed, GatewayError
 from gateway.service.launch import interruptible
 from router.errors import RouterError
 
-logger = logging.getLogger(__name__)
-
 RAY_GRACE_S = 2.0
 EVENT = "event"
 NO_RESTARTS: dict[str, Any] = {"max_restarts": 0, "max_task_retries": 0}
@@ -122,17 +120,13 @@ def _tame_ray_data() -> None:
 def ray_session(address: str | None) -> Iterator[None]:
     """A Ray for as long as the context lasts: the one at `address`, or one of our own on loopback.
 
-    A cluster that takes calls from strangers is used, since a batch opens no port and hands out no secret; it is said.
+    Raises ClusterRefused, where strangers may call a cluster that goes beyond this machine: they could read the batch.
     """
     try:
         if address is None:
             start_ray()
         else:
-            running = join_ray(address, is_open_allowed=True)
-            if running.head.is_open and not running.is_local_only:
-                logger.warning(
-                    "the Ray cluster at %s is open: whoever reaches it can read this batch", address
-                )
+            join_ray(address)
         yield
     finally:
         with uninterrupted():

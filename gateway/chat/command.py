@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from gateway.budget_options import DeviceOption, ExpertBudgetOption, HostBudgetOption, read_memory
+from gateway.command_line import announce
 
 if TYPE_CHECKING:
     from gateway.chat.loop import ChatBackend
@@ -84,9 +85,9 @@ def _backend(
     from gateway.stores.source import model_name, resolve_runnable
     from router.loading import EngineOptions
 
-    chosen = read_memory(*memory, _announce)
+    chosen = read_memory(*memory, announce)
     with open_store(
-        resolve_runnable(target, announce=_announce),
+        resolve_runnable(target, announce=announce),
         model_name(target),
         sampling,
         EngineOptions(dtype=dtype, device=chosen.device),
@@ -94,7 +95,3 @@ def _backend(
         chosen.host,
     ) as local:
         yield local
-
-
-def _announce(line: str) -> None:
-    typer.echo(line, err=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional, TypeVar
 import typer
 
 from gateway.budget_options import DeviceOption, HostBudgetOption, read_memory
+from gateway.command_line import StoreArgument, announce
 from gateway.local.study_options import MaskOption, ReplayOption, TraceOption
 from gateway.progress import shown_progress
 
@@ -23,9 +24,7 @@ OutputOption = Optional[Path]  # noqa: UP045 - typer reads the annotation at run
 
 
 def evaluate(
-    store: Annotated[
-        str, typer.Argument(metavar="STORE", help="An expert store, a checkpoint folder, or a bundled model.")
-    ],
+    store: StoreArgument,
     texts: Annotated[list[Path], typer.Argument(metavar="TEXT...", help="UTF-8 text files.")],
     policy: Annotated[str, typer.Option(metavar="native|snarc", help="Who chooses experts.")] = "native",
     effort: Annotated[
@@ -90,7 +89,7 @@ def evaluate(
     from gateway.evaluation.windows import Sliding
     from gateway.local.study import Study
     from gateway.output_file import check_output
-    from gateway.service.options import parse_eviction
+    from gateway.service.option_values import parse_eviction
     from gateway.stores.source import resolve_runnable
     from router.effort import EFFORT_CHOICES
     from router.routing_choice import POLICIES, RoutingChoice
@@ -108,8 +107,8 @@ def evaluate(
         from gateway.evaluation.plots import check_plots
 
         check_plots()
-    root = resolve_runnable(store, announce=_announce)
-    memory = read_memory(device, budget, host_budget, _announce)
+    root = resolve_runnable(store, announce=announce)
+    memory = read_memory(device, budget, host_budget, announce)
     weights = read_weights(DEFAULT_PRESET if snarc is None else snarc)
     options = EvalOptions(
         sliding,
@@ -144,10 +143,6 @@ def _one_of(option: str, value: str, choices: Sequence[Choice]) -> Choice:
     from gateway.errors import OptionInvalid
 
     raise OptionInvalid(option, f"must be one of {', '.join(choices)}, not {value[:40]!r}")
-
-
-def _announce(line: str) -> None:
-    typer.echo(line, err=True)
 
 
 def _run(root: Path, texts: list[Path], max_tokens: int | None, options: EvalOptions) -> Evaluation:

@@ -16,8 +16,6 @@ from gateway.http.quality import describe_quality
 from router.routing_choice import RoutingReport
 
 DONE_EVENT = b"data: [DONE]\n\n"
-
-DONE_EVENT = b"data: [DONE]\n\n"
 Logprobs = dict[str, Any] | None
 """As `gateway.http.logprobs` shapes them."""
 

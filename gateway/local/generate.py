@@ -74,12 +74,13 @@ def generate(
     prompt: str | tuple[int, ...],
     sampling: Mapping[str, Any],
     options: EngineOptions,
-    on_text: Callable[[str], None] = lambda text: None,
+    *,
     routing: RoutingChoice = NATIVE_CHOICE,
     budgets: tuple[BudgetRequest, ...] = (),
-    on_plan: Callable[[MemoryPlan], None] = lambda plan: None,
-    study: Study = NO_STUDY,
     host_budgets: tuple[BudgetRequest, ...] = (),
+    study: Study = NO_STUDY,
+    on_text: Callable[[str], None] = lambda text: None,
+    on_plan: Callable[[MemoryPlan], None] = lambda plan: None,
 ) -> Generation:
     """Generate one answer; `on_text` is called with each piece of text as it becomes stable.
 

@@ -34,7 +34,7 @@ class Examination:
         failed, warned = self._count("failure"), self._count("warning")
         if not failed and not warned:
             return "all is well"
-        return f"{failed} failures, {warned} warnings"
+        return f"{_number(failed, 'failure')}, {_number(warned, 'warning')}"
 
     def as_json(self) -> dict[str, Any]:
         head = None
@@ -50,6 +50,10 @@ class Examination:
             "head": head,
             "nodes": [asdict(node) for node in self.nodes],
         }
+
+
+def _number(count: int, thing: str) -> str:
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
 
 
 def render(examination: Examination) -> str:

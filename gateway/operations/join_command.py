@@ -23,11 +23,11 @@ Word = Optional[str]  # noqa: UP045
 
 
 def join(
-    head: Annotated[str, typer.Argument(metavar="HEAD[:PORT]", help="The cluster's head. [port 6379]")],
-    num_cpus: Annotated[Number, typer.Option(min=0, help="Cores that Ray may count. [all]")] = None,
-    num_gpus: Annotated[Number, typer.Option(min=0, help="GPUs that Ray may count. [all]")] = None,
+    head: Annotated[str, typer.Argument(metavar="HEAD[:PORT]", help="The cluster's head. \\[port 6379]")],
+    num_cpus: Annotated[Number, typer.Option(min=0, help="Cores that Ray may count. \\[all]")] = None,
+    num_gpus: Annotated[Number, typer.Option(min=0, help="GPUs that Ray may count. \\[all]")] = None,
     memory: Annotated[
-        Word, typer.Option(metavar="SIZE", help="Memory that Ray may count, such as 24GiB. [what is free]")
+        Word, typer.Option(metavar="SIZE", help="Memory that Ray may count, such as 24GiB. \\[what is free]")
     ] = None,
     labels: Annotated[
         Optional[list[str]],  # noqa: UP045
@@ -85,11 +85,13 @@ def _check(options: NodeOptions) -> list[Finding]:
     from cluster.findings import failures
     from cluster.head_checks import check_head, check_token_file, check_versions
     from cluster.head_probe import probe_head
+    from cluster.local_ray import check_not_joined, local_rays
     from cluster.machine_checks import check_machine
     from cluster.machine_facts import read_machine, read_versions
     from cluster.ray_token import find_token
     from experts.near_store import STORE_CACHE_VARIABLE
 
+    check_not_joined(options.head, options.node_address, local_rays())
     token = find_token(os.environ, Path.home())
     facts = probe_head(options.head, token)
     findings = check_head(facts, token, is_local_only=False)
@@ -98,7 +100,8 @@ def _check(options: NodeOptions) -> list[Finding]:
     )
     cache = {STORE_CACHE_VARIABLE: options.store_cache} if options.store_cache else {}
     for finding in failures(findings):
-        raise ClusterRefused(finding.what, finding.mend)
+        where = "" if finding.where == "here" else f"the Ray cluster at {finding.where}: "
+        raise ClusterRefused(f"{where}{finding.what}", finding.mend)
     findings += check_machine(read_machine(dict(os.environ) | cache), "here")
     if token is not None:
         findings.append(check_token_file(token))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from typing import Annotated, Any, Optional
 
 import typer
@@ -16,7 +17,7 @@ MAX_ANSWER_BYTES = 32 * 1024 * 1024
 
 
 def status(
-    url: Annotated[str, typer.Option(help="Where the service answers.")] = DEFAULT_URL,
+    url: Annotated[str, typer.Argument(metavar="[URL]", help="Where the service answers.")] = DEFAULT_URL,
     is_watched: Annotated[
         bool, typer.Option("--watch", help="Show it again and again, until Ctrl-C.")
     ] = False,
@@ -88,5 +89,5 @@ def _reason(error: Exception) -> str:
     if isinstance(error, httpx.HTTPStatusError):
         return f"its status answers {error.response.status_code}"
     if isinstance(error, httpx.HTTPError | httpx.InvalidURL):
-        return str(error) or type(error).__name__
+        return re.sub(r"^\[Errno -?\d+\] ", "", str(error)) or type(error).__name__
     return f"what answers is no status: {error}"

@@ -22,7 +22,7 @@ def render_status(status: Mapping[str, Any]) -> RenderableType:
     status = printable(status)
     router, requests = status["router"], status["requests"]
     actors = Table(title="Routers and expert actors", title_justify="left")
-    for column in ("name", "pid", "node", "group", "state", "resident", "hits"):
+    for column in ("name", "pid", "node", "group", "state", "resident", "hits (shadows)"):
         actors.add_column(column, justify="right" if column in ("pid", "group", "resident") else "left")
     for each in status["routers"]:
         experts = each.get("experts", {})

@@ -128,7 +128,7 @@ def _node_of(status: Status, worker: Mapping[str, Any]) -> str:
 
 def _nodes(rows: Sequence[tuple[str, ...]], num_shown: int) -> Table:
     columns = ("node", "address", "state", "CPUs", "GPUs", "runs", "memory", "fetched")
-    return _table("Nodes: processes, MiB of experts in memory and fetched to disk", columns, rows, num_shown)
+    return _table("Nodes: processes; MiB of experts in memory, fetched", columns, rows, num_shown)
 
 
 # Processes

@@ -13,7 +13,8 @@ from gateway.http.api_keys import NO_KEYS
 from gateway.planning.nodes import Workload
 from gateway.planning.report import ServeChoices, serve_options
 from gateway.planning.source import PlannedModel
-from gateway.service.options import compose_options, merge_values
+from gateway.service.option_values import merge_values
+from gateway.service.options import compose_options
 from gateway.stores.source import model_name, resolve_runnable
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from gateway.byte_sizes import parse_bytes
 from gateway.errors import OptionInvalid
 from gateway.rates import parse_rate, parse_time
 from gateway.service.config_file import read_config
-from gateway.service.options import MAX_SHOWN_CHARS, OWN_MESSAGE
+from gateway.service.option_values import MAX_SHOWN_CHARS, OWN_MESSAGE
 
 T = TypeVar("T")
 MAX_NODES = 64

@@ -19,7 +19,7 @@ from extraction.quantised_parts import NOT_QUANTISED
 from gateway.byte_sizes import UNITS, format_bytes
 from gateway.planning.nodes import RouterMemory, Workload, router_memory
 from gateway.planning.source import PlannedModel
-from gateway.service.options import option_names
+from gateway.service.option_values import option_names
 from gateway.stores.quantise_options import option_words
 
 

@@ -57,21 +57,22 @@ def _between_machines(report: PlanReport) -> list[str]:
     return [
         f"messages: {_short(traffic.messages)} per token, {report.forecast.messages_per_layer:.2f} per layer; "
         f"{traffic.bytes / 1e3:.1f} KB per token",
-        f"on one machine only: {report.num_single_copies} of {report.num_experts} experts",
+        f"on one machine only, in memory or on disk: {report.num_single_copies} of {report.num_experts} experts",
         _other_way(report),
     ]
 
 
-def _nodes(report: PlanReport) -> Table:
+def _nodes(report: PlanReport) -> RenderableType:
     unit, factor = ("GiB", GIB) if report.total_expert_bytes >= GIB else ("MiB", MIB)
-    shown = [column for column in COLUMNS if len(report.nodes) > 1 or column not in BETWEEN]
-    per_token = "calls, KB and ms of computing" if len(report.nodes) > 1 else "ms of computing"
-    table = Table(
-        title=f"Machines (memory in {unit}; {per_token} per token)",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+    has_others = len(report.nodes) > 1
+    shown = [column for column in COLUMNS if has_others or column not in BETWEEN]
+    copies = "copies of others', " if has_others else ""
+    traffic = "calls, KB both ways, " if has_others else ""
+    what = (
+        f"Machines, in {unit}: room for experts; its own held in memory, and left on disk;",
+        f"{copies}what stays free. Per token: {traffic}ms of computing",
     )
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in shown:
         table.add_column(column, justify="left" if column == "node" else "right", no_wrap=column != "node")
     for node in report.nodes:
@@ -86,7 +87,7 @@ def _nodes(report: PlanReport) -> Table:
         )
         by_column = dict(zip(COLUMNS, cells, strict=True))
         table.add_row(*(Text(by_column[column]) for column in shown))
-    return table
+    return Group(*map(Text, what), table)
 
 
 def _other_way(report: PlanReport) -> str:

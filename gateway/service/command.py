@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -19,6 +19,7 @@ from gateway.budget_options import (
     choose_memory,
     print_plan,
 )
+from gateway.command_line import StoreArgument, announce
 
 if TYPE_CHECKING:
     from cluster.memory_plan import MemoryPlan
@@ -31,13 +32,7 @@ Words = Optional[list[str]]  # noqa: UP045
 
 
 def serve(
-    store: Annotated[
-        str,
-        typer.Argument(
-            metavar="STORE",
-            help="An expert store, a checkpoint folder, or the name of a bundled model (stories).",
-        ),
-    ],
+    store: StoreArgument,
     host: Annotated[
         Word, typer.Option(help="Address to bind; beyond loopback needs a key. [127.0.0.1]")
     ] = None,
@@ -61,7 +56,7 @@ def serve(
     grouping: Annotated[
         Word,
         typer.Option(
-            help="With --address: expert deals each layer out to all machines, layer whole layers. [expert]"
+            help="With --address: expert deals each layer out to all machines, layer whole layers. \\[expert]"
         ),
     ] = None,
     demand: Annotated[
@@ -72,7 +67,7 @@ def serve(
     ] = None,
     autoscale: Annotated[
         Optional[bool],  # noqa: UP045
-        typer.Option("--autoscale/--no-autoscale", help="Let the number of actors follow the load. [off]"),
+        typer.Option("--autoscale/--no-autoscale", help="Let the number of actors follow the load. \\[off]"),
     ] = None,
     min_actors: Annotated[Number, typer.Option(help="Fewest, with --autoscale. [0]")] = None,
     max_actors: Annotated[Number, typer.Option(help="Most, with --autoscale. [--actors; placed: 64]")] = None,
@@ -100,7 +95,7 @@ def serve(
         Word, typer.Option(metavar="SIZE", help="Memory for keys and values, such as 512MiB. [1GiB]")
     ] = None,
     eviction: Annotated[
-        Word, typer.Option(metavar="NAME", help="Which expert goes first: lfu, lru or trust. [lfu]")
+        Word, typer.Option(metavar="NAME", help="Which expert goes first: lfu, lru or trust. \\[lfu]")
     ] = None,
     prefetch: Annotated[
         Optional[bool],  # noqa: UP045
@@ -109,7 +104,7 @@ def serve(
         ),
     ] = None,
     capacity: Annotated[
-        Word, typer.Option(metavar="MODE", help="auto gives experts' memory back when idle. [fixed]")
+        Word, typer.Option(metavar="MODE", help="auto gives experts' memory back when idle. \\[fixed]")
     ] = None,
     audit_share: Annotated[
         Optional[float],  # noqa: UP045
@@ -129,7 +124,7 @@ def serve(
         ),
     ] = None,
     store_cache_limit: Annotated[
-        Word, typer.Option(metavar="SIZE", help="Most bytes of records in it, on each machine. [none]")
+        Word, typer.Option(metavar="SIZE", help="Most bytes of records in it, on each machine. \\[none]")
     ] = None,
     api_key: Annotated[
         Words, typer.Option(metavar="KEY|@FILE", help="Key that clients must send; repeatable.")
@@ -148,10 +143,10 @@ def serve(
         bool, typer.Option("--trace-tokens", help="Traces hold token ids too: they give prompts away.")
     ] = False,
     policy: Annotated[
-        Word, typer.Option(help="Routing unless asked otherwise: native or snarc. [native]")
+        Word, typer.Option(help="Routing unless asked otherwise: native or snarc. \\[native]")
     ] = None,
     effort: Annotated[
-        Word, typer.Option(help="Experts per token: wake, focus, crisis or auto. [focus]")
+        Word, typer.Option(help="Experts per token: wake, focus, crisis or auto. \\[focus]")
     ] = None,
     allow_policy: Annotated[
         Words, typer.Option(metavar="POLICY,...", help="Policies that requests may ask for beside native.")
@@ -252,18 +247,19 @@ def _gather(store: str, given: dict[str, Any], config: Path | None) -> ServiceOp
         read_key_file,
     )
     from gateway.service.config_file import read_config
-    from gateway.service.options import compose_options, merge_values
+    from gateway.service.option_values import merge_values
+    from gateway.service.options import compose_options
     from gateway.stores.source import model_name, resolve_runnable
 
     file = read_config(config) if config else {}
     values = merge_values(given, file, str(config))
-    choose_memory(values, _announce)
+    choose_memory(values, announce)
     keys = [key for option in values.api_key for key in keys_of_option(option)]
     keys += [key for path in values.api_key_file for key in read_key_file(path)]
     keys += keys_of_environment(os.environ)
     os.environ.pop(KEYS_VARIABLE, None)  # Ray's processes would inherit it
     return compose_options(
-        values, resolve_runnable(store, announce=_announce), model_name(store), KeyRing.of(keys)
+        values, resolve_runnable(store, announce=announce), model_name(store), KeyRing.of(keys)
     )
 
 
@@ -304,7 +300,20 @@ def _print_plan(options: ServiceOptions, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(plan, indent=2, ensure_ascii=False))
     else:
-        typer.echo(yaml.safe_dump(plan, sort_keys=False, allow_unicode=True), nl=False)
+        typer.echo(yaml.safe_dump(_in_few_lines(plan), sort_keys=False, allow_unicode=True), nl=False)
+
+
+def _in_few_lines(value: Any) -> Any:
+    """Lists of experts, which are long, as `0-13, 15`; JSON has the numbers."""
+    from cluster.expert_names import ranges
+
+    if isinstance(value, Mapping):
+        return {key: _in_few_lines(item) for key, item in value.items()}
+    if not isinstance(value, list):
+        return value
+    if value and all(type(item) is int for item in value):
+        return ranges(value)
+    return [_in_few_lines(item) for item in value]
 
 
 def _serve(options: ServiceOptions) -> None:
@@ -324,7 +333,7 @@ def _serve(options: ServiceOptions) -> None:
 
 def _print_memory(plan: MemoryPlan, unknown_nodes: Sequence[str]) -> None:
     for name in unknown_nodes:
-        _announce(f"note: node-budgets names {name}, where nothing of this service runs")
+        announce(f"note: node-budgets names {name}, where nothing of this service runs")
     print_plan(plan)
 
 
@@ -334,7 +343,3 @@ def _print_placement(placed: Placed) -> None:
     from gateway.service.placement_view import render_placement
 
     Console(stderr=True, highlight=False).print(render_placement(placed))
-
-
-def _announce(line: str) -> None:
-    typer.echo(line, err=True)

@@ -1,6 +1,6 @@
 """`--config FILE`: a YAML mapping of option names to values, read with limits. Says nothing about what they mean.
 
-Called by `gateway.service.command`; `gateway.service.options` checks names and values.
+Called by `gateway.service.command`; `gateway.service.option_values` checks names and values.
 """
 
 from __future__ import annotations

@@ -110,6 +110,7 @@ def engine_options(options: ServiceOptions, dtype: str, num_threads: int) -> Eng
         device=options.device,
         kv_budget_bytes=options.kv_budget_bytes,
         eviction=options.eviction,
+        is_resizable=options.capacity == "auto",
         prefetch=options.is_prefetching,
         audit_share=options.audit_share,
         store_copies=store_copies(options),

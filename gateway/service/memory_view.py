@@ -14,7 +14,8 @@ MIB = 1 << 20
 
 def render_memory(plan: Mapping[str, Any], resident: Mapping[str, int] | None = None) -> Table:
     """plan: `MemoryPlan.as_json()`, its texts safe to print. resident: bytes that each process holds now, by name."""
-    table = Table(title="Memory (MiB)", title_justify="left", box=box.SIMPLE_HEAD, padding=0)
+    title = "Memory (MiB)" if resident is None else "Memory as divided at the start, and experts' now (MiB)"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
     for column in COLUMNS if resident is None else (*COLUMNS, "now"):
         is_text = column in COLUMNS[:3]
         table.add_column(column, justify="left" if is_text else "right", no_wrap=column != "node")

@@ -101,7 +101,7 @@ def _is_first(placed: Placed, actor: ActorPlan) -> bool:
 def placement_lines(placed: Placed) -> list[str]:
     """What the table does not say."""
     topology = placed.topology
-    lines = [f"How often experts are used is known from {one_line(placed.demand_source)}"]
+    lines = [f"Expected use of experts: {one_line(placed.demand_source)}"]
     for node_id, why in placed.refused.items():
         lines.append(f"note: {one_line(placed.names.get(node_id, node_id))} holds nothing: {one_line(why)}")
     own_class = topology.node(topology.router_node).numerics_class

@@ -124,7 +124,7 @@ def _read_model(store: ExpertStore, options: ServiceOptions, engine: EngineOptio
 def _demand(store: ExpertStore, options: ServiceOptions, sizes: ModelSizes) -> tuple[Demand, str]:
     """How often experts are used, and how that is known."""
     if options.demand_trace is not None:
-        return traced_demand(options.demand_trace, sizes), f"the trace {options.demand_trace}"
+        return traced_demand(options.demand_trace, sizes), f"as in the trace {options.demand_trace}"
     try:
         identity = trust_identity(store)
         folder: Path = resolve_state_folder(options.state_dir)
@@ -133,8 +133,8 @@ def _demand(store: ExpertStore, options: ServiceOptions, sizes: ModelSizes) -> t
         logger.warning("what was learned about experts is not used: %s", error)
         learned = None
     if learned is not None:
-        return learned, "what was learned about experts (sage-moe store trust)"
-    return sizes.uniform_demand(), "nothing: all experts of a layer count alike"
+        return learned, "as learned (sage-moe store trust)"
+    return sizes.uniform_demand(), "even: nothing is known of it yet"
 
 
 def _placement(options: ServiceOptions) -> PlacementOptions:

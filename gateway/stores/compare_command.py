@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from gateway.command_line import announce
 from gateway.errors import OptionInvalid
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def compare(
         raise OptionInvalid("--memory", str(error)) from error
     wanted = None if layers is None else parse_layers(layers)
     options = ComparisonOptions(wanted, tokens, seed, memory_bytes)
-    folder, root = _checkpoint(checkpoint), resolve_store(store, announce=_announce)
+    folder, root = _checkpoint(checkpoint), resolve_store(store, announce=announce)
     if not as_json:
         typer.echo(f"{'layer':>5}  {'worst':>9}  {'relative':>9}  {'rerouted':>8}")
     result = run(folder, root, options, _keep_quiet if as_json else _print_layer)
@@ -73,11 +74,7 @@ def _checkpoint(source: str) -> Path:
         return published_checkpoint(source)
     from extraction.hub_extract import hub_snapshot
 
-    return hub_snapshot(hub_id, announce=_announce)
-
-
-def _announce(line: str) -> None:
-    typer.echo(line, err=True)
+    return hub_snapshot(hub_id, announce=announce)
 
 
 def _print_layer(found: LayerDifference) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from gateway.command_line import announce
 from gateway.stores.quantise_options import (
     BackboneOption,
     GroupSizeOption,
@@ -113,7 +114,7 @@ def _selection(layers: str | None, components: str | None, groups: str | None) -
 def _downloaded(hub_id: HubId) -> Path:
     from extraction.hub_extract import hub_snapshot
 
-    return hub_snapshot(hub_id, announce=_announce)
+    return hub_snapshot(hub_id, announce=announce)
 
 
 def _from_hub(
@@ -130,7 +131,7 @@ def _from_hub(
         report = extract_from_hub(
             hub_id,
             dest,
-            announce=_announce,
+            announce=announce,
             discard_source=discards,
             selection=selection,
             dtype=None if dtype is None else dtype.value,
@@ -191,10 +192,6 @@ def _partial(left_out: LeftOut | None) -> str:
 
 def _mib(num_bytes: int) -> str:
     return f"{num_bytes / 2**20:.1f} MiB"
-
-
-def _announce(line: str) -> None:
-    typer.echo(line, err=True)
 
 
 @contextmanager

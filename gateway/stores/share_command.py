@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from gateway.command_line import StoreArgument, announce
+
 if TYPE_CHECKING:
     from gateway.stores.share import SyncRequest
 
-StoreArgument = Annotated[
-    str, typer.Argument(metavar="STORE", help="An expert store, a checkpoint folder, or a bundled model.")
-]
 Word = Optional[str]  # noqa: UP045 - typer reads the annotation at run time
 
 
@@ -37,9 +36,9 @@ def share(
     from gateway.stores.source import resolve_store
 
     if make_secret(secret_file):
-        _announce(f"{secret_file} holds a new secret; give it to the machines that fetch")
+        announce(f"{secret_file} holds a new secret; give it to the machines that fetch")
     secret = read_secret(secret_file)
-    root = resolve_store(store, announce=_announce)
+    root = resolve_store(store, announce=announce)
     with interruptible():
         try:
             with shared_store(root, secret, host, port) as (_, address):
@@ -101,7 +100,7 @@ def sync(
         raise typer.BadParameter("--from and --secret-file go together")
     request = SyncRequest(
         to,
-        None if store is None else resolve_store(store, announce=_announce),
+        None if store is None else resolve_store(store, announce=announce),
         tuple(map(parse_address, servers or ())),
         b"" if secret_file is None else read_secret(secret_file),
         None if layers is None else parse_layers(layers),
@@ -153,7 +152,3 @@ def _size(text: str) -> int:
 
 def _mib(num_bytes: int) -> str:
     return f"{num_bytes / 2**20:.1f} MiB"
-
-
-def _announce(line: str) -> None:
-    typer.echo(line, err=True)

@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from gateway.command_line import StoreArgument, announce
+
 if TYPE_CHECKING:
     from experts.trust import TrustTable
     from experts.trust_ledger import TrustIdentity
 
 trust = typer.Typer(no_args_is_help=True, help="What was learned about a store's experts (docs/trust.md).")
 
-StoreArgument = Annotated[
-    str, typer.Argument(metavar="STORE", help="An expert store, a checkpoint folder, or a bundled model.")
-]
 ComponentOption = Annotated[
     Optional[str],  # noqa: UP045 - typer reads the annotation at run time
     typer.Option(metavar="NAME", help="Of a store with several; default: the one that is served."),
@@ -99,7 +98,7 @@ def _place(store: str, component: str | None, state_dir: str | None) -> tuple[Pa
     from gateway.stores.source import resolve_store
     from router.trust_session import trust_identity
 
-    opened = ExpertStore.open(resolve_store(store, announce=_announce))
+    opened = ExpertStore.open(resolve_store(store, announce=announce))
     try:
         identity = trust_identity(opened, component)
     finally:
@@ -112,7 +111,3 @@ def _read(store: str, component: str | None, state_dir: str | None) -> tuple[Pat
 
     path, identity = _place(store, component, state_dir)
     return path, identity, read_ledger(path, identity)
-
-
-def _announce(line: str) -> None:
-    typer.echo(line, err=True)

@@ -19,6 +19,7 @@ from cluster.autoscaler import (
 )
 from cluster.capacity import STATES, CapacityState
 from cluster.plan import ActorPlan, ExpertGroup, ServicePlan
+from cluster.replicas import LEAST_SHARE
 from cluster.scaling_room import NodeLoad
 from extraction.manifest import ExpertKey
 
@@ -149,6 +150,24 @@ def test_replica_on_a_lost_node_comes_up_on_another() -> None:
     assert (decision.kind, decision.actor, decision.node_id) == ("move", "replica", "small")
 
 
+@pytest.mark.parametrize("can_add_machines", [True, False])
+def test_replica_on_a_lost_node_is_not_moved_to_a_node_with_little_room(can_add_machines: bool) -> None:
+    service = _Service(_plan(_actor(0, "big"), _actor(0, "gone", name="replica"), groups=1))
+    little = (NodeLoad("big", 3000), NodeLoad("small", GROUP_BYTES // LEAST_SHARE - 1))
+    (decision,) = service.look(_load(0), nodes=little, can_add_machines=can_add_machines)
+    if can_add_machines:
+        assert (decision.kind, decision.actor, decision.node_id) == ("move", "replica", None)
+        assert decision.budget_bytes == GROUP_BYTES, "for which Ray is asked"
+    else:
+        assert (decision.kind, decision.actor) == ("drain", "replica")
+
+
+def test_only_actor_of_a_lost_node_is_moved_also_to_a_node_with_little_room() -> None:
+    service = _Service(_plan(_actor(0, "gone"), groups=1))
+    (decision,) = service.look(_load(0), nodes=(NodeLoad("small", EXPERT_BYTES),))
+    assert (decision.kind, decision.node_id, decision.budget_bytes) == ("move", "small", EXPERT_BYTES)
+
+
 def test_actor_on_a_lost_node_that_is_not_wanted_any_more_is_drained_first() -> None:
     service = _Service(_plan(_actor(0, "big"), _actor(0, "gone", name="replica"), _actor(1)))
     decisions = service.look(_load(0, 0.0, 0.0), _load(1, 0.0, 0.0), capacity="rest")
@@ -224,9 +243,11 @@ def test_random_histories_keep_every_promise(seed: int) -> None:
         capacity = random_of.choice(STATES)
         before = {actor.name for actor in service.plan.actors}
         after_s = random_of.uniform(0.5, 40.0)
-        service.look(
+        decisions = service.look(
             *loads, capacity=capacity, nodes=nodes, after_s=after_s, can_add_machines=can_add_machines
         )
+        shrunk = {decision.actor for decision in decisions if decision.kind == "shrink"}
+        staying = {node.node_id for node in nodes if not node.is_leaving}
         actors = service.plan.actors
         assert len(actors) <= settings.max_actors
         assert can_add_machines or all(actor.node_id is not None for actor in actors)
@@ -239,6 +260,10 @@ def test_random_histories_keep_every_promise(seed: int) -> None:
             assert len({actor.group for actor in held}) == len(held), "replicas are on different nodes"
             assert node.most_bytes is None or len(held) * GROUP_BYTES <= node.most_bytes
             assert node.can_read or all(actor.budget_bytes == GROUP_BYTES for actor in held)
+        for actor in actors:
+            others = {a.node_id for a in actors if a.group == actor.group and a.name in before}
+            if actor.name in new - shrunk and actor.node_id is not None and others & staying:
+                assert (actor.budget_bytes or GROUP_BYTES) >= GROUP_BYTES // LEAST_SHARE
     assert len(seen) <= groups * (settings.max_actors + 1), "names, and labels of metrics, are few"
 
 

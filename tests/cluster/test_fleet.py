@@ -129,6 +129,17 @@ def test_node_is_doubtful_when_one_of_its_actors_dies_or_is_silent() -> None:
     assert service.fleet.doubtful_nodes(answers, service.now_s + 0.5) == {"node"}
 
 
+def test_nobody_was_silent_while_the_supervisor_itself_was_held_up() -> None:
+    service = _running()
+    last_s = service.now_s
+    service.fleet.observe((), {}, last_s + 100.0)
+    assert {member.state for member in service.fleet.members.values()} == {"ready"}
+    assert service.fleet.routers.all_follow(0, last_s + 100.0), "nor were routers"
+    for later_s in (101.0, 102.0, 103.0, 104.0, 105.0, 106.0, 107.0):
+        service.fleet.observe((), {}, last_s + later_s)
+    assert {member.state for member in service.fleet.members.values()} == {"lost"}, "who stays silent is lost"
+
+
 def test_every_expert_has_an_owner_at_every_moment_of_a_rolling_restart() -> None:
     service = _running()
     before = {name: spec.incarnation for name, spec in service.pool.specs.items()}
@@ -179,6 +190,17 @@ def test_quarantined_actor_is_replaced_and_an_accusation_of_an_earlier_one_is_no
     service.settle()
     (after,) = (spec for spec in service.pool.specs.values() if spec.actor == "experts-0")
     assert after.incarnation > incarnation
+
+
+def test_restarted_fleet_is_acquainted_once_everybody_has_said_who_it_is() -> None:
+    earlier = _running()
+    service = _Service()
+    assert not service.fleet.is_acquainted, "nobody was looked for"
+    service.pool.specs = dict(earlier.pool.specs)
+    service.fleet.observe(tuple(service.pool.specs), {}, service.now_s)
+    assert not service.fleet.is_acquainted
+    service.settle()
+    assert service.fleet.is_acquainted
 
 
 def test_restarted_fleet_adopts_its_actors_and_ends_those_of_another_service() -> None:

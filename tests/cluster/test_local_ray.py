@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 
 from cluster.errors import ClusterRefused
-from cluster.local_ray import LocalRay, choose_ray, is_alone, own_addresses, read_raylet
+from cluster.local_ray import (
+    LocalRay,
+    check_not_joined,
+    choose_ray,
+    is_alone,
+    own_addresses,
+    read_raylet,
+)
 
 ONE = LocalRay("192.0.2.1:6379", "192.0.2.5")
 OTHER = LocalRay("127.0.0.1:7000", "127.0.0.1")
@@ -42,6 +49,19 @@ def test_loopback_means_a_head_that_listens_on_an_address_of_this_machine() -> N
 def test_machine_outside_of_the_cluster_is_told_how_to_join() -> None:
     with pytest.raises(ClusterRefused, match="`sage-moe join"):
         choose_ray("192.0.2.9:6379", [ONE], {})
+
+
+def test_machine_joins_a_cluster_once_under_each_of_its_addresses() -> None:
+    own = next(iter(own_addresses()))
+    here = LocalRay("192.0.2.1:6379", own)
+    for node_ip in (own, None):
+        with pytest.raises(ClusterRefused, match=rf"is a node of 192.0.2.1:6379 already, as {own}.*ray stop"):
+            check_not_joined("192.0.2.1:6379", node_ip, [OTHER, here])
+    check_not_joined("192.0.2.1:6379", "192.0.2.99", [here])
+    check_not_joined("192.0.2.2:6379", own, [here])
+    check_not_joined(
+        ONE.head, None, [ONE]
+    )  # seen from another machine's network, though its processes are seen
 
 
 def test_cluster_is_alone_where_head_and_nodes_are_on_loopback() -> None:

@@ -133,6 +133,15 @@ def test_machine_that_leaves_before_it_answered_is_forgotten() -> None:
     assert told == {"d": "it left before it answered"}
 
 
+def test_machines_are_followed_also_where_the_routers_own_is_not_trusted_any_more() -> None:
+    watch = NodeWatch(PLACING, PLACING.topology, _Machines())
+    assert _look(watch, "b", "c") is None
+    change = _look(watch, "b")
+    assert change is not None and change.reason == "node c was lost"
+    assert (change.topology.router_node, change.topology.node("a").room_bytes) == ("a", 0)
+    assert _look(watch, "b", plan=change.plan) is None
+
+
 def test_rooms_are_those_of_machines_that_live_less_what_the_routers_have() -> None:
     watch = NodeWatch(PLACING, PLACING.topology, _Machines())
     room = PLACING.topology.node("b").room_bytes

@@ -166,6 +166,13 @@ def test_nothing_is_sent_away_where_a_round_trip_takes_longer_than_the_work() ->
     assert len(place(topology, skewed_demand(2, 8, 2)).router_keys) == 16
 
 
+def test_work_that_is_less_than_its_message_stays_in_the_routers_process() -> None:
+    topology = cluster(node("a", 100), node("b", 100))
+    demand = skewed_demand(2, 8, 2)
+    assert len(place(topology, demand).router_keys) == 16
+    assert len(place(topology, demand, None, replace(LONE, message_s=0.0)).router_keys) < 16
+
+
 def test_machine_of_thrice_the_speed_gets_thrice_the_work() -> None:
     demand = even_demand(4, 64, 8)
     topology = cluster(node("a", 0), node("b", 500), node("c", 500, speed=3e9))
@@ -194,7 +201,7 @@ def test_slowest_node_is_near_the_brute_force_optimum(
     experts: int, others: list[tuple[int, float]], seed: int
 ) -> None:
     demand = skewed_demand(1, experts, min(2, experts), seed)
-    nodes = [node("r", 7, speed=1e9)]
+    nodes = [node("r", experts - 1, speed=1e9)]
     nodes += [node(f"n{i}", room, speed=speed) for i, (room, speed) in enumerate(others)]
     topology = cluster(*nodes)
     (ours,) = slowest_times(place(topology, demand, None, LONE), topology, demand)

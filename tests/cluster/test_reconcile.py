@@ -235,10 +235,12 @@ def test_actors_are_rolled_one_after_another() -> None:
     assert _brief(_actions(target, *old)) == [("create", "a.2")]
     new = _member("a.2", "starting", incarnation=2)
     assert _actions(target, *old, new) == []
-    assert _brief(_actions(target, *old, replace(new, state="ready"))) == [
+    roomy = replace(target, rooms={"n1": 400})
+    assert _brief(_actions(roomy, *old, replace(new, state="ready"))) == [
         ("draining", "a"),
         ("create", "b.2"),
     ]
+    assert _brief(_actions(target, *old, replace(new, state="ready"))) == [("draining", "a")], "no room yet"
     draining = replace(_member("a", "draining"), since_s=NOW_S)
     assert _actions(target, draining, old[1], replace(new, state="ready")) == []
 
@@ -319,6 +321,24 @@ def test_rooms_are_shared_by_what_is_created_in_one_look() -> None:
     wanted = [_wanted(name, node=None, budget=150) for name in "abc"]
     creates = [action for action in _actions(_target(*wanted)) if isinstance(action, Create)]
     assert [create.node_id for create in creates] == ["n1", "n2", "n1"]
+
+
+@pytest.mark.parametrize("state", ["draining", "retiring"])
+def test_actor_waits_for_the_room_of_one_that_leaves(state: MemberState) -> None:
+    leaving = _member("b", state, budget_bytes=250, is_known=False, since_s=NOW_S)
+    assert _actions(_target(_wanted("a")), leaving) == []
+    assert _brief(_actions(_target(_wanted("a", budget=50)), leaving)) == [("create", "a")]
+    assert _brief(_actions(_target(_wanted("a", node="n2")), leaving)) == [("create", "a")]
+    nowhere = _target(_wanted("a", node="gone", budget=300))
+    assert _actions(nowhere, leaving) == [], "and no machine is asked for meanwhile"
+    assert _brief(_actions(nowhere)) == [("create", "a")]
+
+
+def test_actor_waits_for_the_room_of_one_that_begins_to_leave_in_the_same_look() -> None:
+    unwanted = _member("b", budget_bytes=250)
+    assert _brief(_actions(_target(_wanted("a")), unwanted)) == [("draining", "b")]
+    same = _member("a", budget_bytes=250, fingerprint="other")
+    assert _brief(_actions(_target(_wanted("a")), same)) == [("create", "a.2")], "it serves until then"
 
 
 def test_on_one_machine_ray_chooses_and_no_room_is_asked_for() -> None:
@@ -425,6 +445,10 @@ class _World:
     def _check(self, action: Action) -> None:
         if isinstance(action, Create):
             assert action.name not in self.alive, "two actors of one name"
+            here = [m for m in self.members.values() if m.node_id == action.node_id and not m.is_gone]
+            if action.node_id and any(member.state in ("draining", "retiring") for member in here):
+                taken = sum(member.budget_bytes or 0 for member in (*here, action.wanted.plan))
+                assert taken <= self.target.rooms[action.node_id], "it could have waited"
             return
         member = self.members[action.name]
         is_wanted = any(fits(self.target, wanted, member) for wanted in self.target.wanted)

@@ -16,6 +16,7 @@ from cluster.placement import PlacementOptions, place
 from cluster.plan import ServicePlan
 from cluster.plan_time import expert_step_s, overflow_bytes
 from cluster.replanning import place_again
+from cluster.replicas import LEAST_SHARE
 from cluster.topology import NodeFacts, Topology
 from tests.cluster.clusters import EXPERT_BYTES, cluster, even_demand, keys_of, node, node_of, skewed_demand
 
@@ -90,6 +91,22 @@ def test_what_runs_on_a_machine_that_stays_stays_as_it_is(case: tuple[Topology, 
             assert (now.budget_bytes or 0) <= (actor.budget_bytes or 0)
     assert again.router_budget_bytes == plan.router_budget_bytes
     assert set(again.router_keys) <= set(plan.router_keys)
+
+
+@given(changes(), st.integers(1, 3), st.booleans())
+def test_group_is_moved_only_to_where_a_quarter_of_it_finds_memory(
+    case: tuple[Topology, Topology, Demand], replicas: int, is_scaled: bool
+) -> None:
+    before, after, demand = case
+    options = PlacementOptions(replicas=replicas)
+    plan = place(before, demand, None, options)
+    again = place_again(after, demand, plan, options, _new(before, after), is_scaled=is_scaled)
+    stayed = {(actor.name, actor.node_id) for actor in plan.actors}
+    old = {group.name for group in plan.groups}
+    for actor in again.actors:
+        if actor.group in old and actor.node_id is not None and (actor.name, actor.node_id) not in stayed:
+            size = len(again.group(actor.group).keys) * EXPERT_BYTES
+            assert (actor.budget_bytes or 0) >= max(EXPERT_BYTES, size // LEAST_SHARE)
 
 
 @given(changes())

@@ -87,6 +87,7 @@ def _worker(
     dtype: torch.dtype = torch.float32,
     *,
     has_guests: bool = False,
+    is_resizable: bool = True,
 ) -> ExpertWorker:
     return ExpertWorker(
         cast(ExpertStore, store),
@@ -96,6 +97,7 @@ def _worker(
         group=group,
         budget_bytes=budget_bytes,
         has_guests=has_guests,
+        is_resizable=is_resizable,
     )
 
 
@@ -161,6 +163,41 @@ def test_budget_that_changes_between_calls_holds_at_once_and_changes_no_bit(
 def test_budget_of_a_worker_without_bound_cannot_be_set(store: WatchedStore, kernel: RowKernel) -> None:
     with pytest.raises(ValueError, match="without a bound"):
         _worker(store, kernel).set_budget(EXPERT_BYTES)
+
+
+@pytest.mark.parametrize("num_budget", [15, 16, None])
+def test_budget_that_holds_everything_and_stays_is_no_bound(
+    store: WatchedStore, kernel: RowKernel, num_budget: int | None
+) -> None:
+    """Then all is read ahead of calls, once, which is no miss, and stays for good; with one expert less nothing is."""
+    whole = num_budget != 15
+    budget = None if num_budget is None else num_budget * EXPERT_BYTES
+    worker = _worker(store, kernel, budget, is_resizable=False)
+    num_ahead = 0
+    while worker.load_more():
+        num_ahead += 1
+    assert num_ahead == store.num_reads == worker.num_resident == (2 * NUM_EXPERTS if whole else 0)
+    assert worker.budget_bytes == budget and worker.stats.misses == 0
+    assert (worker.cache.for_good([ExpertKey("model", 0, 3)]) is not None) is whole
+    call = _call(random.Random(2))
+    assert torch.equal(worker.compute(call), _reference(store, kernel, call))
+    if whole:
+        assert (worker.stats.misses, worker.stats.hits) == (0, len(call.experts))
+        with pytest.raises(ValueError, match="without a bound"):
+            worker.set_budget(EXPERT_BYTES)
+
+
+def test_expert_that_cannot_be_read_ahead_is_left_to_who_asks_for_it(
+    store: WatchedStore, kernel: RowKernel
+) -> None:
+    store.failing = {3}
+    worker = _worker(store, kernel)
+    num_ahead = sum(iter(worker.load_more, False))
+    assert num_ahead == worker.num_resident == 2 * (NUM_EXPERTS - 1)
+    with pytest.raises(ExpertCorrupt):
+        worker.compute(ExpertCall("model", 0, (3,), (1,), (0,), torch.zeros(1, WIDTH)))
+    store.failing = set()
+    worker.compute(ExpertCall("model", 0, (3,), (1,), (0,), torch.zeros(1, WIDTH)))
 
 
 def test_failed_load_leaves_the_books_right(store: WatchedStore, kernel: RowKernel) -> None:

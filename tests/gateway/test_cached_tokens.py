@@ -14,7 +14,8 @@ import pytest
 from gateway.http.api_keys import KeyRing, check_key
 from gateway.local.study import trace_service
 from gateway.service.layout import engine_options
-from gateway.service.options import ServiceOptions, compose_options, merge_values
+from gateway.service.option_values import merge_values
+from gateway.service.options import ServiceOptions, compose_options
 from router.loading import EngineOptions, LoadedEngine
 from tests.engines import open_engine
 from tests.gateway.fake_router import stories_tokenizer

@@ -8,14 +8,18 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
+from rich.text import Text
+from typer.main import get_command
 
-from gateway.cli import main
+from gateway.cli import app, main
 
 PROMPT = "Once upon a time there was"
 
@@ -64,6 +68,21 @@ def test_command_runs_as_a_process_of_its_own(cache: Path) -> None:
     ]
     expected = _run(cache, *arguments).stdout
     assert [(outcome.stdout, outcome.stderr) for outcome in outcomes] == [(expected, "")] * 2
+
+
+def _commands(command: Any, name: str = "sage-moe") -> Iterator[tuple[str, Any]]:
+    yield name, command
+    for word, inner in getattr(command, "commands", {}).items():
+        yield from _commands(inner, f"{name} {word}")
+
+
+def test_help_shows_every_default_that_its_text_names() -> None:
+    """Rich takes `[off]` for markup, and shows nothing of it."""
+    for name, command in _commands(get_command(app)):
+        for parameter in command.params:
+            text = parameter.help or ""
+            shown = Text.from_markup(text).plain
+            assert shown == text.replace("\\[", "["), f"{name}: {parameter.name}"
 
 
 def _json(result: Outcome) -> dict[str, object]:

@@ -79,7 +79,7 @@ def test_findings_are_shown_with_their_mends_and_safe_names() -> None:
     text = render(Examination(findings))
     assert "\x1b" not in text
     assert "-> mend it" in text
-    assert text.endswith("1 failures, 1 warnings\n")
+    assert text.endswith("1 failure, 1 warning\n")
     assert render(Examination(findings[:1])).endswith("all is well\n")
 
 

@@ -21,7 +21,8 @@ from gateway.http.api_keys import NO_KEYS
 from gateway.planning.nodes import Workload, plan_topology, router_memory
 from gateway.planning.nodes_file import NodeEntry, NodesFile
 from gateway.planning.source import read_model
-from gateway.service.options import compose_options, merge_values
+from gateway.service.option_values import merge_values
+from gateway.service.options import compose_options
 from tests.hub_stand_in import COMMIT, running_hub
 
 THREE = """

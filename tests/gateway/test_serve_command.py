@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 from experts.errors import ExpertError
 from gateway.cli import app
 from gateway.errors import GatewayError
+from gateway.service.command import _in_few_lines
 
 KEY, SECOND = "sk-canary-3141592653", "sk-canary-2718281828"
 COMPLETION: dict[str, Any] = {
@@ -240,3 +241,8 @@ def _files_with(word: bytes, folder: Path) -> list[Path]:
     files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
     assert any(path.suffix == ".log" for path in files)
     return [path for path in files if word in path.read_bytes()]
+
+
+def test_dry_run_names_experts_in_few_words_where_people_read_it() -> None:
+    found = {"router_experts": {"model/0": [0, 1, 2, 4]}, "actors": [], "keep": ["native"], "port": 8000}
+    assert _in_few_lines(found) == found | {"router_experts": {"model/0": "0-2, 4"}}

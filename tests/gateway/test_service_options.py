@@ -19,14 +19,8 @@ from gateway.http.api_keys import KeyRing
 from gateway.service import options as service_options
 from gateway.service.command import serve, without_option
 from gateway.service.config_file import read_config
-from gateway.service.options import (
-    MAX_ACTORS,
-    OptionValues,
-    ServiceOptions,
-    compose_options,
-    merge_values,
-    option_names,
-)
+from gateway.service.option_values import MAX_ACTORS, OptionValues, merge_values, option_names
+from gateway.service.options import ServiceOptions, compose_options
 
 NAME = "serve.yaml"
 

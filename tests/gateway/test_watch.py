@@ -75,7 +75,7 @@ def test_json_lines_are_the_answers(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_service_that_never_answered_and_one_that_wants_a_key_end_it() -> None:
     console = Console(file=io.StringIO())
-    with pytest.raises(ServiceUnreachable, match=f"no service answers at {URL}: refused"):
+    with pytest.raises(ServiceUnreachable, match=rf"no service answers at {URL} \(refused\)"):
         watch(_Answers(ServiceUnreachable(URL, "refused")), URL, console, 0.0)
     with pytest.raises(ServiceRefuses, match="wants an API key"):
         watch(_Answers(made_up_status(), ServiceRefuses(URL)), URL, console, 0.0)
@@ -138,7 +138,6 @@ def test_terminal_gets_a_picture_and_is_left_as_it_was_on_ctrl_c() -> None:
             "--watch",
             "--interval",
             "0.2",
-            "--url",
             url,
         ]
         environment = os.environ | {

@@ -257,3 +257,19 @@ def test_first_request_after_a_long_idle_time_does_not_look_stuck(
     engine.gate.clear()
     thread.submit(_request("s"))
     assert thread.health().seconds_since_step < TIMEOUT_S
+
+
+def test_idle_engine_reads_the_experts_that_will_stay(tiny_store: Path, sink: Sink) -> None:
+    budget = 1 << 30
+    loaded = open_engine(tiny_store, EngineOptions(dtype="float32", expert_budget_bytes=budget))
+    thread = EngineThread(loaded.engine, sink)
+    thread.start()
+    everything = len(loaded.config.moe_layers) * loaded.config.num_experts
+    deadline = time.monotonic() + TIMEOUT_S
+    while loaded.worker.num_resident < everything and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert loaded.worker.num_resident == everything and loaded.worker.stats.misses == 0
+    thread.submit(GenerationRequest("q", (1, 2, 3), SamplingParams(max_tokens=2)))
+    sink.wait_for_ends("q")
+    thread.stop()
+    loaded.close()

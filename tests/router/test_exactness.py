@@ -27,6 +27,7 @@ from router.kv_cache import blocks_for
 from router.loading import EngineOptions
 from router.model_config import read_model_config
 from router.request import GenerationRequest, SamplingParams
+from router.step_routing import RoutingWatcher
 from tests.checkpoints import write_tiny
 from tests.engines import Outcome, assert_same_bits, open_engine, pause_prompts, run_to_end, small_engine
 from tests.expert_servers import PATIENT, SECRET, expert_servers
@@ -215,10 +216,10 @@ def test_expert_budget_that_changes_while_requests_run_equals_unlimited(
     root: Path, dtype: str, requests: list[GenerationRequest], reference: Outcome
 ) -> None:
     """As by the capacity state, and worse: another after every layer, down to one expert and up again."""
-    loaded = open_engine(root, EngineOptions(dtype=dtype, expert_budget_bytes=1 << 30))
+    loaded = open_engine(root, EngineOptions(dtype=dtype, expert_budget_bytes=1 << 30, is_resizable=True))
     chance = random.Random(5)
 
-    class Resizer:
+    class Resizer(RoutingWatcher):
         def watch(self, *layer: object, **more: object) -> None:
             loaded.worker.set_budget(int(loaded.worker.group_bytes * chance.choice((0, 0.1, 0.3, 1))))
 

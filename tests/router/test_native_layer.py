@@ -57,6 +57,9 @@ class Here:
         natives = [expert.native for expert in self.experts if expert.native is not None]
         return ExpertTable.of(keys, natives) if self.has_table else None
 
+    def load_more(self) -> bool:
+        return False
+
     def note_use(self, table: ExpertTable, used: Sequence[int], num_rows: int) -> None:
         self.used.append((tuple(used), num_rows))
 

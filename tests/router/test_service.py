@@ -97,6 +97,30 @@ def test_events_of_a_slow_gateway_are_merged_into_one_message(loaded: LoadedEngi
     _play(loaded, scenario)
 
 
+def test_first_and_last_event_of_a_request_are_urgent_and_no_others() -> None:
+    async def run() -> None:
+        outbox = service_module.Outbox()
+        for name, ids, reason, is_urgent in [
+            ("a", (1,), None, True),
+            ("a", (2,), None, False),
+            ("b", (3,), None, True),
+            ("b", (4,), None, False),
+            ("a", (5,), "stop", True),
+            ("b", (6,), None, False),
+        ]:
+            outbox.add(TokenEvent(name, ids, reason))
+            assert outbox.urgent.is_set() is is_urgent, (name, ids)
+            assert [event.token_ids for event in outbox.take()] == [ids]
+            assert not outbox.filled.is_set()
+
+    asyncio.run(run())
+
+
+def test_more_requests_get_their_events_less_often_down_to_ten_times_a_second() -> None:
+    intervals = [service_module.send_interval_s(number) for number in (0, 1, 5, 20, 50, 512)]
+    assert intervals == pytest.approx([0.01, 0.01, 0.01, 0.04, 0.1, 0.1])
+
+
 def test_every_gateway_gets_its_own_events_only(loaded: LoadedEngine) -> None:
     async def scenario(service: RouterService, engine: GatedEngine) -> None:
         streams = {name: await _open(service, name) for name in ("g", "h")}
@@ -221,6 +245,7 @@ def test_two_hundred_random_requests_get_every_token_once(loaded: LoadedEngine) 
         while len(ends) < len(mine) and not reader.done():
             await asyncio.sleep(0.005)
         reader.cancel()
+        await asyncio.gather(reader, return_exceptions=True)
         assert ends.keys() == {f"r{number}" for number in mine}
         for number in mine:
             name = f"r{number}"

@@ -20,7 +20,7 @@ from router.request import GenerationRequest, SamplingParams, TokenEvent
 from router.routing_choice import NATIVE_CHOICE, RoutingChoice, RoutingReport
 from router.scoring import PRESETS, Routing, SnarcWeights
 from router.steering import SteeredPolicy
-from router.step_routing import GateOutput, SpanOwner
+from router.step_routing import GateOutput, RoutingWatcher, SpanOwner
 from tests.engines import Outcome, assert_same_bits, open_engine, pause_prompts, run_to_end, small_engine
 
 PROMPT = tuple(range(1, 30))
@@ -72,7 +72,7 @@ def policy_of(loaded: LoadedEngine) -> SteeredPolicy:
     return loaded.engine.policy
 
 
-class _Notes:
+class _Notes(RoutingWatcher):
     """What every request's rows were routed to."""
 
     def __init__(self) -> None:

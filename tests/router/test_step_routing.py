@@ -12,11 +12,11 @@ from router.dispatch import Dispatch
 from router.loading import EngineOptions
 from router.request import GenerationRequest, SamplingParams
 from router.scoring import Routing
-from router.step_routing import GateOutput, SpanOwner
+from router.step_routing import GateOutput, RoutingWatcher, SpanOwner
 from tests.engines import open_engine, run_to_end
 
 
-class _Notes:
+class _Notes(RoutingWatcher):
     """A policy and a watcher: routes everyone to expert 0 with weight 1, and notes whose rows it saw."""
 
     def __init__(self) -> None:

@@ -19,7 +19,7 @@ from router.errors import TraceFailed
 from router.loading import EngineOptions
 from router.request import GenerationRequest, SamplingParams
 from router.scoring import ABSENT, Routing
-from router.step_routing import GateOutput, SpanOwner
+from router.step_routing import GateOutput, RoutingWatcher, SpanOwner
 from router.trace import RoutedLayer, RoutingTrace, to_batches
 from router.trace_file import TraceFacts, TraceFile, trace_schema
 from router.trace_reader import read_trace
@@ -32,7 +32,7 @@ REQUESTS = [
 ]
 
 
-class _Notes:
+class _Notes(RoutingWatcher):
     """The slow way: one entry a token and layer."""
 
     def __init__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,9 @@ from experts.trust_ledger import TrustIdentity, TrustLedger, ledger_path, read_l
 from experts.trust_reporter import TrustKeeper
 from extraction.manifest import ExpertKey
 from router.loading import EngineOptions, LoadedEngine
+from router.moe_block import MoeBlock
 from router.request import GenerationRequest, SamplingParams
+from router.step_routing import NativePolicy, SpanOwner, StepRouting
 from router.trust_collector import MAX_REQUESTS, TrustCollector
 from router.trust_session import TrustOptions, TrustSession, trust_identity
 from router.trust_signals import sampled_positions
@@ -230,3 +233,40 @@ def test_report_whose_answer_was_lost_counts_once(tiny_store: Path, tmp_path: Pa
     assert kept.num_tokens == session.book.view().num_tokens
     assert (kept.counts_ALE == session.book.view().counts_ALE).all()
     assert len(ASPECTS) == kept.counts_ALE.shape[0]
+
+
+def test_layers_that_it_does_not_look_at_are_computed_in_one_call(tiny_store: Path) -> None:
+    """Of a decode step one in turn is shown to it; of a prompt's pass all, for the positions whose NLL it asks for."""
+    loaded, collector, _ = _collected(tiny_store)
+    layers = sorted(loaded.config.moe_layers)
+    prompt, answer = (1, 2, 3, 4, 5), (6, 7)
+    request = GenerationRequest("q", prompt, SamplingParams(max_tokens=9))
+    assert collector.wanted_layers([SpanOwner(request, 0, len(prompt), prompt)]) is None
+    turns = []
+    for position in range(2 * len(layers)):
+        owner = SpanOwner(request, len(prompt) + position, 1, prompt + answer)
+        wanted = StepRouting((owner,), NativePolicy(), (collector,)).shown_layers()
+        assert wanted is not None
+        turns += wanted
+    assert sorted(turns) == sorted(layers * 2)
+
+
+def test_one_call_computes_a_layer_where_nobody_looks(
+    tiny_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, _, _ = _collected(tiny_store)
+    if loaded.engine.backbone.layers[0].native is None:
+        pytest.skip("needs our own products, which a C compiler makes")
+    shown: list[int] = []
+    whole = MoeBlock.forward
+
+    def forward(self: MoeBlock, *given: Any) -> torch.Tensor:
+        shown.append(self.layer)
+        return whole(self, *given)
+
+    monkeypatch.setattr(MoeBlock, "forward", forward)
+    request = GenerationRequest("q", (1, 2, 3), SamplingParams(max_tokens=7, temperature=0.0))
+    run_to_end(loaded.engine, [request])
+    layers = sorted(loaded.config.moe_layers)
+    assert shown[: len(layers)] == layers, "the prompt's"
+    assert len(shown) == len(layers) + 6, "one of each of the other steps"
