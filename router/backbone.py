@@ -167,7 +167,8 @@ class ForwardPass:
         be done until then, at least some. Raises ExpertError when an expert could not be computed; the cache
         positions of this pass are then undefined and may be computed again.
         """
-        if self._threads == torch.get_num_threads():
+        # Pieces between steps of streams are short: waiting for a second thread could take longer than they do.
+        if until_ns is not None or self._threads == torch.get_num_threads():
             self._advance(pool, until_ns)
         else:
             with computing_threads(self._threads):

@@ -282,7 +282,8 @@ class Engine:
                 return failed
         events = self._finish(step)
         if all(chunk.count == 1 for chunk in chunks):
-            self.pace.note_streams(time.perf_counter() - started)
+            is_beside = self._paused is not None
+            self.pace.note_streams(time.perf_counter() - started, len(chunks), is_beside=is_beside)
         return events
 
     def _compute_paused(self, step: StepPass, started: float, *, is_alone: bool) -> list[TokenEvent]:

@@ -26,6 +26,9 @@ FIRST_ROWS = 64
 CHOICES = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 REMEMBERED = 9
 """Times of which the median counts."""
+MOST_SLOWED = 2.0
+"""A stream's own part of a step beside a prompt takes longer than alone, since the caches have the prompt's. More than
+this is taken for streams that have grown since they were alone."""
 CONCAVITY = 0.7
 """Of a layer's time as a power of its rows, where only other numbers of rows have been timed."""
 
@@ -45,15 +48,22 @@ class Pace:
 
     def __init__(self, num_layers: int) -> None:
         self._num_layers = num_layers
-        self._stream_steps: deque[float] = deque(maxlen=REMEMBERED)
+        self._alone: dict[int, deque[float]] = {}
+        """By the size of the number of streams, what their steps took without a prompt's pass on its way."""
+        self._beside: dict[int, deque[float]] = {}
+        """The same with one."""
+        self._size = 0
+        """Of the number that ran last."""
         self._layers: dict[int, deque[float]] = {}
         """By a choice of rows, seconds of a layer."""
         self._halves: dict[Half, dict[int, deque[float]]] = {"attention": {}, "experts": {}}
         """The same of halves that did not pause in the middle."""
 
-    def note_streams(self, seconds: float) -> None:
-        """A step of running streams took so long, without any prompt."""
-        self._stream_steps.append(seconds)
+    def note_streams(self, seconds: float, num_streams: int = 1, *, is_beside: bool = False) -> None:
+        """A step of so many running streams took so long. is_beside: while a prompt's pass pauses."""
+        self._size = num_streams.bit_length()
+        steps = self._beside if is_beside else self._alone
+        steps.setdefault(self._size, deque(maxlen=REMEMBERED)).append(seconds)
 
     def note_layer(self, num_rows: int, seconds: float) -> None:
         """A layer took so long for a pass of so many rows."""
@@ -65,8 +75,12 @@ class Pace:
 
     @property
     def longest_s(self) -> float | None:
-        """What a step may take beside a prompt; None before any stream has run."""
-        return LONGEST_STEPS * statistics.median(self._stream_steps) if self._stream_steps else None
+        """What a step may take beside a prompt, by as many streams as ran last; None before any has run."""
+        alone_s, beside_s = _median_at(self._alone, self._size), _median_at(self._beside, self._size)
+        if alone_s is not None and beside_s is not None:
+            alone_s = max(alone_s, beside_s / MOST_SLOWED)
+        known_s = beside_s if alone_s is None else alone_s
+        return None if known_s is None else LONGEST_STEPS * known_s
 
     def layer_s(self, num_rows: int) -> float | None:
         """What a layer is expected to take; None where none was timed."""
@@ -107,6 +121,10 @@ class Pace:
         found = self.layer_s(num_rows)
         assert found is not None
         return max(found, 1e-9)
+
+
+def _median_at(steps: dict[int, deque[float]], size: int) -> float | None:
+    return statistics.median(steps[size]) if size in steps else None
 
 
 def _note(times: dict[int, deque[float]], num_rows: int, seconds: float) -> None:

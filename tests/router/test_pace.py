@@ -75,6 +75,24 @@ def test_pass_goes_on_while_half_a_layer_more_fits() -> None:
     assert not pace.may_go_on("attention", 64, 0.5 * STREAM_S)
 
 
+def test_steps_that_a_prompt_has_slowed_do_not_make_room_for_more_of_it() -> None:
+    pace = _pace(6, {64: STREAM_S})
+    for _ in range(20):
+        pace.note_streams(1.6 * STREAM_S, is_beside=True)
+    assert pace.longest_s == pytest.approx(LONGEST_STEPS * STREAM_S)
+
+
+def test_streams_that_have_grown_beside_prompts_leave_prompts_some_room() -> None:
+    pace = _pace(6, {64: STREAM_S})
+    for _ in range(20):
+        pace.note_streams(10 * STREAM_S, 16, is_beside=True)
+    longest_s = pace.longest_s
+    assert longest_s is not None and longest_s >= LONGEST_STEPS * 10 * STREAM_S / 2
+    for _ in range(20):
+        pace.note_streams(8 * STREAM_S, 16)
+    assert pace.longest_s == pytest.approx(LONGEST_STEPS * 8 * STREAM_S)
+
+
 def test_single_outlier_changes_nothing() -> None:
     pace = Pace(6)
     for seconds in (1.0, 1.0, 50.0, 1.0, 1.0):
