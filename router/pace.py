@@ -18,7 +18,7 @@ from functools import cache
 
 from router.step_batch import Half
 
-LONGEST_STEPS = 2.5
+LONGEST_STEPS = 2.25
 """What a step may take beside a prompt, in steps of the streams alone. Below the three that users are promised, for
 what takes longer than before, and for what is begun just before time is up."""
 FIRST_ROWS = 64

@@ -34,14 +34,14 @@ def test_halves_that_pause_in_the_middle_take_full_chunks_whatever_they_cost() -
 
 
 def test_many_layers_that_each_fit_take_full_chunks() -> None:
-    """As a deep model at full width: a layer of 512 rows takes half a step of its streams."""
-    pace = _pace(48, {1: STREAM_S / 48, 512: STREAM_S / 2})
+    """As a deep model at full width: a layer of 512 rows takes a part of a step of its streams."""
+    pace = _pace(48, {1: STREAM_S / 48, 512: STREAM_S / 5})
     assert pace.bounds(MOST).paused == 512
     assert pace.bounds(300).paused == 300
 
 
 def test_layers_that_take_longer_than_a_step_may_have_fewer_rows() -> None:
-    pace = _pace(6, {32: 0.4 * STREAM_S, 128: 1.4 * STREAM_S, 512: 5 * STREAM_S})
+    pace = _pace(6, {32: 0.4 * STREAM_S, 128: 1.2 * STREAM_S, 512: 5 * STREAM_S})
     assert pace.bounds(MOST).paused == 128
 
 
