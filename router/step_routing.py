@@ -100,6 +100,7 @@ class RoutingWatcher(Protocol):
 
     def watch_choices(self, owners: Sequence[SpanOwner], layer: int, routing: Routing) -> None:
         """How the rows of a layer that it is not shown were routed: as the checkpoint says. It may keep it."""
+        return
 
     def watch(
         self,
