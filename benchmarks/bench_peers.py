@@ -77,10 +77,8 @@ def single_measures(context: int, prefills: Sequence[int] = PREFILLS) -> list[Me
     return [decode, *(_prefill(length) for length in lengths)]
 
 
-def stream_measures(counts: Sequence[int]) -> list[Measure]:
-    return [
-        Measure(f"{count} streams", count, STREAM_PROMPT, STREAM_TOKENS, _read_streams) for count in counts
-    ]
+def stream_measures(counts: Sequence[int], new_tokens: int = STREAM_TOKENS) -> list[Measure]:
+    return [Measure(f"{count} streams", count, STREAM_PROMPT, new_tokens, _read_streams) for count in counts]
 
 
 def _prefill(length: int) -> Measure:
@@ -226,7 +224,7 @@ def measure_part(
             measures = (
                 single_measures(model.context, options.prefills)
                 if options.part == "single"
-                else stream_measures(options.streams)
+                else stream_measures(options.streams, options.stream_tokens)
             )
             rounds = run_rounds(contenders, model, measures, options.rounds, options.seconds)
             results = rounds.summary(RATIOS[options.set])
@@ -272,7 +270,7 @@ def main() -> None:
         "rounds": options.rounds,
         "threads": num_threads,
         "decode": {"prompt": DECODE_PROMPT, "tokens": DECODE_TOKENS},
-        "streams": {"prompt": STREAM_PROMPT, "tokens": STREAM_TOKENS},
+        "streams": {"prompt": STREAM_PROMPT, "tokens": options.stream_tokens},
         "contenders": facts,
     }
     label = f"_{options.label}" if options.label else ""
@@ -291,6 +289,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--part", choices=("agree", "single", "streams"), default="single")
     parser.add_argument("--contenders", nargs="+", help="of the set; default: all of it")
     parser.add_argument("--streams", type=int, nargs="+", default=list(STREAMS))
+    parser.add_argument("--stream-tokens", type=int, default=STREAM_TOKENS, help="of each stream's answer")
     parser.add_argument("--prefills", type=int, nargs="*", default=list(PREFILLS), help="lengths of prompts")
     parser.add_argument("--rounds", type=int, default=5, help="counted ones, at least 2")
     parser.add_argument(
@@ -302,7 +301,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--keep", action="store_true", help="keep the result under benchmarks/results")
     options = parser.parse_args()
     unknown = set(options.contenders or ()) - set(SETS[options.set])
-    if unknown or options.rounds < 2 or options.layers < 1 or min(options.streams) < 1:
+    if (
+        unknown
+        or options.rounds < 2
+        or options.layers < 1
+        or min(*options.streams, options.stream_tokens) < 1
+    ):
         parser.error(f"unknown contenders {sorted(unknown)}, or too few rounds, layers or streams")
     return options
 

@@ -372,8 +372,8 @@ class ServiceUnreachable(GatewayError):
 
     def __str__(self) -> str:
         return (
-            f"no service answers at {self.url} ({self.reason}): start one with `sage-moe serve STORE`, or name where "
-            "it is with --url"
+            f"no service answers at {self.url} ({self.reason}): start one with `sage-moe serve STORE`, or say where "
+            "it is: http://HOST:PORT"
         )
 
 
