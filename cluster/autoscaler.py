@@ -202,7 +202,12 @@ class _Look:
         node_id = self._rooms.best(group)
         if node_id is None:
             return
-        for giver, why in self._givers(node_id):
+        givers = self._givers(node_id) if self._rooms.can_shrink(node_id) else []
+        leasts = {giver.name: self._views[giver.group].load.least_bytes for giver, _ in givers}
+        excess = sum(max(0, self._rooms.taken_by(giver) - leasts[giver.name]) for giver, _ in givers)
+        if self._views[group].count and self._rooms.free(node_id) + excess < self._least(group):
+            return  # it would not do, and what was given would be taken back
+        for giver, why in givers:
             self._take_from(giver, self._views[giver.group].load.least_bytes, group, self._size(group), why)
         if self._views[group].count == 0:
             for actor in list(self._actors.values()):

@@ -84,7 +84,12 @@ def check_not_joined(head: str, node_ip: str | None, found: Sequence[LocalRay]) 
     own = own_addresses() if node_ip is None else {node_ip}
     for node in found:
         if node.node_ip in own and _is_same(head, node.head):
-            mend = "end the other `sage-moe join` with Ctrl-C or `ray stop`, or join from another machine"
+            is_head = split_host_port(node.head)[0] == node.node_ip
+            mend = (
+                "it is the head and takes part already; run this on the other machines"
+                if is_head
+                else "end the other `sage-moe join` with Ctrl-C or `ray stop`, or join from another machine"
+            )
             raise ClusterRefused(f"this machine is a node of {head} already, as {node.node_ip}", mend)
 
 

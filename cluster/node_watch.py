@@ -109,6 +109,8 @@ class NodeWatch:
         return facts_of(reports[0], self._placing.rules) if reports else "it left before it answered"
 
     def _decide(self, usable: frozenset[str], plan: ServicePlan) -> PlanChange | None:
+        if not usable:
+            return None  # whoever told that has not seen this machine, either
         router = self._planned.router_node
         # The routers' own machine is there for as long as anybody looks: not trusted, it is one without room.
         here = self._facts[router] if router in usable else replace(self._facts[router], room_bytes=0)

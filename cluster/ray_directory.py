@@ -82,15 +82,15 @@ class RayDirectory:
 
     def table(self, component: str, layer: int) -> ExpertTable | None:
         """See RemoteDirectory.table."""
-        return None
+        return self.remote.table(component, layer)
 
     def note_use(self, table: ExpertTable, used: Sequence[int], num_rows: int) -> None:
-        """Never called: there is no table."""
-        raise AssertionError("there is no table")
+        """See RemoteDirectory.note_use."""
+        self.remote.note_use(table, used, num_rows)
 
     def load_more(self) -> bool:
-        """See ExpertDirectory.load_more: the expert actors have read what is theirs."""
-        return False
+        """See RemoteDirectory.load_more."""
+        return self.remote.load_more()
 
     def resident(self, component: str, layer: int) -> frozenset[int]:
         """See ExpertDirectory.resident."""

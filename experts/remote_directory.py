@@ -177,15 +177,17 @@ class RemoteDirectory:
         """Does nothing: a hint would take a round trip of its own, about as long as the next call is away."""
 
     def table(self, component: str, layer: int) -> ExpertTable | None:
-        """None: who has which expert changes."""
-        return None
+        """While no actor is known; else None, since who has which expert changes."""
+        return None if self._links.view.owners else self._local.table(component, layer)
 
     def note_use(self, table: ExpertTable, used: Sequence[int], num_rows: int) -> None:
-        """Never called: there is no table."""
-        raise AssertionError("there is no table")
+        self._local.note_use(table, used, num_rows)
+        with self._counting:
+            self._local_rows += num_rows
 
     def load_more(self) -> bool:
-        """See ExpertDirectory.load_more: what others have is read here only where they are lost."""
+        """See ExpertDirectory.load_more: actors may come at any time, and what they have is read here only where they
+        are lost."""
         return False
 
     def resident(self, component: str, layer: int) -> frozenset[int]:

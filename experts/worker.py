@@ -7,9 +7,10 @@ while the others are read. The bits are the same in any case, since an expert's 
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Collection, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
@@ -31,6 +32,8 @@ from experts.store import ExpertStore
 from extraction.manifest import ExpertKey
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -105,6 +108,9 @@ class ExpertWorker:
         self._steps: dict[tuple[str, int], int] = {}
         self._now = 0
         self._lock = threading.Lock()
+        self._keys_of: dict[tuple[str, int], list[ExpertKey]] = {}
+        for key in self._keys:
+            self._keys_of.setdefault((key.component, key.layer), []).append(key)
         self._unread = iter(self._keys)
         """What is left to be looked at by `load_more`."""
         self._tables: dict[tuple[str, int], ExpertTable] = {}
@@ -194,7 +200,7 @@ class ExpertWorker:
             self.cache.note_hits(len(used))
 
     def _make_table(self, at: tuple[str, int]) -> ExpertTable | None:
-        keys = [key for key in self._keys if (key.component, key.layer) == at]
+        keys = self._keys_of.get(at, [])
         weights = self.cache.for_good(keys)
         if weights is None or [key.expert for key in keys] != list(range(len(keys))):
             return None
@@ -243,9 +249,14 @@ class ExpertWorker:
         """
         with self._lock:
             for key in self._unread:
-                with suppress(ExpertError):
+                try:
                     if self.cache.read_ahead(key, self._now):
                         return True
+                except ExpertError:
+                    continue
+                except (OSError, MemoryError) as error:
+                    logger.warning("no further experts are read before they are asked for: %s", error)
+                    return False
         return False
 
     def close(self) -> None:

@@ -373,7 +373,7 @@ class ServiceUnreachable(GatewayError):
     def __str__(self) -> str:
         return (
             f"no service answers at {self.url} ({self.reason}): start one with `sage-moe serve STORE`, or say where "
-            "it is: http://HOST:PORT"
+            "it is: `sage-moe status URL`"
         )
 
 

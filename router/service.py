@@ -54,11 +54,14 @@ class Outbox:
         """Whether a request's first event or its last is among them."""
         self.open_requests: set[str] = set()
         self._begun: set[str] = set()
+        self._hurried: set[str] = set()
+        """Requests whose first event or last is pending."""
 
     def add(self, event: TokenEvent) -> None:
         name, is_last = event.request_id, event.finish_reason is not None
         if is_last or name not in self._begun:
             self.urgent.set()
+            self._hurried.add(name)
             self._begun.add(name)
         if is_last:
             self._begun.discard(name)
@@ -70,8 +73,15 @@ class Outbox:
         """What is there, once."""
         self.filled.clear()
         self.urgent.clear()
+        self._hurried.clear()
         events, self.pending = tuple(self.pending.values()), {}
         return events
+
+    def take_urgent(self) -> tuple[TokenEvent, ...]:
+        """What does not wait; the others stay."""
+        self.urgent.clear()
+        hurried, self._hurried = self._hurried, set()
+        return tuple(self.pending.pop(name) for name in hurried)
 
 
 class RouterService:
@@ -126,10 +136,14 @@ class RouterService:
         self._outboxes[gateway] = outbox = Outbox()
         try:
             yield ()  # tells the gateway that its stream stands
-            while await _is_filled(outbox.filled, STREAM_IDLE_S) or outbox.open_requests:
+            # A last event may have come just when the wait for it was over.
+            while await _is_filled(outbox.filled, STREAM_IDLE_S) or outbox.open_requests or outbox.pending:
                 if events := outbox.take():
                     yield events
-                    await _is_filled(outbox.urgent, send_interval_s(len(outbox.open_requests)))
+                    next_s = self._loop.time() + send_interval_s(len(outbox.open_requests))
+                    while (left_s := next_s - self._loop.time()) > 0.0:
+                        if await _is_filled(outbox.urgent, left_s):
+                            yield outbox.take_urgent()
         finally:
             if outbox.open_requests:
                 logger.info("gateway %s left; cancelling its %d requests", gateway, len(outbox.open_requests))

@@ -104,6 +104,10 @@ def placement_lines(placed: Placed) -> list[str]:
     lines = [f"Expected use of experts: {one_line(placed.demand_source)}"]
     for node_id, why in placed.refused.items():
         lines.append(f"note: {one_line(placed.names.get(node_id, node_id))} holds nothing: {one_line(why)}")
+    if not placed.plan.groups and len(topology.nodes) > 1:
+        lines.append(
+            "note: all experts stay with the routers: messages would take longer than other machines save"
+        )
     own_class = topology.node(topology.router_node).numerics_class
     for node in topology.nodes:
         if node.numerics_class not in ("", own_class):

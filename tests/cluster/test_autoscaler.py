@@ -400,3 +400,12 @@ def test_single_machine_takes_no_actor_beyond_its_room() -> None:
         assert service.look(_load(0, busy=0.9), _load(1), nodes=nodes, can_add_machines=False) == []
     tiny = (NodeLoad("only", EXPERT_BYTES - 1),)
     assert _Service(_plan()).look(_load(0), _load(1), nodes=tiny, can_add_machines=False) == []
+
+
+def test_what_would_not_do_is_not_taken_from_a_spare_and_given_back() -> None:
+    """A quarter of the busy group finds no room beside the spare, however small the spare is made."""
+    service = _Service(_plan(_actor(0, "big"), _actor(1, "big"), _actor(1, "small", 300, "spare")))
+    nodes = (NodeLoad("big", 2000), NodeLoad("small", 300))
+    loads = (_load(0, busy=2.5), replace(_load(1), fallback_s=10.0))
+    looks = [service.look(*loads, nodes=nodes, can_add_machines=False, after_s=2.0) for _ in range(12)]
+    assert not any(decision.kind in ("shrink", "grow") for look in looks for decision in look)

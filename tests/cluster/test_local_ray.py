@@ -64,6 +64,14 @@ def test_machine_joins_a_cluster_once_under_each_of_its_addresses() -> None:
     )  # seen from another machine's network, though its processes are seen
 
 
+def test_head_is_not_told_to_stop_the_cluster() -> None:
+    own = sorted(own_addresses())[0]
+    with pytest.raises(
+        ClusterRefused, match="it is the head and takes part already; run this on the other machines"
+    ):
+        check_not_joined(f"{own}:6379", None, [LocalRay(f"{own}:6379", own)])
+
+
 def test_cluster_is_alone_where_head_and_nodes_are_on_loopback() -> None:
     assert is_alone(OTHER, [ONE, OTHER])
     assert not is_alone(ONE, [ONE, OTHER])

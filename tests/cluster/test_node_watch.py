@@ -171,3 +171,8 @@ def test_group_that_the_load_has_left_without_an_actor_gets_none_when_its_machin
     assert change is not None
     assert len(change.plan.actors) == 1 + num_waiting
     assert {group.home for group in change.plan.groups} == {"b", None}
+
+
+def test_nodes_of_which_none_is_told_change_nothing() -> None:
+    """Not even this machine is among them: who was asked could not answer."""
+    assert _look(NodeWatch(PLACING, PLACING.topology, _Machines())) is None

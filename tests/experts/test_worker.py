@@ -200,6 +200,21 @@ def test_expert_that_cannot_be_read_ahead_is_left_to_who_asks_for_it(
     worker.compute(ExpertCall("model", 0, (3,), (1,), (0,), torch.zeros(1, WIDTH)))
 
 
+def test_reading_ahead_ends_where_there_is_no_memory(
+    store: WatchedStore, kernel: RowKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = _worker(store, kernel)
+
+    def full(*given: object, **more: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(worker.cache._pool, "take", full)
+        assert not worker.load_more()
+    call = _call(random.Random(4))
+    assert torch.equal(worker.compute(call), _reference(store, kernel, call))
+
+
 def test_failed_load_leaves_the_books_right(store: WatchedStore, kernel: RowKernel) -> None:
     budget = 4 * EXPERT_BYTES
     worker = _worker(store, kernel, budget)

@@ -116,6 +116,40 @@ def test_first_and_last_event_of_a_request_are_urgent_and_no_others() -> None:
     asyncio.run(run())
 
 
+def test_urgent_events_leave_the_others_where_they_are() -> None:
+    async def run() -> None:
+        outbox = service_module.Outbox()
+        for name, ids in (("a", (1,)), ("b", (2,))):
+            outbox.add(TokenEvent(name, ids))
+        outbox.take()
+        outbox.add(TokenEvent("a", (3,)))
+        outbox.add(TokenEvent("b", (4,), "stop"))
+        assert [(event.request_id, event.token_ids) for event in outbox.take_urgent()] == [("b", (4,))]
+        assert [(event.request_id, event.token_ids) for event in outbox.take()] == [("a", (3,))]
+        assert not outbox.take_urgent()
+
+    asyncio.run(run())
+
+
+def test_last_event_that_comes_as_the_wait_for_it_ends_is_sent(
+    loaded: LoadedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(service: RouterService, engine: GatedEngine) -> None:
+        stream = await _open(service, "g")
+        outbox = service._outboxes["g"]
+
+        async def over_just_then(event: asyncio.Event, timeout_s: float) -> bool:
+            if not event.is_set():
+                outbox.add(TokenEvent("late", (7,), "stop"))
+            return False
+
+        monkeypatch.setattr(service_module, "_is_filled", over_just_then)
+        assert [event.token_ids for event in await anext(stream)] == [(7,)]
+        await stream.aclose()
+
+    _play(loaded, scenario)
+
+
 def test_more_requests_get_their_events_less_often_down_to_ten_times_a_second() -> None:
     intervals = [service_module.send_interval_s(number) for number in (0, 1, 5, 20, 50, 512)]
     assert intervals == pytest.approx([0.01, 0.01, 0.01, 0.04, 0.1, 0.1])
