@@ -153,6 +153,10 @@ def gated_matrices(gate_up_FD: NativeMatrix, down_DF: NativeMatrix) -> GatedMatr
     """Raises ValueError where the two do not fit each other."""
     if gate_up_FD.outputs != 2 * down_DF.inputs:
         raise ValueError(f"{gate_up_FD.outputs} gate and up outputs do not fit {down_DF.inputs} inputs")
+    if gate_up_FD.weights.dtype != down_DF.weights.dtype:
+        raise ValueError(
+            f"gate and up of {gate_up_FD.weights.dtype} do not fit down of {down_DF.weights.dtype}"
+        )
     return GatedMatrices(
         gate_up_FD.form + down_DF.form, gate_up_FD.pointers + down_DF.pointers, (gate_up_FD, down_DF)
     )

@@ -74,7 +74,11 @@ class LayerArithmetic:
     def threads_for(self, num_rows: int) -> int:
         """Changes speed only."""
         usual = torch.get_num_threads()
-        return max(usual, self.prompt_threads) if num_rows >= MANY_ROWS else usual
+        if (
+            num_rows < MANY_ROWS or not self._is_native
+        ):  # a library's products are proven with the usual number
+            return usual
+        return max(usual, self.prompt_threads)
 
     def is_divisible(self, layer: Layer, half: Half) -> bool:
         """Whether it can pause in the middle; `experts` only where rows are routed as the checkpoint says."""

@@ -289,7 +289,7 @@ class Engine:
     def _compute_paused(self, step: StepPass, started: float, *, is_alone: bool) -> list[TokenEvent]:
         """As much of a pass that pauses as running streams can wait for, at least some; all of it where nobody waits.
         started: when the engine's step began."""
-        until_s = started + (self.pace.longest_s or 0.0)
+        until_s = max(started + (self.pace.longest_s or 0.0), time.perf_counter() + self.pace.least_s)
         while not step.forward.is_done:
             until_ns = None if is_alone else _monotonic_ns(until_s)
             if failed := self._advance_pass(step, until_ns):

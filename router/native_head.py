@@ -15,7 +15,7 @@ from torch import Tensor
 from experts.native_products import LEVELS, library_for
 from experts.packed_matrix import Weight
 from router.native_attention import expect
-from router.native_layer import LinearStructure, native_matrix
+from router.native_layer import LinearStructure, expect_rows_of, native_matrix
 
 
 class NativeHead:
@@ -43,6 +43,7 @@ class NativeHead:
         matrix, dtype = self._matrix, self._norm_D.dtype
         expect(hidden_LD, (num_rows, matrix.inputs), dtype)
         expect(self._norm_D, (width,), dtype)
+        expect_rows_of(matrix, dtype)
         logits_LV = torch.empty(num_rows, matrix.outputs)
         best = array("q", bytes(8 * num_rows))
         found = library_for(self._level)

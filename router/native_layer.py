@@ -134,6 +134,8 @@ class NativeLayer:
         qkv, output, gate = natives
         if qkv is None or output is None or gate is None:
             return None
+        for matrix in (qkv, output, gate):
+            expect_rows_of(matrix, dtype)
         shapes = [(matrix.outputs, matrix.inputs) for matrix in (qkv, output, gate)]
         expected = (
             (config.q_width + 2 * config.kv_width, width),
@@ -164,6 +166,12 @@ class NativeLayer:
         self._table = table
         self.structure.gate_up, self.structure.down = _Form(*table.forms[:4]), _Form(*table.forms[4:])
         self.structure.experts = table.addresses.buffer_info()[0]
+
+
+def expect_rows_of(matrix: NativeMatrix, dtype: torch.dtype) -> None:
+    """Raises ValueError where a matrix of floats is not multiplied with rows of that dtype."""
+    if matrix.weights.dtype.is_floating_point and matrix.weights.dtype != dtype:
+        raise ValueError(f"a matrix of {matrix.weights.dtype} for rows of {dtype}")
 
 
 def native_matrix(weight: Weight) -> NativeMatrix | None:

@@ -21,6 +21,8 @@ from router.step_batch import Half
 LONGEST_STEPS = 2.25
 """What a step may take beside a prompt, in steps of the streams alone. Below the three that users are promised, for
 what takes longer than before, and for what is begun just before time is up."""
+LEAST_STEPS = 0.25
+"""What a pass that pauses gets of every step all the same, where prompts that cannot pause have taken the step."""
 FIRST_ROWS = 64
 """Rows of a prompt's pass while nothing is known of this machine."""
 CHOICES = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
@@ -78,9 +80,15 @@ class Pace:
         """What a step may take beside a prompt, by as many streams as ran last; None before any has run."""
         alone_s, beside_s = _median_at(self._alone, self._size), _median_at(self._beside, self._size)
         if alone_s is not None and beside_s is not None:
-            alone_s = max(alone_s, beside_s / MOST_SLOWED)
+            alone_s = min(max(alone_s, beside_s / MOST_SLOWED), beside_s)
         known_s = beside_s if alone_s is None else alone_s
         return None if known_s is None else LONGEST_STEPS * known_s
+
+    @property
+    def least_s(self) -> float:
+        """What a pass that pauses gets of every step, however long the step's other rows took: with less, prompts that
+        follow each other and cannot pause would keep it from its end."""
+        return LEAST_STEPS / LONGEST_STEPS * (self.longest_s or 0.0)
 
     def layer_s(self, num_rows: int) -> float | None:
         """What a layer is expected to take; None where none was timed."""

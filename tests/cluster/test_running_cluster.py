@@ -59,7 +59,7 @@ def test_stranger_s_calls_are_refused_by_the_joined_cluster(cluster: RunningClus
     assert (facts.without_token, facts.with_token) == (Answer.REFUSED, Answer.REFUSED)
     joining = cluster.run("join", cluster.head, RAY_AUTH_TOKEN="wrong")
     assert joining.returncode == 1
-    assert joining.stderr.startswith("error: the token of RAY_AUTH_TOKEN is not the cluster's: copy ")
+    assert "the token of RAY_AUTH_TOKEN is not the cluster's: copy " in joining.stderr
     assert joining.stderr.count("\n") == 1
 
 

@@ -93,6 +93,22 @@ def test_streams_that_have_grown_beside_prompts_leave_prompts_some_room() -> Non
     assert pace.longest_s == pytest.approx(LONGEST_STEPS * 8 * STREAM_S)
 
 
+def test_streams_that_have_become_faster_beside_prompts_wait_no_longer_for_them() -> None:
+    """A step beside a prompt is not faster than the same one alone."""
+    pace = Pace(6)
+    for _ in range(9):
+        pace.note_streams(10 * STREAM_S)
+        pace.note_streams(STREAM_S, is_beside=True)
+    assert pace.longest_s == pytest.approx(LONGEST_STEPS * STREAM_S)
+
+
+def test_pass_gets_a_part_of_every_step_whatever_else_the_step_took() -> None:
+    pace = Pace(6)
+    assert pace.least_s == 0.0, "nobody has run"
+    pace.note_streams(STREAM_S)
+    assert pace.least_s == pytest.approx(STREAM_S / 4)
+
+
 def test_single_outlier_changes_nothing() -> None:
     pace = Pace(6)
     for seconds in (1.0, 1.0, 50.0, 1.0, 1.0):
