@@ -83,8 +83,8 @@ bench-peers: setup
 	  $(PEERS) --model stories --part $$part || exit 1; \
 	  $(PEERS) --model qwen3_moe --vocab-size 4096 --part $$part $(THREE) || exit 1; \
 	  $(PEERS) --model olmoe --part $$part $(THREE) || exit 1; done
-	$(PEERS) --model qwen3_moe --set quantised --part single --prefills 512
-	$(PEERS) --model stories --set served --part streams --streams 1 16
+	$(PEERS) --model qwen3_moe --vocab-size 4096 --set quantised --part single --prefills 512
+	$(PEERS) --model stories --set served --part streams --streams 1 4 16 --stream-tokens 128
 	$(ROOFLINE)
 	SAGE_MOE_PRODUCTS=torch $(ROOFLINE) --label torch
 	$(ROOFLINE) --model stories
