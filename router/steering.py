@@ -30,10 +30,7 @@ from router.scoring import (
 from router.signal_memory import MemorySpan, RecallIndex, SignalMemory
 from router.snarc import Signals, Sketch, arousal, conflict, novelty, surprise
 from router.steering_plan import PLAIN, RowGroup, SteeredRequest, SteeredSpan, SteeringPlan, plan_steering
-from router.step_routing import GateOutput, SpanOwner
-
-MAX_UNDER_WAY = 4
-"""Steered steps that have begun and not ended: one that pauses, and those that failed."""
+from router.step_routing import MAX_UNDER_WAY, GateOutput, SpanOwner
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,9 @@ from router.request import GenerationRequest
 from router.routing_choice import RoutingReport
 from router.scoring import Routing, route_native
 
+MAX_UNDER_WAY = 4
+"""Steps that have begun and not ended, of which something is kept: a prompt's that pauses, and those that failed."""
+
 
 @dataclass(frozen=True)
 class SpanOwner:

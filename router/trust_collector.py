@@ -31,7 +31,7 @@ from experts.trust import (
 from experts.trust_book import TrustBook
 from router.dispatch import Dispatch
 from router.scoring import ABSENT, Routing
-from router.step_routing import GateOutput, RoutingWatcher, SpanOwner, View
+from router.step_routing import MAX_UNDER_WAY, GateOutput, RoutingWatcher, SpanOwner, View
 from router.trust_signals import (
     consistency,
     contribution_shares,
@@ -48,8 +48,6 @@ TOKENS_A_FLUSH = 256
 """How often observations reach the book, in tokens."""
 MAX_REQUESTS = 512
 """Requests, running or ended, whose experts are remembered for a reward; the longest unused goes first."""
-MAX_UNDER_WAY = 4
-"""Passes that have begun and not ended: a prompt's that pauses, and those that failed."""
 REWARD_WEIGHT = 8.0
 """Observations that a reward counts as, in each layer, shared out among the experts that served the request."""
 
