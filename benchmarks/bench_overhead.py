@@ -31,7 +31,7 @@ from experts.store import ExpertStore
 from gateway.stores.source import resolve_store
 from router.decoder_layer import LayerArithmetic
 from router.loading import EngineOptions, LoadedEngine, load_engine
-from router.native_layer import NativeStep
+from router.native_step import NativeStep
 from router.request import GenerationRequest, SamplingParams
 
 PROMPT_TOKENS = 64
@@ -75,11 +75,11 @@ class Clock:
 
     def attended(self, step: NativeStep) -> None:
         """See `router.decoder_layer.LayerClock`. What tells of the phases takes time that is not taken off."""
-        self.seconds += sum(step.phase_s.values())
+        self.seconds += sum(step.attention_s.values())
 
     def mixed(self, layer: int, step: NativeStep) -> None:
         """See `router.decoder_layer.LayerClock`."""
-        self.seconds += sum(s for phase, s in step.phase_s.items() if phase not in OVERHEAD_PHASES)
+        self.seconds += sum(s for phase, s in step.experts_s.items() if phase not in OVERHEAD_PHASES)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from experts.directory import ExpertDirectory
 from router.backbone import ForwardPass
 from router.loading import LoadedEngine
 from router.moe_block import MoeBlock
-from router.native_layer import NativeStep
+from router.native_step import NativeStep
 from router.step_batch import Span, StepBatch
 from router.step_routing import NATIVE, StepRouting
 
@@ -119,7 +119,7 @@ class StepWatch:
     def mixed(self, layer: int, step: NativeStep) -> None:
         """See `LayerClock`."""
         self._record.experts[layer] = dict(sorted(Counter(step.chosen).items()))
-        spent = step.phase_s
+        spent = step.experts_s
         self.clocks.gate += sum(spent[phase] for phase in ("norm", "gate", "route", "sort"))
         self.clocks.experts += spent["gate_up"] + spent["down"]
         self.clocks.combine += spent["combine"]

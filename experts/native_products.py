@@ -51,6 +51,7 @@ _ARGUMENTS: tuple[list[Any], ...] = (
     [*[_POINTER] * 8, *_RUN],
     [*[_INT] * 2, _POINTER, *[_INT64] * 2, _POINTER, _FLOAT, *[_POINTER] * 3, *_RUN],
     [_POINTER, _INT64, *_RUN],
+    [*[_POINTER] * 2, _INT64, *[_POINTER] * 7, *_RUN],
 )
 """Of the library's functions that return a code; the C source says what they are."""
 _BEGINNING: tuple[list[Any], ...] = (
@@ -98,12 +99,13 @@ class Library:
     route: Callable[..., int]
     """Of `router.native_routing`."""
     attention_half: Callable[..., int]
-    """Of `router.native_layer`, as is `experts_half`."""
+    """Of `router.native_step`, as is `experts_half`."""
     experts_half: Callable[..., int]
     head: Callable[..., int]
     """Of `router.native_head`."""
     run_half: Callable[..., int]
-    """Of `router.native_layer`, as are the next three."""
+    """Of `router.native_step`, as are the next four."""
+    run_layers: Callable[..., int]
     begin_attention: Callable[..., int | None]
     begin_experts: Callable[..., int | None]
     end_half: Callable[..., None]
@@ -303,6 +305,7 @@ def library() -> Library | None:
         functions = (
             *(loaded.sage_multiply, loaded.sage_attend, loaded.sage_norm, loaded.sage_route),
             *(loaded.sage_attention_half, loaded.sage_experts_half, loaded.sage_head, loaded.sage_run_half),
+            loaded.sage_run_layers,
         )
         beginning = loaded.sage_begin_attention, loaded.sage_begin_experts
         end_half = loaded.sage_end_half

@@ -18,6 +18,7 @@ from experts.packed_matrix import linear
 from experts.store import ExpertStore
 from router.decoder_layer import LayerArithmetic
 from router.kv_cache import KvPool
+from router.layer_run import LayerRun, compute_run, find_run
 from router.linears import FLOAT, LinearForms
 from router.model_config import ModelConfig
 from router.native_head import NativeHead
@@ -142,6 +143,11 @@ class ForwardPass:
         self._threads = backbone.arithmetic.threads_for(batch.num_tokens)
 
     @property
+    def num_done(self) -> int:
+        """Layers that are complete."""
+        return self._num_done
+
+    @property
     def is_done(self) -> bool:
         return self._num_done == len(self._backbone.layers)
 
@@ -161,7 +167,8 @@ class ForwardPass:
 
     @torch.inference_mode()
     def advance(self, pool: KvPool, until_ns: int | None = None) -> None:
-        """Compute a layer, or the rest of one: reads and extends the KV cache of the batch's sequences.
+        """Compute a layer, or the rest of one, or some that nobody looks into: reads and extends the KV cache of the
+        batch's sequences.
 
         until_ns: monotonic clock; then one half at most is computed, and of one that can pause in the middle what can
         be done until then, at least some. Raises ExpertError when an expert could not be computed; the cache
@@ -175,6 +182,10 @@ class ForwardPass:
                 self._advance(pool, until_ns)
 
     def _advance(self, pool: KvPool, until_ns: int | None) -> None:
+        run = self._find_run() if until_ns is None else None
+        if run is not None:
+            self._compute_run(run, pool)
+            return
         backbone, index = self._backbone, self._num_done
         layer, arithmetic = backbone.layers[index], backbone.arithmetic
         if self.next_half == "attention":
@@ -188,6 +199,23 @@ class ForwardPass:
         self._note("experts", started, found_PD)
         if found_PD is not None:
             self._end_layer()
+
+    def _find_run(self) -> LayerRun | None:
+        """None where a layer has begun, or somebody wants to see each one's rows."""
+        backbone = self._backbone
+        if self.is_in_layer or backbone.prefetcher is not None:
+            return None
+        return find_run(self._num_done, backbone.layers, self._inputs)
+
+    def _compute_run(self, run: LayerRun, pool: KvPool) -> None:
+        backbone = self._backbone
+        output = compute_run(run, self._hidden_PD, self._inputs, pool, backbone.arithmetic.clock)
+        self._hidden_PD = output.hidden_TD
+        self._phases["attention"] += output.attention_s
+        self._phases["experts"] += output.experts_s
+        backbone.progressed_at = time.monotonic()
+        self._num_done += len(run.layers) - 1
+        self._end_layer()
 
     def _note(self, half: Half, started: float, found_PD: Tensor | None) -> None:
         self._phases[half] += time.perf_counter() - started

@@ -22,7 +22,7 @@ from router.device_norm import norm_on_device
 from router.kv_cache import KvPool
 from router.model_config import ModelConfig
 from router.native_attention import NO_NORMS, HeadNorms, Places, attend_in_cache, norm_rows
-from router.native_layer import NativeStep
+from router.native_step import NativeStep
 from router.rope import RotaryEmbedding, rotate
 from router.step_batch import AttentionGroup, CacheSlots, Half, StepBatch
 from router.step_routing import EVERYTHING, View
@@ -53,11 +53,13 @@ class StepInputs:
 
 
 class LayerClock(Protocol):
-    """Is told of every half of a layer that was computed in one call, with the time that its phases took."""
+    """Is told of every half of a layer that was computed by our own calls, with the time that its phases took."""
 
-    def attended(self, step: NativeStep) -> None: ...
+    def attended(self, step: NativeStep) -> None:
+        """See `NativeStep.attention_s`."""
 
-    def mixed(self, layer: int, step: NativeStep) -> None: ...
+    def mixed(self, layer: int, step: NativeStep) -> None:
+        """See `NativeStep.experts_s`."""
 
 
 class LayerArithmetic:

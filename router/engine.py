@@ -249,10 +249,10 @@ class Engine:
         return begin_pass(self.backbone, self.allocator, members, self.policy, self.watchers, self.probe)
 
     def _advance_pass(self, step: StepPass, until_ns: int | None = None) -> list[TokenEvent]:
-        """One more layer, or until then some of its next half; see `ForwardPass.advance`. Where that fails, returns the
-        ends of the pass's requests."""
+        """One more layer, or several, or until then some of the next half; see `ForwardPass.advance`. Where that fails,
+        returns the ends of the pass's requests."""
         directory, forward = self.backbone.directory, step.forward
-        foreign_rows = directory.foreign_rows
+        foreign_rows, num_done = directory.foreign_rows, forward.num_done
         half = None if forward.is_in_half or until_ns is None else forward.next_half
         started = time.perf_counter()
         try:
@@ -268,7 +268,7 @@ class Engine:
         if half is not None and not forward.is_in_half:
             self.pace.note_half(half, step.num_tokens, seconds)
         if not forward.is_in_layer:
-            self.pace.note_layer(step.num_tokens, step.layer_s)
+            self.pace.note_layer(step.num_tokens, step.layer_s / (forward.num_done - num_done))
             step.layer_s = 0.0
         step.is_mixed = step.is_mixed or directory.foreign_rows != foreign_rows
         return []

@@ -15,7 +15,8 @@ from torch import Tensor
 from experts.native_products import LEVELS, library_for
 from experts.packed_matrix import Weight
 from router.native_attention import expect
-from router.native_layer import LinearStructure, expect_rows_of, native_matrix
+from router.native_layer import expect_rows_of, native_matrix
+from router.native_structures import LinearStructure
 
 
 class NativeHead:

@@ -1,39 +1,15 @@
 /* A decoder layer in two calls: attention, and the mixture of experts, each with its norm before and its residual after;
-   and the head with its norm. They are made of the pieces that the calls for one operation are made of, in the same dtypes between them, so a row has
-   the bits that these calls give it one after another. Threads meet once a half in place of once an operation.
+   and the head with its norm. They are made of the pieces that the calls for one operation are made of, in the same
+   dtypes between them, so a row has the bits that these calls give it one after another. Threads meet once a half in
+   place of once an operation.
 
-   Called by router/native_layer.py and router/native_head.py, which have checked pointers, shapes, block numbers and
-   limits; the structures are also written down there. */
+   Called by router/native_step.py and router/native_head.py, which have checked pointers, shapes, block numbers and
+   limits. */
+#include "layer.h"
 #include "attention.h"
-#include "calls.h"
 #include "routing.h"
 
 #include <stdlib.h>
-
-typedef struct {
-    form form;
-    matrix matrix;
-} linear;
-
-/* What a layer has. Norms are in the rows' dtype; q_norm and k_norm may be NULL. */
-typedef struct {
-    const uint8_t *input_norm, *q_norm, *k_norm, *post_norm;
-    linear qkv, output, gate;
-    form gate_up, down;
-    const expert *experts; /* all of them */
-} layer;
-
-/* What all layers of a step share. */
-typedef struct {
-    int64_t level, is_narrow, width, heads, kv_heads, head_width, num_experts, top_k, is_normalised;
-    int64_t num_tokens, num_spans, most_blocks, block_bytes, layer_bytes;
-    const float *cos, *sin;
-    uint8_t *keys, *values;
-    const int64_t *blocks, *offsets, *tables;
-    const span *spans;
-    int64_t *ended_ns; /* (PHASES): when each phase of a call ended; or NULL */
-    float eps, scale;
-} step;
 
 /* Memory that a call needs at once, cut into parts. */
 typedef struct {

@@ -66,7 +66,7 @@ int64_t packed_stride(const way *way, int64_t inputs) {
     return UP_TO(inputs, way->block ? way->block : STEP) * way->x_bytes + 64; /* rows a page apart would compete for the same places in the caches */
 }
 
-static int64_t now_ns(void) {
+int64_t now_ns(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return now.tv_sec * 1000000000 + now.tv_nsec;

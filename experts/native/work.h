@@ -35,6 +35,7 @@ static inline int next_rows(int64_t left, int most) {
     return (int)((left + tiles - 1) / tiles);
 }
 
+int64_t now_ns(void); /* by the monotonic clock */
 int run_work(work *w, run_in_threads *run, unsigned threads);
 const level *level_of(int number);
 void pack_row(const way *way, bool is_narrow, const void *from, uint8_t *to, int64_t count);

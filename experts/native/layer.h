@@ -1,0 +1,41 @@
+/* A decoder layer as it is computed in two calls, and a step of its rows. The structures are also written down in
+   router/native_structures.py. */
+#ifndef SAGE_LAYER_H
+#define SAGE_LAYER_H
+
+#include "attention.h"
+#include "calls.h"
+
+typedef struct {
+    form form;
+    matrix matrix;
+} linear;
+
+/* What a layer has. Norms are in the rows' dtype; q_norm and k_norm may be NULL. */
+typedef struct {
+    const uint8_t *input_norm, *q_norm, *k_norm, *post_norm;
+    linear qkv, output, gate;
+    form gate_up, down;
+    const expert *experts; /* all of them */
+} layer;
+
+/* What all layers of a step share. */
+typedef struct {
+    int64_t level, is_narrow, width, heads, kv_heads, head_width, num_experts, top_k, is_normalised;
+    int64_t num_tokens, num_spans, most_blocks, block_bytes, layer_bytes;
+    const float *cos, *sin;
+    uint8_t *keys, *values;
+    const int64_t *blocks, *offsets, *tables;
+    const span *spans;
+    int64_t *ended_ns; /* (PHASES), of a run of layers (layers, 2 halves, PHASES): when each phase ended; or NULL */
+    float eps, scale;
+} step;
+
+int sage_attention_half(
+    const step *s, const layer *l, int64_t index, int64_t window, const void *hidden, void *out, run_in_threads *run,
+    unsigned threads);
+int sage_experts_half(
+    const step *s, const layer *l, const void *hidden, void *out, int64_t *chosen, float *weights, int64_t *used,
+    int64_t *num_used, run_in_threads *run, unsigned threads);
+
+#endif

@@ -1,0 +1,88 @@
+"""Layers that are computed one after another in a single call, because nobody looks at anything between them.
+
+Which ones they are is decided here, anew in every step: experts may come and go, and watchers want to see some layers
+and not others. The same bits as layer by layer. Called by `router.backbone`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from experts.expert_table import ExpertTable
+from router.decoder_layer import MANY_ROWS, LayerClock, StepInputs
+from router.kv_cache import KvPool
+from router.moe_block import MoeBlock
+from router.native_layer import NativeLayer
+from router.native_step import NativeStep
+from router.weights import Layer
+
+
+class PlainLayer(NamedTuple):
+    """A layer whose rows go to their own experts, all of which are here for good."""
+
+    native: NativeLayer
+    moe: MoeBlock
+    table: ExpertTable
+
+
+class LayerRun(NamedTuple):
+    """Consecutive layers, and the step that computes them."""
+
+    first: int
+    layers: list[PlainLayer]
+    native: NativeStep
+
+
+class RunOutput(NamedTuple):
+    hidden_TD: Tensor
+    attention_s: float
+    experts_s: float
+
+
+def find_run(first: int, layers: Sequence[Layer], step: StepInputs) -> LayerRun | None:
+    """As many layers from `first` on as go together; None where the first one does not.
+
+    Not for many rows: beside their work the way back to the caller takes no time, and who waits for a layer's end, or
+    watches whether there is progress, would wait longer.
+    """
+    native, batch = step.native, step.batch
+    if native is None or batch.num_tokens >= MANY_ROWS:
+        return None
+    found: list[PlainLayer] = []
+    for index in range(first, len(layers)):
+        plain = _as_plain(layers[index], step)
+        if plain is None:
+            break
+        found.append(plain)
+        if index in batch.capture_layers or index in batch.injections:
+            break  # what its rows are then is handed out, or changed, before the next one
+    return LayerRun(first, found, native) if found else None
+
+
+def compute_run(
+    run: LayerRun, hidden_TD: Tensor, step: StepInputs, pool: KvPool, clock: LayerClock | None
+) -> RunOutput:
+    """All layers of the run, residuals included; then says of each who was used, and what was asked for of it."""
+    native, batch = run.native, step.batch
+    weights = [(layer.native, layer.table) for layer in run.layers]
+    output = RunOutput(*native.layers(run.first, weights, hidden_TD, pool))
+    for number, layer in enumerate(run.layers):
+        native.look_at(number)
+        layer.moe.note_use(layer.table, native.used, batch.num_tokens)
+        if step.shown.has_choices:
+            batch.routing.watch_choices(layer.moe.layer, native.routing())
+        if clock is not None:
+            clock.attended(native)
+            clock.mixed(layer.moe.layer, native)
+    return output
+
+
+def _as_plain(layer: Layer, step: StepInputs) -> PlainLayer | None:
+    moe = layer.moe
+    if layer.native is None or moe is None or not step.is_plain(moe.layer):
+        return None
+    table = moe.table()
+    return None if table is None else PlainLayer(layer.native, moe, table)

@@ -1,0 +1,61 @@
+"""The structures of `experts/native/layer.h` and `layers.c`, field by field."""
+
+from __future__ import annotations
+
+import ctypes
+
+from experts.native_products import NativeMatrix
+
+_POINTER, _INT64, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+
+class FormStructure(ctypes.Structure):
+    _fields_ = [(name, _INT64) for name in ("kind", "group", "outputs", "inputs")]
+
+
+class LinearStructure(ctypes.Structure):
+    """`linear`."""
+
+    _fields_ = [("form", FormStructure), ("weights", _POINTER), ("scales", _POINTER)]
+
+    @classmethod
+    def of(cls, matrix: NativeMatrix) -> LinearStructure:
+        return cls(FormStructure(*matrix.form), *matrix.pointers)
+
+
+class LayerStructure(ctypes.Structure):
+    """`layer`."""
+
+    _fields_ = [
+        *((name, _POINTER) for name in ("input_norm", "q_norm", "k_norm", "post_norm")),
+        *((name, LinearStructure) for name in ("qkv", "output", "gate")),
+        *((name, FormStructure) for name in ("gate_up", "down")),
+        ("experts", _POINTER),
+    ]
+
+
+_STEP_NUMBERS = (
+    *(
+        "level",
+        "is_narrow",
+        "width",
+        "heads",
+        "kv_heads",
+        "head_width",
+        "num_experts",
+        "top_k",
+        "is_normalised",
+    ),
+    *("num_tokens", "num_spans", "most_blocks", "block_bytes", "layer_bytes"),
+)
+_STEP_POINTERS = ("cos", "sin", "keys", "values", "blocks", "offsets", "tables", "spans", "ended_ns")
+
+
+class StepStructure(ctypes.Structure):
+    """`step`."""
+
+    _fields_ = [
+        *((name, _INT64) for name in _STEP_NUMBERS),
+        *((name, _POINTER) for name in _STEP_POINTERS),
+        *((name, _FLOAT) for name in ("eps", "scale")),
+    ]
