@@ -1,6 +1,6 @@
-"""Cuts a call into the parts that go to different places, and puts their rows together again. Pure.
+"""Cuts a call into parts, for different places or times, and puts their rows together again. Pure.
 
-Called by `experts.remote_directory` and `experts.audit`.
+Called by `experts.remote_directory`, `experts.audit` and `router.moe_block`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Place = str | None
 
 @dataclass(frozen=True)
 class Share:
-    """The part of a call that goes to one place, and where its rows belong in the whole."""
+    """A part of a call, and where its rows belong in the whole."""
 
     call: ExpertCall
     rows: tuple[int, ...]
@@ -33,11 +33,12 @@ def split_by_place(call: ExpertCall, places: Sequence[Place]) -> dict[Place, Sha
         groups.setdefault(place, []).append(index)
     if len(groups) == 1:
         return {places[0]: Share(call, tuple(range(call.num_rows)))}
+    return {place: take(call, indices) for place, indices in groups.items()}
+
+
+def take(call: ExpertCall, indices: Sequence[int]) -> Share:
+    """The part of a call for some of its experts. indices: of these, ascending."""
     starts = [0, *accumulate(call.counts)]
-    return {place: _share(call, indices, starts) for place, indices in groups.items()}
-
-
-def _share(call: ExpertCall, indices: list[int], starts: list[int]) -> Share:
     rows = [row for index in indices for row in range(starts[index], starts[index + 1])]
     return Share(
         with_rows(

@@ -104,9 +104,9 @@ class Backbone:
         are_finite_L = torch.isfinite(logits_LV).all(dim=1)
         return logits_LV, torch.where(are_finite_L, logits_LV.argmax(dim=1), -1).tolist()
 
-    def divisible(self, *, is_watched: bool) -> frozenset[Half]:
-        """Which halves can pause in the middle, in every layer, where rows are routed as the checkpoint says."""
-        halves: tuple[Half, ...] = ("attention",) if is_watched else ("attention", "experts")
+    def divisible(self) -> frozenset[Half]:
+        """Which halves can pause in the middle, in every layer."""
+        halves: tuple[Half, ...] = ("attention", "experts")
         return frozenset(
             half for half in halves if all(self.arithmetic.is_divisible(layer, half) for layer in self.layers)
         )
@@ -160,10 +160,7 @@ class ForwardPass:
         """Whether `advance` can pause in the middle of the next half."""
         if self.is_done:
             return False
-        layer = self._backbone.layers[self._num_done]
-        if self.next_half == "experts" and (layer.moe is None or not self._inputs.is_plain(layer.moe.layer)):
-            return False
-        return self._backbone.arithmetic.is_divisible(layer, self.next_half)
+        return self._backbone.arithmetic.is_divisible(self._backbone.layers[self._num_done], self.next_half)
 
     @torch.inference_mode()
     def advance(self, pool: KvPool, until_ns: int | None = None) -> None:

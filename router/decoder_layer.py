@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from experts.devices import upload
+from experts.expert_table import ExpertTable
 from experts.ffn import compute_segments
 from experts.numerics import RowKernel
 from experts.packed_matrix import linear
@@ -21,6 +22,7 @@ from router.device_attention import QUERY_ROWS, attend_in_tiles
 from router.device_norm import norm_on_device
 from router.kv_cache import KvPool
 from router.model_config import ModelConfig
+from router.moe_block import Mixture, MoeBlock
 from router.native_attention import NO_NORMS, HeadNorms, Places, attend_in_cache, norm_rows
 from router.native_step import NativeStep
 from router.rope import RotaryEmbedding, rotate
@@ -32,9 +34,9 @@ MANY_ROWS = 128
 """Beside the work of so many, waking a thread takes no time to speak of, even where matrices are small."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class StepInputs:
-    """What all layers of a step share."""
+    """What all layers of a step share, and what of the current one is on its way."""
 
     batch: StepBatch
     cos: Tensor
@@ -46,6 +48,10 @@ class StepInputs:
     native: NativeStep | None = None
     """For layers that are computed in two calls."""
     shown: View = EVERYTHING
+    begun: ExpertTable | Mixture | None = None
+    """With what the experts of the current layer were begun that pause: meanwhile experts may come and go."""
+    expert_s: float = 0.0
+    """What an expert took lately, where they are computed one after another; 0 where none was."""
 
     def is_plain(self, layer: int) -> bool:
         """Whether a layer's rows go to their own experts, and nobody needs to be shown how."""
@@ -83,10 +89,10 @@ class LayerArithmetic:
         return max(usual, self.prompt_threads)
 
     def is_divisible(self, layer: Layer, half: Half) -> bool:
-        """Whether it can pause in the middle; `experts` only where rows are routed as the checkpoint says."""
-        if layer.native is None:
-            return False
-        return half == "attention" or (layer.moe is not None and layer.moe.table() is not None)
+        """Whether it can pause in the middle. A device's work has only been asked for when a call returns: no pause."""
+        if half == "attention":
+            return layer.native is not None
+        return layer.moe is not None and self.kernel.is_on_cpu
 
     def prepare(self, batch: StepBatch) -> StepInputs:
         cos, sin = self._rope.tables(batch.positions_3T, batch.lengths_T)
@@ -128,25 +134,50 @@ class LayerArithmetic:
         self, layer: Layer, hidden_PD: Tensor, step: StepInputs, until_ns: int | None = None
     ) -> Tensor | None:
         """The second half, residual included: (P, D) -> (P, D). until_ns: as of `attention`. Raises ExpertError."""
-        batch = step.batch
-        if step.native is not None and layer.native is not None and layer.moe is not None:
-            table = layer.moe.table() if step.is_plain(layer.moe.layer) else None
+        if layer.moe is None:
+            assert layer.dense is not None
+            normed_PD = self.norm(hidden_PD, layer.post_norm_D)
+            segments = [(0, normed_PD.shape[0])]
+            return hidden_PD + compute_segments(normed_PD, segments, [layer.dense], self.kernel)
+        begun = step.begun or self._begin_experts(layer, layer.moe, hidden_PD, step)
+        if isinstance(begun, Mixture):
+            routed_TD = begun.advance(until_ns)
+            step.expert_s = begun.expert_s
+            mixed_PD = None if routed_TD is None else hidden_PD + self.pad(routed_TD.to(self.dtype))
+        else:
+            mixed_PD = self._mix_natively(layer, layer.moe, begun, hidden_PD, step, until_ns)
+        step.begun = begun if mixed_PD is None else None
+        return mixed_PD
+
+    def _begin_experts(
+        self, layer: Layer, moe: MoeBlock, hidden_PD: Tensor, step: StepInputs
+    ) -> ExpertTable | Mixture:
+        if step.native is not None and layer.native is not None and step.is_plain(moe.layer):
+            table = moe.table()
             if table is not None:
-                mixed_PD = step.native.experts(layer.native, table, hidden_PD, until_ns)
-                if mixed_PD is None:
-                    return None
-                layer.moe.note_use(table, step.native.used, batch.num_tokens)
-                if step.shown.has_choices:
-                    batch.routing.watch_choices(layer.moe.layer, step.native.routing())
-                if self.clock is not None:
-                    self.clock.mixed(layer.moe.layer, step.native)
-                return mixed_PD
-        normed_PD = self.norm(hidden_PD, layer.post_norm_D)
-        if layer.moe is not None:
-            routed_TD = layer.moe.forward(normed_PD, batch.num_tokens, batch.routing, batch.trace)
-            return hidden_PD + self.pad(routed_TD.to(self.dtype))
-        assert layer.dense is not None
-        return hidden_PD + compute_segments(normed_PD, [(0, normed_PD.shape[0])], [layer.dense], self.kernel)
+                return table
+        normed_PD, batch = self.norm(hidden_PD, layer.post_norm_D), step.batch
+        return Mixture(moe, normed_PD, batch.num_tokens, batch.routing, batch.trace, step.expert_s)
+
+    def _mix_natively(
+        self,
+        layer: Layer,
+        moe: MoeBlock,
+        table: ExpertTable,
+        hidden_PD: Tensor,
+        step: StepInputs,
+        until_ns: int | None,
+    ) -> Tensor | None:
+        assert step.native is not None and layer.native is not None
+        mixed_PD = step.native.experts(layer.native, table, hidden_PD, until_ns)
+        if mixed_PD is None:
+            return None
+        moe.note_use(table, step.native.used, step.batch.num_tokens)
+        if step.shown.has_choices:
+            step.batch.routing.watch_choices(moe.layer, step.native.routing())
+        if self.clock is not None:
+            self.clock.mixed(moe.layer, step.native)
+        return mixed_PD
 
     def pad(self, rows_TD: Tensor) -> Tensor:
         """Repeat the last row up to the row kernel's multiple, so that no product has to."""

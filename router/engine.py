@@ -204,8 +204,7 @@ class Engine:
         waiting = self._waiting_facts(parents, held)
         bounds = None
         if self.limits.is_paced and (self._waiting or any(facts.num_missing > 1 for facts in running)):
-            divisible = self.backbone.divisible(is_watched=bool(self.watchers))
-            bounds = self.pace.bounds(self.limits.max_batch_tokens, divisible)
+            bounds = self.pace.bounds(self.limits.max_batch_tokens, self.backbone.divisible())
         return plan_step(running, waiting, self.allocator.num_free, self.limits, bounds)
 
     def _waiting_facts(self, parents: Mapping[str, str], held: frozenset[str]) -> Iterator[SequenceFacts]:
@@ -253,7 +252,7 @@ class Engine:
         returns the ends of the pass's requests."""
         directory, forward = self.backbone.directory, step.forward
         foreign_rows, num_done = directory.foreign_rows, forward.num_done
-        half = None if forward.is_in_half or until_ns is None else forward.next_half
+        half = None if forward.is_next_divisible or until_ns is None else forward.next_half
         started = time.perf_counter()
         try:
             forward.advance(self.pool, until_ns)
@@ -265,7 +264,7 @@ class Engine:
             return [self._fail(sequence, EXPERT_FAILED) for sequence in living]
         seconds = time.perf_counter() - started
         step.layer_s += seconds
-        if half is not None and not forward.is_in_half:
+        if half is not None:
             self.pace.note_half(half, step.num_tokens, seconds)
         if not forward.is_in_layer:
             self.pace.note_layer(step.num_tokens, step.layer_s / (forward.num_done - num_done))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,10 +11,14 @@ from torch import Tensor
 from experts.directory import ExpertDirectory
 from experts.expert_table import ExpertTable
 from experts.numerics import RowKernel
+from experts.shares import Share, join, take
 from router.dispatch import combine, dispatch
 from router.model_config import ModelConfig
 from router.shared_expert import SharedExpert
 from router.step_routing import NATIVE, GateOutput, StepRouting
+
+FIRST_SHARE = 1 / 16
+"""Of the experts, those that are computed first where it is not known how long one takes."""
 
 
 @dataclass(frozen=True)
@@ -61,16 +66,82 @@ class MoeBlock:
         self, hidden_PD: Tensor, num_tokens: int, steering: StepRouting = NATIVE, trace: str = ""
     ) -> Tensor:
         """(P, D) normalised rows, of which the first `num_tokens` are real -> (num_tokens, D) float32."""
-        gate = self.gate(hidden_PD, num_tokens)
-        routing = steering.route(gate)
-        dispatched = dispatch(self.component, self.layer, gate.hidden_TD, routing, trace)
-        rows_RD = self.directory.run(dispatched.call)
-        steering.watch(gate, routing, dispatched, rows_RD)
-        routed_TD = combine(dispatched, rows_RD)
+        mixed_TD = Mixture(self, hidden_PD, num_tokens, steering, trace).advance()
+        assert mixed_TD is not None
+        return mixed_TD
+
+
+class Mixture:
+    """A layer's experts on their way: routed once, computed for some of the experts at a time where others wait.
+
+    The same bits whatever the parts are: an expert's rows do not depend on who is asked for beside it, and they are
+    added only when all of them are there.
+    """
+
+    def __init__(
+        self,
+        block: MoeBlock,
+        hidden_PD: Tensor,
+        num_tokens: int,
+        steering: StepRouting,
+        trace: str,
+        expert_s: float = 0.0,
+    ) -> None:
+        """Gates and routes. expert_s: what an expert of such a step took in the layer before; 0 where none is known."""
+        self._block, self._steering = block, steering
+        self._hidden_PD, self._num_tokens = hidden_PD, num_tokens
+        self._gate = block.gate(hidden_PD, num_tokens)
+        self._routing = steering.route(self._gate)
+        self._dispatched = dispatch(block.component, block.layer, self._gate.hidden_TD, self._routing, trace)
+        self._left = list(range(len(self._dispatched.call.experts)))
+        """Indices of the call's experts that are still to be computed."""
+        self._done: list[tuple[Share, Tensor]] = []
+        self.expert_s = expert_s
+        """What an expert has taken lately."""
+
+    def advance(self, until_ns: int | None = None) -> Tensor | None:
+        """The mixed rows, (num_tokens, D) float32.
+
+        until_ns: monotonic clock; None is returned where experts are left that would probably take longer, and the next
+        call goes on. At least one is computed. Raises ExpertError.
+        """
+        call = self._dispatched.call
+        if until_ns is None and not self._done:
+            return self._combine(self._block.directory.run(call))
+        self._compute(self._next_part(until_ns))
+        while self._left:
+            if until_ns is not None and time.monotonic_ns() + self.expert_s * 1e9 > until_ns:
+                return None
+            self._compute(self._next_part(until_ns))
+        return self._combine(join(self._done, call.num_rows))
+
+    def _next_part(self, until_ns: int | None) -> list[int]:
+        """As many of the experts as there is time for, from all over the layer: neighbours may have the same owner."""
+        left = self._left
+        if until_ns is None:
+            return left
+        room_s = (until_ns - time.monotonic_ns()) * 1e-9
+        fitting = int(room_s / self.expert_s) if self.expert_s else int(FIRST_SHARE * len(left))
+        count = min(max(1, fitting), len(left))
+        return [left[number * len(left) // count] for number in range(count)]
+
+    def _compute(self, part: list[int]) -> None:
+        started = time.perf_counter()
+        share = take(self._dispatched.call, part)
+        self._done.append((share, self._block.directory.run(share.call)))
+        taken = set(part)
+        self._left = [index for index in self._left if index not in taken]
+        if part:
+            self.expert_s = (time.perf_counter() - started) / len(part)
+
+    def _combine(self, rows_RD: Tensor) -> Tensor:
+        self._steering.watch(self._gate, self._routing, self._dispatched, rows_RD)
+        routed_TD = combine(self._dispatched, rows_RD)
+        block, routing = self._block, self._routing
         if routing.stand_ins is not None:
             rows_N, output_ND = routing.stand_ins
-            device = self.kernel.device
+            device = block.kernel.device
             routed_TD = routed_TD.index_add(0, rows_N.to(device), output_ND.to(device))
-        if self.shared is None:
+        if block.shared is None:
             return routed_TD
-        return routed_TD + self.shared.forward(hidden_PD, num_tokens)
+        return routed_TD + block.shared.forward(self._hidden_PD, self._num_tokens)

@@ -2,11 +2,10 @@
 
 A prompt's rows go through the layers in a pass that may pause between any two halves of layers, and a step of the
 running streams fits into every pause. Many rows at once are what makes a prompt cheap, since they share each expert's
-weights; pauses are what keeps streams going. A half that is computed in one call by our own products pauses in the
-middle when its time is up, so rows are as many as a step may have; of others it must be known what they take, and there
-are as many rows as fit. Learns from times that it is told and has no clock
-of its own: equal times give equal decisions. Changes when something is computed, never what comes out. Called by
-`router.engine`.
+weights; pauses are what keeps streams going. Attention by our own products and a layer's experts pause in the middle
+when their time is up, so rows are as many as a step may have; of other halves it must be known what they take, and
+there are as many rows as fit. Learns from times that it is told and has no clock of its own: equal times give equal
+decisions. Changes when something is computed, never what comes out. Called by `router.engine`.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ class Pace:
         self._layers: dict[int, deque[float]] = {}
         """By a choice of rows, seconds of a layer."""
         self._halves: dict[Half, dict[int, deque[float]]] = {"attention": {}, "experts": {}}
-        """The same of halves that did not pause in the middle."""
+        """The same of halves that cannot pause in the middle."""
 
     def note_streams(self, seconds: float, num_streams: int = 1, *, is_beside: bool = False) -> None:
         """A step of so many running streams took so long. is_beside: while a prompt's pass pauses."""
@@ -72,7 +71,7 @@ class Pace:
         _note(self._layers, num_rows, seconds)
 
     def note_half(self, half: Half, num_rows: int, seconds: float) -> None:
-        """The same of half a layer that was computed at once."""
+        """The same of half a layer that cannot pause in the middle."""
         _note(self._halves[half], num_rows, seconds)
 
     @property

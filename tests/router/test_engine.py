@@ -38,18 +38,16 @@ SMALL_STEPS = BatchLimits(max_batch_tokens=16, admission_reserve=1)
 
 
 class FaultyDirectory(LocalDirectory):
-    """Fails the call with this number, counted down; negative never. Or the next one with so many tokens."""
+    """Fails the call with this number, counted down; negative never."""
 
     calls_to_failure = -1
-    tokens_to_failure = -1
 
     def table(self, component: str, layer: int) -> None:
         """So that every call comes to `run`."""
 
     def run(self, call: ExpertCall) -> torch.Tensor:
         self.calls_to_failure -= 1
-        if self.calls_to_failure == 0 or len(call.tokens_TD) == self.tokens_to_failure:
-            self.tokens_to_failure = -1
+        if self.calls_to_failure == 0:
             raise ExpertCorrupt("('model', 0, 3)", "experts.bin", 64, "the bytes were altered")
         return super().run(call)
 
@@ -462,8 +460,8 @@ def _only(outcome: Outcome, *names: str) -> Outcome:
 
 
 def test_stream_gets_a_token_in_every_step_beside_a_prompt_that_pauses(loaded: LoadedEngine) -> None:
-    """Bits are those of each alone. 24 of 70 tokens are in a pass, which pauses before each half but the first that
-    cannot pause in the middle: four of six here, with one layer dense and experts behind a directory without tables."""
+    """Bits are those of each alone. 24 of 70 tokens are in a pass, which pauses before both halves of the layer without
+    experts, which cannot pause in the middle."""
     engine = _beside_a_stream(loaded)
     pause_prompts(engine, within_halves=False)
     prompt = _request("prompt", 70, 5)
@@ -474,7 +472,7 @@ def test_stream_gets_a_token_in_every_step_beside_a_prompt_that_pauses(loaded: L
         engine.step()
         steps += 1
         assert len(engine.outcome.tokens["stream"]) == before + 1
-    assert steps == 3 * 5
+    assert steps == 3 * 3
     _finish(engine)
     assert_same_bits(engine.outcome, _alone(loaded, _request("stream", 5, 60), prompt))
 
@@ -531,8 +529,9 @@ def test_preempted_request_in_a_pass_begins_it_again(loaded: LoadedEngine) -> No
 
 def test_expert_error_in_a_pass_leaves_the_streams_alone(loaded: LoadedEngine) -> None:
     engine = _beside_a_stream(loaded)
+    pause_prompts(engine, within_halves=False)
     engine.submit(_request("prompt", 20))
-    _faulty(loaded).tokens_to_failure = 20
+    _faulty(loaded).calls_to_failure = len(loaded.config.moe_layers) + 1  # the first after the stream's
     reasons: dict[str, str | None] = {}
     while not reasons:
         reasons = {e.request_id: e.finish_reason for e in engine.step() if e.finish_reason is not None}

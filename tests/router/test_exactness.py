@@ -191,10 +191,16 @@ def test_chunked_prefill_equals_whole(
     _check(root, EngineOptions(dtype=dtype, limits=limits), requests, reference)
 
 
+@pytest.mark.parametrize("budget_bytes", [None, 1 << 18])
 def test_prefill_that_pauses_equals_whole(
-    root: Path, dtype: str, requests: list[GenerationRequest], reference: Outcome
+    root: Path,
+    dtype: str,
+    requests: list[GenerationRequest],
+    reference: Outcome,
+    budget_bytes: int | None,
 ) -> None:
-    loaded = open_engine(root, EngineOptions(dtype=dtype))
+    """Under a budget a layer's experts are computed one after another, with steps of the streams between them."""
+    loaded = open_engine(root, EngineOptions(dtype=dtype, expert_budget_bytes=budget_bytes))
     pause_prompts(loaded.engine)
     assert_same_bits(run_to_end(loaded.engine, requests, JOIN_AT), reference)
     loaded.close()
@@ -252,6 +258,7 @@ def serve_experts() -> Iterator[Callable[[Path, str, int], Roster]]:
         yield start
 
 
+@pytest.mark.parametrize("is_paused", [False, True])
 @pytest.mark.parametrize("num_actors", [1, 2, 3])
 def test_remote_experts_equal_local(
     root: Path,
@@ -260,13 +267,17 @@ def test_remote_experts_equal_local(
     reference: Outcome,
     serve_experts: Callable[[Path, str, int], Roster],
     num_actors: int,
+    is_paused: bool,
 ) -> None:
+    """is_paused: prompts beside streams ask for a few experts at a time."""
     roster = serve_experts(root, dtype, num_actors)
     loaded = open_engine(
         root,
         EngineOptions(dtype=dtype),
         lambda worker: RemoteDirectory(worker, roster, SECRET, limits=PATIENT),
     )
+    if is_paused:
+        pause_prompts(loaded.engine)
     assert_same_bits(run_to_end(loaded.engine, requests, JOIN_AT), reference)
     stats = loaded.directory.stats()
     loaded.close()
