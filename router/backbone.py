@@ -246,6 +246,8 @@ class ForwardPass:
 
 
 def _select(hidden_PD: Tensor, rows: tuple[int, ...]) -> Tensor:
+    if not rows:
+        return hidden_PD[:0]
     if rows == tuple(range(len(hidden_PD))):
         return hidden_PD
     return hidden_PD.index_select(0, upload(torch.tensor(rows, dtype=torch.int64), hidden_PD.device))

@@ -166,7 +166,11 @@ class BlockAllocator:
 
 
 class KvPool:
-    """Keys and values of all layers: (layers, blocks, kv_heads, BLOCK_POSITIONS, head_dim) each."""
+    """Keys and values of all layers: (layers, blocks, kv_heads, BLOCK_POSITIONS, head_dim) each.
+
+    Within a block and head, our own attention may keep elements in an order of its own; `write` and `gather` are for
+    PyTorch's, and never meet it in one process.
+    """
 
     def __init__(
         self, config: ModelConfig, num_blocks: int, dtype: torch.dtype, device: torch.device | None = None

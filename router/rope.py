@@ -15,6 +15,10 @@ from torch import Tensor
 from router.model_config import ModelConfig
 from router.rope_config import RopeConfig
 
+KEPT_STEP = 1024
+MOST_KEPT = 1 << 15
+"""Positions whose cosines and sines are kept once they were asked for, some at a time; of heads of 128 it is 34 MB."""
+
 
 class RotaryEmbedding:
     """Inverse frequencies and, for each, the position row that drives it."""
@@ -24,12 +28,47 @@ class RotaryEmbedding:
         self._inverse_frequencies = inverse_frequencies(config.rope, config.head_dim).to(device)
         rows = _rows(config.head_dim // 2, config.rope.mrope_section)
         self._row_of_frequency = torch.tensor(rows, device=device)
+        empty = torch.empty(0, 1, config.head_dim, device=device)
+        self._kept = empty, empty
+        if not config.rope.depends_on_length:
+            self._keep(1)
 
     def tables(self, positions_3T: Tensor, lengths_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """cos and sin, each (T, 1, head_dim) float32, for positions of shape (3, T).
 
         lengths_T: int64, for each row the length of text that its frequencies are for; only the dynamic kind asks.
         """
+        if self._config.depends_on_length:
+            return self._compute(positions_3T, lengths_T)
+        if positions_3T.stride(0) == 0:  # one row three times: text
+            cos, sin = self._kept
+            try:
+                return cos.index_select(0, positions_3T[0]), sin.index_select(0, positions_3T[0])
+            except IndexError:
+                pass
+        return self._keep_and_look_up(positions_3T)
+
+    def _keep_and_look_up(self, positions_3T: Tensor) -> tuple[Tensor, Tensor]:
+        """What can be kept comes from there whatever stands beside it, so that all of it was computed in one way."""
+        is_kept_T = (positions_3T == positions_3T[0]).all(0) & (positions_3T[0] < MOST_KEPT)
+        rows, positions = is_kept_T.nonzero().flatten(), positions_3T[0][is_kept_T]
+        if len(rows):
+            self._keep(int(positions.max()) + 1)
+        if len(rows) == len(is_kept_T):
+            return self._kept[0].index_select(0, positions), self._kept[1].index_select(0, positions)
+        computed = self._compute(positions_3T)
+        for table, kept in zip(computed, self._kept, strict=True):
+            table[rows] = kept.index_select(0, positions)
+        return computed
+
+    def _keep(self, num_positions: int) -> None:
+        while len(self._kept[0]) < num_positions:
+            first = len(self._kept[0])
+            positions = torch.arange(first, first + KEPT_STEP, device=self._device)
+            more = self._compute(positions.expand(3, -1))
+            self._kept = torch.cat((self._kept[0], more[0])), torch.cat((self._kept[1], more[1]))
+
+    def _compute(self, positions_3T: Tensor, lengths_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
         frequencies = self._inverse_frequencies
         if self._config.depends_on_length:
             assert lengths_T is not None

@@ -9,7 +9,8 @@
 #include <stdlib.h>
 
 #define ROWS_NORMED 32
-#define ROWS_OF_A_PIECE 96 /* that share a key-value head; a block is packed once for all of them */
+#define TOKENS_PLACED 8 /* by one piece: neighbours lie in the same cache lines, where blocks are packed */
+#define ROWS_OF_A_PIECE 96 /* that share a key-value head; a block is packed, or read, once for all of them */
 
 /* memory: room for the weights, which are in the rows' dtype. */
 void norm_row(
@@ -20,9 +21,17 @@ void norm_row(
     level->scale(x, memory, 1.0f / sqrtf(mean + eps), count, is_narrow);
 }
 
-/* One token's heads: norm, rotation; keys and values go to the cache. */
-void place_token(const attention *a, int64_t t, float *x) {
+/* A head's row to its place in a block. */
+static void place(const attention *a, place_head *place_packed, const uint8_t *row, int64_t position, uint8_t *block) {
+    const int64_t bytes = a->width * (a->is_narrow ? 2 : 4);
+    if (place_packed) place_packed(row, a->width, position, block);
+    else memcpy(block + position * bytes, row, (size_t)bytes);
+}
+
+/* One token's heads: norm, rotation; keys and values go to the cache. memory: three heads. */
+static void place_token(const attention *a, int64_t t, float *x) {
     float *turned = x + a->width;
+    uint8_t *stored = (uint8_t *)(turned + a->width);
     const int64_t item = a->is_narrow ? 2 : 4, width = a->width;
     const uint8_t *row = a->qkv + t * (a->heads + 2 * a->kv_heads) * width * item;
     const float *cos = a->cos + t * width, *sin = a->sin + t * width;
@@ -33,14 +42,23 @@ void place_token(const attention *a, int64_t t, float *x) {
         a->level->store_row(a->way->item == 2, turned, a->q + (t * a->heads + h) * a->q_stride, width);
     }
     for (int64_t h = 0; h < a->kv_heads; h++) {
-        const int64_t at = a->blocks[t] * a->block_bytes + (h * BLOCK + a->offsets[t]) * width * item;
+        const int64_t at = a->blocks[t] * a->block_bytes + h * BLOCK * width * item;
+        const uint8_t *value = row + (a->heads + a->kv_heads + h) * width * item;
         a->level->read_row(a->is_narrow, row + (a->heads + h) * width * item, x, width);
         if (a->k_norm) norm_row(a->level, a->is_narrow, x, a->k_norm, turned, a->eps, width);
         a->level->rotate(x, cos, sin, turned, width);
-        a->level->store_row(a->is_narrow, turned, a->keys + at, width);
-        memcpy(a->values + at, row + (a->heads + a->kv_heads + h) * width * item, (size_t)(width * item));
+        a->level->store_row(a->is_narrow, turned, stored, width);
+        place(a, a->way->place_key, stored, a->offsets[t], a->keys + at);
+        place(a, a->way->place_value, value, a->offsets[t], a->values + at);
     }
 }
+
+void place_tokens(const attention *a, int64_t piece, float *memory) {
+    const int64_t end = MIN(a->num_tokens, (piece + 1) * TOKENS_PLACED);
+    for (int64_t t = piece * TOKENS_PLACED; t < end; t++) place_token(a, t, memory);
+}
+
+int64_t placing_pieces(const attention *a) { return (a->num_tokens + TOKENS_PLACED - 1) / TOKENS_PLACED; }
 
 /* A thread's memory for a piece. */
 typedef struct {
@@ -61,7 +79,7 @@ static piece_memory cut_memory(const attention *a, float *memory) {
 
 size_t attention_memory(const attention *a) {
     const int64_t state = ROWS_OF_A_PIECE * (padded_width(a) + 2) * (int64_t)sizeof(float);
-    const int64_t placing = 2 * a->width * (int64_t)sizeof(float);
+    const int64_t placing = 3 * a->width * (int64_t)sizeof(float);
     return (size_t)(2 * padded_width(a) * BLOCK * a->way->item + state + placing);
 }
 
@@ -92,10 +110,12 @@ static int64_t within_block(int64_t position, int64_t block) {
     return position < 0 ? 0 : MIN(position, BLOCK);
 }
 
-/* One block, for those of the run's rows that see any of it. */
-static void attend_to_block(const attention *a, const run *p, int64_t block, const piece_memory *m) {
+/* A block, packed, for those of the run's rows that see any of it. */
+static void attend_to_block(
+    const attention *a, const run *p, int64_t block, const uint8_t *keys, const uint8_t *values, const piece_memory *m
+) {
     block_tile t = {
-        .keys = m->keys, .values = m->values, .width = a->width, .factor = a->scale * 1.44269504f,
+        .keys = keys, .values = values, .width = a->width, .factor = a->scale * 1.44269504f,
         .stride = padded_width(a),
     };
     for (int64_t r = 0; r < p->rows;) {
@@ -111,17 +131,33 @@ static void attend_to_block(const attention *a, const run *p, int64_t block, con
     }
 }
 
+/* Of the run's key-value head, in bytes. */
+static int64_t place_of_block(const attention *a, const run *p, int64_t block) {
+    const int64_t item = a->is_narrow ? 2 : 4;
+    return a->tables[p->span->table_start + block] * a->block_bytes + p->kv * BLOCK * a->width * item;
+}
+
+/* Blocks lie anywhere in the cache, and few rows are done with one before the next has come. */
+static void ask_for_block(const attention *a, int64_t at) {
+    const int64_t bytes = BLOCK * a->width * (a->is_narrow ? 2 : 4);
+    ask_for(a->keys + at, bytes);
+    ask_for(a->values + at, bytes);
+}
+
 static void attend_run(const attention *a, const run *p, const piece_memory *m) {
     const int64_t item = a->is_narrow ? 2 : 4, width = a->width, stride = padded_width(a);
     for (int64_t r = 0; r < p->rows; r++) m->largest[r] = -INFINITY, m->totals[r] = 0;
     memset(m->out, 0, (size_t)(p->rows * stride) * sizeof(float));
     const int64_t begin = begin_of(a, end_of(a, p, 0)), end = end_of(a, p, p->rows - 1);
     for (int64_t b = begin / BLOCK; b * BLOCK < end; b++) {
-        const int64_t at = a->tables[p->span->table_start + b] * a->block_bytes + p->kv * BLOCK * width * item;
+        const int64_t at = place_of_block(a, p, b);
+        ask_for_block(a, (b + 1) * BLOCK < end ? place_of_block(a, p, b + 1) : at + BLOCK * width * item);
         const int64_t from = within_block(begin, b), to = within_block(end, b);
-        a->way->pack_keys(a->is_narrow, a->keys + at, width, from, to, m->keys);
-        a->way->pack_values(a->is_narrow, a->values + at, width, from, to, m->values);
-        attend_to_block(a, p, b, m);
+        if (a->way->pack_keys) {
+            a->way->pack_keys(a->is_narrow, a->keys + at, width, from, to, m->keys);
+            a->way->pack_values(a->is_narrow, a->values + at, width, from, to, m->values);
+            attend_to_block(a, p, b, m->keys, m->values, m);
+        } else attend_to_block(a, p, b, a->keys + at, a->values + at, m);
     }
     for (int64_t r = 0; r < p->rows; r++) {
         float *out = m->out + r * stride;
@@ -165,7 +201,7 @@ typedef struct {
 
 static void attention_piece(work *w, int phase, int64_t piece, void *memory) {
     const attention *a = &((const attention_call *)w)->attention;
-    if (phase == 0) place_token(a, piece, memory);
+    if (phase == 0) place_tokens(a, piece, memory);
     else attend_piece(a, piece, memory);
 }
 
@@ -194,7 +230,7 @@ int sage_attend(
         a->q = malloc((size_t)(a->num_tokens * a->heads * a->q_stride));
     }
     if (a->q) {
-        c.work.pieces[0] = a->num_tokens;
+        c.work.pieces[0] = placing_pieces(a);
         c.work.pieces[1] = pieces[a->num_spans];
         c.work.run_piece = attention_piece;
         c.work.memory_bytes = attention_memory(a);

@@ -8,7 +8,7 @@ typedef struct {
     int64_t first_row, count, table_start, first_position; /* rows of the step, and where the sequence's blocks stand */
 } span;
 
-/* What the threads share. Phases: a token a piece (place_token), then runs of query rows (attend_piece). */
+/* What the threads share. Phases: some tokens a piece (place_tokens), then runs of query rows (attend_piece). */
 typedef struct {
     const level *level;
     const block_way *way;
@@ -29,7 +29,8 @@ typedef struct {
 /* From what the caller has set, the way and q_stride; (spans + 1) numbers of pieces go to span_pieces. */
 void plan_attention(attention *a, int64_t *span_pieces);
 size_t attention_memory(const attention *a); /* bytes that a thread needs for its pieces */
-void place_token(const attention *a, int64_t token, float *memory);
+int64_t placing_pieces(const attention *a);
+void place_tokens(const attention *a, int64_t piece, float *memory);
 void attend_piece(const attention *a, int64_t piece, float *memory);
 void norm_row(
     const level *level, bool is_narrow, float *x, const uint8_t *weight, float *memory, float eps, int64_t count);

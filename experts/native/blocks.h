@@ -133,4 +133,4 @@ static TARGET void NAME(attend)(int rows, const block_tile *t) {
     }
 }
 
-#define BLOCK_WAY { MOST, sizeof(float), NAME(pack_keys), NAME(pack_values), NAME(attend) }
+#define BLOCK_WAY { MOST, sizeof(float), NULL, NULL, NAME(pack_keys), NAME(pack_values), NAME(attend) }

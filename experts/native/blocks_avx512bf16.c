@@ -1,5 +1,6 @@
 /* Attention of some rows with one block of keys and values at level `avx512bf16`, for a cache in bfloat16: products of
-   pairs, as the matrices are multiplied; queries and weights are rounded to bfloat16 before. Otherwise as blocks.h. */
+   pairs, as the matrices are multiplied; queries and weights are rounded to bfloat16 before. A block lies in the cache as
+   it is multiplied, so that nothing has to be packed for a stream's few rows. Otherwise as blocks.h. */
 #include "products.h"
 
 #ifdef __x86_64__
@@ -9,75 +10,19 @@
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")))
 #define EACH(i, n) _Pragma("GCC unroll 8") for (int i = 0; i < (n); i++)
 #define MOST 6
-#define PAIRS (BLOCK / 2)
 #define V __m512
 #define PRODUCT(sums, a, b) _mm512_dpbf16_ps(sums, (__m512bh)(a), (__m512bh)(b))
 
-/* So many of a row's 32 elements as there are. */
-INLINE TARGET __m512i load_some(const uint16_t *row, int64_t count) {
-    return _mm512_maskz_loadu_epi16(count >= 32 ? 0xffffffff : count > 0 ? (1u << count) - 1 : 0, row);
+/* Keys lie as (pairs of the width, BLOCK) pairs. */
+static void place_key(const uint8_t *row, int64_t width, int64_t position, uint8_t *block) {
+    for (int64_t pair = 0; pair < width / 2; pair++) memcpy(block + (pair * BLOCK + position) * 4, row + 4 * pair, 4);
 }
 
-/* 16 rows of 16 pairs to 16 pairs of 16 rows. */
-INLINE TARGET void transpose(__m512i rows[16]) {
-    __m512i a[16], b[16];
-    EACH(i, 8) {
-        a[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
-        a[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
-    }
-    EACH(i, 4) EACH(k, 2) {
-        b[4 * i + 2 * k] = _mm512_unpacklo_epi64(a[4 * i + k], a[4 * i + 2 + k]);
-        b[4 * i + 2 * k + 1] = _mm512_unpackhi_epi64(a[4 * i + k], a[4 * i + 2 + k]);
-    }
-    EACH(k, 4) {
-        a[k] = _mm512_shuffle_i32x4(b[k], b[4 + k], 0x88);
-        a[4 + k] = _mm512_shuffle_i32x4(b[k], b[4 + k], 0xdd);
-        a[8 + k] = _mm512_shuffle_i32x4(b[8 + k], b[12 + k], 0x88);
-        a[12 + k] = _mm512_shuffle_i32x4(b[8 + k], b[12 + k], 0xdd);
-    }
-    EACH(k, 8) {
-        rows[k] = _mm512_shuffle_i32x4(a[k], a[8 + k], 0x88);
-        rows[8 + k] = _mm512_shuffle_i32x4(a[k], a[8 + k], 0xdd);
-    }
-}
-
-/* Keys to (pairs of the width, BLOCK) pairs. */
-static TARGET void pack_keys(
-    int is_narrow, const uint8_t *keys, int64_t width, int64_t from, int64_t to, uint8_t *packed
-) {
-    (void)is_narrow;
-    for (int64_t d = 0; d < width; d += 32)
-        for (int64_t first = 0; first < BLOCK; first += 16) {
-            __m512i rows[16];
-            for (int j = 0; j < 16; j++) {
-                const int is_there = first + j >= from && first + j < to;
-                rows[j] = load_some((const uint16_t *)keys + (first + j) * width + d, is_there ? width - d : 0);
-            }
-            transpose(rows);
-            for (int i = 0; i < 16; i++) _mm512_store_si512(packed + ((d / 2 + i) * BLOCK + first) * 4, rows[i]);
-        }
-}
-
-/* Values to (pairs of positions, width rounded up) pairs. */
-static TARGET void pack_values(
-    int is_narrow, const uint8_t *values, int64_t width, int64_t from, int64_t to, uint8_t *packed
-) {
-    (void)is_narrow;
-    const int64_t padded = UP_TO(width, BLOCK_UNIT);
-    __m512i low, high;
-    uint16_t places[64];
-    for (int i = 0; i < 64; i++) places[i] = (uint16_t)(i / 2 + 32 * (i % 2));
-    memcpy(&low, places, 64);
-    memcpy(&high, places + 32, 64);
-    for (int64_t j = 0; j < BLOCK; j += 2)
-        for (int64_t d = 0; d < width; d += 32) {
-            const uint16_t *at = (const uint16_t *)values + j * width + d;
-            const __m512i even = load_some(at, j >= from && j < to ? width - d : 0);
-            const __m512i odd = load_some(at + width, j + 1 >= from && j + 1 < to ? width - d : 0);
-            uint8_t *out = packed + (j / 2 * padded + d) * 4;
-            _mm512_store_si512(out, _mm512_permutex2var_epi16(even, low, odd));
-            _mm512_store_si512(out + 64, _mm512_permutex2var_epi16(even, high, odd));
-        }
+/* Values lie as (pairs of positions, width) pairs. */
+static void place_value(const uint8_t *row, int64_t width, int64_t position, uint8_t *block) {
+    const uint16_t *from = (const uint16_t *)row;
+    uint16_t *to = (uint16_t *)block + position / 2 * 2 * width + position % 2;
+    for (int64_t d = 0; d < width; d++) to[2 * d] = from[d];
 }
 
 /* Far below 0 it is 0, and what is no number stays so. */
@@ -126,18 +71,22 @@ INLINE TARGET __m512i pair_of(const uint8_t *row, int64_t pair) {
     return _mm512_set1_epi32(both);
 }
 
+INLINE __mmask16 first_lanes(int64_t count) { return count >= 16 ? 0xffff : count > 0 ? (1u << count) - 1 : 0; }
+
 /* Weighed values of so many vectors of outputs. */
 INLINE TARGET void add_values(
     const int rows, const int vectors, const block_tile *t, const uint8_t weights[MOST][BLOCK * 2], const float *kept,
-    int64_t pairs, int64_t first, int64_t padded
+    int64_t pairs, int64_t first
 ) {
     V sums[MOST][4];
     EACH(r, rows) EACH(c, vectors)
         sums[r][c] = _mm512_mul_ps(_mm512_loadu_ps(t->out + r * t->stride + first + 16 * c), _mm512_set1_ps(kept[r]));
     const uint8_t *values = t->values + 4 * first;
-    for (int64_t pair = 0; pair < pairs; pair++, values += 4 * padded) {
+    __mmask16 there[4]; /* the last vector of an odd width has less */
+    EACH(c, vectors) there[c] = first_lanes(t->width - first - 16 * c);
+    for (int64_t pair = 0; pair < pairs; pair++, values += 4 * t->width) {
         __m512i v[4];
-        EACH(c, vectors) v[c] = _mm512_load_si512(values + 64 * c);
+        EACH(c, vectors) v[c] = _mm512_maskz_loadu_epi32(there[c], values + 64 * c);
         EACH(r, rows) {
             const __m512i w = pair_of(weights[r], pair);
             EACH(c, vectors) sums[r][c] = PRODUCT(sums[r][c], w, v[c]);
@@ -154,7 +103,7 @@ INLINE TARGET void attend_rows(const int rows, const block_tile *t) {
     const uint8_t *keys = t->keys;
     for (int64_t pair = 0; pair < t->width / 2; pair++, keys += 4 * BLOCK) {
         __m512i k[4];
-        EACH(c, 4) k[c] = _mm512_load_si512(keys + 64 * c);
+        EACH(c, 4) k[c] = _mm512_loadu_si512(keys + 64 * c);
         EACH(r, rows) {
             const __m512i q = pair_of(t->q[r], pair);
             EACH(c, 4) scores[r][c] = PRODUCT(scores[r][c], q, k[c]);
@@ -167,8 +116,8 @@ INLINE TARGET void attend_rows(const int rows, const block_tile *t) {
     }
     const int64_t padded = UP_TO(t->width, BLOCK_UNIT), pairs = (end + 1) / 2;
     int64_t first = 0;
-    for (; first + 64 <= padded; first += 64) add_values(rows, 4, t, weights, kept, pairs, first, padded);
-    if (first < padded) add_values(rows, 2, t, weights, kept, pairs, first, padded);
+    for (; first + 64 <= padded; first += 64) add_values(rows, 4, t, weights, kept, pairs, first);
+    if (first < padded) add_values(rows, 2, t, weights, kept, pairs, first);
 }
 
 static TARGET void attend(int rows, const block_tile *t) {
@@ -182,5 +131,7 @@ static TARGET void attend(int rows, const block_tile *t) {
     }
 }
 
-const block_way avx512bf16_blocks = { MOST, sizeof(uint16_t), pack_keys, pack_values, attend };
+const block_way avx512bf16_blocks = {
+    MOST, sizeof(uint16_t), place_key, place_value, NULL, NULL, attend
+};
 #endif

@@ -72,7 +72,7 @@ static void attention_half_piece(work *w, int phase, int64_t piece, void *memory
     switch (phase) {
         case 0: pack_normed(h->step, h->hidden, h->layer->input_norm, &h->qkv, NULL, piece, memory); break;
         case 1: product_piece(&h->qkv, piece); break;
-        case 2: place_token(&h->attention, piece, memory); break;
+        case 2: place_tokens(&h->attention, piece, memory); break;
         case 3: attend_piece(&h->attention, piece, memory); break;
         case 4: pack_tokens(&h->output, piece); break;
         default: product_piece(&h->output, piece);
@@ -127,7 +127,7 @@ void *sage_begin_attention(
     h->output.tokens = a->out, h->output.token_stride = h->output.first.inputs * item;
     h->output.out = out, h->output.added = hidden;
     h->work = (work){
-        .pieces = {packing_pieces(s), first_pieces(&h->qkv), s->num_tokens, span_pieces[s->num_spans],
+        .pieces = {packing_pieces(s), first_pieces(&h->qkv), placing_pieces(a), span_pieces[s->num_spans],
                    packing_pieces(s), first_pieces(&h->output)},
         .run_piece = attention_half_piece, .ended_ns = s->ended_ns,
     };

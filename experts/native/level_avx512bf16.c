@@ -12,7 +12,7 @@
 #define EACH(i, n) _Pragma("GCC unroll 8") for (int i = 0; i < (n); i++)
 #define BLOCK_INPUTS 128 /* of int8 and int4 */
 #define FEW_FLOATS 2     /* rows that take outputs one by one; codes ahead of them are asked for, floats come by themselves */
-#define FEW_CODES 1
+#define FEW_INT8 1
 
 /* A mask of so many bytes, of 64. */
 INLINE uint64_t lowest(int64_t bytes) { return bytes >= 64 ? ~0ull : bytes > 0 ? (1ull << bytes) - 1 : 0; }
@@ -133,11 +133,9 @@ INLINE TARGET void last_step(
     step(rows, outputs, kind, group, t, &(place){last[0], sizeof last[0], scales[0], 4}, first, sums);
 }
 
-/* Few rows take one output after the other, so that weights come from memory in one stream, which is the fastest; more
-   rows take them together, so that each of their inputs is loaded once for all. */
-INLINE TARGET void multiply(const int rows, const int kind, const int group, const tile *t) {
+/* together: outputs at once. */
+INLINE TARGET void multiply(const int rows, const int kind, const int group, const int together, const tile *t) {
     const int step_inputs = kind == BFLOAT16 ? STEP : BLOCK_INPUTS, step_bytes = (int)row_bytes(kind, step_inputs);
-    const int together = rows <= (kind == BFLOAT16 ? FEW_FLOATS : FEW_CODES) ? 1 : OUTPUTS;
     const uint8_t *soon = t->soon;
     for (int64_t output = 0; output < t->outputs; output += OUTPUTS) {
         __m512 sums[OUTPUTS][MOST][OUTPUTS];
@@ -164,11 +162,21 @@ INLINE TARGET void multiply(const int rows, const int kind, const int group, con
     }
 }
 
-INLINE TARGET void multiply_grouped(const int rows, const int kind, const tile *t) {
-    if (kind != INT4) multiply(rows, kind, 0, t);
-    else if (t->group == 32) multiply(rows, INT4, 32, t);
-    else if (t->group == 64) multiply(rows, INT4, 64, t);
-    else multiply(rows, INT4, 128, t);
+INLINE TARGET void multiply_grouped(const int rows, const int kind, const int together, const tile *t) {
+    if (kind != INT4) multiply(rows, kind, 0, together, t);
+    else if (t->group == 32) multiply(rows, INT4, 32, together, t);
+    else if (t->group == 64) multiply(rows, INT4, 64, together, t);
+    else multiply(rows, INT4, 128, together, t);
+}
+
+/* Few activations take one output after the other, so that weights come from memory in one stream, which is the fastest;
+   more take outputs together, so that each of their inputs is loaded once for all. So do few where weights' rows are
+   short: four of them are one stream, too, and one alone would be over before its first products are added up. And of int4,
+   where computing takes about as long as the memory. */
+INLINE TARGET void multiply_ordered(const int rows, const int kind, const tile *t) {
+    const int few = kind == BFLOAT16 ? FEW_FLOATS : kind == INT8 ? FEW_INT8 : 0;
+    if (rows <= few && row_bytes(kind, t->inputs) > SHORT_ROW) multiply_grouped(rows, kind, 1, t);
+    else multiply_grouped(rows, kind, OUTPUTS, t);
 }
 
 /* 32 inputs, zeros behind the last of count. */
@@ -219,7 +227,7 @@ static TARGET void pack_fourths(const void *from, uint8_t *to, int64_t count) {
 }
 
 #define DEFINE_TILE(kind, rows) \
-    static TARGET void tile_##kind##_##rows(const tile *t) { multiply_grouped(rows, kind, t); }
+    static TARGET void tile_##kind##_##rows(const tile *t) { multiply_ordered(rows, kind, t); }
 TILES_OF(DEFINE_TILE, BFLOAT16)
 TILES_OF(DEFINE_TILE, INT4)
 DEFINE_TILE(INT8, 1) DEFINE_TILE(INT8, 2) DEFINE_TILE(INT8, 3) DEFINE_TILE(INT8, 4)

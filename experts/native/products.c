@@ -25,6 +25,7 @@ static void multiply_rows(
 ) {
     const int64_t bytes = row_bytes((int)form->kind, form->inputs);
     const int64_t groups = form->kind == INT4 ? (form->inputs + form->group - 1) / form->group : 0;
+    const bool is_foreseen = rows <= way->foreseen_rows && bytes > SHORT_ROW;
     tile t = {.inputs = form->inputs, .group = form->group, .stride = stride};
     for (int r = 0; r < rows; r++) t.x[r] = x[r];
     const int64_t ahead = UP_TO(AHEAD_BYTES / bytes + 1, OUTPUTS); /* outputs, as many as are asked for ahead */
@@ -35,7 +36,7 @@ static void multiply_rows(
         t.out = sums + first - from;
         t.row_bytes = bytes, t.row_scales = groups;
         t.outputs = count = (is_end ? left : left - ahead) / OUTPUTS * OUTPUTS;
-        t.soon = is_end ? then : rows <= way->foreseen_rows ? NULL : t.weights + ahead * bytes;
+        t.soon = is_end ? then : is_foreseen ? NULL : t.weights + ahead * bytes;
         if (left < OUTPUTS) { /* one by one, each as often as a tile has room */
             t.row_bytes = t.row_scales = 0, t.outputs = OUTPUTS, t.soon = NULL;
             count = 1;

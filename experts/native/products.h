@@ -8,6 +8,7 @@
 #define INLINE static inline __attribute__((always_inline))
 #define OUTPUTS 4  /* of a tile */
 #define MOST_ROWS 6
+#define SHORT_ROW 512 /* bytes of a matrix's row, at most */
 #define STEP 64  /* inputs; rows of x end with zeros up to a multiple of it */
 #define BLOCK 64 /* positions that attention takes at once */
 #define BLOCK_UNIT 32 /* a head's packed keys and values are as wide as a multiple of it */
@@ -50,7 +51,8 @@ typedef struct {
     int x_bytes;                       /* of one packed activation */
     int pairs;                         /* within so many inputs even ones are packed before odd ones; 0: as they come */
     int block;                         /* rows of x end with zeros up to a multiple of it; 0: of STEP */
-    int foreseen_rows;                 /* up to so many, tiles read weights as the processor foresees: none are asked for */
+    int foreseen_rows;                 /* up to so many, tiles read long rows of weights as the processor foresees: none are
+                                          asked for */
     pack_inputs *pack;                 /* bfloat16 inputs in a layout of the way's own; or NULL */
 } way;
 
@@ -72,7 +74,7 @@ typedef int64_t find(const float *x, int64_t count);
 /* Some query rows and one block of what they attend to; see blocks.h. */
 typedef struct {
     const uint8_t *q[MOST_ROWS];
-    const uint8_t *keys, *values;      /* packed, aligned to 64 bytes */
+    const uint8_t *keys, *values;      /* packed, those of blocks.h aligned to 64 bytes */
     int64_t width;
     float factor;                      /* of scores, on their way to powers of 2 */
     int64_t from[MOST_ROWS], to[MOST_ROWS]; /* the block's positions that each row sees */
@@ -81,13 +83,18 @@ typedef struct {
     int64_t stride;
 } block_tile;
 
+typedef void place_head(const uint8_t *row, int64_t width, int64_t position, uint8_t *block);
 typedef void pack_block(int is_narrow, const uint8_t *rows, int64_t width, int64_t from, int64_t to, uint8_t *packed);
 typedef void attend_block(int rows, const block_tile *);
 
+/* How a block of one key-value head lies in the cache, and how it is attended to. Either its rows lie one after another
+   and are packed when they are needed, or each row is placed where `attend` looks for it. Of positions that a row does not
+   see, it takes what it finds there with weight 0: any number, but not what is none. */
 typedef struct {
     int most_rows;
     int item;                          /* bytes of an element of packed keys and values, and of queries */
-    pack_block *pack_keys, *pack_values;
+    place_head *place_key, *place_value; /* where blocks are packed in the cache; or NULL */
+    pack_block *pack_keys, *pack_values; /* where they are not; or NULL */
     attend_block *attend;
 } block_way;
 

@@ -124,16 +124,48 @@ def test_chunks_beside_others_have_the_bits_of_the_whole(
         torch.set_num_threads(before)
 
 
-def test_cache_has_what_was_written_and_nothing_else() -> None:
-    texts = Texts(_config(16), torch.bfloat16, has_norms=False)
-    texts.attend(LEVELS_HERE[-1], (0, Span((3, 7), 60, 10)))
+def _rows_of(texts: Texts, level: str) -> tuple[Tensor, Tensor]:
+    """Keys and values of the cache, one row of a position after another: level `avx512bf16` keeps them in pairs."""
+    keys, values = texts.pool.keys, texts.pool.values
+    if level != "avx512bf16" or texts.dtype != torch.bfloat16:
+        return keys, values
+    *outer, positions, width = keys.shape
+    paired_keys = keys.view(*outer, width // 2, positions, 2)
+    paired_values = values.view(*outer, positions // 2, width, 2)
+    return paired_keys.transpose(-3, -2).reshape(keys.shape), paired_values.transpose(-2, -1).reshape(
+        values.shape
+    )
+
+
+@pytest.mark.parametrize("level", LEVELS_HERE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [16, 70])
+def test_cache_has_what_was_written_and_nothing_else(level: str, dtype: torch.dtype, head_dim: int) -> None:
+    texts = Texts(_config(head_dim), dtype, has_norms=False)
+    texts.attend(level, (0, Span((3, 7), 60, 10)))
     config = texts.config
-    values = texts.rows[0, 60:70, config.q_width + config.kv_width :].view(10, config.num_kv_heads, 16)
-    assert torch.equal(texts.pool.values[1, 3, :, 60:], values[:4].transpose(0, 1))
-    assert torch.equal(texts.pool.values[1, 7, :, :6], values[4:].transpose(0, 1))
-    for cache in (texts.pool.keys, texts.pool.values):
-        written = cache.abs().sum(dim=(2, 4))
-        assert int((written > 0).sum()) == 10
+    written = texts.rows[0, 60:70, config.q_width :].view(10, 2, config.num_kv_heads, head_dim)
+    turned = rotate(written[:, 0].float(), texts.angles[60:70].cos(), texts.angles[60:70].sin()).to(dtype)
+    for cache, rows in zip(_rows_of(texts, level), (turned, written[:, 1]), strict=True):
+        torch.testing.assert_close(cache[1, 3, :, 60:], rows[:4].transpose(0, 1))
+        torch.testing.assert_close(cache[1, 7, :, :6], rows[4:].transpose(0, 1))
+        assert int((cache.abs().sum(dim=(2, 4)) > 0).sum()) == 10
+
+
+@pytest.mark.parametrize("level", LEVELS_HERE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 9])
+def test_what_others_left_in_a_block_changes_nothing(
+    level: str, dtype: torch.dtype, window: int | None
+) -> None:
+    """Blocks are handed on as they are, with numbers in them; so are positions before a window."""
+    clean, used = Texts(_config(30, window), dtype), Texts(_config(30, window), dtype)
+    generator = torch.Generator().manual_seed(2)
+    for cache in (used.pool.keys, used.pool.values):
+        cache.copy_(torch.randn(cache.shape, generator=generator).mul_(100))
+    for first, count in ((0, 61), (61, 1), (62, 1), (63, 2), (65, 1), (66, 30)):
+        span = 0, Span((3, 7), first, count)
+        assert torch.equal(*(texts.attend(level, span)[0] for texts in (clean, used)))
 
 
 def test_row_of_numbers_that_are_none_spoils_no_other_sequence() -> None:

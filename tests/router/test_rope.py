@@ -24,7 +24,7 @@ from router.batcher import BatchLimits
 from router.errors import ConfigUnsupported
 from router.loading import EngineOptions, LoadedEngine
 from router.request import GenerationRequest, SamplingParams
-from router.rope import RotaryEmbedding, rotate
+from router.rope import MOST_KEPT, RotaryEmbedding, rotate
 from router.sequence import PromptInputs
 from tests.checkpoints import SIZES
 from tests.engines import RecordingEngine, open_engine, small_engine
@@ -73,6 +73,25 @@ def test_a_row_has_the_same_bits_whatever_comes_with_it() -> None:
     for first, count in ((0, 1), (5, 2), (76, 1), (30, 17)):
         rows = slice(first, first + count)
         assert torch.equal(rotate(x[rows], *rope.tables(positions[:, rows])), whole[rows])
+
+
+def test_kept_positions_have_the_same_bits_in_every_order_and_company() -> None:
+    """Text alone, text beside rows of media, positions that are not kept, and a table that grew in other steps."""
+    text = torch.tensor([0, 1023, 1024, 5000, MOST_KEPT - 1, MOST_KEPT, MOST_KEPT + 70, 3])
+    media = torch.tensor([[7, 8], [9, 8], [7, 40000]])
+    grown, asked_once = (RotaryEmbedding(tiny_config(head_dim=128)) for _ in range(2))
+    parts = [grown.tables(position.expand(3, 1)) for position in text]
+    mixed = asked_once.tables(torch.cat((text.expand(3, -1), media), dim=1))
+    for table, alone, among in zip(
+        asked_once.tables(text.expand(3, -1)), zip(*parts, strict=True), mixed, strict=True
+    ):
+        assert torch.equal(table, torch.cat(alone)) and torch.equal(table, among[:-2])
+    for table, among in zip(asked_once.tables(media), mixed, strict=True):
+        assert torch.equal(table, among[-2:])
+    angles = text.double()[:, None] * 10000.0 ** -(torch.arange(0, 128, 2).double() / 128)
+    expected = torch.cat((angles, angles), dim=1)
+    for table, exact in zip(mixed, (expected.cos(), expected.sin()), strict=True):
+        assert (table[:-2].squeeze(1) - exact).abs().max() < 5e-3  # of angles in float32
 
 
 def test_frequencies_for_a_length_do_not_depend_on_the_rows_beside_them() -> None:
