@@ -73,6 +73,10 @@ class RouterLost(RouterUnavailable):
         return f"the router was lost: {self.detail}"
 
 
+class GatewayStopped(GatewayError):
+    """The gateway has closed its port, though nobody has asked it to."""
+
+
 class GenerationFailed(GatewayError):
     """The router gave up on one request. `reason` is the router's own text, safe to show."""
 
