@@ -230,7 +230,7 @@ class AddressUnusable(GatewayError):
 
 
 class ServeTaken(GatewayError):
-    """The cluster's Ray Serve, which has one HTTP port, runs other applications."""
+    """The cluster's Ray Serve, which is one for all, runs other applications."""
 
     def __init__(self, applications: tuple[str, ...]) -> None:
         super().__init__(applications)

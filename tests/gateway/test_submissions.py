@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from gateway.routers.submissions import Submissions
+from gateway.routers import submissions as submissions_module
+from gateway.routers.submissions import QUIET_TURNS, Submissions
 from router.errors import QueueFull
 from router.request import GenerationRequest
 
@@ -39,7 +40,43 @@ async def _submitted(submissions: Submissions, *names: str) -> list[asyncio.Task
     return tasks
 
 
-def test_request_that_comes_alone_goes_at_once_and_those_that_come_meanwhile_go_together() -> None:
+def test_those_that_come_in_neighbouring_turns_of_the_loop_go_together() -> None:
+    async def run() -> None:
+        router = _Router()
+        router.may_answer.set()
+        submissions = Submissions(router.take)
+        tasks = []
+        for name in "abcd":
+            tasks.append(asyncio.create_task(submissions.submit(_request(name))))
+            for _ in range(QUIET_TURNS - 2):
+                await asyncio.sleep(0)
+        await asyncio.gather(*tasks)
+        assert router.calls == [["a", "b", "c", "d"]]
+
+    asyncio.run(run())
+
+
+def test_nobody_waits_long_for_others_that_come_and_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submissions_module, "GATHER_S", 0.0)
+
+    async def run() -> None:
+        router = _Router()
+        router.may_answer.set()
+        submissions = Submissions(router.take)
+        await asyncio.gather(*(submissions.submit(_request(name)) for name in "ab"))
+        assert router.calls == [["a", "b"]]
+        tasks = []
+        for name in "cdef":
+            tasks.append(asyncio.create_task(submissions.submit(_request(name))))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        await asyncio.gather(*tasks)
+        assert len(router.calls) > 2
+
+    asyncio.run(run())
+
+
+def test_those_that_come_while_a_call_is_on_its_way_go_in_the_next() -> None:
     async def run() -> None:
         router = _Router()
         submissions = Submissions(router.take)
