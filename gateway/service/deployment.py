@@ -313,8 +313,8 @@ def _service_size(loaded: LoadedEngine, max_actors: int) -> ServiceSize:
     )
 
 
-def build_gateway(spec: DeploymentSpec, handles: Sequence[DeploymentHandle[Any]]) -> FastAPI:
-    """The gateway's HTTP app over a handle for every router. Runs inside the gateway's replica."""
+def build_gateway(spec: DeploymentSpec, pool: RouterPool) -> FastAPI:
+    """The gateway's HTTP app. Runs inside the gateway's replica."""
     root = Path(spec.store_root)
     store = ExpertStore.open(root)
     config = read_model_config(store.served.config)
@@ -331,8 +331,6 @@ def build_gateway(spec: DeploymentSpec, handles: Sequence[DeploymentHandle[Any]]
     )
     store.close()
     template = ChatTemplate.from_folder(root, tokenizer)
-    links = {name: ServeRouterClient(handle) for name, handle in zip(spec.router_names, handles, strict=True)}
-    pool = RouterPool(links, PoolLimits(resume_timeout_s=spec.resume_timeout_s))
     return build_app(settings, tokenizer, template, pool)
 
 
@@ -342,7 +340,11 @@ class GatewayDeployment:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, spec: DeploymentSpec, address: str, port: int, *routers: DeploymentHandle[Any]
     ) -> None:
-        self._server = HttpServer(build_gateway(spec, routers))
+        links = {
+            name: ServeRouterClient(router) for name, router in zip(spec.router_names, routers, strict=True)
+        }
+        self._pool = RouterPool(links, PoolLimits(resume_timeout_s=spec.resume_timeout_s))
+        self._server = HttpServer(build_gateway(spec, self._pool))
         await self._server.start(address, port)
 
     async def check_health(self) -> None:
@@ -355,6 +357,7 @@ class GatewayDeployment:
         server = getattr(self, "_server", None)
         if server is not None:
             await server.stop()
+            await self._pool.close()
 
 
 def build_application(
