@@ -28,10 +28,11 @@ OBJECT_STORE_BYTES = 256 * 1024 * 1024
 SPIN_S = 0.0001
 BUSY_SPIN_S = 0.005
 """Longer than router and actor wait for each other in a layer, with experts for which one thread does."""
-SPARE_REQUESTS = 384
-"""Requests of a gateway beyond twice its generations; with the default options 1,024 in all."""
 NODE_LABEL = "ray.io/node-id"
 """Ray puts it on every node; whatever asks for its value runs there and nowhere else."""
+ONE_LOOP = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
+"""For a replica: Serve would run its own code, ours and the calls that we make on three event loops, and wake one for
+what another has got. Ours blocks none, so that one is enough."""
 NO_CPUS = 0.0
 """Scheduling weight of our actors and replicas: they share the cores by threads, not by Ray's bookkeeping."""
 
@@ -139,17 +140,10 @@ def router_deployment_options(num_threads: int, node_id: str | None = None) -> d
     return _deployment(num_threads, node_id) | limits | checks
 
 
-def gateway_deployment_options(max_open_requests: int, node_id: str | None = None) -> dict[str, Any]:
-    """Serve options of the gateway. It refuses generation beyond `max_open_requests` itself, with 429; Serve's own
-    limit is above that, so that refusals, status and readiness get through, and answers 503. Serve looks for a dead one
+def gateway_deployment_options(node_id: str | None = None) -> dict[str, Any]:
+    """Serve options of the gateway. Its requests come over its own port and not by Serve. Serve looks for a dead one
     every second: it is the only one."""
-    room = 2 * max_open_requests + SPARE_REQUESTS
-    return _deployment(1, node_id) | {
-        "max_ongoing_requests": room,
-        "max_queued_requests": room,
-        "health_check_period_s": 1.0,
-        "backpressure_config": {"status_code": 503, "retry_after_s": 1.0},
-    }
+    return _deployment(1, node_id) | {"health_check_period_s": 1.0}
 
 
 def _place(node_id: str | None) -> dict[str, Any]:
@@ -162,7 +156,7 @@ def _deployment(num_threads: int, node_id: str | None) -> dict[str, Any]:
         "num_replicas": 1,
         "ray_actor_options": {
             "num_cpus": NO_CPUS,
-            "runtime_env": {"env_vars": process_environment(num_threads)},
+            "runtime_env": {"env_vars": process_environment(num_threads) | ONE_LOOP},
             **_place(node_id),
         },
         "max_constructor_retry_count": 1,

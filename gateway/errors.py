@@ -73,6 +73,10 @@ class RouterLost(RouterUnavailable):
         return f"the router was lost: {self.detail}"
 
 
+class GatewayStopped(GatewayError):
+    """The gateway has closed its port, though nobody has asked it to."""
+
+
 class GenerationFailed(GatewayError):
     """The router gave up on one request. `reason` is the router's own text, safe to show."""
 
@@ -226,7 +230,7 @@ class AddressUnusable(GatewayError):
 
 
 class ServeTaken(GatewayError):
-    """The cluster's Ray Serve, which has one HTTP port, runs other applications."""
+    """The cluster's Ray Serve, which is one for all, runs other applications."""
 
     def __init__(self, applications: tuple[str, ...]) -> None:
         super().__init__(applications)

@@ -407,6 +407,7 @@ class Engine:
             routing,
             sequence.is_mixed,
             num_cached=num_cached,
+            is_first=is_first,
         )
 
     def _fail_non_finite(self, sequence: Sequence) -> TokenEvent:

@@ -109,6 +109,13 @@ class TokenEvent:
     """Whether an error is the engine's and not the request's, which may then go on in another."""
     num_cached: int = 0
     """Tokens of the prompt that were found computed; in the event of the first token."""
+    is_first: bool = False
+    """Whether its token is the first that this engine drew for the request."""
+
+    @property
+    def is_urgent(self) -> bool:
+        """Whether somebody has waited for it: the first event of a request, or its last."""
+        return self.is_first or self.finish_reason is not None
 
     def followed_by(self, later: TokenEvent) -> TokenEvent:
         """Both in one."""
@@ -123,4 +130,5 @@ class TokenEvent:
             self.is_mixed or later.is_mixed,
             later.is_resumable,
             self.num_cached or later.num_cached,
+            self.is_first or later.is_first,
         )

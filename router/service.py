@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
 
+from router.arrivals import Arrivals
 from router.engine_thread import EngineHealth, EngineThread
 from router.errors import RouterError, StreamMissing
 from router.feedback import FeedbackDesk, RewardSink
@@ -32,8 +33,9 @@ SEND_INTERVAL_S, SEND_INTERVAL_A_REQUEST_S, MOST_SEND_INTERVAL_S = 0.01, 0.002, 
 request in it, which on its way to the client costs about as much as the token of a small model. The first token of a
 request and its last never wait."""
 
-STREAM_IDLE_S = 1.0
-"""How long a gateway's stream stays open without requests."""
+STREAM_IDLE_S = 30.0
+"""How long a gateway's stream stays open without requests: to open one takes as long as to submit. A gateway that stops
+closes it."""
 
 
 @dataclass(frozen=True)
@@ -51,20 +53,16 @@ class Outbox:
         self.pending: dict[str, TokenEvent] = {}
         self.filled = asyncio.Event()
         self.urgent = asyncio.Event()
-        """Whether a request's first event or its last is among them."""
+        """Whether there are some that do not wait."""
         self.open_requests: set[str] = set()
-        self._begun: set[str] = set()
         self._hurried: set[str] = set()
-        """Requests whose first event or last is pending."""
+        """Requests with events that do not wait."""
 
     def add(self, event: TokenEvent) -> None:
-        name, is_last = event.request_id, event.finish_reason is not None
-        if is_last or name not in self._begun:
+        name = event.request_id
+        if event.is_urgent:
             self.urgent.set()
             self._hurried.add(name)
-            self._begun.add(name)
-        if is_last:
-            self._begun.discard(name)
         earlier = self.pending.get(name)
         self.pending[name] = event if earlier is None else earlier.followed_by(event)
         self.filled.set()
@@ -98,7 +96,8 @@ class RouterService:
         self._probes: dict[str, asyncio.Future[TokenEvent]] = {}
         self._probed_at = float("-inf")
         self._num_probes = 0
-        self.engine_thread = EngineThread(loaded.engine, self._on_engine_events)
+        self._arrivals = Arrivals(self._loop, self._deliver)
+        self.engine_thread = EngineThread(loaded.engine, self._arrivals.put)
         self.engine_thread.start()
 
     @property
@@ -130,14 +129,14 @@ class RouterService:
     async def events(self, gateway: str) -> AsyncGenerator[tuple[TokenEvent, ...], None]:
         """All events of a gateway's requests, merged into messages. Closing it cancels its requests.
 
-        Ends by itself after a while without requests, so that a router that is told to stop can: the gateway asks
-        for a new stream when it has a request.
+        Ends by itself after a while without requests, so that a router that is told to stop can, whatever has become of
+        the gateway: that asks for a new stream when it has a request.
         """
         self._outboxes[gateway] = outbox = Outbox()
         try:
             yield ()  # tells the gateway that its stream stands
             # A last event may have come just when the wait for it was over.
-            while await _is_filled(outbox.filled, STREAM_IDLE_S) or outbox.open_requests or outbox.pending:
+            while await self._has_events(outbox) or outbox.open_requests or outbox.pending:
                 if events := outbox.take():
                     yield events
                     next_s = self._loop.time() + send_interval_s(len(outbox.open_requests))
@@ -151,6 +150,11 @@ class RouterService:
                 self.cancel(request_id)
             if self._outboxes.get(gateway) is outbox:
                 del self._outboxes[gateway]
+
+    async def _has_events(self, outbox: Outbox) -> bool:
+        """Waits for some, not for ever."""
+        with self._arrivals.awaited():
+            return await _is_filled(outbox.filled, STREAM_IDLE_S)
 
     async def health(self) -> ServiceHealth:
         """Ready while steps complete; when idle, a one-token probe is computed, at most every few seconds."""
@@ -201,13 +205,6 @@ class RouterService:
             return ServiceHealth(False, event.error or "a probe failed")
         self._probed_at = time.monotonic()
         return ServiceHealth(True, "idle")
-
-    def _on_engine_events(self, events: Sequence[TokenEvent]) -> None:
-        """On the engine's thread."""
-        try:
-            self._loop.call_soon_threadsafe(self._deliver, events)
-        except RuntimeError:
-            logger.info("the event loop has closed; %d events are dropped", len(events))
 
     def _deliver(self, events: Sequence[TokenEvent]) -> None:
         for event in events:

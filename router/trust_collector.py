@@ -1,8 +1,9 @@
 """Watches an engine and turns what it sees into observations of trust. Never changes what it is given.
 
-Every pass it looks closely at one layer, in turn, one round at stability and the next at efficiency, and asks to be
-shown no other; of prompts it looks at a few positions, in all layers, whose NLL the engine gives. All methods but
-`reward` and `flush` are called on the engine's thread. Keeps no text and no token ids.
+Of the layers that are computed it looks closely at every 48th, those of a model in turn, one round at stability and the
+next at efficiency, and asks to be shown no other; of prompts it notes the experts in all layers, and looks at a few
+positions whose NLL the engine gives. All methods but `reward` and `flush` are called on the engine's thread. Keeps no
+text and no token ids.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from experts.trust import (
 from experts.trust_book import TrustBook
 from router.dispatch import Dispatch
 from router.scoring import ABSENT, Routing
-from router.step_routing import MAX_UNDER_WAY, GateOutput, RoutingWatcher, SpanOwner, View
+from router.step_routing import MAX_UNDER_WAY, NOTHING, GateOutput, RoutingWatcher, SpanOwner, View
 from router.trust_signals import (
     consistency,
     contribution_shares,
@@ -44,6 +45,9 @@ from router.trust_signals import (
 SKETCH_SIZE = 64
 MAX_TOKENS_A_STEP, MAX_EXPERTS_A_STEP = 16, 32
 """How many of the layer's tokens and experts are looked at; evenly spaced where there are more."""
+LAYERS_A_LOOK = 48
+"""Of so many layers that are computed one is looked at, but no more than one a pass. To look at one takes longer than
+the layer of a small model; this is the share that a model of 48 layers is looked at with every pass."""
 TOKENS_A_FLUSH = 256
 """How often observations reach the book, in tokens."""
 MAX_REQUESTS = 512
@@ -57,8 +61,8 @@ class _Pass:
     """Rows on their way through the layers."""
 
     owners: Sequence[SpanOwner]
-    turn: int
-    """The layer that is looked at closely, by its place among those with experts."""
+    turn: int | None
+    """The layer that is looked at closely, by its place among those with experts; None looks at none."""
     round: int
     slots_T: Tensor
     """Where each row's use of experts is counted."""
@@ -73,7 +77,7 @@ class _Pass:
 class TrustCollector(RoutingWatcher):
     """A `RoutingWatcher` and `PromptProbe` of one engine."""
 
-    def __init__(self, book: TrustBook, width: int) -> None:
+    def __init__(self, book: TrustBook, width: int, layers_a_look: int = LAYERS_A_LOOK) -> None:
         """width: D of the model."""
         self.book = book
         view = book.view()
@@ -81,9 +85,12 @@ class TrustCollector(RoutingWatcher):
         self._num_layers, self._num_experts = len(view.layers), view.num_experts
         self._row_of_layer = {layer: row for row, layer in enumerate(view.layers)}
         self._lock = threading.Lock()
+        self._layers_a_look = layers_a_look
+        self._num_unseen = layers_a_look - self._num_layers  # the first pass is looked at
+        """Layers computed since the last look."""
         self._turn, self._round = -1, -1
         self._passes: list[_Pass] = []
-        self._pass = _Pass((), -1, 0, torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
+        self._pass = _Pass((), None, 0, torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
         self._start, self._tokens = view.now, 0
         self._pending = empty_table(self._component, self._layers, self._num_experts, self._start)
         self._sketch_DS = sketch_matrix(width, SKETCH_SIZE)
@@ -105,11 +112,16 @@ class TrustCollector(RoutingWatcher):
         return [p for p in sampled_positions(num_prompt) if owner.first <= p < end]
 
     def wanted(self, owners: Sequence[SpanOwner]) -> View:
-        """See RoutingWatcher.wanted: one layer in turn, and the choices of a prompt's rows at which it looks."""
+        """See RoutingWatcher.wanted: one layer in turn, where it is time, and the choices of a prompt's rows."""
+        self._count_tokens(owners)
+        turn = self._next_turn()
+        if turn is None and all(owner.first >= len(owner.request.prompt_ids) for owner in owners):
+            return NOTHING
         under_way = [seen for seen in self._passes if not seen.is_done]
-        begun = self._begin_pass(owners)
+        begun = self._begin_pass(owners, turn)
         self._passes = [*under_way[-MAX_UNDER_WAY:], begun]
-        return View((self._layers[begun.turn],), has_choices=len(begun.sampled_N) > 0)
+        layers = () if begun.turn is None else (self._layers[begun.turn],)
+        return View(layers, has_choices=len(begun.sampled_N) > 0)
 
     def watch_choices(self, owners: Sequence[SpanOwner], layer: int, routing: Routing) -> None:
         """See RoutingWatcher.watch_choices."""
@@ -128,7 +140,6 @@ class TrustCollector(RoutingWatcher):
         seen = self._look_at(owners, gate.layer, routing)
         if seen is not None and row == seen.turn:
             with self._lock:
-                self._count_usage(row, routing)
                 if seen.round % 2:
                     self._observe_efficiency(row, routing, dispatched, rows_RD)
                 else:
@@ -161,6 +172,9 @@ class TrustCollector(RoutingWatcher):
             return None
         self._pass = seen
         seen.is_done |= row == (self._num_layers - 1 if len(seen.sampled_N) else seen.turn)
+        if len(seen.sampled_N) or row == seen.turn:
+            with self._lock:
+                self._count_usage(row, routing)
         if len(seen.sampled_N):
             experts_NK = routing.indices_TK[seen.sampled_N] + row * self._num_experts
             seen.sampled.append((experts_NK, routing.weights_TK[seen.sampled_N]))
@@ -196,15 +210,16 @@ class TrustCollector(RoutingWatcher):
         self._start, self._tokens = max(self._now, self.book.view().now), 0
         self._pending = empty_table(self._component, self._layers, self._num_experts, self._start)
 
-    def _begin_pass(self, owners: Sequence[SpanOwner]) -> _Pass:
-        counts = [owner.count for owner in owners]
+    def _count_tokens(self, owners: Sequence[SpanOwner]) -> None:
         with self._lock:
             if self._tokens >= TOKENS_A_FLUSH:
                 self._flush()
-            self._tokens += sum(counts)
+            self._tokens += sum(owner.count for owner in owners)
+
+    def _begin_pass(self, owners: Sequence[SpanOwner], turn: int | None) -> _Pass:
+        counts = [owner.count for owner in owners]
+        with self._lock:
             slots = torch.tensor([self._slot(owner.request.request_id) for owner in owners])
-        self._turn = (self._turn + 1) % self._num_layers
-        self._round += not self._turn
         slots_T = slots.repeat_interleave(torch.tensor(counts)) if max(counts) > 1 else slots
         starts = accumulate(counts, initial=0)
         sampled = [
@@ -213,7 +228,18 @@ class TrustCollector(RoutingWatcher):
             for position in self.positions(owner)
         ]
         sampled_N = torch.tensor(sampled, dtype=torch.int64)
-        return _Pass(owners, self._turn, self._round, slots_T, sampled_N)
+        is_done = turn is None and not sampled
+        return _Pass(owners, turn, self._round, slots_T, sampled_N, is_done=is_done)
+
+    def _next_turn(self) -> int | None:
+        """Of a pass through all layers."""
+        self._num_unseen += self._num_layers
+        if self._num_unseen < self._layers_a_look:
+            return None
+        self._num_unseen %= self._layers_a_look
+        self._turn = (self._turn + 1) % self._num_layers
+        self._round += not self._turn
+        return self._turn
 
     def _slot(self, request_id: str) -> int:
         """Where a request's use of experts is counted."""

@@ -19,7 +19,7 @@ from experts.trust_ledger import TrustIdentity, TrustLedger, ledger_path
 from experts.trust_reporter import TrustKeeper, TrustReporter
 from router.engine import Engine
 from router.model_config import ModelConfig
-from router.trust_collector import TrustCollector
+from router.trust_collector import LAYERS_A_LOOK, TrustCollector
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +31,8 @@ class TrustOptions:
     state_folder: str
     """Where ledgers are kept."""
     settings: TrustSettings = field(default_factory=TrustSettings)
+    layers_a_look: int = LAYERS_A_LOOK
+    """How seldom a layer is looked at."""
 
 
 OpenKeeper = Callable[[TrustIdentity, TrustOptions], TrustKeeper]
@@ -75,7 +77,7 @@ class TrustSession:
         except ExpertError as error:
             logger.warning("trust is learned but not kept: %s", error)
         self.book = TrustBook(base, options.settings)
-        self.collector = TrustCollector(self.book, config.hidden_size)
+        self.collector = TrustCollector(self.book, config.hidden_size, options.layers_a_look)
         self._reporter: TrustReporter | None = None
 
     def attach(self, engine: Engine) -> None:

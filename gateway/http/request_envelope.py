@@ -1,8 +1,9 @@
-"""What surrounds every HTTP request: an id, the limit on headers, the key, the number of open requests, the count,
-and an answer to unexpected errors. All of it happens before anything of the body is read."""
+"""What surrounds every HTTP request: an id, the limit on headers, the key, the number of open requests, the time it may
+take, the count, and an answer to unexpected errors. All checks happen before anything of the body is read."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import uuid
@@ -48,9 +49,8 @@ class RequestEnvelope:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                if self._settings.is_request_id_sent:
-                    header = (b"x-request-id", request_id.encode())
-                    message = {**message, "headers": [*message["headers"], header]}
+                header = (b"x-request-id", request_id.encode())
+                message = {**message, "headers": [*message["headers"], header]}
             await send(message)
 
         self._metrics.in_flight.inc()
@@ -58,16 +58,17 @@ class RequestEnvelope:
             check_headers(scope, self._settings.limits)
             scope["state"]["owner"] = check_key(scope, self._settings.keys)
             with self._admission.entered(scope["method"]):
-                await self._app(scope, receive, send_with_id)
+                await self._run_in_time(scope, receive, send_with_id)
         except ApiError as error:
-            await _answer(error, scope, receive, send_with_id)
+            if not status:  # else too late for an answer; the server closes the connection
+                await _answer(error, scope, receive, send_with_id)
         except ClientGone:
             status = STATUS_CLIENT_GONE
             logger.debug("the client of request %s has gone", request_id)
         except Exception as error:  # noqa: BLE001 - logged; the last place that can answer
             logger.error("request %s failed: %s", request_id, describe_bug(error))
             if status:
-                return  # too late for an answer; the server closes the connection
+                return  # as above
             text = f"Internal error; the request's id is {request_id}."
             await _answer(
                 ApiError(500, text, "server_error", None, "internal_error"), scope, receive, send_with_id
@@ -75,6 +76,15 @@ class RequestEnvelope:
         finally:
             self._metrics.in_flight.dec()
             self._metrics.requests.labels(_route(scope), str(status or STATUS_CLIENT_GONE)).inc()
+
+    async def _run_in_time(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with asyncio.timeout(self._settings.request_timeout_s) as limit:
+                await self._app(scope, receive, send)
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise ApiError(408, "The request took too long.", code="timeout") from error
 
 
 async def _answer(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:

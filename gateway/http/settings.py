@@ -81,16 +81,16 @@ class GatewaySettings:
     system_fingerprint: str | None = None
     quantization: str | None = None
     """What of the weights is quantised, as answers name it; None where nothing is."""
-    is_request_id_sent: bool = True
-    """False where the server in front adds the header x-request-id to answers itself, as Ray Serve does."""
     model_aliases: tuple[str, ...] = ()
     """Further names of the model."""
     keys: KeyRing = NO_KEYS
     cors_origins: tuple[str, ...] = ()
     """Web origins whose pages may call: exact ones, or "*"."""
     max_open_requests: int = 320
-    """Generations from their first header to the end of their answers; one more gets 429 at once."""
-
+    """Generations from their first header to the end of their answers; one more gets 429 at once. Of all requests
+    there may be more; see `gateway.http.admission`."""
+    request_timeout_s: float = 3600.0
+    """A request may take so long, with its answer."""
     routing: RoutingRules = NATIVE_ONLY
 
     @property

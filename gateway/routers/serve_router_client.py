@@ -1,4 +1,4 @@
-"""The Serve shell of one router, seen from a gateway: a small call to submit, and one event stream for all requests.
+"""The Serve shell of one router, seen from a gateway: small calls to submit, and one event stream for all requests.
 
 Each router is a deployment of its own with one replica, `router-0` to `router-N-1`. Replicas of one deployment would be
 hidden behind one handle: Serve picks one for every call, and a request's submission, its events and its cancelling must
@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -30,6 +30,7 @@ from gateway.errors import (
 )
 from gateway.routers.client import RouterHealth
 from gateway.routers.detached import detached
+from gateway.routers.submissions import Submissions
 from router.errors import EngineStopped, QueueFull, RequestTooLong, RouterError, StreamMissing
 from router.request import GenerationRequest, TokenEvent
 
@@ -50,6 +51,7 @@ class ServeRouterClient:
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self._handle = handle
         self._name = f"gateway-{uuid.uuid4().hex[:12]}"
+        self._submissions = Submissions(self._send)
         self._queues: dict[str, asyncio.Queue[TokenEvent | None]] = {}
         self._reader: asyncio.Task[None] | None = None
         self._standing = asyncio.Event()
@@ -58,10 +60,10 @@ class ServeRouterClient:
         """See RouterClient.generate."""
         queue: asyncio.Queue[TokenEvent | None] = asyncio.Queue()
         self._queues[request.request_id] = queue
+        submitting = detached(self._submit(request))
         is_done = False
         try:
-            await self._connect()
-            await self._submit(request)
+            await asyncio.shield(submitting)
             while not is_done:
                 event = await queue.get()
                 if event is None:
@@ -71,12 +73,18 @@ class ServeRouterClient:
         finally:
             del self._queues[request.request_id]
             if not is_done:
-                detached(self._cancel(request.request_id))
+                detached(self._cancel(request.request_id, submitting))
 
     def abandon(self) -> None:
         """See RouterLink.abandon."""
         if self._reader is not None:
             self._reader.cancel()
+
+    async def close(self) -> None:
+        """See RouterLink.close."""
+        self.abandon()
+        if self._reader is not None:
+            await asyncio.wait({self._reader})
 
     async def feedback(self, answer_id: str, score: float) -> bool:
         return bool(await self._ask(self._handle.feedback.remote(answer_id, score)))
@@ -104,15 +112,20 @@ class ServeRouterClient:
         except SERVE_ERRORS as error:
             raise RouterUnavailable(type(error).__name__) from error
 
+    async def _send(self, requests: tuple[GenerationRequest, ...]) -> Sequence[Exception | None]:
+        refusals: Sequence[Exception | None] = await _answer(self._handle.submit.remote(self._name, requests))
+        return refusals
+
     async def _submit(self, request: GenerationRequest) -> None:
         """Raises what the router's refusal means to a client."""
+        await self._connect()
         for _ in range(STREAM_RETRIES):
             try:
-                await _answer(self._handle.submit.remote(self._name, request))
+                await self._submissions.submit(request)
                 return
             except TimeoutError as error:
                 raise RouterUnavailable("it does not answer") from error
-            except (RouterError, *SERVE_ERRORS) as error:
+            except (RouterError, ValueError, *SERVE_ERRORS) as error:
                 cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
                 if not isinstance(cause, StreamMissing):
                     raise _refusal(cause) from error
@@ -120,8 +133,11 @@ class ServeRouterClient:
             await asyncio.sleep(STREAM_RETRY_S)
         raise RouterUnavailable("it has no stream of ours")
 
-    async def _cancel(self, request_id: str) -> None:
-        """A router that was taken for dead may live. One that is new does not know the request."""
+    async def _cancel(self, request_id: str, submitting: asyncio.Task[None]) -> None:
+        """When it is there. A router that was taken for dead may live; one that is new does not know the request."""
+        await asyncio.wait({submitting})
+        if submitting.exception() is not None:
+            return
         with suppress(RouterUnavailable):
             await self._ask(self._handle.cancel_request.remote(request_id))
 

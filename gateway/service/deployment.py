@@ -1,8 +1,8 @@
 """The Serve shells: a deployment for every router, and the gateway deployment in front of them.
 
-Contain no decision. A request's way: gateway (HTTP, one event loop) -> `RouterPool` -> `ServeRouterClient` -> one
-small call to submit -> `RouterDeployment` -> engine thread; and back in one stream of events for all requests that
-the gateway has at that router.
+Contain no decision. A request's way: gateway (its own HTTP port, one event loop) -> `RouterPool` ->
+`ServeRouterClient` -> a small call to submit, with all that came together -> `RouterDeployment` -> engine thread; and
+back in one stream of events for all requests that the gateway has at that router.
 """
 
 from __future__ import annotations
@@ -36,9 +36,11 @@ from experts.budget import share_of
 from experts.directory import ExpertDirectory, LocalDirectory
 from experts.store import ExpertStore
 from experts.worker import ExpertWorker
+from gateway.errors import GatewayStopped
 from gateway.http.api_keys import NO_KEYS, KeyRing
 from gateway.http.app import GatewaySettings, build_app
 from gateway.http.routing_rules import NATIVE_ONLY, RoutingRules
+from gateway.http.server import HttpServer
 from gateway.local.study import trace_service
 from gateway.routers.client import RouterHealth
 from gateway.routers.pool import PoolLimits, RouterPool
@@ -47,7 +49,7 @@ from gateway.service.capacity_metrics import render_capacity
 from gateway.service.cluster_metrics import render_cluster
 from gateway.text.chat_template import ChatTemplate
 from gateway.text.tokenizer import TextTokenizer
-from router.errors import EngineStopped, TraceFailed
+from router.errors import EngineStopped, RouterError, TraceFailed
 from router.expert_use import ExpertUse
 from router.loading import EngineOptions, LoadedEngine, load_engine
 from router.metrics import local_actor, render_metrics
@@ -205,11 +207,21 @@ class RouterDeployment:
         if self._directory is not None:
             self._directory.set_share(share)
 
-    async def submit(self, gateway: str, request: GenerationRequest) -> None:
-        self._service.submit(gateway, request)
+    async def submit(
+        self, gateway: str, requests: Sequence[GenerationRequest]
+    ) -> list[RouterError | ValueError | None]:
+        """Of each, why it was refused."""
+        refusals: list[RouterError | ValueError | None] = []
+        for request in requests:
+            try:
+                self._service.submit(gateway, request)
+                refusals.append(None)
+            except (RouterError, ValueError) as error:
+                refusals.append(error)
         # A request ends rest at once; whether it has to wait shows at a later look.
         health = self._service.engine_thread.health()
         self._look(max(1, health.num_running), max(0, health.num_waiting - 1))
+        return refusals
 
     async def cancel_request(self, request_id: str) -> None:
         self._service.cancel(request_id)
@@ -301,8 +313,8 @@ def _service_size(loaded: LoadedEngine, max_actors: int) -> ServiceSize:
     )
 
 
-def build_gateway(spec: DeploymentSpec, handles: Sequence[DeploymentHandle[Any]]) -> FastAPI:
-    """The gateway's HTTP app over a handle for every router. Runs inside the gateway's replica."""
+def build_gateway(spec: DeploymentSpec, pool: RouterPool) -> FastAPI:
+    """The gateway's HTTP app. Runs inside the gateway's replica."""
     root = Path(spec.store_root)
     store = ExpertStore.open(root)
     config = read_model_config(store.served.config)
@@ -311,7 +323,6 @@ def build_gateway(spec: DeploymentSpec, handles: Sequence[DeploymentHandle[Any]]
     facts = (spec.model_name, context_length, config.vocab_size, int(time.time()))
     settings = replace(
         GatewaySettings.from_manifest(store.manifest, *facts),
-        is_request_id_sent=False,  # Serve's proxy sends it
         model_aliases=spec.model_aliases,
         keys=spec.keys,
         cors_origins=spec.cors_origins,
@@ -320,30 +331,48 @@ def build_gateway(spec: DeploymentSpec, handles: Sequence[DeploymentHandle[Any]]
     )
     store.close()
     template = ChatTemplate.from_folder(root, tokenizer)
-    links = {name: ServeRouterClient(handle) for name, handle in zip(spec.router_names, handles, strict=True)}
-    pool = RouterPool(links, PoolLimits(resume_timeout_s=spec.resume_timeout_s))
     return build_app(settings, tokenizer, template, pool)
 
 
+class GatewayDeployment:
+    """The gateway: the HTTP app on its port."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, spec: DeploymentSpec, address: str, port: int, *routers: DeploymentHandle[Any]
+    ) -> None:
+        links = {
+            name: ServeRouterClient(router) for name, router in zip(spec.router_names, routers, strict=True)
+        }
+        self._pool = RouterPool(links, PoolLimits(resume_timeout_s=spec.resume_timeout_s))
+        self._server = HttpServer(build_gateway(spec, self._pool))
+        await self._server.start(address, port)
+
+    async def check_health(self) -> None:
+        """Called by Serve; raising makes it replace the replica."""
+        if not self._server.is_serving:
+            raise GatewayStopped
+
+    async def __del__(self) -> None:
+        """Called by Serve when the replica stops in an orderly way: answers that have begun are finished."""
+        server = getattr(self, "_server", None)
+        if server is not None:
+            await server.stop()
+            await self._pool.close()
+
+
 def build_application(
-    spec: DeploymentSpec, num_threads: int, node_id: str | None = None
+    spec: DeploymentSpec, num_threads: int, address: str, port: int, node_id: str | None = None
 ) -> serve.Application:
-    """The Serve application: gateway in front, routers behind. num_threads: of each router. node_id: of the node that
-    has the store; None lets Ray choose."""
-
-    def build_app_in_replica() -> FastAPI:
-        names = spec.router_names
-        return build_gateway(spec, [serve.get_deployment_handle(name, app_name=APP_NAME) for name in names])
-
+    """The Serve application: gateway in front, routers behind. num_threads: of each router. address, port: where the
+    gateway listens. node_id: of the node that has the store; None lets Ray choose."""
     deployment: Any = serve.deployment  # its overloads lose the type of what it returns
     options = router_deployment_options(num_threads, node_id)
     routers = [
         deployment(RouterDeployment, name=name, **options).bind(spec, index)
         for index, name in enumerate(spec.router_names)
     ]
-    options = gateway_deployment_options(spec.max_open_requests, node_id)
-    gateway = deployment(serve.ingress(build_app_in_replica)(), name="gateway", **options)
-    app: serve.Application = gateway.bind(*routers)
+    gateway = deployment(GatewayDeployment, name="gateway", **gateway_deployment_options(node_id))
+    app: serve.Application = gateway.bind(spec, address, port, *routers)
     return app
 
 

@@ -7,7 +7,6 @@ that ran before stays.
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 import signal
 import time
@@ -62,9 +61,6 @@ logger = logging.getLogger(__name__)
 
 OnPlan = Callable[[MemoryPlan, Sequence[str]], None]
 OnPlaced = Callable[["Placed"], None]
-REQUEST_TIMEOUT_S = 3600.0
-PROXY_CALLBACK = ("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "gateway.http.proxy_guard.middlewares")
-"""How Ray Serve is told to put a middleware of ours around its proxy. Its processes inherit the variable."""
 RAY_GRACE_S = 2.0
 """How long Ray's processes may take to go by themselves."""
 
@@ -101,7 +97,6 @@ def running_service(
     stack = ExitStack()
     try:
         stack.callback(_stop_ray)
-        os.environ.setdefault(*PROXY_CALLBACK)
         joined = _reach_ray(options)
         stack.enter_context(interruptible())  # again: Ray has put its own handler in place
         node_id = None if joined is None else _take_cluster(options, address, stack)
@@ -184,7 +179,7 @@ def _reach_ray(options: ServiceOptions) -> RunningRay | None:
         start_ray(options.num_cpus)
         return None
     # A cluster's own processes were started without our environment; those of this service get it from Ray.
-    return join_ray(options.ray_address, process_variables=ray_environment() | dict([PROXY_CALLBACK]))
+    return join_ray(options.ray_address, process_variables=ray_environment())
 
 
 def _take_cluster(options: ServiceOptions, address: BindAddress, stack: ExitStack) -> str:
@@ -240,11 +235,6 @@ def _wait_for_actors(supervisor: Any) -> None:
         raise (error.cause if isinstance(error.cause, ClusterError) else error) from error
 
 
-def http_options(address: BindAddress) -> dict[str, Any]:
-    """Ray Serve's, for its proxy."""
-    return {"host": address.address, "port": address.port, "request_timeout_s": REQUEST_TIMEOUT_S}
-
-
 def describe_plan(options: ServiceOptions) -> dict[str, Any]:
     """What `running_service` would start, as plain values; keys are counted only. Raises like it.
 
@@ -258,17 +248,17 @@ def describe_plan(options: ServiceOptions) -> dict[str, Any]:
     placed = ask_cluster(options) if options.is_placed else None
     memory = (placed or lay_out_here(options, engine, threads, this_node())).memory
     shown = options.shown() | {"dtype": dtype, "max-model-len": _context_length(options, config)}
-    max_open = options.num_routers * engine.limits.max_open
-    gateway = {"name": "gateway", **gateway_deployment_options(max_open)}
+    gateway = {"name": "gateway", **gateway_deployment_options()}
     router = router_deployment_options(threads.router)
     routers = ({"name": name, **router} for name in router_names(options.num_routers))
-    application = {"name": "sage-moe", "route_prefix": "/", "deployments": [gateway, *routers]}
+    application = {"name": "sage-moe", "deployments": [gateway, *routers]}
     return {
         "options": shown,
         "memory": memory.as_json(),
         **_described(placed),
         "threads": {"router": threads.router, "expert-actor": threads.expert_actor},
-        "serve": {"http_options": http_options(address), "applications": [application]},
+        "http": {"address": address.address, "port": address.port},
+        "serve": {"applications": [application]},
     }
 
 
@@ -329,7 +319,8 @@ def _deploy(
         is_placed=options.is_placed,
     )
     stack.callback(serve_instance.stop, options.ray_address is not None)
-    serve_instance.deploy(build_application(spec, num_threads, node_id), http_options(address))
+    application = build_application(spec, num_threads, address.address, address.port, node_id)
+    serve_instance.deploy(application)
 
 
 def _leave_lost_ray() -> None:

@@ -1,28 +1,27 @@
 """The Ray Serve shell around our application: started, deployed, and stopped without touching anybody else's.
 
-A Ray cluster has one Serve, with one HTTP port for all its applications. Called by `gateway.service.launch`.
+A Ray cluster has one Serve. It needs no HTTP proxy for us: the gateway has a port of its own. Called by
+`gateway.service.launch`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from typing import Any
 
 from ray import serve
-from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.serve.config import ProxyLocation
 
 from cluster.processes import quietly
 from gateway.errors import DeploymentFailed, ServeTaken
 from gateway.service.deployment import APP_NAME
 
 
-def deploy(application: serve.Application, http_options: Mapping[str, Any]) -> None:
-    """Start Serve with its HTTP port on the head and run the application. Raises DeploymentFailed."""
+def deploy(application: serve.Application) -> None:
+    """Start Serve and run the application. Raises DeploymentFailed."""
     _say_little()
-    serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=HTTPOptions(**http_options))
+    serve.start(proxy_location=ProxyLocation.Disabled)
     try:
-        serve.run(application, name=APP_NAME, route_prefix="/")
+        serve.run(application, name=APP_NAME, route_prefix=None)
     except RuntimeError as error:
         deployments = serve.status().applications[APP_NAME].deployments.values()
         reasons = [deployment.message for deployment in deployments if deployment.message]
@@ -42,7 +41,7 @@ def stop(is_shared: bool) -> None:
 
 
 def check_free() -> None:
-    """Raises ServeTaken where Serve runs for others: the port and the proxies would be theirs."""
+    """Raises ServeTaken where Serve runs for others: Serve is one for the whole cluster."""
     if others := _others():
         raise ServeTaken(others)
 

@@ -48,7 +48,7 @@ POINTS: dict[str, tuple[str, str, Literal["before", "after"]]] = {
     "router asks": ("experts.transport", "ExpertConnection.start", "before"),
     "router waits": ("experts.transport", "ExpertConnection.finish", "before"),
     "router has rows": ("experts.transport", "ExpertConnection.finish", "after"),
-    "router has a token": ("router.service", "RouterService._on_engine_events", "before"),
+    "router has a token": ("router.arrivals", "Arrivals.put", "before"),
     "router sends a token": ("router.service", "RouterService._deliver", "after"),
     # Of the supervisor
     "supervisor looks": ("cluster.supervisor", "Supervisor._look", "before"),

@@ -55,11 +55,11 @@ def test_readers_look_for_answers_only_where_every_process_has_a_core() -> None:
 
 def test_dead_router_and_dead_gateway_are_noticed_within_a_second() -> None:
     assert router_deployment_options(2)["health_check_period_s"] == 1.0
-    assert gateway_deployment_options(64)["health_check_period_s"] == 1.0
+    assert gateway_deployment_options()["health_check_period_s"] == 1.0
 
 
 def test_nothing_of_ours_takes_a_whole_cpu() -> None:
-    deployments = (router_deployment_options(2), gateway_deployment_options(64))
+    deployments = (router_deployment_options(2), gateway_deployment_options())
     options = [deployment["ray_actor_options"] for deployment in deployments]
     options += [expert_actor_options("experts-0", 1), supervisor_options()]
     assert [option["num_cpus"] for option in options] == [0.0] * 4
@@ -72,9 +72,9 @@ def test_actors_outlive_their_creator_and_only_the_supervisor_is_restarted_by_ra
 
 
 def test_queues_are_bounded() -> None:
-    for options in (router_deployment_options(2), gateway_deployment_options(64)):
-        assert 0 < options["max_ongoing_requests"] < 10_000
-        assert 0 < options["max_queued_requests"] < 10_000
+    options = router_deployment_options(2)
+    assert 0 < options["max_ongoing_requests"] < 10_000
+    assert 0 < options["max_queued_requests"] < 10_000
 
 
 def test_processes_wait_passively_with_the_threads_they_were_given() -> None:

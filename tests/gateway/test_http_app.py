@@ -329,11 +329,6 @@ def test_request_id_is_kept_only_when_safe(given: str, is_kept: bool) -> None:
     assert response.headers["x-request-id"]
 
 
-def test_request_id_is_left_to_the_server_in_front_where_asked() -> None:
-    response = asyncio.run(_post(app_over(FakeRouter(script(IDS)), is_request_id_sent=False), COMPLETION))
-    assert "x-request-id" not in response.headers
-
-
 def test_service_pages_answer() -> None:
     async def run() -> None:
         router = FakeRouter()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import httpx
@@ -16,12 +17,14 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from cluster.resources import gateway_deployment_options
 from gateway.errors import ApiError
+from gateway.http import server as server_module
+from gateway.http.admission import SPARE_REQUESTS, Admission
 from gateway.http.api_keys import KeyRing
-from gateway.http.proxy_guard import ProxyGuard, middlewares
 from gateway.http.request_limits import read_body
+from gateway.http.server import HttpServer
 from gateway.http.settings import RequestLimits
+from gateway.http.stalled_clients import StallGuard
 from tests.gateway.fake_router import MODEL, FakeRouter, Step, app_over, http_client, script
 
 COMPLETION = {"model": MODEL, "prompt": "hello"}
@@ -30,7 +33,7 @@ ORIGIN = "https://chat.example"
 
 @contextmanager
 def _served(app: ASGIApp) -> Iterator[int]:
-    """The app behind uvicorn, as Ray Serve runs it. Yields the port."""
+    """The app behind uvicorn. Yields the port."""
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off", ws="none"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -76,11 +79,44 @@ def test_request_beyond_the_limit_gets_429_before_its_body_and_others_go_on() ->
     assert num_asked == 3
 
 
-def test_serve_s_own_limit_leaves_room_for_refusals_and_says_when_to_retry() -> None:
-    for max_open in (1, 320, 4096):
-        options = gateway_deployment_options(max_open)
-        assert options["max_ongoing_requests"] >= 2 * max_open
-        assert options["backpressure_config"] == {"status_code": 503, "retry_after_s": 1.0}
+def test_beyond_all_generations_there_is_room_for_other_requests_and_not_without_end() -> None:
+    admission, max_generations = Admission(2), 2
+    with ExitStack() as open_:
+        for _ in range(max_generations):
+            open_.enter_context(admission.entered("POST"))
+        with pytest.raises(ApiError) as refused, admission.entered("POST"):
+            pass
+        assert (refused.value.status, refused.value.retry_after_s) == (429, 1.0)
+        for _ in range(max_generations + SPARE_REQUESTS):
+            open_.enter_context(admission.entered("GET"))
+        for method in ("GET", "POST"):
+            with pytest.raises(ApiError) as refused, admission.entered(method):
+                pass
+            assert (refused.value.status, refused.value.code) == (503, "unavailable")
+            assert refused.value.retry_after_s == 1.0
+    assert (admission.num_generations, admission.num_requests) == (0, 0)
+    with admission.entered("POST"):
+        pass
+
+
+@pytest.mark.parametrize("is_begun", [False, True])
+def test_request_that_takes_too_long_is_ended_with_408_where_nothing_was_sent(is_begun: bool) -> None:
+    router = FakeRouter([Step((5,)), Step(hangs=True)] if is_begun else [Step(hangs=True)])
+    body = json.dumps(COMPLETION | {"stream": is_begun})
+    with (
+        _served(app_over(router, request_timeout_s=0.3)) as port,
+        socket.create_connection(("127.0.0.1", port), timeout=20.0) as client,
+    ):
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: gateway\r\ncontent-length: {len(body)}\r\n\r\n"
+        client.sendall((head + body).encode())
+        answer = _read_all(client)
+    if is_begun:
+        assert answer.startswith(b"HTTP/1.1 200 ")
+        assert not answer.endswith(b"0\r\n\r\n")  # cut, which no client takes for its end
+    else:
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert b'"code":"timeout"' in answer
+    assert len(router.cancelled) == 1
 
 
 def test_body_that_trickles_gets_408_and_the_connection_is_closed() -> None:
@@ -161,59 +197,6 @@ def test_page_of_another_origin_is_refused(origin: str) -> None:
     asyncio.run(run())
 
 
-def _text_app(status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> ASGIApp:
-    """Answers as Ray Serve does for itself: in text."""
-
-    async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": body[:3], "more_body": True})
-        await send({"type": "http.response.body", "body": body[3:]})
-
-    return app
-
-
-TEXT: list[tuple[bytes, bytes]] = [(b"content-type", b"text/plain; charset=utf-8")]
-
-
-async def _through_guard(app: ASGIApp, path: str = "/v1/completions") -> httpx.Response:
-    transport = httpx.ASGITransport(ProxyGuard(app))
-    async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
-        return await client.get(path)
-
-
-@pytest.mark.parametrize(
-    ("status", "kind", "code"),
-    [
-        (503, "server_error", "unavailable"),
-        (429, "rate_limit_error", "queue_full"),
-        (408, "invalid_request_error", "timeout"),
-        (500, "server_error", "internal_error"),
-        (404, "invalid_request_error", None),
-    ],
-)
-def test_serve_s_own_refusal_gets_openai_s_shape(status: int, kind: str, code: str | None) -> None:
-    headers = [*TEXT, (b"retry-after", b"4"), (b"x-request-id", b"r1")]
-    answer = asyncio.run(_through_guard(_text_app(status, headers, b"replica 0x7f internals")))
-    error = answer.json()["error"]
-    assert (answer.status_code, error["type"], error["code"]) == (status, kind, code)
-    assert (answer.headers["retry-after"], answer.headers["x-request-id"]) == ("4", "r1")
-    assert "internals" not in answer.text
-
-
-def test_guard_lets_answers_of_the_gateway_through_as_they_are() -> None:
-    metrics = asyncio.run(_through_guard(_text_app(200, TEXT, b"# HELP")))
-    assert metrics.text == "# HELP"
-    json_error = _text_app(429, [(b"content-type", b"application/json")], b'{"a":1}')
-    assert asyncio.run(_through_guard(json_error)).json() == {"a": 1}
-
-
-@pytest.mark.parametrize("path", ["/-/routes", "/-/healthz", "/%2d/routes", "/-/"])
-def test_serve_s_own_pages_are_not_there(path: str) -> None:
-    answer = asyncio.run(_through_guard(_text_app(200, TEXT, b"success"), path))
-    assert answer.status_code == 404
-    assert answer.json()["error"]["type"] == "invalid_request_error"
-
-
 def test_client_that_reads_nothing_is_cut_off_and_the_app_is_told() -> None:
     ended = threading.Event()
 
@@ -225,7 +208,7 @@ def test_client_that_reads_nothing_is_cut_off_and_the_app_is_told() -> None:
         finally:
             ended.set()
 
-    with _served(ProxyGuard(app, stall_s=0.3)) as port, socket.socket() as client:
+    with _served(StallGuard(app, stall_s=0.3)) as port, socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.connect(("127.0.0.1", port))
         client.sendall(b"GET / HTTP/1.1\r\nhost: gateway\r\n\r\n")
@@ -241,7 +224,7 @@ def test_client_that_reads_slowly_but_steadily_gets_everything() -> None:
     async def page() -> dict[str, Any]:
         return {"text": "x" * 2_000_000}
 
-    with _served(ProxyGuard(app, stall_s=5.0)) as port, socket.socket() as client:
+    with _served(StallGuard(app, stall_s=5.0)) as port, socket.socket() as client:
         client.connect(("127.0.0.1", port))
         client.sendall(b"GET / HTTP/1.1\r\nhost: gateway\r\nconnection: close\r\n\r\n")
         num_bytes = 0
@@ -251,5 +234,59 @@ def test_client_that_reads_slowly_but_steadily_gets_everything() -> None:
     assert num_bytes > 2_000_000
 
 
-def test_ray_serve_finds_the_guard() -> None:
-    assert [middleware.cls for middleware in middlewares()] == [ProxyGuard]
+async def _get(port: int) -> httpx.Response:
+    async with httpx.AsyncClient(timeout=20.0) as client:
+        return await client.get(f"http://127.0.0.1:{port}/")
+
+
+def test_server_that_stops_finishes_the_answers_that_have_begun_and_takes_no_more(free_port: int) -> None:
+    async def run() -> None:
+        begun, may_end = asyncio.Event(), asyncio.Event()
+        app = FastAPI()
+
+        @app.get("/")
+        async def page() -> dict[str, str]:
+            begun.set()
+            await may_end.wait()
+            return {"text": "whole"}
+
+        server = HttpServer(app)
+        await server.start("127.0.0.1", free_port)
+        assert server.is_serving
+        answer = asyncio.create_task(_get(free_port))
+        await begun.wait()
+        stopping = asyncio.create_task(server.stop())
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", free_port)).close()
+            except ConnectionRefusedError:
+                break
+            await asyncio.sleep(0.01)
+        assert not stopping.done()
+        may_end.set()
+        assert (await answer).json() == {"text": "whole"}
+        await asyncio.wait_for(stopping, 10.0)
+        assert not server.is_serving
+
+    asyncio.run(run())
+
+
+def test_server_waits_for_a_port_that_its_predecessor_still_has(free_port: int) -> None:
+    async def run() -> None:
+        before, after = HttpServer(FastAPI()), HttpServer(FastAPI())
+        await before.start("127.0.0.1", free_port)
+        starting = asyncio.create_task(after.start("127.0.0.1", free_port))
+        await asyncio.sleep(0.3)
+        assert not starting.done()
+        await before.stop()
+        await asyncio.wait_for(starting, 10.0)
+        assert (await _get(free_port)).status_code == 404
+        await after.stop()
+
+    asyncio.run(run())
+
+
+def test_server_says_that_its_port_is_taken_for_good(free_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "BIND_PATIENCE_S", 0.2)
+    with socket.create_server(("127.0.0.1", free_port)), pytest.raises(OSError, match="in use"):
+        asyncio.run(HttpServer(FastAPI()).start("127.0.0.1", free_port))

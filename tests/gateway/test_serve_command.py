@@ -66,10 +66,10 @@ def test_dry_run_shows_what_would_be_started_and_no_key(
     memory = plan["memory"]
     assert memory["budget_bytes"] == sum(row["budget_bytes"] for row in memory["processes"])
     assert (options["port"], options["max-model-len"], options["api-keys"]) == (9001, 512, 3)
-    assert plan["serve"]["http_options"] == {"host": "0.0.0.0", "port": 9001, "request_timeout_s": 3600.0}
+    assert plan["http"] == {"address": "0.0.0.0", "port": 9001}
     gateway, router = plan["serve"]["applications"][0]["deployments"]
     assert (gateway["name"], router["name"]) == ("gateway", "router")
-    assert gateway["backpressure_config"]["retry_after_s"] == 1.0
+    assert gateway["num_replicas"] == 1
     assert "canary" not in "".join(printed)
 
 
@@ -82,7 +82,6 @@ def test_dry_run_shows_every_router(stories_store: Path) -> None:
     assert list(processes) == ["router-0", "router-1", "experts-0"]
     assert processes["router-1"]["backbone_bytes"] == processes["router-0"]["backbone_bytes"] > 0
     assert plan["memory"]["num_routers"] == 2
-    assert deployments[0]["max_ongoing_requests"] == 2 * 2 * (64 + 256) + 384
 
 
 @pytest.mark.parametrize(
@@ -196,11 +195,11 @@ def _check_doors(port: int) -> None:
     for target in (
         *("/v1/models", "//v1/models", "/v1/%6dodels", "/health/../v1/models", "/health/", "/%68ealth"),
         *("/metrics", "/ready", "/sage/status", "http://other/v1/models", "/health%2f..%2fv1/models"),
+        *("/-/routes", "/-/healthz"),
     ):
         for method in ("GET", "OPTIONS"):
             assert _raw(port, target, method) == 401, (method, target)
         assert _raw(port, target, host="localhost/health") == 401
-    assert _raw(port, "/-/routes") == _raw(port, "/-/healthz") == 404
 
 
 def _check_answers(url: str) -> None:

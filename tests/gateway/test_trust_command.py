@@ -27,7 +27,7 @@ from tests.engines import open_engine, run_to_end
 def learned(tiny_store: Path, tmp_path: Path) -> Path:
     """A state folder in which something was learned about the tiny store."""
     folder = tmp_path / "state"
-    loaded = open_engine(tiny_store, EngineOptions(trust=TrustOptions(str(folder))))
+    loaded = open_engine(tiny_store, EngineOptions(trust=TrustOptions(str(folder), layers_a_look=1)))
     prompt = tuple(range(60))
     run_to_end(loaded.engine, [GenerationRequest("a", prompt, SamplingParams(max_tokens=20, seed=1))])
     loaded.close()

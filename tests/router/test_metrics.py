@@ -125,7 +125,7 @@ def test_evictions_are_compared_where_not_all_experts_fit(tiny_store: Path) -> N
 
 
 def test_trust_is_told_by_aspect_where_it_is_learned(tiny_store: Path, tmp_path: Path) -> None:
-    options = EngineOptions(dtype="float32", trust=TrustOptions(str(tmp_path)))
+    options = EngineOptions(dtype="float32", trust=TrustOptions(str(tmp_path), layers_a_look=1))
     loaded = open_engine(tiny_store, options)
     run_to_end(loaded.engine, [GenerationRequest("r", (1, 2, 3, 4, 5), SamplingParams(max_tokens=40))])
     assert loaded.trust is not None

@@ -100,16 +100,16 @@ def test_events_of_a_slow_gateway_are_merged_into_one_message(loaded: LoadedEngi
 def test_first_and_last_event_of_a_request_are_urgent_and_no_others() -> None:
     async def run() -> None:
         outbox = service_module.Outbox()
-        for name, ids, reason, is_urgent in [
+        for name, ids, reason, is_first in [
             ("a", (1,), None, True),
             ("a", (2,), None, False),
             ("b", (3,), None, True),
             ("b", (4,), None, False),
-            ("a", (5,), "stop", True),
+            ("a", (5,), "stop", False),
             ("b", (6,), None, False),
         ]:
-            outbox.add(TokenEvent(name, ids, reason))
-            assert outbox.urgent.is_set() is is_urgent, (name, ids)
+            outbox.add(TokenEvent(name, ids, reason, is_first=is_first))
+            assert outbox.urgent.is_set() is (is_first or reason is not None), (name, ids)
             assert [event.token_ids for event in outbox.take()] == [ids]
             assert not outbox.filled.is_set()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from router.loading import EngineOptions, LoadedEngine
 from router.moe_block import MoeBlock
 from router.request import GenerationRequest, SamplingParams
 from router.step_routing import NativePolicy, RoutingWatcher, SpanOwner, StepRouting
-from router.trust_collector import MAX_REQUESTS, TrustCollector
+from router.trust_collector import MAX_REQUESTS, REWARD_WEIGHT, TrustCollector
 from router.trust_session import TrustOptions, TrustSession, trust_identity
 from router.trust_signals import sampled_positions
 from tests.engines import Outcome, assert_same_bits, open_engine, run_to_end
@@ -45,11 +46,13 @@ REQUESTS = [
     for index, length in enumerate((1, 40, 60, 90))
 ]
 
+EVERY_PASS = TrustOptions("/unused", layers_a_look=1)
+
 
 def _collected(root: Path) -> tuple[LoadedEngine, TrustCollector, Outcome]:
     loaded = open_engine(root, EngineOptions())
     identity = trust_identity(loaded.store)
-    session = TrustSession(loaded.store, loaded.config, TrustOptions("/unused"), _keep_nothing)
+    session = TrustSession(loaded.store, loaded.config, EVERY_PASS, _keep_nothing)
     session.attach(loaded.engine)
     assert identity.layers == tuple(sorted(loaded.config.moe_layers))
     outcome = run_to_end(loaded.engine, REQUESTS, [0, 0, 2, 3])
@@ -252,6 +255,38 @@ def test_layers_that_it_does_not_look_at_are_computed_in_one_call(tiny_store: Pa
     assert sorted(turns) == sorted(layers * 2)
 
 
+@pytest.mark.parametrize(("layers_a_look", "passes_a_look"), [(1, 1), (2, 1), (6, 3), (48, 24)])
+def test_one_layer_of_so_many_is_looked_at_in_turn_but_no_more_than_one_a_pass(
+    tiny_store: Path, layers_a_look: int, passes_a_look: int
+) -> None:
+    options = replace(EVERY_PASS, layers_a_look=layers_a_look)
+    loaded = open_engine(tiny_store, EngineOptions())
+    collector = TrustSession(loaded.store, loaded.config, options, _keep_nothing).collector
+    layers = sorted(loaded.config.moe_layers)
+    assert len(layers) == 2
+    request = GenerationRequest("q", (1, 2), SamplingParams(max_tokens=9))
+    shown = [collector.wanted([SpanOwner(request, 2 + n, 1)]).layers for n in range(4 * passes_a_look)]
+    looks = [layer for view in shown if view for layer in view]
+    assert looks == layers * 2
+    assert [number for number, view in enumerate(shown) if view] == list(range(0, len(shown), passes_a_look))
+    loaded.close()
+
+
+def test_reward_reaches_the_experts_of_a_prompt_in_every_layer_however_seldom_one_is_looked_at(
+    tiny_store: Path,
+) -> None:
+    loaded = open_engine(tiny_store, EngineOptions())
+    session = TrustSession(loaded.store, loaded.config, TrustOptions("/unused"), _keep_nothing)
+    session.attach(loaded.engine)
+    run_to_end(loaded.engine, REQUESTS[1:2], [0])
+    session.collector.flush()
+    before = session.book.view().weights_ALE[CONVERGENCE].sum(axis=1)
+    assert session.collector.reward("r1", 1.0)
+    given = session.book.view().weights_ALE[CONVERGENCE].sum(axis=1) - before
+    np.testing.assert_allclose(given, REWARD_WEIGHT, rtol=1e-2)
+    loaded.close()
+
+
 class _Everything(RoutingWatcher):
     """Makes every layer go call by call."""
 
@@ -277,7 +312,7 @@ def test_one_call_computes_a_layer_where_nobody_looks_and_teaches_the_same(
             pytest.skip("needs our own products, which a C compiler makes")
         while loaded.worker.load_more():
             pass
-        session = TrustSession(loaded.store, loaded.config, TrustOptions("/unused"), _keep_nothing)
+        session = TrustSession(loaded.store, loaded.config, EVERY_PASS, _keep_nothing)
         session.attach(loaded.engine)
         loaded.engine.watchers += others
         shown.clear()

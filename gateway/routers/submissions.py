@@ -1,0 +1,68 @@
+"""Requests on their way to one router: those that come together, or while a call is on its way, go in one.
+
+A call costs some milliseconds of both processes, however many requests it carries. And where one request of many went
+first, its answer would have begun when the others' prompts come, which then are computed a little at a time beside it.
+One that comes alone waits for some turns of the event loop that has nothing else to do. Knows nothing of Ray. Used by
+`gateway.routers.serve_router_client`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+
+from gateway.routers.detached import detached
+from router.request import GenerationRequest
+
+QUIET_TURNS = 4
+"""After so many turns of the event loop without another request nobody is taken to come with those that are there. From
+a connection to here a request takes about as many."""
+GATHER_S = 0.02
+"""No request waits longer for others."""
+
+Send = Callable[[tuple[GenerationRequest, ...]], Awaitable[Sequence[Exception | None]]]
+
+
+class Submissions:
+    """Of one gateway to one router, on one event loop."""
+
+    def __init__(self, send: Send) -> None:
+        """send: of each request, why it was refused, or None."""
+        self._send = send
+        self._waiting: list[tuple[GenerationRequest, asyncio.Future[None]]] = []
+        self._sender: asyncio.Task[None] | None = None
+
+    async def submit(self, request: GenerationRequest) -> None:
+        """Returns when the router has taken it. Raises its refusal, or what sending raised. Whoever stops waiting does
+        not know whether it was sent."""
+        accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((request, accepted))
+        if self._sender is None or self._sender.done():
+            self._sender = detached(self._send_all())
+        await accepted
+
+    async def _gather(self) -> None:
+        """Returns when those that come together have come."""
+        loop = asyncio.get_running_loop()
+        until_s, num_quiet = loop.time() + GATHER_S, 0
+        while num_quiet < QUIET_TURNS and loop.time() < until_s:
+            num_before = len(self._waiting)
+            await asyncio.sleep(0)
+            num_quiet = num_quiet + 1 if len(self._waiting) == num_before else 0
+
+    async def _send_all(self) -> None:
+        while self._waiting:
+            await self._gather()
+            taken, self._waiting = self._waiting, []
+            refusals: Sequence[Exception | None]
+            try:
+                refusals = await self._send(tuple(request for request, _ in taken))
+            except Exception as error:  # noqa: BLE001 - raised where each request is waited for
+                refusals = [error] * len(taken)
+            for (_, accepted), refusal in zip(taken, refusals, strict=True):
+                if accepted.done():  # nobody waits any more
+                    continue
+                if refusal is None:
+                    accepted.set_result(None)
+                else:
+                    accepted.set_exception(refusal)
