@@ -1,6 +1,7 @@
 """Follows the capacity state, and says when processes are to keep another share of their experts.
 
-Decides by `cluster.capacity`; who carries it out is the caller's. Used by `gateway.service.deployment` on one thread.
+Decides by `cluster.capacity`; who carries it out is the caller's.
+Used by `gateway.service.router_replica`, on one thread.
 """
 
 from __future__ import annotations

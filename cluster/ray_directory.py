@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
+import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -29,15 +30,20 @@ logger = logging.getLogger(__name__)
 
 POLL_INTERVAL_S = 1.0
 ANSWER_TIMEOUT_S = 10.0
+BEGIN_TIMEOUT_S, BEGIN_INTERVAL_S = 120.0, 0.05
+"""For a supervisor that has only been asked for, as routers and actors start side by side."""
 
 
 class RayDirectory:
     """An `ExpertDirectory` over the expert actors of this Ray cluster."""
 
     def __init__(self, local: ExpertWorker, audit_share: float = 0.0) -> None:
-        """local: computes what no actor does. audit_share: see `DirectoryOptions`. Raises SupervisorMissing."""
+        """Returns when the service's actors have been there once: before, this process would read experts that are
+        theirs. local: computes what no actor does. audit_share: see `DirectoryOptions`. Raises SupervisorMissing."""
         self._supervisor = find_supervisor()
         supervisor = self._supervisor
+        while not ray.get(supervisor.is_begun.remote(), timeout=BEGIN_TIMEOUT_S):
+            time.sleep(BEGIN_INTERVAL_S)
         asked = [supervisor.secret.remote(), supervisor.spin_s.remote(), supervisor.roster.remote()]
         secret, spin_s, roster = ray.get(asked, timeout=ANSWER_TIMEOUT_S)
         self._wake = threading.Event()

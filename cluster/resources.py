@@ -2,7 +2,7 @@
 
 Ray would give every replica and actor a whole CPU (a 2-core node is then full before the first expert actor),
 derive thread counts from that, allow five requests at once and queue without bound. Pure values and one function
-that starts Ray; used by `cluster.supervisor`, `gateway.service.deployment` and `gateway.service.launch`.
+that starts Ray; used by `cluster.supervisor`, `gateway.service.application` and `gateway.service.launch`.
 """
 
 from __future__ import annotations

@@ -61,7 +61,9 @@ class Supervisor:
         self._spec = spec
         self._lock = threading.RLock()
         service = service_of(spec)
-        self._record = load_record(service) or ServiceRecord(service, spec.plan)
+        found = load_record(service)
+        self._record = found or ServiceRecord(service, spec.plan)
+        self._is_begun = found is not None
         self._wanted = wanted_actors(spec, self._record.plan)
         self._pool = ActorPool()
         self._fleet = Fleet(spec, self._pool)
@@ -85,6 +87,10 @@ class Supervisor:
         self._thread.start()
 
     # What routers ask and tell
+
+    def is_begun(self) -> bool:
+        """Whether all actors of the plan have been there once, so that a router may begin to ask them."""
+        return self._is_begun
 
     def secret(self) -> bytes:
         """The data plane's secret, for routers of this Ray cluster."""
@@ -253,6 +259,9 @@ class Supervisor:
             self._follow_nodes(memory, now_s)
             self._look_after_disks(now_s)
             self._fleet.act(self._target(), self._record.plan, memory, now_s)
+            if not self._is_begun and missing_actor(self._target(), self._fleet.members.values()) is None:
+                self._keep(self._record)  # so that it has begun after a restart as well
+                self._is_begun = True
             self._tell(now_s)
             self._scale(now_s)
 

@@ -2,7 +2,7 @@
 
 All events of one gateway travel in one stream, and whatever a gateway has not taken yet is merged, so the cost of
 a message does not grow with the number of tokens or requests. Knows asyncio, nothing of Ray or HTTP. Called by
-`gateway.service.deployment`.
+`gateway.service.router_replica`.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,7 +31,9 @@ RAY_SHELLS = {
     "cluster/node_sync.py",
     "gateway/stores/sync_cluster.py",
     "gateway/batch/ray_shell.py",
-    "gateway/service/deployment.py",
+    "gateway/service/application.py",
+    "gateway/service/gateway_replica.py",
+    "gateway/service/router_replica.py",
     "gateway/service/launch.py",
     "gateway/routers/serve_router_client.py",
     "gateway/service/serve_instance.py",
@@ -74,3 +78,9 @@ def test_reference_implementation_appears_only_where_it_is_compared_with() -> No
         if "transformers" in set(_imported(path))
     }
     assert users == {"gateway/stores/published_layers.py"}
+
+
+def test_gateway_starts_without_pytorch() -> None:
+    """Which takes a second of a core to import, at every start of a service."""
+    code = "import sys, gateway.service.gateway_replica; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0

@@ -1,7 +1,7 @@
 """The HTTP app: OpenAI's API and the service's own pages over a router client. Knows nothing of Ray.
 
 A request's way: `request_envelope` (id, headers) -> here (read, check) -> `jobs` (prompt ids, sampling) ->
-`completions` (router) -> `connection` (stream, or until the client goes). Built by `gateway.service.deployment`.
+`completions` (router) -> `connection` (stream, or until the client goes). Built by `gateway.service.gateway_replica`.
 """
 
 from __future__ import annotations

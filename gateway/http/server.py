@@ -2,7 +2,7 @@
 
 Ray Serve's proxy would be another process, which gets every piece of every answer as an object of Ray's. What that
 costs, and what it would bring, is weighed in docs/decisions/0007-the-gateway-listens.md. Knows nothing of Ray. Started
-by `gateway.service.deployment`.
+by `gateway.service.gateway_replica`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What the HTTP app is told about the served model, and the limits on what clients send.
 
-Composed once, from a store's manifest, by `gateway.service.deployment`.
+Composed once, from a store's manifest, by `gateway.service.gateway_replica`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 When a router is lost, each of its requests is asked for again at another, or at the same once it is back, with the
 tokens received so far and the same seed, and goes on as if nothing had happened (`gateway.routers.resumption`). Where
-that takes too long, the request ends with an error. Knows nothing of Ray; built by `gateway.service.deployment`.
+that takes too long, the request ends with an error. Knows nothing of Ray; built by `gateway.service.gateway_replica`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The capacity state in Prometheus's text. Called by `gateway.service.deployment`."""
+"""The capacity state in Prometheus's text. Called by `gateway.service.router_replica`."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """The supervisor's Prometheus metrics: expert actors by state, and what waits for a machine. Called by
-`gateway.service.deployment`."""
+`gateway.service.router_replica`."""
 
 from __future__ import annotations
 

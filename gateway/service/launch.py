@@ -31,6 +31,7 @@ from gateway.output_file import prepare_folder
 from gateway.service.bind_address import BindAddress, check_bind, check_free, resolve_bind
 from gateway.service.layout import (
     Layout,
+    context_length,
     engine_options,
     lay_out_here,
     plan_scaling,
@@ -102,8 +103,9 @@ def running_service(
         node_id = None if joined is None else _take_cluster(options, address, stack)
         if layout is None:
             layout = _place(options, engine, on_plan, on_placed)
-        _start_actors(options, config, engine, layout, node_id, stack)
-        _deploy(options, address, engine, layout, threads.router, node_id, stack)
+        supervisor = _begin_actors(options, config, engine, layout, node_id, stack)
+        _begin_application(options, address, config, engine, layout, threads.router, node_id, stack)
+        _wait_until_served(supervisor)
         yield address.url
     except HeadLost:
         stack.pop_all()  # nobody is there who could stop anything in order
@@ -127,15 +129,16 @@ def _place(options: ServiceOptions, engine: EngineOptions, on_plan: OnPlan, on_p
     return Layout(placed.plan, placed.memory, 1, spin_s, placed.placing)
 
 
-def _start_actors(
+def _begin_actors(
     options: ServiceOptions,
     config: ModelConfig,
     engine: EngineOptions,
     layout: Layout,
     node_id: str | None,
     stack: ExitStack,
-) -> None:
-    """The supervisor with its expert actors, and what gives them weights. Returns when they have answered."""
+) -> Any | None:
+    """The supervisor, which starts the expert actors, and what gives them weights. Returns its handle at once; None
+    where none is needed."""
     import ray
 
     from cluster.living_nodes import node_addresses
@@ -165,9 +168,10 @@ def _start_actors(
         stack.callback(_stop_keeper)
         host = LOOPBACK if spec.is_local_only else ""
         spec = replace(spec, store_source=_share_store(options, spec.secret, host))
-    if options.is_placed or needs_supervisor(options.num_actors, options.num_routers):
-        stack.callback(stop_supervisor)
-        _wait_for_actors(start_supervisor(spec, node_id))
+    if not (options.is_placed or needs_supervisor(options.num_actors, options.num_routers)):
+        return None
+    stack.callback(stop_supervisor)
+    return start_supervisor(spec, node_id)
 
 
 def _reach_ray(options: ServiceOptions) -> RunningRay | None:
@@ -247,7 +251,7 @@ def describe_plan(options: ServiceOptions) -> dict[str, Any]:
     engine = engine_options(options, dtype, threads.router)
     placed = ask_cluster(options) if options.is_placed else None
     memory = (placed or lay_out_here(options, engine, threads, this_node())).memory
-    shown = options.shown() | {"dtype": dtype, "max-model-len": _context_length(options, config)}
+    shown = options.shown() | {"dtype": dtype, "max-model-len": context_length(options, config)}
     gateway = {"name": "gateway", **gateway_deployment_options()}
     router = router_deployment_options(threads.router)
     routers = ({"name": name, **router} for name in router_names(options.num_routers))
@@ -283,44 +287,35 @@ def _described(placed: Placed | None) -> dict[str, Any]:
     return {} if placed is None else {"placement": placement_json(placed)}
 
 
-def _context_length(options: ServiceOptions, config: ModelConfig) -> int:
-    return options.max_model_len or config.max_position_embeddings
-
-
-def _deploy(
+def _begin_application(
     options: ServiceOptions,
     address: BindAddress,
+    config: ModelConfig,
     engine: EngineOptions,
     layout: Layout,
     num_threads: int,
     node_id: str | None,
     stack: ExitStack,
 ) -> None:
-    """node_id: of the node that has the store; None where there is one only."""
+    """Gateway and routers. Returns before they have started. node_id: of the node that has the store; None where there
+    is one only."""
     from gateway.service import serve_instance
-    from gateway.service.deployment import DeploymentSpec, build_application
+    from gateway.service.application import build_application, gateway_spec, router_spec
 
-    spec = DeploymentSpec(
-        store_root=str(options.store_root.resolve()),
-        model_name=options.model_name,
-        num_actors=len(layout.plan.actors) if options.is_placed else options.num_actors,
-        engine=engine,
-        model_aliases=options.model_aliases,
-        keys=options.keys,
-        cors_origins=options.cors_origins,
-        routing=options.routing,
-        memory=layout.memory,
-        trace_folder=None if options.trace_folder is None else str(options.trace_folder.resolve()),
-        is_trace_with_tokens=options.is_trace_with_tokens,
-        is_capacity_auto=options.capacity == "auto",
-        is_autoscaled=options.actor_range is not None,
-        num_routers=options.num_routers,
-        resume_timeout_s=options.resume_timeout_s,
-        is_placed=options.is_placed,
-    )
+    routers = router_spec(options, engine, layout)
+    gateway = gateway_spec(options, config, engine, address)
     stack.callback(serve_instance.stop, options.ray_address is not None)
-    application = build_application(spec, num_threads, address.address, address.port, node_id)
-    serve_instance.deploy(application)
+    serve_instance.begin(build_application(routers, gateway, num_threads, node_id))
+
+
+def _wait_until_served(supervisor: Any | None) -> None:
+    """Until actors, routers and gateway have answered, which start side by side. Raises ActorsNotStarted or
+    DeploymentFailed."""
+    from gateway.service import serve_instance
+
+    if supervisor is not None:
+        _wait_for_actors(supervisor)
+    serve_instance.wait_running()
 
 
 def _leave_lost_ray() -> None:

@@ -131,3 +131,8 @@ def engine_options(options: ServiceOptions, dtype: str, num_threads: int) -> Eng
 
 def store_copies(options: ServiceOptions) -> tuple[str, ...]:
     return tuple(str(path.resolve()) for path in options.store_copies)
+
+
+def context_length(options: ServiceOptions, config: ModelConfig) -> int:
+    """Tokens of a prompt and its answer together."""
+    return options.max_model_len or config.max_position_embeddings

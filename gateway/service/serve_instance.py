@@ -7,25 +7,37 @@ A Ray cluster has one Serve. It needs no HTTP proxy for us: the gateway has a po
 from __future__ import annotations
 
 import logging
+import time
 
 from ray import serve
 from ray.serve.config import ProxyLocation
+from ray.serve.schema import ApplicationStatus
 
 from cluster.processes import quietly
 from gateway.errors import DeploymentFailed, ServeTaken
-from gateway.service.deployment import APP_NAME
+from gateway.service.application import APP_NAME
+
+LOOK_S = 0.05
 
 
-def deploy(application: serve.Application) -> None:
-    """Start Serve and run the application. Raises DeploymentFailed."""
+def begin(application: serve.Application) -> None:
+    """Start Serve, and have it start the application; see `wait_running`."""
     _say_little()
     serve.start(proxy_location=ProxyLocation.Disabled)
-    try:
-        serve.run(application, name=APP_NAME, route_prefix=None)
-    except RuntimeError as error:
-        deployments = serve.status().applications[APP_NAME].deployments.values()
-        reasons = [deployment.message for deployment in deployments if deployment.message]
-        raise DeploymentFailed(reasons[0] if reasons else str(error)) from error
+    target = serve.RunTarget(application, name=APP_NAME, route_prefix=None)
+    serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+
+
+def wait_running() -> None:
+    """Return when the application has begun to serve. Raises DeploymentFailed."""
+    while True:
+        application = serve.status().applications[APP_NAME]
+        if application.status == ApplicationStatus.RUNNING:
+            return
+        if application.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+            reasons = [each.message for each in application.deployments.values() if each.message]
+            raise DeploymentFailed(reasons[0] if reasons else application.message)
+        time.sleep(LOOK_S)
 
 
 def stop(is_shared: bool) -> None:

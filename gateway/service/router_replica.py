@@ -1,8 +1,6 @@
-"""The Serve shells: a deployment for every router, and the gateway deployment in front of them.
+"""The Serve shell of one router: its engine, and what Serve, gateways and the supervisor ask it.
 
-Contain no decision. A request's way: gateway (its own HTTP port, one event loop) -> `RouterPool` ->
-`ServeRouterClient` -> a small call to submit, with all that came together -> `RouterDeployment` -> engine thread; and
-back in one stream of events for all requests that the gateway has at that router.
+Contains no decision. Deployed by `gateway.service.application`.
 """
 
 from __future__ import annotations
@@ -20,40 +18,27 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from fastapi import FastAPI
-from ray import serve
-from ray.serve.handle import DeploymentHandle
 
 from cluster.capacity import CapacityState, Load, ServiceSize, num_actors, present_state, resident_bytes
 from cluster.capacity_watch import CapacityWatch
 from cluster.memory_plan import MemoryPlan, router_names
 from cluster.memory_pressure import prefer_others_as_victims
 from cluster.ray_directory import RayDirectory
-from cluster.resources import gateway_deployment_options, needs_supervisor, router_deployment_options
+from cluster.resources import needs_supervisor
 from cluster.router_book import RouterLoad
 from cluster.trust_keeper import SupervisedTrust
 from experts.budget import share_of
 from experts.directory import ExpertDirectory, LocalDirectory
 from experts.store import ExpertStore
 from experts.worker import ExpertWorker
-from gateway.errors import GatewayStopped
-from gateway.http.api_keys import NO_KEYS, KeyRing
-from gateway.http.app import GatewaySettings, build_app
-from gateway.http.routing_rules import NATIVE_ONLY, RoutingRules
-from gateway.http.server import HttpServer
 from gateway.local.study import trace_service
 from gateway.routers.client import RouterHealth
-from gateway.routers.pool import PoolLimits, RouterPool
-from gateway.routers.serve_router_client import ServeRouterClient
 from gateway.service.capacity_metrics import render_capacity
 from gateway.service.cluster_metrics import render_cluster
-from gateway.text.chat_template import ChatTemplate
-from gateway.text.tokenizer import TextTokenizer
 from router.errors import EngineStopped, RouterError, TraceFailed
 from router.expert_use import ExpertUse
 from router.loading import EngineOptions, LoadedEngine, load_engine
 from router.metrics import local_actor, render_metrics
-from router.model_config import read_model_config
 from router.request import GenerationRequest, TokenEvent
 from router.service import RouterService
 from router.trace import RoutingTrace
@@ -61,21 +46,15 @@ from router.trust_session import open_local_ledger
 
 logger = logging.getLogger(__name__)
 
-APP_NAME = "sage-moe"
-
 
 @dataclass(frozen=True)
-class DeploymentSpec:
-    """What the deployments need to know."""
+class RouterSpec:
+    """What every router needs to know."""
 
     store_root: str
     model_name: str
     num_actors: int
     engine: EngineOptions
-    model_aliases: tuple[str, ...] = ()
-    keys: KeyRing = NO_KEYS
-    cors_origins: tuple[str, ...] = ()
-    routing: RoutingRules = NATIVE_ONLY
     memory: MemoryPlan | None = None
     """How the node's memory was divided at the start."""
     trace_folder: str | None = None
@@ -86,26 +65,20 @@ class DeploymentSpec:
     is_autoscaled: bool = False
     """Whether the supervisor is to hear of the load."""
     num_routers: int = 1
-    resume_timeout_s: float = 60.0
-    """See `PoolLimits`."""
     is_placed: bool = False
     """Whether there may be actors at any time, whatever their number is now."""
 
     @property
-    def router_names(self) -> tuple[str, ...]:
+    def names(self) -> tuple[str, ...]:
         """Of processes and deployments, in their order."""
         return router_names(self.num_routers)
-
-    @property
-    def max_open_requests(self) -> int:
-        return self.num_routers * self.engine.limits.max_open
 
     @property
     def has_supervisor(self) -> bool:
         """Whether there are actors to look after, or routers that share what they learn."""
         return self.is_placed or needs_supervisor(self.num_actors, self.num_routers)
 
-    def router_engine(self, index: int) -> EngineOptions:
+    def engine_of(self, index: int) -> EngineOptions:
         """Of one router: its part of the node's memory for experts."""
         if self.memory is None:
             return self.engine
@@ -120,10 +93,10 @@ class DeploymentSpec:
 class RouterDeployment:
     """One router: `RouterService` behind Serve."""
 
-    async def __init__(self, spec: DeploymentSpec, index: int) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(self, spec: RouterSpec, index: int) -> None:  # type: ignore[misc]  # Serve awaits it
         prefer_others_as_victims()
         self._spec, self._index = spec, index
-        self._name = spec.router_names[index]
+        self._name = spec.names[index]
         self._directory: RayDirectory | None = None
         loaded = await asyncio.to_thread(self._load_engine)
         sinks = (loaded.trust.collector,) if loaded.trust is not None else ()
@@ -151,7 +124,7 @@ class RouterDeployment:
             return self._directory
 
         keeper = SupervisedTrust if spec.has_supervisor else open_local_ledger
-        return load_engine(store, spec.router_engine(self._index), connect, keeper)
+        return load_engine(store, spec.engine_of(self._index), connect, keeper)
 
     def __del__(self) -> None:
         """Called by Serve when the replica stops in an orderly way; a failure is in the log already."""
@@ -311,69 +284,6 @@ def _service_size(loaded: LoadedEngine, max_actors: int) -> ServiceSize:
         store.record(keys[0]).nbytes if keys else 0,
         max_actors,
     )
-
-
-def build_gateway(spec: DeploymentSpec, pool: RouterPool) -> FastAPI:
-    """The gateway's HTTP app. Runs inside the gateway's replica."""
-    root = Path(spec.store_root)
-    store = ExpertStore.open(root)
-    config = read_model_config(store.served.config)
-    tokenizer = TextTokenizer.from_folder(root)
-    context_length = spec.engine.max_model_len or config.max_position_embeddings
-    facts = (spec.model_name, context_length, config.vocab_size, int(time.time()))
-    settings = replace(
-        GatewaySettings.from_manifest(store.manifest, *facts),
-        model_aliases=spec.model_aliases,
-        keys=spec.keys,
-        cors_origins=spec.cors_origins,
-        routing=spec.routing,
-        max_open_requests=spec.max_open_requests,
-    )
-    store.close()
-    template = ChatTemplate.from_folder(root, tokenizer)
-    return build_app(settings, tokenizer, template, pool)
-
-
-class GatewayDeployment:
-    """The gateway: the HTTP app on its port."""
-
-    async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, spec: DeploymentSpec, address: str, port: int, *routers: DeploymentHandle[Any]
-    ) -> None:
-        links = {
-            name: ServeRouterClient(router) for name, router in zip(spec.router_names, routers, strict=True)
-        }
-        self._pool = RouterPool(links, PoolLimits(resume_timeout_s=spec.resume_timeout_s))
-        self._server = HttpServer(build_gateway(spec, self._pool))
-        await self._server.start(address, port)
-
-    async def check_health(self) -> None:
-        """Called by Serve; raising makes it replace the replica."""
-        if not self._server.is_serving:
-            raise GatewayStopped
-
-    async def __del__(self) -> None:
-        """Called by Serve when the replica stops in an orderly way: answers that have begun are finished."""
-        server = getattr(self, "_server", None)
-        if server is not None:
-            await server.stop()
-            await self._pool.close()
-
-
-def build_application(
-    spec: DeploymentSpec, num_threads: int, address: str, port: int, node_id: str | None = None
-) -> serve.Application:
-    """The Serve application: gateway in front, routers behind. num_threads: of each router. address, port: where the
-    gateway listens. node_id: of the node that has the store; None lets Ray choose."""
-    deployment: Any = serve.deployment  # its overloads lose the type of what it returns
-    options = router_deployment_options(num_threads, node_id)
-    routers = [
-        deployment(RouterDeployment, name=name, **options).bind(spec, index)
-        for index, name in enumerate(spec.router_names)
-    ]
-    gateway = deployment(GatewayDeployment, name="gateway", **gateway_deployment_options(node_id))
-    app: serve.Application = gateway.bind(spec, address, port, *routers)
-    return app
 
 
 def _nodes() -> list[dict[str, Any]]:
