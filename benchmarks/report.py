@@ -16,8 +16,8 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def spread(samples: Sequence[float]) -> dict[str, float]:
-    """Median, 5th and 95th percentile, and how many samples there were."""
-    cuts = statistics.quantiles(samples, n=20, method="inclusive")
+    """Median, 5th and 95th percentile, and how many samples there were: at least one."""
+    cuts = statistics.quantiles(samples, n=20, method="inclusive") if len(samples) > 1 else samples
     return {"median": statistics.median(samples), "p5": cuts[0], "p95": cuts[-1], "samples": len(samples)}
 
 

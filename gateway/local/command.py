@@ -126,6 +126,8 @@ def generate(
         typer.echo(json.dumps(result.as_json(), ensure_ascii=False))
     else:
         typer.echo("" if stream else _for_output(result.text))
+    if result.trace_failure is not None:
+        raise result.trace_failure
 
 
 def _chosen_prompt(prompt: str | None, prompt_ids: str | None) -> str | tuple[int, ...]:

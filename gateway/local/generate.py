@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from gateway.http.settings import read_eos_token_ids, read_sampling_defaults
 from gateway.local.study import NO_STUDY, Study, studied
 from gateway.service.memory import plan_engine
 from gateway.text.tokenizer import TextTokenizer
+from router.errors import TraceFailed
 from router.loading import EngineOptions, LoadedEngine, load_engine
 from router.request import GenerationRequest, SamplingParams
 from router.routing_choice import NATIVE_CHOICE, RoutingChoice, RoutingReport
@@ -42,6 +43,8 @@ class Generation:
     """How it was routed, where not plainly."""
     quantization: str | None = None
     """What of the weights is quantised; None where nothing is."""
+    trace_failure: TraceFailed | None = None
+    """Why there is no trace, though one was asked for and the answer came to its end."""
 
     def as_json(self) -> dict[str, Any]:
         prompt, answer = len(self.prompt_token_ids), len(self.token_ids)
@@ -87,7 +90,8 @@ def generate(
     sampling: fields of SamplingParams that were chosen; the checkpoint's recommendation fills in the others.
     budgets: of experts; resolved against this machine's memory and then told to `on_plan`. Without any, those of the
     options hold. host_budgets: of host memory behind a device.
-    Raises OptionInvalid, GenerationFailed, what loading the engine raises, or what `studied` raises.
+    Raises OptionInvalid, GenerationFailed, what loading the engine raises, or what `studied` raises before the answer's
+    end.
     """
     store = ExpertStore.open(root)
     tokenizer = TextTokenizer.from_folder(root)
@@ -100,13 +104,19 @@ def generate(
     loaded = load_engine(store, options)
     eos = read_eos_token_ids(manifest, loaded.config.vocab_size)
     params = SamplingParams(stop_token_ids=eos, **(facts | dict(sampling)))
+    request = GenerationRequest("generate", prompt_ids, params, routing=routing)
+    answer: Generation | None = None
     try:
         policy = study.policy_beside(routing)
         with studied(loaded, study, policy):
-            request = GenerationRequest("generate", prompt_ids, params, routing=routing)
-            return _run(loaded, tokenizer, request, on_text, policy)
+            answer = _run(loaded, tokenizer, request, on_text, policy)
+    except TraceFailed as error:
+        if answer is None:
+            raise
+        return replace(answer, trace_failure=error)
     finally:
         loaded.close()
+    return answer
 
 
 def _run(

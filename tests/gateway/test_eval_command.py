@@ -81,6 +81,23 @@ def test_trace_that_fails_at_its_end_loses_no_result(
     assert [path.exists() for path in files] == [True, False, False]
 
 
+def test_trace_that_fails_at_its_end_loses_no_answer(
+    tiny_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: TraceFile) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(TraceFile, "finish", refuse)
+    code, out, err = _run(
+        capsys, "generate", str(tiny_store), "--prompt", "Once", "--max-tokens", "6", "--json",
+        "--trace", str(tmp_path / "trace.parquet"),
+    )  # fmt: skip
+    assert code == 1
+    assert len(json.loads(out)["token_ids"]) == 6
+    assert err.rstrip().endswith("trace.parquet cannot be written: No space left on device")
+    assert not list(tmp_path.iterdir())
+
+
 def test_eval_draws_without_a_trace_of_the_user_s(
     tiny_store: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
