@@ -33,9 +33,8 @@ SEND_INTERVAL_S, SEND_INTERVAL_A_REQUEST_S, MOST_SEND_INTERVAL_S = 0.01, 0.002, 
 request in it, which on its way to the client costs about as much as the token of a small model. The first token of a
 request and its last never wait."""
 
-STREAM_IDLE_S = 30.0
-"""How long a gateway's stream stays open without requests: to open one takes as long as to submit. A gateway that stops
-closes it."""
+STREAM_IDLE_S = 1.0
+"""How long a gateway's stream stays open without requests."""
 
 
 @dataclass(frozen=True)
@@ -129,8 +128,8 @@ class RouterService:
     async def events(self, gateway: str) -> AsyncGenerator[tuple[TokenEvent, ...], None]:
         """All events of a gateway's requests, merged into messages. Closing it cancels its requests.
 
-        Ends by itself after a while without requests, so that a router that is told to stop can, whatever has become of
-        the gateway: that asks for a new stream when it has a request.
+        Ends by itself after a while without requests, so that a router that is told to stop can: the gateway asks
+        for a new stream when it has a request.
         """
         self._outboxes[gateway] = outbox = Outbox()
         try:

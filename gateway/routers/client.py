@@ -52,7 +52,3 @@ class RouterLink(RouterClient, Protocol):
     def abandon(self) -> None:
         """Take it for lost: open generators raise RouterLost, though nothing has told so."""
         ...
-
-    async def close(self) -> None:
-        """Let go of it, so that it can stop."""
-        ...

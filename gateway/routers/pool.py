@@ -176,10 +176,6 @@ class RouterPool:
             logger.warning("%s is not ready; its requests leave it", self._members[index].name)
             self._members[index].link.abandon()
 
-    async def close(self) -> None:
-        """Let go of all routers, so that they can stop."""
-        await asyncio.gather(*(member.link.close() for member in self._members))
-
     async def feedback(self, answer_id: str, score: float) -> bool:
         """See RouterClient.feedback. Every router is asked: the choices of an answer may be spread."""
         answers = await self._ask(lambda member: member.link.feedback(answer_id, score))

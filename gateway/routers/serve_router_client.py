@@ -80,12 +80,6 @@ class ServeRouterClient:
         if self._reader is not None:
             self._reader.cancel()
 
-    async def close(self) -> None:
-        """See RouterLink.close."""
-        self.abandon()
-        if self._reader is not None:
-            await asyncio.wait({self._reader})
-
     async def feedback(self, answer_id: str, score: float) -> bool:
         return bool(await self._ask(self._handle.feedback.remote(answer_id, score)))
 

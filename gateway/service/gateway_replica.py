@@ -74,8 +74,8 @@ class GatewayDeployment:
     ) -> None:
         """routers: names, in the order of their handles."""
         links = {name: ServeRouterClient(handle) for name, handle in zip(routers, handles, strict=True)}
-        self._pool = RouterPool(links, PoolLimits(resume_timeout_s=spec.resume_timeout_s))
-        self._server = HttpServer(build_gateway(spec, self._pool))
+        pool = RouterPool(links, PoolLimits(resume_timeout_s=spec.resume_timeout_s))
+        self._server = HttpServer(build_gateway(spec, pool))
         await self._server.start(spec.address, spec.port)
 
     async def check_health(self) -> None:
@@ -88,4 +88,3 @@ class GatewayDeployment:
         server = getattr(self, "_server", None)
         if server is not None:
             await server.stop()
-            await self._pool.close()

@@ -116,16 +116,12 @@ class MortalRouter:
         self.ending: Step | None = None
         """Ends every request in place of its next token."""
         self.num_open = 0
-        self.is_closed = False
         self._num_refused: int | None = None
         self._lost = asyncio.Event()
 
     def kill(self) -> None:
         self._num_refused = 0
         self._lost.set()
-
-    async def close(self) -> None:
-        self.is_closed = True
 
     def abandon(self) -> None:
         self._lost.set()

@@ -54,9 +54,6 @@ class SteppedRouter:
             self.engine.cancel(request.request_id)
             del self._events[request.request_id]
 
-    async def close(self) -> None:
-        self.abandon()
-
     def abandon(self) -> None:
         raise AssertionError("nothing hangs here")
 

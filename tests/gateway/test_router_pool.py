@@ -279,15 +279,6 @@ def test_client_that_leaves_while_its_request_waits_leaves_nothing_open() -> Non
     _play(scenario)
 
 
-def test_pool_that_closes_lets_go_of_every_router() -> None:
-    async def scenario() -> None:
-        routers = MortalRouter("router-0"), MortalRouter("router-1")
-        await _pool(*routers).close()
-        assert all(router.is_closed for router in routers)
-
-    _play(scenario)
-
-
 def test_pool_is_ready_while_one_router_is() -> None:
     async def scenario() -> None:
         first, second = MortalRouter("router-0"), MortalRouter("router-1")
