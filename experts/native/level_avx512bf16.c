@@ -12,7 +12,7 @@
 #define EACH(i, n) _Pragma("GCC unroll 8") for (int i = 0; i < (n); i++)
 #define BLOCK_INPUTS 128 /* of int8 and int4 */
 #define FEW_FLOATS 2     /* rows that take outputs one by one; codes ahead of them are asked for, floats come by themselves */
-#define FEW_INT8 1
+#define FEW_CODES 1
 
 /* A mask of so many bytes, of 64. */
 INLINE uint64_t lowest(int64_t bytes) { return bytes >= 64 ? ~0ull : bytes > 0 ? (1ull << bytes) - 1 : 0; }
@@ -171,11 +171,10 @@ INLINE TARGET void multiply_grouped(const int rows, const int kind, const int to
 
 /* Few activations take one output after the other, so that weights come from memory in one stream, which is the fastest;
    more take outputs together, so that each of their inputs is loaded once for all. So do few where weights' rows are
-   short: four of them are one stream, too, and one alone would be over before its first products are added up. And of int4,
-   where computing takes about as long as the memory. */
+   short: four of them are one stream, too, and one alone would be over before its first products are added up. */
 INLINE TARGET void multiply_ordered(const int rows, const int kind, const tile *t) {
-    const int few = kind == BFLOAT16 ? FEW_FLOATS : kind == INT8 ? FEW_INT8 : 0;
-    if (rows <= few && row_bytes(kind, t->inputs) > SHORT_ROW) multiply_grouped(rows, kind, 1, t);
+    if (rows <= (kind == BFLOAT16 ? FEW_FLOATS : FEW_CODES) && row_bytes(kind, t->inputs) > SHORT_ROW)
+        multiply_grouped(rows, kind, 1, t);
     else multiply_grouped(rows, kind, OUTPUTS, t);
 }
 

@@ -11,46 +11,91 @@
 #define PANEL_BYTES (256 << 10) /* of weights: they stay in the second cache while rows pass by */
 #define MOST_OUTPUTS 512        /* of a panel */
 #define GATED_OUTPUTS 128       /* of a panel of gates, and of one of ups; a multiple of every way's `pairs` and `block` */
+#define GATED_PART 64           /* of these, for more than a tile of rows */
+#define ROWS_GATED 48           /* whose sums are kept until they are activated */
 #define GATED_STRIDE (GATED_OUTPUTS + OUTPUTS) /* of rows of sums, with room behind the last */
 #define SUMS_STRIDE (MOST_OUTPUTS + OUTPUTS)
 #define AHEAD_BYTES (16 << 10)
 #define ROWS_OF_A_RUN 96        /* of one small matrix, where many rows come: a multiple of every way's rows */
 #define FEW_PANELS 16
 
-/* Sums of some rows (as many as a tile has at most) with outputs [from, to) into sums (rows, stride), of which OUTPUTS - 1
-   behind may be overwritten. then: the weights that are needed after these; NULL where nobody knows. */
-static void multiply_rows(
-    const way *way, const form *form, const matrix *m, int64_t from, int64_t to, const uint8_t *const *x, int rows,
-    const uint8_t *then, float *sums, int64_t stride
-) {
-    const int64_t bytes = row_bytes((int)form->kind, form->inputs);
-    const int64_t groups = form->kind == INT4 ? (form->inputs + form->group - 1) / form->group : 0;
-    const bool is_foreseen = rows <= way->foreseen_rows && bytes > SHORT_ROW;
-    tile t = {.inputs = form->inputs, .group = form->group, .stride = stride};
-    for (int r = 0; r < rows; r++) t.x[r] = x[r];
-    const int64_t ahead = UP_TO(AHEAD_BYTES / bytes + 1, OUTPUTS); /* outputs, as many as are asked for ahead */
-    for (int64_t first = from, count; first < to; first += count) {
-        const int64_t left = to - first;
-        const bool is_end = left <= ahead + OUTPUTS;
-        t.weights = m->weights + first * bytes, t.scales = m->scales + first * groups;
-        t.out = sums + first - from;
-        t.row_bytes = bytes, t.row_scales = groups;
-        t.outputs = count = (is_end ? left : left - ahead) / OUTPUTS * OUTPUTS;
-        t.soon = is_end ? then : is_foreseen ? NULL : t.weights + ahead * bytes;
-        if (left < OUTPUTS) { /* one by one, each as often as a tile has room */
-            t.row_bytes = t.row_scales = 0, t.outputs = OUTPUTS, t.soon = NULL;
-            count = 1;
-        }
-        way->tiles[rows - 1](&t);
-    }
-    if (form->kind == INT8)
-        for (int r = 0; r < rows; r++)
-            for (int64_t o = from; o < to; o++) sums[r * stride + o - from] *= from_bfloat16(m->scales[o]);
-}
-
 static const uint8_t *weights_of(const form *form, const matrix *m, int64_t output) {
     return m->weights + output * row_bytes((int)form->kind, form->inputs);
 }
+
+/* Some rows, as many as a tile has at most, and what they are multiplied with; sums: (rows, stride), of which OUTPUTS - 1
+   behind the last output may be overwritten. */
+typedef struct {
+    const way *way;
+    const form *form;
+    const matrix *matrix;
+    const uint8_t *x[MOST_ROWS];
+    int rows;
+    int64_t from, to; /* outputs */
+    float *sums;
+    int64_t stride;
+} rows_of_tile;
+
+/* Outputs [first, first + count): a multiple of OUTPUTS, or one. soon: see tile. */
+static void multiply_run(const rows_of_tile *m, int64_t first, int64_t count, const uint8_t *soon) {
+    const form *form = m->form;
+    const int64_t bytes = row_bytes((int)form->kind, form->inputs);
+    const int64_t groups = form->kind == INT4 ? (form->inputs + form->group - 1) / form->group : 0;
+    tile t = {
+        .weights = m->matrix->weights + first * bytes, .scales = m->matrix->scales + first * groups, .row_bytes = bytes,
+        .row_scales = groups, .outputs = count, .inputs = form->inputs, .group = form->group, .soon = soon,
+        .out = m->sums + first - m->from, .stride = m->stride,
+    };
+    for (int r = 0; r < m->rows; r++) t.x[r] = m->x[r];
+    if (count < OUTPUTS) t.row_bytes = t.row_scales = 0, t.outputs = OUTPUTS, t.soon = NULL; /* as often as there is room */
+    m->way->tiles[m->rows - 1](&t);
+}
+
+static void scale_int8(const rows_of_tile *m) {
+    for (int r = 0; r < m->rows; r++)
+        for (int64_t o = m->from; o < m->to; o++)
+            m->sums[r * m->stride + o - m->from] *= from_bfloat16(m->matrix->scales[o]);
+}
+
+/* All outputs, with weights that come from memory: they are asked for some outputs ahead, and at the end `then`, what is
+   needed after these; NULL where nobody knows. */
+static void multiply_rows(const rows_of_tile *m, const uint8_t *then) {
+    const int64_t bytes = row_bytes((int)m->form->kind, m->form->inputs);
+    const bool is_foreseen = m->rows <= m->way->foreseen_rows && bytes > SHORT_ROW;
+    const int64_t ahead = UP_TO(AHEAD_BYTES / bytes + 1, OUTPUTS); /* outputs, as many as are asked for ahead */
+    for (int64_t first = m->from, count; first < m->to; first += count) {
+        const int64_t left = m->to - first;
+        const bool is_end = left <= ahead + OUTPUTS;
+        count = left < OUTPUTS ? 1 : (is_end ? left : left - ahead) / OUTPUTS * OUTPUTS;
+        multiply_run(
+            m, first, count, is_end ? then : is_foreseen ? NULL : weights_of(m->form, m->matrix, first + ahead));
+    }
+    if (m->form->kind == INT8) scale_int8(m);
+}
+
+/* All outputs, once more for other rows: the weights are in a cache. Meanwhile a share of what is needed after all of these
+   rows is asked for, of as many bytes as these weights have: in passes 1 to passes - 1 all of it. */
+static void multiply_again(const rows_of_tile *m, int64_t pass, int64_t passes, const uint8_t *then) {
+    const int64_t fours = (m->to - m->from) / OUTPUTS;
+    const int64_t begin = m->from + fours * (pass - 1) / (passes - 1) * OUTPUTS;
+    const int64_t end = m->from + fours * pass / (passes - 1) * OUTPUTS;
+    for (int64_t first = m->from, count; first < m->to; first += count) {
+        const int64_t stop = first < begin ? begin : first < end ? end : m->from + fours * OUTPUTS;
+        const bool is_share = then && first >= begin && first < end;
+        count = first < stop ? stop - first : 1;
+        multiply_run(m, first, count, is_share ? then + (weights_of(m->form, m->matrix, first) -
+                                                         weights_of(m->form, m->matrix, m->from)) : NULL);
+    }
+    if (m->form->kind == INT8) scale_int8(m);
+}
+
+/* For one tile of rows after another, of `passes`. */
+static void multiply_pass(const rows_of_tile *m, int64_t pass, int64_t passes, const uint8_t *then) {
+    if (pass) multiply_again(m, pass, passes, then);
+    else multiply_rows(m, passes > 1 ? NULL : then);
+}
+
+static int64_t passes_for(int64_t rows, int most) { return (rows + most - 1) / most; }
 
 /* The weights of the piece that the thread with this one probably takes next: threads take turns. NULL: of no piece of
    this call. Pieces of the last product follow those of the first. */
@@ -77,21 +122,43 @@ void pack_tokens(const call *c, int64_t piece) {
             c->first_way, c->is_narrow, c->tokens + t * c->token_stride, c->x + t * c->x_stride, c->first.inputs);
 }
 
+/* Sums of rows [row, row + rows) with outputs [from, to) of the first product: (rows, GATED_STRIDE). More than a tile of
+   rows take the outputs in parts, so that weights come from the second cache but for the first tile. then: the weights
+   that are needed after these; NULL where nobody knows. */
+static void multiply_panel(
+    const call *c, const matrix *matrix, int64_t from, int64_t to, int64_t row, int64_t rows, const uint8_t *then,
+    float *sums
+) {
+    const int most = c->first_way->most_rows;
+    const int64_t part = rows > most ? GATED_PART : to - from, passes = passes_for(rows, most);
+    for (int64_t begin = from; begin < to; begin += part) {
+        const int64_t end = MIN(to, begin + part);
+        const uint8_t *next = end < to ? weights_of(&c->first, matrix, end) : then;
+        for (int64_t first = 0, pass = 0; first < rows; pass++) {
+            rows_of_tile m = {
+                .way = c->first_way, .form = &c->first, .matrix = matrix, .rows = next_rows(rows - first, most),
+                .from = begin, .to = end, .sums = sums + first * GATED_STRIDE + begin - from, .stride = GATED_STRIDE,
+            };
+            for (int r = 0; r < m.rows; r++) m.x[r] = row_of_x(c, row + first + r);
+            multiply_pass(&m, pass, passes, next);
+            first += m.rows;
+        }
+    }
+}
+
 /* A panel of gates and the one of the same ups, and the activation: a part of each row's hidden values. */
 void gate_piece(const call *c, int64_t piece) {
     const int64_t e = piece / c->per_expert[1], width = c->first.outputs / 2;
     const int64_t from = piece % c->per_expert[1] * GATED_OUTPUTS, to = MIN(width, from + GATED_OUTPUTS);
     const matrix *m = &c->experts[e].gate_up;
-    float gates[MOST_ROWS * GATED_STRIDE], ups[MOST_ROWS * GATED_STRIDE], values[GATED_OUTPUTS];
+    float gates[ROWS_GATED * GATED_STRIDE], ups[ROWS_GATED * GATED_STRIDE], values[GATED_OUTPUTS];
     uint16_t words[GATED_OUTPUTS];
     const int64_t end = c->starts[e + 1];
     const uint8_t *ups_begin = weights_of(&c->first, m, width + from), *next = next_weights(c, piece);
     for (int64_t row = c->starts[e]; row < end;) {
-        const int rows = next_rows(end - row, c->first_way->most_rows);
-        const uint8_t *x[MOST_ROWS];
-        for (int r = 0; r < rows; r++) x[r] = row_of_x(c, row + r);
-        multiply_rows(c->first_way, &c->first, m, from, to, x, rows, ups_begin, gates, GATED_STRIDE);
-        multiply_rows(c->first_way, &c->first, m, width + from, width + to, x, rows, next, ups, GATED_STRIDE);
+        const int rows = next_rows(end - row, ROWS_GATED);
+        multiply_panel(c, m, from, to, row, rows, ups_begin, gates);
+        multiply_panel(c, m, width + from, width + to, row, rows, next, ups);
         for (int r = 0; r < rows; r++) {
             c->level->silu_times(gates + r * GATED_STRIDE, ups + r * GATED_STRIDE, values, to - from, c->is_narrow);
             uint8_t *hidden = c->hidden + (row + r) * c->hidden_stride + from * c->second_way->x_bytes;
@@ -116,12 +183,16 @@ void product_piece(const call *c, int64_t piece) {
     const int64_t rows_of_run = c->row_runs > 1 ? ROWS_OF_A_RUN : c->starts[e + 1] - c->starts[e];
     const int64_t begin = c->starts[e] + run * rows_of_run, end = MIN(c->starts[e + 1], begin + rows_of_run);
     const uint8_t *next = next_weights(c, piece + (c->is_gated ? first_pieces(c) : 0));
-    for (int64_t row = begin; row < end;) {
+    const int64_t passes = passes_for(end - begin, way->most_rows);
+    for (int64_t row = begin, pass = 0; row < end; pass++) {
         const int rows = next_rows(end - row, way->most_rows);
-        const uint8_t *x[MOST_ROWS];
+        rows_of_tile tile = {
+            .way = way, .form = form, .matrix = m, .rows = rows, .from = from, .to = to, .sums = sums,
+            .stride = SUMS_STRIDE,
+        };
         for (int r = 0; r < rows; r++)
-            x[r] = c->is_gated ? c->hidden + (row + r) * c->hidden_stride : row_of_x(c, row + r);
-        multiply_rows(way, form, m, from, to, x, rows, next, sums, SUMS_STRIDE);
+            tile.x[r] = c->is_gated ? c->hidden + (row + r) * c->hidden_stride : row_of_x(c, row + r);
+        multiply_pass(&tile, pass, passes, next);
         for (int r = 0; r < rows; r++) {
             const int64_t at = (row + r) * c->out_stride + from * item;
             float *row_sums = sums + r * SUMS_STRIDE;

@@ -186,6 +186,27 @@ def test_gated_rows_agree_with_a_plain_reference_and_have_their_bits_alone(
 
 
 @pytest.mark.parametrize("level", LEVELS_HERE)
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: "float" if form is None else form.name)
+@pytest.mark.parametrize("inner", [63, 101, 203])
+def test_gated_rows_of_several_tiles_and_parts_of_panels_have_their_bits_alone(
+    level: str, form: Quantization | None, inner: int
+) -> None:
+    """Rows whose sums wait for their activation together, one more, and twice as many; outputs that end in a part."""
+    counts = (7, 48, 49, 97)
+    experts = [made for made, _, _ in _experts(form, torch.bfloat16, (70, inner), len(counts))]
+    tokens = _rows(sum(counts), 70, torch.bfloat16)
+    torch.set_num_threads(2)
+    found = compute_gated(level, tokens, experts, counts)
+    first = 0
+    for expert, count in zip(experts, counts, strict=True):
+        alone = [
+            compute_gated(level, tokens[row : row + 1], [expert], (1,)) for row in range(first, first + count)
+        ]
+        assert torch.equal(found[first : first + count], torch.cat(alone))
+        first += count
+
+
+@pytest.mark.parametrize("level", LEVELS_HERE)
 def test_activation_survives_extremes(level: str) -> None:
     """Gates from far below to far above: as `silu`, which is 0 times something at one end."""
     gates = torch.tensor([-1e30, -200.0, -88.5, -87.0, -10.0, -1e-3, 0.0, 1e-3, 1.0, 20.0, 89.0, 1e30])
