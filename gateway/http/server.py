@@ -39,6 +39,7 @@ class HttpServer:
                 ws="none",
                 access_log=False,
                 log_config=None,
+                proxy_headers=False,  # who a client says it is matters to nobody here
                 timeout_keep_alive=KEEP_ALIVE_S,
             )
         )
@@ -52,7 +53,9 @@ class HttpServer:
         """Returns when the port is open. Raises OSError where it cannot be had."""
         listener = await _bound(address, port)
         self._serving = asyncio.create_task(self._server.serve(sockets=[listener]))
-        while not self._server.started and not self._serving.done():
+        while not self._server.started:
+            if self._serving.done():
+                await self._serving
             await asyncio.sleep(0)
 
     async def stop(self) -> None:
@@ -66,10 +69,14 @@ class HttpServer:
 async def _bound(address: str, port: int) -> socket.socket:
     loop = asyncio.get_running_loop()
     give_up_at = loop.time() + BIND_PATIENCE_S
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    is_v6 = ":" in address
+    family = socket.AF_INET6 if is_v6 else socket.AF_INET
+    is_dual = is_v6 and socket.has_dualstack_ipv6()
     while True:
         try:
-            return socket.create_server((address, port), family=family, backlog=BACKLOG)
+            return socket.create_server(
+                (address, port), family=family, backlog=BACKLOG, dualstack_ipv6=is_dual
+            )
         except OSError as error:
             if error.errno != errno.EADDRINUSE or loop.time() > give_up_at:
                 raise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 from collections.abc import Coroutine
 from typing import Any
 
@@ -12,9 +11,8 @@ _running: set[asyncio.Task[None]] = set()
 
 
 def detached(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-    """Begin work in a context of its own: Ray Serve ends whatever a request's context has called when the request's
-    client leaves."""
-    task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
+    """Begin work that nobody has to wait for."""
+    task = asyncio.get_running_loop().create_task(work)
     _running.add(task)
     task.add_done_callback(_running.discard)
     return task

@@ -33,8 +33,8 @@ class Submissions:
         self._sender: asyncio.Task[None] | None = None
 
     async def submit(self, request: GenerationRequest) -> None:
-        """Returns when the router has taken it. Raises its refusal, or what sending raised. Whoever stops waiting does
-        not know whether it was sent."""
+        """Returns when the router has taken it. Raises its refusal, or what sending raised, be it of others before it.
+        Whoever stops waiting does not know whether it was sent."""
         accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((request, accepted))
         if self._sender is None or self._sender.done():
@@ -58,6 +58,8 @@ class Submissions:
             try:
                 refusals = await self._send(tuple(request for request, _ in taken))
             except Exception as error:  # noqa: BLE001 - raised where each request is waited for
+                # A router that does not answer is not asked again by those that have waited for it meanwhile.
+                taken, self._waiting = taken + self._waiting, []
                 refusals = [error] * len(taken)
             for (_, accepted), refusal in zip(taken, refusals, strict=True):
                 if accepted.done():  # nobody waits any more

@@ -106,6 +106,21 @@ def test_refusal_of_one_is_raised_for_that_one_alone() -> None:
     asyncio.run(run())
 
 
+def test_call_that_fails_fails_those_too_that_have_waited_for_it() -> None:
+    async def run() -> None:
+        router = _Router()
+        submissions = Submissions(router.take)
+        router.failure = TimeoutError()
+        first, behind = await _submitted(submissions, "a"), await _submitted(submissions, "b", "c")
+        router.may_answer.set()
+        for task in first + behind:
+            with pytest.raises(TimeoutError):
+                await task
+        assert router.calls == [["a"]]
+
+    asyncio.run(run())
+
+
 def test_call_that_fails_fails_its_requests_and_no_later_ones() -> None:
     async def run() -> None:
         router = _Router()
