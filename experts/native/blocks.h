@@ -46,7 +46,7 @@ INLINE TARGET float NAME(power_of_two)(float x) {
     e = FMA1(e, f, POWER_2);
     e = FMA1(e, f, POWER_1);
     e = FMA1(e, f, 1.0f);
-    const int32_t bits = ((int32_t)n + 127) << 23;
+    const uint32_t bits = (uint32_t)((int32_t)n + 127) << 23;
     float power;
     memcpy(&power, &bits, 4);
     return is_seen ? e * power : 0.0f;

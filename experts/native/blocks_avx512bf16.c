@@ -73,10 +73,11 @@ INLINE TARGET __m512i pair_of(const uint8_t *row, int64_t pair) {
 
 INLINE __mmask16 first_lanes(int64_t count) { return count >= 16 ? 0xffff : count > 0 ? (1u << count) - 1 : 0; }
 
-/* Weighed values of so many vectors of outputs. */
+/* Weighed values of so many vectors of outputs. Where the positions are odd in number, what others left beside the last
+   one is taken for 0: times a weight of 0 it would be, but for what is no number. */
 INLINE TARGET void add_values(
     const int rows, const int vectors, const block_tile *t, const uint8_t weights[MOST][BLOCK * 2], const float *kept,
-    int64_t pairs, int64_t first
+    int64_t positions, int64_t first
 ) {
     V sums[MOST][4];
     EACH(r, rows) EACH(c, vectors)
@@ -84,9 +85,10 @@ INLINE TARGET void add_values(
     const uint8_t *values = t->values + 4 * first;
     __mmask16 there[4]; /* the last vector of an odd width has less */
     EACH(c, vectors) there[c] = first_lanes(t->width - first - 16 * c);
-    for (int64_t pair = 0; pair < pairs; pair++, values += 4 * t->width) {
+    for (int64_t pair = 0; 2 * pair < positions; pair++, values += 4 * t->width) {
+        const __m512i own = _mm512_set1_epi32(2 * pair + 1 < positions ? -1 : 0xffff);
         __m512i v[4];
-        EACH(c, vectors) v[c] = _mm512_maskz_loadu_epi32(there[c], values + 64 * c);
+        EACH(c, vectors) v[c] = _mm512_and_si512(own, _mm512_maskz_loadu_epi32(there[c], values + 64 * c));
         EACH(r, rows) {
             const __m512i w = pair_of(weights[r], pair);
             EACH(c, vectors) sums[r][c] = PRODUCT(sums[r][c], w, v[c]);
@@ -114,10 +116,10 @@ INLINE TARGET void attend_rows(const int rows, const block_tile *t) {
         kept[r] = weigh_scores(scores[r], t->from[r], t->to[r], t->factor, t->largest + r, t->totals + r, weights[r]);
         end = t->to[r] > end ? t->to[r] : end;
     }
-    const int64_t padded = UP_TO(t->width, BLOCK_UNIT), pairs = (end + 1) / 2;
+    const int64_t padded = UP_TO(t->width, BLOCK_UNIT);
     int64_t first = 0;
-    for (; first + 64 <= padded; first += 64) add_values(rows, 4, t, weights, kept, pairs, first);
-    if (first < padded) add_values(rows, 2, t, weights, kept, pairs, first);
+    for (; first + 64 <= padded; first += 64) add_values(rows, 4, t, weights, kept, end, first);
+    if (first < padded) add_values(rows, 2, t, weights, kept, end, first);
 }
 
 static TARGET void attend(int rows, const block_tile *t) {

@@ -168,6 +168,20 @@ def test_what_others_left_in_a_block_changes_nothing(
         assert torch.equal(*(texts.attend(level, span)[0] for texts in (clean, used)))
 
 
+@pytest.mark.parametrize("level", LEVELS_HERE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numbers_that_are_none_and_others_left_in_a_block_change_nothing(
+    level: str, dtype: torch.dtype
+) -> None:
+    """Positions behind the rows' own, an odd and an even number of them."""
+    clean, used = Texts(_config(30), dtype), Texts(_config(30), dtype)
+    for cache in (used.pool.keys, used.pool.values):
+        cache.fill_(float("nan"))
+    for first, count in ((0, 5), (5, 1), (6, 1), (7, 30), (37, 27), (64, 1)):
+        span = 0, Span((3, 7), first, count)
+        assert torch.equal(*(texts.attend(level, span)[0] for texts in (clean, used)))
+
+
 def test_row_of_numbers_that_are_none_spoils_no_other_sequence() -> None:
     texts = Texts(_config(16), torch.float32)
     clean = texts.attend(LEVELS_HERE[-1], (0, Span((1,), 0, 9)), (1, Span((2,), 0, 9)))
