@@ -18,7 +18,7 @@ from experts.packed_matrix import linear
 from experts.store import ExpertStore
 from router.decoder_layer import LayerArithmetic
 from router.kv_cache import KvPool
-from router.layer_run import LayerRun, compute_run, find_run
+from router.layer_run import LayerRun, RunTimes, compute_run, find_run
 from router.linears import FLOAT, LinearForms
 from router.model_config import ModelConfig
 from router.native_head import NativeHead
@@ -61,6 +61,7 @@ class Backbone:
             self.native_head = NativeHead.of(kernel.level, self.norm_D, self.head_VD, config.rms_norm_eps)
         self.prefetcher: Prefetcher | None = None
         """Hints each layer's successor's experts; None hints nothing."""
+        self.run_times = RunTimes()
         self.progressed_at = time.monotonic()
         """When a layer was last finished; a step of a large model may take long without being stuck."""
 
@@ -202,7 +203,8 @@ class ForwardPass:
         backbone = self._backbone
         if self.is_in_layer or backbone.prefetcher is not None:
             return None
-        return find_run(self._num_done, backbone.layers, self._inputs)
+        most = backbone.run_times.most_layers(self.batch.num_tokens)
+        return find_run(self._num_done, backbone.layers, self._inputs, most)
 
     def _compute_run(self, run: LayerRun, pool: KvPool) -> None:
         backbone = self._backbone
@@ -210,6 +212,8 @@ class ForwardPass:
         self._hidden_PD = output.hidden_TD
         self._phases["attention"] += output.attention_s
         self._phases["experts"] += output.experts_s
+        seconds = output.attention_s + output.experts_s
+        backbone.run_times.note(self.batch.num_tokens, len(run.layers), seconds)
         backbone.progressed_at = time.monotonic()
         self._num_done += len(run.layers) - 1
         self._end_layer()

@@ -19,6 +19,9 @@ from router.native_layer import NativeLayer
 from router.native_step import NativeStep
 from router.weights import Layer
 
+LONGEST_S = 0.5
+"""For one call, after which others see that there was progress."""
+
 
 class PlainLayer(NamedTuple):
     """A layer whose rows go to their own experts, all of which are here for good."""
@@ -42,17 +45,31 @@ class RunOutput(NamedTuple):
     experts_s: float
 
 
-def find_run(first: int, layers: Sequence[Layer], step: StepInputs) -> LayerRun | None:
-    """As many layers from `first` on as go together; None where the first one does not.
+class RunTimes:
+    """What a layer took lately, by the size of the number of its rows. A run is no longer than who looks for progress
+    can wait, and one layer where nothing is known."""
 
-    Not for many rows: beside their work the way back to the caller takes no time, and who waits for a layer's end, or
-    watches whether there is progress, would wait longer.
+    def __init__(self) -> None:
+        self._layer_s: dict[int, float] = {}
+
+    def most_layers(self, num_rows: int) -> int:
+        layer_s = self._layer_s.get(num_rows.bit_length())
+        return 1 if layer_s is None else max(1, int(LONGEST_S / layer_s))
+
+    def note(self, num_rows: int, num_layers: int, seconds: float) -> None:
+        self._layer_s[num_rows.bit_length()] = max(seconds / num_layers, 1e-9)
+
+
+def find_run(first: int, layers: Sequence[Layer], step: StepInputs, most: int) -> LayerRun | None:
+    """As many layers from `first` on as go together, `most` of them; None where the first one does not.
+
+    Not for many rows: beside their work the way back to the caller takes no time.
     """
     native, batch = step.native, step.batch
     if native is None or batch.num_tokens >= MANY_ROWS:
         return None
     found: list[PlainLayer] = []
-    for index in range(first, len(layers)):
+    for index in range(first, min(first + most, len(layers))):
         plain = _as_plain(layers[index], step)
         if plain is None:
             break

@@ -15,7 +15,7 @@ import router.backbone
 from experts.native_products import library
 from router.decoder_layer import MANY_ROWS
 from router.kv_cache import KvPool
-from router.layer_run import LayerRun
+from router.layer_run import LONGEST_S, LayerRun, RunTimes
 from router.loading import EngineOptions, LoadedEngine
 from router.native_step import ATTENTION_PHASES, EXPERTS_PHASES, NativeStep
 from router.prefetch import Prefetcher
@@ -39,6 +39,8 @@ STEPS = (
 def loaded(stories_store: Path, request: pytest.FixtureRequest) -> Iterator[LoadedEngine]:
     loaded = open_engine(stories_store, EngineOptions(dtype=request.param))
     loaded.worker.load_all()
+    for num_rows in range(MANY_ROWS):
+        loaded.engine.backbone.run_times.note(num_rows, 1, 1e-6)
     yield loaded
     loaded.close()
 
@@ -232,3 +234,22 @@ def test_what_does_not_fit_a_run_is_refused(loaded: LoadedEngine) -> None:
         step.layers(0, layers, rows, KvPool(loaded.config, 3, loaded.dtype))
     with pytest.raises(ValueError, match="experts"):
         step.layers(0, [(first.native, replace(table, keys=table.keys[:3]))], rows, pool)
+
+
+def test_run_is_one_layer_at_first_and_never_hides_progress_for_long() -> None:
+    times = RunTimes()
+    assert times.most_layers(100) == 1
+    times.note(100, 4, 4 * LONGEST_S / 10)
+    assert times.most_layers(100) == times.most_layers(64) == 10
+    assert times.most_layers(1) == 1, "other numbers of rows take other times"
+    times.note(100, 10, 100.0)
+    assert times.most_layers(100) == 1
+
+
+def test_slow_layers_are_computed_in_calls_of_their_own(loaded: LoadedEngine) -> None:
+    times, step = loaded.engine.backbone.run_times, _batch([Span((3,), 0, 1)])
+    times.note(1, 1, LONGEST_S / 2)
+    with mock.patch.object(times, "note"):  # they are fast in truth
+        _, _, runs = _forward(loaded, [step])
+    times.note(1, 1, 1e-6)
+    assert runs == [[range(2), range(2, 4), range(4, 6)]]
