@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 POLL_INTERVAL_S = 1.0
 ANSWER_TIMEOUT_S = 10.0
 BEGIN_TIMEOUT_S, BEGIN_INTERVAL_S = 120.0, 0.05
-"""For a supervisor that has only been asked for, as routers and actors start side by side."""
+"""For a supervisor that has only been asked for, as routers and actors start side by side, or is being restarted."""
 
 
 class RayDirectory:
@@ -42,8 +42,7 @@ class RayDirectory:
         theirs. local: computes what no actor does. audit_share: see `DirectoryOptions`. Raises SupervisorMissing."""
         self._supervisor = find_supervisor()
         supervisor = self._supervisor
-        while not ray.get(supervisor.is_begun.remote(), timeout=BEGIN_TIMEOUT_S):
-            time.sleep(BEGIN_INTERVAL_S)
+        _wait_begun(supervisor)
         asked = [supervisor.secret.remote(), supervisor.spin_s.remote(), supervisor.roster.remote()]
         secret, spin_s, roster = ray.get(asked, timeout=ANSWER_TIMEOUT_S)
         self._wake = threading.Event()
@@ -173,3 +172,17 @@ class RayDirectory:
         if roster.version >= self._roster.version:
             self._roster = roster
         return is_newer and not self._closing.is_set()
+
+
+def _wait_begun(supervisor: Any) -> None:
+    """See `Supervisor.is_begun`. Raises RayError where nobody answers for so long."""
+    answered_at = time.monotonic()
+    while True:
+        try:
+            if ray.get(supervisor.is_begun.remote(), timeout=BEGIN_TIMEOUT_S):
+                return
+            answered_at = time.monotonic()
+        except ray.exceptions.RayActorError:  # Ray restarts it
+            if time.monotonic() > answered_at + BEGIN_TIMEOUT_S:
+                raise
+        time.sleep(BEGIN_INTERVAL_S)

@@ -33,6 +33,8 @@ NODE_LABEL = "ray.io/node-id"
 ONE_LOOP = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
 """For a replica: Serve would run its own code, ours and the calls that we make on three event loops, and wake one for
 what another has got. Ours blocks none, so that one is enough."""
+HEALTH_CHECKS = {"health_check_period_s": 1.0, "health_check_timeout_s": 4.0}
+"""Of Serve's replicas: requests wait for a router that is dead or hangs, and nobody else has the gateway's port."""
 NO_CPUS = 0.0
 """Scheduling weight of our actors and replicas: they share the cores by threads, not by Ray's bookkeeping."""
 
@@ -136,14 +138,12 @@ def router_deployment_options(num_threads: int, node_id: str | None = None) -> d
     where it has to run, in Ray's own terms; None lets Ray choose.
     """
     limits = {"max_ongoing_requests": 2000, "max_queued_requests": 2000}
-    checks = {"health_check_period_s": 1.0, "health_check_timeout_s": 4.0}
-    return _deployment(num_threads, node_id) | limits | checks
+    return _deployment(num_threads, node_id) | limits | HEALTH_CHECKS
 
 
 def gateway_deployment_options(node_id: str | None = None) -> dict[str, Any]:
-    """Serve options of the gateway. Its requests come over its own port and not by Serve. Serve looks for a dead one
-    every second: it is the only one."""
-    return _deployment(1, node_id) | {"health_check_period_s": 1.0}
+    """Serve options of the gateway. Its requests come over its own port and not by Serve."""
+    return _deployment(1, node_id) | HEALTH_CHECKS
 
 
 def _place(node_id: str | None) -> dict[str, Any]:

@@ -30,6 +30,8 @@ class ServiceRecord:
     least_incarnation: int = 0
     quarantines: Mapping[str, int] = field(default_factory=dict)
     """Node id -> how many of its actors computed what is wrong."""
+    is_begun: bool = False
+    """Whether all actors of the plan have been there once."""
     topology: Topology | None = None
     """The machines that the plan was last made for; None where it follows none."""
 

@@ -61,9 +61,7 @@ class Supervisor:
         self._spec = spec
         self._lock = threading.RLock()
         service = service_of(spec)
-        found = load_record(service)
-        self._record = found or ServiceRecord(service, spec.plan)
-        self._is_begun = found is not None
+        self._record = load_record(service) or ServiceRecord(service, spec.plan)
         self._wanted = wanted_actors(spec, self._record.plan)
         self._pool = ActorPool()
         self._fleet = Fleet(spec, self._pool)
@@ -90,7 +88,7 @@ class Supervisor:
 
     def is_begun(self) -> bool:
         """Whether all actors of the plan have been there once, so that a router may begin to ask them."""
-        return self._is_begun
+        return self._record.is_begun
 
     def secret(self) -> bytes:
         """The data plane's secret, for routers of this Ray cluster."""
@@ -174,7 +172,10 @@ class Supervisor:
 
     def wait_ready(self, timeout_s: float = START_TIMEOUT_S) -> None:
         """Return when every actor of the plan has answered. Raises ActorsNotStarted."""
-        self._wait(lambda: missing_actor(self._target(), self._fleet.members.values()), timeout_s)
+        self._wait(self._missing, timeout_s)
+
+    def _missing(self) -> str | None:
+        return missing_actor(self._target(), self._fleet.members.values())
 
     def wait_settled(self, timeout_s: float = START_TIMEOUT_S) -> None:
         """Return when what runs is what is planned, and nothing else. Raises ActorsNotStarted."""
@@ -259,9 +260,8 @@ class Supervisor:
             self._follow_nodes(memory, now_s)
             self._look_after_disks(now_s)
             self._fleet.act(self._target(), self._record.plan, memory, now_s)
-            if not self._is_begun and missing_actor(self._target(), self._fleet.members.values()) is None:
-                self._keep(self._record)  # so that it has begun after a restart as well
-                self._is_begun = True
+            if not self._record.is_begun and self._missing() is None:
+                self._keep(replace(self._record, is_begun=True))
             self._tell(now_s)
             self._scale(now_s)
 

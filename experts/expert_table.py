@@ -1,6 +1,6 @@
 """All experts of one layer as our own products take them, for a caller that chooses among them by itself.
 
-Exists where they are in this process's memory for good. Made by `experts.worker`, used by `router.native_layer`.
+Exists where they are in this process's memory for good. Made by `experts.worker`, used by `router.native_step`.
 """
 
 from __future__ import annotations

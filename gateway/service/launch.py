@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cluster.addresses import LOOPBACK, is_local_only
-from cluster.errors import ClusterError, ClusterRefused, HeadLost
+from cluster.errors import ClusterError, ClusterRefused, HeadLost, SupervisorMissing
 from cluster.memory_plan import MemoryPlan, router_names, unmatched
 from cluster.processes import descendants, end_processes, quietly
 from cluster.resources import (
@@ -62,6 +62,8 @@ logger = logging.getLogger(__name__)
 
 OnPlan = Callable[[MemoryPlan, Sequence[str]], None]
 OnPlaced = Callable[["Placed"], None]
+SUPERVISOR_PATIENCE_S, SUPERVISOR_RETRY_S = 120.0, 0.5
+"""How long, and how often, one that dies while the service starts is asked again."""
 RAY_GRACE_S = 2.0
 """How long Ray's processes may take to go by themselves."""
 
@@ -230,13 +232,21 @@ def _stop_keeper() -> None:
 
 
 def _wait_for_actors(supervisor: Any) -> None:
+    """Raises ActorsNotStarted."""
     import ray
 
-    try:
-        ray.get(supervisor.wait_ready.remote())
-    except ray.exceptions.RayTaskError as error:
-        # Ray's error carries the supervisor's stack; what it raised is the message for the user.
-        raise (error.cause if isinstance(error.cause, ClusterError) else error) from error
+    give_up_at = time.monotonic() + SUPERVISOR_PATIENCE_S
+    while True:
+        try:
+            ray.get(supervisor.wait_ready.remote())
+            return
+        except ray.exceptions.RayTaskError as error:
+            # Ray's error carries the supervisor's stack; what it raised is the message for the user.
+            raise (error.cause if isinstance(error.cause, ClusterError) else error) from error
+        except ray.exceptions.RayActorError as error:  # it died; Ray restarts it
+            if time.monotonic() > give_up_at:
+                raise SupervisorMissing(str(error).splitlines()[0]) from error
+        time.sleep(SUPERVISOR_RETRY_S)
 
 
 def describe_plan(options: ServiceOptions) -> dict[str, Any]:

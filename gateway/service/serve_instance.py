@@ -18,6 +18,8 @@ from gateway.errors import DeploymentFailed, ServeTaken
 from gateway.service.application import APP_NAME
 
 LOOK_S = 0.05
+FAILED = ApplicationStatus.DEPLOY_FAILED.value
+"""Of applications and of deployments."""
 
 
 def begin(application: serve.Application) -> None:
@@ -34,8 +36,9 @@ def wait_running() -> None:
         application = serve.status().applications[APP_NAME]
         if application.status == ApplicationStatus.RUNNING:
             return
-        if application.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
-            reasons = [each.message for each in application.deployments.values() if each.message]
+        if application.status.value == FAILED:  # one that is unhealthy may be well again
+            failed = [each for each in application.deployments.values() if each.status.value == FAILED]
+            reasons = [each.message for each in failed if each.message]
             raise DeploymentFailed(reasons[0] if reasons else application.message)
         time.sleep(LOOK_S)
 

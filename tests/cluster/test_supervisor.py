@@ -99,6 +99,7 @@ def service(stories_store: Path) -> Iterator[Running]:
         )
         supervisor = start_supervisor(service_spec(stories_store, plan, is_local_only=False))
         try:
+            assert not ray.get(supervisor.is_begun.remote(), timeout=WAIT_S), "actors take seconds to start"
             ray.get(supervisor.wait_ready.remote(), timeout=WAIT_S)
             directories: list[RayDirectory] = []
 
@@ -145,6 +146,7 @@ def test_restarted_supervisor_adopts_what_runs_and_remembers_the_plan(service: R
     pid = ray.get(service.supervisor.pid.remote(), timeout=WAIT_S)
     os.kill(pid, signal.SIGKILL)
     _wait_until(lambda: _pid(service.supervisor) not in (None, pid))
+    assert ray.get(service.supervisor.is_begun.remote(), timeout=WAIT_S), "routers need not wait again"
     wait_settled(service.supervisor)
     after = service.status()["actors"]
     assert pids(after) == pids(before)
