@@ -270,24 +270,24 @@ def test_server_stops_though_a_client_takes_nothing_of_the_rest_of_its_answer(
 
 
 def _read_slowly(port: int) -> int:
-    """The number of bytes of an answer of which there is always some more to take. Takes 1.5 s for 30 MB."""
+    """The number of bytes of an answer of which there is always some more to take. Takes 2.4 s for 40 MB."""
     num_bytes = 0
     with socket.create_connection(("127.0.0.1", port)) as client:
         client.sendall(b"GET / HTTP/1.1\r\nhost: gateway\r\n\r\n")
         while chunk := client.recv(1_000_000, socket.MSG_WAITALL):
             num_bytes += len(chunk)
-            time.sleep(0.05)
+            time.sleep(0.06)
     return num_bytes
 
 
 def test_server_that_stops_lets_a_slow_client_take_the_rest_of_its_answer(free_port: int) -> None:
     async def run() -> None:
-        server = HttpServer(_in_pieces(30_000_000), stall_s=0.6)
+        server = HttpServer(_in_pieces(40_000_000), stall_s=1.2)
         await server.start("127.0.0.1", free_port)
         reading = asyncio.create_task(asyncio.to_thread(_read_slowly, free_port))
         await asyncio.sleep(0.2)
         await asyncio.wait_for(server.stop(), 10.0)
-        assert await reading > 30_000_000
+        assert await reading > 40_000_000
 
     asyncio.run(run())
 
