@@ -138,8 +138,7 @@ class ServeRouterClient:
         """When it is there, or may be. A router that was taken for dead may live; one that is new does not know the
         request."""
         await asyncio.wait({submitting})
-        failure = submitting.exception()
-        if failure is not None and not isinstance(failure, RouterSilent):
+        if _is_refused(submitting.exception()):
             return
         with suppress(RouterUnavailable):
             await self._ask(self._handle.cancel_request.remote(request_id))
@@ -177,6 +176,12 @@ class ServeRouterClient:
         except asyncio.CancelledError:
             stream.cancel()
             raise
+
+
+def _is_refused(failure: BaseException | None) -> bool:
+    """Whether the router has surely not taken a request: not where it is silent, or failed in the middle."""
+    is_told = isinstance(failure, ApiError | RouterBusy | RouterUnavailable)
+    return is_told and not isinstance(failure, RouterSilent)
 
 
 def _refusal(cause: Exception) -> GatewayError:

@@ -154,6 +154,18 @@ def test_request_that_the_router_may_have_taken_though_it_did_not_answer_is_canc
     _play(scenario)
 
 
+def test_request_of_a_call_that_failed_at_the_router_is_cancelled() -> None:
+    async def scenario(router: _Router, client: ServeRouterClient) -> None:
+        router.failure = KeyError("a bug")
+        with pytest.raises(KeyError):
+            await _answer(client, "a")
+        while len(router.calls) < 2:
+            await asyncio.sleep(0.001)
+        assert router.calls == [("submit", ("a",)), ("cancel", ("a",))]
+
+    _play(scenario)
+
+
 @pytest.mark.parametrize("failure", [RayActorError(), RequestCancelledError("r")])
 def test_request_that_finds_no_router_may_be_asked_for_again(failure: Exception) -> None:
     async def scenario(router: _Router, client: ServeRouterClient) -> None:
