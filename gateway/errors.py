@@ -66,6 +66,10 @@ class RouterUnavailable(GatewayError):
         return f"the router is unavailable: {self.detail}"
 
 
+class RouterSilent(RouterUnavailable):
+    """A router did not answer a call: nobody knows whether it has taken what was in it."""
+
+
 class RouterLost(RouterUnavailable):
     """A router that had taken a request will not finish it: it died, or is taken for dead."""
 

@@ -1,7 +1,7 @@
 """Ends work as soon as its client has gone, and sends streamed answers.
 
-A client that goes away shows as an ASGI message (uvicorn), as the cancelling of the request's task (Ray Serve), or
-both. Either way the work is cancelled and has ended when control leaves this module. Called by `gateway.http.app`.
+A client that goes away shows as an ASGI message, as uvicorn gives it, or as the cancelling of the request's task.
+Either way the work is cancelled and has ended when control leaves this module. Called by `gateway.http.app`.
 """
 
 from __future__ import annotations

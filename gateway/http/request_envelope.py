@@ -43,15 +43,16 @@ class RequestEnvelope:
             return
         request_id = _request_id(scope["headers"])
         scope.setdefault("state", {})["request_id"] = request_id
-        status = 0
+        status, is_whole = 0, False
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status
+            nonlocal status, is_whole
             if message["type"] == "http.response.start":
                 status = message["status"]
                 header = (b"x-request-id", request_id.encode())
                 message = {**message, "headers": [*message["headers"], header]}
             await send(message)
+            is_whole = message["type"] == "http.response.body" and not message.get("more_body", False)
 
         self._metrics.in_flight.inc()
         try:
@@ -59,6 +60,8 @@ class RequestEnvelope:
             scope["state"]["owner"] = check_key(scope, self._settings.keys)
             with self._admission.entered(scope["method"]):
                 await self._run_in_time(scope, receive, send_with_id)
+            if not is_whole:  # an answer ends early without an error only where nobody reads it
+                raise ClientGone
         except ApiError as error:
             if not status:  # else too late for an answer; the server closes the connection
                 await _answer(error, scope, receive, send_with_id)

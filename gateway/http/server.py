@@ -11,19 +11,17 @@ import asyncio
 import errno
 import logging
 import socket
-from contextlib import suppress
 
 import uvicorn
 from starlette.types import ASGIApp
 
-from gateway.http.stalled_clients import StallGuard
+from gateway.http.stalled_clients import STALL_S, StallGuard
+from gateway.service.bind_address import open_listener
 
 logger = logging.getLogger(__name__)
 
 BIND_PATIENCE_S, BIND_RETRY_S = 10.0, 0.1
 """A gateway that is replaced may hold its port a moment longer than the new one needs to start."""
-BACKLOG = 2048
-"""Connections that the system accepts before we do."""
 KEEP_ALIVE_S = 90
 """How long a connection between two requests stays open."""
 
@@ -31,14 +29,15 @@ KEEP_ALIVE_S = 90
 class HttpServer:
     """One app on one port, from `start` to `stop`."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, stall_s: float = STALL_S) -> None:
         self._server = uvicorn.Server(
             uvicorn.Config(
-                StallGuard(app),
+                StallGuard(app, stall_s),
                 lifespan="off",
                 ws="none",
                 access_log=False,
                 log_config=None,
+                log_level="critical",  # what it warns of is what strangers send, who could fill the log
                 proxy_headers=False,  # who a client says it is matters to nobody here
                 timeout_keep_alive=KEEP_ALIVE_S,
             )
@@ -61,22 +60,19 @@ class HttpServer:
     async def stop(self) -> None:
         """Take no more connections, and return when the answers that have begun are at their ends."""
         self._server.should_exit = True
-        if self._serving is not None:
-            with suppress(asyncio.CancelledError):
-                await self._serving
+        if self._serving is None:
+            return
+        await asyncio.wait({self._serving})  # goes on where nobody waits for it any more
+        if not self._serving.cancelled():
+            self._serving.result()
 
 
 async def _bound(address: str, port: int) -> socket.socket:
     loop = asyncio.get_running_loop()
     give_up_at = loop.time() + BIND_PATIENCE_S
-    is_v6 = ":" in address
-    family = socket.AF_INET6 if is_v6 else socket.AF_INET
-    is_dual = is_v6 and socket.has_dualstack_ipv6()
     while True:
         try:
-            return socket.create_server(
-                (address, port), family=family, backlog=BACKLOG, dualstack_ipv6=is_dual
-            )
+            return open_listener(address, port)
         except OSError as error:
             if error.errno != errno.EADDRINUSE or loop.time() > give_up_at:
                 raise

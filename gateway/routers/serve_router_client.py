@@ -26,6 +26,7 @@ from gateway.errors import (
     GenerationFailed,
     RouterBusy,
     RouterLost,
+    RouterSilent,
     RouterUnavailable,
 )
 from gateway.routers.client import RouterHealth
@@ -107,7 +108,15 @@ class ServeRouterClient:
             raise RouterUnavailable(type(error).__name__) from error
 
     async def _send(self, requests: tuple[GenerationRequest, ...]) -> Sequence[Exception | None]:
-        refusals: Sequence[Exception | None] = await _answer(self._handle.submit.remote(self._name, requests))
+        refusals: Sequence[Exception | None]
+        try:
+            refusals = await _answer(self._handle.submit.remote(self._name, requests))
+        except ray.exceptions.RayTaskError:  # the router's own answer
+            raise
+        except TimeoutError as error:
+            raise RouterSilent("it does not answer") from error
+        except SERVE_ERRORS as error:
+            raise RouterSilent(type(error).__name__) from error
         return refusals
 
     async def _submit(self, request: GenerationRequest) -> None:
@@ -117,9 +126,7 @@ class ServeRouterClient:
             try:
                 await self._submissions.submit(request)
                 return
-            except TimeoutError as error:
-                raise RouterUnavailable("it does not answer") from error
-            except (RouterError, ValueError, *SERVE_ERRORS) as error:
+            except (RouterError, ValueError, ray.exceptions.RayTaskError) as error:
                 cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
                 if not isinstance(cause, StreamMissing):
                     raise _refusal(cause) from error
@@ -128,9 +135,10 @@ class ServeRouterClient:
         raise RouterUnavailable("it has no stream of ours")
 
     async def _cancel(self, request_id: str, submitting: asyncio.Task[None]) -> None:
-        """When it is there. A router that was taken for dead may live; one that is new does not know the request."""
+        """When it is there, or may be. A router that was taken for dead may live; one that is new does not know the
+        request."""
         await asyncio.wait({submitting})
-        if submitting.exception() is not None:
+        if _is_refused(submitting.exception()):
             return
         with suppress(RouterUnavailable):
             await self._ask(self._handle.cancel_request.remote(request_id))
@@ -168,6 +176,12 @@ class ServeRouterClient:
         except asyncio.CancelledError:
             stream.cancel()
             raise
+
+
+def _is_refused(failure: BaseException | None) -> bool:
+    """Whether the router has surely not taken a request: not where it is silent, or failed in the middle."""
+    is_told = isinstance(failure, ApiError | RouterBusy | RouterUnavailable)
+    return is_told and not isinstance(failure, RouterSilent)
 
 
 def _refusal(cause: Exception) -> GatewayError:

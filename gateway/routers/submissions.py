@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
+from gateway.errors import RouterSilent, RouterUnavailable
 from gateway.routers.detached import detached
 from router.request import GenerationRequest
 
@@ -18,8 +19,9 @@ QUIET_TURNS = 4
 """After so many turns of the event loop without another request nobody is taken to come with those that are there. From
 a connection to here a request takes about as many."""
 GATHER_S = 0.02
-"""No request waits longer for others."""
+"""No request waits longer for others to come. It may wait for the call before, as long as that one takes."""
 
+_Waiting = tuple[GenerationRequest, asyncio.Future[None]]
 Send = Callable[[tuple[GenerationRequest, ...]], Awaitable[Sequence[Exception | None]]]
 
 
@@ -27,14 +29,14 @@ class Submissions:
     """Of one gateway to one router, on one event loop."""
 
     def __init__(self, send: Send) -> None:
-        """send: of each request, why it was refused, or None."""
+        """send: of each request, why it was refused, or None. Raises RouterSilent where nobody answers."""
         self._send = send
-        self._waiting: list[tuple[GenerationRequest, asyncio.Future[None]]] = []
+        self._waiting: list[_Waiting] = []
         self._sender: asyncio.Task[None] | None = None
 
     async def submit(self, request: GenerationRequest) -> None:
-        """Returns when the router has taken it. Raises its refusal, or what sending raised, be it of others before it.
-        Whoever stops waiting does not know whether it was sent."""
+        """Returns when the router has taken it. Raises its refusal, or what sending raised: RouterSilent where it may
+        have been taken, RouterUnavailable where it was not sent. Whoever stops waiting does not know whether it was."""
         accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((request, accepted))
         if self._sender is None or self._sender.done():
@@ -51,20 +53,43 @@ class Submissions:
             num_quiet = num_quiet + 1 if len(self._waiting) == num_before else 0
 
     async def _send_all(self) -> None:
-        while self._waiting:
-            await self._gather()
-            taken, self._waiting = self._waiting, []
-            refusals: Sequence[Exception | None]
-            try:
-                refusals = await self._send(tuple(request for request, _ in taken))
-            except Exception as error:  # noqa: BLE001 - raised where each request is waited for
-                # A router that does not answer is not asked again by those that have waited for it meanwhile.
-                taken, self._waiting = taken + self._waiting, []
-                refusals = [error] * len(taken)
+        taken: list[_Waiting] = []
+        try:
+            while self._waiting:
+                await self._gather()
+                taken, self._waiting = self._waiting, []
+                await self._send_together(taken)
+        finally:  # by whatever this ends, nobody waits for it any more
+            behind, self._waiting = self._waiting, []
+            _fail(taken, RouterSilent("its call broke off"))
+            _fail(behind, RouterUnavailable("the call before broke off"))
+
+    async def _send_together(self, taken: Sequence[_Waiting]) -> None:
+        try:
+            refusals = await self._send(tuple(request for request, _ in taken))
+            if len(refusals) != len(taken):
+                raise RouterSilent(f"of {len(taken)} requests it answered {len(refusals)}")
+        except RouterSilent as error:
+            _fail(taken, error)
+            # It is not asked again by those that have waited for it meanwhile.
+            behind, self._waiting = self._waiting, []
+            _fail(behind, RouterUnavailable(error.detail))
+        except Exception as error:  # noqa: BLE001 - raised where each request is waited for
+            _fail(taken, error)
+        else:
             for (_, accepted), refusal in zip(taken, refusals, strict=True):
-                if accepted.done():  # nobody waits any more
-                    continue
-                if refusal is None:
-                    accepted.set_result(None)
-                else:
-                    accepted.set_exception(refusal)
+                _end(accepted, refusal)
+
+
+def _fail(waiting: Sequence[_Waiting], error: Exception) -> None:
+    for _, accepted in waiting:
+        _end(accepted, error)
+
+
+def _end(accepted: asyncio.Future[None], refusal: Exception | None) -> None:
+    if accepted.done():  # nobody waits any more, or it has been told
+        return
+    if refusal is None:
+        accepted.set_result(None)
+    else:
+        accepted.set_exception(refusal)

@@ -1,6 +1,6 @@
-"""Where the service listens: resolved once, so that what was checked is what is bound.
+"""Where the service listens: resolved once, and opened in one way, so that what was checked is what is bound.
 
-Called by `gateway.service.launch` and, for a dry run, by `gateway.service.command`.
+Called by `gateway.service.launch`, for a dry run by `gateway.service.command`, and by `gateway.http.server`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ import socket
 from dataclasses import dataclass
 
 from gateway.errors import AddressUnusable, BindNeedsKey, PortTaken
+
+BACKLOG = 2048
+"""Connections that the system accepts before we do."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +58,25 @@ def check_bind(host: str, address: BindAddress, num_keys: int) -> None:
 
 
 def check_free(host: str, address: BindAddress) -> None:
-    """Ray Serve would only say so after half a minute, in a log. Raises PortTaken or AddressUnusable."""
-    family = socket.AF_INET6 if address.is_v6 else socket.AF_INET
+    """Asked before all that a start takes, at the end of which the gateway would find it out. Raises PortTaken or
+    AddressUnusable."""
     try:
-        socket.create_server((address.address, address.port), family=family).close()
+        open_listener(address.address, address.port).close()
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise PortTaken(host, address.port) from error
         raise AddressUnusable(host, error.strerror or str(error)) from error
+
+
+def open_listener(address: str, port: int) -> socket.socket:
+    """address: numeric. `::` takes IPv4 too, where the system can do both. Raises OSError."""
+    is_v6 = ":" in address
+    return socket.create_server(
+        (address, port),
+        family=socket.AF_INET6 if is_v6 else socket.AF_INET,
+        backlog=BACKLOG,
+        dualstack_ipv6=is_v6 and socket.has_dualstack_ipv6(),
+    )
 
 
 def _is_loopback(address: str) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from gateway.errors import AddressUnusable, BindNeedsKey, PortTaken
-from gateway.service.bind_address import BindAddress, check_bind, check_free, resolve_bind
+from gateway.service.bind_address import BindAddress, check_bind, check_free, open_listener, resolve_bind
 
 NAMES = {
     "here.test": ["127.0.0.1"],
@@ -81,3 +81,17 @@ def test_port_in_use_is_told(taken_port: int) -> None:
         check_free("localhost", BindAddress("127.0.0.1", taken_port, True))
     with pytest.raises(AddressUnusable):
         check_free("there", BindAddress("192.0.2.7", 8000, False))
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="one socket does not take both")
+@pytest.mark.parametrize("holder", ["127.0.0.1", "0.0.0.0"])
+def test_port_in_use_under_an_address_of_the_other_kind_is_told(holder: str) -> None:
+    with socket.create_server((holder, 0)) as listener, pytest.raises(PortTaken):
+        check_free("::", BindAddress("::", listener.getsockname()[1], False))
+
+
+def test_port_that_is_said_to_be_free_can_be_had(free_port: int) -> None:
+    for host in ("127.0.0.1", "0.0.0.0", "::ffff:127.0.0.1"):
+        address = resolve_bind(host, free_port)
+        check_free(host, address)
+        open_listener(address.address, free_port).close()

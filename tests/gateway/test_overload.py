@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -21,6 +22,7 @@ from gateway.errors import ApiError
 from gateway.http import server as server_module
 from gateway.http.admission import SPARE_REQUESTS, Admission
 from gateway.http.api_keys import KeyRing
+from gateway.http.connection import EventStream
 from gateway.http.request_limits import read_body
 from gateway.http.server import HttpServer
 from gateway.http.settings import RequestLimits
@@ -52,6 +54,14 @@ def _read_all(connection: socket.socket) -> bytes:
     while chunk := connection.recv(65536):
         content += chunk
     return content
+
+
+def _client_that_reads_nothing(port: int, path: bytes = b"/") -> socket.socket:
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.connect(("127.0.0.1", port))
+    client.sendall(b"GET %b HTTP/1.1\r\nhost: gateway\r\n\r\n" % path)
+    return client
 
 
 def test_request_beyond_the_limit_gets_429_before_its_body_and_others_go_on() -> None:
@@ -208,10 +218,7 @@ def test_client_that_reads_nothing_is_cut_off_and_the_app_is_told() -> None:
         finally:
             ended.set()
 
-    with _served(StallGuard(app, stall_s=0.3)) as port, socket.socket() as client:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        client.connect(("127.0.0.1", port))
-        client.sendall(b"GET / HTTP/1.1\r\nhost: gateway\r\n\r\n")
+    with _served(StallGuard(app, stall_s=0.3)) as port, _client_that_reads_nothing(port) as client:
         assert ended.wait(20.0)
         with pytest.raises(ConnectionResetError):  # cut off, not closed after what was buffered
             _read_all(client)
@@ -232,6 +239,134 @@ def test_client_that_reads_slowly_but_steadily_gets_everything() -> None:
             num_bytes += len(chunk)
             time.sleep(0.005)
     assert num_bytes > 2_000_000
+
+
+def _in_pieces(*sizes: int) -> ASGIApp:
+    """Answers with pieces of so many bytes."""
+
+    async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for number, num_bytes in enumerate(sizes, 1):
+            is_more = number < len(sizes)
+            await send({"type": "http.response.body", "body": b"x" * num_bytes, "more_body": is_more})
+
+    return app
+
+
+@pytest.mark.parametrize("sizes", [(20_000_000,), (5, 20_000_000)])
+def test_server_stops_though_a_client_takes_nothing_of_the_rest_of_its_answer(
+    sizes: tuple[int, ...], free_port: int
+) -> None:
+    async def run() -> None:
+        server = HttpServer(_in_pieces(*sizes), stall_s=0.3)
+        await server.start("127.0.0.1", free_port)
+        with _client_that_reads_nothing(free_port) as client:
+            await asyncio.sleep(0.1)
+            await asyncio.wait_for(server.stop(), 10.0)
+            with pytest.raises(ConnectionResetError):
+                _read_all(client)
+
+    asyncio.run(run())
+
+
+def _read_slowly(port: int) -> int:
+    """The number of bytes of an answer of which there is always some more to take. Takes 2.4 s for 40 MB."""
+    num_bytes = 0
+    with socket.create_connection(("127.0.0.1", port)) as client:
+        client.sendall(b"GET / HTTP/1.1\r\nhost: gateway\r\n\r\n")
+        while chunk := client.recv(1_000_000, socket.MSG_WAITALL):
+            num_bytes += len(chunk)
+            time.sleep(0.06)
+    return num_bytes
+
+
+def test_server_that_stops_lets_a_slow_client_take_the_rest_of_its_answer(free_port: int) -> None:
+    async def run() -> None:
+        server = HttpServer(_in_pieces(40_000_000), stall_s=1.2)
+        await server.start("127.0.0.1", free_port)
+        reading = asyncio.create_task(asyncio.to_thread(_read_slowly, free_port))
+        await asyncio.sleep(0.2)
+        await asyncio.wait_for(server.stop(), 10.0)
+        assert await reading > 40_000_000
+
+    asyncio.run(run())
+
+
+def test_server_goes_on_stopping_where_nobody_waits_for_it_any_more(free_port: int) -> None:
+    async def run() -> None:
+        begun, may_end = asyncio.Event(), asyncio.Event()
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            begun.set()
+            await may_end.wait()
+            await _in_pieces(5)(scope, receive, send)
+
+        server = HttpServer(app)
+        await server.start("127.0.0.1", free_port)
+        answer = asyncio.create_task(_get(free_port))
+        await begun.wait()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(server.stop(), 0.2)
+        assert server.is_serving
+        may_end.set()
+        assert (await answer).content == b"xxxxx"
+        await asyncio.wait_for(server.stop(), 10.0)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    "request_", [b"no HTTP\r\n\r\n", b"GET / HTTP/1.1\r\nconnection: upgrade\r\nupgrade: x\r\n\r\n"]
+)
+def test_what_strangers_send_is_not_in_the_log(
+    request_: bytes, free_port: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    logging.getLogger("uvicorn.error").setLevel(logging.NOTSET)
+
+    async def run() -> None:
+        server = HttpServer(_in_pieces(5))
+        await server.start("127.0.0.1", free_port)
+        reader, writer = await asyncio.open_connection("127.0.0.1", free_port)
+        writer.write(request_)
+        assert await reader.read(5) == b"HTTP/"
+        writer.close()
+        await server.stop()
+
+    asyncio.run(run())
+    assert not [record for record in caplog.records if record.name.startswith("uvicorn")]
+
+
+def test_client_that_reads_nothing_is_counted_and_logged_as_one_that_has_gone(
+    free_port: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "gateway")
+    app = app_over(FakeRouter())
+
+    @app.get("/stream")
+    async def stream() -> EventStream:
+        return EventStream(_events(), "a-request")
+
+    async def _events() -> AsyncGenerator[bytes, None]:
+        for _ in range(1_000):
+            yield b"x" * 65536
+            await asyncio.sleep(0)  # as for a token
+
+    async def run() -> str:
+        server = HttpServer(app, stall_s=0.3)
+        await server.start("127.0.0.1", free_port)
+        with _client_that_reads_nothing(free_port, b"/stream"):
+            while not caplog.records:
+                await asyncio.sleep(0.05)
+        async with httpx.AsyncClient(timeout=20.0) as client:
+            text = (await client.get(f"http://127.0.0.1:{free_port}/metrics")).text
+        await server.stop()
+        return text
+
+    text = asyncio.run(asyncio.wait_for(run(), 20.0))
+    assert 'requests_total{route="/stream",status="499"} 1.0' in text
+    told = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert told == [("INFO", "a client took nothing for 0.3 s and is cut off")]
 
 
 async def _get(port: int) -> httpx.Response:

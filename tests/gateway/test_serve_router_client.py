@@ -8,8 +8,11 @@ from contextlib import aclosing
 from typing import Any, cast
 
 import pytest
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import RequestCancelledError
 
-from gateway.errors import RouterBusy
+from gateway.errors import RouterBusy, RouterUnavailable
+from gateway.routers import serve_router_client as client_module
 from gateway.routers.serve_router_client import ServeRouterClient
 from router.errors import QueueFull, StreamMissing
 from router.request import GenerationRequest, TokenEvent
@@ -57,6 +60,8 @@ class _Router:
         self.may_submit.set()
         self.refusals: list[Exception | None] = []
         """Of the next requests, in order; then none."""
+        self.failure: Exception | None = None
+        self.answers_after_s = 0.0
         self.submit = _Method(lambda gateway, requests: _Response(self._submit(requests)))
         self.cancel_request = _Method(lambda name: _Response(self._cancel(name)))
         self.stream = _Stream(self._events())
@@ -69,6 +74,9 @@ class _Router:
     async def _submit(self, requests: Sequence[GenerationRequest]) -> list[Exception | None]:
         await self.may_submit.wait()
         self.calls.append(("submit", tuple(request.request_id for request in requests)))
+        if self.failure is not None:
+            raise self.failure
+        await asyncio.sleep(self.answers_after_s)
         return [self.refusals.pop(0) if self.refusals else None for _ in requests]
 
     async def _cancel(self, name: str) -> None:
@@ -125,6 +133,48 @@ def test_request_that_is_left_while_it_is_submitted_is_cancelled_when_it_is_ther
         while len(router.calls) < 2:
             await asyncio.sleep(0.001)
         assert router.calls == [("submit", ("a",)), ("cancel", ("a",))]
+
+    _play(scenario)
+
+
+def test_request_that_the_router_may_have_taken_though_it_did_not_answer_is_cancelled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(client_module, "ANSWER_TIMEOUT_S", 0.1)
+
+    async def scenario(router: _Router, client: ServeRouterClient) -> None:
+        router.answers_after_s = 0.3
+        answers = [asyncio.create_task(_answer(client, name)) for name in "ab"]
+        for outcome in await asyncio.gather(*answers, return_exceptions=True):
+            assert isinstance(outcome, RouterUnavailable)
+        while len(router.calls) < 3:
+            await asyncio.sleep(0.001)
+        assert router.calls == [("submit", ("a", "b")), ("cancel", ("a",)), ("cancel", ("b",))]
+
+    _play(scenario)
+
+
+def test_request_of_a_call_that_failed_at_the_router_is_cancelled() -> None:
+    async def scenario(router: _Router, client: ServeRouterClient) -> None:
+        router.failure = KeyError("a bug")
+        with pytest.raises(KeyError):
+            await _answer(client, "a")
+        while len(router.calls) < 2:
+            await asyncio.sleep(0.001)
+        assert router.calls == [("submit", ("a",)), ("cancel", ("a",))]
+
+    _play(scenario)
+
+
+@pytest.mark.parametrize("failure", [RayActorError(), RequestCancelledError("r")])
+def test_request_that_finds_no_router_may_be_asked_for_again(failure: Exception) -> None:
+    async def scenario(router: _Router, client: ServeRouterClient) -> None:
+        router.failure = failure
+        with pytest.raises(RouterUnavailable):
+            await _answer(client, "a")
+        router.failure = None
+        router.messages.put_nowait((TokenEvent("b", (7,), "stop"),))
+        assert await _answer(client, "b") == [7]
 
     _play(scenario)
 

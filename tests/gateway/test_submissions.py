@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from gateway.errors import RouterSilent, RouterUnavailable
 from gateway.routers import submissions as submissions_module
 from gateway.routers.submissions import QUIET_TURNS, Submissions
 from router.errors import QueueFull
@@ -24,7 +25,7 @@ class _Router:
         self.calls: list[list[str]] = []
         self.may_answer = asyncio.Event()
         self.refusals: dict[str, Exception] = {}
-        self.failure: Exception | None = None
+        self.failure: BaseException | None = None
 
     async def take(self, requests: tuple[GenerationRequest, ...]) -> Sequence[Exception | None]:
         self.calls.append([request.request_id for request in requests])
@@ -106,17 +107,62 @@ def test_refusal_of_one_is_raised_for_that_one_alone() -> None:
     asyncio.run(run())
 
 
-def test_call_that_fails_fails_those_too_that_have_waited_for_it() -> None:
+def test_call_that_nobody_answers_fails_those_too_that_have_waited_for_it() -> None:
     async def run() -> None:
         router = _Router()
         submissions = Submissions(router.take)
-        router.failure = TimeoutError()
+        router.failure = RouterSilent("it does not answer")
         first, behind = await _submitted(submissions, "a"), await _submitted(submissions, "b", "c")
         router.may_answer.set()
-        for task in first + behind:
-            with pytest.raises(TimeoutError):
-                await task
+        outcomes = await asyncio.gather(*first, *behind, return_exceptions=True)
+        # Those behind were not sent, so that nobody has to cancel them.
+        assert [type(outcome) for outcome in outcomes] == [RouterSilent, RouterUnavailable, RouterUnavailable]
         assert router.calls == [["a"]]
+
+    asyncio.run(run())
+
+
+def test_call_that_fails_otherwise_fails_none_that_were_not_in_it() -> None:
+    async def run() -> None:
+        router = _Router()
+        submissions = Submissions(router.take)
+        router.failure = KeyError("a bug")
+        first, behind = await _submitted(submissions, "a"), await _submitted(submissions, "b", "c")
+        asyncio.get_running_loop().call_soon(router.may_answer.set)
+        with pytest.raises(KeyError):
+            await first[0]
+        router.failure = None
+        await asyncio.gather(*behind)
+        assert router.calls == [["a"], ["b", "c"]]
+
+    asyncio.run(run())
+
+
+def test_call_that_is_cancelled_leaves_nobody_waiting() -> None:
+    async def run() -> None:
+        router = _Router()
+        submissions = Submissions(router.take)
+        router.failure = asyncio.CancelledError()
+        first, behind = await _submitted(submissions, "a", "b"), await _submitted(submissions, "c")
+        router.may_answer.set()
+        await asyncio.wait([*first, *behind], timeout=5.0)
+        assert [type(task.exception()) for task in first] == [RouterSilent, RouterSilent]
+        assert type(behind[0].exception()) is RouterUnavailable
+        router.failure = None
+        await asyncio.gather(*await _submitted(submissions, "d"))
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("num_answers", [0, 1, 3])
+def test_call_with_another_number_of_answers_leaves_nobody_waiting(num_answers: int) -> None:
+    async def run() -> None:
+        async def take(_requests: tuple[GenerationRequest, ...]) -> Sequence[Exception | None]:
+            return [None] * num_answers
+
+        tasks = await _submitted(Submissions(take), "a", "b")
+        await asyncio.wait(tasks, timeout=5.0)
+        assert [type(task.exception()) for task in tasks] == [RouterSilent, RouterSilent]
 
     asyncio.run(run())
 
