@@ -7,7 +7,7 @@ layer, against a cache that all layers share; no weights are read and no time is
 that follows (which nobody can have); `lru`; `lfu` as it is, and with its counts kept as well; Belady's optimum. Trust
 stays as it was at the restart, so that only what was kept makes the difference.
 
-Usage: python -m benchmarks.bench_trust_restart ONE TWO [--tokens N] [--keep]
+Usage: python -m benchmarks.bench_trust_restart [ONE TWO] [--tokens N] [--keep]
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from router.request import GenerationRequest
 from router.trust_collector import TrustCollector
 from router.trust_session import trust_identity
 
+TEXTS = Path(__file__).parent / "texts"
 EARLY_TOKENS = 500
 """Hits are counted over so many tokens after the restart as well: later, any cache has learned by itself."""
 
@@ -38,8 +39,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("one", type=Path)
-    parser.add_argument("two", type=Path)
+    parser.add_argument("one", type=Path, nargs="?", default=TEXTS / "brown-fairy-book.txt")
+    parser.add_argument("two", type=Path, nargs="?", default=TEXTS / "wikitext-2-test.txt")
     parser.add_argument("--tokens", type=int, default=10_000, help="of each half, and of TWO")
     parser.add_argument("--keep", action="store_true", help="keep the result under benchmarks/results")
     options = parser.parse_args()
