@@ -15,8 +15,8 @@ import socket
 import uvicorn
 from starlette.types import ASGIApp
 
+from gateway.http.listener import open_listener
 from gateway.http.stalled_clients import STALL_S, StallGuard
-from gateway.service.bind_address import open_listener
 
 logger = logging.getLogger(__name__)
 

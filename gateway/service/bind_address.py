@@ -1,6 +1,6 @@
-"""Where the service listens: resolved once, and opened in one way, so that what was checked is what is bound.
+"""Where the service listens: resolved once, so that what was checked is what is bound.
 
-Called by `gateway.service.launch`, for a dry run by `gateway.service.command`, and by `gateway.http.server`.
+Called by `gateway.service.launch`, and for a dry run by `gateway.service.command`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ import socket
 from dataclasses import dataclass
 
 from gateway.errors import AddressUnusable, BindNeedsKey, PortTaken
-
-BACKLOG = 2048
-"""Connections that the system accepts before we do."""
+from gateway.http.listener import open_listener
 
 
 @dataclass(frozen=True)
@@ -66,17 +64,6 @@ def check_free(host: str, address: BindAddress) -> None:
         if error.errno == errno.EADDRINUSE:
             raise PortTaken(host, address.port) from error
         raise AddressUnusable(host, error.strerror or str(error)) from error
-
-
-def open_listener(address: str, port: int) -> socket.socket:
-    """address: numeric. `::` takes IPv4 too, where the system can do both. Raises OSError."""
-    is_v6 = ":" in address
-    return socket.create_server(
-        (address, port),
-        family=socket.AF_INET6 if is_v6 else socket.AF_INET,
-        backlog=BACKLOG,
-        dualstack_ipv6=is_v6 and socket.has_dualstack_ipv6(),
-    )
 
 
 def _is_loopback(address: str) -> bool:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from gateway.errors import AddressUnusable, BindNeedsKey, PortTaken
-from gateway.service.bind_address import BindAddress, check_bind, check_free, open_listener, resolve_bind
+from gateway.http.listener import open_listener
+from gateway.service.bind_address import BindAddress, check_bind, check_free, resolve_bind
 
 NAMES = {
     "here.test": ["127.0.0.1"],
