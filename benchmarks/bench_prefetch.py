@@ -23,12 +23,11 @@ from benchmarks.budget_contender import Task
 from benchmarks.make_slice import DiskTooSmall, SliceSpec, write_slice
 from benchmarks.prefetch_accuracy import accuracy, record_guesses
 from benchmarks.published import PUBLISHED
-from benchmarks.report import finish, spread
+from benchmarks.report import TEXTS, finish, spread
 from experts.store import ExpertStore
 from extraction.extract import extract
 
 STORIES = Path(__file__).parent.parent / "models" / "stories-moe"
-TEXTS = Path(__file__).parent / "texts"
 CONTEXT = 512
 RESIDENCIES = (0.125, 0.25, 0.5)
 SKEW, LOCALITY = 0.75, 0.3

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.bench_eviction import SHARES, STORIES, RoutingRecorder, requests, run
-from benchmarks.report import finish
+from benchmarks.report import TEXTS, finish
 from experts.eviction import LFU_HALF_LIFE, FrequencyWorth, Worth, make_worth
 from experts.replay import Trace, replay, replay_belady
 from experts.store import ExpertStore
@@ -30,7 +30,6 @@ from router.request import GenerationRequest
 from router.trust_collector import TrustCollector
 from router.trust_session import trust_identity
 
-TEXTS = Path(__file__).parent / "texts"
 EARLY_TOKENS = 500
 """Hits are counted over so many tokens after the restart as well: later, any cache has learned by itself."""
 

@@ -18,13 +18,13 @@ import torch
 from benchmarks.make_slice import SliceSpec, write_slice
 from benchmarks.peer_gguf import GgufType, quantise_gguf, write_gguf
 from benchmarks.published import PUBLISHED
+from benchmarks.report import TEXTS
 from benchmarks.slice_routing import HiddenShape, token_walk
 from extraction.extract import extract
 from extraction.quantise import Quantization
 from extraction.quantised_parts import NOT_QUANTISED, QuantisedParts
 
 BUNDLED = "stories"
-TEXTS = Path(__file__).parent / "texts"
 BUNDLED_CHECKPOINT = Path(__file__).parent.parent / "models" / "stories-moe"
 TINY: Mapping[str, int] = {
     "vocab_size": 512,

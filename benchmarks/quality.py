@@ -25,7 +25,7 @@ import numpy as np
 
 from benchmarks.quality_stores import NOT_QUANTISED, STORES, store_bytes, store_of
 from benchmarks.quality_ways import FRONTIER, SHARES, SINGLE, SINGLE_SHARE, Way, against, windows_of
-from benchmarks.report import RESULTS, finish
+from benchmarks.report import RESULTS, TEXTS, finish
 from experts.budget import BudgetRequest
 from experts.store import ExpertStore
 from gateway.byte_sizes import parse_budget
@@ -43,8 +43,7 @@ from router.trace_reader import read_trace
 from router.trace_statistics import busier_half, miss_curves, moe_layers, use_counts, use_entropy
 
 MODEL = "stories"
-TEXTS = ("brown-fairy-book.txt", "treasure-island.txt", "wikitext-2-test.txt")
-FOLDER = Path(__file__).parent / "texts"
+NAMES = ("brown-fairy-book.txt", "treasure-island.txt", "wikitext-2-test.txt")
 SLIDING = Sliding(256, 128)
 BUDGETS = ("100%", "50%", "25%", "12.5%", "one expert")
 MISS_SHARES = (0.0625, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
@@ -77,14 +76,14 @@ class Job:
         return evaluate(self.root, self.read_texts, options, _show)
 
     def read_texts(self, tokenizer: TextTokenizer) -> list[EvalText]:
-        return read_texts(tokenizer, [FOLDER / name for name in TEXTS], self.max_tokens)
+        return read_texts(tokenizer, [TEXTS / name for name in NAMES], self.max_tokens)
 
     def settings(self) -> dict[str, Any]:
         """What a part's numbers depend on; a kept part with others is computed again."""
         return {
             "model": MODEL,
             "weights": self.weights,
-            "texts": list(TEXTS),
+            "texts": list(NAMES),
             "max_tokens": self.max_tokens,
             "context": SLIDING.context,
             "stride": SLIDING.stride,
@@ -239,9 +238,9 @@ def draw_frontiers(job: Job, results: dict[str, Any]) -> None:
     if any(f"frontier {share} {name}" not in results for share in SHARES for name in FRONTIER):
         return
     frontier = {name: {share: results[f"frontier {share} {name}"] for share in SHARES} for name in FRONTIER}
-    figure = new_figure(4.3 * (1 + len(TEXTS)), 4.0)
-    panels = figure.subplots(1, 1 + len(TEXTS), squeeze=False)[0]
-    for axes, text in zip(panels, (None, *TEXTS), strict=True):
+    figure = new_figure(4.3 * (1 + len(NAMES)), 4.0)
+    panels = figure.subplots(1, 1 + len(NAMES), squeeze=False)[0]
+    for axes, text in zip(panels, (None, *NAMES), strict=True):
         series = {
             name: [
                 _point(share, part if text is None else part["texts"][text]) for share, part in parts.items()

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+TEXTS = Path(__file__).parent / "texts"
+"""Public-domain books and WikiText-2's test set."""
 
 
 def spread(samples: Sequence[float]) -> dict[str, float]:
