@@ -46,7 +46,7 @@ class StepInputs:
     places: Places | None
     """For our own."""
     native: NativeStep | None = None
-    """For layers that are computed in two calls."""
+    """For layers that our own calls compute, two for one or one for many."""
     shown: View = EVERYTHING
     begun: ExpertTable | Mixture | None = None
     """With what the experts of the current layer were begun that pause: meanwhile experts may come and go."""
@@ -82,11 +82,8 @@ class LayerArithmetic:
     def threads_for(self, num_rows: int) -> int:
         """Changes speed only."""
         usual = torch.get_num_threads()
-        if (
-            num_rows < MANY_ROWS or not self._is_native
-        ):  # a library's products are proven with the usual number
-            return usual
-        return max(usual, self.prompt_threads)
+        is_free = self._is_native  # a library's products are proven with the usual number
+        return max(usual, self.prompt_threads) if is_free and num_rows >= MANY_ROWS else usual
 
     def is_divisible(self, layer: Layer, half: Half) -> bool:
         """Whether it can pause in the middle. A device's work has only been asked for when a call returns: no pause."""

@@ -232,7 +232,7 @@ def _stop_keeper() -> None:
 
 
 def _wait_for_actors(supervisor: Any) -> None:
-    """Raises ActorsNotStarted."""
+    """Raises ActorsNotStarted, or SupervisorMissing where it died and did not come back."""
     import ray
 
     give_up_at = time.monotonic() + SUPERVISOR_PATIENCE_S
@@ -319,8 +319,8 @@ def _begin_application(
 
 
 def _wait_until_served(supervisor: Any | None) -> None:
-    """Until actors, routers and gateway have answered, which start side by side. Raises ActorsNotStarted or
-    DeploymentFailed."""
+    """Until actors, routers and gateway have answered, which start side by side. Raises ActorsNotStarted,
+    SupervisorMissing or DeploymentFailed."""
     from gateway.service import serve_instance
 
     if supervisor is not None:
