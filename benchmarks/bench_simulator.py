@@ -78,7 +78,7 @@ def main() -> None:
         costs = fit_overlap(here, costs, round_trip_s, rounds, known)
         results["num_layers"] = len(here.loaded.config.moe_layers)
         results["costs"] = asdict(costs) | {"round_trip_s": round_trip_s}
-        print(", ".join(f"{name} {value:.3g}" for name, value in results["costs"].items()))
+        print(costs, f"round_trip_s={round_trip_s:.3g}")
         for streams in STREAMS:
             for number, served in zip((0, *ACTORS), contenders, strict=True):
                 measured = spread(speeds[streams, served.name])

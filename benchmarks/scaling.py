@@ -32,7 +32,7 @@ from cluster.demand import Demand, counted_demand
 from cluster.model_sizes import ModelSizes, measure_model
 from cluster.placement import PlacementOptions, place
 from cluster.plan import ServicePlan
-from cluster.simulated_worker import Costs, ModelShape
+from cluster.simulated_worker import Costs, ModelShape, RouterCosts
 from cluster.simulator import NodeEvent, Report, Simulation
 from cluster.topology import NodeFacts, Topology
 from extraction.manifest import ExpertKey
@@ -95,9 +95,11 @@ def software_costs(num_layers: int) -> Costs:
     """What `bench_simulator` has kept, for a model of so many layers: a step's own costs grow with them."""
     kept = json.loads((RESULTS / "bench_simulator.json").read_text())["results"]
     values = {name: value for name, value in kept["costs"].items() if name != "round_trip_s"}
-    costs = Costs(**values)
     layers = num_layers / kept["num_layers"]
-    return replace(costs, step_s=layers * costs.step_s, row_s=layers * costs.row_s, threads=CORES)
+    for name in ("near", "far"):
+        own = RouterCosts(**values.pop(name))
+        values[name] = replace(own, step_s=layers * own.step_s, row_s=layers * own.row_s)
+    return Costs(**values | {"threads": CORES})
 
 
 def make_topology(num_nodes: int, link_gbit: float, *, is_mixed: bool) -> Topology:

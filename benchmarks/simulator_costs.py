@@ -2,7 +2,8 @@
 real data plane, with what the router does in between.
 
 Each number is looked at where it arises: the router's clock around a call and around everything else, its thread's CPU
-time, what actors say of the time they computed, the kernel's account of theirs. Runs have other prompts and numbers of
+time, what actors say of the time they computed, the kernel's account of theirs. Without actors all layers are computed
+in one call, so that the calls of a worker are looked at in a run of their own. Runs have other prompts and numbers of
 streams than those that are then foretold, and no engine with more than two actors. One number is left over that nothing
 shows directly, `overlap`; it is what makes the simulated runs with two actors as long as those measured.
 """
@@ -13,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 from statistics import fmean, median
 from time import perf_counter, thread_time
@@ -26,7 +28,7 @@ from benchmarks.bench_cluster import Contender, prompts_for
 from cluster.placement import split_experts
 from cluster.plan import ActorPlan, ExpertGroup, ServicePlan
 from cluster.resources import plan_threads
-from cluster.simulated_worker import Costs, ModelShape
+from cluster.simulated_worker import Costs, ModelShape, RouterCosts
 from cluster.simulator import Report, Simulation
 from cluster.topology import NodeFacts, Topology
 from experts.call import ExpertCall
@@ -41,6 +43,20 @@ TOKENS = 32
 """Of each stream."""
 FIRST_SEED = 1000
 """Of prompts; lower ones belong to the runs that are foretold."""
+
+
+class Looker(RoutingWatcher):
+    """A `RoutingWatcher` that keeps nothing: every layer is computed by calls of its own, as with actors."""
+
+    def watch(
+        self,
+        owners: Sequence[SpanOwner],
+        gate: GateOutput,
+        routing: Routing,
+        dispatched: Dispatch,
+        rows_RD: Tensor,
+    ) -> None:
+        return
 
 
 class RoutingRecorder(RoutingWatcher):
@@ -98,7 +114,7 @@ class Observed:
     own_s: float = 0.0
     """The router's, of that phase, beside its calls."""
     calls: list[tuple[Size, float]] = field(default_factory=list)
-    """With the seconds of each, to its answer."""
+    """With the seconds of each, to its answer. None where layers go together in one call."""
     router_cpu_s: float = 0.0
     """Of the router's thread during calls."""
     messages: list[Size] = field(default_factory=list)
@@ -116,9 +132,10 @@ class Observed:
         return fmean(size.rows for size in self.messages)
 
 
-def observe(served: Contender, streams: int) -> Observed:
+def observe(served: Contender, streams: int, watchers: tuple[RoutingWatcher, ...] = ()) -> Observed:
     """Decode TOKENS of each stream."""
     engine, found = served.loaded.engine, Observed(streams)
+    engine.watchers = watchers
     served.begin(prompts_for(served, streams, FIRST_SEED), TOKENS)
     phases, steps = dict(engine.stats.phase_seconds), engine.stats.steps
     busy_s, cpu_s = _actors_s(served)
@@ -133,6 +150,7 @@ def observe(served: Contender, streams: int) -> Observed:
     found.outside_s = spent["step"] - spent["experts"]
     found.own_s = spent["experts"] - found.called_s
     found.actors_busy_s, found.actors_cpu_s = busy_then_s - busy_s, cpu_then_s - cpu_s
+    engine.watchers = ()
     return found
 
 
@@ -166,23 +184,42 @@ def _actors_s(served: Contender) -> tuple[float, float]:
     return busy_s, sum(int(path.read_text().split()[0]) for path in files) / 1e9
 
 
-Runs = dict[int, list[Observed]]
-"""By number of actors."""
+@dataclass(frozen=True)
+class Runs:
+    """One round, or all of them: a run for every number of streams."""
+
+    near: list[Observed]
+    """Without actors."""
+    looked: list[Observed]
+    """The same with every layer looked at, so that its worker's calls show."""
+    one: list[Observed]
+    two: list[Observed]
+    """With so many actors."""
+
+    @staticmethod
+    def joined(rounds: Sequence[Runs]) -> Runs:
+        near, looked, one, two = (
+            [run for runs in rounds for run in kind(runs)]
+            for kind in (attrgetter("near"), attrgetter("looked"), attrgetter("one"), attrgetter("two"))
+        )
+        return Runs(near, looked, one, two)
 
 
 def observe_all(here: Contender, one: Contender, two: Contender) -> Runs:
     """One round. here, one, two: an engine without actors, and engines with one and two."""
-    contenders = {0: here, 1: one, 2: two}
-    return {number: [observe(served, n) for n in STREAMS] for number, served in contenders.items()}
+    return Runs(
+        [observe(here, streams) for streams in STREAMS],
+        [observe(here, streams, (Looker(),)) for streams in STREAMS],
+        [observe(one, streams) for streams in STREAMS],
+        [observe(two, streams) for streams in STREAMS],
+    )
 
 
 def fit_costs(rounds: Sequence[Runs], here: Contender) -> tuple[Costs, float]:
     """And the round trip. here: the engine without actors."""
-    runs = {number: [run for found in rounds for run in found[number]] for number in (0, 1, 2)}
-    local, one, two = runs[0], runs[1], runs[2]
-    step_s, row_s = _line([(run.streams - 1, run.outside_s / run.steps) for run in local])
-    layer_s, layer_row_s = _line([(run.streams - 1, run.own_s / len(run.calls)) for run in local])
-    call_s, expert_s, expert_row_s = _fit_worker([call for run in local for call in run.calls])
+    runs = Runs.joined(rounds)
+    one, two = runs.one, runs.two
+    call_s, expert_s, expert_row_s = _fit_worker([call for run in runs.looked for call in run.calls])
     message_s, message_row_s = _line([(r.message_rows, r.router_cpu_s / len(r.messages)) for r in two])
     remote = [*one, *two]
 
@@ -196,10 +233,8 @@ def fit_costs(rounds: Sequence[Runs], here: Contender) -> tuple[Costs, float]:
     frame_s = median((run.actors_cpu_s - run.actors_busy_s) / len(run.messages) for run in two)
     hop_s, _ = _line([(r.message_rows, (r.called_s - r.actors_busy_s) / len(r.messages)) for r in one])
     costs = Costs(
-        step_s,
-        row_s,
-        layer_s,
-        layer_row_s,
+        _near_costs(runs),
+        _far_costs(remote),
         call_s,
         expert_s,
         expert_row_s,
@@ -207,7 +242,6 @@ def fit_costs(rounds: Sequence[Runs], here: Contender) -> tuple[Costs, float]:
         message_row_s=message_row_s,
         frame_s=max(0.0, frame_s),
         actor_factor=median(run.actors_busy_s / alone_s(run) for run in remote),
-        router_factor=_router_s(remote) / (2 * _router_s(local)),
         threads=plan_threads(num_cores(), 1, here.loaded.config.expert_elements).expert_actor,
     )
     return costs, max(0.0, hop_s - message_s - costs.frame_s)
@@ -228,7 +262,7 @@ def fit_overlap(
 
     found = []
     for index, streams in enumerate(STREAMS):
-        measured_s = median(runs[2][index].seconds / runs[2][index].steps for runs in rounds)
+        measured_s = median(runs.two[index].seconds / runs.two[index].steps for runs in rounds)
         none_s, all_s = foretold_s(streams, 0.0), foretold_s(streams, 1.0)
         if none_s > all_s:
             found.append((none_s - measured_s) / (none_s - all_s))
@@ -269,20 +303,37 @@ def foretell(
     return simulation.report
 
 
-def _router_s(runs: Sequence[Observed]) -> float:
-    """Of the steps of these runs, what the router does itself, calls left out."""
-    return sum((run.outside_s + run.own_s) / run.steps for run in runs)
+def _near_costs(runs: Runs) -> RouterCosts:
+    """A layer takes what its worker's calls take where they are looked at, and this."""
+    layers = [
+        (run.streams - 1, (run.own_s - looked.called_s) / len(looked.calls), run.own_s / len(looked.calls))
+        for run, looked in zip(runs.near, runs.looked, strict=True)
+    ]
+    steps = [(run.streams - 1, run.outside_s / run.steps) for run in runs.near]
+    return RouterCosts(*_line(steps), *_signed_line(layers))
+
+
+def _far_costs(remote: Sequence[Observed]) -> RouterCosts:
+    steps = [(run.streams - 1, run.outside_s / run.steps) for run in remote]
+    layers = [(run.streams - 1, run.own_s / len(run.calls)) for run in remote]
+    return RouterCosts(*_line(steps), *_line(layers))
 
 
 def _line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """Value at 0 and slope, neither below 0, that explain the medians of points with equal x best, relative to each."""
-    values: dict[float, list[float]] = defaultdict(list)
-    for x, y in points:
-        values[round(x, 1)].append(y)
-    y_N = np.array([median(found) for found in values.values()])
-    columns_N2 = np.stack([np.ones(len(y_N)), np.array(list(values))], axis=1) / y_N[:, None]
-    (start, slope), *_ = np.linalg.lstsq(columns_N2, np.ones(len(y_N)), rcond=None)
-    return max(0.0, float(start)), max(0.0, float(slope))
+    start, slope = _signed_line([(x, y, y) for x, y in points])
+    return max(0.0, start), max(0.0, slope)
+
+
+def _signed_line(points: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
+    """The same, of any sign. points: x, y, and what an error is relative to."""
+    values: dict[float, list[tuple[float, float]]] = defaultdict(list)
+    for x, y, scale in points:
+        values[round(x, 1)].append((y, scale))
+    y_N, scale_N = np.array([np.median(found, axis=0) for found in values.values()]).T
+    columns_N2 = np.stack([np.ones(len(y_N)), np.array(list(values))], axis=1) / scale_N[:, None]
+    (start, slope), *_ = np.linalg.lstsq(columns_N2, y_N / scale_N, rcond=None)
+    return float(start), float(slope)
 
 
 def _fit_worker(calls: Sequence[tuple[Size, float]]) -> tuple[float, float, float]:

@@ -14,7 +14,7 @@ from cluster.demand import Demand
 from cluster.holdings import Holding, Layer, holdings
 from cluster.model_sizes import ModelSizes
 from cluster.plan import ServicePlan
-from cluster.simulated_worker import Costs
+from cluster.simulated_worker import Costs, RouterCosts
 from cluster.step_time import MESSAGE_S, expected_slowest, is_called
 from cluster.topology import Topology
 from experts.frame import HEADER_BYTES
@@ -29,11 +29,10 @@ SLOW_FACTOR = 1.5
 def typical_costs(num_layers: int) -> Costs:
     """Seconds that software takes beside weights and wires, for a model of so many layers; rates are infinite, since
     those are the topology's. As measured on one machine of two cores (docs/placement.md)."""
+    per_step = (0.5e-3 + num_layers * 0.5e-3, num_layers * 0.04e-3)
     return Costs(
-        step_s=0.5e-3 + num_layers * 0.5e-3,
-        row_s=num_layers * 0.04e-3,
-        layer_s=0.19e-3,
-        layer_row_s=0.01e-3,
+        RouterCosts(*per_step, 0.19e-3, 0.01e-3),
+        RouterCosts(*per_step, 0.19e-3, 0.01e-3),
         call_s=0.12e-3,
         expert_s=0.04e-3,
         expert_row_s=0.002e-3,
@@ -110,8 +109,8 @@ def forecast(
     layers = sorted({layer for holding in held for layer in holding.layers})
     expert_s = sum(layer_time_s(held, layer, model, costs, num_streams) for layer in layers)
     unsure_s = sum(layer_time_s(unsure, layer, model, costs, num_streams) for layer in layers)
-    more = num_streams - 1
-    fixed_s = costs.step_s + more * costs.row_s + len(layers) * (costs.layer_s + more * costs.layer_row_s)
+    own = costs.router(bool(plan.actors))
+    fixed_s = own.of_step(num_streams) + len(layers) * own.of_layer(num_streams)
     fixed_s += traffic.messages * num_streams * costs.message_s
     answered = sum(process.uses for process in processes if process.traffic.messages)
     fixed_s += answered * num_streams * costs.message_row_s

@@ -24,18 +24,35 @@ class ModelShape:
 
 
 @dataclass(frozen=True)
+class RouterCosts:
+    """Seconds of a router's own work: all but experts and messages."""
+
+    step_s: float
+    """Of a step with one row: attention, head, sampling."""
+    row_s: float
+    """Of each further row of a step, likewise."""
+    layer_s: float
+    """Of a layer's gate, dispatch and combine for one row. Below 0 where all layers go in one call, which saves some of
+    what a worker's calls take."""
+    layer_row_s: float
+    """Of each further row, likewise."""
+
+    def of_step(self, num_rows: int) -> float:
+        return self.step_s + (num_rows - 1) * self.row_s
+
+    def of_layer(self, num_rows: int) -> float:
+        return self.layer_s + (num_rows - 1) * self.layer_row_s
+
+
+@dataclass(frozen=True)
 class Costs:
     """Seconds and rates of one machine like those that are simulated, measured by `benchmarks/bench_simulator.py`.
     What nodes differ in is in `NodeFacts`."""
 
-    step_s: float
-    """Of a step with one row, all but its experts: attention, gates, head, sampling."""
-    row_s: float
-    """Of each further row of a step, likewise."""
-    layer_s: float
-    """Of a layer's gate, dispatch and combine for one row, whoever computes its experts."""
-    layer_row_s: float
-    """Of each further row, likewise."""
+    near: RouterCosts
+    """Of a router that computes all experts itself."""
+    far: RouterCosts
+    """Of one that asks actors, in every layer."""
     call_s: float
     """Of a worker's call, besides its experts."""
     expert_s: float
@@ -53,8 +70,6 @@ class Costs:
     actor_factor: float = 1.0
     """How much longer an actor takes for the same than the router's own worker, the weights' bytes left out: its core
     has slept in between."""
-    router_factor: float = 1.0
-    """How much longer the router's own work takes where it waits for actors in every layer, likewise."""
     overlap: float = 1.0
     """On a node with more processes than cores: how much of what could be computed at once really is. The kernel often
     leaves a process that was woken behind another one, while a core is free."""
@@ -64,6 +79,9 @@ class Costs:
     """From a node's loss until heartbeats have told it."""
     start_s: float = 5.0
     """From the decision to start an actor until it takes rows."""
+
+    def router(self, has_actors: bool) -> RouterCosts:
+        return self.far if has_actors else self.near
 
 
 @dataclass(frozen=True)

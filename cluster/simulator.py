@@ -26,7 +26,7 @@ from cluster.autoscaler import (
 from cluster.plan import ServicePlan
 from cluster.scaling_room import NodeLoad
 from cluster.simulated_layer import Job, Machines, layer_s
-from cluster.simulated_worker import Costs, ModelShape, SimulatedWorker, Work
+from cluster.simulated_worker import Costs, ModelShape, RouterCosts, SimulatedWorker, Work
 from cluster.topology import Topology
 from experts.call_times import CallTimes
 from experts.replicas import choose
@@ -144,7 +144,7 @@ class Simulation:
         began_s = self.now_s
         self._take_events()
         self._scale()
-        self.now_s += self._costs.weights_s + self._router_s(self._costs.step_s, self._costs.row_s, num_rows)
+        self.now_s += self._costs.weights_s + self._own_s(self._router_costs.of_step(num_rows))
         for index, layer in enumerate(self._shape.layers):
             self.now_s += self._layer_s(layer, experts_TLK[:, index])
         self.report.num_tokens += num_rows
@@ -170,12 +170,15 @@ class Simulation:
             else:
                 jobs.append(self._job(node_id, share, work))
                 self._note(name, node_id, share, work)
-        own_s = self._router_s(self._costs.layer_s, self._costs.layer_row_s, len(experts_TK))
+        own_s = self._own_s(self._router_costs.of_layer(len(experts_TK)))
         return noticed_s + own_s + layer_s(jobs, local_s, self._machines, self._costs)
 
-    def _router_s(self, first_s: float, row_s: float, num_rows: int) -> float:
-        factor = self._costs.router_factor if self.plan.actors else 1.0
-        seconds = factor * (first_s + (num_rows - 1) * row_s)
+    @property
+    def _router_costs(self) -> RouterCosts:
+        return self._costs.router(bool(self.plan.actors))
+
+    def _own_s(self, seconds: float) -> float:
+        """Of the router's own work."""
         self.report.router_s += seconds
         return seconds
 

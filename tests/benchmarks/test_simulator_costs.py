@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from types import SimpleNamespace
 from typing import cast
 
 import pytest
 
 from benchmarks.bench_cluster import Contender
-from benchmarks.simulator_costs import STREAMS, Observed, Size, fit_costs
+from benchmarks.simulator_costs import STREAMS, Observed, Runs, Size, fit_costs
+from cluster.simulated_worker import RouterCosts
 
 STEPS, LAYERS = 10, 6
-STEP_S, ROW_S, LAYER_S, LAYER_ROW_S = 4e-3, 2e-4, 2e-4, 1e-5
+NEAR = RouterCosts(4e-4, 2e-5, -1e-4, 1e-6)
+FAR = RouterCosts(4e-3, 2e-4, 2e-4, 1e-5)
 CALL_S, EXPERT_S, EXPERT_ROW_S = 2e-4, 5e-5, 2e-6
 MESSAGE_S, MESSAGE_ROW_S, FRAME_S, ROUND_TRIP_S = 2e-4, 1e-6, 1.5e-4, 1e-4
-ACTOR_FACTOR, ROUTER_FACTOR = 1.25, 1.1
+ACTOR_FACTOR = 1.25
 
 
 def _compute_s(size: Size) -> float:
@@ -26,11 +29,18 @@ def _sizes(streams: int, call: int) -> Size:
     return Size(min(64, 6 * streams + call % 5), 8 * streams)
 
 
+def _near_run(streams: int) -> Observed:
+    """All layers of a step in one call."""
+    calls_s = sum(_compute_s(_sizes(streams, call)) for call in range(STEPS * LAYERS))
+    own_s = calls_s + STEPS * LAYERS * NEAR.of_layer(streams)
+    return Observed(streams, STEPS, outside_s=STEPS * NEAR.of_step(streams), own_s=own_s)
+
+
 def _run(num_actors: int, streams: int) -> Observed:
-    run, factor = Observed(streams, steps=STEPS), ROUTER_FACTOR if num_actors else 1.0
-    run.outside_s = STEPS * factor * (STEP_S + (streams - 1) * ROW_S)
+    run = Observed(streams, steps=STEPS)
+    run.outside_s = STEPS * FAR.of_step(streams)
     for call in range(STEPS * LAYERS):
-        run.own_s += factor * (LAYER_S + (streams - 1) * LAYER_ROW_S)
+        run.own_s += FAR.of_layer(streams)
         size = _sizes(streams, call)
         if not num_actors:
             run.calls.append((size, _compute_s(size)))
@@ -47,16 +57,16 @@ def _run(num_actors: int, streams: int) -> Observed:
 
 
 def test_known_costs_are_found_again() -> None:
-    runs = {number: [_run(number, streams) for streams in STREAMS] for number in (0, 1, 2)}
+    near = [_near_run(streams) for streams in STREAMS]
+    runs = Runs(near, *([_run(number, streams) for streams in STREAMS] for number in (0, 1, 2)))
     here = SimpleNamespace(loaded=SimpleNamespace(config=SimpleNamespace(expert_elements=1)))
     costs, round_trip_s = fit_costs([runs, runs], cast(Contender, here))
-    found = (costs.step_s, costs.row_s, costs.layer_s, costs.layer_row_s)
-    assert found == pytest.approx((STEP_S, ROW_S, LAYER_S, LAYER_ROW_S))
+    assert astuple(costs.near) == pytest.approx(astuple(NEAR))
+    assert astuple(costs.far) == pytest.approx(astuple(FAR))
     assert (costs.call_s, costs.expert_s, costs.expert_row_s) == pytest.approx(
         (CALL_S, EXPERT_S, EXPERT_ROW_S)
     )
     assert (costs.message_s, costs.message_row_s) == pytest.approx((MESSAGE_S, MESSAGE_ROW_S))
     assert costs.frame_s == pytest.approx(FRAME_S) and round_trip_s == pytest.approx(ROUND_TRIP_S)
     assert costs.actor_factor == pytest.approx(ACTOR_FACTOR)
-    assert costs.router_factor == pytest.approx(ROUTER_FACTOR)
     assert costs.threads == 1

@@ -15,7 +15,7 @@ from cluster.holdings import ROUTER, holdings
 from cluster.model_sizes import ModelSizes, measure_model
 from cluster.placement import PlacementOptions, place, plan_local
 from cluster.plan import ActorPlan, ExpertGroup, ServicePlan
-from cluster.simulated_worker import Costs
+from cluster.simulated_worker import Costs, RouterCosts
 from cluster.topology import NodeFacts, Topology
 from experts.call import ExpertCall
 from experts.frame import HEADER_BYTES, Agreement, encode_call
@@ -31,7 +31,7 @@ SMALL = QWEN3_30B_A3B | {
     "num_experts_per_tok": 4,
     "num_hidden_layers": 2,
 }
-FREE = Costs(*[0.0] * 8)
+FREE = Costs(RouterCosts(0.0, 0.0, 0.0, 0.0), RouterCosts(0.0, 0.0, 0.0, 0.0), *[0.0] * 4)
 """Software that takes no time."""
 
 

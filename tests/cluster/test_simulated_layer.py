@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from cluster.simulated_layer import Job, Machines, layer_s
-from cluster.simulated_worker import Costs
+from cluster.simulated_worker import Costs, RouterCosts
 from cluster.topology import NodeFacts
 
-COSTS = Costs(*[0.0] * 8)
+COSTS = Costs(RouterCosts(0.0, 0.0, 0.0, 0.0), RouterCosts(0.0, 0.0, 0.0, 0.0), *[0.0] * 4)
 HOME = NodeFacts("home", "10.0.0.1", 1, 2, 1.0, float("inf"), 0.0)
 AWAY = NodeFacts("away", "10.0.0.2", 1, 4, 1.0, 1000.0, 0.2)
 FAR = replace(AWAY, node_id="far", address="10.0.0.3")

@@ -9,17 +9,17 @@ import pytest
 
 from cluster.autoscaler import ScalerSettings
 from cluster.plan import ActorPlan, ExpertGroup, ServicePlan
-from cluster.simulated_worker import Costs, ModelShape
+from cluster.simulated_worker import Costs, ModelShape, RouterCosts
 from cluster.simulator import NodeEvent, Simulation
 from cluster.topology import NodeFacts, Topology
 from extraction.manifest import ExpertKey
 
 SHAPE = ModelShape("thinker", (0, 1), expert_bytes=1_000_000, row_bytes=4096)
+ALONE = RouterCosts(step_s=1e-3, row_s=1e-4, layer_s=1e-5, layer_row_s=0.0)
+ASKING = RouterCosts(step_s=2e-3, row_s=3e-4, layer_s=3e-5, layer_row_s=0.0)
 COSTS = Costs(
-    step_s=1e-3,
-    row_s=1e-4,
-    layer_s=1e-5,
-    layer_row_s=0.0,
+    ALONE,
+    ASKING,
     call_s=2e-5,
     expert_s=0.0,
     expert_row_s=1e-6,
@@ -58,8 +58,8 @@ def _run(simulation: Simulation, routing: np.ndarray) -> Simulation:
 def test_step_in_one_process_adds_up() -> None:
     simulation = Simulation(SHAPE, Topology((HOME,), "home"), _plan(local=tuple(range(EXPERTS))), COSTS)
     seconds = simulation.step(np.array([[[0, 1], [2, 3]]]))
-    layer_s = COSTS.layer_s + COSTS.call_s + 2 * SHAPE.expert_bytes / HOME.expert_bytes_s
-    assert seconds == pytest.approx(COSTS.step_s + 2 * layer_s)
+    layer_s = ALONE.layer_s + COSTS.call_s + 2 * SHAPE.expert_bytes / HOME.expert_bytes_s
+    assert seconds == pytest.approx(ALONE.step_s + 2 * layer_s)
     assert simulation.report.messages == 0 and simulation.report.uses_by_router == 4
 
 
@@ -70,20 +70,20 @@ def test_remote_layer_waits_for_link_and_slowest_actor() -> None:
     seconds = simulation.step(np.array([[[0, 1], [0, 2]]]))
     expert_s = SHAPE.expert_bytes / AWAY.expert_bytes_s
     # Layer 0: both are asked, over the router's one link; the slower one answers last. Layer 1: one has both experts.
-    both = COSTS.layer_s + COSTS.message_s + COSTS.call_s + expert_s + 1e-3 + 3 * 4096 / 1e8
-    one = COSTS.layer_s + COSTS.message_s + COSTS.call_s + 2 * expert_s + AWAY.round_trip_s + 3 * 4096 / 1e8
-    assert seconds == pytest.approx(COSTS.step_s + both + one)
+    both = ASKING.layer_s + COSTS.message_s + COSTS.call_s + expert_s + 1e-3 + 3 * 4096 / 1e8
+    one = ASKING.layer_s + COSTS.message_s + COSTS.call_s + 2 * expert_s + AWAY.round_trip_s + 3 * 4096 / 1e8
+    assert seconds == pytest.approx(ASKING.step_s + both + one)
     assert simulation.report.messages == 3 and simulation.report.bytes_sent == 7 * 4096
 
 
-def test_router_and_actors_of_a_service_with_actors_take_their_factors() -> None:
+def test_router_and_actors_of_a_service_with_actors_take_their_own_time() -> None:
     plan = _plan(ActorPlan("a", "even", "away"), ActorPlan("b", "odd", "far"))
-    costs = replace(COSTS, actor_factor=2.0, router_factor=1.5, frame_s=7e-5, message_row_s=1e-6)
+    costs = replace(COSTS, actor_factor=2.0, frame_s=7e-5, message_row_s=1e-6)
     simulation = Simulation(SHAPE, Topology((HOME, AWAY, FAR), "home"), plan, costs)
     seconds = simulation.step(np.array([[[0, 2], [4, 6]]]))
     compute_s = 7e-5 + 2.0 * COSTS.call_s + 2 * SHAPE.expert_bytes / AWAY.expert_bytes_s
     message_s = COSTS.message_s + 2e-6 + AWAY.round_trip_s + 3 * 4096 / 1e8
-    own_s = 1.5 * (COSTS.step_s + 2 * COSTS.layer_s)
+    own_s = ASKING.step_s + 2 * ASKING.layer_s
     assert seconds == pytest.approx(own_s + 2 * (compute_s + message_s))
     report = simulation.report
     assert report.router_s == pytest.approx(own_s)
