@@ -139,9 +139,9 @@ class Mixture:
         routed_TD = combine(self._dispatched, rows_RD)
         block, routing = self._block, self._routing
         if routing.stand_ins is not None:
-            rows_N, output_ND = routing.stand_ins
-            device = block.kernel.device
-            routed_TD = routed_TD.index_add(0, rows_N.to(device), output_ND.to(device))
+            # Not by `index_add`: its threads wait for each other, for tens of milliseconds where others use the cores.
+            rows_N, output_ND = (part.to(block.kernel.device) for part in routing.stand_ins)
+            routed_TD.index_copy_(0, rows_N, routed_TD.index_select(0, rows_N) + output_ND)
         if block.shared is None:
             return routed_TD
         return routed_TD + block.shared.forward(self._hidden_PD, self._num_tokens)

@@ -18,12 +18,12 @@ from torch import Tensor
 from experts.eviction import Eviction, make_worth
 from experts.residency import Residency
 from extraction.manifest import ExpertKey
-from router.choosing import Choice
+from router.choosing import Choice, pick
 from router.dispatch import Dispatch
 from router.expert_facts import Residents
 from router.output_means import OutputMeans
-from router.scoring import Routing, ScoreTerms, SnarcWeights, route_scored
-from router.stand_in import replace_spared, spare
+from router.scoring import Routing, ScoreFactors, SnarcWeights
+from router.stand_in import replace_spared
 from router.step_routing import GateOutput, RoutingWatcher, SpanOwner
 
 
@@ -77,24 +77,22 @@ class OneStream(RoutingWatcher):
         self.counts = StreamCounts()
 
     def choose(
-        self, gate: GateOutput, logits_RE: Tensor, terms: ScoreTerms | None, k: int, residents: Residents
+        self, gate: GateOutput, logits_RE: Tensor, factors: ScoreFactors | None, k: int, residents: Residents
     ) -> Choice:
         """See Chooser. One row after another, since each finds what the one before it left; `residents` are not those
         of this stream."""
-        if terms is None:
+        if factors is None:
             chosen = gate.best(logits_RE, k)
             return Choice(chosen, self._count(gate.layer, chosen.experts_TK), None, chosen)
-        cache, weights = self._cache(gate.layer), self._weights
-        score_RE = replace(terms, warmth_E=None).total()
+        cache = self._cache(gate.layer)
         size_E = self._means.sizes(gate.layer) if self._means is not None else None
         rows, spared, cold = [], [], []
-        for logits_1E, score_1E in zip(torch.split(logits_RE, 1), torch.split(score_RE, 1), strict=True):
-            warm_1E = score_1E + weights.warmth * cache.warmth_E
-            row = route_scored(logits_1E, warm_1E, k, gate.normalise, weights.keep_best)
-            cold_1K = cache.warmth_E[row.experts_TK] == 0
-            spared_1K = None if size_E is None else spare(row, cold_1K, size_E, weights.stand_in)
+        for logits_1E, own in zip(torch.split(logits_RE, 1), _by_row(factors, len(logits_RE)), strict=True):
+            facts = replace(own.facts, warmth_E=cache.warmth_E)
+            known = own._replace(facts=facts)
+            row, _, spared_1K = pick(gate, logits_1E, known, self._weights, k, cache.warmth_E == 0, size_E)
             if spared_1K is None:
-                spared_1K = torch.zeros_like(cold_1K)
+                spared_1K = torch.zeros_like(row.experts_TK, dtype=torch.bool)
             missed = cache.use(row.experts_TK[~spared_1K].tolist())
             rows.append(row)
             spared.append(spared_1K)
@@ -109,7 +107,7 @@ class OneStream(RoutingWatcher):
         self.counts.stand_ins += num_spared
         if self._means is None or not num_spared:
             return Choice(chosen, cold_RK, None, chosen)
-        routing = replace_spared(chosen, spared_RK, self._means.means(gate.layer))
+        routing = replace_spared(chosen, spared_RK, self._means.means(gate.layer), gate.level)
         return Choice(chosen, cold_RK, spared_RK, routing)
 
     def watch(
@@ -137,6 +135,13 @@ class OneStream(RoutingWatcher):
             num_experts, capacity, eviction = self._shape
             self._caches[layer] = _LayerCache(layer, num_experts, capacity, eviction)
         return self._caches[layer]
+
+
+def _by_row(factors: ScoreFactors, num_rows: int) -> list[ScoreFactors]:
+    nothing = [None] * num_rows
+    surprise = nothing if factors.surprise_T is None else torch.split(factors.surprise_T, 1)
+    reward = nothing if factors.reward_T is None else torch.split(factors.reward_T, 1)
+    return [ScoreFactors(*own, factors.facts) for own in zip(surprise, reward, strict=True)]
 
 
 def _among(rows: list[list[int]], some: list[set[int]]) -> Tensor:

@@ -25,9 +25,9 @@ LAYER_EXPONENT = 0.5
 with the whole model. Between the two cost least on the bundled model."""
 HALF_LIFE_USES = 4096
 """After so many uses of the expert, what it answered before counts half."""
-FEW_ROWS = 64
-LEARNED_OF = 4
-"""Of a layer's calls with few rows, every so-manieth is learned from: decoding must not wait for it."""
+FEW_TOKENS = 64
+LEARNED_OF = 16
+"""Of a layer's steps with few tokens, every so-manieth is learned from: decoding must not wait for it."""
 
 
 def means_bytes(num_experts: int, width: int, num_layers: int) -> int:
@@ -51,7 +51,6 @@ class _Layer:
     means: LayerMeans
     size_E: Tensor
     """Mean norms of experts of which enough is known, infinity for the others."""
-    num_calls: int = 0
     mean_norm: float = 0.0
     """Of all uses in the layer."""
 
@@ -65,11 +64,11 @@ class _Layer:
         before_X = uses_E[experts_X] * torch.exp2(counts_X / -HALF_LIFE_USES)
         after_X = before_X + counts_X
         uses_E[experts_X] = after_X
-        at_R = torch.arange(len(experts_X)).repeat_interleave(counts_X)
         for mean_E, values_R in ((output_ED, rows_RD), (norm_E, norms_R)):
-            # Sums of a few rows first: a weighted copy of all of them would be as large as the call.
+            # Sums first: a weighted copy of all rows would be as large as the call. Not by `index_add`, whose threads
+            # wait for each other, for tens of milliseconds where others use the cores.
             wide = (-1,) + (1,) * (mean_E.dim() - 1)
-            sums_X = torch.zeros(len(experts_X), *mean_E.shape[1:]).index_add_(0, at_R, values_R)
+            sums_X = torch.segment_reduce(values_R, "sum", lengths=counts_X, axis=0)
             kept_X = mean_E[experts_X] * (before_X / after_X).view(wide)
             mean_E[experts_X] = kept_X.add_(sums_X.div_(after_X.view(wide)))
         self.summarise()
@@ -106,6 +105,9 @@ class OutputMeans(RoutingWatcher):
             )
             for layer in layers
         }
+        self._numbers = {layer: number for number, layer in enumerate(layers)}
+        self._few_steps = 0
+        """Steps with few tokens, of which every layer has its turn."""
         self._norm_of_layers, self._num_seen = 0.0, 0
         """Of layers that something is known of: the sum of their mean norms, and how many they are."""
 
@@ -126,7 +128,12 @@ class OutputMeans(RoutingWatcher):
 
     def wanted(self, owners: Sequence[SpanOwner]) -> View:
         """See RoutingWatcher.wanted."""
-        return EVERYTHING if self.is_learning else NOTHING
+        if not self.is_learning:
+            return NOTHING
+        if sum(owner.count for owner in owners) >= FEW_TOKENS:
+            return EVERYTHING
+        self._few_steps += 1
+        return View([layer for layer in self._layers if self._is_due(layer)])
 
     def watch(
         self,
@@ -136,14 +143,11 @@ class OutputMeans(RoutingWatcher):
         dispatched: Dispatch,
         rows_RD: Tensor,
     ) -> None:
-        """See RoutingWatcher: learn from every call with many rows, and from some with few."""
-        if not self.is_learning:
+        """See RoutingWatcher: learn from every step with many tokens, and from some with few."""
+        is_few = len(gate.hidden_TD) < FEW_TOKENS
+        if not self.is_learning or (is_few and not self._is_due(gate.layer)):
             return
-        layer = self._layers[gate.layer]
-        layer.num_calls += 1
-        if len(rows_RD) < FEW_ROWS and layer.num_calls % LEARNED_OF:
-            return
-        call = dispatched.call
+        layer, call = self._layers[gate.layer], dispatched.call
         before = layer.mean_norm
         with self._lock:
             is_learned = layer.learn(torch.tensor(call.experts), torch.tensor(call.counts), rows_RD)
@@ -178,6 +182,9 @@ class OutputMeans(RoutingWatcher):
             own.copy_(given)
         known.summarise()
         self._count_norm(before, known.mean_norm)
+
+    def _is_due(self, layer: int) -> bool:
+        return (self._few_steps + self._numbers[layer]) % LEARNED_OF == 0
 
     def _count_norm(self, before: float, after: float) -> None:
         self._norm_of_layers += after - before

@@ -147,6 +147,15 @@ class ExpertFacts:
     """1 where an expert is resident, else 0."""
 
 
+class ScoreFactors(NamedTuple):
+    """What scores are made of beside the gate's logits. surprise_T and reward_T may be None where their terms weigh
+    nothing."""
+
+    surprise_T: Tensor | None
+    reward_T: Tensor | None
+    facts: ExpertFacts
+
+
 @dataclass(frozen=True)
 class ScoreTerms:
     """The parts of the snarc scores of T tokens, as `explain` shows them. A term that weighs nothing is None."""
@@ -164,14 +173,9 @@ class ScoreTerms:
         return score_TE
 
 
-def score_terms(
-    logits_TE: Tensor,
-    surprise_T: Tensor | None,
-    reward_T: Tensor | None,
-    facts: ExpertFacts,
-    weights: SnarcWeights,
-) -> ScoreTerms:
-    """logits_TE: float32. surprise_T and reward_T may be None where their terms weigh nothing."""
+def score_terms(logits_TE: Tensor, factors: ScoreFactors, weights: SnarcWeights) -> ScoreTerms:
+    """logits_TE: float32."""
+    surprise_T, reward_T, facts = factors
     if weights.is_scaled:
         low_T, high_T = torch.aminmax(logits_TE, dim=-1)
         # Logits that are all equal have no range; then every gate part is equal too.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from router.native_choosing import sum_means
 from router.scoring import ABSENT, Routing, StandIns
 
 
@@ -32,18 +33,25 @@ def spare(routing: Routing, cold_TK: Tensor, size_E: Tensor, threshold: float) -
     return spared_TK if bool(spared_TK.any()) else None
 
 
-def replace_spared(routing: Routing, spared_TK: Tensor, means_ED: Tensor) -> Routing:
+def replace_spared(
+    routing: Routing, spared_TK: Tensor, means_ED: Tensor, level: str | None = None
+) -> Routing:
     """The routing without the spared experts, with the weighted sum of their means in their place.
 
-    The weights of the others stay: giving them more was tried, and cost far more quality than it saved.
+    The weights of the others stay: giving them more was tried, and cost far more quality than it saved. level: of our
+    own products, where the model is computed by them.
     """
-    experts_TK, kept_TK = routing.experts_TK, routing.weights_TK.masked_fill(spared_TK, 0.0)
-    replaced_NK, experts_NK = routing.weights_TK - kept_TK, experts_TK
+    experts_TK, weights_TK = routing.experts_TK, routing.weights_TK
     if len(spared_TK) == 1:
-        rows = torch.zeros(1, dtype=torch.int64)
+        rows_N = torch.zeros(1, dtype=torch.int64)
     else:
-        rows = spared_TK.any(-1).nonzero().squeeze(-1)
-        replaced_NK, experts_NK = replaced_NK.index_select(0, rows), experts_TK.index_select(0, rows)
-    output_ND = embedding_bag(experts_NK, means_ED, mode="sum", per_sample_weights=replaced_NK)
+        rows_N = spared_TK.any(-1).nonzero().squeeze(-1)
+    kept_TK = weights_TK.masked_fill(spared_TK, 0.0)
+    if level is not None:
+        output_ND = sum_means(level, rows_N, experts_TK, weights_TK, spared_TK, means_ED)
+    else:
+        replaced_NK = (weights_TK - kept_TK).index_select(0, rows_N)
+        experts_NK = experts_TK.index_select(0, rows_N)
+        output_ND = embedding_bag(experts_NK, means_ED, mode="sum", per_sample_weights=replaced_NK)
     absent_TK = experts_TK.masked_fill(spared_TK, ABSENT)
-    return Routing(absent_TK, kept_TK, has_absent=True, stand_ins=StandIns(rows, output_ND))
+    return Routing(absent_TK, kept_TK, has_absent=True, stand_ins=StandIns(rows_N, output_ND))

@@ -22,6 +22,7 @@ from router.routing_choice import RoutingReport
 from router.scoring import (
     ABSENT,
     Routing,
+    ScoreFactors,
     ScoreTerms,
     SnarcWeights,
     StandIns,
@@ -211,30 +212,28 @@ class SteeredPolicy:
                 parts.append(_rows_of(gate.native(), group.rows))
                 continue
             logits_RE = _picked(logits_TE, group.rows)
-            terms = choice = None
+            factors = choice = None
             if group.policy == "snarc":
-                terms = self._terms(group, gate.layer, logits_RE, signals, residents.warmth_E)
+                factors = self._factors(group, gate.layer, signals, residents.warmth_E)
             if group.is_native:
                 chosen = routing = _rows_of(gate.native(), group.rows)
             else:
-                choice = self.chooser.choose(gate, logits_RE, terms, group.experts_per_token, residents)
+                choice = self.chooser.choose(gate, logits_RE, factors, group.experts_per_token, residents)
                 chosen, routing = choice.chosen, choice.routing
                 choices.append(choice)
             if group.explained:
-                shown = terms or ScoreTerms(logits_RE, None, None, None)
+                shown = ScoreTerms(logits_RE, None, None, None)
+                if factors is not None:
+                    shown = score_terms(logits_RE, factors, self._weights)
                 explain(group, gate.layer, chosen, shown, signals, choice.spared_RK if choice else None)
             parts.append(routing)
         return _merged(step.plan, parts)
 
-    def _terms(
-        self, group: RowGroup, layer: int, logits_RE: Tensor, signals: Signals, warmth_E: Tensor
-    ) -> ScoreTerms:
-        return score_terms(
-            logits_RE,
+    def _factors(self, group: RowGroup, layer: int, signals: Signals, warmth_E: Tensor) -> ScoreFactors:
+        return ScoreFactors(
             None if signals.surprise_T is None else _picked(signals.surprise_T, group.rows),
             None if signals.reward_T is None else _picked(signals.reward_T, group.rows),
             self._facts.facts(layer, warmth_E),
-            self._weights,
         )
 
     def _signals(self, step: _Step, gate: GateOutput, logits_TE: Tensor) -> Signals:

@@ -13,7 +13,7 @@ from experts.eviction import EVICTIONS, Eviction
 from router.choosing import ResidentChooser
 from router.expert_facts import Residents
 from router.one_stream import OneStream
-from router.scoring import PRESETS, ExpertFacts, ScoreTerms, SnarcWeights, score_terms
+from router.scoring import PRESETS, ExpertFacts, ScoreFactors
 from router.step_routing import GateOutput
 
 NUM_EXPERTS, K = 8, 2
@@ -25,9 +25,9 @@ def gate_of(logits_TE: torch.Tensor) -> GateOutput:
     return GateOutput(0, torch.zeros(len(logits_TE), 4), logits_TE, K, True)
 
 
-def terms_of(logits_TE: torch.Tensor, weights: SnarcWeights, warmth_E: torch.Tensor) -> ScoreTerms:
+def factors_of(warmth_E: torch.Tensor) -> ScoreFactors:
     even = torch.full((NUM_EXPERTS,), 0.5)
-    return score_terms(logits_TE, None, None, ExpertFacts(even, even, warmth_E), weights)
+    return ScoreFactors(None, None, ExpertFacts(even, even, warmth_E))
 
 
 def random_logits(seed: int, num_tokens: int = 40) -> torch.Tensor:
@@ -42,9 +42,9 @@ def test_steps_of_any_size_give_the_same_choices(
     logits_TE = random_logits(seed)
     whole, parts = (OneStream(NUM_EXPERTS, capacity, eviction, WARM, None) for _ in range(2))
     cold = torch.zeros(NUM_EXPERTS)
-    expected = whole.choose(gate_of(logits_TE), logits_TE, terms_of(logits_TE, WARM, cold), K, NOBODY)
+    expected = whole.choose(gate_of(logits_TE), logits_TE, factors_of(cold), K, NOBODY)
     found = [
-        parts.choose(gate_of(part), part, terms_of(part, WARM, cold), K, NOBODY).routing.experts_TK
+        parts.choose(gate_of(part), part, factors_of(cold), K, NOBODY).routing.experts_TK
         for part in (logits_TE[:cut], logits_TE[cut:])
         if len(part)
     ]
@@ -58,9 +58,9 @@ def test_one_row_at_a_time_it_chooses_as_the_service_does_with_what_is_resident(
     held: list[int] = []
     for row in random_logits(5).split(1):
         residents = Residents.of(frozenset(held[-3:]), NUM_EXPERTS)
-        terms = terms_of(row, WARM, residents.warmth_E)
-        expected = ResidentChooser(WARM, None).choose(gate_of(row), row, terms, K, residents)
-        found = stream.choose(gate_of(row), row, terms, K, NOBODY)
+        factors = factors_of(residents.warmth_E)
+        expected = ResidentChooser(WARM, None).choose(gate_of(row), row, factors, K, residents)
+        found = stream.choose(gate_of(row), row, factors, K, NOBODY)
         assert torch.equal(found.routing.experts_TK, expected.routing.experts_TK)
         assert torch.equal(found.routing.weights_TK, expected.routing.weights_TK)
         assert torch.equal(found.missed_R, expected.missed_R)

@@ -11,6 +11,7 @@ from router.errors import WeightsInvalid
 from router.scoring import (
     PRESETS,
     ExpertFacts,
+    ScoreFactors,
     SnarcWeights,
     read_weights,
     route_native,
@@ -34,7 +35,7 @@ def _inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, ExpertFacts]:
 @pytest.mark.parametrize("weights", [*PRESETS.values(), SnarcWeights(1.0, 0.7, 0.0, 0.3)])
 def test_score_equals_the_formula(weights: SnarcWeights) -> None:
     logits, surprise, reward, facts = _inputs()
-    found = score_terms(logits, surprise, reward, facts, weights).total()
+    found = score_terms(logits, ScoreFactors(surprise, reward, facts), weights).total()
     for token in range(T):
         scale = float(logits[token].max() - logits[token].min()) if weights.is_scaled else 1.0
         for expert in range(E):
@@ -55,7 +56,7 @@ def test_seed_preset_is_the_seed_s_formula_on_raw_logits() -> None:
 
 def test_mixing_weights_stay_the_gate_s_own() -> None:
     logits, surprise, reward, facts = _inputs()
-    score = score_terms(logits, surprise, reward, facts, SnarcWeights(0.1, 0, 0, 1.0)).total()
+    score = score_terms(logits, ScoreFactors(surprise, reward, facts), SnarcWeights(0.1, 0, 0, 1.0)).total()
     probabilities = logits.softmax(-1)
     for normalise in (False, True):
         routing = route_scored(logits, score, K, normalise)
@@ -69,7 +70,9 @@ def test_gate_alone_chooses_as_native_routing_does() -> None:
     logits, surprise, reward, facts = _inputs()
     for is_scaled in (False, True):
         weights = SnarcWeights(0.5, 0.0, 0.0, 0.0, is_scaled=is_scaled)
-        routing = route_scored(logits, score_terms(logits, surprise, reward, facts, weights).total(), K, True)
+        routing = route_scored(
+            logits, score_terms(logits, ScoreFactors(surprise, reward, facts), weights).total(), K, True
+        )
         native = route_native(logits, K, True)
         assert torch.equal(routing.experts_TK, native.experts_TK)
         torch.testing.assert_close(routing.weights_TK, native.weights_TK)
@@ -88,7 +91,9 @@ def test_best_experts_are_kept_at_the_first_ranks_whatever_the_scores(keep_best:
 
 def test_logits_that_are_all_equal_are_scored() -> None:
     _, surprise, reward, facts = _inputs()
-    score = score_terms(torch.full((T, E), 3.0), surprise, reward, facts, SnarcWeights()).total()
+    score = score_terms(
+        torch.full((T, E), 3.0), ScoreFactors(surprise, reward, facts), SnarcWeights()
+    ).total()
     assert bool(torch.isfinite(score).all())
 
 

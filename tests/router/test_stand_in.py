@@ -15,12 +15,12 @@ from router.dispatch import combine, dispatch
 from router.errors import WeightsInvalid
 from router.loading import EngineOptions
 from router.means_keeper import StandInOptions
-from router.output_means import MIN_USES, OutputMeans
+from router.output_means import FEW_TOKENS, LEARNED_OF, MIN_USES, OutputMeans
 from router.request import GenerationRequest, SamplingParams, TokenEvent
 from router.routing_choice import NATIVE_CHOICE, RoutingChoice, RoutingReport
 from router.scoring import ABSENT, PRESETS, Routing, read_weights
 from router.stand_in import replace_spared, spare
-from router.step_routing import GateOutput
+from router.step_routing import EVERYTHING, NOTHING, GateOutput, SpanOwner
 from tests.engines import assert_same_bits, open_engine, run_to_end
 
 NUM_EXPERTS, WIDTH = 6, 4
@@ -146,6 +146,28 @@ def test_nothing_is_learned_before_somebody_could_use_it() -> None:
     routing = Routing(torch.tensor([[1, 2]]).repeat(99, 1), torch.tensor([[0.9, 0.1]]).repeat(99, 1))
     _watched(means, routing, torch.ones(99, WIDTH))
     assert spare(routing, all_cold(routing), means.sizes(0), 0.7) is None
+
+
+def test_decoding_shows_every_layer_in_its_turn_and_prompts_all() -> None:
+    means = OutputMeans(NUM_EXPERTS, WIDTH, range(4))
+    request = GenerationRequest("one", (1,), SamplingParams(max_tokens=1))
+    few, many = ([SpanOwner(request, 0, count)] for count in (FEW_TOKENS - 1, FEW_TOKENS))
+    assert means.wanted(many) is NOTHING, "nobody could use it yet"
+    means.is_learning = True
+    assert means.wanted(many) is EVERYTHING
+    shown = [layer for _ in range(LEARNED_OF) for layer in means.wanted(few).layers or ()]
+    assert sorted(shown) == [0, 1, 2, 3]
+
+
+def test_decoding_teaches_only_what_was_asked_for() -> None:
+    means = OutputMeans(NUM_EXPERTS, WIDTH, [0])
+    means.is_learning = True
+    request = GenerationRequest("one", (1,), SamplingParams(max_tokens=1))
+    routing = Routing(torch.tensor([[1, 2]]), torch.tensor([[0.9, 0.1]]))
+    for _ in range(LEARNED_OF):
+        means.wanted([SpanOwner(request, 0, 1)])
+        _watched(means, routing, torch.ones(1, WIDTH))
+    assert means.num_learned == 2
 
 
 @pytest.mark.parametrize("number", [torch.inf, torch.nan, 3e38], ids=["inf", "nan", "norm overflows"])
