@@ -1,7 +1,8 @@
 """Which actors come, go, move, shrink and grow, and where: decided from load, demand, trust, capacity and room. Pure.
 
 How many a group should have is `cluster.actor_counts`'s. What nobody asks for gives way: its actor shrinks to the disk
-tier where others need the room, and so does a spare; it is drained when it has been idle for long. `decide` says what
+tier where others need the room, and so does a spare; it is drained when it has been idle for long. What fits nowhere
+waits for a machine, and takes its place as soon as others give way. `decide` says what
 to change and why; `carry_out` makes a plan of it, which `cluster.supervisor` brings about; the simulator drives the
 same two functions.
 
@@ -86,6 +87,8 @@ def decide(
     for view in reversed(views):
         look.drain_to(view.name, wanted[view.name], _why_fewer(snapshot.capacity, view, now_s))
     for view in views:
+        if not view.is_cold:
+            look.settle(view.name)
         look.add_to(view, wanted[view.name])
     for view in views:
         if not view.is_cold:
@@ -187,6 +190,18 @@ class _Look:
             kind: Kind = "replicate" if count else "spawn"
             self._decide(kind, self._placed(view.name), _why_more(view, is_spare))
 
+    def settle(self, group: str) -> None:
+        """Bring actors that wait for a machine to one that is there, where what nobody asks for any more gives way."""
+        for actor in self._of(group):
+            if actor.node_id is not None:
+                continue
+            del self._actors[actor.name]  # while it waits it takes no room and answers for nobody
+            self._make_room(group)
+            if self._has_room(group):
+                self._decide("move", actor, "there is room for what waits", self._placed(group))
+            else:
+                self._actors[actor.name] = actor
+
     def grow(self, group: str) -> None:
         """Give actors that hold less than their group what has become free around them."""
         load = self._views[group].load
@@ -205,11 +220,11 @@ class _Look:
         givers = self._givers(node_id) if self._rooms.can_shrink(node_id) else []
         leasts = {giver.name: self._views[giver.group].load.least_bytes for giver, _ in givers}
         excess = sum(max(0, self._rooms.taken_by(giver) - leasts[giver.name]) for giver, _ in givers)
-        if self._views[group].count and self._rooms.free(node_id) + excess < self._least(group):
+        if self._of(group) and self._rooms.free(node_id) + excess < self._least(group):
             return  # it would not do, and what was given would be taken back
         for giver, why in givers:
             self._take_from(giver, self._views[giver.group].load.least_bytes, group, self._size(group), why)
-        if self._views[group].count == 0:
+        if not self._of(group):
             for actor in list(self._actors.values()):
                 if actor.node_id == node_id:
                     even = self._even(actor.group)

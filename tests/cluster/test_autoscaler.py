@@ -197,6 +197,22 @@ def test_actor_that_fits_nowhere_waits_for_a_machine() -> None:
     assert service.look(_load(0), _load(1, 0.0, 0.0), nodes=nodes) == []
 
 
+def test_actor_that_waits_gets_the_room_of_a_group_that_went_cold() -> None:
+    service = _Service(_plan(_actor(0), _actor(1, None, GROUP_BYTES)))
+    nodes = (NodeLoad("big", GROUP_BYTES),)
+    waiting = [decision for _ in range(5) for decision in service.look(_load(0), _load(1), nodes=nodes)]
+    assert waiting == [], "what is asked for keeps its memory while a machine can come"
+    decisions: list[Decision] = []
+    for _ in range(20):
+        decisions += service.look(_load(0, 0.0, 0.0), _load(1), nodes=nodes)
+    assert [(decision.kind, decision.group) for decision in decisions] == [
+        ("shrink", "experts-0"),
+        ("move", "experts-1"),
+    ]
+    (settled,) = [actor for actor in service.plan.actors if actor.group == "experts-1"]
+    assert (settled.node_id, settled.budget_bytes) == ("big", GROUP_BYTES - EXPERT_BYTES)
+
+
 def test_light_load_brings_no_replica_and_takes_none_that_is_used() -> None:
     service = _Service(_plan(_actor(0), _actor(0, "small", name="replica"), _actor(1)), ScalerSettings(4))
     for _ in range(20):
