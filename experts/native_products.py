@@ -54,6 +54,8 @@ _ARGUMENTS: tuple[list[Any], ...] = (
     [*[_POINTER] * 2, _INT64, *[_POINTER] * 7, *_RUN],
     [_INT, _POINTER, *_RUN],
     [_POINTER, *_RUN],
+    [_POINTER, *_RUN],
+    [_POINTER, _INT64, _INT64, _POINTER],
 )
 """Of the library's functions that return a code; the C source says what they are."""
 _BEGINNING: tuple[list[Any], ...] = (
@@ -111,6 +113,9 @@ class Library:
     choose: Callable[..., int]
     """Of `router.native_choosing`, as is `stand_in`."""
     stand_in: Callable[..., int]
+    past_signals: Callable[..., int]
+    """Of `router.native_signals`, as is `conflict`."""
+    conflict: Callable[..., int]
     begin_attention: Callable[..., int | None]
     begin_experts: Callable[..., int | None]
     end_half: Callable[..., None]
@@ -311,6 +316,7 @@ def library() -> Library | None:
             *(loaded.sage_multiply, loaded.sage_attend, loaded.sage_norm, loaded.sage_route),
             *(loaded.sage_attention_half, loaded.sage_experts_half, loaded.sage_head, loaded.sage_run_half),
             *(loaded.sage_run_layers, loaded.sage_choose, loaded.sage_stand_in),
+            *(loaded.sage_past_signals, loaded.sage_conflict),
         )
         beginning = loaded.sage_begin_attention, loaded.sage_begin_experts
         end_half = loaded.sage_end_half

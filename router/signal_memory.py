@@ -12,7 +12,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from router.snarc import GAIN_POSITIONS, RECENT, WINDOW, Past, reward
+from router.native_signals import past_signals
+from router.snarc import (
+    GAIN_POSITIONS,
+    RECENT,
+    WINDOW,
+    Past,
+    Sketch,
+    arousal,
+    novelty,
+    reward,
+    surprise,
+)
 
 
 @dataclass(frozen=True)
@@ -64,8 +75,8 @@ class _Ring:
 class SignalMemory:
     """Rings of all layers. Slots grow by doubling and are used again."""
 
-    def __init__(self, sketch_width: int) -> None:
-        self._sketch_width = sketch_width
+    def __init__(self, sketch: Sketch) -> None:
+        self._sketch, self._sketch_width = sketch, sketch.signs_GS.shape[1]
         self._slots: dict[str, int] = {}
         self._free: list[int] = []
         self._num_slots = 1
@@ -118,26 +129,47 @@ class SignalMemory:
             names if bool((position_T >= prompt_T).all()) else None,
         )
 
-    def recall(
+    def follow(
         self,
         layer: int,
         index: RecallIndex,
-        direction_TS: Tensor,
-        length_T1: Tensor | None = None,
-        *,
-        is_recent: bool = False,
-    ) -> Past:
-        """What each row remembers of the positions before, or of the RECENT nearest; then remembers the rows.
+        hidden_TD: Tensor,
+        asked: tuple[bool, bool, bool],
+        level: str | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Surprise, novelty and arousal of T rows against the positions before them, those that are asked for; then
+        remembers the rows.
 
-        length_T1: None where nobody asks for lengths, now or later in these requests.
+        asked: where arousal is not, nobody may ask for it later in these requests. level: of our own products, where
+        the model is computed by them.
         """
         ring = self._ring(layer)
-        back_TW = index.recent_TR if is_recent else index.past_TW
+        has_surprise, has_novelty, has_arousal = asked
+        back_TW = index.past_TW if has_novelty or has_arousal else index.recent_TR
+        if level is not None:
+            surprise_T, novelty_T, arousal_T = past_signals(
+                level,
+                hidden_TD,
+                self._sketch.signs_GS,
+                (ring.direction_MS, ring.length_M),
+                back_TW,
+                RECENT,
+                (index.num_recent_T, index.num_T),
+                (index.kept_rows, index.kept_at),
+                asked,
+            )
+            return surprise_T, novelty_T, arousal_T
+        direction_TS, length_T1 = self._sketch.of(hidden_TD)
         directions_TWS = _recalled(ring.direction_MS, direction_TS, back_TW, index)
         lengths_TW = None
-        if length_T1 is not None:
+        if has_arousal:
             lengths_TW = _recalled(ring.length_M, length_T1.squeeze(1), back_TW, index)
-        return Past(directions_TWS, lengths_TW, index.num_recent_T, index.num_T)
+        past = Past(directions_TWS, lengths_TW, index.num_recent_T, index.num_T)
+        return (
+            surprise(direction_TS, past) if has_surprise else None,
+            novelty(direction_TS, past) if has_novelty else None,
+            arousal(length_T1, past) if has_arousal else None,
+        )
 
     def settled_reward(self, layer: int, index: RecallIndex) -> Tensor | None:
         """The rewards of these rows, where they are all known from the step before."""

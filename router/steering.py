@@ -17,6 +17,7 @@ from router.choosing import Choice, Chooser, ResidentChooser
 from router.effort import follow
 from router.expert_facts import FactSource
 from router.explanation import explain
+from router.native_signals import conflict_of
 from router.output_means import OutputMeans
 from router.routing_choice import RoutingReport
 from router.scoring import (
@@ -29,7 +30,7 @@ from router.scoring import (
     score_terms,
 )
 from router.signal_memory import MemorySpan, RecallIndex, SignalMemory
-from router.snarc import Signals, Sketch, arousal, conflict, novelty, surprise
+from router.snarc import Signals, Sketch, conflict
 from router.steering_plan import PLAIN, RowGroup, SteeredRequest, SteeredSpan, SteeringPlan, plan_steering
 from router.step_routing import MAX_UNDER_WAY, GateOutput, SpanOwner
 
@@ -58,11 +59,6 @@ class SignalNeeds:
     @property
     def of_past(self) -> bool:
         return self.surprise or self.novelty or self.arousal
-
-    @property
-    def is_recent(self) -> bool:
-        """Whether they look no further back than RECENT positions."""
-        return not (self.novelty or self.arousal)
 
 
 @dataclass
@@ -93,8 +89,7 @@ class SteeredPolicy:
         self._shape, self._facts, self._weights = shape, facts, weights
         self.means = means
         self.chooser: Chooser = ResidentChooser(weights, means)
-        self._sketch = Sketch.for_width(shape.hidden_size)
-        self._memory = SignalMemory(self._sketch.signs_GS.shape[1])
+        self._memory = SignalMemory(Sketch.for_width(shape.hidden_size))
         self._requests: dict[str, SteeredRequest] = {}
         self._step = _Step(())
         self._under_way: list[_Step] = []
@@ -242,21 +237,16 @@ class SteeredPolicy:
         needs, layer = step.needs, gate.layer
         surprise_R = novelty_R = arousal_R = reward_R = conflict_R = None
         if needs.of_past:
-            direction_RS, length_R1 = self._sketch.of(_picked(gate.hidden_TD.cpu(), step.signal_rows))
-            past = self._memory.recall(
-                layer,
-                step.index,
-                direction_RS,
-                length_R1 if needs.arousal else None,
-                is_recent=needs.is_recent,
+            hidden_RD = _picked(gate.hidden_TD.cpu(), step.signal_rows)
+            asked = needs.surprise, needs.novelty, needs.arousal
+            surprise_R, novelty_R, arousal_R = self._memory.follow(
+                layer, step.index, hidden_RD, asked, gate.level
             )
-            surprise_R = surprise(direction_RS, past) if needs.surprise else None
-            novelty_R = novelty(direction_RS, past) if needs.novelty else None
-            arousal_R = arousal(length_R1, past) if needs.arousal else None
         if needs.reward:
             reward_R = self._memory.settled_reward(layer, step.index)
         if needs.conflict or (needs.reward and reward_R is None):
-            conflict_R = conflict(_picked(logits_TE, step.signal_rows))
+            logits_RE = _picked(logits_TE, step.signal_rows)
+            conflict_R = conflict(logits_RE) if gate.level is None else conflict_of(gate.level, logits_RE)
             if needs.reward and reward_R is None:
                 reward_R = self._memory.recall_reward(layer, step.index, 1.0 - conflict_R)
         if reward_R is not None and step.fixed_reward_R is not None:

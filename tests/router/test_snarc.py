@@ -8,26 +8,32 @@ import pytest
 import torch
 from torch import Tensor
 
+from experts.native_products import library
+from router.native_signals import conflict_of
 from router.signal_memory import MemorySpan, SignalMemory
-from router.snarc import (
-    GAIN_POSITIONS,
-    RECENT,
-    WINDOW,
-    Sketch,
-    arousal,
-    conflict,
-    novelty,
-    surprise,
-)
+from router.snarc import GAIN_POSITIONS, RECENT, WINDOW, Sketch, conflict
 
 NUM_PROMPT = 150
 SHAPES = [(96, 16, torch.float32), (2048, 128, torch.bfloat16)]
 
 
+WAYS = (None, *((FOUND.best_level,) if (FOUND := library()) is not None else ()))
+"""PyTorch's operations, and our own."""
+
+
+@pytest.fixture(params=WAYS)
+def level(request: pytest.FixtureRequest) -> str | None:
+    found: str | None = request.param
+    return found
+
+
 class _Request:
     """Random hidden states and gate logits of one request."""
 
-    def __init__(self, width: int, num_experts: int, dtype: torch.dtype, count: int = 200) -> None:
+    def __init__(
+        self, width: int, num_experts: int, dtype: torch.dtype, level: str | None, count: int = 200
+    ) -> None:
+        self.level = level
         generator = torch.Generator().manual_seed(width)
         self.hidden_TD = torch.randn(count, width, generator=generator).to(dtype)
         self.logits_TE = torch.randn(count, num_experts, generator=generator) * 3
@@ -37,7 +43,7 @@ class _Request:
         self, chunks: Sequence[int], num_beside: int = 0, memory: SignalMemory | None = None
     ) -> Tensor:
         """(5, T), computed in chunks, below rows of another request in each step."""
-        memory = memory or SignalMemory(self.sketch.signs_GS.shape[1])
+        memory, level = memory or SignalMemory(self.sketch), self.level
         found, first = [], 0
         for count in chunks:
             spans = [MemorySpan("own", NUM_PROMPT, first, count)]
@@ -48,19 +54,12 @@ class _Request:
                 hidden_TD = torch.cat((torch.randn(num_beside, hidden_TD.shape[1]).to(hidden_TD), hidden_TD))
                 logits_TE = torch.cat((torch.randn(num_beside, logits_TE.shape[1]), logits_TE))
             index = memory.index(spans)
-            direction_TS, length_T1 = self.sketch.of(hidden_TD)
-            past = memory.recall(3, index, direction_TS, length_T1)
-            conflict_T = conflict(logits_TE)
+            past = memory.follow(3, index, hidden_TD, (True, True, True), level)
+            conflict_T = conflict(logits_TE) if level is None else conflict_of(level, logits_TE)
             reward_T = memory.settled_reward(3, index)
             if reward_T is None:
                 reward_T = memory.recall_reward(3, index, 1.0 - conflict_T)
-            parts = (
-                surprise(direction_TS, past),
-                novelty(direction_TS, past),
-                arousal(length_T1, past),
-                reward_T,
-                conflict_T,
-            )
+            parts = [part for part in (*past, reward_T, conflict_T) if part is not None]
             found.append(torch.stack(parts)[:, num_beside:])
             first += count
         return torch.cat(found, dim=1)
@@ -68,17 +67,17 @@ class _Request:
 
 @pytest.mark.parametrize(("width", "num_experts", "dtype"), SHAPES)
 def test_signals_have_the_same_bits_in_any_chunks_and_beside_anybody(
-    width: int, num_experts: int, dtype: torch.dtype
+    width: int, num_experts: int, dtype: torch.dtype, level: str | None
 ) -> None:
-    request = _Request(width, num_experts, dtype)
+    request = _Request(width, num_experts, dtype, level)
     whole = request.signals([200])
     for chunks, num_beside in (([1] * 200, 0), ([7] * 28 + [4], 3), ([100, 1, 99], 12), ([64, 136], 1)):
         assert torch.equal(request.signals(chunks, num_beside), whole)
 
 
-def test_a_request_computed_again_gets_the_same_signals_whoever_was_there_before() -> None:
-    request = _Request(96, 16, torch.float32)
-    memory = SignalMemory(request.sketch.signs_GS.shape[1])
+def test_a_request_computed_again_gets_the_same_signals_whoever_was_there_before(level: str | None) -> None:
+    request = _Request(96, 16, torch.float32, level)
+    memory = SignalMemory(request.sketch)
     first = request.signals([150, 50], memory=memory)
     assert torch.equal(request.signals([200], memory=memory), first), "computed again from its beginning"
     memory.forget("own")
@@ -86,11 +85,10 @@ def test_a_request_computed_again_gets_the_same_signals_whoever_was_there_before
 
 
 def test_slots_grow_and_are_used_again() -> None:
-    memory = SignalMemory(8)
-    directions, lengths = torch.ones(40, 8), torch.ones(40, 1)
+    memory = SignalMemory(Sketch.for_width(8))
     for _ in range(3):
         index = memory.index([MemorySpan(f"r{i}", 9, 0, 1) for i in range(40)])
-        memory.recall(0, index, directions, lengths)
+        memory.follow(0, index, torch.ones(40, 8), (True, True, True))
         for number in range(40):
             memory.forget(f"r{number}")
     assert memory.num_requests == 0
@@ -98,8 +96,8 @@ def test_slots_grow_and_are_used_again() -> None:
     assert int(index.past_TW.max()) < 64 * WINDOW, "three rounds of 40 need no more than 64 slots"
 
 
-def test_signals_equal_their_formulas_one_token_at_a_time() -> None:
-    request = _Request(96, 16, torch.float32)
+def test_signals_equal_their_formulas_one_token_at_a_time(level: str | None) -> None:
+    request = _Request(96, 16, torch.float32, level)
     found = request.signals([200])
     sketch_TS = (request.hidden_TD.view(200, *request.sketch.signs_GS.shape) * request.sketch.signs_GS).sum(1)
     lengths = sketch_TS.norm(dim=-1)
@@ -130,14 +128,14 @@ def _gain(confidence_T: Tensor, end: int) -> Tensor:
     return newer / (newer + older)
 
 
-def test_first_token_is_all_new_and_signals_stay_in_range() -> None:
-    found = _Request(96, 16, torch.float32).signals([200])
+def test_first_token_is_all_new_and_signals_stay_in_range(level: str | None) -> None:
+    found = _Request(96, 16, torch.float32, level).signals([200])
     assert found[:4, 0].tolist() == [1.0, 1.0, 1.0, 0.5]
     assert float(found.min()) >= 0.0 and float(found.max()) <= 1.0
 
 
-def test_repeated_state_is_neither_surprising_nor_novel_and_an_opposite_one_is() -> None:
-    request = _Request(96, 16, torch.float32)
+def test_repeated_state_is_neither_surprising_nor_novel_and_an_opposite_one_is(level: str | None) -> None:
+    request = _Request(96, 16, torch.float32, level)
     request.hidden_TD[:] = request.hidden_TD[0]
     request.hidden_TD[100] = -request.hidden_TD[0]
     found = request.signals([200])
@@ -145,8 +143,8 @@ def test_repeated_state_is_neither_surprising_nor_novel_and_an_opposite_one_is()
     assert found[:2, 100].tolist() == pytest.approx([1.0, 1.0], abs=1e-3)
 
 
-def test_zero_states_and_equal_or_certain_gates_give_finite_signals() -> None:
-    request = _Request(96, 16, torch.float32)
+def test_zero_states_and_equal_or_certain_gates_give_finite_signals(level: str | None) -> None:
+    request = _Request(96, 16, torch.float32, level)
     request.hidden_TD.zero_()
     request.logits_TE[:50] = 2.0
     request.logits_TE[50:, 0] = 1e4

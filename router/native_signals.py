@@ -1,0 +1,105 @@
+"""The signals of `router.snarc` by the C source in `experts/native`: all that look back in one call.
+
+`router.snarc` says what they are, in PyTorch, which sums in another order. Called by `router.signal_memory` and
+`router.steering`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from experts.native_products import DTYPES, OUT_OF_MEMORY, library_for
+
+_INT64, _POINTER = ctypes.c_int64, ctypes.c_void_p
+
+
+class _PastSignals(ctypes.Structure):
+    """`past_signals` of signals.c."""
+
+    _fields_ = (
+        *(
+            (name, _INT64)
+            for name in ("num_rows", "groups", "size", "num_ring_rows", "back", "recent", "stride")
+        ),
+        *((name, _POINTER) for name in ("hidden", "signs", "ring_directions", "ring_lengths", "past")),
+        *((name, _POINTER) for name in ("num_recent", "num_past")),
+        ("num_kept", _INT64),
+        *((name, _POINTER) for name in ("kept_rows", "kept_at", "directions", "lengths")),
+        *((name, _POINTER) for name in ("surprise", "novelty", "arousal")),
+        ("is_narrow", ctypes.c_int32),
+    )
+
+
+def past_signals(
+    level: str,
+    hidden_TD: Tensor,
+    signs_GS: Tensor,
+    ring: tuple[Tensor, Tensor],
+    past_TW: Tensor,
+    num_recent: int,
+    existing: tuple[Tensor, Tensor],
+    kept: tuple[Tensor | None, Tensor],
+    asked: Sequence[bool],
+) -> list[Tensor | None]:
+    """Surprise, novelty and arousal, (T,) float32, of those that are asked for; then the kept rows lie in the ring.
+
+    ring: directions (M, S) and lengths (M,). past_TW: the positions before, nearest first: rows of the ring, then these
+    rows. num_recent: of them, how many predict. existing: see `snarc.Past`. kept: numbers of rows, or None for all, and
+    where they go in the ring. Raises ValueError where anything does not fit, MemoryError.
+    """
+    (num_rows, width), (groups, size), back = hidden_TD.shape, signs_GS.shape, past_TW.shape[1]
+    directions_MS, lengths_M = ring
+    num_ring_rows, (kept_rows, kept_at) = len(lengths_M), kept
+    if width != groups * size or hidden_TD.dtype not in DTYPES or hidden_TD.device.type != "cpu":
+        raise ValueError(f"no signs for {hidden_TD.dtype} {tuple(hidden_TD.shape)}")
+    hidden_TD = hidden_TD if hidden_TD.stride(1) == 1 else hidden_TD.contiguous()
+    _expect(signs_GS, (groups, size))
+    _expect(directions_MS, (num_ring_rows, size))
+    _expect(lengths_M, (num_ring_rows,))
+    _expect(past_TW, (num_rows, back), torch.int64)
+    for counts_T in existing:
+        _expect(counts_T, (num_rows,))
+    _expect(kept_at, (len(kept_at),), torch.int64)
+    if kept_rows is not None:
+        _expect(kept_rows, (len(kept_at),), torch.int64)
+    elif len(kept_at) != num_rows:
+        raise ValueError(f"places for {len(kept_at)} of {num_rows} rows")
+    room_TS, found = torch.empty(num_rows, size), torch.empty(4, num_rows)
+    signals = [found[number] if is_asked else None for number, is_asked in enumerate(asked)]
+    given = _PastSignals(
+        *(num_rows, groups, size, num_ring_rows, back, num_recent, hidden_TD.stride(0) * hidden_TD.itemsize),
+        *(hidden_TD.data_ptr(), signs_GS.data_ptr(), directions_MS.data_ptr(), lengths_M.data_ptr()),
+        *(past_TW.data_ptr(), *(counts_T.data_ptr() for counts_T in existing)),
+        *(len(kept_at), None if kept_rows is None else kept_rows.data_ptr(), kept_at.data_ptr()),
+        *(room_TS.data_ptr(), found[3].data_ptr()),
+        *(None if signal is None else signal.data_ptr() for signal in signals),
+        hidden_TD.dtype == torch.bfloat16,
+    )
+    found_library = library_for(level)
+    code = found_library.past_signals(
+        ctypes.addressof(given), found_library.run_in_threads, torch.get_num_threads()
+    )
+    if code == OUT_OF_MEMORY:
+        raise MemoryError(f"no memory for the signals of {num_rows} rows")
+    if code:
+        raise ValueError(f"places outside the {num_ring_rows} of the ring and {num_rows} rows")
+    return signals
+
+
+def conflict_of(level: str, logits_TE: Tensor) -> Tensor:
+    """See `snarc.conflict`. logits_TE: float32. Raises ValueError where they are none."""
+    num_rows, num_experts = logits_TE.shape
+    logits_TE = logits_TE.contiguous()
+    _expect(logits_TE, (num_rows, num_experts))
+    conflict_T = torch.empty(num_rows)
+    library_for(level).conflict(logits_TE.data_ptr(), num_rows, num_experts, conflict_T.data_ptr())
+    return conflict_T
+
+
+def _expect(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> None:
+    if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous() or not tensor.is_cpu:
+        raise ValueError(f"no {dtype} {shape}: {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}")
