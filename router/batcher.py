@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from router.kv_cache import blocks_for
-from router.pace import PromptBounds
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,6 @@ class SequenceFacts:
     """Tokens it may reach."""
     num_shared_blocks: int = 0
     """Blocks that others hold as well: of those it has while it runs, of those it would get while it waits."""
-    can_pause: bool = True
-    """Whether its rows may be computed a few layers at a time."""
     is_in_pass: bool = False
     """Whether rows of it are in a pass that pauses at the moment."""
 
@@ -91,13 +88,13 @@ def plan_step(
     waiting: Iterable[SequenceFacts],
     num_free: int,
     limits: BatchLimits,
-    bounds: PromptBounds | None = None,
+    most_paused: int | None = None,
 ) -> StepPlan:
     """Decide one step.
 
     running and waiting: oldest first; of those that wait none is asked for behind the first that does not fit.
-    num_free: KV blocks that nobody holds. bounds: of prompts beside running streams; None where prompts may take whole
-    steps.
+    num_free: KV blocks that nobody holds. most_paused: rows of prompts beside running streams, in a pass that pauses;
+    None where prompts may take whole steps.
     """
     kept, preempted, num_free = _preempt(running, num_free)
     admitted: list[SequenceFacts] = []
@@ -109,7 +106,7 @@ def plan_step(
                 break
             num_free -= needed
             admitted.append(facts)
-    chunks, paused = _share_out([*kept, *admitted], limits.max_batch_tokens, bounds)
+    chunks, paused = _share_out([*kept, *admitted], limits.max_batch_tokens, most_paused)
     return StepPlan(
         tuple(facts.name for facts in preempted),
         tuple(facts.name for facts in admitted),
@@ -134,7 +131,7 @@ def _preempt(
 
 
 def _share_out(
-    sequences: Sequence[SequenceFacts], most: int, bounds: PromptBounds | None
+    sequences: Sequence[SequenceFacts], most: int, most_paused: int | None
 ) -> tuple[list[Chunk], list[Chunk]]:
     """Returns (rows computed at once, rows of a new pass that pauses), at most `most` each. A pass that pauses already
     goes on instead of a new one."""
@@ -142,14 +139,9 @@ def _share_out(
     del streams[most:]
     prompts = [facts for facts in sequences if facts.num_missing > 1 and not facts.is_in_pass]
     is_pass_open = any(facts.is_in_pass for facts in sequences)
-    room = most - len(streams)
-    if bounds is None or not (streams or is_pass_open):
-        return [*streams, *_share_prompts(prompts, room)], []
-    joined = _share_prompts([facts for facts in prompts if not facts.can_pause], min(room, bounds.joined))
-    if is_pass_open:
-        return [*streams, *joined], []
-    pausing = [facts for facts in prompts if facts.can_pause]
-    return [*streams, *joined], _share_prompts(pausing, min(most, bounds.paused))
+    if most_paused is None or not (streams or is_pass_open):
+        return [*streams, *_share_prompts(prompts, most - len(streams))], []
+    return streams, [] if is_pass_open else _share_prompts(prompts, min(most, most_paused))
 
 
 def _share_prompts(prompts: Sequence[SequenceFacts], budget: int) -> list[Chunk]:

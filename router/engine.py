@@ -202,10 +202,10 @@ class Engine:
                 facts = replace(facts, is_in_pass=True)
             running.append(facts)
         waiting = self._waiting_facts(parents, held)
-        bounds = None
+        most_paused = None
         if self.limits.is_paced and (self._waiting or any(facts.num_missing > 1 for facts in running)):
-            bounds = self.pace.bounds(self.limits.max_batch_tokens, self.backbone.divisible())
-        return plan_step(running, waiting, self.allocator.num_free, self.limits, bounds)
+            most_paused = self.pace.most_rows(self.limits.max_batch_tokens, self.backbone.divisible())
+        return plan_step(running, waiting, self.allocator.num_free, self.limits, most_paused)
 
     def _waiting_facts(self, parents: Mapping[str, str], held: frozenset[str]) -> Iterator[SequenceFacts]:
         for sequence in self._waiting.values():

@@ -28,7 +28,8 @@ class _PastSignals(ctypes.Structure):
         *((name, _POINTER) for name in ("hidden", "signs", "ring_directions", "ring_lengths", "past")),
         *((name, _POINTER) for name in ("num_recent", "num_past")),
         ("num_kept", _INT64),
-        *((name, _POINTER) for name in ("kept_rows", "kept_at", "directions", "lengths")),
+        *((name, _POINTER) for name in ("kept_rows", "kept_directions", "kept_lengths")),
+        *((name, _POINTER) for name in ("directions", "lengths")),
         *((name, _POINTER) for name in ("surprise", "novelty", "arousal")),
         ("is_narrow", ctypes.c_int32),
     )
@@ -42,18 +43,19 @@ def past_signals(
     past_TW: Tensor,
     num_recent: int,
     existing: tuple[Tensor, Tensor],
-    kept: tuple[Tensor | None, Tensor],
+    kept: tuple[Tensor | None, Tensor, Tensor],
     asked: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Surprise, novelty and arousal, (T,) float32, of those that are asked for; then the kept rows lie in the ring.
+    """Surprise, novelty and arousal, (T,) float32, of those that are asked for.
 
     ring: directions (M, S) and lengths (M,). past_TW: the positions before, nearest first: rows of the ring, then these
     rows. num_recent: of them, how many predict. existing: see `snarc.Past`. kept: numbers of rows, or None for all, and
-    where they go in the ring. Raises ValueError where anything does not fit, MemoryError.
+    room for their directions and lengths. Raises ValueError where anything does not fit, MemoryError.
     """
     (num_rows, width), (groups, size), back = hidden_TD.shape, signs_GS.shape, past_TW.shape[1]
     directions_MS, lengths_M = ring
-    num_ring_rows, (kept_rows, kept_at) = len(lengths_M), kept
+    num_ring_rows, (kept_rows, kept_directions_KS, kept_lengths_K) = len(lengths_M), kept
+    num_kept = len(kept_lengths_K)
     if width != groups * size or hidden_TD.dtype not in DTYPES or hidden_TD.device.type != "cpu":
         raise ValueError(f"no signs for {hidden_TD.dtype} {tuple(hidden_TD.shape)}")
     hidden_TD = hidden_TD if hidden_TD.stride(1) == 1 else hidden_TD.contiguous()
@@ -63,18 +65,20 @@ def past_signals(
     _expect(past_TW, (num_rows, back), torch.int64)
     for counts_T in existing:
         _expect(counts_T, (num_rows,))
-    _expect(kept_at, (len(kept_at),), torch.int64)
+    _expect(kept_directions_KS, (num_kept, size))
+    _expect(kept_lengths_K, (num_kept,))
     if kept_rows is not None:
-        _expect(kept_rows, (len(kept_at),), torch.int64)
-    elif len(kept_at) != num_rows:
-        raise ValueError(f"places for {len(kept_at)} of {num_rows} rows")
+        _expect(kept_rows, (num_kept,), torch.int64)
+    elif num_kept != num_rows:
+        raise ValueError(f"room for {num_kept} of {num_rows} rows")
     room_TS, found = torch.empty(num_rows, size), torch.empty(4, num_rows)
     signals = [found[number] if is_asked else None for number, is_asked in enumerate(asked)]
     given = _PastSignals(
         *(num_rows, groups, size, num_ring_rows, back, num_recent, hidden_TD.stride(0) * hidden_TD.itemsize),
         *(hidden_TD.data_ptr(), signs_GS.data_ptr(), directions_MS.data_ptr(), lengths_M.data_ptr()),
         *(past_TW.data_ptr(), *(counts_T.data_ptr() for counts_T in existing)),
-        *(len(kept_at), None if kept_rows is None else kept_rows.data_ptr(), kept_at.data_ptr()),
+        *(num_kept, None if kept_rows is None else kept_rows.data_ptr()),
+        *(kept_directions_KS.data_ptr(), kept_lengths_K.data_ptr()),
         *(room_TS.data_ptr(), found[3].data_ptr()),
         *(None if signal is None else signal.data_ptr() for signal in signals),
         hidden_TD.dtype == torch.bfloat16,

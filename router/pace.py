@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from dataclasses import dataclass
 from functools import cache
 
 from router.step_batch import Half
@@ -21,7 +20,7 @@ LONGEST_STEPS = 2.25
 """What a step may take beside a prompt, in steps of the streams alone. Below the three that users are promised, for
 what takes longer than before, and for what is begun just before time is up."""
 LEAST_STEPS = 0.25
-"""What a pass that pauses gets of every step all the same, where prompts that cannot pause have taken the step."""
+"""What a pass that pauses gets of every step all the same, where the streams have taken longer than before."""
 FIRST_ROWS = 64
 """Rows of a prompt's pass while nothing is known of this machine."""
 CHOICES = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
@@ -34,18 +33,8 @@ CONCAVITY = 0.7
 """Of a layer's time as a power of its rows, where only other numbers of rows have been timed."""
 
 
-@dataclass(frozen=True)
-class PromptBounds:
-    """Most rows of prompts in the next step."""
-
-    paused: int
-    """In a pass of their own that pauses."""
-    joined: int
-    """In the pass of the running streams, which does not."""
-
-
 class Pace:
-    """One engine's. The same steps in the same times lead to the same bounds."""
+    """One engine's. The same steps in the same times lead to the same decisions."""
 
     def __init__(self, num_layers: int) -> None:
         self._num_layers = num_layers
@@ -85,8 +74,7 @@ class Pace:
 
     @property
     def least_s(self) -> float:
-        """What a pass that pauses gets of every step, however long the step's other rows took: with less, prompts that
-        follow each other and cannot pause would keep it from its end."""
+        """What a pass that pauses gets of every step, however long the streams took."""
         return LEAST_STEPS / LONGEST_STEPS * (self.longest_s or 0.0)
 
     def layer_s(self, num_rows: int) -> float | None:
@@ -102,16 +90,16 @@ class Pace:
         half_s = self.half_s(half, num_rows)
         return half_s is not None and half_s <= left_s
 
-    def bounds(self, most: int, divisible: frozenset[Half] = frozenset()) -> PromptBounds:
-        """For the next step, which may have `most` rows. divisible: halves that can pause in the middle."""
+    def most_rows(self, most: int, divisible: frozenset[Half] = frozenset()) -> int:
+        """Of prompts in a new pass that pauses, at most `most`. divisible: halves that can pause in the middle."""
         longest_s, whole = self.longest_s, tuple(half for half in self._halves if half not in divisible)
+        if not whole:
+            return most
         if longest_s is None or not self._layers:
-            return PromptBounds(min(FIRST_ROWS, most) if whole else most, min(CHOICES[0], most))
+            return min(FIRST_ROWS, most)
         choices = [rows for rows in CHOICES if rows < most] + [most]
         room_s = longest_s * (1 - 1 / LONGEST_STEPS)
-        joined = [rows for rows in choices if self._layer_s(rows) * self._num_layers <= room_s]
-        paused = max(choices, key=lambda rows: self._rate(rows, whole, room_s)) if whole else most
-        return PromptBounds(paused, joined[-1] if joined else choices[0])
+        return max(choices, key=lambda rows: self._rate(rows, whole, room_s))
 
     def _rate(self, num_rows: int, whole: tuple[Half, ...], room_s: float) -> float:
         """Rows a second in a pass of so many, streams' steps included; those that do not fit come last. whole: halves

@@ -32,11 +32,6 @@ class RoutingChoice:
         """Whether nothing has to be done beyond the checkpoint's own routing."""
         return self.is_native and not self.is_explained
 
-    @property
-    def can_pause(self) -> bool:
-        """Whether other steps may come between the layers of its rows: signals are remembered one step at a time."""
-        return self.policy == "native" and self.effort != "auto" and not self.is_explained
-
 
 NATIVE_CHOICE = RoutingChoice()
 

@@ -131,7 +131,6 @@ class Sequence:
             num_blocks,
             self.max_total,
             num_shared_blocks,
-            self.request.routing.can_pause,
         )
 
     def unscored(self, first: int, count: int) -> range:

@@ -44,6 +44,11 @@ class Sketch:
         signs_D = torch.randint(0, 2, (width,), generator=generator) * 2 - 1
         return cls(signs_D.float().view(-1, size))
 
+    @property
+    def width(self) -> int:
+        """S."""
+        return self.signs_GS.shape[1]
+
     def of(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Directions (T, S) and lengths (T, 1), float32. A zero row has a zero direction."""
         signed_TGS = hidden_TD.view(-1, *self.signs_GS.shape) * self.signs_GS

@@ -89,7 +89,8 @@ class SteeredPolicy:
         self._shape, self._facts, self._weights = shape, facts, weights
         self.means = means
         self.chooser: Chooser = ResidentChooser(weights, means)
-        self._memory = SignalMemory(Sketch.for_width(shape.hidden_size))
+        self._memory = SignalMemory(Sketch.for_width(shape.hidden_size), len(shape.layers))
+        self._numbers = {layer: number for number, layer in enumerate(shape.layers)}
         self._requests: dict[str, SteeredRequest] = {}
         self._step = _Step(())
         self._under_way: list[_Step] = []
@@ -234,7 +235,7 @@ class SteeredPolicy:
     def _signals(self, step: _Step, gate: GateOutput, logits_TE: Tensor) -> Signals:
         """Of the step's T rows; those of plain requests have zeros."""
         assert step.index is not None
-        needs, layer = step.needs, gate.layer
+        needs, layer = step.needs, self._numbers[gate.layer]
         surprise_R = novelty_R = arousal_R = reward_R = conflict_R = None
         if needs.of_past:
             hidden_RD = _picked(gate.hidden_TD.cpu(), step.signal_rows)
@@ -258,8 +259,10 @@ class SteeredPolicy:
         return Signals(*(_spread(signal, step.signal_rows, step.plan.num_rows) for signal in found))
 
     def _end_step(self, step: _Step) -> None:
-        """Count misses, and let `auto` follow the signals of the step's tokens, in position order."""
+        """Remember the rows, count misses, and let `auto` follow the signals of the tokens, in position order."""
         self._under_way = [other for other in self._under_way if other is not step]
+        if step.index is not None:
+            self._memory.keep(step.index)
         misses, spared = _counted(step)
         drives: list[list[float]] = []
         if step.drive_2R is not None:

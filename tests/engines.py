@@ -23,7 +23,7 @@ from router.engine import Engine
 from router.kv_cache import KvPool
 from router.loading import EngineOptions, LoadedEngine
 from router.model_config import ModelConfig
-from router.pace import Pace, PromptBounds
+from router.pace import Pace
 from router.request import GenerationRequest, TokenEvent, TokenLogprob
 from router.self_test import prove_row_invariance
 from router.sequence import Sequence as EngineSequence
@@ -105,8 +105,8 @@ class SmallestPace(Pace):
 
     longest_s: float = 0.0  # type: ignore[assignment]
 
-    def bounds(self, most: int, divisible: frozenset[Half] = frozenset()) -> PromptBounds:
-        return PromptBounds(paused=24, joined=4)
+    def most_rows(self, most: int, divisible: frozenset[Half] = frozenset()) -> int:
+        return 24
 
     def may_go_on(self, half: Half, num_rows: int, left_s: float) -> bool:
         return False

@@ -16,13 +16,14 @@ typedef struct {
     int64_t stride;                     /* bytes between rows */
     const uint8_t *hidden;
     const float *signs;                 /* (groups, size) */
-    float *ring_directions, *ring_lengths; /* (ring rows, size), (ring rows) */
+    const float *ring_directions, *ring_lengths; /* (ring rows, size), (ring rows) */
     const int64_t *past;                /* (rows, back): ring rows, then these rows */
     const float *num_recent, *num_past; /* of each row, at least 1 */
     int64_t num_kept;
-    const int64_t *kept_rows, *kept_at; /* kept_rows NULL: all, in order */
+    const int64_t *kept_rows;           /* NULL: all, in order */
+    float *kept_directions, *kept_lengths;
     float *directions, *lengths;        /* of these rows */
-    float *surprise, *novelty, *arousal; /* NULL: not asked for; without arousal no lengths are kept */
+    float *surprise, *novelty, *arousal; /* NULL: not asked for */
     int32_t is_narrow;
 } past_signals;
 
@@ -113,12 +114,12 @@ static bool is_inside(const past_signals *s) {
         if (s->past[i] < 0 || s->past[i] >= s->num_ring_rows + s->num_rows) return false;
     for (int64_t i = 0; i < s->num_kept; i++) {
         const int64_t row = s->kept_rows ? s->kept_rows[i] : i;
-        if (row < 0 || row >= s->num_rows || s->kept_at[i] < 0 || s->kept_at[i] >= s->num_ring_rows) return false;
+        if (row < 0 || row >= s->num_rows) return false;
     }
     return s->recent <= s->back;
 }
 
-/* Then leaves the kept rows in the ring. Returns OUTSIDE where a number reaches outside ring or rows. */
+/* And the kept rows' directions and lengths. Returns OUTSIDE where a number reaches outside ring or rows. */
 int sage_past_signals(void *given, run_in_threads *run, unsigned threads) {
     const past_signals *s = given;
     if (!is_inside(s)) return OUTSIDE;
@@ -128,9 +129,9 @@ int sage_past_signals(void *given, run_in_threads *run, unsigned threads) {
     all.work.memory_bytes = (size_t)s->size * sizeof(float);
     const int code = run_work(&all.work, all.work.pieces[0] > 1 ? run : NULL, threads);
     for (int64_t i = 0; !code && i < s->num_kept; i++) {
-        const int64_t row = s->kept_rows ? s->kept_rows[i] : i, at = s->kept_at[i];
-        memcpy(s->ring_directions + at * s->size, s->directions + row * s->size, (size_t)s->size * sizeof(float));
-        if (s->arousal) s->ring_lengths[at] = s->lengths[row];
+        const int64_t row = s->kept_rows ? s->kept_rows[i] : i;
+        memcpy(s->kept_directions + i * s->size, s->directions + row * s->size, (size_t)s->size * sizeof(float));
+        s->kept_lengths[i] = s->lengths[row];
     }
     return code;
 }

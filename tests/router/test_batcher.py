@@ -8,7 +8,6 @@ from dataclasses import replace
 from router.attention import BLOCK_POSITIONS
 from router.batcher import BatchLimits, Chunk, SequenceFacts, plan_step
 from router.kv_cache import blocks_for
-from router.pace import PromptBounds
 
 LIMITS = BatchLimits(max_batch_tokens=32, max_running=4, admission_reserve=16)
 
@@ -78,32 +77,25 @@ def test_random_plans_stay_within_blocks_and_tokens() -> None:
         assert not running or any(chunk.name == running[0].name for chunk in plan.chunks)
 
 
-BOUNDS = PromptBounds(paused=24, joined=4)
+MOST_PAUSED = 24
 
 
 def test_prompt_beside_a_stream_goes_into_a_pass_of_its_own() -> None:
-    plan = plan_step([_prompt("p", 100, 8, 2), _decoding("d")], [], 9, LIMITS, BOUNDS)
+    plan = plan_step([_prompt("p", 100, 8, 2), _decoding("d")], [], 9, LIMITS, MOST_PAUSED)
     assert (plan.chunks, plan.paused) == ((Chunk("d", 9, 1),), (Chunk("p", 8, 24),))
 
 
 def test_prompts_without_streams_have_whole_steps() -> None:
-    plan = plan_step([_prompt("p", 100, 8, 2)], [], 9, LIMITS, BOUNDS)
+    plan = plan_step([_prompt("p", 100, 8, 2)], [], 9, LIMITS, MOST_PAUSED)
     assert (plan.chunks, plan.paused) == ((Chunk("p", 8, 32),), ())
 
 
 def test_open_pass_goes_on_before_another_begins() -> None:
     in_pass = replace(_prompt("p", 100, 8, 2), is_in_pass=True)
-    plan = plan_step([in_pass, _decoding("d"), _prompt("q", 9, 0, 1)], [], 9, LIMITS, BOUNDS)
+    plan = plan_step([in_pass, _decoding("d"), _prompt("q", 9, 0, 1)], [], 9, LIMITS, MOST_PAUSED)
     assert (plan.chunks, plan.paused) == ((Chunk("d", 9, 1),), ())
-    plan = plan_step([in_pass, _prompt("q", 9, 0, 1)], [], 9, LIMITS, BOUNDS)
+    plan = plan_step([in_pass, _prompt("q", 9, 0, 1)], [], 9, LIMITS, MOST_PAUSED)
     assert (plan.chunks, plan.paused) == ((), ())
-
-
-def test_prompt_that_cannot_pause_joins_the_streams_with_few_rows() -> None:
-    steered = replace(_prompt("s", 100, 8, 2), can_pause=False)
-    plan = plan_step([steered, _decoding("d"), _prompt("q", 9, 0, 1)], [], 9, LIMITS, BOUNDS)
-    assert plan.chunks == (Chunk("d", 9, 1), Chunk("s", 8, 4))
-    assert plan.paused == (Chunk("q", 0, 9),)
 
 
 def test_short_prompts_do_not_wait_for_a_long_one_nor_it_for_them() -> None:

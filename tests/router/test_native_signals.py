@@ -24,7 +24,7 @@ def given(**changes: Any) -> list[Any]:
         "past": torch.zeros(ROWS, BACK, dtype=torch.int64),
         "recent": 2,
         "existing": (torch.ones(ROWS), torch.ones(ROWS)),
-        "kept": (None, torch.arange(ROWS)),
+        "kept": (None, torch.zeros(ROWS, SIZE), torch.zeros(ROWS)),
         "asked": (True, True, True),
     }
     return list((fitting | changes).values())
@@ -33,13 +33,9 @@ def given(**changes: Any) -> list[Any]:
 def test_what_fits_is_computed_and_kept_at_every_level() -> None:
     found = []
     for level in HERE:
-        arguments = given(ring=(torch.zeros(RING, SIZE), torch.zeros(RING)))
-        found.append(past_signals(level, *arguments))
-        directions, lengths = arguments[2]
-        assert bool(directions[:ROWS].any()) and lengths[:ROWS].tolist() == pytest.approx(
-            [GROUPS * SIZE**0.5] * ROWS
-        )
-        assert not bool(directions[ROWS:].any())
+        kept = torch.zeros(ROWS, SIZE), torch.zeros(ROWS)
+        found.append(past_signals(level, *given(kept=(None, *kept))))
+        assert bool(kept[0].all()) and kept[1].tolist() == pytest.approx([GROUPS * SIZE**0.5] * ROWS)
     assert all(torch.equal(one, first) for each in found for one, first in zip(each, found[0], strict=True))
 
 
@@ -62,17 +58,16 @@ def test_rows_that_lie_apart_give_the_same_bits() -> None:
         {"past": torch.zeros(ROWS, BACK, dtype=torch.int32)},
         {"recent": BACK + 1},
         {"existing": (torch.ones(ROWS), torch.ones(ROWS - 1))},
-        {"kept": (None, torch.arange(ROWS - 1))},
-        {"kept": (None, torch.full((ROWS,), RING))},
-        {"kept": (torch.full((ROWS,), ROWS), torch.arange(ROWS))},
-        {"kept": (torch.full((ROWS,), -1), torch.arange(ROWS))},
+        {"kept": (None, torch.zeros(ROWS - 1, SIZE), torch.zeros(ROWS - 1))},
+        {"kept": (None, torch.zeros(ROWS, SIZE + 1), torch.zeros(ROWS))},
+        {"kept": (torch.full((ROWS,), ROWS), torch.zeros(ROWS, SIZE), torch.zeros(ROWS))},
+        {"kept": (torch.full((ROWS,), -1), torch.zeros(ROWS, SIZE), torch.zeros(ROWS))},
+        {"kept": (torch.zeros(1, dtype=torch.int64), torch.zeros(ROWS, SIZE), torch.zeros(ROWS))},
     ],
 )
-def test_what_does_not_fit_is_refused_and_leaves_the_ring_alone(changes: dict[str, Any]) -> None:
-    arguments = given(**changes)
+def test_what_does_not_fit_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
-        past_signals(HERE[-1], *arguments)
-    assert not bool(arguments[2][0].any())
+        past_signals(HERE[-1], *given(**changes))
 
 
 @pytest.mark.parametrize("logits", [torch.ones(2, 4).double(), torch.ones(2, 4).bfloat16()])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from router.pace import CHOICES, FIRST_ROWS, LONGEST_STEPS, Pace, PromptBounds
+from router.pace import CHOICES, FIRST_ROWS, LONGEST_STEPS, Pace
 from router.step_batch import Half
 
 STREAM_S = 0.010
@@ -21,28 +21,28 @@ def _pace(num_layers: int, layer_s: dict[int, float]) -> Pace:
 
 def test_nothing_known_means_few_rows_and_half_a_layer_a_step() -> None:
     pace = Pace(6)
-    assert pace.bounds(MOST) == PromptBounds(FIRST_ROWS, 8)
-    assert pace.bounds(5) == PromptBounds(5, 5)
-    assert pace.bounds(MOST, frozenset({"attention"})).paused == FIRST_ROWS
+    assert pace.most_rows(MOST) == FIRST_ROWS
+    assert pace.most_rows(5) == 5
+    assert pace.most_rows(MOST, frozenset({"attention"})) == FIRST_ROWS
     assert not pace.may_go_on("attention", 64, 1.0)
 
 
 def test_halves_that_pause_in_the_middle_take_full_chunks_whatever_they_cost() -> None:
     both: frozenset[Half] = frozenset({"attention", "experts"})
-    assert Pace(6).bounds(MOST, both).paused == MOST
-    assert _pace(6, {64: 100 * STREAM_S}).bounds(MOST, both).paused == MOST
+    assert Pace(6).most_rows(MOST, both) == MOST
+    assert _pace(6, {64: 100 * STREAM_S}).most_rows(MOST, both) == MOST
 
 
 def test_many_layers_that_each_fit_take_full_chunks() -> None:
     """As a deep model at full width: a layer of 512 rows takes a part of a step of its streams."""
     pace = _pace(48, {1: STREAM_S / 48, 512: STREAM_S / 5})
-    assert pace.bounds(MOST).paused == 512
-    assert pace.bounds(300).paused == 300
+    assert pace.most_rows(MOST) == 512
+    assert pace.most_rows(300) == 300
 
 
 def test_layers_that_take_longer_than_a_step_may_have_fewer_rows() -> None:
     pace = _pace(6, {32: 0.4 * STREAM_S, 128: 1.2 * STREAM_S, 512: 5 * STREAM_S})
-    assert pace.bounds(MOST).paused == 128
+    assert pace.most_rows(MOST) == 128
 
 
 def test_only_what_cannot_pause_has_to_fit() -> None:
@@ -50,19 +50,13 @@ def test_only_what_cannot_pause_has_to_fit() -> None:
     for _ in range(3):
         pace.note_half("attention", 512, 4 * STREAM_S)
         pace.note_half("experts", 512, STREAM_S)
-    assert pace.bounds(MOST).paused < MOST
-    assert pace.bounds(MOST, frozenset({"attention"})).paused == MOST
+    assert pace.most_rows(MOST) < MOST
+    assert pace.most_rows(MOST, frozenset({"attention"})) == MOST
 
 
 def test_where_not_even_a_layer_fits_the_cheapest_is_taken() -> None:
     pace = _pace(2, {8: 4 * STREAM_S, 64: 9 * STREAM_S})
-    assert pace.bounds(MOST).paused == CHOICES[0]
-
-
-def test_rows_that_cannot_pause_fit_with_all_their_layers() -> None:
-    pace = _pace(6, {8: 0.1 * STREAM_S, 16: 0.2 * STREAM_S, 32: 0.4 * STREAM_S})
-    assert pace.bounds(MOST).joined == 16
-    assert _pace(6, {8: 1.0}).bounds(MOST).joined == 8, "some progress always"
+    assert pace.most_rows(MOST) == CHOICES[0]
 
 
 def test_pass_goes_on_while_half_a_layer_more_fits() -> None:

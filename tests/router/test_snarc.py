@@ -43,7 +43,7 @@ class _Request:
         self, chunks: Sequence[int], num_beside: int = 0, memory: SignalMemory | None = None
     ) -> Tensor:
         """(5, T), computed in chunks, below rows of another request in each step."""
-        memory, level = memory or SignalMemory(self.sketch), self.level
+        memory, level = memory or SignalMemory(self.sketch, 4), self.level
         found, first = [], 0
         for count in chunks:
             spans = [MemorySpan("own", NUM_PROMPT, first, count)]
@@ -60,6 +60,7 @@ class _Request:
             if reward_T is None:
                 reward_T = memory.recall_reward(3, index, 1.0 - conflict_T)
             parts = [part for part in (*past, reward_T, conflict_T) if part is not None]
+            memory.keep(index)
             found.append(torch.stack(parts)[:, num_beside:])
             first += count
         return torch.cat(found, dim=1)
@@ -77,18 +78,55 @@ def test_signals_have_the_same_bits_in_any_chunks_and_beside_anybody(
 
 def test_a_request_computed_again_gets_the_same_signals_whoever_was_there_before(level: str | None) -> None:
     request = _Request(96, 16, torch.float32, level)
-    memory = SignalMemory(request.sketch)
+    memory = SignalMemory(request.sketch, 4)
     first = request.signals([150, 50], memory=memory)
     assert torch.equal(request.signals([200], memory=memory), first), "computed again from its beginning"
     memory.forget("own")
     assert torch.equal(request.signals([20, 180], 2, memory), first), "in a slot that was used before"
 
 
+def test_other_steps_may_come_between_layers_and_an_unfinished_one_leaves_nothing(level: str | None) -> None:
+    request = _Request(96, 16, torch.float32, level)
+    expected = request.signals([16, 4, 20])
+    memory = SignalMemory(request.sketch, 4)
+    first = request.signals([16], memory=memory)
+    for end in (20, 40):  # the first of them is not kept, as if its pass had been dropped
+        dropped = memory.index([MemorySpan("own", NUM_PROMPT, 16, end - 16)])
+        memory.follow(0, dropped, request.hidden_TD[16:end], (True, True, True), level)
+    index = memory.index([MemorySpan("own", NUM_PROMPT, 16, 4)])
+    for number in range(9):  # more requests than there are slots: the rings grow
+        other = memory.index([MemorySpan(f"other {number}", 3, 0, 1)])
+        memory.follow(3, other, torch.randn(1, 96), (True, True, True), level)
+        memory.keep(other)
+    found = memory.follow(3, index, request.hidden_TD[16:20], (True, True, True), level)
+    memory.keep(index)
+    assert torch.equal(torch.stack([part for part in found if part is not None]), expected[:3, 16:20])
+    index = memory.index([MemorySpan("own", NUM_PROMPT, 20, 20)])
+    found = memory.follow(3, index, request.hidden_TD[20:40], (True, True, True), level)
+    assert torch.equal(torch.stack([part for part in found if part is not None]), expected[:3, 20:40])
+    assert torch.equal(first, expected[:, :16])
+
+
+def test_a_step_does_not_write_into_the_slot_of_a_request_that_ended_meanwhile(level: str | None) -> None:
+    request = _Request(96, 16, torch.float32, level)
+    memory = SignalMemory(request.sketch, 4)
+    step = memory.index([MemorySpan("ended", 9, 0, 3), MemorySpan("other", 9, 0, 2)])
+    memory.follow(3, step, torch.randn(5, 96), (True, True, True), level)
+    memory.forget("ended")
+    request.signals([20], memory=memory)  # in the slot that has become free
+    memory.keep(step)
+    again = memory.index([MemorySpan("own", NUM_PROMPT, 20, 20)])
+    found = memory.follow(3, again, request.hidden_TD[20:40], (True, True, True), level)
+    expected = request.signals([20, 20])[:3, 20:]
+    assert torch.equal(torch.stack([part for part in found if part is not None]), expected)
+
+
 def test_slots_grow_and_are_used_again() -> None:
-    memory = SignalMemory(Sketch.for_width(8))
+    memory = SignalMemory(Sketch.for_width(8), 1)
     for _ in range(3):
         index = memory.index([MemorySpan(f"r{i}", 9, 0, 1) for i in range(40)])
         memory.follow(0, index, torch.ones(40, 8), (True, True, True))
+        memory.keep(index)
         for number in range(40):
             memory.forget(f"r{number}")
     assert memory.num_requests == 0

@@ -180,12 +180,21 @@ def test_preempted_request_follows_the_same_efforts_again(loaded: LoadedEngine) 
     assert_same_bits(outcome, roomy)
 
 
-def test_prompts_of_a_fixed_effort_pause_beside_streams_and_keep_bits_and_counts(
-    loaded: LoadedEngine,
+def test_prompts_of_every_choice_pause_beside_streams_and_keep_bits_counts_and_explanations(
+    tiny_store: Path,
 ) -> None:
-    streams = [request("stream", max_tokens=120), request("steered", CHOICES[3], max_tokens=90)]
-    prompts = [request(effort, RoutingChoice("native", effort), shift=7) for effort in ("wake", "crisis")]
-    alone = [run_to_end(loaded.engine, [each]) for each in (streams[0], *prompts)]
+    """With weights that look at nothing but the request itself."""
+    loaded = open_engine(tiny_store, EngineOptions(snarc=SnarcWeights(novelty=0.0, trust=0.2, warmth=0.0)))
+    streams = [request("stream", max_tokens=160), request("steered", CHOICES[3], max_tokens=130)]
+    choices = {
+        "wake": RoutingChoice("native", "wake"),
+        "crisis": RoutingChoice("native", "crisis"),
+        "auto": RoutingChoice("native", "auto"),
+        "snarc": RoutingChoice("snarc", is_explained=True),
+    }
+    prompts = [request(name, choice, shift=7) for name, choice in choices.items()]
+    expected = finish(loaded.engine, prompts)
+    alone = {each.request_id: run_to_end(loaded.engine, [each]) for each in prompts}
     engine = loaded.engine
     pause_prompts(engine, within_halves=False)
     for each in streams:
@@ -196,19 +205,23 @@ def test_prompts_of_a_fixed_effort_pause_beside_streams_and_keep_bits_and_counts
     for each in prompts:
         engine.submit(each)
     engine.outcome = Outcome()  # type: ignore[attr-defined]
-    last: dict[str, TokenEvent] = {}
+    merged: dict[str, TokenEvent] = {}
     while engine.has_work:
-        last |= {event.request_id: event for event in engine.step()}
+        for event in engine.step():
+            earlier = merged.get(event.request_id)
+            merged[event.request_id] = event if earlier is None else earlier.followed_by(event)
         if engine._paused is not None:
             was_paused |= {rows.sequence.name for rows in engine._paused.rows}
-    assert was_paused == {"wake", "crisis"}
+    assert was_paused == set(choices)
     outcome: Outcome = engine.outcome  # type: ignore[attr-defined]
-    for whole, name in zip(alone[1:], ("wake", "crisis"), strict=True):
+    for name, whole in alone.items():
         assert outcome.tokens[name] == whole.tokens[name]
         assert all(map(torch.equal, outcome.logits[name], whole.logits[name]))
-    assert report_of(last["wake"]).tokens_at == (len(PROMPT) + 7, 0, 0)
-    assert report_of(last["crisis"]).tokens_at == (0, 0, len(PROMPT) + 7)
+        found, known = report_of(merged[name]), report_of(expected[name])
+        assert found.tokens_at == known.tokens_at
+        assert sorted(found.explained) == sorted(known.explained)
     assert policy_of(loaded).num_open == 0 and not policy_of(loaded)._under_way
+    loaded.close()
 
 
 def test_report_tells_tokens_misses_and_the_choice(loaded: LoadedEngine) -> None:
