@@ -24,6 +24,7 @@ from experts.asking import Asker, Failure, Question, are_finite
 from experts.audit import Auditor, Opinion
 from experts.call import ExpertCall
 from experts.call_times import CallTimes
+from experts.devices import upload
 from experts.directory import AuditStats, DirectoryStats
 from experts.errors import ExpertError, ExpertUnavailable
 from experts.expert_table import ExpertTable
@@ -170,8 +171,14 @@ class RemoteDirectory:
 
     def run(self, call: ExpertCall) -> Tensor:
         """See ExpertDirectory.run. Raises ExpertUnavailable, or what computing here raises."""
+        device = call.tokens_TD.device
+        if (
+            not call.tokens_TD.is_cpu
+        ):  # sockets take what is in host memory; it is read back once for all of them
+            call = replace(call, tokens_TD=call.tokens_TD.cpu())
         suspended = self._asker.suspensions.of((call.component, call.layer), time.monotonic())
-        return self._compute(call, _Attempt(frozenset(suspended)))
+        rows_RD = self._compute(call, _Attempt(frozenset(suspended)))
+        return rows_RD if device.type == "cpu" else upload(rows_RD, device)
 
     def prefetch(self, component: str, layer: int, experts: Sequence[int]) -> None:
         """Does nothing: a hint would take a round trip of its own, about as long as the next call is away."""
