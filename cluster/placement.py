@@ -16,7 +16,7 @@ from cluster.assignment import Trade, assign_by_expert
 from cluster.demand import Demand
 from cluster.layer_ranges import assign_by_layer
 from cluster.layer_work import NOWHERE, Ints, Work, work_of
-from cluster.plan import ActorPlan, ExpertGroup, ServicePlan
+from cluster.plan import ActorPlan, CardShare, ExpertGroup, ServicePlan
 from cluster.plan_time import expert_step_s
 from cluster.replicas import plan_replicas
 from cluster.step_time import MESSAGE_S, Seat
@@ -220,10 +220,16 @@ def split_experts(keys: Sequence[ExpertKey], num_groups: int) -> list[tuple[Expe
     return [tuple(group) for group in groups]
 
 
-def plan_local(keys: Sequence[ExpertKey], num_actors: int, budgets: Sequence[int] = ()) -> ServicePlan:
+def plan_local(
+    keys: Sequence[ExpertKey],
+    num_actors: int,
+    budgets: Sequence[int] = (),
+    card_share: CardShare | None = None,
+) -> ServicePlan:
     """The plan of one machine: `split_experts` over actors `experts-0`, `experts-1`, ...; Ray chooses their node.
 
-    budgets: bytes of experts that each actor keeps, in the order of the actors; none means no bound. Without actors
+    budgets: bytes of experts that each actor keeps, in the order of the actors; none means no bound. card_share: what
+    each has of a card, on which it then computes. Without actors
     the routers' own process keeps every expert. Raises ValueError for another number of budgets than actors.
     """
     if budgets and len(budgets) != num_actors:
@@ -233,8 +239,8 @@ def plan_local(keys: Sequence[ExpertKey], num_actors: int, budgets: Sequence[int
     groups = tuple(
         ExpertGroup(f"experts-{index}", group) for index, group in enumerate(split_experts(keys, num_actors))
     )
-    actors = tuple(
+    actors = (
         ActorPlan(group.name, group.name, budget_bytes=budgets[index] if budgets else None)
         for index, group in enumerate(groups)
     )
-    return ServicePlan(groups, actors)
+    return ServicePlan(groups, tuple(actor.on_card(card_share) for actor in actors))

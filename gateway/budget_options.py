@@ -73,9 +73,10 @@ def choose_memory(values: OptionValues, announce: Callable[[str], None]) -> Chos
     from gateway.service.options import tiers
 
     device = resolve_device(values.device)
-    if device.type == "cpu" and values.host_budget is not None:
+    is_on_card = (resolve_device(values.expert_device) if values.actors else device).type != "cpu"
+    if not is_on_card and values.host_budget is not None:
         announce(ONE_MEMORY_NOTICE)
-    return ChosenMemory(device, *tiers(device, values.expert_budget, values.host_budget))
+    return ChosenMemory(device, *tiers(is_on_card, values.expert_budget, values.host_budget))
 
 
 def print_plan(plan: MemoryPlan) -> None:

@@ -111,6 +111,9 @@ def serve(
         typer.Option(metavar="SHARE", help="Part of actors' answers that is computed twice. [0.0001]"),
     ] = None,
     device: DeviceOption = None,
+    expert_device: Annotated[
+        Word, typer.Option(metavar="cpu|cuda|auto", help="What computes in expert actors. \\[cpu]")
+    ] = None,
     expert_budget: ExpertBudgetOption = None,
     host_budget: HostBudgetOption = None,
     store_copy: Annotated[
@@ -210,6 +213,7 @@ def serve(
         "capacity": capacity,
         "audit-share": audit_share,
         "device": device,
+        "expert-device": expert_device,
         "expert-budget": expert_budget,
         "host-budget": host_budget,
         "store-copy": store_copy or None,
