@@ -25,6 +25,8 @@ from extraction.manifest import ExpertKey, group_of
 
 Grouping = Literal["expert", "layer"]
 NO_LIMIT = 2**62
+ACTORS_ON_A_CARD = 4
+"""At most: an actor of the node's own group, and replicas of others."""
 ROUTER_SHARE = 16
 """The routers' process keeps one part in so many of its machine's room, also where no expert is placed there."""
 
@@ -190,14 +192,20 @@ def _planned(work: Work, seats: Sequence[Seat], seat_X: Ints, names: _Names) -> 
 
 
 def share_gpus(topology: Topology, plan: ServicePlan) -> ServicePlan:
-    """Ray's share of a GPU for every actor on a node that has some."""
-    actors = []
-    for actor in plan.actors:
-        num_gpus = len(topology.node(actor.node_id).gpus) if actor.node_id is not None else 0
-        num_actors = sum(other.node_id == actor.node_id for other in plan.actors)
-        share = 0.0 if num_gpus == 0 else 1.0 / -(-num_actors // num_gpus)
-        actors.append(replace(actor, num_gpus=share))
-    return replace(plan, actors=tuple(actors))
+    """Every actor on a node with GPUs computes there: it has a share of one and of host memory behind it, the same
+    however many others come."""
+    shares = {node.node_id: _card_share(node) for node in topology.nodes}
+    actors = tuple(
+        replace(actor, num_gpus=0.0, host_budget_bytes=None).on_card(shares.get(actor.node_id or ""))
+        for actor in plan.actors
+    )
+    return replace(plan, actors=actors)
+
+
+def _card_share(node: NodeFacts) -> CardShare | None:
+    if not node.gpus:
+        return None
+    return CardShare(1 / ACTORS_ON_A_CARD, node.behind_bytes // (ACTORS_ON_A_CARD * len(node.gpus)))
 
 
 def _give_rest_to_router(topology: Topology, plan: ServicePlan) -> ServicePlan:

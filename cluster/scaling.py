@@ -13,8 +13,8 @@ from cluster.actor_counts import GroupLoad, ScalerState
 from cluster.autoscaler import Decision, LoadSnapshot, carry_out, decide
 from cluster.capacity import Capacity, Load, observe
 from cluster.fleet import Fleet
+from cluster.placement import share_gpus
 from cluster.plan import CardShare, ExpertGroup, ServicePlan
-from cluster.replanning import share_new_gpus
 from cluster.scaling_room import node_load
 from cluster.service_spec import Scaling
 from cluster.topology import Topology
@@ -84,7 +84,7 @@ class PlanScaler:
         self._state, decisions = decide(self._state, snapshot, seen, self._scaling.settings, now_s)
         scaled = carry_out(plan, decisions)
         if topology is not None:
-            return share_new_gpus(topology, plan, scaled), decisions
+            return share_gpus(topology, scaled), decisions
         return _share_new_cards(plan, scaled, self._scaling.card_share), decisions
 
     def _fallback_s(self, group: ExpertGroup) -> float:

@@ -117,7 +117,7 @@ def actor_spec(
         spec.store_source,
         spec.cache,
         beside,
-        spec.expert_device,
+        spec.expert_device if actor.num_gpus else "cpu",
         actor.host_budget_bytes,
     )
 

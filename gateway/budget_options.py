@@ -70,10 +70,10 @@ def read_memory(
 def choose_memory(values: OptionValues, announce: Callable[[str], None]) -> ChosenMemory:
     """Raises DeviceUnavailable."""
     from experts.devices import resolve_device
-    from gateway.service.options import tiers
+    from gateway.service.options import computes_on_cards, tiers
 
     device = resolve_device(values.device)
-    is_on_card = (resolve_device(values.expert_device) if values.actors else device).type != "cpu"
+    is_on_card = computes_on_cards(values, device)
     if not is_on_card and values.host_budget is not None:
         announce(ONE_MEMORY_NOTICE)
     return ChosenMemory(device, *tiers(is_on_card, values.expert_budget, values.host_budget))

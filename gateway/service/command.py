@@ -323,6 +323,11 @@ def _in_few_lines(value: Any) -> Any:
 def _serve(options: ServiceOptions) -> None:
     from gateway.service.launch import interruptible, running_service, wait_while_served
 
+    if options.num_actors and options.device.type != options.expert_device:
+        announce(
+            f"note: the router computes on {options.device.type}, expert actors on {options.expert_device}: rows of "
+            "two numerics classes, equal within a tolerance only, see docs/exactness.md"
+        )
     with interruptible():
         try:
             with running_service(options, _print_memory, _print_placement) as url:

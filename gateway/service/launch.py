@@ -165,7 +165,7 @@ def _begin_actors(
         cache=options.store_cache,
         record_bytes={} if options.ray_address is None else record_bytes(options),
         placing=layout.placing,
-        expert_device=options.expert_device,
+        expert_device="cpu" if options.expert_device == "cpu" else "cuda",
     )
     if options.store_cache is not None:
         stack.callback(_stop_keeper)

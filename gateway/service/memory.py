@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import psutil
+import torch
 
 from cluster.device_plan import Cards, Process, plan_devices
 from cluster.memory_plan import (
@@ -92,9 +93,10 @@ def plan_on_device(
 ) -> MemoryPlan:
     """Of one engine, on the options' device as it is now; see `plan_devices`."""
     footprint = measure_footprint(store, options)
-    router = Process("router", True, True, footprint.experts, _as_stored(store))
-    cards = Cards(Node(str(options.device), (), read_device_memory(options.device)))
-    return plan_devices((router,), requests or (FIT,), host_requests, footprint, cards, node, base)
+    router = Process("router", True, True, footprint.experts, measure_stored(store))
+    return plan_devices(
+        (router,), requests or (FIT,), host_requests, footprint, card_of(options.device), node, base
+    )
 
 
 def plan_service_on_cards(
@@ -115,7 +117,7 @@ def plan_service_on_cards(
         store, chosen_dtype(store, options), {store.served.name: width}, CUDA if are_on_cards else CPU
     )
     groups = split_experts(store.expert_keys(store.served.name), num_actors) if num_actors else []
-    stored = _as_stored(store)
+    stored = measure_stored(store)
     processes = [
         *(
             Process(name, True, is_router_on_card, footprint.experts, stored)
@@ -135,7 +137,7 @@ def plan_service_on_cards(
     if are_on_cards:
         cards = cards_here()
     else:
-        cards = Cards(Node(str(options.device), (), read_device_memory(options.device)))
+        cards = card_of(options.device)
     return plan_devices(processes, requests, host_requests, footprint, cards, node, SERVICE_BASE)
 
 
@@ -146,7 +148,13 @@ def cards_here() -> Cards:
     return Cards(Node("cuda:0" if len(found) == 1 else "cuda", (), least), len(found))
 
 
-def _as_stored(store: ExpertStore) -> ExpertBytes:
+def card_of(device: torch.device) -> Cards:
+    """A router's."""
+    return Cards(Node(str(device), (), read_device_memory(device)))
+
+
+def measure_stored(store: ExpertStore) -> ExpertBytes:
+    """All experts as the store has them."""
     return measure_experts(store, store.expert_keys(store.served.name), RecordsAsStored())
 
 

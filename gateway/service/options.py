@@ -72,7 +72,8 @@ class ServiceOptions:
     device: torch.device = CPU
     """Of the router: its backbone, its cache, and the experts that it computes itself."""
     expert_device: str = "cpu"
-    """Of expert actors: `cpu`, or `cuda` for cards of which Ray gives them shares."""
+    """Of expert actors: `cpu`, or `cuda` for cards of which Ray gives them shares; where machines are asked also
+    `auto`, for those that have one."""
     expert_budgets: tuple[BudgetRequest, ...] = (FIT,)
     """Bytes of experts on each node, added up; the experts' tiers on a machine that computes in host memory."""
     host_budgets: tuple[BudgetRequest, ...] = ()
@@ -110,12 +111,11 @@ class ServiceOptions:
             raise OptionInvalid("trace-tokens", "goes with trace, which says where traces are written")
         if self.device.type != "cpu" and self.num_routers > 1:
             raise OptionInvalid("device", f"({self.device}) goes with one router, not {self.num_routers}")
-        has_actors_elsewhere = self.ray_address is not None and (self.is_placed or self.num_actors > 0)
         for name, kind in (("device", self.device.type), ("expert-device", self.expert_device)):
-            if kind != "cpu" and has_actors_elsewhere:
-                reason = f"({kind}) goes with expert actors on this machine alone, not with address"
+            if kind != "cpu" and self.ray_address is not None and self.num_actors:
+                reason = f"({kind}) goes with address or with actors: without actors they are placed by the machines"
                 raise OptionInvalid(name, reason)
-        if self.expert_device != "cpu" and not self.num_actors:
+        if self.expert_device != "cpu" and not (self.num_actors or self.is_placed):
             reason = (
                 f"({self.expert_device}) goes with actors: without, the router computes experts, on device"
             )
@@ -188,8 +188,8 @@ class ServiceOptions:
 def compose_options(values: OptionValues, store_root: Path, store_name: str, keys: KeyRing) -> ServiceOptions:
     """Raises OptionInvalid for values that do not go together, DeviceUnavailable. store_name: what the model is called
     without a name."""
-    device, expert_device = resolve_device(values.device), resolve_device(values.expert_device)
-    is_on_card = (expert_device if values.actors else device).type != "cpu"
+    device = resolve_device(values.device)
+    is_on_card = computes_on_cards(values, device)
     expert_budgets, host_budgets = tiers(is_on_card, values.expert_budget, values.host_budget)
     name, *aliases = dict.fromkeys(values.served_model_name or (store_name,))
     return ServiceOptions(
@@ -212,7 +212,7 @@ def compose_options(values: OptionValues, store_root: Path, store_name: str, key
         capacity=values.capacity,
         audit_share=values.audit_share,
         device=device,
-        expert_device=expert_device.type,
+        expert_device=_expert_device(values),
         expert_budgets=expert_budgets,
         host_budgets=host_budgets,
         node_budgets=values.node_budgets,
@@ -231,6 +231,19 @@ def compose_options(values: OptionValues, store_root: Path, store_name: str, key
         num_routers=values.routers,
         resume_timeout_s=values.resume_timeout,
     )
+
+
+def computes_on_cards(values: OptionValues, device: torch.device) -> bool:
+    """Whether budgets of experts are of cards' memory, and of host memory there are others. device: the router's."""
+    kinds = [_expert_device(values) if values.actors else device.type]
+    if is_placed(values):
+        kinds.append(values.expert_device)
+    return any(kind != "cpu" for kind in kinds)
+
+
+def _expert_device(values: OptionValues) -> str:
+    """Of other machines nothing is known yet."""
+    return values.expert_device if is_placed(values) else resolve_device(values.expert_device).type
 
 
 def is_placed(values: OptionValues) -> bool:

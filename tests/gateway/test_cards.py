@@ -12,10 +12,16 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
+from cluster.demand import uniform_demand
+from cluster.memory_plan import MemoryPlan, ProcessMemory
+from cluster.node_rooms import RoomRules
+from cluster.placement import place
 from cluster.plan import CardShare
 from cluster.service_spec import ServiceSpec, actor_spec
-from experts.budget import BudgetRequest
+from cluster.topology import Gpu, NodeFacts, Topology
+from experts.budget import BudgetRequest, ExpertBytes
 from experts.node_memory import NodeMemory
+from extraction.manifest import ExpertKey
 from gateway.cli import app
 from gateway.errors import OptionInvalid
 from gateway.service import memory as service_memory
@@ -28,9 +34,10 @@ from gateway.service.layout import (
     plan_service_threads,
     read_model,
 )
-from gateway.service.memory import this_node
+from gateway.service.memory import SERVICE_BASE, this_node
 from gateway.service.memory_view import render_memory
 from gateway.service.options import ServiceOptions
+from gateway.service.placing import _whole_memory
 from router.loading import EngineOptions
 
 MIB = 1 << 20
@@ -120,3 +127,36 @@ def test_a_machine_s_own_budget_is_that_of_its_cards(
         ServiceOptions(stories_store, "stories", num_actors=2, expert_device="cuda", node_budgets=budgets)
     )
     assert layout.memory.actor_budgets == (3 * MIB, 3 * MIB)
+
+
+def test_a_placed_actor_on_a_card_has_a_row_there_and_one_behind_it() -> None:
+    keys = tuple(ExpertKey("model", 0, expert) for expert in range(6))
+    here = NodeFacts("a", "10.0.0.1", 2000, 4, 1e9, float("inf"), 0.0, has_store=True)
+    card = NodeFacts(
+        "g",
+        "10.0.0.2",
+        4000,
+        4,
+        9e9,
+        1e9,
+        1e-6,
+        has_store=True,
+        gpus=(Gpu("one", 5000),),
+        behind_bytes=2000,
+    )
+    demand = uniform_demand(dict.fromkeys(keys, 1000), 2, 16)
+    topology = Topology((here, card), "a")
+    plan = place(topology, demand)
+    router = ProcessMemory("router", 1, 1, 1, 0, 1, 2000, 6000, "a")
+    memory = MemoryPlan("a", 9000, 9000, 900, 2000, (router,))
+    rules = RoomRules(ExpertBytes(6000, 1000), SERVICE_BASE.expert_actor + 7, 2000)
+    whole = _whole_memory(memory, plan, demand, {"g": "gpu-box"}, rules)
+    on_card = [actor for actor in plan.actors if actor.node_id == "g"]
+    assert on_card and {(actor.num_gpus, actor.host_budget_bytes) for actor in on_card} == {(0.25, 500)}
+    for actor in on_card:
+        row = next(row for row in whole.processes if row.process == actor.name)
+        assert (row.tier, row.node, row.budget_bytes) == ("device", "gpu-box", actor.budget_bytes)
+        assert whole.host_budget(actor.name) == 500
+    spec = ServiceSpec("store", "float32", 64, 24, plan, 1, expert_device="cuda")
+    devices = {actor.name: actor_spec(spec, plan, actor, "x", 1).device for actor in plan.actors}
+    assert devices == {actor.name: "cuda" if actor.node_id == "g" else "cpu" for actor in plan.actors}

@@ -115,12 +115,10 @@ def test_budgets_of_a_device_are_two_and_it_goes_with_one_router_here(
     assert _options({"device": "cuda:1"}, {}).host_budgets == ()
     with pytest.raises(OptionInvalid, match=r"^device .cuda:1. goes with one router, not 2"):
         _options({"device": "cuda:1"}, {"routers": 2})
-    for more in ({}, {"actors": 2}):
-        with pytest.raises(
-            OptionInvalid, match=r"^device .cuda. goes with expert actors on this machine alone"
-        ):
-            _options({"device": "cuda:1", "address": "auto"}, more)
-    assert _options({"device": "cuda:1", "address": "auto", "actors": 0}, {}).has_cards
+    with pytest.raises(OptionInvalid, match=r"^device .cuda. goes with address or with actors"):
+        _options({"device": "cuda:1", "address": "auto"}, {"actors": 2})
+    for more in ({}, {"actors": 0}):
+        assert _options({"device": "cuda:1", "address": "auto"}, more).has_cards
 
 
 def test_actors_have_a_device_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,10 +135,19 @@ def test_actors_have_a_device_of_their_own(monkeypatch: pytest.MonkeyPatch) -> N
     assert _options({"device": "cuda", "expert-device": "cuda", "actors": 1}, {}).has_cards
     with pytest.raises(OptionInvalid, match=r"^expert-device .cuda. goes with actors"):
         _options({"expert-device": "cuda"}, {})
-    with pytest.raises(OptionInvalid, match=r"^expert-device .cuda. goes with expert actors on this machine"):
+    with pytest.raises(OptionInvalid, match=r"^expert-device .cuda. goes with address or with actors"):
         _options({"expert-device": "cuda", "address": "auto"}, {"actors": 2})
     with pytest.raises(OptionInvalid, match="must be cpu, cuda or auto, not 'cuda:1'"):
         _options({"expert-device": "cuda:1"}, {"actors": 2})
+
+
+def test_cards_of_other_machines_are_not_looked_for_here() -> None:
+    given = {"address": "auto", "expert-budget": "25%", "host-budget": "2GiB"}
+    placed = _options({"expert-device": "auto"}, given)
+    assert (placed.expert_device, placed.device.type) == ("auto", "cpu")
+    assert (len(placed.expert_budgets), len(placed.host_budgets)) == (1, 1)
+    assert _options({}, given).host_budgets == (), "one memory"
+    assert _options({"expert-device": "auto", "actors": 2}, {}).expert_device in ("cpu", "cuda")
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:
