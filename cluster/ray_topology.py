@@ -104,10 +104,11 @@ def _report(
     if isinstance(answer, str):
         return NodeReport(*facts, problem=answer, labels=labels)
     known = (answer.machine, answer.arithmetic, answer.disk_bytes_s, answer.has_store)
+    card = answer.card if node["Resources"].get("GPU") else None  # Ray would give an actor none
     if node_id == here:
         return NodeReport(*facts, *known, labels=labels, card=answer.card)
     link, problem = _measure(probe, address, is_local)
-    return NodeReport(*facts, *known, link=link, link_problem=problem, labels=labels, card=answer.card)
+    return NodeReport(*facts, *known, link=link, link_problem=problem, labels=labels, card=card)
 
 
 def _measure(probe: Any, address: str, is_local: bool) -> tuple[Link | None, str]:

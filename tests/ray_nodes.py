@@ -45,7 +45,7 @@ def ray_nodes(
     num_nodes: int,
     variables: Sequence[Mapping[str, str]] = (),
     *,
-    num_gpus: int = 0,
+    num_gpus: Sequence[int] = (),
     setup_hook: str | None = None,
 ) -> Iterator[tuple[Cluster, list[str]]]:
     """The cluster, and the ids of its nodes, the head's first. This process is connected to it.
@@ -59,7 +59,7 @@ def ray_nodes(
             add_node(
                 cluster,
                 num_cpus=1,
-                num_gpus=num_gpus,
+                num_gpus=num_gpus[number] if num_gpus else 0,
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,
                 env_vars=dict(variables[number]) if variables else {},

@@ -15,12 +15,20 @@ from typing import Any
 import pytest
 import ray
 
-from cluster.placement import plan_local
+from cluster.demand import uniform_demand
+from cluster.node_report import StoreQuestion
+from cluster.node_rooms import RoomRules
+from cluster.node_speed import ExpertShape
+from cluster.placement import PlacementOptions, place, plan_local
 from cluster.plan import CardShare, ServicePlan
+from cluster.service_spec import Placing
 from cluster.supervisor import start_supervisor, stop_supervisor
+from cluster.topology import Gpu, NodeFacts, Topology
+from experts.budget import ExpertBytes
 from experts.store import ExpertStore
 from experts.worker import ExpertWorker
 from router.loading import EngineOptions
+from router.model_config import read_model_config
 from tests.engines import open_engine, run_to_end
 from tests.ray_nodes import (
     WAIT_S,
@@ -55,9 +63,9 @@ def plan(stories_store: Path) -> ServicePlan:
     return plan_local(keys, 2, (BUDGET_BYTES, BUDGET_BYTES), SHARE)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def supervisor(stories_store: Path, plan: ServicePlan) -> Iterator[Any]:
-    with ray_nodes(1, num_gpus=1, setup_hook="tests.simulated_actors.install"):
+    with ray_nodes(1, num_gpus=(1,), setup_hook="tests.simulated_actors.install"):
         started = start_supervisor(service_spec(stories_store, plan, expert_device="cuda"))
         try:
             ray.get(started.wait_ready.remote(), timeout=WAIT_S)
@@ -115,3 +123,56 @@ def test_actors_that_share_a_card_give_a_router_s_bits_through_kills_replacement
         ask()
         assert directory.foreign_rows == 0
         loaded.close()
+
+
+def _placing(root: Path, nodes: list[str]) -> Placing:
+    """The routers' machine, one with a card, and one without; each of the latter has room for all experts."""
+    store = ExpertStore.open(root)
+    config = read_model_config(store.served.config)
+    sizes = {key: store.record(key).nbytes for key in store.expert_keys(store.served.name)}
+    question = StoreQuestion(str(root), store.hash, ExpertShape(), ())
+    store.close()
+    total, largest = sum(sizes.values()), max(sizes.values())
+    here, card, plain = (
+        NodeFacts(node, "127.0.0.1", room, 1, 1e9, 1e9, 1e-4, has_store=True)
+        for node, room in zip(nodes, (8 * largest, total, total), strict=True)
+    )
+    card = replace(card, gpus=(Gpu("one", total),), behind_bytes=16 * largest)
+    here = replace(here, bandwidth_bytes_s=float("inf"), round_trip_s=0.0)
+    demand = uniform_demand(sizes, config.experts_per_token, 2 * config.hidden_size)
+    rules = RoomRules(ExpertBytes(total, largest), 0, 8 * largest, expert_device="auto")
+    topology = Topology((here, card, plain), nodes[0])
+    return Placing(topology, demand, PlacementOptions(replicas=1), rules, question)
+
+
+def test_actors_are_on_cards_where_machines_have_them_and_move_to_them(stories_store: Path) -> None:
+    with ray_nodes(3, num_gpus=(0, 1, 0), setup_hook="tests.simulated_actors.install") as (cluster, nodes):
+        placing = _placing(stories_store, nodes)
+        plan = place(placing.topology, placing.demand, None, placing.options)
+        spec = service_spec(stories_store, plan, placing=placing, expert_device="cuda")
+        supervisor = start_supervisor(spec, nodes[0])
+        try:
+            ray.get(supervisor.wait_ready.remote(WAIT_S), timeout=WAIT_S)
+            loaded = open_engine(
+                stories_store,
+                EngineOptions(expert_budget_bytes=plan.router_budget_bytes),
+                patient_directory,
+            )
+            assert run_to_end(loaded.engine, [greedy("r")]).reasons == {"r": "length"}
+            kinds = {e["node_id"]: e["numerics_class"].split("/")[0] for e in _by_name(supervisor).values()}
+            assert kinds == {nodes[1][:12]: DEVICE.type, nodes[2][:12]: "cpu"}
+            assert 0 < loaded.directory.foreign_rows < loaded.directory.stats().remote_rows
+
+            (lost,) = (node for node in cluster.worker_nodes if node.node_id == nodes[2])
+            cluster.remove_node(lost, allow_graceful=True)
+            while [e.get("node_id") for e in _by_name(supervisor).values()] != [nodes[1][:12]] * 2:
+                assert run_to_end(loaded.engine, [greedy("r")]).reasons == {"r": "length"}
+            wait_settled(supervisor)
+            entries = _by_name(supervisor).values()
+            assert {e["numerics_class"].split("/")[0] for e in entries} == {DEVICE.type}
+            host_bytes = sum(e["behind"]["budget_bytes"] for e in entries)
+            assert host_bytes <= placing.topology.node(nodes[1]).behind_bytes
+            assert run_to_end(loaded.engine, [greedy("r")]).reasons == {"r": "length"}
+            loaded.close()
+        finally:
+            stop_supervisor()

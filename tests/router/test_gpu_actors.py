@@ -147,7 +147,7 @@ def test_ray_gives_actors_their_card(stories_store: Path) -> None:
     budget = 20 * EXPERT_BYTES
     plan = plan_local(keys, 2, (budget, budget), CardShare(0.5, 8 * EXPERT_BYTES))
     expected = _alone(stories_store).tokens
-    with ray_nodes(1, num_gpus=1):
+    with ray_nodes(1, num_gpus=(1,)):
         supervisor = start_supervisor(service_spec(stories_store, plan, expert_device="cuda"))
         try:
             ray.get(supervisor.wait_ready.remote(), timeout=WAIT_S)
