@@ -171,14 +171,12 @@ class RemoteDirectory:
 
     def run(self, call: ExpertCall) -> Tensor:
         """See ExpertDirectory.run. Raises ExpertUnavailable, or what computing here raises."""
-        device = call.tokens_TD.device
-        if (
-            not call.tokens_TD.is_cpu
-        ):  # sockets take what is in host memory; it is read back once for all of them
-            call = replace(call, tokens_TD=call.tokens_TD.cpu())
+        if not call.tokens_TD.is_cpu:
+            # Sockets take what is in host memory; it is read back once for all of them.
+            rows_RD = self.run(replace(call, tokens_TD=call.tokens_TD.cpu()))
+            return upload(rows_RD, call.tokens_TD.device)
         suspended = self._asker.suspensions.of((call.component, call.layer), time.monotonic())
-        rows_RD = self._compute(call, _Attempt(frozenset(suspended)))
-        return rows_RD if device.type == "cpu" else upload(rows_RD, device)
+        return self._compute(call, _Attempt(frozenset(suspended)))
 
     def prefetch(self, component: str, layer: int, experts: Sequence[int]) -> None:
         """Does nothing: a hint would take a round trip of its own, about as long as the next call is away."""
