@@ -67,8 +67,8 @@ class MemoryPlan:
     processes: tuple[ProcessMemory, ...]
     """The routers, then the expert actors."""
     num_routers: int = 1
-    behind: ProcessMemory | None = None
-    """Host memory of a router that computes on a device, whose own memory its row then is."""
+    behind: tuple[ProcessMemory, ...] = ()
+    """Host memory of processes that compute on a device, whose own memory their rows then are."""
 
     @property
     def router(self) -> ProcessMemory:
@@ -83,9 +83,20 @@ class MemoryPlan:
     def actor_budgets(self) -> tuple[int, ...]:
         return tuple(process.budget_bytes for process in self.processes[self.num_routers :])
 
+    @property
+    def actor_host_budgets(self) -> tuple[int, ...]:
+        """Behind devices; none where actors compute in host memory."""
+        actors = {process.process for process in self.processes[self.num_routers :]}
+        return tuple(row.budget_bytes for row in self.behind if row.process in actors)
+
+    def host_budget(self, process: str) -> int | None:
+        """Of one process behind its device; None where it computes in host memory."""
+        return next((row.budget_bytes for row in self.behind if row.process == process), None)
+
     def as_json(self) -> dict[str, Any]:
-        """With the host's row among the others."""
-        rows = self.processes if self.behind is None else (*self.processes, self.behind)
+        """With a process's host row below that of its device."""
+        behind = {row.process: row for row in self.behind}
+        rows = [row for each in self.processes for row in (each, behind.get(each.process)) if row is not None]
         told = asdict(self) | {"processes": [asdict(process) for process in rows]}
         del told["behind"]  # among the rows
         return told
@@ -103,6 +114,8 @@ class BaseMemory:
     router: int
     expert_actor: int = 0
     others: int = 0
+    card: int = 0
+    """On a card, of every process that computes there: what CUDA keeps for it."""
 
 
 def plan_memory(
@@ -187,13 +200,16 @@ def divide_budget(
     num_workers = num_routers + sum(nbytes > 0 for nbytes in group_bytes)
     if budget_bytes < num_workers * largest:
         raise NodeBudgetTooSmall(node, budget_bytes, num_workers, largest)
-    reserve = num_routers * max(
-        largest, min(experts_per_token * largest, budget_bytes // (ROUTER_SHARE * num_routers))
-    )
+    reserve = num_routers * reserve_bytes(budget_bytes, largest, experts_per_token, num_routers)
     shares = _in_proportion(budget_bytes - reserve, group_bytes, largest)
     left = budget_bytes - sum(shares)
     parts = [left // num_routers + (index < left % num_routers) for index in range(num_routers)]
     return [*parts, *shares]
+
+
+def reserve_bytes(budget_bytes: int, largest: int, experts_per_token: int, num_routers: int = 1) -> int:
+    """What each router's worker keeps of a budget beside expert actors, for what these may lose."""
+    return max(largest, min(experts_per_token * largest, budget_bytes // (ROUTER_SHARE * num_routers)))
 
 
 def _in_proportion(num_bytes: int, group_bytes: Sequence[int], least: int) -> list[int]:

@@ -12,6 +12,7 @@ from cluster.link_rate import Link
 from cluster.machine_facts import MachineFacts
 from cluster.node_speed import Arithmetic, ExpertShape
 from cluster.topology import NodeFacts
+from experts.node_memory import NodeMemory
 
 SPARE_PERCENT = 10
 """Of a node's memory, left to others."""
@@ -28,6 +29,16 @@ class StoreQuestion:
     """Of expert records, below the root: what a node that has them reads to measure its disk."""
     cache_folder: str | None = None
     """Where a node that does not have it would keep records, unless it has a folder of its own."""
+    has_cards: bool = False
+    """Whether cards are looked at, too."""
+
+
+@dataclass(frozen=True)
+class CardReport:
+    """A node's card that would compute experts: its first."""
+
+    memory: NodeMemory
+    arithmetic: Arithmetic
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,8 @@ class NodeReport:
     problem: str = ""
     link_problem: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
+    card: CardReport | None = None
+    """None where there is none, or nobody asked."""
 
     @property
     def name(self) -> str:
@@ -58,26 +71,34 @@ UNKNOWN_DISK_BYTES_S = 1e9
 """Taken where the disk's rate could not be measured."""
 
 
-def as_node_facts(report: NodeReport, room_bytes: int, disk_bytes: int) -> NodeFacts:
-    """room_bytes, disk_bytes: for experts, in memory and of fetched records; see `cluster.node_rooms`.
+def as_node_facts(
+    report: NodeReport,
+    room_bytes: int,
+    disk_bytes: int,
+    card: CardReport | None = None,
+    behind_bytes: int = 0,
+) -> NodeFacts:
+    """room_bytes, disk_bytes: for experts, in memory and of fetched records; see `cluster.node_rooms`. card: on which
+    experts are computed there, and whose memory the room is; behind_bytes: of host memory behind it.
 
     Raises ValueError for a node that told nothing.
     """
     if report.machine is None or report.arithmetic is None:
         raise ValueError(f"{report.address} told nothing: {report.problem}")
-    link = report.link
+    link, arithmetic = report.link, card.arithmetic if card else report.arithmetic
     return NodeFacts(
         report.node_id,
         report.address,
         room_bytes,
         report.machine.num_cores,
-        report.arithmetic.expert_bytes_s,
+        arithmetic.expert_bytes_s,
         link.bandwidth_bytes_s if link else float("inf"),
         link.round_trip_s if link else 0.0,
         disk_bytes=disk_bytes,
         disk_bytes_s=report.disk_bytes_s or UNKNOWN_DISK_BYTES_S,
         has_store=report.has_store,
-        numerics_class=report.arithmetic.numerics_class,
-        gpus=report.machine.gpus,
+        numerics_class=arithmetic.numerics_class,
+        gpus=report.machine.gpus[:1] if card else (),
+        behind_bytes=behind_bytes,
         labels=dict(report.labels),
     )

@@ -8,10 +8,10 @@ and what is left to others. A machine that cannot take part is named with the re
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cluster.memory_plan import Node, choose_requests
-from cluster.node_report import SPARE_PERCENT, NodeReport, as_node_facts
+from cluster.node_report import SPARE_PERCENT, CardReport, NodeReport, as_node_facts
 from cluster.topology import NodeFacts, Topology
 from experts.budget import FIT, BudgetRequest, ExpertBytes, resolve_budget
 from experts.errors import BudgetTooSmall
@@ -19,6 +19,7 @@ from experts.node_memory import NodeMemory
 
 ACTORS_ON_A_NODE = 2
 """For which idle memory and buffers are set aside: one for its own group and one replica of another's."""
+NO_EXPERTS = ExpertBytes(0, 0)
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,20 @@ class RoomRules:
     cache_limit_bytes: int | None = None
     code: str = ""
     """Digest of the code that the machines must have; empty for any."""
+    expert_device: str = "cpu"
+    """On which actors compute: `cuda` on a card of each machine, `auto` where it has one."""
+    is_router_on_card: bool = False
+    card_bytes: int = 0
+    """Of an expert actor on a card beside its experts."""
+    host_requests: tuple[BudgetRequest, ...] = ()
+    """Of host memory behind cards; none of them: what fits."""
+    stored: ExpertBytes = NO_EXPERTS
+    """The whole model, as the store has it."""
+
+    def card_of(self, report: NodeReport) -> CardReport | None:
+        """On which experts are computed there; None for host memory. On the routers' machine it is they who do."""
+        is_wanted = self.is_router_on_card if report.is_here else self.expert_device != "cpu"
+        return report.card if is_wanted else None
 
 
 def node_names(report: NodeReport) -> Node:
@@ -55,8 +70,16 @@ def facts_of(report: NodeReport, rules: RoomRules) -> NodeFacts | str:
     if reason := _refusal(report, rules):
         return reason
     assert report.machine is not None
-    room = rules.router_room_bytes if report.is_here else _room(node_names(report), rules)
-    return as_node_facts(report, room, _disk_room(report, rules))
+    disk, node, card = _disk_room(report, rules), node_names(report), rules.card_of(report)
+    if report.is_here:
+        facts = as_node_facts(report, rules.router_room_bytes, disk, card)
+        return replace(facts, gpus=(), is_for_actors=card is None)
+    if card is None:
+        return as_node_facts(report, _room(node, rules), disk)
+    on_card = replace(rules, actor_bytes=rules.card_bytes)
+    behind = replace(rules, requests=rules.host_requests or (FIT,), overrides={}, experts=rules.stored)
+    room = _room(replace(node, memory=card.memory), on_card)
+    return as_node_facts(report, room, disk, card, _room(node, behind))
 
 
 def make_topology(reports: Iterable[NodeReport], rules: RoomRules) -> tuple[Topology, dict[str, str]]:
@@ -80,7 +103,10 @@ def _refusal(report: NodeReport, rules: RoomRules) -> str:
         return f"it is not reached: {report.link_problem}"
     if rules.code not in ("", report.machine.versions.code):
         return "it has another version of sage-moe; see sage-moe doctor"
-    if not report.arithmetic.numerics_class:
+    card = rules.card_of(report)
+    if card is None and rules.expert_device == "cuda" and not report.is_here:
+        return "PyTorch sees no GPU there; --expert-device auto lets it compute without"
+    if not (card.arithmetic if card else report.arithmetic).numerics_class:
         return "its arithmetic gives other bits for more rows (docs/exactness.md)"
     if not report.has_store and not rules.has_cache:
         return "it does not have the store; copy it there, or serve with --store-cache"

@@ -20,8 +20,10 @@ from pathlib import Path
 
 import torch
 
+from experts.device_proof import prove_experts
+from experts.devices import CPU, settle_arithmetic
 from experts.errors import NotRowInvariant
-from experts.numerics import RowKernel, calibrate, numerics_class
+from experts.numerics import RowKernel, numerics_class
 
 MIB = 1 << 20
 BLOCK_BYTES = 4 * MIB
@@ -54,23 +56,23 @@ class Arithmetic:
     """Bytes of weights that are multiplied with one row in a second."""
 
 
-def measure_arithmetic(shape: ExpertShape, num_threads: int) -> Arithmetic:
+def measure_arithmetic(shape: ExpertShape, num_threads: int, device: torch.device = CPU) -> Arithmetic:
     """The class is empty where no product of this machine's library is row-invariant: it cannot serve."""
     torch.set_num_threads(num_threads)
-    matrices = [(2 * shape.expert_width, shape.width), (shape.width, shape.expert_width)]
+    settle_arithmetic(device)
     try:
-        kernel = calibrate(matrices, shape.dtype)
+        kernel = prove_experts(shape.width, shape.expert_width, shape.dtype, device)
     except NotRowInvariant:
         return Arithmetic("", "", 0.0)
-    name = numerics_class(torch.device("cpu"), shape.dtype, kernel)
+    name = numerics_class(device, shape.dtype, kernel)
     return Arithmetic(name, _digest(kernel, shape), _product_rate(kernel, shape))
 
 
 def _digest(kernel: RowKernel, shape: ExpertShape) -> str:
     """Of products of numbers that every machine makes alike."""
-    x = _numbers(8, shape.width, 40503).to(shape.dtype)
-    weight = _numbers(2 * shape.expert_width, shape.width, 48271).to(shape.dtype)
-    bits = kernel.linear(x, weight).contiguous().view(torch.uint8)
+    x = _numbers(8, shape.width, 40503).to(kernel.device, shape.dtype)
+    weight = _numbers(2 * shape.expert_width, shape.width, 48271).to(kernel.device, shape.dtype)
+    bits = kernel.linear(x, weight).contiguous().cpu().view(torch.uint8)
     return hashlib.sha256(bits.numpy().tobytes()).hexdigest()[:12]
 
 
@@ -83,10 +85,12 @@ def _numbers(rows: int, columns: int, factor: int) -> torch.Tensor:
 def _product_rate(kernel: RowKernel, shape: ExpertShape) -> float:
     """Of one row after another through more weights than caches hold."""
     outputs = max(1, WEIGHT_BYTES // (shape.width * shape.dtype.itemsize))
-    weight = torch.ones(outputs, shape.width, dtype=shape.dtype)
-    row = torch.ones(1, shape.width, dtype=shape.dtype)
+    weight = torch.ones(outputs, shape.width, dtype=shape.dtype).to(kernel.device)
+    row = torch.ones(1, shape.width, dtype=shape.dtype).to(kernel.device)
     kernel.linear(row, weight)  # pages and threads come to life
-    return best_rate(lambda: kernel.linear(row, weight).numel(), weight.nbytes)
+    return best_rate(
+        lambda: kernel.linear(row, weight)[0, 0].item(), weight.nbytes
+    )  # read: a card does not wait
 
 
 def best_rate(work: Callable[[], object], num_bytes: int, most_s: float = MOST_S) -> float:

@@ -16,7 +16,7 @@ from cluster.assignment import Trade, assign_by_expert
 from cluster.demand import Demand
 from cluster.layer_ranges import assign_by_layer
 from cluster.layer_work import NOWHERE, Ints, Work, work_of
-from cluster.plan import ActorPlan, ExpertGroup, ServicePlan
+from cluster.plan import ActorPlan, CardShare, ExpertGroup, ServicePlan
 from cluster.plan_time import expert_step_s
 from cluster.replicas import plan_replicas
 from cluster.step_time import MESSAGE_S, Seat
@@ -25,6 +25,8 @@ from extraction.manifest import ExpertKey, group_of
 
 Grouping = Literal["expert", "layer"]
 NO_LIMIT = 2**62
+ACTORS_ON_A_CARD = 4
+"""At most: an actor of the node's own group, and replicas of others."""
 ROUTER_SHARE = 16
 """The routers' process keeps one part in so many of its machine's room, also where no expert is placed there."""
 
@@ -190,14 +192,20 @@ def _planned(work: Work, seats: Sequence[Seat], seat_X: Ints, names: _Names) -> 
 
 
 def share_gpus(topology: Topology, plan: ServicePlan) -> ServicePlan:
-    """Ray's share of a GPU for every actor on a node that has some."""
-    actors = []
-    for actor in plan.actors:
-        num_gpus = len(topology.node(actor.node_id).gpus) if actor.node_id is not None else 0
-        num_actors = sum(other.node_id == actor.node_id for other in plan.actors)
-        share = 0.0 if num_gpus == 0 else 1.0 / -(-num_actors // num_gpus)
-        actors.append(replace(actor, num_gpus=share))
-    return replace(plan, actors=tuple(actors))
+    """Every actor on a node with GPUs computes there: it has a share of one and of host memory behind it, the same
+    however many others come."""
+    shares = {node.node_id: _card_share(node) for node in topology.nodes}
+    actors = tuple(
+        replace(actor, num_gpus=0.0, host_budget_bytes=None).on_card(shares.get(actor.node_id or ""))
+        for actor in plan.actors
+    )
+    return replace(plan, actors=actors)
+
+
+def _card_share(node: NodeFacts) -> CardShare | None:
+    if not node.gpus:
+        return None
+    return CardShare(1 / ACTORS_ON_A_CARD, node.behind_bytes // (ACTORS_ON_A_CARD * len(node.gpus)))
 
 
 def _give_rest_to_router(topology: Topology, plan: ServicePlan) -> ServicePlan:
@@ -220,10 +228,16 @@ def split_experts(keys: Sequence[ExpertKey], num_groups: int) -> list[tuple[Expe
     return [tuple(group) for group in groups]
 
 
-def plan_local(keys: Sequence[ExpertKey], num_actors: int, budgets: Sequence[int] = ()) -> ServicePlan:
+def plan_local(
+    keys: Sequence[ExpertKey],
+    num_actors: int,
+    budgets: Sequence[int] = (),
+    card_share: CardShare | None = None,
+) -> ServicePlan:
     """The plan of one machine: `split_experts` over actors `experts-0`, `experts-1`, ...; Ray chooses their node.
 
-    budgets: bytes of experts that each actor keeps, in the order of the actors; none means no bound. Without actors
+    budgets: bytes of experts that each actor keeps, in the order of the actors; none means no bound. card_share: what
+    each has of a card, on which it then computes. Without actors
     the routers' own process keeps every expert. Raises ValueError for another number of budgets than actors.
     """
     if budgets and len(budgets) != num_actors:
@@ -233,8 +247,8 @@ def plan_local(keys: Sequence[ExpertKey], num_actors: int, budgets: Sequence[int
     groups = tuple(
         ExpertGroup(f"experts-{index}", group) for index, group in enumerate(split_experts(keys, num_actors))
     )
-    actors = tuple(
+    actors = (
         ActorPlan(group.name, group.name, budget_bytes=budgets[index] if budgets else None)
         for index, group in enumerate(groups)
     )
-    return ServicePlan(groups, actors)
+    return ServicePlan(groups, tuple(actor.on_card(card_share) for actor in actors))

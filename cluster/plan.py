@@ -6,7 +6,7 @@ Made by `cluster.placement`, changed by `cluster.autoscaler`, carried out by `cl
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from extraction.manifest import ExpertKey
 
@@ -23,6 +23,16 @@ class ExpertGroup:
 
 
 @dataclass(frozen=True)
+class CardShare:
+    """What an expert actor that computes on a card has of it, and behind it."""
+
+    num_gpus: float
+    """As Ray counts it: one part in as many as there may be actors on a card."""
+    host_budget_bytes: int
+    """Of experts in host memory."""
+
+
+@dataclass(frozen=True)
 class ActorPlan:
     """One expert actor. Several with the same group are replicas of each other, on different nodes."""
 
@@ -32,8 +42,17 @@ class ActorPlan:
     node_id: str | None = None
     """None where there is one machine, or Ray may choose."""
     budget_bytes: int | None = None
-    """Of experts in memory; None for no bound."""
+    """Of experts where they are computed; None for no bound."""
     num_gpus: float = 0.0
+    """As Ray counts them."""
+    host_budget_bytes: int | None = None
+    """Of experts in host memory behind a card; None where none is computed on."""
+
+    def on_card(self, share: CardShare | None) -> ActorPlan:
+        """With a share of a card, where there is one."""
+        if share is None:
+            return self
+        return replace(self, num_gpus=share.num_gpus, host_budget_bytes=share.host_budget_bytes)
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,10 @@ from cluster.errors import NodeAddressInvalid
 from cluster.joining import HEAD_RESOURCE
 from cluster.link_rate import SECRET_BYTES, Link, LinkEnd, measure_link
 from cluster.machine_facts import MachineFacts, read_machine
-from cluster.node_report import NodeReport, StoreQuestion
+from cluster.node_report import CardReport, NodeReport, StoreQuestion
 from cluster.node_speed import Arithmetic, ExpertShape, measure_arithmetic, measure_disk
 from cluster.resources import NO_CPUS
+from experts.devices import CUDA, read_device_memory, why_no_cuda
 from experts.near_store import STORE_CACHE_VARIABLE
 from experts.numerics import num_cores, useful_threads
 from extraction.errors import ExtractionError
@@ -41,6 +42,7 @@ class NodeAnswer:
     arithmetic: Arithmetic
     disk_bytes_s: float
     has_store: bool
+    card: CardReport | None = None
 
 
 class NodeProbe:
@@ -58,8 +60,9 @@ class NodeProbe:
         files = [root / name for name in question.files] if root and question and has_store else []
         folder = Path(machine.cache_folder)
         existing = next(path for path in (folder, *folder.parents) if path.exists())
+        card = read_card(shape, threads) if question and question.has_cards else None
         return NodeAnswer(
-            machine, measure_arithmetic(shape, threads), measure_disk(files, existing), has_store
+            machine, measure_arithmetic(shape, threads), measure_disk(files, existing), has_store, card
         )
 
     def listen(self, host: str, secret: bytes) -> int:
@@ -101,10 +104,11 @@ def _report(
     if isinstance(answer, str):
         return NodeReport(*facts, problem=answer, labels=labels)
     known = (answer.machine, answer.arithmetic, answer.disk_bytes_s, answer.has_store)
+    card = answer.card if node["Resources"].get("GPU") else None  # Ray would give an actor none
     if node_id == here:
-        return NodeReport(*facts, *known, labels=labels)
+        return NodeReport(*facts, *known, labels=labels, card=answer.card)
     link, problem = _measure(probe, address, is_local)
-    return NodeReport(*facts, *known, link=link, link_problem=problem, labels=labels)
+    return NodeReport(*facts, *known, link=link, link_problem=problem, labels=labels, card=card)
 
 
 def _measure(probe: Any, address: str, is_local: bool) -> tuple[Link | None, str]:
@@ -116,6 +120,13 @@ def _measure(probe: Any, address: str, is_local: bool) -> tuple[Link | None, str
         return measure_link(host, port, secret), ""
     except (OSError, NodeAddressInvalid, ray.exceptions.RayError) as error:
         return None, _reason(error)
+
+
+def read_card(shape: ExpertShape, num_threads: int) -> CardReport | None:
+    """Of the process's machine; None where PyTorch sees none."""
+    if why_no_cuda() is not None:
+        return None
+    return CardReport(read_device_memory(CUDA), measure_arithmetic(shape, num_threads, CUDA))
 
 
 def _start_probe(node_id: str) -> Any:

@@ -101,7 +101,8 @@ def reconcile(
     chosen = {member.name for member in current.values() if member is not None}
     superseded = [m for m in members if m.state in ("ready", "starting") and m.name not in chosen]
     endings = (_ending(m, now_s, patience) for m in members if m.name not in back.values())
-    drains = _drains(target, current, [m for m in superseded if m.state == "ready"])
+    serving = [m for m in superseded if m.state == "ready"]
+    drains = [*_drains(target, current, serving), *_card_drains(target, current, members, serving)]
     leaving = {m.name for m in members if m.state in ("draining", "retiring")}.union(d.name for d in drains)
     return (
         *(End(name, "waited for a machine, and a node has room now") for name in sorted(seated)),
@@ -226,6 +227,25 @@ def _drains(
     ]
 
 
+def _card_drains(
+    target: Target,
+    current: Mapping[str, Member | None],
+    members: Sequence[Member],
+    superseded: Sequence[Member],
+) -> list[Action]:
+    """Those that have a card's share which their replacement is to have: a card has no room for two. One at a time;
+    meanwhile replicas or routers compute."""
+    on_cards = {wanted.name for wanted in target.wanted if wanted.plan.num_gpus}
+    waiting = {m.name: m.actor for m in superseded if m.actor in on_cards and current[m.actor] is None}
+    is_changing = any(
+        m.actor in on_cards and m.state in ("draining", "retiring", "starting") for m in members
+    )
+    is_lacking = any(current[name] is None and name not in waiting.values() for name in on_cards)
+    if is_changing or is_lacking:
+        return []
+    return [Turn(name, "draining", "its replacement needs its card") for name in sorted(waiting)[:1]]
+
+
 def _creations(
     target: Target,
     current: Mapping[str, Member | None],
@@ -241,6 +261,7 @@ def _creations(
     if any(member.state == "found" for member in members):
         return []  # one of them may be what is wanted
     serving = {member.actor for member in superseded if member.state == "ready"}
+    alive = {member.actor for member in members if not member.is_gone}
     starting = [m.actor for m in current.values() if m is not None and m.state == "starting"]
     num_replaced = sum(actor in serving for actor in starting)
     num_replaced += sum(member.state in ("draining", "retiring") for member in members)
@@ -252,6 +273,8 @@ def _creations(
         backoff = backoffs.get(wanted.name)
         if current[wanted.name] is not None or wanted.name in back:
             continue
+        if wanted.plan.num_gpus and wanted.name in alive:
+            continue  # it has the card, until it has finished
         if backoff is not None and now_s < backoff.retry_at_s:
             continue
         if wanted.name in serving and num_replaced >= MAX_REPLACED_AT_ONCE:

@@ -43,7 +43,7 @@ def place_again(
     wanted = {group.name: counts[group.name] if is_scaled else options.replicas for group in plan.groups}
     plan = _add(topology, plan, plan_replicas(topology, demand, plan, current, _at_most_one(wanted)))
     idle = [name for name, number in wanted.items() if not number]
-    plan = share_new_gpus(topology, plan, give_to_joined(topology, demand, plan, options, joined, idle))
+    plan = share_gpus(topology, give_to_joined(topology, demand, plan, options, joined, idle))
     new = {group.name for group in plan.groups} - wanted.keys()
     wanted |= {name: _is_run(plan, name) if is_scaled else options.replicas for name in new}
     plan = _add(topology, plan, plan_replicas(topology, demand, plan, current, wanted))
@@ -53,18 +53,8 @@ def place_again(
     return replace(plan, groups=tuple(_at_home(group, plan) for group in plan.groups))
 
 
-def share_new_gpus(topology: Topology, before: ServicePlan, plan: ServicePlan) -> ServicePlan:
-    """Those that were there keep their shares of GPUs."""
-    old = {actor.name for actor in before.actors}
-    if old.issuperset(actor.name for actor in plan.actors):
-        return plan
-    shared = {actor.name: actor for actor in share_gpus(topology, plan).actors}
-    actors = (actor if actor.name in old else shared[actor.name] for actor in plan.actors)
-    return replace(plan, actors=tuple(actors))
-
-
 def _add(topology: Topology, plan: ServicePlan, actors: Collection[ActorPlan]) -> ServicePlan:
-    return share_new_gpus(topology, plan, replace(plan, actors=(*plan.actors, *actors)))
+    return share_gpus(topology, replace(plan, actors=(*plan.actors, *actors)))
 
 
 def _at_most_one(wanted: Mapping[str, int]) -> dict[str, int]:

@@ -50,7 +50,7 @@ def plan_replicas(
     sizes = {group.name: sum(demand.sizes[key] for key in group.keys) for group in plan.groups}
     heat = {group.name: sum(demand.uses[key] for key in group.keys) for group in plan.groups}
     counts = Counter(actor.group for actor in plan.actors)
-    nodes = [_left(node, topology, demand, plan, sizes) for node in topology.nodes]
+    nodes = [_left(node, topology, demand, plan, sizes) for node in topology.nodes if node.is_for_actors]
     nodes.sort(key=lambda left: left.node.node_id)
     names = {actor.name for actor in (*plan.actors, *(current.actors if current else ()))}
     there = {(actor.group, actor.node_id): actor.name for actor in (current.actors if current else ())}

@@ -13,8 +13,8 @@ from cluster.actor_counts import GroupLoad, ScalerState
 from cluster.autoscaler import Decision, LoadSnapshot, carry_out, decide
 from cluster.capacity import Capacity, Load, observe
 from cluster.fleet import Fleet
-from cluster.plan import ExpertGroup, ServicePlan
-from cluster.replanning import share_new_gpus
+from cluster.placement import share_gpus
+from cluster.plan import CardShare, ExpertGroup, ServicePlan
 from cluster.scaling_room import node_load
 from cluster.service_spec import Scaling
 from cluster.topology import Topology
@@ -83,7 +83,9 @@ class PlanScaler:
         seen = where_it_runs(plan, fleet)
         self._state, decisions = decide(self._state, snapshot, seen, self._scaling.settings, now_s)
         scaled = carry_out(plan, decisions)
-        return scaled if topology is None else share_new_gpus(topology, plan, scaled), decisions
+        if topology is not None:
+            return share_gpus(topology, scaled), decisions
+        return _share_new_cards(plan, scaled, self._scaling.card_share), decisions
 
     def _fallback_s(self, group: ExpertGroup) -> float:
         """See `GroupLoad`. Every expert of a token is taken to be among the group's, as far as it has so many."""
@@ -111,6 +113,13 @@ def _at_least_one(load: Load, rows: Mapping[str, int]) -> Load:
     if load.num_running or load.num_waiting or not any(rows.values()):
         return load
     return replace(load, num_running=1)
+
+
+def _share_new_cards(before: ServicePlan, plan: ServicePlan, share: CardShare | None) -> ServicePlan:
+    """Those that were there keep what they have."""
+    old = {actor.name for actor in before.actors}
+    actors = (actor if actor.name in old else actor.on_card(share) for actor in plan.actors)
+    return replace(plan, actors=tuple(actors))
 
 
 def where_it_runs(plan: ServicePlan, fleet: Fleet) -> ServicePlan:

@@ -14,7 +14,7 @@ from cluster.demand import Demand
 from cluster.node_report import StoreQuestion
 from cluster.node_rooms import RoomRules
 from cluster.placement import PlacementOptions
-from cluster.plan import ActorPlan, ExpertGroup, ServicePlan
+from cluster.plan import ActorPlan, CardShare, ExpertGroup, ServicePlan
 from cluster.reconcile import WantedActor
 from cluster.topology import Topology
 from experts.actor import ActorSpec
@@ -36,6 +36,8 @@ class Scaling:
     """How fast routers read experts from their own copy of the store. 0 where they have none."""
     interval_s: float = 1.0
     """Between two looks."""
+    card_share: CardShare | None = None
+    """Of every new actor, where actors compute on the cards of one machine."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ class ServiceSpec:
     """Of every expert's record, where disks are looked after: on one machine there is nothing to gain."""
     placing: Placing | None = None
     """None leaves nodes that the plan does not name to Ray."""
+    expert_device: str = "cpu"
+    """On which actors compute; `cuda`: on the card of which Ray gives them a share."""
 
     @property
     def is_one_machine(self) -> bool:
@@ -113,6 +117,8 @@ def actor_spec(
         spec.store_source,
         spec.cache,
         beside,
+        spec.expert_device if actor.num_gpus else "cpu",
+        actor.host_budget_bytes,
     )
 
 

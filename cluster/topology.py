@@ -45,6 +45,11 @@ class NodeFacts:
     numerics_class: str = ""
     """Nodes with equal classes compute equal bits. Empty where nobody has asked yet."""
     gpus: tuple[Gpu, ...] = ()
+    """On which its actors compute; its room is then that of their memory."""
+    behind_bytes: int = 0
+    """Of host memory behind these, for experts as the store has them."""
+    is_for_actors: bool = True
+    """Whether replicas may come to it. False where the routers' room is on a card, which they do not share."""
     labels: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,14 @@ from torch import Tensor
 from experts.actor_report import ActorIdentity, ActorPulse, DiskReport
 from experts.budget import share_of
 from experts.call import ExpertCall
+from experts.device_proof import prove_experts
+from experts.device_tier import open_tiers
+from experts.devices import resolve_device, settle_arithmetic
 from experts.errors import ExpertError
 from experts.eviction import Eviction
 from experts.group_trust import GroupTrust, Scores
 from experts.near_store import CacheSpec, NearStore, StoreSource, open_near
-from experts.numerics import calibrate, num_cores, useful_threads
+from experts.numerics import num_cores, useful_threads
 from experts.store import ExpertStore
 from experts.transport import Endpoint, ExpertServer, ServiceInfo, TransportLimits
 from experts.weight_server import WeightServer
@@ -68,11 +71,15 @@ class ActorSpec:
     beside: int = 0
     """Expert actors that share the cores of its machine, this one included, where its number of threads is to follow
     from these; 0 means `num_threads`."""
+    device: str = "cpu"
+    """What computes; `cuda` is the card that Ray has given to the process. The budget is then of its memory."""
+    host_budget_bytes: int | None = None
+    """Of experts in host memory behind another device than the CPU; None means no bound."""
 
     def fingerprint(self) -> str:
         """Equal for specs that compute the same rows for an expert of both groups, whenever, wherever and within
         whatever budget."""
-        return self._sign((self.store_root, self.dtype, self.eviction))
+        return self._sign((self.store_root, self.dtype, self.eviction, self.device))
 
     def service(self) -> str:
         """Equal for all actors that know the same secret."""
@@ -89,7 +96,9 @@ class ExpertActor:
         logging.basicConfig(level=logging.INFO)
         torch.set_num_threads(_num_threads(spec))
         dtype = DTYPES[spec.dtype]
-        kernel = calibrate([(2 * spec.expert_width, spec.width), (spec.width, spec.expert_width)], dtype)
+        device = resolve_device(spec.device)
+        settle_arithmetic(device)
+        kernel = prove_experts(spec.width, spec.expert_width, dtype, device)
         self._spec = spec
         self._near = _open_store(spec)
         self._store = self._near.store
@@ -106,6 +115,7 @@ class ExpertActor:
             trust=self._trust.score,
             copies=self._near.copies,
             has_guests=True,
+            tiers=open_tiers(device, spec.host_budget_bytes),
         )
         self._calls = threading.Lock()
         self._num_active = 0
@@ -207,6 +217,7 @@ class ExpertActor:
             "experts_trusted": self._trust.num_known,
             "bytes_read": stats.bytes_read,
             "rows": stats.rows,
+            "behind": None if stats.behind is None else asdict(stats.behind),
             "numerics_class": worker.numerics_class,
             "fingerprint": self._spec.fingerprint(),
             "store": self._near.status(),

@@ -24,6 +24,7 @@ from experts.quantised import RecordForm
 from experts.residency import Residency
 from experts.shadow import ShadowCaches
 from experts.store import ExpertStore
+from experts.tier_books import TierBooks
 from extraction.manifest import ExpertKey
 
 
@@ -82,30 +83,25 @@ class ExpertCache(Generic[Held]):
         self._held = {key: self._held_bytes(key) for key in (*keys, *guests)}
         self.group_bytes = sum(self._held[key] for key in keys)
         """Of all experts that it is for, in memory."""
-        self.budget_bytes = self._planned_bytes = budget
+        self.budget_bytes = budget
         holds_all = budget is not None and self.group_bytes <= budget and not guests
         bound = None if holds_all and not options.is_resizable else budget
         self._pool = BufferPool(bound, is_aligned=self._loader.direct, memory=options.memory)
         self._buffers: dict[ExpertKey, Tensor] = {}
         self._guests = frozenset(guests)
         self._residency = Residency(bound, make_worth(options.eviction, options.trust))
-        self._largest = max(self._held.values(), default=0)
+        largest = max(self._held.values(), default=0)
         self._shadows = None
         if budget is not None and self.group_bytes > budget:
-            self._shadows = ShadowCaches(budget, self._largest, options.eviction, options.trust)
+            self._shadows = ShadowCaches(budget, largest, options.eviction, options.trust)
+        self._books = TierBooks(self._residency, self._pool, self._shadows, budget, largest)
 
     def set_budget(self, budget_bytes: int) -> None:
         """Keep at most so many bytes from now on: at least one expert, at most the budget of the beginning. What is
         too much goes at once, and its memory with it. Raises ValueError where there never was a bound, or none was
         needed (`CacheOptions.is_resizable`)."""
-        if self._planned_bytes is None or self._is_unbounded:
-            raise ValueError("a cache without a bound cannot get one")
-        self.budget_bytes = budget_bytes = min(self._planned_bytes, max(budget_bytes, self._largest))
-        for key in self._residency.set_budget(budget_bytes):
-            self._drop(key)
-        self._pool.set_limit(budget_bytes)
-        if self._shadows is not None:
-            self._shadows.set_budget(budget_bytes)
+        self.budget_bytes = budget_bytes = self._books.clamped(budget_bytes)
+        self._books.set_budget(budget_bytes, self._drop)
 
     @property
     def _is_unbounded(self) -> bool:

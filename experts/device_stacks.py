@@ -1,4 +1,5 @@
-"""Room on a device for every expert of a layer, side by side in the order of their numbers, as grouped matmul wants it.
+"""Room on a device for all experts of a layer that a process is for, side by side in the order of their numbers, as
+grouped matmul wants it.
 
 Used by `experts.device_tier` where the budget holds all experts. A layer's room is taken when its first expert comes.
 """
@@ -26,18 +27,20 @@ class DeviceStacks:
         self.allocated_bytes = 0
         self._form, self._device = form, device
         self._shapes: dict[tuple[str, int], tuple[int, int]] = {}
-        for key in keys:
-            num_experts, nbytes = self._shapes.get(key[:2], (0, store.record(key).nbytes))
-            self._shapes[key[:2]] = (max(num_experts, key.expert + 1), nbytes)
+        self._places: dict[ExpertKey, int] = {}
+        for key in sorted(keys):  # a group may have any of a layer's experts
+            place, nbytes = self._shapes.get(key[:2], (0, store.record(key).nbytes))
+            self._places[key] = place
+            self._shapes[key[:2]] = (place + 1, nbytes)
         self._layers: dict[tuple[str, int], tuple[Tensor, ExpertStack]] = {}
 
     def buffer(self, key: ExpertKey) -> Tensor:
         """The expert's own part, uint8."""
-        return self._layer(key)[0][key.expert]
+        return self._layer(key)[0][self._places[key]]
 
     def placed(self, key: ExpertKey, weights: ExpertWeights) -> ExpertWeights:
         """Weights that lie in the expert's part, with where that is."""
-        return replace(weights, stack=self._layer(key)[1], place=key.expert)
+        return replace(weights, stack=self._layer(key)[1], place=self._places[key])
 
     def _layer(self, key: ExpertKey) -> tuple[Tensor, ExpertStack]:
         found = self._layers.get(key[:2])

@@ -24,7 +24,8 @@ from experts.quantised import ExpertForm, FloatForm
 from experts.residency import Residency
 from experts.shadow import ShadowCaches
 from experts.store import ExpertStore
-from experts.transfers import Transfer, Transfers
+from experts.tier_books import TierBooks
+from experts.transfers import Transfer, Transfers, open_transfers
 from extraction.manifest import ExpertKey, ExpertRecord
 
 
@@ -52,6 +53,11 @@ class TierStats:
     budget_bytes: int | None
 
 
+def open_tiers(device: torch.device, host_budget_bytes: int | None) -> TierOptions | None:
+    """Of a process that computes on a device; None for one that computes in host memory."""
+    return None if device.type == "cpu" else TierOptions(open_transfers(device), host_budget_bytes)
+
+
 class RecordsAsStored:
     """Host memory behind a device holds what the store holds."""
 
@@ -75,26 +81,29 @@ class TieredCache:
         keys: Collection[ExpertKey],
         options: CacheOptions,
         tiers: TierOptions,
+        guests: Collection[ExpertKey] = (),
     ) -> None:
-        """options: of the device, but for how records are read. form: what records become there."""
+        """options: of the device, but for how records are read. form: what records become there. guests: as of
+        `ExpertCache`, in both tiers."""
         self.weights: dict[ExpertKey, ExpertWeights] = {}
         self.hits = self.misses = 0
         self._store, self._form, self._transfers = store, form, tiers.transfers
         behind = replace(
             options, budget_bytes=tiers.host_budget_bytes, memory=tiers.transfers.memory, is_resizable=True
         )
-        self._host = ExpertCache(store, RecordsAsStored(), keys, behind)
-        budget = self._planned_bytes = options.budget_bytes
+        self._host = ExpertCache(store, RecordsAsStored(), keys, behind, guests)
+        budget = options.budget_bytes
         self._memory = DeviceMemory(tiers.transfers.device)
         self._pool = BufferPool(budget, memory=self._memory)
         self._buffers: dict[ExpertKey, Tensor] = {}
         self._copies: list[Transfer] = []
         self._bytes_moved = 0
         records = [store.record(key) for key in keys]
-        self._held = {record.key: form.loaded_bytes(record) for record in records}
+        self._held = {key: form.loaded_bytes(store.record(key)) for key in (*keys, *guests)}
+        self._guests = frozenset(guests)
         self._residency = Residency(budget, make_worth(options.eviction, options.trust))
-        self.group_bytes = sum(self._held.values())
-        self._largest = max(self._held.values(), default=0)
+        self.group_bytes = sum(self._held[key] for key in keys)
+        largest = max(self._held.values(), default=0)
         self._stacks: DeviceStacks | None = None
         has_room = budget is None or budget >= self.group_bytes
         if (
@@ -106,7 +115,8 @@ class TieredCache:
             self._stacks = DeviceStacks(store, form, keys, tiers.transfers.device)
         self._shadows = None
         if budget is not None and self.group_bytes > budget:
-            self._shadows = ShadowCaches(budget, self._largest, options.eviction, options.trust)
+            self._shadows = ShadowCaches(budget, largest, options.eviction, options.trust)
+        self._books = TierBooks(self._residency, self._pool, self._shadows, budget, largest)
 
     @property
     def tier(self) -> TierStats:
@@ -130,16 +140,10 @@ class TieredCache:
 
     def set_budget(self, budget_bytes: int) -> None:
         """Of the device, as `ExpertCache.set_budget`."""
-        if self._planned_bytes is None:
-            raise ValueError("a cache without a bound cannot get one")
-        budget_bytes = min(self._planned_bytes, max(budget_bytes, self._largest))
+        budget_bytes = self._books.clamped(budget_bytes)
         if self._stacks is not None and budget_bytes < self.group_bytes:
             self._unstack()
-        for key in self._residency.set_budget(budget_bytes):
-            self._drop(key)
-        self._pool.set_limit(budget_bytes)
-        if self._shadows is not None:
-            self._shadows.set_budget(budget_bytes)
+        self._books.set_budget(budget_bytes, self._drop)
 
     @property
     def resident_bytes(self) -> int:
@@ -148,7 +152,8 @@ class TieredCache:
     @property
     def allocated_bytes(self) -> int:
         """Of all buffers on the device, free ones too; never above the budget."""
-        return self._pool.allocated_bytes if self._stacks is None else self._stacks.allocated_bytes
+        stacked = 0 if self._stacks is None else self._stacks.allocated_bytes
+        return self._pool.allocated_bytes + stacked
 
     @property
     def host_allocated_bytes(self) -> int:
@@ -197,6 +202,8 @@ class TieredCache:
 
     def bring(self, wave: Sequence[ExpertKey], now: float) -> Generator[Sequence[ExpertKey]]:
         """See `ExpertCache.bring`: first those that were on the device, then each as its copy is under way."""
+        if self._stacks is not None and self.budget_bytes is not None and not self._guests.isdisjoint(wave):
+            self._unstack()  # the budget would be kept by letting single experts go
         sizes = [self._held[key] for key in wave]
         exchange = self._residency.admit(wave, sizes, now)
         if self._shadows is not None:
@@ -213,7 +220,15 @@ class TieredCache:
         self._host.prefetch([key for key in guess if key not in self._residency])
 
     def let_guests_go(self, keys: Sequence[ExpertKey]) -> None:
-        """There are none: no actor is lost by a process that computes on a device."""
+        """See `ExpertCache.let_guests_go`; in both tiers, each by its own bound."""
+        if self._guests.isdisjoint(keys):
+            return
+        self._await_copies()
+        self._host.let_guests_go(keys)
+        if self.budget_bytes is None:
+            for key in self._guests.intersection(keys) & self.weights.keys():
+                self._residency.forget(key)
+                self._drop(key)
 
     def close(self) -> None:
         """Ends copies and the loading threads; the store belongs to the caller."""
@@ -252,11 +267,15 @@ class TieredCache:
 
     @torch.inference_mode()
     def _take(self, key: ExpertKey) -> Tensor:
-        return self._pool.take(self._held[key]) if self._stacks is None else self._stacks.buffer(key)
+        if self._stacks is None or key in self._guests:
+            return self._pool.take(self._held[key])
+        return self._stacks.buffer(key)
 
     def _keep(self, key: ExpertKey, raw: Tensor) -> None:
         weights = self._form.weights(self._store.record(key), raw)
-        self.weights[key] = weights if self._stacks is None else self._stacks.placed(key, weights)
+        if self._stacks is not None and key not in self._guests:
+            weights = self._stacks.placed(key, weights)
+        self.weights[key] = weights
 
     @torch.inference_mode()
     def _start(self, key: ExpertKey) -> tuple[Tensor, Transfer]:
@@ -292,7 +311,7 @@ class TieredCache:
     def _drop(self, key: ExpertKey) -> None:
         self.weights.pop(key, None)
         buffer = self._buffers.pop(key, None)
-        if buffer is not None and self._stacks is None:
+        if buffer is not None and (self._stacks is None or key in self._guests):
             self._pool.give(buffer)
 
     def _unstack(self) -> None:

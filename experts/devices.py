@@ -19,6 +19,7 @@ from experts.errors import DeviceUnavailable
 from experts.node_memory import NodeMemory, read_node_memory
 
 CPU = torch.device("cpu")
+CUDA = torch.device("cuda", 0)
 ADVICE = "must be cpu, cuda, cuda:N or auto"
 WORKSPACE_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
 WORKSPACE = ":4096:8"
@@ -91,6 +92,13 @@ def read_device_memory(device: torch.device) -> NodeMemory:
         return read_node_memory()
     free, total = torch.cuda.mem_get_info(device)
     return NodeMemory(total, free)
+
+
+def read_cards() -> tuple[NodeMemory, ...]:
+    """Of every CUDA device that PyTorch sees."""
+    return tuple(
+        read_device_memory(torch.device("cuda", index)) for index in range(torch.cuda.device_count())
+    )
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:

@@ -95,10 +95,9 @@ class RowKernel:
 
     @property
     def name(self) -> str:
-        """In the name of a numerics class."""
+        """In the name of the numerics class of experts, which have no norm."""
         if self.product == "blocks":
-            experts = "-grouped" if self.is_grouped else ""
-            return f"blocks{self.row_multiple}-{self.norm}{experts}-1"
+            return f"blocks{self.row_multiple}{'-grouped' if self.is_grouped else ''}-1"
         return f"native-{self.level}-{VERSION}" if self.product == "native" else f"{self.product}-1"
 
     def padded(self, num_rows: int) -> int:

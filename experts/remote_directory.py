@@ -24,6 +24,7 @@ from experts.asking import Asker, Failure, Question, are_finite
 from experts.audit import Auditor, Opinion
 from experts.call import ExpertCall
 from experts.call_times import CallTimes
+from experts.devices import upload
 from experts.directory import AuditStats, DirectoryStats
 from experts.errors import ExpertError, ExpertUnavailable
 from experts.expert_table import ExpertTable
@@ -170,6 +171,10 @@ class RemoteDirectory:
 
     def run(self, call: ExpertCall) -> Tensor:
         """See ExpertDirectory.run. Raises ExpertUnavailable, or what computing here raises."""
+        if not call.tokens_TD.is_cpu:
+            # Sockets take what is in host memory; it is read back once for all of them.
+            rows_RD = self.run(replace(call, tokens_TD=call.tokens_TD.cpu()))
+            return upload(rows_RD, call.tokens_TD.device)
         suspended = self._asker.suspensions.of((call.component, call.layer), time.monotonic())
         return self._compute(call, _Attempt(frozenset(suspended)))
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from experts.cache import CacheOptions, ExpertCache
 from experts.call import ExpertCall
 from experts.device_tier import TieredCache, TierOptions, TierStats
+from experts.devices import upload
 from experts.errors import ExpertError, NotInGroup
 from experts.eviction import DEFAULT_EVICTION, Eviction
 from experts.expert_table import ExpertTable
@@ -83,7 +84,6 @@ class ExpertWorker:
 
         The other options are those of `CacheOptions`.
         """
-        assert tiers is None or not has_guests
         self.dtype = dtype
         form = expert_form(store, kernel, dtype, widths)
         self.numerics_class = numerics_class(kernel.device, dtype, kernel) + form.class_suffix
@@ -104,7 +104,7 @@ class ExpertWorker:
             self.cache = ExpertCache(store, form, self._keys, options, guests)
         else:
             tiers = replace(tiers, is_stacked=kernel.is_grouped)
-            self.cache = TieredCache(store, form, self._keys, options, tiers)
+            self.cache = TieredCache(store, form, self._keys, options, tiers, guests)
         self._steps: dict[tuple[str, int], int] = {}
         self._now = 0
         self._lock = threading.Lock()
@@ -157,8 +157,11 @@ class ExpertWorker:
     def compute(self, call: ExpertCall) -> Tensor:
         """The call's R output rows, (R, D) in this worker's dtype.
 
+        Where they are: as the call's tokens, though a device computes.
         Raises NotInGroup, UnknownExpert, BudgetTooSmall, or what reading the store raises.
         """
+        if not self._kernel.is_on_cpu and call.tokens_TD.is_cpu:
+            return self._compute_for_host(call)
         keys = [ExpertKey(call.component, call.layer, expert) for expert in call.experts]
         with self._lock:
             at_hand = self.cache.at_hand(keys)
@@ -171,6 +174,12 @@ class ExpertWorker:
             self._stats.calls += 1
             self._stats.rows += call.num_rows
         return rows_RD
+
+    @torch.inference_mode()
+    def _compute_for_host(self, call: ExpertCall) -> Tensor:
+        """A call that came over a socket, on a device: its tokens go there, and its rows come back at once."""
+        there = replace(call, tokens_TD=upload(call.tokens_TD, self._kernel.device))
+        return self.compute(there).cpu()
 
     def table(self, component: str, layer: int) -> ExpertTable | None:
         """All experts of a layer, where our own products take them and they stay in memory for good. Who computes

@@ -70,12 +70,13 @@ def read_memory(
 def choose_memory(values: OptionValues, announce: Callable[[str], None]) -> ChosenMemory:
     """Raises DeviceUnavailable."""
     from experts.devices import resolve_device
-    from gateway.service.options import tiers
+    from gateway.service.options import computes_on_cards, tiers
 
     device = resolve_device(values.device)
-    if device.type == "cpu" and values.host_budget is not None:
+    is_on_card = computes_on_cards(values, device)
+    if not is_on_card and values.host_budget is not None:
         announce(ONE_MEMORY_NOTICE)
-    return ChosenMemory(device, *tiers(device, values.expert_budget, values.host_budget))
+    return ChosenMemory(device, *tiers(is_on_card, values.expert_budget, values.host_budget))
 
 
 def print_plan(plan: MemoryPlan) -> None:

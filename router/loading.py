@@ -12,13 +12,12 @@ from pathlib import Path
 
 import torch
 
-from experts.device_tier import TierOptions
+from experts.device_tier import open_tiers
 from experts.devices import CPU, settle_arithmetic
 from experts.directory import ExpertDirectory, LocalDirectory
 from experts.eviction import DEFAULT_EVICTION, Eviction
 from experts.numerics import RowKernel, num_cores, useful_threads
 from experts.store import ExpertStore
-from experts.transfers import open_transfers
 from experts.worker import DTYPES, ExpertWorker
 from router.attention import BLOCK_POSITIONS
 from router.backbone import Backbone
@@ -108,7 +107,8 @@ class LoadedEngine:
     @property
     def numerics_class(self) -> str:
         """Of its answers. An expert actor's has no more than the part that the worker's has."""
-        return self.worker.numerics_class + self.forms.class_suffix
+        norm = f"/norm-{self.kernel.norm}" if self.kernel.norm else ""
+        return self.worker.numerics_class + self.forms.class_suffix + norm
 
     def keep_learned(self) -> None:
         """Bring what was learned last to where it is kept, and stop keeping."""
@@ -173,7 +173,7 @@ def load_engine(
         eviction=options.eviction,
         trust=trust.book.score if trust is not None else None,
         copies=tuple(map(Path, options.store_copies)),
-        tiers=_tiers(options),
+        tiers=open_tiers(options.device, options.host_budget_bytes),
         is_resizable=options.is_resizable,
     )
     directory = connect(worker)
@@ -211,12 +211,6 @@ def load_engine(
         pool.nbytes,
     )
     return loaded
-
-
-def _tiers(options: EngineOptions) -> TierOptions | None:
-    if options.device.type == "cpu":
-        return None
-    return TierOptions(open_transfers(options.device), options.host_budget_bytes)
 
 
 def num_kv_blocks(config: ModelConfig, dtype: torch.dtype, options: EngineOptions) -> int:

@@ -42,11 +42,16 @@ def add_node(cluster: Cluster, **options: Any) -> Any:
 
 @contextmanager
 def ray_nodes(
-    num_nodes: int, variables: Sequence[Mapping[str, str]] = ()
+    num_nodes: int,
+    variables: Sequence[Mapping[str, str]] = (),
+    *,
+    num_gpus: Sequence[int] = (),
+    setup_hook: str | None = None,
 ) -> Iterator[tuple[Cluster, list[str]]]:
     """The cluster, and the ids of its nodes, the head's first. This process is connected to it.
 
-    variables: for the environment of each node's processes.
+    variables: for the environment of each node's processes. num_gpus: that Ray counts on each node. setup_hook: a
+    function, as `module.name`, that every process calls when it begins.
     """
     cluster = Cluster()
     try:
@@ -54,6 +59,7 @@ def ray_nodes(
             add_node(
                 cluster,
                 num_cpus=1,
+                num_gpus=num_gpus[number] if num_gpus else 0,
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,
                 env_vars=dict(variables[number]) if variables else {},
@@ -61,7 +67,11 @@ def ray_nodes(
             for number in range(num_nodes)
         ]
         ray.init(
-            address=cluster.address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING
+            address=cluster.address,
+            namespace=NAMESPACE,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            runtime_env={"worker_process_setup_hook": setup_hook} if setup_hook else None,
         )
         yield cluster, [node.node_id for node in nodes]
     finally:

@@ -54,7 +54,7 @@ def render_status(status: Mapping[str, Any]) -> RenderableType:
     resident = {actor["name"]: actor.get("resident_bytes", 0) for actor in status["actors"]}
     for each in status["routers"]:
         resident[each["name"]] = each.get("experts", {}).get("resident_bytes", 0)
-    plan = [render_memory(status["memory"], resident)] if status.get("memory") else []
+    plan = [render_memory(status["memory"], resident, _behind(status))] if status.get("memory") else []
     memory = f"backbone {mib(router['backbone_bytes'])}, KV cache {mib(router['kv_bytes'])}"
     memory += _prefixes(router.get("prefix_cache"))
     fetching = [line for actor in status["actors"] if (line := _fetching(actor))]
@@ -69,6 +69,13 @@ def render_status(status: Mapping[str, Any]) -> RenderableType:
     title = f"{status['model']} ({router['numerics_class']})"
     title += f", quantised ({quantization}): answers are modified" if quantization else ""
     return Group(title, actors, *plan, nodes, *fetching, *_cluster_lines(status.get("cluster") or {}), line)
+
+
+def _behind(status: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes of experts in host memory behind devices, by process."""
+    told = [(each["name"], each.get("experts", {})) for each in status["routers"]]
+    told += [(actor["name"], actor) for actor in status["actors"]]
+    return {name: entry["behind"]["resident_bytes"] for name, entry in told if entry.get("behind")}
 
 
 def _prefixes(cache: Mapping[str, Any] | None) -> str:

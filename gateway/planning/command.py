@@ -117,6 +117,7 @@ def _described(
         None if is_one else "auto",
         grouping,
         None if trace is None else str(trace),
+        "auto" if any(node.gpus for node in topology.nodes) else None,
         None if is_one or all(node.has_store for node in topology.nodes) else _cache_folder(),
     )
     return make_report(model, topology, demand, workload, choices, memory_bytes)
@@ -129,7 +130,9 @@ def _asked(
     from gateway.planning.cluster import plan_on_cluster
     from gateway.planning.report import ServeChoices, make_report
 
-    choices = ServeChoices(address, grouping, None if trace is None else str(trace), _cache_folder())
+    choices = ServeChoices(
+        address, grouping, None if trace is None else str(trace), store_cache=_cache_folder()
+    )
     placed = plan_on_cluster(model, workload, choices)
     topology = placed.topology
     if all(node.has_store for node in topology.nodes):

@@ -179,7 +179,9 @@ def _notes(topology: Topology, num_unsafe: int, *, is_described: bool) -> tuple[
             "nobody can compute them"
         )
     if any(node.gpus for node in topology.nodes):
-        notes.append("GPUs are planned with, but this version computes experts on CPUs only")
+        notes.append(
+            "experts on GPUs are not yet run on one (docs/memory.md); serve uses one GPU of each machine"
+        )
     if is_described and len(topology.nodes) > 1:
         notes.append(
             "serve measures the machines itself; node-budgets (docs/placement.md) hold it to what is described here"
@@ -195,6 +197,8 @@ class ServeChoices:
     """Of the cluster; None for one machine."""
     grouping: Grouping = "expert"
     demand: str | None = None
+    expert_device: str | None = None
+    """None for the default."""
     store_cache: str | None = None
     """Where machines without the store keep what they fetch; None where all have it."""
 
@@ -216,6 +220,8 @@ def serve_options(
             options["grouping"] = choices.grouping
         if choices.demand is not None:
             options["demand"] = choices.demand
+        if choices.expert_device is not None:
+            options["expert-device"] = choices.expert_device
         if choices.store_cache is not None:
             options["store-cache"] = choices.store_cache
     assert options.keys() <= set(option_names())

@@ -111,6 +111,9 @@ def serve(
         typer.Option(metavar="SHARE", help="Part of actors' answers that is computed twice. [0.0001]"),
     ] = None,
     device: DeviceOption = None,
+    expert_device: Annotated[
+        Word, typer.Option(metavar="cpu|cuda|auto", help="What computes in expert actors. \\[cpu]")
+    ] = None,
     expert_budget: ExpertBudgetOption = None,
     host_budget: HostBudgetOption = None,
     store_copy: Annotated[
@@ -210,6 +213,7 @@ def serve(
         "capacity": capacity,
         "audit-share": audit_share,
         "device": device,
+        "expert-device": expert_device,
         "expert-budget": expert_budget,
         "host-budget": host_budget,
         "store-copy": store_copy or None,
@@ -319,6 +323,11 @@ def _in_few_lines(value: Any) -> Any:
 def _serve(options: ServiceOptions) -> None:
     from gateway.service.launch import interruptible, running_service, wait_while_served
 
+    if options.num_actors and options.device.type != options.expert_device:
+        announce(
+            f"note: the router computes on {options.device.type}, expert actors on {options.expert_device}: rows of "
+            "two numerics classes, equal within a tolerance only, see docs/exactness.md"
+        )
     with interruptible():
         try:
             with running_service(options, _print_memory, _print_placement) as url:

@@ -161,10 +161,11 @@ def _begin_actors(
         secret=secrets.token_bytes(32),
         is_local_only=is_local_only(node_addresses()),
         rooms={ray.get_runtime_context().get_node_id(): sum(layout.memory.actor_budgets)},
-        scaling=plan_scaling(options, engine),
+        scaling=plan_scaling(options, engine, layout.card_share),
         cache=options.store_cache,
         record_bytes={} if options.ray_address is None else record_bytes(options),
         placing=layout.placing,
+        expert_device="cpu" if options.expert_device == "cpu" else "cuda",
     )
     if options.store_cache is not None:
         stack.callback(_stop_keeper)

@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cluster.autoscaler import ScalerSettings
-from cluster.memory_plan import MemoryPlan, Node
+from cluster.memory_plan import MemoryPlan, Node, choose_requests
 from cluster.placement import plan_local
-from cluster.plan import ServicePlan
+from cluster.plan import CardShare, ServicePlan
 from cluster.resources import ThreadPlan, plan_spin_s, plan_threads
 from experts.loader import check_copies
 from experts.numerics import num_cores
 from experts.store import ExpertStore
 from extraction.manifest import ExpertKey
 from gateway.errors import OptionInvalid
-from gateway.service.memory import SERVICE_BASE, plan_on_device, plan_service
+from gateway.service.memory import cards_here, plan_service, plan_service_on_cards
 from gateway.service.options import ServiceOptions
 from gateway.service.state_folder import resolve_state_folder
 from router.batcher import BatchLimits
@@ -44,6 +44,8 @@ class Layout:
     spin_s: float
     placing: Placing | None = None
     """How the plan follows the machines; None on one machine."""
+    card_share: CardShare | None = None
+    """Of every actor, where actors compute on this machine's cards."""
 
 
 def read_model(options: ServiceOptions) -> tuple[ModelConfig, str]:
@@ -67,15 +69,29 @@ def lay_out_here(options: ServiceOptions, engine: EngineOptions, threads: Thread
     """Everything on one machine, in `num_actors` equal groups. Raises like `plan_service`."""
     with closing(ExpertStore.open(options.store_root)) as store:
         budgets = (options.expert_budgets, options.node_budgets)
-        if options.device.type == "cpu":
+        if not options.has_cards:
             memory = plan_service(store, engine, options.num_actors, *budgets, node, options.num_routers)
         else:
-            tiers = options.expert_budgets, options.host_budgets
-            memory = plan_on_device(store, engine, *tiers, node, SERVICE_BASE)
+            actors = options.num_actors, options.expert_device
+            asked = choose_requests(options.expert_budgets, options.node_budgets, node)
+            tiers = asked, options.host_budgets
+            memory = plan_service_on_cards(store, engine, *actors, *tiers, node, options.num_routers)
         keys = store.expert_keys(store.served.name)
-    plan = plan_local(keys, options.num_actors, memory.actor_budgets)
+    card_share = _card_share(options, memory)
+    plan = plan_local(keys, options.num_actors, memory.actor_budgets, card_share)
     spin_s = plan_spin_s(num_cores(), options.num_actors, threads.expert_actor, options.num_routers)
-    return Layout(plan, memory, threads.expert_actor, spin_s)
+    return Layout(plan, memory, threads.expert_actor, spin_s, card_share=card_share)
+
+
+def _card_share(options: ServiceOptions, memory: MemoryPlan) -> CardShare | None:
+    """Of every actor, where actors compute on this machine's cards. Raises OptionInvalid."""
+    if not memory.actor_host_budgets:
+        return None
+    cards = cards_here()
+    if cards.number > 1 and options.actor_range is not None:
+        reason = f"goes with one card, not {cards.number}: which of them has room is not known while the number changes"
+        raise OptionInvalid("autoscale", reason)
+    return CardShare(1 / cards.most_beside(options.num_actors), min(memory.actor_host_budgets))
 
 
 def record_bytes(options: ServiceOptions) -> dict[ExpertKey, int]:
@@ -83,7 +99,9 @@ def record_bytes(options: ServiceOptions) -> dict[ExpertKey, int]:
         return {key: store.record(key).nbytes for key in store.expert_keys(store.served.name)}
 
 
-def plan_scaling(options: ServiceOptions, engine: EngineOptions) -> Scaling | None:
+def plan_scaling(
+    options: ServiceOptions, engine: EngineOptions, card_share: CardShare | None = None
+) -> Scaling | None:
     """How the number of actors follows the load, where it does."""
     if options.actor_range is None:
         return None
@@ -100,7 +118,8 @@ def plan_scaling(options: ServiceOptions, engine: EngineOptions) -> Scaling | No
     paths = (options.store_root / name for name in files)
     read_bytes_s = measure_disk(paths, options.store_root) or UNKNOWN_DISK_BYTES_S
     replicas = options.replicas if options.is_placed else None
-    return Scaling(ScalerSettings(most, least, replicas), expert_bytes, per_token, read_bytes_s)
+    settings = ScalerSettings(most, least, replicas)
+    return Scaling(settings, expert_bytes, per_token, read_bytes_s, card_share=card_share)
 
 
 def engine_options(options: ServiceOptions, dtype: str, num_threads: int) -> EngineOptions:

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import psutil
+import torch
 
-from cluster.device_plan import plan_device
+from cluster.device_plan import Cards, Process, plan_devices
 from cluster.memory_plan import (
     BaseMemory,
     MemoryPlan,
@@ -21,11 +22,12 @@ from cluster.memory_plan import (
     choose_requests,
     override_name,
     plan_memory,
+    router_names,
 )
 from cluster.placement import split_experts
-from experts.budget import FIT, BudgetRequest, measure_experts
+from experts.budget import FIT, BudgetRequest, ExpertBytes, measure_experts
 from experts.device_tier import RecordsAsStored
-from experts.devices import read_device_memory
+from experts.devices import CPU, CUDA, read_cards, read_device_memory
 from experts.errors import BudgetTooSmall
 from experts.node_memory import read_node_memory
 from experts.quantised import planned_form
@@ -38,7 +40,9 @@ from router.model_config import read_model_config
 MIB = 1 << 20
 THIS_PROCESS = BaseMemory(router=0)
 """What this process is already is no longer available, so it is not counted a second time."""
-SERVICE_BASE = BaseMemory(router=320 * MIB, expert_actor=256 * MIB, others=1536 * MIB)
+CARD_BYTES = 512 * MIB
+"""What CUDA is taken to keep on a card for each process that computes there; not measured yet."""
+SERVICE_BASE = BaseMemory(router=320 * MIB, expert_actor=256 * MIB, others=1536 * MIB, card=CARD_BYTES)
 """Memory of processes that hold nothing yet, shared pages counted once; the others are the command, Ray, Serve, the
 gateway and the supervisor. Measured on Linux with Ray 2.60 (docs/memory.md)."""
 
@@ -73,8 +77,7 @@ def plan_engine(
     footprint = measure_footprint(store, options)
     if options.device.type != "cpu":
         plan = plan_on_device(store, options, requests, host_requests, this_node(), base)
-        assert plan.behind is not None
-        budgets = plan.budget_bytes, plan.behind.budget_bytes
+        budgets = plan.budget_bytes, plan.behind[0].budget_bytes
         return replace(options, expert_budget_bytes=budgets[0], host_budget_bytes=budgets[1]), plan
     plan = plan_memory(requests, footprint, (), this_node(), base)
     return replace(options, expert_budget_bytes=plan.budget_bytes), plan
@@ -88,11 +91,71 @@ def plan_on_device(
     node: Node,
     base: BaseMemory,
 ) -> MemoryPlan:
-    """See `plan_device`; the options' device as it is now."""
-    stored = measure_experts(store, store.expert_keys(store.served.name), RecordsAsStored())
-    device = Node(str(options.device), (), read_device_memory(options.device))
+    """Of one engine, on the options' device as it is now; see `plan_devices`."""
     footprint = measure_footprint(store, options)
-    return plan_device(requests or (FIT,), host_requests, footprint, stored, device, node, base)
+    router = Process("router", True, True, footprint.experts, measure_stored(store))
+    return plan_devices(
+        (router,), requests or (FIT,), host_requests, footprint, card_of(options.device), node, base
+    )
+
+
+def plan_service_on_cards(
+    store: ExpertStore,
+    options: EngineOptions,
+    num_actors: int,
+    expert_device: str,
+    requests: tuple[BudgetRequest, ...],
+    host_requests: tuple[BudgetRequest, ...],
+    node: Node,
+    num_routers: int = 1,
+) -> MemoryPlan:
+    """The same of a service whose router or whose expert actors compute on this machine's cards, as they are now."""
+    footprint = measure_footprint(store, options)
+    is_router_on_card, are_on_cards = options.device.type != "cpu", expert_device != "cpu"
+    width = read_model_config(store.served.config).hidden_size
+    form = planned_form(
+        store, chosen_dtype(store, options), {store.served.name: width}, CUDA if are_on_cards else CPU
+    )
+    groups = split_experts(store.expert_keys(store.served.name), num_actors) if num_actors else []
+    stored = measure_stored(store)
+    processes = [
+        *(
+            Process(name, True, is_router_on_card, footprint.experts, stored)
+            for name in router_names(num_routers)
+        ),
+        *(
+            Process(
+                f"experts-{index}",
+                False,
+                are_on_cards,
+                measure_experts(store, group, form),
+                measure_experts(store, group, RecordsAsStored()),
+            )
+            for index, group in enumerate(groups)
+        ),
+    ]
+    if are_on_cards:
+        cards = cards_here()
+    else:
+        cards = card_of(options.device)
+    return plan_devices(processes, requests, host_requests, footprint, cards, node, SERVICE_BASE)
+
+
+def cards_here() -> Cards:
+    """This machine's, by the one with the least room."""
+    found = read_cards()
+    least = min(found, key=lambda memory: memory.available_bytes)
+    return Cards(Node("cuda:0" if len(found) == 1 else "cuda", (), least), len(found))
+
+
+def card_of(device: torch.device) -> Cards:
+    """A router's."""
+    return Cards(Node(str(device), (), read_device_memory(device)))
+
+
+def measure_stored(store: ExpertStore) -> ExpertBytes:
+    """All experts as the store has them."""
+    return measure_experts(store, store.expert_keys(store.served.name), RecordsAsStored())
 
 
 def plan_service(

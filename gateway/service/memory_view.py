@@ -10,10 +10,17 @@ from rich.table import Table
 
 COLUMNS = ("node", "tier", "process", "backbone", "KV", "buffers", "experts", "of", "share")
 MIB = 1 << 20
+HOST_TIER = "host"
+"""As `cluster.device_plan` has it, which would bring PyTorch here."""
 
 
-def render_memory(plan: Mapping[str, Any], resident: Mapping[str, int] | None = None) -> Table:
-    """plan: `MemoryPlan.as_json()`, its texts safe to print. resident: bytes that each process holds now, by name."""
+def render_memory(
+    plan: Mapping[str, Any],
+    resident: Mapping[str, int] | None = None,
+    behind: Mapping[str, int] | None = None,
+) -> Table:
+    """plan: `MemoryPlan.as_json()`, its texts safe to print. resident: bytes that each process holds now where it
+    computes, by name. behind: the same in host memory behind a device."""
     title = "Memory (MiB)" if resident is None else "Memory as divided at the start, and experts' now (MiB)"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
     for column in COLUMNS if resident is None else (*COLUMNS, "now"):
@@ -28,12 +35,13 @@ def render_memory(plan: Mapping[str, Any], resident: Mapping[str, int] | None = 
             row["expert_bytes"],
         ]
         texts = (str(row[name]) for name in COLUMNS[:3])
-        now = () if resident is None else (_mib(resident.get(row["process"], 0)),)
+        held = behind if row["tier"] == HOST_TIER else resident
+        now = () if resident is None else (_mib((held or {}).get(row["process"], 0)),)
         table.add_row(*texts, *map(_mib, sizes), _share(row["budget_bytes"], row["expert_bytes"]), *now)
-    stand_in_bytes = {row["process"]: row.get("stand_in_bytes", 0) for row in plan["processes"]}
+    stand_in_bytes = {row["process"]: n for row in plan["processes"] if (n := row.get("stand_in_bytes", 0))}
     # Below the table, which would not fit a terminal with one column more.
-    held = [f"{_mib(num_bytes)} in {process}" for process, num_bytes in stand_in_bytes.items() if num_bytes]
-    table.caption = f"Beside the budget, stand-ins for experts: {', '.join(held)}" if held else None
+    beside = [f"{_mib(num_bytes)} in {process}" for process, num_bytes in stand_in_bytes.items()]
+    table.caption = f"Beside the budget, stand-ins for experts: {', '.join(beside)}" if beside else None
     table.caption_justify = "left"
     return table
 

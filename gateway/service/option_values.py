@@ -150,6 +150,7 @@ class OptionValues(BaseModel):
     device: str = Field(
         "cpu", pattern=r"^(cpu|auto|cuda(:[0-9]{1,3})?)$", description="cpu, cuda, cuda:N or auto"
     )
+    expert_device: str = Field("cpu", pattern=r"^(cpu|auto|cuda)$", description="cpu, cuda or auto")
     expert_budget: Budget | None = Field(None, description=BUDGET_ADVICE.removeprefix("must be "))
     host_budget: Budget | None = Field(None, description=BUDGET_ADVICE.removeprefix("must be "))
     node_budgets: dict[Text, Budget] = Field(

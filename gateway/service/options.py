@@ -70,7 +70,10 @@ class ServiceOptions:
     audit_share: float = DEFAULT_AUDIT_SHARE
     """Share of expert actors' answers that are computed again elsewhere and compared."""
     device: torch.device = CPU
-    """Of the router, which then computes all experts."""
+    """Of the router: its backbone, its cache, and the experts that it computes itself."""
+    expert_device: str = "cpu"
+    """Of expert actors: `cpu`, or `cuda` for cards of which Ray gives them shares; where machines are asked also
+    `auto`, for those that have one."""
     expert_budgets: tuple[BudgetRequest, ...] = (FIT,)
     """Bytes of experts on each node, added up; the experts' tiers on a machine that computes in host memory."""
     host_budgets: tuple[BudgetRequest, ...] = ()
@@ -106,9 +109,17 @@ class ServiceOptions:
             raise OptionInvalid("max-num-seqs", f"{reason}each running request needs a row in every step")
         if self.is_trace_with_tokens and self.trace_folder is None:
             raise OptionInvalid("trace-tokens", "goes with trace, which says where traces are written")
-        if self.device.type != "cpu" and (self.num_actors or self.is_placed or self.num_routers > 1):
-            reason = f"({self.device}) goes with one router and no expert actors, which compute on CPUs"
-            raise OptionInvalid("device", reason)
+        if self.device.type != "cpu" and self.num_routers > 1:
+            raise OptionInvalid("device", f"({self.device}) goes with one router, not {self.num_routers}")
+        for name, kind in (("device", self.device.type), ("expert-device", self.expert_device)):
+            if kind != "cpu" and self.ray_address is not None and self.num_actors:
+                reason = f"({kind}) goes with address or with actors: without actors they are placed by the machines"
+                raise OptionInvalid(name, reason)
+        if self.expert_device != "cpu" and not (self.num_actors or self.is_placed):
+            reason = (
+                f"({self.expert_device}) goes with actors: without, the router computes experts, on device"
+            )
+            raise OptionInvalid("expert-device", reason)
         if self.is_prefetching and self.is_placed:
             raise OptionInvalid("prefetch", "goes with no expert actors, which a cluster may get")
         if self.is_prefetching and self.num_actors:
@@ -118,6 +129,11 @@ class ServiceOptions:
         if "*" in self.cors_origins and not self.keys:
             reason = "* without an API key lets every web page use the service; name origins or give a key"
             raise OptionInvalid("cors-origin", reason)
+
+    @property
+    def has_cards(self) -> bool:
+        """Whether any process computes on a card."""
+        return self.device.type != "cpu" or self.expert_device != "cpu"
 
     def shown(self) -> dict[str, Any]:
         """For people: option names, sizes with units, and of the keys their number."""
@@ -147,6 +163,7 @@ class ServiceOptions:
             "capacity": self.capacity,
             "audit-share": self.audit_share,
             "device": str(self.device),
+            "expert-device": self.expert_device if self.num_actors or self.is_placed else None,
             "expert-budget": " + ".join(map(format_budget, self.expert_budgets)),
             "host-budget": " + ".join(map(format_budget, self.host_budgets)) or None,
             "node-budgets": {name: format_budget(budget) for name, budget in self.node_budgets.items()},
@@ -172,7 +189,8 @@ def compose_options(values: OptionValues, store_root: Path, store_name: str, key
     """Raises OptionInvalid for values that do not go together, DeviceUnavailable. store_name: what the model is called
     without a name."""
     device = resolve_device(values.device)
-    expert_budgets, host_budgets = tiers(device, values.expert_budget, values.host_budget)
+    is_on_card = computes_on_cards(values, device)
+    expert_budgets, host_budgets = tiers(is_on_card, values.expert_budget, values.host_budget)
     name, *aliases = dict.fromkeys(values.served_model_name or (store_name,))
     return ServiceOptions(
         store_root,
@@ -194,6 +212,7 @@ def compose_options(values: OptionValues, store_root: Path, store_name: str, key
         capacity=values.capacity,
         audit_share=values.audit_share,
         device=device,
+        expert_device=_expert_device(values),
         expert_budgets=expert_budgets,
         host_budgets=host_budgets,
         node_budgets=values.node_budgets,
@@ -212,6 +231,19 @@ def compose_options(values: OptionValues, store_root: Path, store_name: str, key
         num_routers=values.routers,
         resume_timeout_s=values.resume_timeout,
     )
+
+
+def computes_on_cards(values: OptionValues, device: torch.device) -> bool:
+    """Whether budgets of experts are of cards' memory, and of host memory there are others. device: the router's."""
+    kinds = [_expert_device(values) if values.actors else device.type]
+    if is_placed(values):
+        kinds.append(values.expert_device)
+    return any(kind != "cpu" for kind in kinds)
+
+
+def _expert_device(values: OptionValues) -> str:
+    """Of other machines nothing is known yet."""
+    return values.expert_device if is_placed(values) else resolve_device(values.expert_device).type
 
 
 def is_placed(values: OptionValues) -> bool:
@@ -288,13 +320,14 @@ def _shown_limit(cache: CacheSpec | None) -> str | None:
 
 
 def tiers(
-    device: torch.device, expert_budget: BudgetRequest | None, host_budget: BudgetRequest | None
+    is_on_card: bool, expert_budget: BudgetRequest | None, host_budget: BudgetRequest | None
 ) -> tuple[tuple[BudgetRequest, ...], tuple[BudgetRequest, ...]]:
-    """What is asked for of the device's memory, where nothing given is `fit`, and of host memory behind it.
+    """What is asked for of the memory of the cards that compute experts, where nothing given is `fit`, and of host
+    memory beside it.
 
     Where experts are computed in host memory the two are one, and what is given of them is added up.
     """
-    if device.type != "cpu":
+    if is_on_card:
         return (expert_budget or FIT,), () if host_budget is None else (host_budget,)
     given = tuple(budget for budget in (expert_budget, host_budget) if budget is not None)
     return given or (FIT,), ()

@@ -51,7 +51,9 @@ def _node_json(placed: Placed, node: NodeFacts) -> dict[str, Any]:
             {
                 "actor": actor.name,
                 "group": actor.group,
+                "device": "cuda" if actor.num_gpus else "cpu",
                 "budget_bytes": actor.budget_bytes,
+                "host_budget_bytes": actor.host_budget_bytes,
                 "is_replica": not _is_first(placed, actor),
             }
             for actor in placed.plan.actors

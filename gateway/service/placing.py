@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cluster.demand import Demand
+from cluster.device_plan import DEVICE_TIER, HOST_TIER, Process, plan_devices
 from cluster.disk_copies import DiskCopyPlan, disk_nodes, plan_disk_copies
 from cluster.errors import ClusterRefused
 from cluster.machine_facts import code_digest
-from cluster.memory_plan import MemoryPlan, ProcessMemory, choose_requests, plan_memory
+from cluster.memory_plan import TIER, MemoryPlan, ProcessMemory, choose_requests, plan_memory
 from cluster.model_sizes import ModelSizes, measure_model
 from cluster.node_report import NodeReport, StoreQuestion
 from cluster.node_rooms import RoomRules, make_topology, node_names
@@ -24,12 +25,13 @@ from cluster.placement import PlacementOptions, place
 from cluster.plan import ServicePlan
 from cluster.service_spec import Placing
 from cluster.topology import Topology
+from experts.budget import ExpertBytes
 from experts.errors import BudgetTooSmall, ExpertError
 from experts.store import ExpertStore
 from experts.trust_ledger import ledger_path
 from gateway.errors import OptionInvalid
 from gateway.planning.demand import learned_demand, traced_demand
-from gateway.service.memory import SERVICE_BASE
+from gateway.service.memory import CARD_BYTES, SERVICE_BASE, card_of, measure_stored
 from gateway.service.options import ServiceOptions
 from gateway.service.state_folder import resolve_state_folder
 from router.footprint import Footprint, measure_footprint
@@ -68,6 +70,7 @@ class _Model:
 
     sizes: ModelSizes
     footprint: Footprint
+    stored: ExpertBytes
     question: StoreQuestion
 
 
@@ -86,8 +89,8 @@ def place_service(options: ServiceOptions, engine: EngineOptions) -> Placed:
     if here is None or here.machine is None:
         reason = here.problem if here else "it is none of them"
         raise ClusterRefused(f"this machine's own node tells nothing: {reason}", "see sage-moe doctor")
-    memory = _router_memory(options, model.footprint, here, has_others=len(reports) > 1)
-    rules = _rules(options, model.footprint, memory)
+    memory = _router_memory(options, model, here, has_others=len(reports) > 1)
+    rules = _rules(options, model, memory)
     try:
         topology, refused = make_topology(reports, rules)
     except ValueError as error:
@@ -117,8 +120,9 @@ def _read_model(store: ExpertStore, options: ServiceOptions, engine: EngineOptio
         ExpertShape(config.hidden_size, config.expert_width, sizes.dtype),
         tuple(dict.fromkeys(part.file for record in records for part in record.parts)),
         options.store_cache.folder if options.store_cache else None,
+        options.has_cards,
     )
-    return _Model(sizes, measure_footprint(store, engine), question)
+    return _Model(sizes, measure_footprint(store, engine), measure_stored(store), question)
 
 
 def _demand(store: ExpertStore, options: ServiceOptions, sizes: ModelSizes) -> tuple[Demand, str]:
@@ -142,13 +146,18 @@ def _placement(options: ServiceOptions) -> PlacementOptions:
 
 
 def _router_memory(
-    options: ServiceOptions, footprint: Footprint, here: NodeReport, *, has_others: bool
+    options: ServiceOptions, model: _Model, here: NodeReport, *, has_others: bool
 ) -> MemoryPlan:
-    """Of the routers' machine, without expert actors; has_others: whether a replica's actor may come to it."""
-    node = node_names(here)
+    """Of the routers' machine, without expert actors; has_others: whether a replica's actor may come to it, which none
+    does where the router is on a card."""
+    node, footprint = node_names(here), model.footprint
     actor_bytes = _actor_bytes(options, footprint) if has_others else 0
     base = replace(SERVICE_BASE, others=SERVICE_BASE.others + actor_bytes)
     requests = choose_requests(options.expert_budgets, options.node_budgets, node)
+    if options.device.type != "cpu":
+        router = Process("router", True, True, footprint.experts, model.stored)
+        card = card_of(options.device)
+        return plan_devices((router,), requests, options.host_budgets, footprint, card, node, SERVICE_BASE)
     try:
         return plan_memory(requests, footprint, (), node, base, options.num_routers)
     except BudgetTooSmall as error:
@@ -161,8 +170,8 @@ def _actor_bytes(options: ServiceOptions, footprint: Footprint) -> int:
     return SERVICE_BASE.expert_actor + options.num_routers * footprint.actor_buffer_bytes
 
 
-def _rules(options: ServiceOptions, footprint: Footprint, memory: MemoryPlan) -> RoomRules:
-    cache = options.store_cache
+def _rules(options: ServiceOptions, model: _Model, memory: MemoryPlan) -> RoomRules:
+    cache, footprint = options.store_cache, model.footprint
     # Every router keeps its experts in a process of its own.
     room = memory.budget_bytes // options.num_routers
     return RoomRules(
@@ -174,6 +183,11 @@ def _rules(options: ServiceOptions, footprint: Footprint, memory: MemoryPlan) ->
         cache is not None,
         cache.limit_bytes if cache else None,
         code_digest(),
+        options.expert_device,
+        options.device.type != "cpu",
+        CARD_BYTES + options.num_routers * footprint.actor_buffer_bytes,
+        options.host_budgets,
+        model.stored,
     )
 
 
@@ -188,7 +202,7 @@ def _whole_memory(
     )
     sizes = {group.name: sum(demand.sizes[key] for key in group.keys) for group in plan.groups}
     base = SERVICE_BASE.expert_actor
-    actors = (
+    on_host = [
         ProcessMemory(
             process=actor.name,
             base_bytes=base,
@@ -196,13 +210,22 @@ def _whole_memory(
             kv_bytes=0,
             swap_bytes=0,
             buffer_bytes=rules.actor_bytes - base,
-            budget_bytes=actor.budget_bytes or 0,
+            budget_bytes=(actor.budget_bytes if actor.host_budget_bytes is None else actor.host_budget_bytes)
+            or 0,
             expert_bytes=sizes[actor.group],
             node=names.get(actor.node_id or "", ""),
+            tier=TIER if actor.host_budget_bytes is None else HOST_TIER,
         )
         for actor in plan.actors
+    ]
+    actors = tuple(
+        row
+        if row.tier == TIER
+        else replace(row, base_bytes=CARD_BYTES, budget_bytes=actor.budget_bytes or 0, tier=DEVICE_TIER)
+        for actor, row in zip(plan.actors, on_host, strict=True)
     )
-    return replace(memory, processes=(*routers, *actors))
+    behind = tuple(row for row in on_host if row.tier == HOST_TIER)
+    return replace(memory, processes=(*routers, *actors), behind=(*memory.behind, *behind))
 
 
 def _unknown(options: ServiceOptions, reports: Sequence[NodeReport]) -> tuple[str, ...]:

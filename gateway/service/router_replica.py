@@ -82,11 +82,11 @@ class RouterSpec:
         """Of one router: its part of the node's memory for experts."""
         if self.memory is None:
             return self.engine
-        behind = self.memory.behind
+        router = self.memory.routers[index]
         return replace(
             self.engine,
-            expert_budget_bytes=self.memory.routers[index].budget_bytes,
-            host_budget_bytes=None if behind is None else behind.budget_bytes,
+            expert_budget_bytes=router.budget_bytes,
+            host_budget_bytes=self.memory.host_budget(router.process),
         )
 
 

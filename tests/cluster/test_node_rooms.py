@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from cluster.node_report import as_node_facts
+from cluster.node_report import CardReport, as_node_facts
 from cluster.node_rooms import RoomRules, facts_of, make_topology
 from cluster.node_speed import Arithmetic
-from cluster.topology import NodeFacts
+from cluster.topology import Gpu, NodeFacts
 from experts.budget import BudgetRequest, ExpertBytes
-from tests.cluster.machines import GIB, machine, node
+from experts.node_memory import NodeMemory
+from tests.cluster.machines import ARITHMETIC, GIB, machine, node
 
 RULES = RoomRules(ExpertBytes(100 * GIB, 1 << 20), GIB, 7 * GIB)
 HERE = node("192.0.2.1", is_here=True, link=None, has_store=True)
@@ -50,6 +51,46 @@ def test_budget_of_a_machine_goes_before_that_of_all(name: str) -> None:
     )
     assert _facts(budgets).room_bytes == 25 * GIB
     assert _facts(budgets, address="192.0.2.9", machine=machine(name="else")).room_bytes == 5 * GIB
+
+
+CARD = CardReport(NodeMemory(24 * GIB, 20 * GIB), Arithmetic("cuda/class", "", 900e9))
+WITH_GPUS = machine(gpus=(Gpu("first", 24 * GIB), Gpu("second", 24 * GIB)))
+ON_CARDS = replace(
+    RULES, expert_device="auto", card_bytes=GIB, stored=ExpertBytes(40 * GIB, 1 << 19), actor_bytes=2 * GIB
+)
+
+
+def test_card_of_a_machine_is_its_room_and_host_memory_is_behind_it() -> None:
+    facts = _facts(ON_CARDS, card=CARD, machine=WITH_GPUS)
+    assert facts.room_bytes == 20 * GIB - 24 * GIB // 10 - 2 * GIB
+    assert facts.behind_bytes == 40 * GIB, "all that the store has"
+    assert (facts.numerics_class, facts.expert_bytes_s) == ("cuda/class", 900e9)
+    assert len(facts.gpus) == 1, "one of them is used"
+    asked = replace(ON_CARDS, host_requests=(BudgetRequest(num_bytes=GIB),))
+    assert _facts(asked, card=CARD).behind_bytes == GIB
+    one = replace(ON_CARDS, overrides={"node-7": BudgetRequest(num_bytes=3 * GIB)})
+    assert _facts(one, card=CARD).room_bytes == 3 * GIB
+
+
+def test_cards_are_used_where_they_are_asked_for() -> None:
+    for rules, card in ((RULES, CARD), (ON_CARDS, None)):
+        facts = _facts(rules, card=card)
+        assert (facts.gpus, facts.behind_bytes, facts.numerics_class) == ((), 0, ARITHMETIC.numerics_class)
+    only = replace(ON_CARDS, expert_device="cuda")
+    assert "PyTorch sees no GPU there" in str(facts_of(node(has_store=True), only))
+    assert isinstance(facts_of(HERE, only), NodeFacts), "its routers compute on the CPU"
+    unsound = replace(CARD, arithmetic=Arithmetic("", "", 0.0))
+    assert "other bits" in str(facts_of(node(has_store=True, card=unsound), only))
+
+
+def test_router_s_card_is_nobody_else_s() -> None:
+    here = replace(HERE, card=CARD)
+    facts = facts_of(here, replace(ON_CARDS, is_router_on_card=True))
+    assert isinstance(facts, NodeFacts)
+    assert (facts.is_for_actors, facts.gpus, facts.numerics_class) == (False, (), "cuda/class")
+    facts = facts_of(here, ON_CARDS)
+    assert isinstance(facts, NodeFacts) and facts.is_for_actors
+    assert facts.numerics_class == ARITHMETIC.numerics_class
 
 
 def test_machine_without_memory_for_one_expert_holds_none() -> None:

@@ -9,6 +9,7 @@ import torch
 
 from cluster import node_speed
 from cluster.node_speed import BLOCK_BYTES, ExpertShape, best_rate, measure_arithmetic, measure_disk
+from tests.simulated_device import DEVICE, simulated
 
 SMALL = ExpertShape(64, 48, torch.float32)
 
@@ -32,6 +33,13 @@ def test_one_machine_computes_the_same_bits_twice_and_with_any_threads() -> None
 def test_another_dtype_computes_other_bits() -> None:
     other = ExpertShape(64, 48, torch.bfloat16)
     assert measure_arithmetic(SMALL, 1).digest != measure_arithmetic(other, 1).digest
+
+
+def test_a_device_is_measured_by_the_same_numbers() -> None:
+    with simulated():
+        found = measure_arithmetic(SMALL, 1, DEVICE)
+    assert found.numerics_class.startswith(f"{DEVICE.type}/")
+    assert found.expert_bytes_s > 0 and found.digest
 
 
 def test_disk_is_measured_with_the_store_s_files_or_with_one_that_goes_away(tmp_path: Path) -> None:

@@ -331,13 +331,22 @@ def test_hottest_group_gets_the_replica_that_there_is_room_for() -> None:
     assert counts[hot] == 2
 
 
-def test_each_gpu_has_an_actor_and_actors_beyond_that_share_one() -> None:
+def test_no_replica_comes_to_routers_on_a_card() -> None:
+    demand = even_demand(1, 12, 4)
+    here = replace(node("a", 20, speed=1e6), is_for_actors=False)
+    for facts, expected in ((here, 0), (replace(here, is_for_actors=True), 1)):
+        plan = place(cluster(facts, node("b", 12)), demand)
+        assert sum(actor.node_id == "a" for actor in plan.actors) == expected
+        assert plan.router_budget_bytes == facts.room_bytes - 1000 * 12 * expected
+
+
+def test_each_gpu_has_an_actor_and_all_have_the_same_shares_of_them() -> None:
     gpus = (Gpu("small", 10), Gpu("large", 30))
-    facts: NodeFacts = replace(node("g", 60), gpus=gpus)
+    facts: NodeFacts = replace(node("g", 60), gpus=gpus, behind_bytes=8000)
     demand = even_demand(2, 12, 2)
     lone = place(cluster(node("a", 0), facts, node("h", 0)), demand, None, LONE)
-    assert [(actor.node_id, actor.num_gpus) for actor in lone.actors] == [("g", 1.0), ("g", 1.0)]
+    assert [(actor.node_id, actor.num_gpus) for actor in lone.actors] == [("g", 0.25), ("g", 0.25)]
     assert sorted(len(group.keys) for group in lone.groups) == [6, 18]
     pair = place(cluster(node("a", 0), facts, node("h", 24)), demand)
-    assert {actor.num_gpus for actor in pair.actors if actor.node_id == "g"} == {0.5}
-    assert {actor.num_gpus for actor in pair.actors if actor.node_id == "h"} == {0.0}
+    shares = {(actor.node_id, actor.num_gpus, actor.host_budget_bytes) for actor in pair.actors}
+    assert shares == {("g", 0.25, 1000), ("h", 0.0, None)}

@@ -20,7 +20,7 @@ from cluster.members import (
     recovered,
     turned,
 )
-from cluster.plan import ActorPlan
+from cluster.plan import ActorPlan, CardShare
 from cluster.reconcile import (
     Action,
     Create,
@@ -245,6 +245,24 @@ def test_actors_are_rolled_one_after_another() -> None:
     assert _actions(target, draining, old[1], replace(new, state="ready")) == []
 
 
+def _on_card(wanted: WantedActor) -> WantedActor:
+    return replace(wanted, plan=wanted.plan.on_card(CardShare(0.5, 10)))
+
+
+def test_actor_on_a_card_gives_it_up_before_its_replacement_is_created() -> None:
+    target = _target(*map(_on_card, (_wanted("a"), _wanted("b"))), least=2)
+    old = (_member("a"), _member("b"))
+    assert _brief(_actions(target, *old)) == [("draining", "a")], "one at a time"
+    draining = replace(_member("a", "draining"), since_s=NOW_S)
+    assert _actions(target, draining, old[1]) == []
+    retiring = _member("a", "retiring", is_known=False, since_s=NOW_S)
+    assert _actions(target, retiring, old[1]) == []
+    assert _brief(_actions(target, old[1], taken=["a"])) == [("create", "a.2")]
+    starting = _member("a.2", "starting", incarnation=2)
+    assert _actions(target, old[1], starting) == [], "until the first one serves"
+    assert _brief(_actions(target, old[1], replace(starting, state="ready"))) == [("draining", "b")]
+
+
 def test_lost_actors_are_replaced_at_once_even_while_others_are_rolled() -> None:
     target = _target(_wanted("a"), _wanted("b"), _wanted("c"), least=2)
     lost = [_member(name, "lost", is_gone=True) for name in "bc"]
@@ -414,6 +432,7 @@ class _World:
     ending: set[str] = field(default_factory=set)
     incarnation: int = 0
     now_s: float = 0.0
+    is_on_cards: bool = False
 
     def look(self) -> list[Action]:
         self.now_s += self.chance.choice((0.1, 1.0, 3.0))
@@ -445,6 +464,9 @@ class _World:
     def _check(self, action: Action) -> None:
         if isinstance(action, Create):
             assert action.name not in self.alive, "two actors of one name"
+            if self.is_on_cards:
+                same = (m for m in self.members.values() if m.actor == action.wanted.name)
+                assert all(m.is_gone for m in same), "two of them on a card"
             here = [m for m in self.members.values() if m.node_id == action.node_id and not m.is_gone]
             if action.node_id and any(member.state in ("draining", "retiring") for member in here):
                 taken = sum(member.budget_bytes or 0 for member in (*here, action.wanted.plan))
@@ -455,6 +477,7 @@ class _World:
         if isinstance(action, End):
             assert member.state != "ready", "a ready actor is ended"
         elif action.state == "draining" and is_wanted:
+            assert not self.is_on_cards
             others = [m for m in self.members.values() if m is not member and m.actor == member.actor]
             assert any(
                 m.state == "ready" and fits(self.target, w, m) for m in others for w in self.target.wanted
@@ -520,7 +543,7 @@ class _World:
 
     def _plan(self) -> tuple[WantedActor, ...]:
         names = self.chance.sample(("a", "b", "c", "d", "e"), self.chance.randint(0, 5))
-        return tuple(
+        made = (
             _wanted(
                 name,
                 self.chance.choice("abc"),
@@ -529,12 +552,16 @@ class _World:
             )
             for name in names
         )
+        return tuple(map(_on_card, made) if self.is_on_cards else made)
 
 
+@pytest.mark.parametrize("is_on_cards", [False, True])
 @pytest.mark.parametrize("seed", range(150))
-def test_any_history_converges_to_the_plan_and_ends_nothing_that_is_wanted(seed: int) -> None:
+def test_any_history_converges_to_the_plan_and_ends_nothing_that_is_wanted(
+    seed: int, is_on_cards: bool
+) -> None:
     chance = random.Random(seed)
-    world = _World(chance)
+    world = _World(chance, is_on_cards=is_on_cards)
     for _ in range(chance.randint(1, 25)):
         world.disturb()
         for _ in range(chance.randint(0, 8)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,15 @@ import torch
 
 from experts.actor import ActorSpec, ExpertActor
 from experts.call import ExpertCall
-from experts.errors import WeightsUnavailable
+from experts.errors import DeviceUnavailable, WeightsUnavailable
 from experts.eviction import DEFAULT_EVICTION
 from experts.near_store import CacheSpec, StoreSource
 from experts.store import ExpertStore
 from experts.transport import ExpertConnection
 from extraction.manifest import group_of
 from tests.experts.weight_peers import PATIENCE_S, SECRET, sharing
+from tests.simulated_actors import SimulatedActor
+from tests.simulated_device import DEVICE
 
 WIDTH, EXPERT_WIDTH = 64, 24
 
@@ -129,3 +132,58 @@ def test_fingerprint_does_not_depend_on_where_records_come_from(whole: ExpertSto
     moved = replace(spec, store_source=StoreSource(whole.hash, (), (("127.0.0.1", 2),)))
     assert spec.fingerprint() == moved.fingerprint()
     assert spec.fingerprint() != replace(spec, store_root="/t").fingerprint()
+
+
+@contextmanager
+def _simulating(spec: ActorSpec) -> Iterator[ExpertActor]:
+    actor = SimulatedActor(replace(spec, device="cuda"))
+    try:
+        yield actor
+    finally:
+        actor.stop()
+
+
+def test_actor_on_a_device_computes_within_both_budgets_and_announces_its_class(whole: ExpertStore) -> None:
+    spec = _spec(whole, str(whole.root))
+    with _acting(spec) as plain:
+        expected = _rows(plain)
+    expert_bytes = whole.record(spec.group[0]).nbytes
+    found = []
+    for device_experts, host_experts in ((8, 8), (2, 1), (1, 1)):
+        budgets = {
+            "budget_bytes": device_experts * expert_bytes,
+            "host_budget_bytes": host_experts * expert_bytes,
+        }
+        with _simulating(replace(spec, **budgets)) as actor:
+            found.append(_rows(actor))
+            status = actor.status()
+            assert status["numerics_class"].startswith(f"{DEVICE.type}/")
+            assert 0 < status["resident_bytes"] <= budgets["budget_bytes"] == status["budget_bytes"]
+            behind = status["behind"]
+            assert 0 < behind["resident_bytes"] <= budgets["host_budget_bytes"] == behind["budget_bytes"]
+            actor.set_limits(expert_bytes, Fraction(1))
+            assert actor.status()["resident_bytes"] <= expert_bytes
+            assert torch.equal(_rows(actor), found[-1])
+    assert torch.allclose(found[0], expected, atol=1e-5)
+    assert all(torch.equal(rows, found[0]) for rows in found)
+
+
+def test_actor_on_a_device_computes_for_others_who_lost_one(whole: ExpertStore) -> None:
+    """Experts of no group of its own, beside one that fills its budget and one without."""
+    spec = _spec(whole, str(whole.root))
+    expert_bytes = whole.record(spec.group[0]).nbytes
+    call = ExpertCall("model", 2, (0, 1, 2), (1, 1, 1), (0, 0, 0), torch.ones(1, WIDTH))
+    found = []
+    for group, budget in ((whole.expert_keys(), None), (spec.group, 8 * expert_bytes), (spec.group, None)):
+        with _simulating(replace(spec, group=tuple(group), budget_bytes=budget)) as actor:
+            found += [actor._compute(call), actor._compute(call)]
+            held = actor.status()["resident_bytes"]
+            assert held <= 8 * expert_bytes if group is spec.group else held
+    assert all(torch.equal(rows, found[0]) for rows in found)
+
+
+def test_actor_without_the_device_that_it_is_told_says_why(whole: ExpertStore) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(DeviceUnavailable, match="cuda"):
+        ExpertActor(_spec(whole, str(whole.root), device="cuda"))

@@ -81,4 +81,4 @@ def test_worker_stacks_experts_where_the_device_holds_all(tiny_store: Path, num_
 
 
 def test_the_class_names_the_product() -> None:
-    assert (BLOCKS.name, GROUPED.name) == ("blocks64-halves-1", "blocks64-halves-grouped-1")
+    assert (BLOCKS.name, GROUPED.name) == ("blocks64-1", "blocks64-grouped-1")

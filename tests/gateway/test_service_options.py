@@ -104,16 +104,50 @@ def test_budgets_of_both_tiers_are_one_memory_and_none_is_fit() -> None:
     assert _options({"host-budget": "2GiB"}, {}).expert_budgets == (size,)
 
 
-def test_budgets_of_a_device_are_two_and_it_goes_with_no_actors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_budgets_of_a_device_are_two_and_it_goes_with_one_router_here(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(service_options, "resolve_device", torch.device)
     size = BudgetRequest(num_bytes=2**31)
     options = _options({"device": "cuda:1", "host-budget": "2GiB"}, {})
     assert (options.expert_budgets, options.host_budgets) == ((FIT,), (size,))
     assert options.shown()["device"] == "cuda:1"
     assert _options({"device": "cuda:1"}, {}).host_budgets == ()
-    for more in ({"actors": 2}, {"routers": 2}, {"address": "auto"}):
-        with pytest.raises(OptionInvalid, match=r"device .cuda:1. goes with one router and no expert actors"):
-            _options({"device": "cuda:1"}, more)
+    with pytest.raises(OptionInvalid, match=r"^device .cuda:1. goes with one router, not 2"):
+        _options({"device": "cuda:1"}, {"routers": 2})
+    with pytest.raises(OptionInvalid, match=r"^device .cuda. goes with address or with actors"):
+        _options({"device": "cuda:1", "address": "auto"}, {"actors": 2})
+    for more in ({}, {"actors": 0}):
+        assert _options({"device": "cuda:1", "address": "auto"}, more).has_cards
+
+
+def test_actors_have_a_device_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_options, "resolve_device", torch.device)
+    quarter, size = BudgetRequest(share=Fraction(1, 4)), BudgetRequest(num_bytes=2**31)
+    given = {"actors": 2, "expert-budget": "25%", "host-budget": "2GiB"}
+    on_cards = _options({"expert-device": "cuda"}, given)
+    assert (on_cards.expert_device, on_cards.device.type, on_cards.has_cards) == ("cuda", "cpu", True)
+    assert (on_cards.expert_budgets, on_cards.host_budgets) == ((quarter,), (size,))
+    assert on_cards.shown()["expert-device"] == "cuda"
+    only_router = _options({"device": "cuda"}, given)
+    assert (only_router.expert_device, only_router.has_cards) == ("cpu", True)
+    assert only_router.expert_budgets == (quarter, size), "actors compute in host memory"
+    assert _options({"device": "cuda", "expert-device": "cuda", "actors": 1}, {}).has_cards
+    with pytest.raises(OptionInvalid, match=r"^expert-device .cuda. goes with actors"):
+        _options({"expert-device": "cuda"}, {})
+    with pytest.raises(OptionInvalid, match=r"^expert-device .cuda. goes with address or with actors"):
+        _options({"expert-device": "cuda", "address": "auto"}, {"actors": 2})
+    with pytest.raises(OptionInvalid, match="must be cpu, cuda or auto, not 'cuda:1'"):
+        _options({"expert-device": "cuda:1"}, {"actors": 2})
+
+
+def test_cards_of_other_machines_are_not_looked_for_here() -> None:
+    given = {"address": "auto", "expert-budget": "25%", "host-budget": "2GiB"}
+    placed = _options({"expert-device": "auto"}, given)
+    assert (placed.expert_device, placed.device.type) == ("auto", "cpu")
+    assert (len(placed.expert_budgets), len(placed.host_budgets)) == (1, 1)
+    assert _options({}, given).host_budgets == (), "one memory"
+    assert _options({"expert-device": "auto", "actors": 2}, {}).expert_device in ("cpu", "cuda")
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:
