@@ -14,14 +14,15 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from cluster.node_report import Arithmetic, ExpertShape
 from experts.errors import NotRowInvariant
 from experts.numerics import RowKernel, calibrate, numerics_class
+from experts.worker import DTYPES
 
 MIB = 1 << 20
 BLOCK_BYTES = 4 * MIB
@@ -35,41 +36,23 @@ WEIGHT_BYTES = 64 * MIB
 """Beyond most caches, as experts are."""
 
 
-@dataclass(frozen=True)
-class ExpertShape:
-    """Of the experts that are to be computed: model width, expert width, dtype."""
-
-    width: int = 2048
-    expert_width: int = 768
-    dtype: torch.dtype = torch.bfloat16
-
-
-@dataclass(frozen=True)
-class Arithmetic:
-    """What a machine's products are. digest: of the bits of some; equal where equal bits are computed."""
-
-    numerics_class: str
-    digest: str
-    expert_bytes_s: float
-    """Bytes of weights that are multiplied with one row in a second."""
-
-
 def measure_arithmetic(shape: ExpertShape, num_threads: int) -> Arithmetic:
     """The class is empty where no product of this machine's library is row-invariant: it cannot serve."""
     torch.set_num_threads(num_threads)
     matrices = [(2 * shape.expert_width, shape.width), (shape.width, shape.expert_width)]
     try:
-        kernel = calibrate(matrices, shape.dtype)
+        kernel = calibrate(matrices, DTYPES[shape.dtype])
     except NotRowInvariant:
         return Arithmetic("", "", 0.0)
-    name = numerics_class(torch.device("cpu"), shape.dtype, kernel)
+    name = numerics_class(torch.device("cpu"), DTYPES[shape.dtype], kernel)
     return Arithmetic(name, _digest(kernel, shape), _product_rate(kernel, shape))
 
 
 def _digest(kernel: RowKernel, shape: ExpertShape) -> str:
     """Of products of numbers that every machine makes alike."""
-    x = _numbers(8, shape.width, 40503).to(shape.dtype)
-    weight = _numbers(2 * shape.expert_width, shape.width, 48271).to(shape.dtype)
+    dtype = DTYPES[shape.dtype]
+    x = _numbers(8, shape.width, 40503).to(dtype)
+    weight = _numbers(2 * shape.expert_width, shape.width, 48271).to(dtype)
     bits = kernel.linear(x, weight).contiguous().view(torch.uint8)
     return hashlib.sha256(bits.numpy().tobytes()).hexdigest()[:12]
 
@@ -82,9 +65,10 @@ def _numbers(rows: int, columns: int, factor: int) -> torch.Tensor:
 
 def _product_rate(kernel: RowKernel, shape: ExpertShape) -> float:
     """Of one row after another through more weights than caches hold."""
-    outputs = max(1, WEIGHT_BYTES // (shape.width * shape.dtype.itemsize))
-    weight = torch.ones(outputs, shape.width, dtype=shape.dtype)
-    row = torch.ones(1, shape.width, dtype=shape.dtype)
+    dtype = DTYPES[shape.dtype]
+    outputs = max(1, WEIGHT_BYTES // (shape.width * dtype.itemsize))
+    weight = torch.ones(outputs, shape.width, dtype=dtype)
+    row = torch.ones(1, shape.width, dtype=dtype)
     kernel.linear(row, weight)  # pages and threads come to life
     return best_rate(lambda: kernel.linear(row, weight).numel(), weight.nbytes)
 

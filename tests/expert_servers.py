@@ -8,9 +8,9 @@ from pathlib import Path
 
 from cluster.placement import split_experts
 from experts.numerics import calibrate
-from experts.roster import Roster
+from experts.roster import Endpoint, Roster
 from experts.store import ExpertStore
-from experts.transport import Endpoint, ExpertServer, ServiceInfo, TransportLimits
+from experts.transport import ExpertServer, ServiceInfo, TransportLimits
 from experts.worker import DTYPES, ExpertWorker
 from router.loading import stored_dtype
 from router.model_config import read_model_config
