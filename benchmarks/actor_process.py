@@ -13,8 +13,8 @@ from cluster.resources import process_environment
 from experts.actor import ActorSpec, ExpertActor
 from experts.actor_report import ActorPulse
 from experts.eviction import DEFAULT_EVICTION
+from experts.roster import Endpoint
 from experts.store import ExpertStore
-from experts.transport import Endpoint
 from extraction.manifest import ExpertKey
 from router.loading import stored_dtype
 from router.model_config import read_model_config

@@ -36,8 +36,8 @@ from benchmarks.report import finish, spread
 from cluster.placement import split_experts
 from cluster.resources import plan_spin_s, plan_threads
 from experts.call import ExpertCall
+from experts.cores import num_cores
 from experts.directory import LocalDirectory
-from experts.numerics import num_cores
 from experts.remote_directory import RemoteDirectory
 from experts.roster import Roster
 from experts.store import ExpertStore

@@ -27,8 +27,8 @@ from experts.asking import are_finite
 from experts.call import ExpertCall
 from experts.numerics import calibrate
 from experts.remote_directory import DirectoryOptions, RemoteDirectory
-from experts.roster import Roster
-from experts.transport import Endpoint, ExpertConnection, ExpertServer, ServiceInfo
+from experts.roster import Endpoint, Roster
+from experts.transport import ExpertConnection, ExpertServer, ServiceInfo
 from experts.worker import ExpertWorker
 from extraction.manifest import ExpertKey
 

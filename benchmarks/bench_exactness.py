@@ -23,9 +23,10 @@ from torch import Tensor
 from benchmarks.random_store import QWEN3_30B_A3B, RandomStore
 from benchmarks.report import finish, spread
 from experts.call import ExpertCall
+from experts.cores import num_cores
 from experts.directory import LocalDirectory
 from experts.ffn import ExpertWeights
-from experts.numerics import RowKernel, num_cores
+from experts.numerics import RowKernel
 from experts.worker import DTYPES, ExpertWorker
 from extraction.manifest import ExpertKey
 from router.backbone import Backbone

@@ -25,10 +25,11 @@ from torch import Tensor
 from benchmarks.read_bandwidth import read_bandwidth
 from benchmarks.report import finish, spread
 from experts.call import ExpertCall
+from experts.cores import num_cores
 from experts.ffn import ExpertWeights, compute_experts
 from experts.huge_pages import weight_bytes
 from experts.native_products import chosen_level
-from experts.numerics import RowKernel, num_cores
+from experts.numerics import RowKernel
 from experts.packed_matrix import CanonicalMatrix, Weight, linear, pack, take_as_it_is
 from extraction.quantise import INT4_LIMIT, INT8_LIMIT, Quantization
 

@@ -32,7 +32,7 @@ from benchmarks.peer_process import ContenderFailed, ContenderProcess, Contender
 from benchmarks.peer_run import Generated
 from benchmarks.published import PUBLISHED
 from benchmarks.report import finish, spread
-from experts.numerics import num_cores
+from experts.cores import num_cores
 
 SETS: Mapping[str, tuple[str, ...]] = {
     "bf16": ("sage-moe", "sage-moe torch", "transformers", "llama.cpp bf16"),

@@ -25,7 +25,7 @@ from cluster.model_sizes import ModelSizes, measure_model
 from cluster.placement import plan_local
 from cluster.simulated_worker import Costs
 from cluster.topology import NodeFacts, Topology
-from experts.numerics import num_cores
+from experts.cores import num_cores
 from gateway.planning.nodes import CPU_BYTES_S
 from gateway.stores.source import resolve_store
 

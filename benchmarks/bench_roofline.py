@@ -28,7 +28,7 @@ from benchmarks.read_bandwidth import Bandwidth, matmul_flops_per_s, read_bandwi
 from benchmarks.report import RESULTS, finish, spread
 from benchmarks.roofline_picture import draw
 from benchmarks.step_watch import PHASES, StepRecord, StepWatch
-from experts.numerics import num_cores
+from experts.cores import num_cores
 from experts.store import ExpertStore
 from router.loading import EngineOptions, load_engine
 from router.request import GenerationRequest, SamplingParams

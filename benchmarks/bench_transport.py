@@ -29,7 +29,8 @@ from benchmarks.report import finish, spread
 from cluster.resources import SPIN_S, start_ray
 from experts.call import ExpertCall
 from experts.frame import HEADER_BYTES
-from experts.transport import Endpoint, ExpertConnection, ExpertServer, ServiceInfo, TransportLimits
+from experts.roster import Endpoint
+from experts.transport import ExpertConnection, ExpertServer, ServiceInfo, TransportLimits
 
 WIDTH = 2048
 NUM_ROWS = 8

@@ -20,8 +20,8 @@ import torch
 
 from benchmarks.random_store import QWEN3_30B_A3B, RandomStore
 from benchmarks.report import finish, spread
+from experts.cores import num_cores
 from experts.directory import LocalDirectory
-from experts.numerics import num_cores
 from experts.trust_book import empty_book
 from experts.worker import DTYPES, ExpertWorker
 from router.backbone import Backbone

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from benchmarks.budget_contender import anonymous_bytes
 from benchmarks.slice_routing import HiddenShape, embedding_rows
+from experts.cores import num_cores
 from experts.directory import LocalDirectory
-from experts.numerics import RowKernel, num_cores
+from experts.numerics import RowKernel
 from experts.store import ExpertStore
 from experts.worker import DTYPES, ExpertWorker
 from extraction.manifest import ExpertKey

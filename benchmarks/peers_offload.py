@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from experts.numerics import num_cores
+from experts.cores import num_cores
 
 
 def offloaded_contender(

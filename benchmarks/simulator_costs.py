@@ -32,7 +32,7 @@ from cluster.simulated_worker import Costs, ModelShape, RouterCosts
 from cluster.simulator import Report, Simulation
 from cluster.topology import NodeFacts, Topology
 from experts.call import ExpertCall
-from experts.numerics import num_cores
+from experts.cores import num_cores
 from experts.transport import ExpertConnection
 from router.dispatch import Dispatch
 from router.scoring import Routing

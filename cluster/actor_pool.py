@@ -69,7 +69,7 @@ class ActorPool:
 
         Returns why that could not be; empty where it could.
         """
-        options = expert_actor_options(spec.name, spec.num_threads)
+        options = expert_actor_options(spec.name)
         if plan.num_gpus:
             options["num_gpus"] = plan.num_gpus
         if memory_bytes:

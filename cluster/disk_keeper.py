@@ -16,7 +16,7 @@ import ray
 from cluster.disk_desk import Address, DiskDecision, Keeper, decide_disks, peers_for
 from cluster.members import Member
 from experts.actor_report import DiskReport
-from experts.near_store import StoreSource
+from experts.store_source import StoreSource
 from extraction.manifest import ExpertKey
 
 logger = logging.getLogger(__name__)

@@ -41,8 +41,8 @@ from cluster.router_book import RouterBook
 from cluster.service_spec import ServiceSpec, actor_spec, service_of
 from experts.actor import ActorSpec
 from experts.actor_report import ActorIdentity, ActorPulse, Answer, Death
-from experts.near_store import StoreSource
 from experts.roster import Owners, Roster
+from experts.store_source import StoreSource
 from extraction.manifest import ExpertKey
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from cluster.holdings import Holding, Layer, holdings
 from cluster.model_sizes import ModelSizes
 from cluster.plan import ServicePlan
 from cluster.simulated_worker import Costs, RouterCosts
-from cluster.step_time import MESSAGE_S, expected_slowest, is_called
+from cluster.step_time import MESSAGE_S, expected_slowest, is_called, needed_experts
 from cluster.topology import Topology
 from experts.frame import HEADER_BYTES
 from extraction.manifest import ExpertKey
@@ -170,11 +170,6 @@ def network_time_s(held: Sequence[Holding], layer: Layer, model: ModelSizes, num
         means.append(needed)
         most.append(min(share.num_experts, model.config.experts_per_token * num_streams))
     return expected_slowest(hops, units, means, most)
-
-
-def needed_experts(uses: float, num_experts: int, num_streams: int) -> float:
-    """Distinct experts of a share that a step of some tokens needs, if the share's are used alike."""
-    return float(num_experts * (1.0 - (1.0 - min(1.0, uses / num_experts)) ** num_streams))
 
 
 def layer_traffic(uses: float, num_experts: int, model: ModelSizes, num_streams: int) -> Traffic:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from cluster.findings import Finding, failure, ok, warning
 from cluster.machine_facts import MachineFacts
 from experts.native_products import VARIABLE
-from experts.near_store import STORE_CACHE_VARIABLE
+from experts.store_source import STORE_CACHE_VARIABLE
 
 MIB, GIB = 1 << 20, 1 << 30
 WANTED_FILES = 65536

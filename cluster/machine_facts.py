@@ -20,11 +20,10 @@ from pathlib import Path
 import psutil
 
 from cluster.topology import Gpu
+from experts.cores import num_cores
 from experts.errors import ProductsUnavailable
-from experts.native_products import chosen_level
-from experts.near_store import STORE_CACHE_VARIABLE
 from experts.node_memory import NodeMemory, read_node_memory
-from experts.numerics import num_cores
+from experts.store_source import STORE_CACHE_VARIABLE
 
 DEFAULT_STORE_CACHE = Path(".cache") / "sage-moe" / "records"
 SHARED_MEMORY = Path("/dev/shm")
@@ -117,6 +116,8 @@ def read_gpus() -> tuple[Gpu, ...]:
 
 def _read_products(environment: Mapping[str, str]) -> tuple[str, str]:
     import torch
+
+    from experts.native_products import chosen_level
 
     try:
         return chosen_level(torch.bfloat16, environment) or "", ""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from experts.actor_report import ActorIdentity
-from experts.transport import Endpoint
+from experts.roster import Endpoint
 from extraction.manifest import ExpertKey
 
 MemberState = Literal[

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.errors import NodeBudgetTooSmall, NodeTooSmall
 from experts.budget import BudgetRequest, ExpertBytes, resolve_budget
 from experts.node_memory import NodeMemory
-from router.footprint import Footprint
+
+if TYPE_CHECKING:
+    from router.footprint import Footprint
 
 SPARE_PERCENT = 10
 """Of a node's memory, left to others by `fit`."""

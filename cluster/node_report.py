@@ -10,12 +10,30 @@ from dataclasses import dataclass, field
 
 from cluster.link_rate import Link
 from cluster.machine_facts import MachineFacts
-from cluster.node_speed import Arithmetic, ExpertShape
 from cluster.topology import NodeFacts
 from experts.node_memory import NodeMemory
 
 SPARE_PERCENT = 10
 """Of a node's memory, left to others."""
+
+
+@dataclass(frozen=True)
+class ExpertShape:
+    """Of the experts that are to be computed: model width, expert width, dtype."""
+
+    width: int = 2048
+    expert_width: int = 768
+    dtype: str = "bfloat16"
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """What a machine's products are. digest: of the bits of some; equal where equal bits are computed."""
+
+    numerics_class: str
+    digest: str
+    expert_bytes_s: float
+    """Bytes of weights that are multiplied with one row in a second."""
 
 
 @dataclass(frozen=True)

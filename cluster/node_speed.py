@@ -14,16 +14,17 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from cluster.node_report import Arithmetic, ExpertShape
 from experts.device_proof import prove_experts
 from experts.devices import CPU, settle_arithmetic
 from experts.errors import NotRowInvariant
 from experts.numerics import RowKernel, numerics_class
+from experts.worker import DTYPES
 
 MIB = 1 << 20
 BLOCK_BYTES = 4 * MIB
@@ -37,41 +38,23 @@ WEIGHT_BYTES = 64 * MIB
 """Beyond most caches, as experts are."""
 
 
-@dataclass(frozen=True)
-class ExpertShape:
-    """Of the experts that are to be computed: model width, expert width, dtype."""
-
-    width: int = 2048
-    expert_width: int = 768
-    dtype: torch.dtype = torch.bfloat16
-
-
-@dataclass(frozen=True)
-class Arithmetic:
-    """What a machine's products are. digest: of the bits of some; equal where equal bits are computed."""
-
-    numerics_class: str
-    digest: str
-    expert_bytes_s: float
-    """Bytes of weights that are multiplied with one row in a second."""
-
-
 def measure_arithmetic(shape: ExpertShape, num_threads: int, device: torch.device = CPU) -> Arithmetic:
     """The class is empty where no product of this machine's library is row-invariant: it cannot serve."""
     torch.set_num_threads(num_threads)
     settle_arithmetic(device)
     try:
-        kernel = prove_experts(shape.width, shape.expert_width, shape.dtype, device)
+        kernel = prove_experts(shape.width, shape.expert_width, DTYPES[shape.dtype], device)
     except NotRowInvariant:
         return Arithmetic("", "", 0.0)
-    name = numerics_class(device, shape.dtype, kernel)
+    name = numerics_class(device, DTYPES[shape.dtype], kernel)
     return Arithmetic(name, _digest(kernel, shape), _product_rate(kernel, shape))
 
 
 def _digest(kernel: RowKernel, shape: ExpertShape) -> str:
     """Of products of numbers that every machine makes alike."""
-    x = _numbers(8, shape.width, 40503).to(kernel.device, shape.dtype)
-    weight = _numbers(2 * shape.expert_width, shape.width, 48271).to(kernel.device, shape.dtype)
+    dtype = DTYPES[shape.dtype]
+    x = _numbers(8, shape.width, 40503).to(kernel.device, dtype)
+    weight = _numbers(2 * shape.expert_width, shape.width, 48271).to(kernel.device, dtype)
     bits = kernel.linear(x, weight).contiguous().cpu().view(torch.uint8)
     return hashlib.sha256(bits.numpy().tobytes()).hexdigest()[:12]
 
@@ -84,9 +67,10 @@ def _numbers(rows: int, columns: int, factor: int) -> torch.Tensor:
 
 def _product_rate(kernel: RowKernel, shape: ExpertShape) -> float:
     """Of one row after another through more weights than caches hold."""
-    outputs = max(1, WEIGHT_BYTES // (shape.width * shape.dtype.itemsize))
-    weight = torch.ones(outputs, shape.width, dtype=shape.dtype).to(kernel.device)
-    row = torch.ones(1, shape.width, dtype=shape.dtype).to(kernel.device)
+    dtype = DTYPES[shape.dtype]
+    outputs = max(1, WEIGHT_BYTES // (shape.width * dtype.itemsize))
+    weight = torch.ones(outputs, shape.width, dtype=dtype).to(kernel.device)
+    row = torch.ones(1, shape.width, dtype=dtype).to(kernel.device)
     kernel.linear(row, weight)  # pages and threads come to life
     return best_rate(
         lambda: kernel.linear(row, weight)[0, 0].item(), weight.nbytes

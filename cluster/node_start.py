@@ -16,7 +16,7 @@ from cluster.head_probe import split_host_port
 from cluster.machine_checks import WANTED_FILES
 from cluster.ray_token import MODE_VARIABLE
 from cluster.resources import OBJECT_STORE_BYTES, ray_environment
-from experts.near_store import STORE_CACHE_VARIABLE
+from experts.store_source import STORE_CACHE_VARIABLE
 
 LABEL_KEY = re.compile(r"(?:[a-z0-9][a-z0-9.-]{0,252}/)?[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")
 LABEL_VALUE = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")

@@ -21,7 +21,8 @@ from cluster.errors import SyncFailed
 from cluster.living_nodes import living_nodes
 from cluster.resources import NO_CPUS, SYNC_KEEPER_NAME
 from cluster.weight_keeper import start_keeper, stop_keeper
-from experts.near_store import CacheSpec, StoreSource, open_near
+from experts.near_store import open_near
+from experts.store_source import CacheSpec, StoreSource
 from extraction.manifest import ExpertKey
 
 SECRET_BYTES = 32

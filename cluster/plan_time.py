@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cluster.demand import Demand
-from cluster.forecast import needed_experts
 from cluster.holdings import Holding, Layer, holdings
 from cluster.plan import ServicePlan
-from cluster.step_time import expected_slowest, is_called
+from cluster.step_time import expected_slowest, is_called, needed_experts
 from cluster.topology import Topology
 
 if TYPE_CHECKING:

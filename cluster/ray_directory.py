@@ -17,7 +17,7 @@ import ray
 from torch import Tensor
 
 from cluster.router_book import RouterLoad
-from cluster.supervisor import find_supervisor
+from cluster.supervisor_handle import find_supervisor
 from experts.call import ExpertCall
 from experts.directory import DirectoryStats
 from experts.expert_table import ExpertTable

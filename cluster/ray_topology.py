@@ -21,12 +21,10 @@ from cluster.errors import NodeAddressInvalid
 from cluster.joining import HEAD_RESOURCE
 from cluster.link_rate import SECRET_BYTES, Link, LinkEnd, measure_link
 from cluster.machine_facts import MachineFacts, read_machine
-from cluster.node_report import CardReport, NodeReport, StoreQuestion
-from cluster.node_speed import Arithmetic, ExpertShape, measure_arithmetic, measure_disk
+from cluster.node_report import Arithmetic, CardReport, ExpertShape, NodeReport, StoreQuestion
 from cluster.resources import NO_CPUS
-from experts.devices import CUDA, read_device_memory, why_no_cuda
-from experts.near_store import STORE_CACHE_VARIABLE
-from experts.numerics import num_cores, useful_threads
+from experts.cores import num_cores, useful_threads
+from experts.store_source import STORE_CACHE_VARIABLE
 from extraction.errors import ExtractionError
 from extraction.manifest import store_hash
 
@@ -52,6 +50,9 @@ class NodeProbe:
         self._end: LinkEnd | None = None
 
     def answer(self, question: StoreQuestion | None) -> NodeAnswer:
+        # On that node alone: whoever asks, such as the supervisor, needs no PyTorch.
+        from cluster.node_speed import measure_arithmetic, measure_disk
+
         machine = read_machine(_environment(question))
         shape = question.shape if question else ExpertShape()
         threads = useful_threads(num_cores(), 2 * shape.expert_width * shape.width)
@@ -124,6 +125,9 @@ def _measure(probe: Any, address: str, is_local: bool) -> tuple[Link | None, str
 
 def read_card(shape: ExpertShape, num_threads: int) -> CardReport | None:
     """Of the process's machine; None where PyTorch sees none."""
+    from cluster.node_speed import measure_arithmetic  # as in NodeProbe.answer
+    from experts.devices import CUDA, read_device_memory, why_no_cuda
+
     if why_no_cuda() is not None:
         return None
     return CardReport(read_device_memory(CUDA), measure_arithmetic(shape, num_threads, CUDA))

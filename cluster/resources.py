@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from cluster.processes import started_patiently
-from experts.numerics import useful_threads
+from experts.cores import useful_threads
 
 NAMESPACE = "sage-moe"
 SUPERVISOR_NAME = "supervisor"
@@ -72,6 +73,15 @@ def needs_supervisor(num_actors: int, num_routers: int) -> bool:
     return num_actors > 0 or num_routers > 1
 
 
+def service_environment() -> dict[str, str]:
+    """Environment of all processes of a service, and of the Ray that starts them.
+
+    One for all: for a process with one of its own, Ray takes none of those that it has begun ahead, and imports itself
+    twice. Whatever computes chooses its number of threads itself.
+    """
+    return ray_environment() | process_environment(1) | ONE_LOOP
+
+
 def process_environment(num_threads: int) -> dict[str, str]:
     """Environment of a process that computes. Passive waiting, or idle threads would take the others' cores."""
     threads = str(num_threads)
@@ -100,9 +110,9 @@ def ray_environment() -> dict[str, str]:
     }
 
 
-def expert_actor_options(name: str, num_threads: int) -> dict[str, Any]:
+def expert_actor_options(name: str) -> dict[str, Any]:
     """Ray options of an expert actor: outlives its creator, is never restarted by Ray, found by name."""
-    return _detached(name, num_threads) | {"max_restarts": 0, "max_concurrency": 4}
+    return _detached(name) | {"max_restarts": 0, "max_concurrency": 4}
 
 
 def supervisor_options(node_id: str | None = None) -> dict[str, Any]:
@@ -111,26 +121,25 @@ def supervisor_options(node_id: str | None = None) -> dict[str, Any]:
     node_id: where the store and the trust ledger are; None where there is one node only.
     """
     options = {"max_restarts": -1, "max_concurrency": 16, **_place(node_id)}
-    return _detached(SUPERVISOR_NAME, 1) | options
+    return _detached(SUPERVISOR_NAME) | options
 
 
 def weight_keeper_options(name: str = WEIGHT_KEEPER_NAME) -> dict[str, Any]:
     """Ray options of the head's weight server: Ray restarts it for ever, with the port that it had."""
-    return _detached(name, 1) | {"max_restarts": -1, "max_concurrency": 2}
+    return _detached(name) | {"max_restarts": -1, "max_concurrency": 2}
 
 
-def _detached(name: str, num_threads: int) -> dict[str, Any]:
+def _detached(name: str) -> dict[str, Any]:
     return {
         "name": name,
         "namespace": NAMESPACE,
         "lifetime": "detached",
         "num_cpus": NO_CPUS,
         "max_task_retries": 0,
-        "runtime_env": {"env_vars": process_environment(num_threads)},
     }
 
 
-def router_deployment_options(num_threads: int, node_id: str | None = None) -> dict[str, Any]:
+def router_deployment_options(node_id: str | None = None) -> dict[str, Any]:
     """Serve options of one router. Its own admission bounds the work; Serve's limit only has to stay out of the way.
 
     Serve looks for a dead one at its health checks, while that one's requests wait, and ends one that has not answered
@@ -138,12 +147,12 @@ def router_deployment_options(num_threads: int, node_id: str | None = None) -> d
     where it has to run, in Ray's own terms; None lets Ray choose.
     """
     limits = {"max_ongoing_requests": 2000, "max_queued_requests": 2000}
-    return _deployment(num_threads, node_id) | limits | HEALTH_CHECKS
+    return _deployment(node_id) | limits | HEALTH_CHECKS
 
 
 def gateway_deployment_options(node_id: str | None = None) -> dict[str, Any]:
     """Serve options of the gateway. Its requests come over its own port and not by Serve."""
-    return _deployment(1, node_id) | HEALTH_CHECKS
+    return _deployment(node_id) | HEALTH_CHECKS
 
 
 def _place(node_id: str | None) -> dict[str, Any]:
@@ -151,12 +160,11 @@ def _place(node_id: str | None) -> dict[str, Any]:
     return {} if node_id is None else {"label_selector": {NODE_LABEL: node_id}}
 
 
-def _deployment(num_threads: int, node_id: str | None) -> dict[str, Any]:
+def _deployment(node_id: str | None) -> dict[str, Any]:
     return {
         "num_replicas": 1,
         "ray_actor_options": {
             "num_cpus": NO_CPUS,
-            "runtime_env": {"env_vars": process_environment(num_threads) | ONE_LOOP},
             **_place(node_id),
         },
         "max_constructor_retry_count": 1,
@@ -167,15 +175,21 @@ def _deployment(num_threads: int, node_id: str | None) -> dict[str, Any]:
     }
 
 
-def start_ray(num_cpus: int | None = None) -> None:
-    """Start a Ray for this process, on loopback, also beside another; `cluster.joining` joins one that runs already."""
-    import logging
-
-    defaults = ray_environment() | LOCAL_ONLY
+def prepare_ray(process_variables: Mapping[str, str] | None = None) -> None:
+    """Set the environment for a Ray that this process starts, and of all that it starts: before Ray is first imported.
+    What is set already stays."""
+    defaults = ray_environment() | LOCAL_ONLY | dict(process_variables or {})
     if "ray" not in sys.modules:
         # What Ray would decide itself, with a warning; once it is imported, it takes a change for a mistake.
         defaults |= {"RAY_AUTH_MODE": "token"}
     os.environ.update({key: os.environ.get(key, value) for key, value in defaults.items()})
+
+
+def start_ray(num_cpus: int | None = None) -> None:
+    """Start a Ray for this process, on loopback, also beside another; `cluster.joining` joins one that runs already."""
+    import logging
+
+    prepare_ray()
     import ray
 
     def start() -> None:

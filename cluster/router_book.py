@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
 from cluster.capacity import Load
 from extraction.manifest import ExpertKey
-from router.expert_use import Use
+
+if TYPE_CHECKING:
+    from router.expert_use import Use
 
 FORGET_AFTER_S = 10.0
 

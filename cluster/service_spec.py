@@ -19,7 +19,7 @@ from cluster.reconcile import WantedActor
 from cluster.topology import Topology
 from experts.actor import ActorSpec
 from experts.eviction import DEFAULT_EVICTION, Eviction
-from experts.near_store import CacheSpec, StoreSource
+from experts.store_source import CacheSpec, StoreSource
 from extraction.manifest import ExpertKey
 
 

@@ -98,3 +98,8 @@ def _binomial(most: int, probability: float) -> Floats:
     logs_K = most * math.log1p(-probability) + np.concatenate(([0.0], np.cumsum(ratios_K)))
     result: Floats = np.exp(logs_K)
     return result
+
+
+def needed_experts(uses: float, num_experts: int, num_streams: int) -> float:
+    """Distinct experts of a share that a step of some tokens needs, if the share's are used alike."""
+    return float(num_experts * (1.0 - (1.0 - min(1.0, uses / num_experts)) ** num_streams))

@@ -28,17 +28,18 @@ from cluster.living_nodes import living_nodes, unreached
 from cluster.node_watch import NodeWatch
 from cluster.plan import ServicePlan
 from cluster.reconcile import Target, is_settled, missing_actor
-from cluster.resources import NAMESPACE, SUPERVISOR_NAME, supervisor_options
+from cluster.resources import supervisor_options
 from cluster.router_book import RouterLoad
 from cluster.scaling import PlanScaler, where_it_runs
 from cluster.service_record import ServiceRecord, forget_record, load_record, save_record
 from cluster.service_spec import ServiceSpec, service_of, wanted_actors
+from cluster.supervisor_handle import find_supervisor
 from cluster.supervisor_status import actor_entries, disks_entry, note_entries, pending_entries, plan_entry
 from cluster.trust_desk import TrustDesk
 from experts.roster import ResidentExperts, Roster
 from experts.trust import TrustReport, TrustTable
 from experts.trust_ledger import TrustIdentity
-from router.trust_session import TrustOptions
+from router.trust_options import TrustOptions
 
 logger = logging.getLogger(__name__)
 
@@ -351,14 +352,6 @@ def start_supervisor(spec: ServiceSpec, node_id: str | None = None) -> Any:
     """Create the supervisor, on a node that has the store, or raise ValueError when one of this name runs already.
     Returns its handle."""
     return ray.remote(Supervisor).options(**supervisor_options(node_id)).remote(spec)
-
-
-def find_supervisor() -> Any:
-    """The running supervisor's handle. Raises SupervisorMissing."""
-    try:
-        return ray.get_actor(SUPERVISOR_NAME, namespace=NAMESPACE)
-    except ValueError as error:
-        raise SupervisorMissing(str(error).splitlines()[0]) from error
 
 
 def stop_supervisor() -> None:

@@ -6,7 +6,7 @@ import threading
 
 from experts.trust import TrustReport, TrustSettings, TrustTable
 from experts.trust_ledger import TrustIdentity, TrustLedger
-from router.trust_session import TrustOptions, open_local_ledger
+from router.trust_options import TrustOptions, open_local_ledger
 
 
 class TrustDesk:

@@ -6,11 +6,11 @@ from typing import Any
 
 import ray
 
-from cluster.supervisor import find_supervisor
+from cluster.supervisor_handle import find_supervisor
 from experts.errors import ExpertError, LedgerUnusable
 from experts.trust import TrustReport, TrustTable
 from experts.trust_ledger import TrustIdentity
-from router.trust_session import TrustOptions
+from router.trust_options import TrustOptions
 
 ANSWER_TIMEOUT_S = 30.0
 """A report is a few MB at most, and on disk within a second."""

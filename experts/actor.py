@@ -1,6 +1,7 @@
 """The Ray shell of an expert worker: opens the store, computes calls that arrive on its socket, tells its state.
 
-Contains no decision. Created by `cluster.supervisor` only, each time with a new incarnation.
+Contains no decision. Created by `cluster.supervisor` only, each time with a new incarnation. Importing this brings no
+PyTorch in.
 """
 
 from __future__ import annotations
@@ -13,28 +14,25 @@ import time
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
-import torch
-from torch import Tensor
 
 from experts.actor_report import ActorIdentity, ActorPulse, DiskReport
 from experts.budget import share_of
-from experts.call import ExpertCall
-from experts.device_proof import prove_experts
-from experts.device_tier import open_tiers
-from experts.devices import resolve_device, settle_arithmetic
+from experts.cores import num_cores, useful_threads
 from experts.errors import ExpertError
 from experts.eviction import Eviction
 from experts.group_trust import GroupTrust, Scores
-from experts.near_store import CacheSpec, NearStore, StoreSource, open_near
-from experts.numerics import num_cores, useful_threads
-from experts.store import ExpertStore
-from experts.transport import Endpoint, ExpertServer, ServiceInfo, TransportLimits
-from experts.weight_server import WeightServer
-from experts.worker import DTYPES, ExpertWorker
+from experts.roster import Endpoint
+from experts.store_source import CacheSpec, StoreSource
 from extraction.manifest import ExpertKey
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from experts.call import ExpertCall
+    from experts.near_store import NearStore
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +91,16 @@ class ExpertActor:
     """One expert group behind a data-plane server."""
 
     def __init__(self, spec: ActorSpec) -> None:
+        # Not above: the supervisor imports this class to create actors, and starts a second sooner without PyTorch.
+        import torch
+
+        from experts.device_proof import prove_experts
+        from experts.device_tier import open_tiers
+        from experts.devices import resolve_device, settle_arithmetic
+        from experts.transport import ExpertServer, ServiceInfo, TransportLimits
+        from experts.weight_server import WeightServer
+        from experts.worker import DTYPES, ExpertWorker
+
         logging.basicConfig(level=logging.INFO)
         torch.set_num_threads(_num_threads(spec))
         dtype = DTYPES[spec.dtype]
@@ -264,6 +272,9 @@ def _num_threads(spec: ActorSpec) -> int:
 
 
 def _open_store(spec: ActorSpec) -> NearStore:
+    from experts.near_store import NearStore, open_near  # as in ExpertActor.__init__
+    from experts.store import ExpertStore
+
     if spec.store_source is None:
         return NearStore(ExpertStore.open(Path(spec.store_root)), tuple(map(Path, spec.store_copies)))
     cache = spec.cache.here() if spec.cache is not None else None

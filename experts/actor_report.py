@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from experts.roster import ResidentExperts
-from experts.transport import Endpoint
+from experts.roster import Endpoint, ResidentExperts
 from extraction.manifest import ExpertKey
 
 

@@ -11,11 +11,14 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
 from experts.errors import BudgetTooSmall
-from experts.quantised import RecordForm
-from experts.store import ExpertStore
 from extraction.manifest import ExpertKey
+
+if TYPE_CHECKING:
+    from experts.quantised import RecordForm
+    from experts.store import ExpertStore
 
 
 @dataclass(frozen=True)

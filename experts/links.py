@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from experts.errors import TransportError
 from experts.numerics import quantization_in
-from experts.roster import Owners, ResidentExperts, Roster
-from experts.transport import Endpoint, ExpertConnection, ServiceInfo, TransportLimits
+from experts.roster import Endpoint, Owners, ResidentExperts, Roster
+from experts.transport import ExpertConnection, ServiceInfo, TransportLimits
 from experts.worker import ExpertWorker
 
 logger = logging.getLogger(__name__)

@@ -6,10 +6,8 @@ Decides between the two; the order of sources is that of `StoreSource`. Used by 
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,37 +17,9 @@ from experts.loader import check_copies
 from experts.mounts import is_on_network
 from experts.store import ExpertStore
 from experts.store_cache import StoreCache
+from experts.store_source import CacheSpec, StoreSource
 from experts.weight_sources import FolderSource, ServerSource, WeightSource
 from extraction.manifest import ExpertKey
-
-
-@dataclass(frozen=True)
-class StoreSource:
-    """Where a machine finds a store, in the order in which it looks."""
-
-    store_hash: str
-    paths: tuple[str, ...] = ()
-    """Folders that may hold it here: on a disk of this machine, in which case it is used there, or on a shared one."""
-    peers: tuple[tuple[str, int], ...] = ()
-    """Host and port of machines that have some of its records."""
-    head: tuple[str, int] | None = None
-    """Host and port of who reads the whole store."""
-
-
-STORE_CACHE_VARIABLE = "SAGE_MOE_STORE_CACHE"
-"""Of a node's processes: that machine's own folder for copies of expert records, which goes before the service's."""
-
-
-@dataclass(frozen=True)
-class CacheSpec:
-    """The folder on every machine that keeps what came from elsewhere."""
-
-    folder: str
-    limit_bytes: int | None = None
-
-    def here(self, environment: Mapping[str, str] = os.environ) -> CacheSpec:
-        """As this machine has it."""
-        return replace(self, folder=environment.get(STORE_CACHE_VARIABLE) or self.folder)
 
 
 class NearStore:

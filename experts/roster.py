@@ -8,8 +8,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from experts.transport import Endpoint
 from extraction.manifest import ExpertKey
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where one life of an expert actor listens."""
+
+    name: str
+    host: str
+    port: int
+    incarnation: int
+
+    @property
+    def address(self) -> str:
+        return f"{self.host}:{self.port}"
+
 
 ResidentExperts = Mapping[tuple[str, int], frozenset[int]]
 """(component, layer) -> numbers of the experts that are in memory."""

@@ -14,7 +14,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -52,27 +51,14 @@ from experts.frame import (
 )
 from experts.handshake import ServiceInfo, check_secret, encode_info, introduce
 from experts.listener import Greeting, Listener
+from experts.roster import Endpoint
 
-__all__ = ["Endpoint", "ExpertConnection", "ExpertServer", "ServiceInfo", "TransportLimits"]
+__all__ = ["ExpertConnection", "ExpertServer", "ServiceInfo", "TransportLimits"]
 
 logger = logging.getLogger(__name__)
 
 Compute = Callable[[ExpertCall], Tensor]
 """Returns the call's (R, D) rows in its tokens' dtype. Raises ExpertError."""
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """Where one life of an expert actor listens."""
-
-    name: str
-    host: str
-    port: int
-    incarnation: int
-
-    @property
-    def address(self) -> str:
-        return f"{self.host}:{self.port}"
 
 
 class ExpertConnection:

@@ -75,7 +75,8 @@ class BlockAllocator:
 
     def extend(self, sequence: str, num_positions: int) -> None:
         """Grow a sequence to cover this many positions. Raises KvExhausted and then changes nothing."""
-        self._tables[sequence].extend(self._take(self.missing(sequence, num_positions)))
+        if missing := self.missing(sequence, num_positions):
+            self._tables[sequence].extend(self._take(missing))
 
     def num_held(self, blocks: Sequence[int]) -> int:
         """How many of these blocks somebody holds, so that one more holder takes no room."""
@@ -113,6 +114,8 @@ class BlockAllocator:
         shared = [index for index in covered if self._holders[table[index]] > 1]
         own = [table[index] for index in covered if self._holders[table[index]] == 1]
         assert not any(map(self.prefixes.knows, own)), "a known block would be written to"
+        if not shared:
+            return []
         copies = []
         for index, target in zip(shared, self._take(len(shared)), strict=True):
             copies.append(BlockCopy(table[index], target))

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 
+from experts.cores import num_cores, useful_threads
 from experts.device_tier import open_tiers
 from experts.devices import CPU, settle_arithmetic
 from experts.directory import ExpertDirectory, LocalDirectory
 from experts.eviction import DEFAULT_EVICTION, Eviction
-from experts.numerics import RowKernel, num_cores, useful_threads
+from experts.numerics import RowKernel
 from experts.store import ExpertStore
 from experts.worker import DTYPES, ExpertWorker
 from router.attention import BLOCK_POSITIONS
@@ -35,7 +36,8 @@ from router.prefix_keys import PrefixScope
 from router.scoring import DEFAULT_PRESET, PRESETS, SnarcWeights
 from router.self_test import prove_row_invariance
 from router.steering import MoeShape, SteeredPolicy
-from router.trust_session import OpenKeeper, TrustOptions, TrustSession, open_local_ledger
+from router.trust_options import TrustOptions, open_local_ledger
+from router.trust_session import OpenKeeper, TrustSession
 
 logger = logging.getLogger(__name__)
 

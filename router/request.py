@@ -40,6 +40,11 @@ class SamplingParams:
     """(token id, what is added to its logit); every id once."""
 
     @property
+    def has_filters(self) -> bool:
+        """Whether some tokens are left out, by their probability, before one is drawn."""
+        return bool(self.top_k) or self.top_p < 1.0 or self.min_p > 0.0
+
+    @property
     def has_adjustments(self) -> bool:
         """Whether logits are changed before the token is drawn from them."""
         return self.has_penalties or bool(self.logit_bias) or self.min_tokens > 0

@@ -1,13 +1,14 @@
 """From logits to the next token. Pure: the noise is a function of (seed, choice, position) and nothing else.
 
-So a request that is moved, batched otherwise or resumed elsewhere draws the same tokens. Called by
-`router.engine`, one row at a time.
+So a request that is moved, batched otherwise or resumed elsewhere draws the same tokens. Called by `router.engine`: for
+all rows of a step at once that take any token, for each other one alone.
 """
 
 from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -30,13 +31,33 @@ def sample(logits_V: Tensor, params: SamplingParams, position: int) -> int:
     wide = logits_V.double()
     scaled = (wide - wide.max()) / params.temperature
     uniform = uniform_noise(params.seed, params.choice, position)
-    if not params.top_k and params.top_p >= 1.0 and params.min_p <= 0.0:
+    if not params.has_filters:
         return _draw(torch.softmax(scaled, dim=-1), uniform)
     values, tokens = _candidates(scaled, params)
     probabilities = torch.softmax(values, dim=-1)
     if params.min_p > 0.0:
         probabilities = probabilities[probabilities >= params.min_p * probabilities[0]]
     return int(tokens[_draw(probabilities, uniform)])
+
+
+def sample_unfiltered(
+    logits_SV: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]
+) -> list[int]:
+    """`sample` for several rows with a temperature and no filter: each draws the token that it draws alone, since every
+    operation is a row's own, in one order.
+    """
+    uniforms_S = [
+        uniform_noise(each.seed, each.choice, position)
+        for each, position in zip(params, positions, strict=True)
+    ]
+    temperatures_S = [each.temperature for each in params]
+    noise = torch.tensor((uniforms_S, temperatures_S), dtype=torch.float64).unsqueeze(2)
+    scaled_SV = logits_SV.to(torch.float64, copy=True)
+    scaled_SV.sub_(scaled_SV.amax(dim=1, keepdim=True)).div_(noise[1])
+    cumulative_SV = torch.softmax(scaled_SV, dim=-1).cumsum_(1)
+    found_S = torch.searchsorted(cumulative_SV, noise[0] * cumulative_SV[:, -1:], right=True)
+    tokens: list[int] = found_S.clamp_(max=logits_SV.shape[1] - 1).flatten().tolist()
+    return tokens
 
 
 def uniform_noise(seed: int, choice: int, position: int) -> float:

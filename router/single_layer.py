@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from experts.cores import num_cores, useful_threads
 from experts.directory import LocalDirectory
-from experts.numerics import num_cores, useful_threads
 from experts.store import ExpertStore
 from experts.worker import ExpertWorker
 from extraction.manifest import Component

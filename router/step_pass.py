@@ -17,7 +17,7 @@ from router.backbone import Backbone, ForwardPass
 from router.batcher import Chunk
 from router.kv_cache import BlockAllocator
 from router.logprobs import prompt_nlls
-from router.sequence import Sequence
+from router.sequence import NO_INPUTS, Sequence
 from router.step_batch import Span, StepBatch
 from router.step_routing import PromptProbe, RoutingPolicy, RoutingWatcher, SpanOwner, StepRouting
 
@@ -135,9 +135,10 @@ def _batch(
             lengths.append(sequence.text_lengths(first, count))
         scored_rows.extend(shift + position for position in part.unscored)
         probed_rows.extend(shift + position for position in part.probed)
-        embeddings.update(_within(sequence.inputs.embeddings, part, shift))
-        for layer, added in sequence.inputs.injections.items():
-            injections.setdefault(layer, {}).update(_within(added, part, shift))
+        if sequence.inputs is not NO_INPUTS:
+            embeddings.update(_within(sequence.inputs.embeddings, part, shift))
+            for layer, added in sequence.inputs.injections.items():
+                injections.setdefault(layer, {}).update(_within(added, part, shift))
         if part.is_last:
             logit_rows.append(len(ids) - 1)
     return StepBatch(

@@ -33,6 +33,7 @@ from experts.trust_book import TrustBook
 from router.dispatch import Dispatch
 from router.scoring import ABSENT, Routing
 from router.step_routing import MAX_UNDER_WAY, NOTHING, GateOutput, RoutingWatcher, SpanOwner, View
+from router.trust_options import LAYERS_A_LOOK
 from router.trust_signals import (
     consistency,
     contribution_shares,
@@ -45,9 +46,6 @@ from router.trust_signals import (
 SKETCH_SIZE = 64
 MAX_TOKENS_A_STEP, MAX_EXPERTS_A_STEP = 16, 32
 """How many of the layer's tokens and experts are looked at; evenly spaced where there are more."""
-LAYERS_A_LOOK = 48
-"""Of so many layers that are computed one is looked at, but no more than one a pass. To look at one takes longer than
-the layer of a small model; this is the share that a model of 48 layers is looked at with every pass."""
 TOKENS_A_FLUSH = 256
 """How often observations reach the book, in tokens."""
 MAX_REQUESTS = 512

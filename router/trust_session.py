@@ -7,42 +7,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from experts.errors import ExpertError, LedgerUnusable
 from experts.store import ExpertStore
-from experts.trust import TrustSettings, aspect_means
+from experts.trust import aspect_means
 from experts.trust_book import TrustBook
-from experts.trust_ledger import TrustIdentity, TrustLedger, ledger_path
+from experts.trust_ledger import TrustIdentity
 from experts.trust_reporter import TrustKeeper, TrustReporter
 from router.engine import Engine
 from router.model_config import ModelConfig
-from router.trust_collector import LAYERS_A_LOOK, TrustCollector
+from router.trust_collector import TrustCollector
+from router.trust_options import TrustOptions, open_local_ledger
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class TrustOptions:
-    """What a user may choose about trust."""
-
-    state_folder: str
-    """Where ledgers are kept."""
-    settings: TrustSettings = field(default_factory=TrustSettings)
-    layers_a_look: int = LAYERS_A_LOOK
-    """How seldom a layer is looked at."""
-
-
 OpenKeeper = Callable[[TrustIdentity, TrustOptions], TrustKeeper]
-
-
-def open_local_ledger(identity: TrustIdentity, options: TrustOptions) -> TrustLedger:
-    """Raises LedgerBusy or LedgerUnusable."""
-    return TrustLedger(
-        ledger_path(Path(options.state_folder), identity.store_hash), identity, options.settings
-    )
 
 
 def trust_identity(store: ExpertStore, component: str | None = None) -> TrustIdentity:

@@ -82,9 +82,11 @@ class RecordingEngine(Engine):
                 self.outcome.reasons[event.request_id] = event.finish_reason
         return events
 
-    def _advance(self, sequence: EngineSequence, logits_V: torch.Tensor, best: int) -> TokenEvent:
+    def _advance(
+        self, sequence: EngineSequence, logits_V: torch.Tensor, best: int, drawn: int | None
+    ) -> TokenEvent:
         self.outcome.logits.setdefault(sequence.name, []).append(logits_V.clone())
-        return super()._advance(sequence, logits_V, best)
+        return super()._advance(sequence, logits_V, best, drawn)
 
 
 def small_engine(

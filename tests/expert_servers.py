@@ -15,9 +15,9 @@ from experts.device_proof import prove_experts
 from experts.device_tier import RecordsAsStored, open_tiers
 from experts.devices import CPU
 from experts.quantised import planned_form
-from experts.roster import Roster
+from experts.roster import Endpoint, Roster
 from experts.store import ExpertStore
-from experts.transport import Compute, Endpoint, ExpertServer, ServiceInfo, TransportLimits
+from experts.transport import Compute, ExpertServer, ServiceInfo, TransportLimits
 from experts.worker import DTYPES, ExpertWorker
 from extraction.manifest import ExpertKey
 from router.loading import stored_dtype

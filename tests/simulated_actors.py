@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cluster import actor_pool
-from experts import actor
+from experts import devices
 from experts.actor import ActorSpec, ExpertActor
 from experts.call import ExpertCall
 from tests.simulated_device import DEVICE, simulated
@@ -26,7 +26,7 @@ def _resolve(word: str) -> torch.device:
 
 class SimulatedActor(ExpertActor):
     def __init__(self, spec: ActorSpec) -> None:
-        with simulated(), mock.patch.object(actor, "resolve_device", _resolve):
+        with simulated(), mock.patch.object(devices, "resolve_device", _resolve):
             super().__init__(spec)
 
     def set_limits(self, budget_bytes: int, share: Fraction) -> None:

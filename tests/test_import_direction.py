@@ -20,6 +20,7 @@ RAY_SHELLS = {
     "cluster/ray_topology.py",
     "cluster/resources.py",
     "cluster/supervisor.py",
+    "cluster/supervisor_handle.py",
     "cluster/head_watch.py",
     "cluster/actor_pool.py",
     "cluster/actor_notices.py",
@@ -80,7 +81,8 @@ def test_reference_implementation_appears_only_where_it_is_compared_with() -> No
     assert users == {"gateway/stores/published_layers.py"}
 
 
-def test_gateway_starts_without_pytorch() -> None:
+@pytest.mark.parametrize("module", ["gateway.service.gateway_replica", "cluster.supervisor"])
+def test_process_that_computes_nothing_starts_without_pytorch(module: str) -> None:
     """Which takes a second of a core to import, at every start of a service."""
-    code = "import sys, gateway.service.gateway_replica; sys.exit('torch' in sys.modules)"
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0

@@ -7,9 +7,8 @@
    limits. */
 #include "layer.h"
 #include "attention.h"
+#include "memory.h"
 #include "routing.h"
-
-#include <stdlib.h>
 
 /* Memory that a call needs at once, cut into parts. */
 typedef struct {
@@ -114,7 +113,7 @@ void *sage_begin_attention(
     plan.attention.q_stride = s->head_width * plan.attention.way->item;
     arena memory = {.used = UP_TO(sizeof plan, 64)};
     cut_attention(&plan, &memory, &span_pieces);
-    attention_half *h = aligned_alloc(64, memory.used);
+    attention_half *h = take_memory(memory.used);
     if (!h) return NULL;
     *h = plan;
     memory = (arena){.at = (uint8_t *)h, .used = UP_TO(sizeof plan, 64)};
@@ -145,7 +144,7 @@ int sage_run_half(void *half, int64_t until_ns, run_in_threads *run, unsigned th
 }
 
 /* A half that is done, or will not be. */
-void sage_end_half(void *half) { free(half); }
+void sage_end_half(void *half) { give_memory(half); }
 
 /* The same at once. */
 int sage_attention_half(
@@ -255,7 +254,7 @@ void *sage_begin_experts(
                      plan.experts.first_way->pack != plan.gate.first_way->pack;
     arena memory = {.used = UP_TO(sizeof plan, 64)};
     cut_experts(&plan, &memory);
-    experts_half *h = aligned_alloc(64, memory.used);
+    experts_half *h = take_memory(memory.used);
     if (!h) return NULL;
     *h = plan;
     memory = (arena){.at = (uint8_t *)h, .used = UP_TO(sizeof plan, 64)};
@@ -320,13 +319,13 @@ int sage_head(
     h.product = one_product(&h.step, matrix, run ? threads : 1, &one, starts);
     h.product.is_widened = true;
     h.product.out = (uint8_t *)logits, h.product.out_stride = matrix->form.outputs * (int64_t)sizeof(float);
-    h.product.x = aligned_alloc(64, (size_t)(num_rows * h.product.x_stride));
+    h.product.x = take_memory((size_t)(num_rows * h.product.x_stride));
     if (!h.product.x) return OUT_OF_MEMORY;
     h.work = (work){
         .pieces = {packing_pieces(&h.step), first_pieces(&h.product), num_rows}, .run_piece = head_piece,
         .memory_bytes = norm_memory(&h.step),
     };
     const int code = run_work(&h.work, run, threads);
-    free(h.product.x);
+    give_memory(h.product.x);
     return code;
 }

@@ -2,9 +2,10 @@
    among them, how many threads compute, or which thread computes what. Every (row, output) pair is summed by the same
    instructions in the same order (lanes.h, level_*.c); everything here only decides who computes it when.
 
-   Called through ctypes by experts/native_products.py, which has checked every pointer, shape and index. Nothing here
-   keeps state between calls. */
+   Called through ctypes by experts/native_products.py, which has checked every pointer, shape and index. Nothing but
+   memory is kept between calls (memory.c). */
 #include "calls.h"
+#include "memory.h"
 
 #include <stdlib.h>
 
@@ -272,7 +273,7 @@ int sage_multiply(
     for (int64_t e = 0; e < num_experts; e++) starts[e + 1] = starts[e] + counts[e];
     c->starts = starts;
     const int64_t num_rows = starts[num_experts];
-    c->x = aligned_alloc(64, (size_t)(num_tokens * c->x_stride + num_rows * c->hidden_stride + 64));
+    c->x = take_memory((size_t)(num_tokens * c->x_stride + num_rows * c->hidden_stride + 64));
     if (!c->x) {
         free(starts);
         return OUT_OF_MEMORY;
@@ -283,7 +284,7 @@ int sage_multiply(
     p.work.pieces[2] = last_pieces(c);
     p.work.run_piece = run_piece;
     const int code = run_work(&p.work, run, threads);
-    free(c->x);
+    give_memory(c->x);
     free(starts);
     return code;
 }

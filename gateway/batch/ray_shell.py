@@ -19,8 +19,8 @@ from cluster.errors import ClusterError
 from cluster.joining import join_ray
 from cluster.processes import descendants, end_processes, quietly
 from cluster.resources import NO_CPUS, NODE_LABEL, process_environment, start_ray
+from experts.cores import num_cores
 from experts.errors import ExpertError
-from experts.numerics import num_cores
 from extraction.errors import ExtractionError
 from extraction.interrupts import uninterrupted
 from gateway.batch.output import PartSummary

@@ -88,7 +88,7 @@ def generate(
     from router.loading import EngineOptions
     from router.means_keeper import StandInOptions
     from router.scoring import DEFAULT_PRESET, read_weights
-    from router.trust_session import TrustOptions
+    from router.trust_options import TrustOptions
 
     study = Study(trace, mask_experts, replay_routing)
     routing = read_choice(policy, effort, is_explained=explain)

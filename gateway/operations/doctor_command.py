@@ -79,10 +79,8 @@ def _read_token() -> tuple[Token | None, list[Finding]]:
 
 def _read_store(store: str) -> tuple[Any, int]:
     """What nodes are asked about it, and its size."""
-    from cluster.node_report import StoreQuestion
-    from cluster.node_speed import ExpertShape
+    from cluster.node_report import ExpertShape, StoreQuestion
     from experts.store import ExpertStore
-    from experts.worker import DTYPES
     from extraction.manifest import store_hash
     from gateway.stores.source import resolve_runnable
     from router.loading import stored_dtype
@@ -92,7 +90,7 @@ def _read_store(store: str) -> tuple[Any, int]:
     opened = ExpertStore.open(root)
     try:
         config = read_model_config(opened.served.config)
-        shape = ExpertShape(config.hidden_size, config.expert_width, DTYPES[stored_dtype(opened)])
+        shape = ExpertShape(config.hidden_size, config.expert_width, stored_dtype(opened))
         records = [opened.record(key) for key in opened.expert_keys()]
         files = tuple(dict.fromkeys(part.file for record in records for part in record.parts))
         num_bytes = sum(record.nbytes for record in records)

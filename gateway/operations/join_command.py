@@ -89,7 +89,7 @@ def _check(options: NodeOptions) -> list[Finding]:
     from cluster.machine_checks import check_machine
     from cluster.machine_facts import read_machine, read_versions
     from cluster.ray_token import find_token
-    from experts.near_store import STORE_CACHE_VARIABLE
+    from experts.store_source import STORE_CACHE_VARIABLE
 
     check_not_joined(options.head, options.node_address, local_rays())
     token = find_token(os.environ, Path.home())

@@ -155,7 +155,7 @@ def _cache_folder() -> str:
 
 
 def _this_machine() -> NodesFile:
-    from experts.numerics import num_cores
+    from experts.cores import num_cores
     from gateway.planning.nodes import this_machine
     from gateway.service.memory import this_node
 

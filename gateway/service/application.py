@@ -59,11 +59,11 @@ def gateway_spec(
 
 
 def build_application(
-    routers: RouterSpec, gateway: GatewaySpec, num_threads: int, node_id: str | None = None
+    routers: RouterSpec, gateway: GatewaySpec, node_id: str | None = None
 ) -> serve.Application:
-    """num_threads: of each router. node_id: of the node that has the store; None lets Ray choose."""
+    """node_id: of the node that has the store; None lets Ray choose."""
     deployment: Any = serve.deployment  # its overloads lose the type of what it returns
-    options = router_deployment_options(num_threads, node_id)
+    options = router_deployment_options(node_id)
     bound = [
         deployment(RouterDeployment, name=name, **options).bind(routers, index)
         for index, name in enumerate(routers.names)

@@ -11,8 +11,11 @@ import secrets
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from importlib import import_module
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from cluster.addresses import LOOPBACK, is_local_only
@@ -25,7 +28,7 @@ from cluster.resources import (
     plan_spin_s,
     router_deployment_options,
 )
-from experts.near_store import StoreSource
+from experts.store_source import StoreSource
 from extraction.manifest import store_hash
 from gateway.output_file import prepare_folder
 from gateway.service.bind_address import BindAddress, check_bind, check_free, resolve_bind
@@ -105,8 +108,10 @@ def running_service(
         node_id = None if joined is None else _take_cluster(options, address, stack)
         if layout is None:
             layout = _place(options, engine, on_plan, on_placed)
+        serving = _begin_serve(options, stack)
         supervisor = _begin_actors(options, config, engine, layout, node_id, stack)
-        _begin_application(options, address, config, engine, layout, threads.router, node_id, stack)
+        serving.result()
+        _begin_application(options, address, config, engine, layout, node_id)
         _wait_until_served(supervisor)
         yield address.url
     except HeadLost:
@@ -116,6 +121,14 @@ def running_service(
     finally:
         with _undisturbed():
             stack.close()
+
+
+def _begin_serve(options: ServiceOptions, stack: ExitStack) -> Future[None]:
+    """Serve itself, which takes as long as the supervisor to start, and so does beside it."""
+    from gateway.service import serve_instance
+
+    stack.callback(serve_instance.stop, options.ray_address is not None)
+    return stack.enter_context(ThreadPoolExecutor(1)).submit(serve_instance.start)
 
 
 def _place(options: ServiceOptions, engine: EngineOptions, on_plan: OnPlan, on_placed: OnPlaced) -> Layout:
@@ -180,13 +193,17 @@ def _begin_actors(
 def _reach_ray(options: ServiceOptions) -> RunningRay | None:
     """Start a Ray, or join the one that the options name and return it."""
     from cluster.joining import join_ray
-    from cluster.resources import ray_environment, start_ray
+    from cluster.resources import prepare_ray, service_environment, start_ray
 
-    if options.ray_address is None:
-        start_ray(options.num_cpus)
-        return None
-    # A cluster's own processes were started without our environment; those of this service get it from Ray.
-    return join_ray(options.ray_address, process_variables=ray_environment())
+    variables = service_environment()
+    if options.ray_address is not None:
+        # A cluster's own processes were started without our environment; those of this service get it from Ray.
+        return join_ray(options.ray_address, process_variables=variables)
+    prepare_ray(variables)
+    # Serve takes a second to import, in which Ray's processes start; who needs it waits for this import to end.
+    Thread(target=import_module, args=("gateway.service.serve_instance",), daemon=True).start()
+    start_ray(options.num_cpus)
+    return None
 
 
 def _take_cluster(options: ServiceOptions, address: BindAddress, stack: ExitStack) -> str:
@@ -264,7 +281,7 @@ def describe_plan(options: ServiceOptions) -> dict[str, Any]:
     memory = (placed or lay_out_here(options, engine, threads, this_node())).memory
     shown = options.shown() | {"dtype": dtype, "max-model-len": context_length(options, config)}
     gateway = {"name": "gateway", **gateway_deployment_options()}
-    router = router_deployment_options(threads.router)
+    router = router_deployment_options()
     routers = ({"name": name, **router} for name in router_names(options.num_routers))
     application = {"name": "sage-moe", "deployments": [gateway, *routers]}
     return {
@@ -304,9 +321,7 @@ def _begin_application(
     config: ModelConfig,
     engine: EngineOptions,
     layout: Layout,
-    num_threads: int,
     node_id: str | None,
-    stack: ExitStack,
 ) -> None:
     """Gateway and routers. Returns before they have started. node_id: of the node that has the store; None where there
     is one only."""
@@ -315,8 +330,7 @@ def _begin_application(
 
     routers = router_spec(options, engine, layout)
     gateway = gateway_spec(options, config, engine, address)
-    stack.callback(serve_instance.stop, options.ray_address is not None)
-    serve_instance.begin(build_application(routers, gateway, num_threads, node_id))
+    serve_instance.begin(build_application(routers, gateway, node_id))
 
 
 def _wait_until_served(supervisor: Any | None) -> None:

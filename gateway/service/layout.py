@@ -15,8 +15,8 @@ from cluster.memory_plan import MemoryPlan, Node, choose_requests
 from cluster.placement import plan_local
 from cluster.plan import CardShare, ServicePlan
 from cluster.resources import ThreadPlan, plan_spin_s, plan_threads
+from experts.cores import num_cores
 from experts.loader import check_copies
-from experts.numerics import num_cores
 from experts.store import ExpertStore
 from extraction.manifest import ExpertKey
 from gateway.errors import OptionInvalid
@@ -28,7 +28,7 @@ from router.footprint import measure_footprint
 from router.loading import EngineOptions, stored_dtype
 from router.means_keeper import StandInOptions
 from router.model_config import ModelConfig, read_model_config
-from router.trust_session import TrustOptions
+from router.trust_options import TrustOptions
 
 if TYPE_CHECKING:
     from cluster.service_spec import Placing, Scaling

@@ -16,7 +16,7 @@ from cluster.placement import Grouping
 from experts.budget import FIT, BudgetRequest
 from experts.devices import CPU, resolve_device
 from experts.eviction import DEFAULT_EVICTION, Eviction
-from experts.near_store import CacheSpec
+from experts.store_source import CacheSpec
 from gateway.byte_sizes import format_budget, format_bytes
 from gateway.errors import OptionInvalid
 from gateway.http.api_keys import NO_KEYS, KeyRing

@@ -18,9 +18,8 @@ from cluster.errors import ClusterRefused
 from cluster.machine_facts import code_digest
 from cluster.memory_plan import TIER, MemoryPlan, ProcessMemory, choose_requests, plan_memory
 from cluster.model_sizes import ModelSizes, measure_model
-from cluster.node_report import NodeReport, StoreQuestion
+from cluster.node_report import ExpertShape, NodeReport, StoreQuestion
 from cluster.node_rooms import RoomRules, make_topology, node_names
-from cluster.node_speed import ExpertShape
 from cluster.placement import PlacementOptions, place
 from cluster.plan import ServicePlan
 from cluster.service_spec import Placing
@@ -117,7 +116,7 @@ def _read_model(store: ExpertStore, options: ServiceOptions, engine: EngineOptio
     question = StoreQuestion(
         str(options.store_root.resolve()),
         store.hash,
-        ExpertShape(config.hidden_size, config.expert_width, sizes.dtype),
+        ExpertShape(config.hidden_size, config.expert_width, str(sizes.dtype).removeprefix("torch.")),
         tuple(dict.fromkeys(part.file for record in records for part in record.parts)),
         options.store_cache.folder if options.store_cache else None,
         options.has_cards,

@@ -42,7 +42,7 @@ from router.metrics import local_actor, render_metrics
 from router.request import GenerationRequest, TokenEvent
 from router.service import RouterService
 from router.trace import RoutingTrace
-from router.trust_session import open_local_ledger
+from router.trust_options import open_local_ledger
 
 logger = logging.getLogger(__name__)
 

@@ -22,10 +22,14 @@ FAILED = ApplicationStatus.DEPLOY_FAILED.value
 """Of applications and of deployments."""
 
 
-def begin(application: serve.Application) -> None:
-    """Start Serve, and have it start the application; see `wait_running`."""
+def start() -> None:
+    """Start Serve without an application."""
     _say_little()
     serve.start(proxy_location=ProxyLocation.Disabled)
+
+
+def begin(application: serve.Application) -> None:
+    """Have Serve, which was started, start the application; see `wait_running`."""
     target = serve.RunTarget(application, name=APP_NAME, route_prefix=None)
     serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
 

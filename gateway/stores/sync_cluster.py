@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experts.near_store import CacheSpec
 from experts.store import ExpertStore
+from experts.store_source import CacheSpec
 from gateway.stores.share import SyncRequest, chosen_experts
 
 if TYPE_CHECKING:

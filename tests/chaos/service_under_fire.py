@@ -21,7 +21,7 @@ from ray.cluster_utils import Cluster
 
 from cluster.plan import ActorPlan, ServicePlan
 from cluster.processes import descendants, end_processes
-from cluster.supervisor import find_supervisor
+from cluster.supervisor_handle import find_supervisor
 from gateway.service.launch import ServiceOptions, running_service
 from tests.chaos.failpoints import VARIABLE
 from tests.ports import free_port

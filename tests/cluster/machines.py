@@ -6,8 +6,7 @@ from typing import Any
 
 from cluster.link_rate import Link
 from cluster.machine_facts import MachineFacts, Versions
-from cluster.node_report import NodeReport
-from cluster.node_speed import Arithmetic
+from cluster.node_report import Arithmetic, NodeReport
 from experts.node_memory import NodeMemory
 
 GIB = 1 << 30

@@ -20,7 +20,7 @@ from cluster.scaling import PlanScaler
 from cluster.service_spec import Scaling, ServiceSpec, wanted_actors
 from experts.actor import ActorSpec
 from experts.actor_report import ActorIdentity, ActorPulse, Answer, Death
-from experts.transport import Endpoint
+from experts.roster import Endpoint
 from extraction.manifest import ExpertKey
 
 KEYS = [ExpertKey("model", layer, expert) for layer in range(2) for expert in range(4)]

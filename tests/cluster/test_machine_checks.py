@@ -9,8 +9,8 @@ from cluster.findings import Finding
 from cluster.machine_checks import check_machine
 from cluster.machine_facts import read_machine, store_cache_folder
 from experts.native_products import VARIABLE, chosen_level
-from experts.near_store import STORE_CACHE_VARIABLE
 from experts.node_memory import NodeMemory
+from experts.store_source import STORE_CACHE_VARIABLE
 from tests.cluster.machines import GIB, machine
 
 MIB = 1 << 20

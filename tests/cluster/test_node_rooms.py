@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from cluster.node_report import CardReport, as_node_facts
+from cluster.node_report import Arithmetic, CardReport, as_node_facts
 from cluster.node_rooms import RoomRules, facts_of, make_topology
-from cluster.node_speed import Arithmetic
 from cluster.topology import Gpu, NodeFacts
 from experts.budget import BudgetRequest, ExpertBytes
 from experts.node_memory import NodeMemory

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from cluster import node_speed
-from cluster.node_speed import BLOCK_BYTES, ExpertShape, best_rate, measure_arithmetic, measure_disk
+from cluster.node_report import ExpertShape
+from cluster.node_speed import BLOCK_BYTES, best_rate, measure_arithmetic, measure_disk
 from tests.simulated_device import DEVICE, simulated
 
-SMALL = ExpertShape(64, 48, torch.float32)
+SMALL = ExpertShape(64, 48, "float32")
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +32,7 @@ def test_one_machine_computes_the_same_bits_twice_and_with_any_threads() -> None
 
 
 def test_another_dtype_computes_other_bits() -> None:
-    other = ExpertShape(64, 48, torch.bfloat16)
+    other = ExpertShape(64, 48, "bfloat16")
     assert measure_arithmetic(SMALL, 1).digest != measure_arithmetic(other, 1).digest
 
 

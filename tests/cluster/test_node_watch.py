@@ -9,9 +9,8 @@ from dataclasses import replace
 import pytest
 
 from cluster.link_rate import Link
-from cluster.node_report import NodeReport, StoreQuestion
+from cluster.node_report import ExpertShape, NodeReport, StoreQuestion
 from cluster.node_rooms import RoomRules
-from cluster.node_speed import ExpertShape
 from cluster.node_watch import ASK_AGAIN_S, NodeWatch, PlanChange
 from cluster.placement import PlacementOptions, place
 from cluster.plan import ServicePlan

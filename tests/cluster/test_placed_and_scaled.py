@@ -17,9 +17,8 @@ from ray.cluster_utils import Cluster
 from cluster.actor_counts import ScalerSettings
 from cluster.capacity import Load
 from cluster.demand import uniform_demand
-from cluster.node_report import StoreQuestion
+from cluster.node_report import ExpertShape, StoreQuestion
 from cluster.node_rooms import RoomRules
-from cluster.node_speed import ExpertShape
 from cluster.placement import PlacementOptions, place
 from cluster.plan import ServicePlan
 from cluster.ray_directory import RayDirectory

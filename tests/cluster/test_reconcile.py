@@ -34,7 +34,7 @@ from cluster.reconcile import (
     reconcile,
     reservation,
 )
-from experts.transport import Endpoint
+from experts.roster import Endpoint
 from extraction.manifest import ExpertKey
 
 PATIENCE = Patience(wait_s=400.0)

@@ -11,14 +11,17 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from cluster.resources import (
     BUSY_SPIN_S,
+    ONE_LOOP,
     SPIN_S,
     expert_actor_options,
     gateway_deployment_options,
     plan_spin_s,
     plan_threads,
     router_deployment_options,
+    service_environment,
     start_ray,
     supervisor_options,
+    weight_keeper_options,
 )
 
 LARGE_EXPERT = 2 * 768 * 2048
@@ -54,32 +57,41 @@ def test_readers_look_for_answers_only_where_every_process_has_a_core() -> None:
 
 
 def test_dead_router_and_dead_gateway_are_noticed_within_a_second() -> None:
-    assert router_deployment_options(2)["health_check_period_s"] == 1.0
+    assert router_deployment_options()["health_check_period_s"] == 1.0
     assert gateway_deployment_options()["health_check_period_s"] == 1.0
 
 
 def test_nothing_of_ours_takes_a_whole_cpu() -> None:
-    deployments = (router_deployment_options(2), gateway_deployment_options())
+    deployments = (router_deployment_options(), gateway_deployment_options())
     options = [deployment["ray_actor_options"] for deployment in deployments]
-    options += [expert_actor_options("experts-0", 1), supervisor_options()]
+    options += [expert_actor_options("experts-0"), supervisor_options()]
     assert [option["num_cpus"] for option in options] == [0.0] * 4
 
 
 def test_actors_outlive_their_creator_and_only_the_supervisor_is_restarted_by_ray() -> None:
-    for options, restarts in ((expert_actor_options("experts-0", 1), 0), (supervisor_options(), -1)):
+    for options, restarts in ((expert_actor_options("experts-0"), 0), (supervisor_options(), -1)):
         assert (options["lifetime"], options["namespace"]) == ("detached", "sage-moe")
         assert options["max_restarts"] == restarts
 
 
 def test_queues_are_bounded() -> None:
-    options = router_deployment_options(2)
+    options = router_deployment_options()
     assert 0 < options["max_ongoing_requests"] < 10_000
     assert 0 < options["max_queued_requests"] < 10_000
 
 
-def test_processes_wait_passively_with_the_threads_they_were_given() -> None:
-    environment = expert_actor_options("experts-0", 3)["runtime_env"]["env_vars"]
-    assert (environment["OMP_NUM_THREADS"], environment["OMP_WAIT_POLICY"]) == ("3", "PASSIVE")
+def test_processes_wait_passively_and_replicas_have_one_event_loop() -> None:
+    environment = service_environment()
+    assert environment["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert environment.items() >= ONE_LOOP.items()
+
+
+def test_nothing_has_an_environment_of_its_own() -> None:
+    """Ray would start its process twice over."""
+    deployments = (router_deployment_options(), gateway_deployment_options())
+    options = [deployment["ray_actor_options"] for deployment in deployments]
+    options += [expert_actor_options("experts-0"), supervisor_options(), weight_keeper_options()]
+    assert all("runtime_env" not in option for option in options)
 
 
 @pytest.mark.ray

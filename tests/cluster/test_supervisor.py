@@ -21,7 +21,8 @@ from cluster.placement import plan_local
 from cluster.plan import ActorPlan, ServicePlan
 from cluster.ray_directory import RayDirectory
 from cluster.resources import NAMESPACE
-from cluster.supervisor import find_supervisor, start_supervisor, stop_supervisor
+from cluster.supervisor import start_supervisor, stop_supervisor
+from cluster.supervisor_handle import find_supervisor
 from experts.store import ExpertStore
 from router.loading import EngineOptions, LoadedEngine
 from tests.engines import open_engine, run_to_end

@@ -16,8 +16,8 @@ from cluster.weight_keeper import start_keeper, stop_keeper
 from experts.actor import ActorSpec, ExpertActor
 from experts.errors import SourceFailed
 from experts.eviction import DEFAULT_EVICTION
-from experts.near_store import CacheSpec, StoreSource
 from experts.store import ExpertStore
+from experts.store_source import CacheSpec, StoreSource
 from experts.weight_client import WeightLink
 from tests.deadlines import wait_until
 from tests.experts.weight_peers import SECRET
@@ -84,7 +84,7 @@ def test_actor_on_a_machine_without_the_store_fetches_its_group(
     source = StoreSource(whole.hash, ("/absent",), head=head)
     arguments = {**vars(spec), "store_source": source, "cache": CacheSpec(str(tmp_path))}
     actor: Any = (
-        ray.remote(ExpertActor).options(**expert_actor_options(spec.name, 1)).remote(ActorSpec(**arguments))
+        ray.remote(ExpertActor).options(**expert_actor_options(spec.name)).remote(ActorSpec(**arguments))
     )
     try:
         wait_until(lambda: ray.get(actor.held.remote(), timeout=60.0) == frozenset(group))

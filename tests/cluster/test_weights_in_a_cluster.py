@@ -19,8 +19,8 @@ from cluster.ray_directory import RayDirectory
 from cluster.resources import NAMESPACE
 from cluster.supervisor import start_supervisor, stop_supervisor
 from cluster.weight_keeper import start_keeper, stop_keeper
-from experts.near_store import STORE_CACHE_VARIABLE, CacheSpec, StoreSource
 from experts.store import ExpertStore
+from experts.store_source import STORE_CACHE_VARIABLE, CacheSpec, StoreSource
 from extraction.manifest import ExpertKey
 from router.loading import EngineOptions, LoadedEngine
 from tests.deadlines import wait_until

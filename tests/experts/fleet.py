@@ -14,9 +14,9 @@ from experts.call import ExpertCall
 from experts.channel import TransportLimits
 from experts.numerics import RowKernel, calibrate
 from experts.remote_directory import RemoteDirectory
-from experts.roster import Owners, Roster
+from experts.roster import Endpoint, Owners, Roster
 from experts.store import ExpertStore
-from experts.transport import Endpoint, ExpertServer, ServiceInfo
+from experts.transport import ExpertServer, ServiceInfo
 from experts.worker import ExpertWorker
 from extraction.manifest import ExpertKey
 from tests.experts.wire_peers import QUICK, SECRET, endpoint_of

@@ -15,8 +15,8 @@ from experts.actor import ActorSpec, ExpertActor
 from experts.call import ExpertCall
 from experts.errors import DeviceUnavailable, WeightsUnavailable
 from experts.eviction import DEFAULT_EVICTION
-from experts.near_store import CacheSpec, StoreSource
 from experts.store import ExpertStore
+from experts.store_source import CacheSpec, StoreSource
 from experts.transport import ExpertConnection
 from extraction.manifest import group_of
 from tests.experts.weight_peers import PATIENCE_S, SECRET, sharing

@@ -14,8 +14,9 @@ from experts.cached_store import CachedStore
 from experts.errors import WeightsUnavailable
 from experts.fetch_queue import FetchQueue
 from experts.mounts import is_on_network, network_kind
-from experts.near_store import CacheSpec, StoreSource, open_near
+from experts.near_store import open_near
 from experts.store import ExpertStore
+from experts.store_source import CacheSpec, StoreSource
 from extraction.manifest import ExpertKey
 from tests.experts.weight_peers import PATIENCE_S, SECRET, sharing
 

@@ -8,21 +8,19 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from experts.cores import SMALL_MATRIX_ELEMENTS, num_cores, useful_threads
 from experts.errors import NotRowInvariant
 from experts.native_products import TORCH, VARIABLE, chosen_level
 from experts.numerics import (
     CANDIDATES,
     MANY_ROWS,
     REFERENCE_ROWS,
-    SMALL_MATRIX_ELEMENTS,
     TESTED_ROWS,
     RowKernel,
     calibrate,
-    num_cores,
     numerics_class,
     one_thread,
     swiglu,
-    useful_threads,
 )
 
 DTYPES = [torch.float32, torch.bfloat16]

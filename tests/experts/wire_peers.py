@@ -21,7 +21,8 @@ from experts.call import ExpertCall
 from experts.channel import Channel, TransportLimits
 from experts.frame import HEADER_BYTES, Agreement, Header, Kind, decode_header, encode_call, encode_header
 from experts.handshake import ACTOR, ROUTER, ServiceInfo, encode_info, prove
-from experts.transport import Compute, Endpoint, ExpertConnection, ExpertServer
+from experts.roster import Endpoint
+from experts.transport import Compute, ExpertConnection, ExpertServer
 
 SECRET = b"0123456789abcdef-the-cluster"
 SLACK_S = 8.0

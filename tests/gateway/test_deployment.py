@@ -25,7 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.memory_pressure import ROUTER_SCORE, SCORE_FILE
 from cluster.resources import NAMESPACE
-from cluster.supervisor import find_supervisor
+from cluster.supervisor_handle import find_supervisor
 from experts.budget import FIT, BudgetRequest
 from experts.errors import LedgerBusy
 from experts.store import ExpertStore
@@ -282,6 +282,13 @@ def test_service_is_ready_when_idle_and_under_load(service: Service) -> None:
     answers = [httpx.get(f"{service.url}/ready", timeout=30.0) for _ in range(10)]
     load.join()
     assert [answer.status_code for answer in answers] == [200] * 10
+
+
+def test_supervisor_that_computes_nothing_runs_without_pytorch(service: Service) -> None:
+    supervisor = find_supervisor()
+    pids = (ray.get(supervisor.pid.remote()), service.status()["router"]["pid"])
+    mapped = [Path(f"/proc/{pid}/maps").read_text(encoding="utf-8") for pid in pids]
+    assert ["libtorch_cpu" in text for text in mapped] == [False, True]
 
 
 def test_actors_give_memory_back_at_rest_and_take_it_again_under_load(

@@ -6,9 +6,8 @@ from rich.console import Console
 
 from cluster.disk_copies import disk_nodes, plan_disk_copies
 from cluster.memory_plan import MemoryPlan
-from cluster.node_report import StoreQuestion
+from cluster.node_report import ExpertShape, StoreQuestion
 from cluster.node_rooms import RoomRules
-from cluster.node_speed import ExpertShape
 from cluster.placement import PlacementOptions, place
 from cluster.service_spec import Placing
 from cluster.topology import Topology

@@ -13,7 +13,7 @@ import torch
 
 from experts.budget import FIT, BudgetRequest
 from experts.errors import DeviceUnavailable
-from experts.near_store import CacheSpec
+from experts.store_source import CacheSpec
 from gateway.errors import FileUnusable, OptionInvalid
 from gateway.http.api_keys import KeyRing
 from gateway.service import options as service_options

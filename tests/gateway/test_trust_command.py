@@ -19,7 +19,8 @@ from gateway.service.state_folder import resolve_state_folder
 from gateway.stores.trust_view import TrustRow
 from router.loading import EngineOptions
 from router.request import GenerationRequest, SamplingParams
-from router.trust_session import TrustOptions, trust_identity
+from router.trust_options import TrustOptions
+from router.trust_session import trust_identity
 from tests.engines import open_engine, run_to_end
 
 

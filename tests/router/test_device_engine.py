@@ -22,7 +22,7 @@ from router.loading import EngineOptions
 from router.means_keeper import StandInOptions
 from router.request import GenerationRequest, SamplingParams
 from router.routing_choice import RoutingChoice
-from router.trust_session import TrustOptions
+from router.trust_options import TrustOptions
 from tests.checkpoints import write_tiny
 from tests.engines import Outcome, assert_same_bits, open_engine, pause_prompts, run_to_end, small_engine
 from tests.simulated_device import DEVICE, Readings, simulated

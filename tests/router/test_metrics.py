@@ -17,7 +17,7 @@ from router.loading import EngineOptions, LoadedEngine
 from router.metrics import PREFIX, local_actor, render_metrics
 from router.request import GenerationRequest, SamplingParams
 from router.service import RouterService
-from router.trust_session import TrustOptions
+from router.trust_options import TrustOptions
 from tests.engines import open_engine, run_to_end, small_engine
 from tests.expert_servers import PATIENT, SECRET, expert_servers
 

@@ -12,8 +12,9 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from experts.numerics import computing_threads
 from router.request import SamplingParams
-from router.sampling import PREFILTER, sample, uniform_noise
+from router.sampling import PREFILTER, sample, sample_unfiltered, uniform_noise
 
 
 def _logits(size: int = 50, seed: int = 0) -> torch.Tensor:
@@ -45,6 +46,32 @@ def test_frequencies_follow_the_softmax() -> None:
     drawn = [sample(logits, SamplingParams(temperature=0.7, seed=1), position) for position in range(6000)]
     observed = torch.bincount(torch.tensor(drawn), minlength=4) / 6000
     torch.testing.assert_close(observed, torch.softmax(logits / 0.7, 0), atol=0.03, rtol=0)
+
+
+def _drawn_alone(logits_V: torch.Tensor, params: SamplingParams, position: int) -> int:
+    """One row, operation by operation: what a seed has always given."""
+    wide = logits_V.double()
+    cumulative = torch.softmax((wide - wide.max()) / params.temperature, dim=-1).cumsum(0)
+    uniform = uniform_noise(params.seed, params.choice, position)
+    found = int(torch.searchsorted(cumulative, uniform * float(cumulative[-1]), right=True))
+    return min(found, logits_V.numel() - 1)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize(("num_rows", "vocab_size"), [(1, 7), (3, 50), (64, 4099), (16, 40960), (2, 151936)])
+def test_rows_drawn_together_get_the_tokens_that_they_get_alone(
+    num_rows: int, vocab_size: int, num_threads: int
+) -> None:
+    logits_SV = _logits(num_rows * vocab_size, seed=num_rows).view(num_rows, vocab_size)
+    logits_SV[0, vocab_size // 2 :] = float("-inf")
+    temperatures = (1e-3, 0.2, 0.8, 1.0, 1.7)
+    params = [SamplingParams(temperature=temperatures[row % 5], seed=row * 977) for row in range(num_rows)]
+    with computing_threads(num_threads):
+        for first in range(0, 40, 4):
+            positions = range(first, first + num_rows)
+            together = sample_unfiltered(logits_SV, params, positions)
+            alone = map(_drawn_alone, logits_SV, params, positions)
+            assert together == list(alone)
 
 
 def _support(params: SamplingParams, logits: torch.Tensor, draws: int = 3000) -> set[int]:

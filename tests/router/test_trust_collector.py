@@ -31,7 +31,8 @@ from router.moe_block import MoeBlock
 from router.request import GenerationRequest, SamplingParams
 from router.step_routing import NativePolicy, RoutingWatcher, SpanOwner, StepRouting
 from router.trust_collector import MAX_REQUESTS, REWARD_WEIGHT, TrustCollector
-from router.trust_session import TrustOptions, TrustSession, trust_identity
+from router.trust_options import TrustOptions
+from router.trust_session import TrustSession, trust_identity
 from router.trust_signals import sampled_positions
 from tests.engines import Outcome, assert_same_bits, open_engine, run_to_end
 
