@@ -52,6 +52,9 @@ _ARGUMENTS: tuple[list[Any], ...] = (
     [*[_INT] * 2, _POINTER, *[_INT64] * 2, _POINTER, _FLOAT, *[_POINTER] * 3, *_RUN],
     [_POINTER, _INT64, *_RUN],
     [*[_POINTER] * 2, _INT64, *[_POINTER] * 7, *_RUN],
+    [*[_POINTER] * 4, *_RUN],
+    [*[_POINTER] * 6, *_RUN],
+    [_INT, _POINTER, _INT64],
 )
 """Of the library's functions that return a code; the C source says what they are."""
 _BEGINNING: tuple[list[Any], ...] = (
@@ -104,8 +107,13 @@ class Library:
     head: Callable[..., int]
     """Of `router.native_head`."""
     run_half: Callable[..., int]
-    """Of `router.native_step`, as are the next four."""
+    """Of `router.native_step`, as are `run_layers` and what begins and ends a half."""
     run_layers: Callable[..., int]
+    dispatch: Callable[..., int]
+    """Of `router.native_dispatch`, as is `combine`."""
+    combine: Callable[..., int]
+    are_finite: Callable[..., int]
+    """Of `experts.asking`."""
     begin_attention: Callable[..., int | None]
     begin_experts: Callable[..., int | None]
     end_half: Callable[..., None]
@@ -305,7 +313,7 @@ def library() -> Library | None:
         functions = (
             *(loaded.sage_multiply, loaded.sage_attend, loaded.sage_norm, loaded.sage_route),
             *(loaded.sage_attention_half, loaded.sage_experts_half, loaded.sage_head, loaded.sage_run_half),
-            loaded.sage_run_layers,
+            *(loaded.sage_run_layers, loaded.sage_dispatch, loaded.sage_combine, loaded.sage_are_finite),
         )
         beginning = loaded.sage_begin_attention, loaded.sage_begin_experts
         end_half = loaded.sage_end_half
