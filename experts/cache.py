@@ -65,6 +65,8 @@ class ExpertCache(Generic[Held]):
         """keys: the experts that it is for. form: what records become in memory. guests: further experts that may be
         asked for; they share the budget, or stay for one call where there is none."""
         self.weights: dict[ExpertKey, Held] = {}
+        self._of_layer: dict[tuple[str, int], dict[int, Held]] = {}
+        """The same, by layer and number."""
         self.hits = self.misses = self.bytes_read = 0
         self._store, self._form = store, form
         stored = [store.record(key).nbytes for key in keys]
@@ -143,13 +145,15 @@ class ExpertCache(Generic[Held]):
         """
         return self._shadows.hit_rates(self.hits + self.misses, self.hits) if self._shadows else {}
 
-    def at_hand(self, keys: Sequence[ExpertKey]) -> list[Held] | None:
-        """The weights of experts that are all there, as used, where that takes no more than counting: without a bound
-        nothing has to go, nothing is guessed, and no other eviction is followed. None where it takes more."""
+    def at_hand(self, layer: tuple[str, int], experts: Sequence[int]) -> list[Held] | None:
+        """The weights of a layer's experts that are all there, as used, where that takes no more than counting: without
+        a bound nothing has to go, nothing is guessed, and no other eviction is followed. None where it takes more.
+        layer: component and number."""
         if not self._is_unbounded or self._can_guess:
             return None
+        of_layer = self._of_layer.get(layer, {})
         try:
-            found = [self.weights[key] for key in keys]
+            found = [of_layer[expert] for expert in experts]
         except KeyError:
             return None
         self.hits += len(found)
@@ -304,7 +308,8 @@ class ExpertCache(Generic[Held]):
     def _keep(self, key: ExpertKey, raw: Tensor) -> None:
         record = self._store.record(key)
         self.bytes_read += record.nbytes
-        self.weights[key] = self._form.weights(record, raw)
+        self.weights[key] = weights = self._form.weights(record, raw)
+        self._of_layer.setdefault((key.component, key.layer), {})[key.expert] = weights
 
     def _forget(self, key: ExpertKey) -> None:
         self._residency.forget(key)
@@ -313,7 +318,8 @@ class ExpertCache(Generic[Held]):
     def _drop(self, key: ExpertKey) -> None:
         if self._guesses.stop(key):
             self.bytes_read += self._store.record(key).nbytes
-        self.weights.pop(key, None)
+        if self.weights.pop(key, None) is not None:
+            del self._of_layer[key.component, key.layer][key.expert]
         buffer = self._buffers.pop(key, None)
         if buffer is not None:
             self._pool.give(buffer)

@@ -166,10 +166,11 @@ class TieredCache:
         """See `ExpertCache.hit_rates`; of the device."""
         return self._shadows.hit_rates(self.hits + self.misses, self.hits) if self._shadows else {}
 
-    def at_hand(self, keys: Sequence[ExpertKey]) -> list[ExpertWeights] | None:
+    def at_hand(self, layer: tuple[str, int], experts: Sequence[int]) -> list[ExpertWeights] | None:
         """See `ExpertCache.at_hand`."""
         if self.budget_bytes is not None or self._shadows is not None:
             return None
+        keys = [ExpertKey(*layer, expert) for expert in experts]
         found = [self.weights[key] for key in keys if key in self.weights]
         if len(found) < len(keys):
             return None

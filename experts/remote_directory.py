@@ -77,6 +77,10 @@ class _Attempt:
         return replace(self, tried=tried, error=failure.error, is_second_opinion=is_second)
 
 
+_FIRST = _Attempt()
+"""Nobody was tried, and nobody is suspended."""
+
+
 class _Plan(NamedTuple):
     """Who is asked for what of a call, and the view that says where they are."""
 
@@ -92,18 +96,46 @@ class _Ranks:
     def __init__(self, view: View, reach: Reach, before: _Ranks | None = None) -> None:
         """before: whose findings are kept where they still hold."""
         self.view, self.reach = view, reach
-        self._tiers: dict[ExpertKey, Tiers] = {}
+        self._layers: dict[tuple[str, int], _LayerRanks] = {}
         if before is not None and before.reach == reach:
             old = before.view
             if old.owners is view.owners and old.fallbacks is view.fallbacks:
-                self._tiers = before._tiers
+                self._layers = before._layers
 
-    def of(self, key: ExpertKey) -> Tiers:
-        tiers = self._tiers.get(key)
+    def of(self, component: str, layer: int) -> _LayerRanks:
+        found = self._layers.get((component, layer))
+        if found is None:
+            self._layers[component, layer] = found = _LayerRanks(component, layer, self.view, self.reach)
+        return found
+
+
+class _LayerRanks:
+    """Of one layer's experts, by number."""
+
+    def __init__(self, component: str, layer: int, view: View, reach: Reach) -> None:
+        self._component, self._layer, self._reach = component, layer, reach
+        self._owners, self._fallbacks = view.owners, view.fallbacks
+        self._tiers: dict[int, Tiers] = {}
+        self._alone: dict[int, Place] = {}
+        """Where there is no choice, who is asked first."""
+
+    def of(self, expert: int) -> Tiers:
+        tiers = self._tiers.get(expert)
         if tiers is None:
-            owners, fallbacks = self.view.owners.get(key, ()), self.view.fallbacks.get(key, ())
-            self._tiers[key] = tiers = rank(owners, fallbacks, self.reach)
+            key = ExpertKey(self._component, self._layer, expert)
+            tiers = rank(self._owners.get(key, ()), self._fallbacks.get(key, ()), self._reach)
+            self._tiers[expert] = tiers
+            if len(tiers[0]) == 1:
+                self._alone[expert] = tiers[0][0]
         return tiers
+
+    def without_choice(self, experts: Sequence[int]) -> list[Place] | None:
+        """Who is asked first for each of these; None where there is a choice, or not yet known whether there is."""
+        alone = self._alone
+        try:
+            return [alone[expert] for expert in experts]
+        except KeyError:
+            return None
 
 
 class RemoteDirectory:
@@ -171,7 +203,7 @@ class RemoteDirectory:
     def run(self, call: ExpertCall) -> Tensor:
         """See ExpertDirectory.run. Raises ExpertUnavailable, or what computing here raises."""
         suspended = self._asker.suspensions.of((call.component, call.layer), time.monotonic())
-        return self._compute(call, _Attempt(frozenset(suspended)))
+        return self._compute(call, _Attempt(suspended) if suspended else _FIRST)
 
     def prefetch(self, component: str, layer: int, experts: Sequence[int]) -> None:
         """Does nothing: a hint would take a round trip of its own, about as long as the next call is away."""
@@ -196,7 +228,8 @@ class RemoteDirectory:
         present, resident = ranks.reach.present, ranks.view.resident
         here = self._local.resident(component, layer)
         if present:
-            here = frozenset(e for e in here if ranks.of(ExpertKey(component, layer, e))[0] == (None,))
+            of_layer = ranks.of(component, layer)
+            here = frozenset(expert for expert in here if of_layer.of(expert)[0] == (None,))
         there = (resident.get(name, {}).get((component, layer), frozenset()) for name in present)
         return here.union(*there)
 
@@ -239,19 +272,22 @@ class RemoteDirectory:
 
     def _plan(self, call: ExpertCall, attempt: _Attempt) -> _Plan:
         ranks = self._current_ranks()
-        keys = [ExpertKey(call.component, call.layer, expert) for expert in call.experts]
-        tiers = [ranks.of(key) for key in keys]
+        of_layer = ranks.of(call.component, call.layer)
         out = attempt.tried | attempt.avoided
+        if not out and (places := of_layer.without_choice(call.experts)) is not None:
+            return _Plan(ranks.view, places)
+        tiers = [of_layer.of(expert) for expert in call.experts]
         if not out:
             equals = [each[0] for each in tiers]  # never empty: this process is among them
         else:
             equals = [best_left(each, out) or best_left(each, attempt.tried) for each in tiers]
-            lacking = next((key for key, left in zip(keys, equals, strict=True) if not left), None)
-            if lacking is not None:
-                return _Plan(ranks.view, [], lacking)
+            if not all(equals):
+                lacking = call.experts[equals.index(())]
+                return _Plan(ranks.view, [], ExpertKey(call.component, call.layer, lacking))
         now_s = time.monotonic()
-        places = choose(call.counts, equals, lambda name: self._asker.times.load(name, now_s))
-        return _Plan(ranks.view, places)
+        return _Plan(
+            ranks.view, choose(call.counts, equals, lambda name: self._asker.times.load(name, now_s))
+        )
 
     def _current_ranks(self) -> _Ranks:
         """Those of before while they are good, which is nearly always."""
@@ -335,9 +371,10 @@ class RemoteDirectory:
     def _opinions(self, call: ExpertCall, place: Place) -> Iterator[Opinion]:
         """The same rows from all others who can compute the whole call, best first."""
         ranks = self._current_ranks()
-        tiers = [ranks.of(ExpertKey(call.component, call.layer, expert)) for expert in call.experts]
+        of_layer = ranks.of(call.component, call.layer)
+        tiers = [of_layer.of(expert) for expert in call.experts]
         able = frozenset.intersection(*(frozenset(p for tier in each for p in tier) for each in tiers))
-        share = Share(call, tuple(range(call.num_rows)))
+        share = Share(call, range(call.num_rows))
         for other in (other for tier in tiers[0] for other in tier if other in able and other != place):
             opinion = self._opinion_of(other, share, ranks.view) if other else self._opinion_here(call)
             if opinion is not None:

@@ -23,16 +23,16 @@ class Share:
     """A part of a call, and where its rows belong in the whole."""
 
     call: ExpertCall
-    rows: tuple[int, ...]
+    rows: Sequence[int]
 
 
 def split_by_place(call: ExpertCall, places: Sequence[Place]) -> dict[Place, Share]:
     """places: of each of the call's experts. Each share carries only the tokens that it needs."""
+    if len(set(places)) == 1:
+        return {places[0]: Share(call, range(call.num_rows))}
     groups: dict[Place, list[int]] = {}
     for index, place in enumerate(places):
         groups.setdefault(place, []).append(index)
-    if len(groups) == 1:
-        return {places[0]: Share(call, tuple(range(call.num_rows)))}
     return {place: take(call, indices) for place, indices in groups.items()}
 
 
