@@ -91,6 +91,9 @@ class Channel:
         deadline_s: on the monotonic clock. Raises LinkLost (closed, silent or late) or FrameFault.
         """
         self.heard_at_s = time.monotonic()
+        if self._taken == self._filled:  # nothing was read ahead
+            self._taken = self._filled = 0
+            self._filled = self._receive_some(self._ahead_view, HEADER_BYTES, 0, deadline_s, silence_s)
         while (header := self._take_header()) is None:
             room = self._ahead_view[self._filled :]
             needed = HEADER_BYTES - self._filled

@@ -55,6 +55,7 @@ _ARGUMENTS: tuple[list[Any], ...] = (
     [*[_POINTER] * 2, _INT64, *[_POINTER] * 7, *_RUN],
     [*[_POINTER] * 4, *_RUN],
     [*[_POINTER] * 6, *_RUN],
+    [*[_POINTER] * 2, *[_INT64] * 2, *[_POINTER] * 6, *_RUN],
     [_INT, _POINTER, _INT64],
 )
 """Of the library's functions that return a code; the C source says what they are."""
@@ -113,8 +114,9 @@ class Library:
     """Of `router.native_step`, as are `run_layers` and what begins and ends a half."""
     run_layers: Callable[..., int]
     dispatch: Callable[..., int]
-    """Of `router.native_dispatch`, as is `combine`."""
+    """Of `router.native_dispatch`, as are the next two."""
     combine: Callable[..., int]
+    reach_experts: Callable[..., int]
     are_finite: Callable[..., int]
     """Of `find_finite`."""
     begin_attention: Callable[..., int | None]
@@ -215,7 +217,7 @@ def compute_gated(
         raise ValueError(f"{len(experts)} experts with {tuple(counts)} of {num_rows} rows")
     if token_of_R and not 0 <= min(token_of_R) <= max(token_of_R) < num_tokens:
         raise ValueError(f"row map reaches outside the {num_tokens} token rows")
-    if any([expert.forms is not forms for expert in experts]):
+    if any(expert.forms is not forms for expert in experts):
         raise ValueError("experts of one call have matrices of several forms")
     if first.weights.dtype.is_floating_point and first.weights.dtype != tokens_TD.dtype:
         raise ValueError(f"{tokens_TD.dtype} rows for matrices of {first.weights.dtype}")
@@ -329,7 +331,8 @@ def library() -> Library | None:
         functions = (
             *(loaded.sage_multiply, loaded.sage_attend, loaded.sage_norm, loaded.sage_route),
             *(loaded.sage_attention_half, loaded.sage_experts_half, loaded.sage_head, loaded.sage_run_half),
-            *(loaded.sage_run_layers, loaded.sage_dispatch, loaded.sage_combine, loaded.sage_are_finite),
+            *(loaded.sage_run_layers, loaded.sage_dispatch, loaded.sage_combine),
+            *(loaded.sage_reach_experts, loaded.sage_are_finite),
         )
         beginning = loaded.sage_begin_attention, loaded.sage_begin_experts
         end_half = loaded.sage_end_half

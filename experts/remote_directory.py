@@ -27,7 +27,7 @@ from experts.call_times import CallTimes
 from experts.directory import AuditStats, DirectoryStats
 from experts.errors import ExpertError, ExpertUnavailable
 from experts.expert_table import ExpertTable
-from experts.links import ActorLinks, View
+from experts.links import NOBODY, ActorLinks, View
 from experts.replicas import Reach, Tiers, best_left, choose, rank
 from experts.roster import Roster
 from experts.shares import Place, Share, join, split_by_place
@@ -96,6 +96,8 @@ class _Ranks:
     def __init__(self, view: View, reach: Reach, before: _Ranks | None = None) -> None:
         """before: whose findings are kept where they still hold."""
         self.view, self.reach = view, reach
+        self.links = tuple(view.links[name] for name in reach.present)
+        """The ranks are good while these are open: a connection that is closed stays so."""
         self._layers: dict[tuple[str, int], _LayerRanks] = {}
         if before is not None and before.reach == reach:
             old = before.view
@@ -163,7 +165,7 @@ class RemoteDirectory:
         self._on_bad = on_bad
         self._links = ActorLinks(local, secret, limits or TransportLimits(), on_lost)
         self._asker = Asker(self._links, CallTimes(self._options.call_timeout_s), local.numerics_class)
-        self._ranks = _Ranks(self._links.view, Reach(frozenset(), {}, local.numerics_class))
+        self._ranks = _Ranks(NOBODY, Reach(frozenset(), {}, local.numerics_class))
         self._counting = threading.Lock()
         self._local_rows = self._num_quarantined = 0
         self._quarantined: deque[str] = deque(maxlen=QUARANTINED_SHOWN)
@@ -292,10 +294,15 @@ class RemoteDirectory:
     def _current_ranks(self) -> _Ranks:
         """Those of before while they are good, which is nearly always."""
         view, ranks = self._links.view, self._ranks
+        if view is ranks.view:
+            for link in ranks.links:
+                if not link.is_open:
+                    break
+            else:
+                return ranks
         present = frozenset(name for name, link in view.links.items() if link.is_open)
-        if view is not ranks.view or present != ranks.reach.present:
-            reach = Reach(present, view.class_of, self._local.numerics_class)
-            self._ranks = ranks = _Ranks(view, reach, ranks)
+        reach = Reach(present, view.class_of, self._local.numerics_class)
+        self._ranks = ranks = _Ranks(view, reach, ranks)
         return ranks
 
     def _ask(
@@ -305,29 +312,23 @@ class RemoteDirectory:
         results: list[tuple[Share, Tensor]] = []
         failures: list[Failure] = []
         asked: deque[Question] = deque()
-
-        def sort(share: Share, outcome: Tensor | Failure) -> None:
-            if isinstance(outcome, Failure):
-                failures.append(outcome)
-            else:
-                results.append((share, outcome))
-
         try:
             # By name, since a connection is held until its answer: two threads in two orders would wait for ever.
-            for name in sorted(name for name in shares if name is not None):
-                begun = self._asker.ask(name, view.links[name], shares[name])
-                if isinstance(begun, Question):
-                    asked.append(begun)
-                else:
-                    failures.append(begun)
+            for name in sorted(name for name in shares if name is not None) if len(shares) > 1 else shares:
+                if name is not None:
+                    begun = self._asker.ask(name, view.links[name], shares[name])
+                    if isinstance(begun, Question):
+                        asked.append(begun)
+                    else:
+                        failures.append(begun)
             if None in shares:
-                sort(shares[None], self._run_local(shares[None]))
+                _sort(shares[None], self._run_local(shares[None]), results, failures)
             while asked:
                 outcome = self._asker.hear(asked[0], is_checked=is_checked)
                 question = asked.popleft()
-                if not isinstance(outcome, Failure) and self._options.audit_share:
+                if self._options.audit_share and not isinstance(outcome, Failure):
                     self.auditor.offer(question.share.call, _opinion(question, outcome))
-                sort(question.share, outcome)
+                _sort(question.share, outcome, results, failures)
         finally:
             for question in asked:  # only after an error
                 self._asker.drop(question)
@@ -408,6 +409,15 @@ class RemoteDirectory:
                 self._num_quarantined += 1
                 self._quarantined.append(f"{name}/{incarnation}")
             self._on_bad(name, incarnation, reason)
+
+
+def _sort(
+    share: Share, outcome: Tensor | Failure, results: list[tuple[Share, Tensor]], failures: list[Failure]
+) -> None:
+    if isinstance(outcome, Failure):
+        failures.append(outcome)
+    else:
+        results.append((share, outcome))
 
 
 def _opinion(question: Question, rows_RD: Tensor) -> Opinion:

@@ -6,8 +6,8 @@ Called by `experts.remote_directory`, `experts.audit` and `router.moe_block`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +18,7 @@ Place = str | None
 """An actor's name; None is this process."""
 
 
-@dataclass(frozen=True)
-class Share:
+class Share(NamedTuple):
     """A part of a call, and where its rows belong in the whole."""
 
     call: ExpertCall

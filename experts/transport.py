@@ -192,22 +192,24 @@ class ExpertConnection:
 
     def _receive_rows(self) -> Tensor:
         expected = rows_header(self._agreed, self._sequence, self._num_rows_due)
-        header = self._next_header()
-        while header.kind == Kind.HEARTBEAT:
-            if time.monotonic() >= self._deadline_s:  # heartbeats without a pause would put it off for ever
-                raise LinkLost("the deadline passed", kind="late")
-            header = self._next_header()
-        if header.kind == Kind.ERROR:
-            raise self._remote_error(header)
-        check_exact(header, expected)
+        header = self._channel.receive_header(self._deadline_s, self._limits.silence_s)
+        if header != expected:
+            self._look_for(expected, header)
         raw, rows_RD = _new_rows(self._num_rows_due, self._agreed)
         self._receive(raw)
         return rows_RD
 
-    def _next_header(self) -> Header:
-        header = self._channel.receive_header(self._deadline_s, self._limits.silence_s)
-        _check_short(header, self._agreed)
-        return header
+    def _look_for(self, expected: Header, header: Header) -> None:
+        """Past heartbeats. Raises RemoteExpertError where the actor answers with an error, FrameFault, LinkLost."""
+        while header != expected:
+            _check_short(header, self._agreed)
+            if header.kind == Kind.ERROR:
+                raise self._remote_error(header)
+            if header.kind != Kind.HEARTBEAT:
+                check_exact(header, expected)
+            if time.monotonic() >= self._deadline_s:  # heartbeats without a pause would put it off for ever
+                raise LinkLost("the deadline passed", kind="late")
+            header = self._channel.receive_header(self._deadline_s, self._limits.silence_s)
 
     def _remote_error(self, header: Header) -> RemoteExpertError:
         check_error(header, self._agreed, self._sequence)

@@ -153,7 +153,7 @@ class NativeStep:
         """
         if self._open is not None:
             return self._go_on(self._open, until_ns)
-        self._bind(pool, index, index)
+        self.bind(pool, index, index)
         expect(hidden_TD, self.shape, self.dtype)
         out_TD = torch.empty_like(hidden_TD)
         rows = hidden_TD.data_ptr(), out_TD.data_ptr()
@@ -211,7 +211,7 @@ class NativeStep:
         """
         assert self._open is None
         config = self.config
-        self._bind(pool, first, first + len(layers) - 1)
+        self.bind(pool, first, first + len(layers) - 1)
         expect(hidden_TD, self.shape, self.dtype)
         placed = array("q")
         for index, (layer, table) in enumerate(layers, first):
@@ -261,7 +261,7 @@ class NativeStep:
         assert self._choices is not None
         return self._choices.routing(self._number)
 
-    def run(self, function: Callable[..., int], *arguments: int) -> None:
+    def run(self, function: Callable[..., int], *arguments: int | None) -> None:
         """One of the library's functions of a step. Raises MemoryError."""
         self._check(function(self._address, *arguments, self.library.run_in_threads, torch.get_num_threads()))
 
@@ -273,8 +273,8 @@ class NativeStep:
         half.close()
         return half.out_TD
 
-    def _bind(self, pool: KvPool, first: int, last: int) -> None:
-        """Raises ValueError for a cache that does not fit, or has not these layers."""
+    def bind(self, pool: KvPool, first: int, last: int) -> None:
+        """Compute with this cache from now on. Raises ValueError where it does not fit, or has not these layers."""
         shape = pool.keys.shape
         if not 0 <= first <= last < shape[0]:
             raise ValueError(f"no layer {last if first >= 0 else first} in a cache of {shape[0]}")
