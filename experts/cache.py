@@ -146,18 +146,23 @@ class ExpertCache(Generic[Held]):
         return self._shadows.hit_rates(self.hits + self.misses, self.hits) if self._shadows else {}
 
     def at_hand(self, layer: tuple[str, int], experts: Sequence[int]) -> list[Held] | None:
-        """The weights of a layer's experts that are all there, as used, where that takes no more than counting: without
-        a bound nothing has to go, nothing is guessed, and no other eviction is followed. None where it takes more.
-        layer: component and number."""
-        if not self._is_unbounded or self._can_guess:
+        """The weights of a layer's experts that are all there, where using them takes no more than `note_uses`: no
+        guess is on its way or untried, and no other eviction is followed. None where it takes more. layer: component
+        and number."""
+        if self._shadows is not None or not self._guesses.is_idle:
             return None
         of_layer = self._of_layer.get(layer, {})
         try:
-            found = [of_layer[expert] for expert in experts]
+            return [of_layer[expert] for expert in experts]
         except KeyError:
             return None
-        self.hits += len(found)
-        return found
+
+    def note_uses(self, layer: tuple[str, int], experts: Sequence[int], now: float) -> None:
+        """Count a use at step `now` of a layer's experts, which are there."""
+        self.hits += len(experts)
+        if not self._is_unbounded:
+            keys = [ExpertKey(*layer, expert) for expert in experts]
+            self._residency.use(keys, [self._held[key] for key in keys], now)
 
     def for_good(self, keys: Sequence[ExpertKey]) -> list[Held] | None:
         """The weights of experts that are all there and never go: without a bound, and no guests. Counts no use."""
@@ -167,10 +172,6 @@ class ExpertCache(Generic[Held]):
             return None
         found = [self.weights.get(key) for key in keys]
         return None if None in found else [weights for weights in found if weights is not None]
-
-    def note_hits(self, count: int) -> None:
-        """Uses of experts that are there for good."""
-        self.hits += count
 
     def read_ahead(self, key: ExpertKey, now: float) -> bool:
         """Read an expert that nobody has asked for, which is no miss. False where it is there, on its way, or would not

@@ -170,6 +170,7 @@ class ExpertWorker:
             at_hand = self.cache.at_hand(layer, call.experts)
             if at_hand is not None:
                 self._count_step(layer)
+                self.cache.note_uses(layer, call.experts, self._now)
                 self._used[layer].update(call.experts)
                 rows_RD = compute_experts(call, at_hand, self._kernel)
             else:
@@ -197,13 +198,13 @@ class ExpertWorker:
 
     def note_use(self, table: ExpertTable, used: Sequence[int], num_rows: int) -> None:
         """Counts as one call what was computed elsewhere with a table. used: numbers of the experts."""
-        first, stats = table.keys[0], self._stats
+        stats, layer = self._stats, (table.keys[0].component, table.keys[0].layer)
         with self._lock:
-            self._count_step((first.component, first.layer))
-            self._used[first.component, first.layer].update(used)
+            self._count_step(layer)
+            self.cache.note_uses(layer, used, self._now)
+            self._used[layer].update(used)
             stats.calls += 1
             stats.rows += num_rows
-            self.cache.note_hits(len(used))
 
     def _make_table(self, at: tuple[str, int]) -> ExpertTable | None:
         keys = self._keys_of.get(at, [])
