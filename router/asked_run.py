@@ -33,6 +33,7 @@ class LayerTimes(NamedTuple):
 
     attention_s: float
     experts_s: float
+    """Of all the rest."""
 
 
 class AskedRun:
@@ -53,13 +54,13 @@ class AskedRun:
         dispatching, routing, trace = self._dispatching, self._step.batch.routing, self._step.batch.trace
         self._native.bind(pool, self.first, self.first + len(self.layers) - 1)
         for index, (native, moe) in enumerate(self.layers, self.first):
+            began_s = time.perf_counter()
             call = dispatching.reach(native, moe, index, hidden_TD, self._rows_RD, trace)
-            asked_s = time.perf_counter()
             self._rows_RD = moe.directory.run(call)
             if self._step.shown.has_choices:
                 routing.watch_choices(moe.layer, dispatching.routing())
-            waited_s = time.perf_counter() - asked_s
-            yield LayerTimes(dispatching.attention_s, dispatching.experts_s + waited_s)
+            attention_s = dispatching.attention_s
+            yield LayerTimes(attention_s, time.perf_counter() - began_s - attention_s)
 
     def finish(self) -> Tensor:
         """The last layer's rows, (T, D)."""

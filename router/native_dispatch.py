@@ -42,7 +42,7 @@ class NativeDispatch:
         self._combining = self._structure.row_of, self._structure.weights
         self._hidden_TD: Tensor | None = None
         """To which the call's rows are added."""
-        self._spent_ns = array("q", (0, 0))
+        self._attention_ns = array("q", (0,))
         self._before_TD, self._after_TD = (torch.empty(step.shape, dtype=step.dtype) for _ in range(2))
 
     def dispatch(self, layer: NativeLayer, moe: MoeBlock, hidden_TD: Tensor, trace: str) -> ExpertCall:
@@ -80,19 +80,14 @@ class NativeDispatch:
             step.library.reach_experts,
             *(layer.address, index, step.config.window(index) or 0, hidden_TD.data_ptr(), rows),
             *(self._before_TD.data_ptr(), self._after_TD.data_ptr(), self._address),
-            self._spent_ns.buffer_info()[0],
+            self._attention_ns.buffer_info()[0],
         )
         return self._call(moe, normed_TD, trace)
 
     @property
     def attention_s(self) -> float:
         """What attention took of the last `reach`."""
-        return self._spent_ns[0] * 1e-9
-
-    @property
-    def experts_s(self) -> float:
-        """What the rest took of it."""
-        return self._spent_ns[1] * 1e-9
+        return self._attention_ns[0] * 1e-9
 
     def _new_normed(self) -> Tensor:
         """Room for what the experts are given: whoever audits an answer may keep it."""

@@ -121,20 +121,17 @@ int sage_combine(
 
 /* All that lies between two calls for experts: with rows, those of the layer before are added to hidden, which gives
    `before`, the layer's input; without, hidden is. Then attention, which leaves its rows in `after`, and the call for the
-   layer's experts. index and window: as of sage_begin_attention. `to` is read before it is written to. spent_ns: of
-   attention, and of the rest. Returns 0 or OUT_OF_MEMORY. */
+   layer's experts. index and window: as of sage_begin_attention. `to` is read before it is written to. attention_ns:
+   what attention took. Returns 0 or OUT_OF_MEMORY. */
 int sage_reach_experts(
     const step *s, const layer *l, int64_t index, int64_t window, const void *hidden, const void *rows, void *before,
-    void *after, const dispatched *to, int64_t *spent_ns, run_in_threads *run, unsigned threads
+    void *after, const dispatched *to, int64_t *attention_ns, run_in_threads *run, unsigned threads
 ) {
-    const int64_t began = now_ns();
     int code = rows ? sage_combine(s, hidden, rows, to->row_of, to->weights, before, run, threads) : 0;
     const int64_t combined = now_ns();
     if (!code) code = sage_attention_half(s, l, index, window, rows ? before : hidden, after, run, threads);
-    const int64_t attended = now_ns();
-    if (!code) code = sage_dispatch(s, l, after, to, run, threads);
-    spent_ns[0] = attended - combined, spent_ns[1] = now_ns() - attended + combined - began;
-    return code;
+    *attention_ns = now_ns() - combined;
+    return code ? code : sage_dispatch(s, l, after, to, run, threads);
 }
 
 /* Whether none of so many values is infinite or not a number. */
