@@ -5,11 +5,11 @@ What follows from a failure is decided elsewhere, in `experts.remote_directory`,
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,13 +18,13 @@ from experts.call_times import CallTimes
 from experts.directory import FAILURE_KINDS, FailureKind
 from experts.errors import AnswerNotFinite, ExpertError, PeerLost, TransportError
 from experts.links import ActorLinks
+from experts.native_products import find_finite
 from experts.shares import Place, Share
 from experts.suspensions import ALL_LAYERS, Suspensions
 from experts.transport import ExpertConnection
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """A share that was sent to an actor; its connection is held until `Asker.hear` or `Asker.drop`."""
 
     name: str
@@ -92,27 +92,29 @@ class Asker:
         is_counted: among the rows, since they go into an answer."""
         name, link, share = question.name, question.link, question.share
         waiting_since_s = self._clock()
-        seconds: float | None = None
+        rows_RD: Tensor | None = None
         try:
             rows_RD = link.finish()
-            seconds = self._clock() - question.started_s
         except TransportError as error:
             return self._failed(name, link, share, error)
         finally:
             now_s = self._clock()
+            seconds = None if rows_RD is None else now_s - question.started_s
             self.times.end(name, share.call.num_rows, seconds, now_s)
-            with self._counting:
-                self.counters.hop_seconds += now_s - waiting_since_s
+            self._count(now_s - waiting_since_s)
         if is_checked and not are_finite(rows_RD) and are_finite(share.call.tokens_TD):
             return self._failed(name, link, share, AnswerNotFinite(name), rows_RD)
         self.suspensions.clear(name, (share.call.component, share.call.layer))
-        if not is_counted:
-            return rows_RD
-        with self._counting:
-            self.counters.remote_rows += share.call.num_rows
-            if link.info.numerics_class != self._own_class:
-                self.counters.foreign_rows += share.call.num_rows
+        if is_counted:
+            self._count(0.0, share.call.num_rows, is_foreign=link.info.numerics_class != self._own_class)
         return rows_RD
+
+    def _count(self, hop_s: float, num_rows: int = 0, *, is_foreign: bool = False) -> None:
+        counters = self.counters
+        with self._counting:
+            counters.hop_seconds += hop_s
+            counters.remote_rows += num_rows
+            counters.foreign_rows += num_rows if is_foreign else 0
 
     def drop(self, question: Question) -> None:
         """Close the connection: an answer that nobody waits for must not be taken for the next call's."""
@@ -139,11 +141,9 @@ class Asker:
 
 
 def are_finite(values: Tensor) -> bool:
-    """Whether no value is infinite or not a number. One pass over finite values of ordinary size: their sum is finite
-    only where all of them are."""
-    if math.isfinite(values.sum().item()):
-        return True
-    return bool(torch.isfinite(values).all())  # a sum of very large ones may overflow
+    """Whether no value is infinite or not a number."""
+    found = find_finite(values)
+    return bool(torch.isfinite(values).all()) if found is None else found
 
 
 def _kind_of(error: TransportError) -> FailureKind:

@@ -66,6 +66,8 @@ class ExpertCache(Generic[Held]):
         """keys: the experts that it is for. form: what records become in memory. guests: further experts that may be
         asked for; they share the budget, or stay for one call where there is none."""
         self.weights: dict[ExpertKey, Held] = {}
+        self._of_layer: dict[tuple[str, int], dict[int, Held]] = {}
+        """The same, by layer and number."""
         self.hits = self.misses = self.bytes_read = 0
         self._store, self._form = store, form
         stored = [store.record(key).nbytes for key in keys]
@@ -139,17 +141,24 @@ class ExpertCache(Generic[Held]):
         """
         return self._shadows.hit_rates(self.hits + self.misses, self.hits) if self._shadows else {}
 
-    def at_hand(self, keys: Sequence[ExpertKey]) -> list[Held] | None:
-        """The weights of experts that are all there, as used, where that takes no more than counting: without a bound
-        nothing has to go, nothing is guessed, and no other eviction is followed. None where it takes more."""
-        if not self._is_unbounded or self._can_guess:
+    def at_hand(self, layer: tuple[str, int], experts: Sequence[int]) -> list[Held] | None:
+        """The weights of a layer's experts that are all there, where using them takes no more than `note_uses`: no
+        guess is on its way or untried, and no other eviction is followed. None where it takes more. layer: component
+        and number."""
+        if self._shadows is not None or not self._guesses.is_idle:
             return None
+        of_layer = self._of_layer.get(layer, {})
         try:
-            found = [self.weights[key] for key in keys]
+            return [of_layer[expert] for expert in experts]
         except KeyError:
             return None
-        self.hits += len(found)
-        return found
+
+    def note_uses(self, layer: tuple[str, int], experts: Sequence[int], now: float) -> None:
+        """Count a use at step `now` of a layer's experts, which are there."""
+        self.hits += len(experts)
+        if not self._is_unbounded:
+            keys = [ExpertKey(*layer, expert) for expert in experts]
+            self._residency.use(keys, [self._held[key] for key in keys], now)
 
     def for_good(self, keys: Sequence[ExpertKey]) -> list[Held] | None:
         """The weights of experts that are all there and never go: without a bound, and no guests. Counts no use."""
@@ -159,10 +168,6 @@ class ExpertCache(Generic[Held]):
             return None
         found = [self.weights.get(key) for key in keys]
         return None if None in found else [weights for weights in found if weights is not None]
-
-    def note_hits(self, count: int) -> None:
-        """Uses of experts that are there for good."""
-        self.hits += count
 
     def read_ahead(self, key: ExpertKey, now: float) -> bool:
         """Read an expert that nobody has asked for, which is no miss. False where it is there, on its way, or would not
@@ -300,7 +305,8 @@ class ExpertCache(Generic[Held]):
     def _keep(self, key: ExpertKey, raw: Tensor) -> None:
         record = self._store.record(key)
         self.bytes_read += record.nbytes
-        self.weights[key] = self._form.weights(record, raw)
+        self.weights[key] = weights = self._form.weights(record, raw)
+        self._of_layer.setdefault((key.component, key.layer), {})[key.expert] = weights
 
     def _forget(self, key: ExpertKey) -> None:
         self._residency.forget(key)
@@ -309,7 +315,8 @@ class ExpertCache(Generic[Held]):
     def _drop(self, key: ExpertKey) -> None:
         if self._guesses.stop(key):
             self.bytes_read += self._store.record(key).nbytes
-        self.weights.pop(key, None)
+        if self.weights.pop(key, None) is not None:
+            del self._of_layer[key.component, key.layer][key.expert]
         buffer = self._buffers.pop(key, None)
         if buffer is not None:
             self._pool.give(buffer)

@@ -6,13 +6,12 @@ on both. Called by `router.dispatch` (builds), `experts.worker` (computes), `exp
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 
-@dataclass(frozen=True)
-class ExpertCall:
+class ExpertCall(NamedTuple):
     """Rows of one layer for some of its experts.
 
     Output row r (R in all) is expert `experts[g]` applied to `tokens_TD[token_of_R[r]]`, where g is the

@@ -21,6 +21,10 @@ from experts.frame import HEADER_BYTES, Header, decode_header
 READ_AHEAD_BYTES = 64 * 1024
 NO_BODY = memoryview(b"")
 BRIEF_SPIN_S = 0.0001
+LOST_CORE_S = 0.001
+"""A reader that looks for bytes and was kept from it for so long is not alone on its core."""
+MOST_DOUBLINGS = 10
+"""Of the waits that follow without looking, where looking has brought nothing time after time."""
 SHORTEST_WAIT_S = 0.001
 """A socket timeout of zero would mean no timeout."""
 
@@ -38,7 +42,8 @@ class TransportLimits:
     spin_s: float = 0.0
     """How long a reader looks for bytes before it sleeps, where its last wait was no longer; else at most
     BRIEF_SPIN_S. Waking takes a thread longer than a small frame travels, a core that has slept computes slower for a
-    while, and on a machine with a core for each process nobody else wants the time."""
+    while, and on a machine with a core for each process nobody else wants the time. Where somebody does, maybe the peer
+    itself, looking is given up for a while, longer each time."""
     connect_timeout_s: float = 3.0
     handshake_timeout_s: float = 5.0
     idle_timeout_s: float = 10.0
@@ -70,6 +75,8 @@ class Channel:
         self._stall_s = limits.silence_s
         self._spin_s = limits.spin_s
         self._last_wait_s = math.inf
+        self._num_fruitless = self._waits_to_sleep = 0
+        """How often in a row looking for bytes has brought none, and how many waits are to pass without it."""
         self._ahead = bytearray(READ_AHEAD_BYTES)
         """Bytes from `_taken` to `_filled` have arrived and were not asked for yet: one system call brings a header
         and, where it is small, what follows."""
@@ -91,6 +98,9 @@ class Channel:
         deadline_s: on the monotonic clock. Raises LinkLost (closed, silent or late) or FrameFault.
         """
         self.heard_at_s = time.monotonic()
+        if self._taken == self._filled:  # nothing was read ahead
+            self._taken = self._filled = 0
+            self._filled = self._receive_some(self._ahead_view, HEADER_BYTES, 0, deadline_s, silence_s)
         while (header := self._take_header()) is None:
             room = self._ahead_view[self._filled :]
             needed = HEADER_BYTES - self._filled
@@ -216,18 +226,25 @@ class Channel:
 
     def _spin(self, view: memoryview, began_s: float) -> int:
         """Look for bytes again and again for a while. 0: none came, or the stream has ended or is broken."""
+        if self._waits_to_sleep:
+            self._waits_to_sleep -= 1
+            return 0
         is_busy = self._last_wait_s <= self._spin_s
-        receive, until_s = (
-            self._socket.recv_into,
-            began_s + min(self._spin_s, math.inf if is_busy else BRIEF_SPIN_S),
-        )
-        while time.monotonic() < until_s:
+        receive, looked_s = self._socket.recv_into, began_s
+        until_s = began_s + min(self._spin_s, math.inf if is_busy else BRIEF_SPIN_S)
+        while True:
             try:
-                return receive(view, 0, socket.MSG_DONTWAIT)
+                count = receive(view, 0, socket.MSG_DONTWAIT)
+                self._num_fruitless = 0
+                return count
             except BlockingIOError:
-                continue
+                before_s, looked_s = looked_s, time.monotonic()
             except OSError:
                 return 0
+            if looked_s >= until_s or looked_s - before_s >= LOST_CORE_S:
+                break
+        self._num_fruitless = min(self._num_fruitless + 1, MOST_DOUBLINGS)
+        self._waits_to_sleep = 2**self._num_fruitless - 1
         return 0
 
     def _set_receive_wait(self, deadline_s: float) -> None:

@@ -171,15 +171,13 @@ class TieredCache:
         """See `ExpertCache.hit_rates`; of the device."""
         return self._shadows.hit_rates(self.hits + self.misses, self.hits) if self._shadows else {}
 
-    def at_hand(self, keys: Sequence[ExpertKey]) -> list[ExpertWeights] | None:
+    def at_hand(self, layer: tuple[str, int], experts: Sequence[int]) -> list[ExpertWeights] | None:
         """See `ExpertCache.at_hand`."""
         if self.budget_bytes is not None or self._shadows is not None:
             return None
+        keys = [ExpertKey(*layer, expert) for expert in experts]
         found = [self.weights[key] for key in keys if key in self.weights]
-        if len(found) < len(keys):
-            return None
-        self.hits += len(found)
-        return found
+        return found if len(found) == len(keys) else None
 
     def read_ahead(self, key: ExpertKey, now: float) -> bool:
         """See `ExpertCache.read_ahead`: experts come to a device when they are asked for."""
@@ -189,8 +187,9 @@ class TieredCache:
         """See `ExpertCache.for_good`: no caller computes by itself on a device."""
         return None
 
-    def note_hits(self, count: int) -> None:
-        self.hits += count
+    def note_uses(self, layer: tuple[str, int], experts: Sequence[int], now: float) -> None:
+        """See `ExpertCache.note_uses`; without a bound nothing else is to be counted."""
+        self.hits += len(experts)
 
     def waves(self, keys: Sequence[ExpertKey]) -> list[range]:
         """See `Residency.waves`. Raises BudgetTooSmall."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Collection, Generator, Iterable
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, get_args
 
@@ -262,13 +262,18 @@ class EvictionOrder:
 
     def use(self, key: ExpertKey, nbytes: int, now: float) -> None:
         """Count a use; an expert that is not in the order enters it."""
-        name = (key.component, key.layer)
-        self._worth.visit(name, now)
-        layer = self._layers.get(name)
-        if layer is None:
-            layer = self._layers[name] = _LayerOrder()
-        self._ticks += 1
-        layer.use((self._worth.of_use(key, nbytes, now), self._ticks, key))
+        self.use_all((key,), (nbytes,), now)
+
+    def use_all(self, keys: Sequence[ExpertKey], sizes: Sequence[int], now: float) -> None:
+        """The same for several, one after another."""
+        name, layer = None, _LayerOrder()
+        for key, nbytes in zip(keys, sizes, strict=True):
+            if name != (key.component, key.layer):
+                name = (key.component, key.layer)
+                self._worth.visit(name, now)
+                layer = self._layers.setdefault(name, _LayerOrder())
+            self._ticks += 1
+            layer.use((self._worth.of_use(key, nbytes, now), self._ticks, key))
 
     def expect(self, key: ExpertKey) -> None:
         """Let an expert enter that nobody has used yet. It counts no use, and goes before all that were used."""

@@ -25,9 +25,9 @@ class ExpertTable:
     @classmethod
     def of(cls, keys: Sequence[ExpertKey], experts: Sequence[GatedMatrices]) -> ExpertTable | None:
         """None where they cannot be in one call: without experts, or with matrices of several forms."""
-        if not experts or any(expert.forms != experts[0].forms for expert in experts):
+        if not experts or any(expert.forms is not experts[0].forms for expert in experts):
             return None
-        addresses = array("Q", [address for expert in experts for address in expert.pointers])
+        addresses = array("Q", b"".join(expert.addresses for expert in experts))
         return cls(tuple(keys), tuple(experts), addresses)
 
     @property

@@ -140,7 +140,7 @@ def _native(weights: Sequence[ExpertWeights], kernel: RowKernel) -> list[GatedMa
     """The experts for our own products; None where these are not what they are multiplied by."""
     if kernel.product != "native" or weights[0].native is None:
         return None
-    return [expert.native for expert in weights if expert.native is not None]
+    return [native for expert in weights if (native := expert.native) is not None]
 
 
 def _segments(counts: Sequence[int], kernel: RowKernel) -> list[tuple[int, int]]:

@@ -8,8 +8,7 @@ Used by `experts.handshake`, `experts.channel` and `experts.transport`.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
 from operator import lt
@@ -141,7 +140,7 @@ def encode_call(call: ExpertCall, agreed: Agreement, sequence: int, deadline_us:
 
     Raises ValueError when the call's fields disagree with each other or with the agreement.
     """
-    num_tokens, width = call.tokens_TD.shape
+    (num_tokens, width), num_rows = call.tokens_TD.shape, len(call.token_of_R)
     trace = call.request_id.encode("ascii")
     if width != agreed.width or call.tokens_TD.dtype != agreed.dtype:
         raise ValueError(
@@ -154,25 +153,14 @@ def encode_call(call: ExpertCall, agreed: Agreement, sequence: int, deadline_us:
         _check_trace(trace)
     except FrameFault as fault:
         raise ValueError(f"not a valid call: {fault}") from fault
-    maps = (*call.experts, *call.counts, *call.token_of_R)
-    header = Header(
-        Kind.CALL,
-        agreed.dtype_code,
-        len(trace),
-        agreed.components.index(call.component),
-        0,
-        call.layer,
-        agreed.incarnation,
-        sequence,
-        min(deadline_us, MAX_DEADLINE_US),
-        num_tokens,
-        call.num_rows,
-        len(call.experts),
-        width,
-        4 * len(maps) + len(trace) + num_tokens * agreed.row_bytes,
-    )
+    num_maps = 2 * len(call.experts) + num_rows
     try:
-        return encode_header(header) + struct.pack(f"<{len(maps)}I", *maps) + trace
+        return _HEADER.pack(
+            *(MAGIC, VERSION, Kind.CALL, agreed.dtype_code, len(trace)),
+            *(agreed.components.index(call.component), 0, call.layer, agreed.incarnation, sequence),
+            *(min(deadline_us, MAX_DEADLINE_US), num_tokens, num_rows, len(call.experts), width),
+            *(4 * num_maps + len(trace) + num_tokens * agreed.row_bytes, 0),
+        ) + struct.pack(f"<{num_maps}I{len(trace)}s", *call.experts, *call.counts, *call.token_of_R, trace)
     except struct.error as error:
         raise ValueError(f"a field of the call does not fit its place in the frame: {error}") from error
 
@@ -233,14 +221,9 @@ def decode_call(header: Header, maps: memoryview, agreed: Agreement, tokens_TD: 
 
 def rows_header(agreed: Agreement, sequence: int, num_rows: int) -> Header:
     """The only header that may begin the answer to a call of `num_rows` rows."""
-    return Header(
-        Kind.ROWS,
-        agreed.dtype_code,
-        incarnation=agreed.incarnation,
-        sequence=sequence,
-        num_rows=num_rows,
-        width=agreed.width,
-        body_bytes=num_rows * agreed.row_bytes,
+    return Header(  # by position, which takes half the time
+        *(Kind.ROWS, agreed.dtype_code, 0, 0, 0, 0, agreed.incarnation, sequence, 0, 0, num_rows, 0),
+        *(agreed.width, num_rows * agreed.row_bytes),
     )
 
 
@@ -273,7 +256,7 @@ def check_error(header: Header, agreed: Agreement, sequence: int) -> None:
     check_exact(header, expected)
 
 
-def split_by_rows(call: ExpertCall, max_rows: int) -> Iterator[ExpertCall]:
+def split_by_rows(call: ExpertCall, max_rows: int) -> list[ExpertCall]:
     """Cut a call, in row order, into calls of at most `max_rows` rows and tokens.
 
     The parts' rows, put one after another, are the whole call's rows. Parts carry only the tokens that they need.
@@ -281,11 +264,9 @@ def split_by_rows(call: ExpertCall, max_rows: int) -> Iterator[ExpertCall]:
     """
     num_rows = call.num_rows
     if num_rows == 0 or (num_rows <= max_rows and call.tokens_TD.shape[0] <= max_rows):
-        yield call
-        return
+        return [call]
     call.validate()
-    for first in range(0, num_rows, max_rows):
-        yield _cut(call, first, min(first + max_rows, num_rows))
+    return [_cut(call, first, min(first + max_rows, num_rows)) for first in range(0, num_rows, max_rows)]
 
 
 def _cut(call: ExpertCall, first: int, last: int) -> ExpertCall:
@@ -300,8 +281,7 @@ def _cut(call: ExpertCall, first: int, last: int) -> ExpertCall:
     token_of_R = call.token_of_R[first:last]
     tokens = sorted(set(token_of_R))
     place = {token: index for index, token in enumerate(tokens)}
-    return replace(
-        call,
+    return call._replace(
         experts=tuple(experts),
         counts=tuple(counts),
         token_of_R=tuple(place[token] for token in token_of_R),

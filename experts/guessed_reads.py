@@ -34,6 +34,11 @@ class GuessedReads:
     def is_reading(self) -> bool:
         return bool(self._reading)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is being read, and everything that was read has been used."""
+        return not self._reading and not self._unused
+
     def begin(self, key: ExpertKey, window: Tensor) -> None:
         """Read on another thread. The window belongs to it until the read was received, claimed or stopped."""
         self._reading[key] = self._loader.start(key, window)

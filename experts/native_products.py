@@ -12,6 +12,7 @@ import ctypes
 import logging
 import os
 import re
+import struct
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,6 +53,10 @@ _ARGUMENTS: tuple[list[Any], ...] = (
     [*[_INT] * 2, _POINTER, *[_INT64] * 2, _POINTER, _FLOAT, *[_POINTER] * 3, *_RUN],
     [_POINTER, _INT64, *_RUN],
     [*[_POINTER] * 2, _INT64, *[_POINTER] * 7, *_RUN],
+    [*[_POINTER] * 4, *_RUN],
+    [*[_POINTER] * 6, *_RUN],
+    [*[_POINTER] * 2, *[_INT64] * 2, *[_POINTER] * 6, *_RUN],
+    [_INT, _POINTER, _INT64],
     [_INT, _POINTER, *_RUN],
     [_POINTER, *_RUN],
     [_POINTER, *_RUN],
@@ -88,7 +93,9 @@ class GatedMatrices:
     """One expert's two matrices, as a call takes them."""
 
     forms: tuple[int, ...]
-    pointers: tuple[int, ...]
+    """The same object for equal ones."""
+    addresses: bytes
+    """Codes and scales of gate and up, and of down, as C has four addresses."""
     matrices: tuple[NativeMatrix, NativeMatrix]
 
 
@@ -108,8 +115,14 @@ class Library:
     head: Callable[..., int]
     """Of `router.native_head`."""
     run_half: Callable[..., int]
-    """Of `router.native_step`, as are `run_layers` and the last three."""
+    """Of `router.native_step`, as are `run_layers` and what begins and ends a half."""
     run_layers: Callable[..., int]
+    dispatch: Callable[..., int]
+    """Of `router.native_dispatch`, as are the next two."""
+    combine: Callable[..., int]
+    reach_experts: Callable[..., int]
+    are_finite: Callable[..., int]
+    """Of `find_finite`."""
     choose: Callable[..., int]
     """Of `router.native_choosing`, as is `stand_in`."""
     stand_in: Callable[..., int]
@@ -169,9 +182,14 @@ def gated_matrices(gate_up_FD: NativeMatrix, down_DF: NativeMatrix) -> GatedMatr
         raise ValueError(
             f"gate and up of {gate_up_FD.weights.dtype} do not fit down of {down_DF.weights.dtype}"
         )
-    return GatedMatrices(
-        gate_up_FD.form + down_DF.form, gate_up_FD.pointers + down_DF.pointers, (gate_up_FD, down_DF)
-    )
+    forms = _shared(gate_up_FD.form + down_DF.form)
+    addresses = struct.pack("@4Q", *gate_up_FD.pointers, *down_DF.pointers)
+    return GatedMatrices(forms, addresses, (gate_up_FD, down_DF))
+
+
+@cache
+def _shared(forms: tuple[int, ...]) -> tuple[int, ...]:
+    return forms
 
 
 def multiply(level: str, x_RI: Tensor, matrix: NativeMatrix, out_RO: Tensor | None = None) -> Tensor:
@@ -184,7 +202,8 @@ def multiply(level: str, x_RI: Tensor, matrix: NativeMatrix, out_RO: Tensor | No
         raise ValueError(f"no room for ({num_rows}, {matrix.outputs}) {x_RI.dtype} in {_described(out_RO)}")
     if matrix.weights.dtype.is_floating_point and matrix.weights.dtype != x_RI.dtype:
         raise ValueError(f"{x_RI.dtype} rows for a matrix of {matrix.weights.dtype}")
-    _run(level, x_RI, matrix.form, (*matrix.pointers, 0, 0), (num_rows,), None, out_RO)
+    addresses = struct.pack("@4Q", *matrix.pointers, 0, 0)
+    _run(level, x_RI, matrix.form, addresses, (num_rows,), None, out_RO)
     return out_RO
 
 
@@ -200,7 +219,7 @@ def compute_gated(
     counts: rows of each expert, one after the other. token_of_R: which token each row is; None: row r is token r.
     Raises ValueError where anything does not fit, MemoryError.
     """
-    first, down = experts[0].matrices
+    forms, (first, down) = experts[0].forms, experts[0].matrices
     tokens_TD = _checked_rows(tokens_TD, first.inputs)
     num_tokens = tokens_TD.shape[0]
     num_rows = num_tokens if token_of_R is None else len(token_of_R)
@@ -208,22 +227,30 @@ def compute_gated(
         raise ValueError(f"{len(experts)} experts with {tuple(counts)} of {num_rows} rows")
     if token_of_R and not 0 <= min(token_of_R) <= max(token_of_R) < num_tokens:
         raise ValueError(f"row map reaches outside the {num_tokens} token rows")
-    if any(expert.forms != experts[0].forms for expert in experts):
+    if any(expert.forms is not forms for expert in experts):
         raise ValueError("experts of one call have matrices of several forms")
     if first.weights.dtype.is_floating_point and first.weights.dtype != tokens_TD.dtype:
         raise ValueError(f"{tokens_TD.dtype} rows for matrices of {first.weights.dtype}")
     out_RD = tokens_TD.new_empty(num_rows, down.outputs)
-    pointers = [address for expert in experts for address in expert.pointers]
+    addresses = b"".join([expert.addresses for expert in experts])
     rows = None if token_of_R is None else array("q", token_of_R)
-    _run(level, tokens_TD, experts[0].forms, pointers, counts, rows, out_RD)
+    _run(level, tokens_TD, forms, addresses, counts, rows, out_RD)
     return out_RD
+
+
+def find_finite(values: Tensor) -> bool | None:
+    """Whether no value is infinite or not a number; None where the library is not there, or does not read such."""
+    found = library()
+    if found is None or values.dtype not in DTYPES or not values.is_cpu or not values.is_contiguous():
+        return None
+    return bool(found.are_finite(values.dtype == torch.bfloat16, values.data_ptr(), values.numel()))
 
 
 def _run(
     level: str,
     x_TI: Tensor,
     forms: Sequence[int],
-    pointers: Sequence[int],
+    addresses: bytes,
     counts: Sequence[int],
     token_of_R: array[int] | None,
     out_RO: Tensor,
@@ -235,14 +262,13 @@ def _run(
         out_RO.zero_()
         return
     num_rows = array("q", counts)
-    addresses = array("Q", pointers)
     shape = array("q", forms)
     code = found.multiply(
         LEVELS.index(level),
         x_TI.dtype == torch.bfloat16,
         len(forms) > 4,
         shape.buffer_info()[0],
-        addresses.buffer_info()[0],
+        addresses,
         len(counts),
         num_rows.buffer_info()[0],
         None if token_of_R is None else token_of_R.buffer_info()[0],
@@ -315,8 +341,9 @@ def library() -> Library | None:
         functions = (
             *(loaded.sage_multiply, loaded.sage_attend, loaded.sage_norm, loaded.sage_route),
             *(loaded.sage_attention_half, loaded.sage_experts_half, loaded.sage_head, loaded.sage_run_half),
-            *(loaded.sage_run_layers, loaded.sage_choose, loaded.sage_stand_in),
-            *(loaded.sage_past_signals, loaded.sage_conflict),
+            *(loaded.sage_run_layers, loaded.sage_dispatch, loaded.sage_combine),
+            *(loaded.sage_reach_experts, loaded.sage_are_finite),
+            *(loaded.sage_choose, loaded.sage_stand_in, loaded.sage_past_signals, loaded.sage_conflict),
         )
         beginning = loaded.sage_begin_attention, loaded.sage_begin_experts
         end_half = loaded.sage_end_half

@@ -28,7 +28,7 @@ from experts.devices import upload
 from experts.directory import AuditStats, DirectoryStats
 from experts.errors import ExpertError, ExpertUnavailable
 from experts.expert_table import ExpertTable
-from experts.links import ActorLinks, View
+from experts.links import NOBODY, ActorLinks, View
 from experts.replicas import Reach, Tiers, best_left, choose, rank
 from experts.roster import Roster
 from experts.shares import Place, Share, join, split_by_place
@@ -78,6 +78,10 @@ class _Attempt:
         return replace(self, tried=tried, error=failure.error, is_second_opinion=is_second)
 
 
+_FIRST = _Attempt()
+"""Nobody was tried, and nobody is suspended."""
+
+
 class _Plan(NamedTuple):
     """Who is asked for what of a call, and the view that says where they are."""
 
@@ -93,18 +97,48 @@ class _Ranks:
     def __init__(self, view: View, reach: Reach, before: _Ranks | None = None) -> None:
         """before: whose findings are kept where they still hold."""
         self.view, self.reach = view, reach
-        self._tiers: dict[ExpertKey, Tiers] = {}
+        self.links = tuple(view.links[name] for name in reach.present)
+        """The ranks are good while these are open: a connection that is closed stays so."""
+        self._layers: dict[tuple[str, int], _LayerRanks] = {}
         if before is not None and before.reach == reach:
             old = before.view
             if old.owners is view.owners and old.fallbacks is view.fallbacks:
-                self._tiers = before._tiers
+                self._layers = before._layers
 
-    def of(self, key: ExpertKey) -> Tiers:
-        tiers = self._tiers.get(key)
+    def of(self, component: str, layer: int) -> _LayerRanks:
+        found = self._layers.get((component, layer))
+        if found is None:
+            self._layers[component, layer] = found = _LayerRanks(component, layer, self.view, self.reach)
+        return found
+
+
+class _LayerRanks:
+    """Of one layer's experts, by number."""
+
+    def __init__(self, component: str, layer: int, view: View, reach: Reach) -> None:
+        self._component, self._layer, self._reach = component, layer, reach
+        self._owners, self._fallbacks = view.owners, view.fallbacks
+        self._tiers: dict[int, Tiers] = {}
+        self._alone: dict[int, Place] = {}
+        """Where there is no choice, who is asked first."""
+
+    def of(self, expert: int) -> Tiers:
+        tiers = self._tiers.get(expert)
         if tiers is None:
-            owners, fallbacks = self.view.owners.get(key, ()), self.view.fallbacks.get(key, ())
-            self._tiers[key] = tiers = rank(owners, fallbacks, self.reach)
+            key = ExpertKey(self._component, self._layer, expert)
+            tiers = rank(self._owners.get(key, ()), self._fallbacks.get(key, ()), self._reach)
+            self._tiers[expert] = tiers
+            if len(tiers[0]) == 1:
+                self._alone[expert] = tiers[0][0]
         return tiers
+
+    def without_choice(self, experts: Sequence[int]) -> list[Place] | None:
+        """Who is asked first for each of these; None where there is a choice, or not yet known whether there is."""
+        alone = self._alone
+        try:
+            return [alone[expert] for expert in experts]
+        except KeyError:
+            return None
 
 
 class RemoteDirectory:
@@ -132,7 +166,7 @@ class RemoteDirectory:
         self._on_bad = on_bad
         self._links = ActorLinks(local, secret, limits or TransportLimits(), on_lost)
         self._asker = Asker(self._links, CallTimes(self._options.call_timeout_s), local.numerics_class)
-        self._ranks = _Ranks(self._links.view, Reach(frozenset(), {}, local.numerics_class))
+        self._ranks = _Ranks(NOBODY, Reach(frozenset(), {}, local.numerics_class))
         self._counting = threading.Lock()
         self._local_rows = self._num_quarantined = 0
         self._quarantined: deque[str] = deque(maxlen=QUARANTINED_SHOWN)
@@ -173,10 +207,10 @@ class RemoteDirectory:
         """See ExpertDirectory.run. Raises ExpertUnavailable, or what computing here raises."""
         if not call.tokens_TD.is_cpu:
             # Sockets take what is in host memory; it is read back once for all of them.
-            rows_RD = self.run(replace(call, tokens_TD=call.tokens_TD.cpu()))
+            rows_RD = self.run(call._replace(tokens_TD=call.tokens_TD.cpu()))
             return upload(rows_RD, call.tokens_TD.device)
         suspended = self._asker.suspensions.of((call.component, call.layer), time.monotonic())
-        return self._compute(call, _Attempt(frozenset(suspended)))
+        return self._compute(call, _Attempt(suspended) if suspended else _FIRST)
 
     def prefetch(self, component: str, layer: int, experts: Sequence[int]) -> None:
         """Does nothing: a hint would take a round trip of its own, about as long as the next call is away."""
@@ -201,7 +235,8 @@ class RemoteDirectory:
         present, resident = ranks.reach.present, ranks.view.resident
         here = self._local.resident(component, layer)
         if present:
-            here = frozenset(e for e in here if ranks.of(ExpertKey(component, layer, e))[0] == (None,))
+            of_layer = ranks.of(component, layer)
+            here = frozenset(expert for expert in here if of_layer.of(expert)[0] == (None,))
         there = (resident.get(name, {}).get((component, layer), frozenset()) for name in present)
         return here.union(*there)
 
@@ -244,27 +279,35 @@ class RemoteDirectory:
 
     def _plan(self, call: ExpertCall, attempt: _Attempt) -> _Plan:
         ranks = self._current_ranks()
-        keys = [ExpertKey(call.component, call.layer, expert) for expert in call.experts]
-        tiers = [ranks.of(key) for key in keys]
+        of_layer = ranks.of(call.component, call.layer)
         out = attempt.tried | attempt.avoided
+        if not out and (places := of_layer.without_choice(call.experts)) is not None:
+            return _Plan(ranks.view, places)
+        tiers = [of_layer.of(expert) for expert in call.experts]
         if not out:
             equals = [each[0] for each in tiers]  # never empty: this process is among them
         else:
             equals = [best_left(each, out) or best_left(each, attempt.tried) for each in tiers]
-            lacking = next((key for key, left in zip(keys, equals, strict=True) if not left), None)
-            if lacking is not None:
-                return _Plan(ranks.view, [], lacking)
+            if not all(equals):
+                lacking = call.experts[equals.index(())]
+                return _Plan(ranks.view, [], ExpertKey(call.component, call.layer, lacking))
         now_s = time.monotonic()
-        places = choose(call.counts, equals, lambda name: self._asker.times.load(name, now_s))
-        return _Plan(ranks.view, places)
+        return _Plan(
+            ranks.view, choose(call.counts, equals, lambda name: self._asker.times.load(name, now_s))
+        )
 
     def _current_ranks(self) -> _Ranks:
         """Those of before while they are good, which is nearly always."""
         view, ranks = self._links.view, self._ranks
+        if view is ranks.view:
+            for link in ranks.links:
+                if not link.is_open:
+                    break
+            else:
+                return ranks
         present = frozenset(name for name, link in view.links.items() if link.is_open)
-        if view is not ranks.view or present != ranks.reach.present:
-            reach = Reach(present, view.class_of, self._local.numerics_class)
-            self._ranks = ranks = _Ranks(view, reach, ranks)
+        reach = Reach(present, view.class_of, self._local.numerics_class)
+        self._ranks = ranks = _Ranks(view, reach, ranks)
         return ranks
 
     def _ask(
@@ -274,29 +317,23 @@ class RemoteDirectory:
         results: list[tuple[Share, Tensor]] = []
         failures: list[Failure] = []
         asked: deque[Question] = deque()
-
-        def sort(share: Share, outcome: Tensor | Failure) -> None:
-            if isinstance(outcome, Failure):
-                failures.append(outcome)
-            else:
-                results.append((share, outcome))
-
         try:
             # By name, since a connection is held until its answer: two threads in two orders would wait for ever.
-            for name in sorted(name for name in shares if name is not None):
-                begun = self._asker.ask(name, view.links[name], shares[name])
-                if isinstance(begun, Question):
-                    asked.append(begun)
-                else:
-                    failures.append(begun)
+            for name in sorted(name for name in shares if name is not None) if len(shares) > 1 else shares:
+                if name is not None:
+                    begun = self._asker.ask(name, view.links[name], shares[name])
+                    if isinstance(begun, Question):
+                        asked.append(begun)
+                    else:
+                        failures.append(begun)
             if None in shares:
-                sort(shares[None], self._run_local(shares[None]))
+                _sort(shares[None], self._run_local(shares[None]), results, failures)
             while asked:
                 outcome = self._asker.hear(asked[0], is_checked=is_checked)
                 question = asked.popleft()
-                if not isinstance(outcome, Failure) and self._options.audit_share:
+                if self._options.audit_share and not isinstance(outcome, Failure):
                     self.auditor.offer(question.share.call, _opinion(question, outcome))
-                sort(question.share, outcome)
+                _sort(question.share, outcome, results, failures)
         finally:
             for question in asked:  # only after an error
                 self._asker.drop(question)
@@ -340,9 +377,10 @@ class RemoteDirectory:
     def _opinions(self, call: ExpertCall, place: Place) -> Iterator[Opinion]:
         """The same rows from all others who can compute the whole call, best first."""
         ranks = self._current_ranks()
-        tiers = [ranks.of(ExpertKey(call.component, call.layer, expert)) for expert in call.experts]
+        of_layer = ranks.of(call.component, call.layer)
+        tiers = [of_layer.of(expert) for expert in call.experts]
         able = frozenset.intersection(*(frozenset(p for tier in each for p in tier) for each in tiers))
-        share = Share(call, tuple(range(call.num_rows)))
+        share = Share(call, range(call.num_rows))
         for other in (other for tier in tiers[0] for other in tier if other in able and other != place):
             opinion = self._opinion_of(other, share, ranks.view) if other else self._opinion_here(call)
             if opinion is not None:
@@ -376,6 +414,15 @@ class RemoteDirectory:
                 self._num_quarantined += 1
                 self._quarantined.append(f"{name}/{incarnation}")
             self._on_bad(name, incarnation, reason)
+
+
+def _sort(
+    share: Share, outcome: Tensor | Failure, results: list[tuple[Share, Tensor]], failures: list[Failure]
+) -> None:
+    if isinstance(outcome, Failure):
+        failures.append(outcome)
+    else:
+        results.append((share, outcome))
 
 
 def _opinion(question: Question, rows_RD: Tensor) -> Opinion:

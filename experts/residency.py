@@ -89,11 +89,15 @@ class Residency:
                 load.append(key)
                 needed += nbytes
         evict = self._make_room(needed, wave)
+        self.use(wave, sizes, now)
         for key, nbytes in zip(wave, sizes, strict=True):
-            if self.budget_bytes is not None:
-                self._order.use(key, nbytes, now)
             self._enter(key, nbytes)
         return Exchange(tuple(evict), tuple(load))
+
+    def use(self, keys: Sequence[ExpertKey], sizes: Sequence[int], now: float) -> None:
+        """Count all of these, which are resident, as used at step `now`, which never falls."""
+        if self.budget_bytes is not None:
+            self._order.use_all(keys, sizes, now)
 
     def expect(self, guess: Sequence[ExpertKey], sizes: Sequence[int], most: int) -> Exchange:
         """Make room for experts that may be used next, likeliest first, as far as they fit beside one another.

@@ -6,8 +6,8 @@ Called by `experts.remote_directory`, `experts.audit` and `router.moe_block`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,21 +18,20 @@ Place = str | None
 """An actor's name; None is this process."""
 
 
-@dataclass(frozen=True)
-class Share:
+class Share(NamedTuple):
     """A part of a call, and where its rows belong in the whole."""
 
     call: ExpertCall
-    rows: tuple[int, ...]
+    rows: Sequence[int]
 
 
 def split_by_place(call: ExpertCall, places: Sequence[Place]) -> dict[Place, Share]:
     """places: of each of the call's experts. Each share carries only the tokens that it needs."""
+    if len(set(places)) == 1:
+        return {places[0]: Share(call, range(call.num_rows))}
     groups: dict[Place, list[int]] = {}
     for index, place in enumerate(places):
         groups.setdefault(place, []).append(index)
-    if len(groups) == 1:
-        return {places[0]: Share(call, tuple(range(call.num_rows)))}
     return {place: take(call, indices) for place, indices in groups.items()}
 
 

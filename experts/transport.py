@@ -8,6 +8,7 @@ the log, and nothing else. Called by `experts.remote_directory` and `experts.act
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import math
 import threading
@@ -15,7 +16,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -174,26 +174,28 @@ class ExpertConnection:
         self._sequence += 1
         self._num_rows_due = part.num_rows
         self._deadline_s = time.monotonic() + self._timeout_s
-        self._channel.send(head, _bytes_of(tokens_TD), deadline_s=self._deadline_s)
+        self._channel.send(head, _bytes_of(tokens_TD, self._agreed), deadline_s=self._deadline_s)
 
     def _receive_rows(self) -> Tensor:
         expected = rows_header(self._agreed, self._sequence, self._num_rows_due)
-        header = self._next_header()
-        while header.kind == Kind.HEARTBEAT:
-            if time.monotonic() >= self._deadline_s:  # heartbeats without a pause would put it off for ever
-                raise LinkLost("the deadline passed", kind="late")
-            header = self._next_header()
-        if header.kind == Kind.ERROR:
-            raise self._remote_error(header)
-        check_exact(header, expected)
+        header = self._channel.receive_header(self._deadline_s, self._limits.silence_s)
+        if header != expected:
+            self._look_for(expected, header)
         raw, rows_RD = _new_rows(self._num_rows_due, self._agreed)
         self._receive(raw)
         return rows_RD
 
-    def _next_header(self) -> Header:
-        header = self._channel.receive_header(self._deadline_s, self._limits.silence_s)
-        _check_short(header, self._agreed)
-        return header
+    def _look_for(self, expected: Header, header: Header) -> None:
+        """Past heartbeats. Raises RemoteExpertError where the actor answers with an error, FrameFault, LinkLost."""
+        while header != expected:
+            _check_short(header, self._agreed)
+            if header.kind == Kind.ERROR:
+                raise self._remote_error(header)
+            if header.kind != Kind.HEARTBEAT:
+                check_exact(header, expected)
+            if time.monotonic() >= self._deadline_s:  # heartbeats without a pause would put it off for ever
+                raise LinkLost("the deadline passed", kind="late")
+            header = self._channel.receive_header(self._deadline_s, self._limits.silence_s)
 
     def _remote_error(self, header: Header) -> RemoteExpertError:
         check_error(header, self._agreed, self._sequence)
@@ -297,10 +299,11 @@ class ExpertServer:
         answer: tuple[bytes | memoryview, ...]
         try:
             rows_RD = self._compute(call).contiguous()
-            if rows_RD.shape != (call.num_rows, self._agreed.width) or rows_RD.dtype != self._agreed.dtype:
-                raise ValueError(f"rows {tuple(rows_RD.shape)} in {rows_RD.dtype} for {call.num_rows} asked")
+            shape = call.num_rows, self._agreed.width
+            if rows_RD.shape != shape or rows_RD.dtype != self._agreed.dtype or not rows_RD.is_cpu:
+                raise ValueError(f"rows {tuple(rows_RD.shape)} in {rows_RD.dtype} for {shape}")
             head = encode_header(rows_header(self._agreed, sequence, call.num_rows))
-            answer = head, _bytes_of(rows_RD)
+            answer = head, _bytes_of(rows_RD, self._agreed)
         except ExpertError as error:
             logger.warning("request %s, layer %d: %s", call.request_id, call.layer, error)
             answer = (encode_error(self._agreed, sequence, _code_of(error), str(error)),)
@@ -339,12 +342,17 @@ def _code_of(error: ExpertError) -> ErrorCode:
 
 
 def _new_rows(num_rows: int, agreed: Agreement) -> tuple[memoryview, Tensor]:
-    """Memory for rows, as flat bytes and as a (rows, D) tensor. Goes through NumPy: on this path, which runs between
-    two waits, each call into PyTorch costs several times what it costs in a loop."""
-    raw = np.empty(num_rows * agreed.row_bytes, np.uint8)
-    return raw.data, torch.frombuffer(raw, dtype=agreed.dtype).view(num_rows, agreed.width)
+    """Memory for rows, as flat bytes and as a (rows, D) tensor."""
+    rows_RD = torch.empty(num_rows, agreed.width, dtype=agreed.dtype)
+    return _memory_of(rows_RD, num_rows * agreed.row_bytes), rows_RD
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor. One-wide tensors count as contiguous whatever their stride says."""
-    return (tensor if tensor.stride(-1) == 1 else tensor.view(-1)).view(torch.uint8).numpy().data
+def _bytes_of(rows_RD: Tensor, agreed: Agreement) -> memoryview:
+    """The memory of contiguous rows on the CPU."""
+    return _memory_of(rows_RD, rows_RD.shape[0] * agreed.row_bytes)
+
+
+def _memory_of(tensor: Tensor, nbytes: int) -> memoryview:
+    """Good for as long as the tensor is. By its address: on this path, which runs between two waits, each call into
+    PyTorch costs several times what it costs in a loop."""
+    return memoryview((ctypes.c_char * nbytes).from_address(tensor.data_ptr())).cast("B")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -105,6 +106,8 @@ class ExpertWorker:
         else:
             tiers = replace(tiers, is_stacked=kernel.is_grouped)
             self.cache = TieredCache(store, form, self._keys, options, tiers, guests)
+        self._used: defaultdict[tuple[str, int], set[int]] = defaultdict(set)
+        """Numbers of the experts that were asked for, by layer."""
         self._steps: dict[tuple[str, int], int] = {}
         self._now = 0
         self._lock = threading.Lock()
@@ -121,6 +124,9 @@ class ExpertWorker:
     def stats(self) -> WorkerStats:
         """As of now."""
         stats, cache = self._stats, self.cache
+        stats.experts_used = {
+            ExpertKey(*layer, expert) for layer, used in self._used.copy().items() for expert in used.copy()
+        }
         stats.hits, stats.misses, stats.bytes_read = cache.hits, cache.misses, cache.bytes_read
         stats.hit_rates = cache.hit_rates()
         stats.prefetched, stats.prefetched_used = cache.prefetched
@@ -162,15 +168,16 @@ class ExpertWorker:
         """
         if not self._kernel.is_on_cpu and call.tokens_TD.is_cpu:
             return self._compute_for_host(call)
-        keys = [ExpertKey(call.component, call.layer, expert) for expert in call.experts]
+        layer = call.component, call.layer
         with self._lock:
-            at_hand = self.cache.at_hand(keys)
+            at_hand = self.cache.at_hand(layer, call.experts)
             if at_hand is not None:
-                self._count_step((call.component, call.layer))
-                self._stats.experts_used.update(keys)
+                self._count_step(layer)
+                self.cache.note_uses(layer, call.experts, self._now)
+                self._used[layer].update(call.experts)
                 rows_RD = compute_experts(call, at_hand, self._kernel)
             else:
-                rows_RD = self._compute_waves(call, keys)
+                rows_RD = self._compute_waves(call, [ExpertKey(*layer, expert) for expert in call.experts])
             self._stats.calls += 1
             self._stats.rows += call.num_rows
         return rows_RD
@@ -178,7 +185,7 @@ class ExpertWorker:
     @torch.inference_mode()
     def _compute_for_host(self, call: ExpertCall) -> Tensor:
         """A call that came over a socket, on a device: its tokens go there, and its rows come back at once."""
-        there = replace(call, tokens_TD=upload(call.tokens_TD, self._kernel.device))
+        there = call._replace(tokens_TD=upload(call.tokens_TD, self._kernel.device))
         return self.compute(there).cpu()
 
     def table(self, component: str, layer: int) -> ExpertTable | None:
@@ -200,13 +207,13 @@ class ExpertWorker:
 
     def note_use(self, table: ExpertTable, used: Sequence[int], num_rows: int) -> None:
         """Counts as one call what was computed elsewhere with a table. used: numbers of the experts."""
-        first, stats = table.keys[0], self._stats
+        stats, layer = self._stats, (table.keys[0].component, table.keys[0].layer)
         with self._lock:
-            self._count_step((first.component, first.layer))
-            stats.experts_used.update([table.keys[expert] for expert in used])
+            self._count_step(layer)
+            self.cache.note_uses(layer, used, self._now)
+            self._used[layer].update(used)
             stats.calls += 1
             stats.rows += num_rows
-            self.cache.note_hits(len(used))
 
     def _make_table(self, at: tuple[str, int]) -> ExpertTable | None:
         keys = self._keys_of.get(at, [])
@@ -285,7 +292,7 @@ class ExpertWorker:
 
     def _compute_wave(self, call: ExpertCall, wave: range, keys: list[ExpertKey]) -> Tensor:
         wave_keys = keys[wave.start : wave.stop]
-        self._stats.experts_used.update(wave_keys)
+        self._used[call.component, call.layer].update([key.expert for key in wave_keys])
         part = call if len(wave_keys) == len(keys) else _restrict(call, wave)
         rows_RD: Tensor | None = None
         index_of = {key: index for index, key in enumerate(wave_keys)}

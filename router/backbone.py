@@ -16,6 +16,7 @@ from experts.directory import ExpertDirectory
 from experts.numerics import RowKernel, computing_threads
 from experts.packed_matrix import linear
 from experts.store import ExpertStore
+from router.asked_run import AskedRun, find_asked_run
 from router.decoder_layer import LayerArithmetic
 from router.kv_cache import KvPool
 from router.layer_run import LayerRun, RunTimes, compute_run, find_run
@@ -181,6 +182,9 @@ class ForwardPass:
 
     def _advance(self, pool: KvPool, until_ns: int | None) -> None:
         run = self._find_run() if until_ns is None else None
+        if isinstance(run, AskedRun):
+            self._compute_asked(run, pool)
+            return
         if run is not None:
             self._compute_run(run, pool)
             return
@@ -198,13 +202,23 @@ class ForwardPass:
         if found_PD is not None:
             self._end_layer()
 
-    def _find_run(self) -> LayerRun | None:
+    def _find_run(self) -> LayerRun | AskedRun | None:
         """None where a layer has begun, or somebody wants to see each one's rows."""
         backbone = self._backbone
         if self.is_in_layer or backbone.prefetcher is not None:
             return None
         most = backbone.run_times.most_layers(self.batch.num_tokens)
-        return find_run(self._num_done, backbone.layers, self._inputs, most)
+        run = find_run(self._num_done, backbone.layers, self._inputs, most)
+        return run or find_asked_run(self._num_done, backbone.layers, self._inputs)
+
+    def _compute_asked(self, run: AskedRun, pool: KvPool) -> None:
+        for times in run.compute(self._hidden_PD, pool):
+            self._phases["attention"] += times.attention_s
+            self._phases["experts"] += times.experts_s
+            self._backbone.progressed_at = time.monotonic()
+        self._hidden_PD = run.finish()
+        self._num_done += len(run.layers) - 1
+        self._end_layer()
 
     def _compute_run(self, run: LayerRun, pool: KvPool) -> None:
         backbone = self._backbone

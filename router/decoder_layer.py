@@ -22,14 +22,17 @@ from router.device_attention import QUERY_ROWS, attend_in_tiles
 from router.device_norm import norm_on_device
 from router.kv_cache import KvPool
 from router.model_config import ModelConfig
-from router.moe_block import Mixture, MoeBlock
+from router.moe_block import CallInParts, Mixture, MoeBlock
 from router.native_attention import NO_NORMS, HeadNorms, Places, attend_in_cache, norm_rows
+from router.native_dispatch import NativeDispatch
 from router.native_step import NativeStep
 from router.rope import RotaryEmbedding, rotate
 from router.step_batch import AttentionGroup, CacheSlots, Half, StepBatch
 from router.step_routing import EVERYTHING, View
 from router.weights import Layer
 
+Begun = ExpertTable | CallInParts | Mixture
+"""A layer's experts: all of them in this process for good; some of them elsewhere; or with somebody who looks on."""
 MANY_ROWS = 128
 """Beside the work of so many, waking a thread takes no time to speak of, even where matrices are small."""
 
@@ -48,7 +51,9 @@ class StepInputs:
     native: NativeStep | None = None
     """For layers that our own calls compute, two for one or one for many."""
     shown: View = EVERYTHING
-    begun: ExpertTable | Mixture | None = None
+    dispatching: NativeDispatch | None = None
+    """The way to the experts of layers that nobody looks at, where some are elsewhere."""
+    begun: Begun | None = None
     """With what the experts of the current layer were begun that pause: meanwhile experts may come and go."""
     expert_s: float = 0.0
     """What an expert took lately, where they are computed one after another; 0 where none was."""
@@ -137,23 +142,31 @@ class LayerArithmetic:
             segments = [(0, normed_PD.shape[0])]
             return hidden_PD + compute_segments(normed_PD, segments, [layer.dense], self.kernel)
         begun = step.begun or self._begin_experts(layer, layer.moe, hidden_PD, step)
-        if isinstance(begun, Mixture):
-            routed_TD = begun.advance(until_ns)
-            step.expert_s = begun.expert_s
-            mixed_PD = None if routed_TD is None else hidden_PD + self.pad(routed_TD.to(self.dtype))
-        else:
+        if isinstance(begun, ExpertTable):
             mixed_PD = self._mix_natively(layer, layer.moe, begun, hidden_PD, step, until_ns)
+        else:
+            rows = begun.advance(until_ns)
+            step.expert_s = begun.expert_s
+            if rows is None:
+                mixed_PD = None
+            elif isinstance(begun, Mixture):
+                mixed_PD = hidden_PD + self.pad(rows.to(self.dtype))
+            else:
+                mixed_PD = self._combine_natively(layer.moe, rows, step)
         step.begun = begun if mixed_PD is None else None
         return mixed_PD
 
-    def _begin_experts(
-        self, layer: Layer, moe: MoeBlock, hidden_PD: Tensor, step: StepInputs
-    ) -> ExpertTable | Mixture:
+    def _begin_experts(self, layer: Layer, moe: MoeBlock, hidden_PD: Tensor, step: StepInputs) -> Begun:
+        batch = step.batch
         if step.native is not None and layer.native is not None and step.is_plain(moe.layer):
             table = moe.table()
             if table is not None:
                 return table
-        normed_PD, batch = self.norm(hidden_PD, layer.post_norm_D), step.batch
+            if step.dispatching is None:
+                step.dispatching = NativeDispatch(step.native)
+            call = step.dispatching.dispatch(layer.native, moe, hidden_PD, batch.trace)
+            return CallInParts(moe.directory, call, step.expert_s)
+        normed_PD = self.norm(hidden_PD, layer.post_norm_D)
         return Mixture(moe, normed_PD, batch.num_tokens, batch.routing, batch.trace, step.expert_s)
 
     def _mix_natively(
@@ -175,6 +188,12 @@ class LayerArithmetic:
         if self.clock is not None:
             self.clock.mixed(moe.layer, step.native)
         return mixed_PD
+
+    def _combine_natively(self, moe: MoeBlock, rows_RD: Tensor, step: StepInputs) -> Tensor:
+        assert step.dispatching is not None
+        if step.shown.has_choices:
+            step.batch.routing.watch_choices(moe.layer, step.dispatching.routing())
+        return step.dispatching.combine(rows_RD)
 
     def pad(self, rows_TD: Tensor) -> Tensor:
         """Repeat the last row up to the row kernel's multiple, so that no product has to."""

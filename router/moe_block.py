@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from experts.call import ExpertCall
 from experts.directory import ExpertDirectory
 from experts.expert_table import ExpertTable
 from experts.numerics import RowKernel
@@ -71,49 +72,35 @@ class MoeBlock:
         return mixed_TD
 
 
-class Mixture:
-    """A layer's experts on their way: routed once, computed for some of the experts at a time where others wait.
+class CallInParts:
+    """A call on its way: for some of its experts at a time, where others wait.
 
-    The same bits whatever the parts are: an expert's rows do not depend on who is asked for beside it, and they are
-    added only when all of them are there.
+    The same bits whatever the parts are: an expert's rows do not depend on who is asked for beside it.
     """
 
-    def __init__(
-        self,
-        block: MoeBlock,
-        hidden_PD: Tensor,
-        num_tokens: int,
-        steering: StepRouting,
-        trace: str,
-        expert_s: float = 0.0,
-    ) -> None:
-        """Gates and routes. expert_s: what an expert of such a step took in the layer before; 0 where none is known."""
-        self._block, self._steering = block, steering
-        self._hidden_PD, self._num_tokens = hidden_PD, num_tokens
-        self._gate = block.gate(hidden_PD, num_tokens)
-        self._routing = steering.route(self._gate)
-        self._dispatched = dispatch(block.component, block.layer, self._gate.hidden_TD, self._routing, trace)
-        self._left = list(range(len(self._dispatched.call.experts)))
+    def __init__(self, directory: ExpertDirectory, call: ExpertCall, expert_s: float = 0.0) -> None:
+        """expert_s: what an expert of such a step took in the layer before; 0 where none is known."""
+        self._directory, self._call = directory, call
+        self._left = list(range(len(call.experts)))
         """Indices of the call's experts that are still to be computed."""
         self._done: list[tuple[Share, Tensor]] = []
         self.expert_s = expert_s
         """What an expert has taken lately."""
 
     def advance(self, until_ns: int | None = None) -> Tensor | None:
-        """The mixed rows, (num_tokens, D) float32.
+        """The call's rows, (R, D) in the expert dtype.
 
         until_ns: monotonic clock; None is returned where experts are left that would probably take longer, and the next
         call goes on. At least one is computed. Raises ExpertError.
         """
-        call = self._dispatched.call
         if until_ns is None and not self._done:
-            return self._combine(self._block.directory.run(call))
+            return self._directory.run(self._call)
         self._compute(self._next_part(until_ns))
         while self._left:
             if until_ns is not None and time.monotonic_ns() + self.expert_s * 1e9 > until_ns:
                 return None
             self._compute(self._next_part(until_ns))
-        return self._combine(join(self._done, call.num_rows))
+        return join(self._done, self._call.num_rows)
 
     def _next_part(self, until_ns: int | None) -> list[int]:
         """As many of the experts as there is time for, from all over the layer: neighbours may have the same owner."""
@@ -127,12 +114,43 @@ class Mixture:
 
     def _compute(self, part: list[int]) -> None:
         started = time.perf_counter()
-        share = take(self._dispatched.call, part)
-        self._done.append((share, self._block.directory.run(share.call)))
+        share = take(self._call, part)
+        self._done.append((share, self._directory.run(share.call)))
         taken = set(part)
         self._left = [index for index in self._left if index not in taken]
         if part:
             self.expert_s = (time.perf_counter() - started) / len(part)
+
+
+class Mixture:
+    """A layer's experts on their way: routed once, and added when all of their rows are there."""
+
+    def __init__(
+        self,
+        block: MoeBlock,
+        hidden_PD: Tensor,
+        num_tokens: int,
+        steering: StepRouting,
+        trace: str,
+        expert_s: float = 0.0,
+    ) -> None:
+        """Gates and routes. expert_s: as of `CallInParts`."""
+        self._block, self._steering = block, steering
+        self._hidden_PD, self._num_tokens = hidden_PD, num_tokens
+        self._gate = block.gate(hidden_PD, num_tokens)
+        self._routing = steering.route(self._gate)
+        self._dispatched = dispatch(block.component, block.layer, self._gate.hidden_TD, self._routing, trace)
+        self._parts = CallInParts(block.directory, self._dispatched.call, expert_s)
+
+    @property
+    def expert_s(self) -> float:
+        """See `CallInParts.expert_s`."""
+        return self._parts.expert_s
+
+    def advance(self, until_ns: int | None = None) -> Tensor | None:
+        """The mixed rows, (num_tokens, D) float32. until_ns: as of `CallInParts.advance`. Raises ExpertError."""
+        rows_RD = self._parts.advance(until_ns)
+        return None if rows_RD is None else self._combine(rows_RD)
 
     def _combine(self, rows_RD: Tensor) -> Tensor:
         self._steering.watch(self._gate, self._routing, self._dispatched, rows_RD)

@@ -161,11 +161,6 @@ def norm_rows(level: str, x_RD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 def expect(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Raises ValueError for a tensor that is not contiguous on the CPU, or of another shape or dtype."""
-    if (
-        tuple(tensor.shape) != shape
-        or tensor.dtype != dtype
-        or tensor.device.type != "cpu"
-        or not tensor.is_contiguous()
-    ):
+    if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_cpu or not tensor.is_contiguous():
         found = f"{tensor.dtype} {tuple(tensor.shape)}, strides {tensor.stride()}, on {tensor.device}"
         raise ValueError(f"{found} where {dtype} {shape} was expected")

@@ -12,7 +12,7 @@ import ctypes
 import time
 import weakref
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -105,16 +105,16 @@ class NativeStep:
         is_timed: bool = False,
     ) -> None:
         """rotation: cos and sin, (T, 1, head_dim) float32. Raises ValueError where anything does not fit."""
-        self._config, self._dtype, self._rotation, self.places = config, dtype, rotation, places
+        self.config, self.dtype, self._rotation, self.places = config, dtype, rotation, places
         self._is_timed = is_timed
         self._ended_ns = array("q")
         self.attention_s: dict[str, float] = {}
         """Of the layer that is looked at, by phase of its attention, where it is timed."""
         self.experts_s: dict[str, float] = {}
         """The same of its experts."""
-        self._library = library_for(level)
+        self.library = library_for(level)
         self._pool: KvPool | None = None
-        self._shape = (places.num_tokens, config.hidden_size)
+        self.shape = (places.num_tokens, config.hidden_size)
         for table in rotation:
             expect(table, (places.num_tokens, 1, config.head_dim), torch.float32)
         if config.head_dim % 2 or not 0 < config.experts_per_token <= max(config.num_experts, 1):
@@ -153,17 +153,17 @@ class NativeStep:
         """
         if self._open is not None:
             return self._go_on(self._open, until_ns)
-        self._bind(pool, index, index)
-        expect(hidden_TD, self._shape, self._dtype)
+        self.bind(pool, index, index)
+        expect(hidden_TD, self.shape, self.dtype)
         out_TD = torch.empty_like(hidden_TD)
         rows = hidden_TD.data_ptr(), out_TD.data_ptr()
-        arguments = self._address, layer.address, index, self._config.window(index) or 0, *rows
+        arguments = self._address, layer.address, index, self.config.window(index) or 0, *rows
         if until_ns is not None:
-            address = self._library.begin_attention(*arguments, torch.get_num_threads())
-            return self._go_on(OpenHalf(self._library, address, hidden_TD, out_TD), until_ns)
+            address = self.library.begin_attention(*arguments, torch.get_num_threads())
+            return self._go_on(OpenHalf(self.library, address, hidden_TD, out_TD), until_ns)
         began_ns = self._start_clocks(1)
         self._check(
-            self._library.attention_half(*arguments, self._library.run_in_threads, torch.get_num_threads())
+            self.library.attention_half(*arguments, self.library.run_in_threads, torch.get_num_threads())
         )
         if self._is_timed:
             self.attention_s = self._phases(ATTENTION_PHASES, 0, began_ns)
@@ -178,19 +178,19 @@ class NativeStep:
         """
         if self._open is not None:
             return self._go_on(self._open, until_ns)
-        config = self._config
-        layer.use(table, config.hidden_size, config.num_experts, self._dtype)
-        expect(hidden_TD, self._shape, self._dtype)
+        config = self.config
+        layer.use(table, config.hidden_size, config.num_experts, self.dtype)
+        expect(hidden_TD, self.shape, self.dtype)
         out_TD = torch.empty_like(hidden_TD)
         *choices, used = self._room_for(1).addresses
         numbers = *choices, used, used + 8 * config.num_experts
         arguments = self._address, layer.address, hidden_TD.data_ptr(), out_TD.data_ptr(), *numbers
         if until_ns is not None:
-            address = self._library.begin_experts(*arguments, torch.get_num_threads())
-            return self._go_on(OpenHalf(self._library, address, hidden_TD, out_TD), until_ns)
+            address = self.library.begin_experts(*arguments, torch.get_num_threads())
+            return self._go_on(OpenHalf(self.library, address, hidden_TD, out_TD), until_ns)
         began_ns = self._start_clocks(1)
         self._check(
-            self._library.experts_half(*arguments, self._library.run_in_threads, torch.get_num_threads())
+            self.library.experts_half(*arguments, self.library.run_in_threads, torch.get_num_threads())
         )
         if self._is_timed:
             self.experts_s = self._phases(EXPERTS_PHASES, 0, began_ns)
@@ -210,18 +210,18 @@ class NativeStep:
         anything does not fit, MemoryError.
         """
         assert self._open is None
-        config = self._config
-        self._bind(pool, first, first + len(layers) - 1)
-        expect(hidden_TD, self._shape, self._dtype)
+        config = self.config
+        self.bind(pool, first, first + len(layers) - 1)
+        expect(hidden_TD, self.shape, self.dtype)
         placed = array("q")
         for index, (layer, table) in enumerate(layers, first):
-            layer.use(table, config.hidden_size, config.num_experts, self._dtype)
+            layer.use(table, config.hidden_size, config.num_experts, self.dtype)
             placed.extend((layer.address, index, config.window(index) or 0))
         middle_TD, out_TD = torch.empty_like(hidden_TD), torch.empty_like(hidden_TD)
         spent_ns = array("q", (0, 0))
         self._began_ns = self._start_clocks(len(layers))
         self._check(
-            self._library.run_layers(
+            self.library.run_layers(
                 self._address,
                 placed.buffer_info()[0],
                 len(layers),
@@ -230,7 +230,7 @@ class NativeStep:
                 out_TD.data_ptr(),
                 *self._room_for(len(layers)).addresses,
                 spent_ns.buffer_info()[0],
-                self._library.run_in_threads,
+                self.library.run_in_threads,
                 torch.get_num_threads(),
             )
         )
@@ -261,6 +261,10 @@ class NativeStep:
         assert self._choices is not None
         return self._choices.routing(self._number)
 
+    def run(self, function: Callable[..., int], *arguments: int | None) -> None:
+        """One of the library's functions of a step. Raises MemoryError."""
+        self._check(function(self._address, *arguments, self.library.run_in_threads, torch.get_num_threads()))
+
     def _go_on(self, half: OpenHalf, until_ns: int | None) -> Tensor | None:
         self._open = half
         if not half.run(until_ns):
@@ -269,19 +273,19 @@ class NativeStep:
         half.close()
         return half.out_TD
 
-    def _bind(self, pool: KvPool, first: int, last: int) -> None:
-        """Raises ValueError for a cache that does not fit, or has not these layers."""
+    def bind(self, pool: KvPool, first: int, last: int) -> None:
+        """Compute with this cache from now on. Raises ValueError where it does not fit, or has not these layers."""
         shape = pool.keys.shape
         if not 0 <= first <= last < shape[0]:
             raise ValueError(f"no layer {last if first >= 0 else first} in a cache of {shape[0]}")
         if pool is self._pool:
             return
-        config = self._config
+        config = self.config
         for cache in (pool.keys, pool.values):
             expect(
                 cache,
                 (shape[0], shape[1], config.num_kv_heads, BLOCK_POSITIONS, config.head_dim),
-                self._dtype,
+                self.dtype,
             )
         if self.places.largest_block >= shape[1]:
             raise ValueError(f"no block {self.places.largest_block} in a cache of {tuple(shape)}")
@@ -293,7 +297,7 @@ class NativeStep:
     def _room_for(self, num_layers: int) -> _Choices:
         self._number = 0
         if self._choices is None or self._choices.num_layers < num_layers:
-            self._choices = _Choices(num_layers, self._shape[0], self._config)
+            self._choices = _Choices(num_layers, self.shape[0], self.config)
         return self._choices
 
     def _start_clocks(self, num_layers: int) -> int:
@@ -311,4 +315,4 @@ class NativeStep:
 
     def _check(self, code: int) -> None:
         if code:
-            raise MemoryError(f"no memory for a layer of {self._shape[0]} rows")
+            raise MemoryError(f"no memory for a layer of {self.shape[0]} rows")

@@ -1,4 +1,4 @@
-"""The structures of `experts/native/layer.h` and `layers.c`, field by field."""
+"""The structures of `experts/native/layer.h`, `layers.c` and `dispatch.c`, field by field."""
 
 from __future__ import annotations
 
@@ -59,3 +59,9 @@ class StepStructure(ctypes.Structure):
         *((name, _POINTER) for name in _STEP_POINTERS),
         *((name, _FLOAT) for name in ("eps", "scale")),
     ]
+
+
+class DispatchedStructure(ctypes.Structure):
+    """`dispatched`."""
+
+    _fields_ = [(name, _POINTER) for name in ("normed", "chosen", "weights", "row_of", "maps", "num_used")]

@@ -10,30 +10,29 @@
 #include "memory.h"
 #include "routing.h"
 
-/* Memory that a call needs at once, cut into parts. */
-typedef struct {
-    uint8_t *at;
-    size_t used;
-} arena;
-
-static void *cut(arena *a, int64_t bytes) {
+void *cut(arena *a, int64_t bytes) {
     void *part = a->at ? a->at + a->used : NULL;
     a->used += UP_TO((size_t)bytes, 64);
     return part;
 }
 
-static int64_t packing_pieces(const step *s) { return (s->num_tokens + ROWS_PACKED - 1) / ROWS_PACKED; }
+int64_t packing_pieces(const step *s) { return (s->num_tokens + ROWS_PACKED - 1) / ROWS_PACKED; }
 
-static size_t norm_memory(const step *s) { return 3 * (size_t)s->width * sizeof(float); }
+size_t norm_memory(const step *s) { return 3 * (size_t)s->width * sizeof(float); }
 
-/* Normed rows as the first product wants them, and the second, if any. */
-static void pack_normed(
-    const step *s, const uint8_t *hidden, const uint8_t *norm, const call *first, const call *second, int64_t piece,
-    float *memory
+size_t routing_memory(const step *s) { return (size_t)UP_TO(s->num_experts, UNIT) * sizeof(float); }
+
+size_t mixing_memory(const step *s) {
+    return (size_t)UP_TO(s->width, UNIT) * sizeof(float) + (size_t)s->top_k * sizeof(uint8_t *);
+}
+
+void pack_normed(
+    const step *s, const uint8_t *hidden, const uint8_t *norm, const call *first, const call *second, uint8_t *kept,
+    int64_t piece, float *memory
 ) {
     const int64_t item = s->is_narrow ? 2 : 4, end = MIN(s->num_tokens, (piece + 1) * ROWS_PACKED);
-    uint8_t *normed = (uint8_t *)(memory + 2 * s->width);
     for (int64_t t = piece * ROWS_PACKED; t < end; t++) {
+        uint8_t *normed = kept ? kept + t * s->width * item : (uint8_t *)(memory + 2 * s->width);
         first->level->read_row(s->is_narrow, hidden + t * s->width * item, memory, s->width);
         norm_row(first->level, s->is_narrow, memory, norm, memory + s->width, s->eps, s->width);
         first->level->store_row(s->is_narrow, memory, normed, s->width);
@@ -42,8 +41,7 @@ static void pack_normed(
     }
 }
 
-/* A product of all rows with one matrix. one: room for the matrix; starts: for two numbers. */
-static call one_product(const step *s, const linear *l, unsigned threads, expert *one, int64_t *starts) {
+call one_product(const step *s, const linear *l, unsigned threads, expert *one, int64_t *starts) {
     *one = (expert){.gate_up = l->matrix};
     starts[0] = 0, starts[1] = s->num_tokens;
     call c = {
@@ -69,7 +67,7 @@ typedef struct {
 static void attention_half_piece(work *w, int phase, int64_t piece, void *memory) {
     const attention_half *h = (const attention_half *)w;
     switch (phase) {
-        case 0: pack_normed(h->step, h->hidden, h->layer->input_norm, &h->qkv, NULL, piece, memory); break;
+        case 0: pack_normed(h->step, h->hidden, h->layer->input_norm, &h->qkv, NULL, NULL, piece, memory); break;
         case 1: product_piece(&h->qkv, piece); break;
         case 2: place_tokens(&h->attention, piece, memory); break;
         case 3: attend_piece(&h->attention, piece, memory); break;
@@ -172,13 +170,14 @@ typedef struct {
     expert *called; /* the experts in use */
 } experts_half;
 
-static void route_rows(const experts_half *h, int64_t piece, float *memory) {
-    const step *s = h->step;
+void route_rows(
+    const step *s, const call *gate, int64_t *chosen, float *weights, int64_t piece, float *memory
+) {
     const int64_t end = MIN(s->num_tokens, (piece + 1) * ROWS_PACKED);
     for (int64_t t = piece * ROWS_PACKED; t < end; t++)
         route_row(
-            h->gate.level, s->is_narrow, h->gate.out + t * h->gate.out_stride, s->num_experts, s->top_k,
-            s->is_normalised, h->chosen + t * s->top_k, h->weights + t * s->top_k, memory);
+            gate->level, s->is_narrow, gate->out + t * gate->out_stride, s->num_experts, s->top_k, s->is_normalised,
+            chosen + t * s->top_k, weights + t * s->top_k, memory);
 }
 
 static void call_experts(experts_half *h) {
@@ -188,15 +187,17 @@ static void call_experts(experts_half *h) {
     for (int64_t i = 0; i < *h->num_used; i++) h->called[i] = h->layer->experts[h->used[i]];
 }
 
-/* Each row's experts by rank, added to the row. memory: width floats, then room for top_k addresses. */
-static void combine_rows(const experts_half *h, int64_t piece, float *memory) {
-    const step *s = h->step;
-    const int64_t stride = h->experts.out_stride, end = MIN(s->num_tokens, (piece + 1) * ROWS_PACKED);
-    const uint8_t **rows = (const uint8_t **)(memory + UP_TO(s->width, UNIT));
+void combine_rows(
+    const step *s, const uint8_t *hidden, const uint8_t *rows, const int64_t *row_of, const float *weights, uint8_t *out,
+    int64_t piece, float *memory
+) {
+    const level *level = level_of((int)s->level);
+    const int64_t stride = s->width * (s->is_narrow ? 2 : 4), end = MIN(s->num_tokens, (piece + 1) * ROWS_PACKED);
+    const uint8_t **mixed = (const uint8_t **)(memory + UP_TO(s->width, UNIT));
     for (int64_t t = piece * ROWS_PACKED; t < end; t++) {
-        for (int64_t k = 0; k < s->top_k; k++) rows[k] = h->experts.out + h->row_of[t * s->top_k + k] * stride;
-        h->gate.level->mix_rows(s->top_k, rows, h->weights + t * s->top_k, memory, s->width, s->is_narrow);
-        h->gate.level->add_sums(h->hidden + t * stride, memory, h->out + t * stride, s->width, s->is_narrow);
+        for (int64_t k = 0; k < s->top_k; k++) mixed[k] = rows + row_of[t * s->top_k + k] * stride;
+        level->mix_rows(s->top_k, mixed, weights + t * s->top_k, memory, s->width, s->is_narrow);
+        level->add_sums(hidden + t * stride, memory, out + t * stride, s->width, s->is_narrow);
     }
 }
 
@@ -204,13 +205,14 @@ static void experts_half_piece(work *w, int phase, int64_t piece, void *memory) 
     experts_half *h = (experts_half *)w;
     const call *other = h->has_own_x ? &h->experts : NULL;
     switch (phase) {
-        case 0: pack_normed(h->step, h->hidden, h->layer->post_norm, &h->gate, other, piece, memory); break;
+        case 0: pack_normed(h->step, h->hidden, h->layer->post_norm, &h->gate, other, NULL, piece, memory); break;
         case 1: product_piece(&h->gate, piece); break;
-        case 2: route_rows(h, piece, memory); break;
+        case 2: route_rows(h->step, &h->gate, h->chosen, h->weights, piece, memory); break;
         case 3: call_experts(h); break;
         case 4: gate_piece(&h->experts, piece); break;
         case 5: product_piece(&h->experts, piece); break;
-        default: combine_rows(h, piece, memory);
+        default:
+            combine_rows(h->step, h->hidden, h->experts.out, h->row_of, h->weights, h->out, piece, memory);
     }
 }
 
@@ -266,11 +268,9 @@ void *sage_begin_experts(
                    last_pieces(&h->experts), packing_pieces(s)},
         .run_piece = experts_half_piece, .ended_ns = s->ended_ns,
     };
-    const size_t routing = (size_t)UP_TO(s->num_experts, UNIT) * sizeof(float);
-    const size_t combining = (size_t)UP_TO(s->width, UNIT) * sizeof(float) + (size_t)s->top_k * sizeof(uint8_t *);
     h->work.memory_bytes = norm_memory(s);
-    if (routing > h->work.memory_bytes) h->work.memory_bytes = routing;
-    if (combining > h->work.memory_bytes) h->work.memory_bytes = combining;
+    if (routing_memory(s) > h->work.memory_bytes) h->work.memory_bytes = routing_memory(s);
+    if (mixing_memory(s) > h->work.memory_bytes) h->work.memory_bytes = mixing_memory(s);
     return h;
 }
 
@@ -296,7 +296,7 @@ typedef struct {
 
 static void head_piece(work *w, int phase, int64_t piece, void *memory) {
     const head *h = (const head *)w;
-    if (phase == 0) pack_normed(&h->step, h->hidden, h->norm, &h->product, NULL, piece, memory);
+    if (phase == 0) pack_normed(&h->step, h->hidden, h->norm, &h->product, NULL, NULL, piece, memory);
     else if (phase == 1) product_piece(&h->product, piece);
     else {
         const int64_t outputs = h->product.first.outputs;

@@ -31,6 +31,36 @@ typedef struct {
     float eps, scale;
 } step;
 
+/* Memory that a call needs at once, cut into parts. */
+typedef struct {
+    uint8_t *at;
+    size_t used;
+} arena;
+
+void *cut(arena *a, int64_t bytes);
+
+/* What halves are made of; pieces have ROWS_PACKED rows each. Memory is of a thread, in bytes. */
+int64_t packing_pieces(const step *s);
+size_t norm_memory(const step *s);
+size_t routing_memory(const step *s);
+size_t mixing_memory(const step *s);
+
+/* A product of all rows with one matrix. one: room for the matrix; starts: for two numbers. */
+call one_product(const step *s, const linear *l, unsigned threads, expert *one, int64_t *starts);
+
+/* Normed rows as the first product wants them, and the second, if any. kept: where they are left too, or NULL. */
+void pack_normed(
+    const step *s, const uint8_t *hidden, const uint8_t *norm, const call *first, const call *second, uint8_t *kept,
+    int64_t piece, float *memory);
+
+/* From the gate's logits to each row's experts, best first, and their weights. */
+void route_rows(const step *s, const call *gate, int64_t *chosen, float *weights, int64_t piece, float *memory);
+
+/* Each row's experts by rank, added to the row. rows: of all experts; row_of: which of them is a slot's. */
+void combine_rows(
+    const step *s, const uint8_t *hidden, const uint8_t *rows, const int64_t *row_of, const float *weights, uint8_t *out,
+    int64_t piece, float *memory);
+
 int sage_attention_half(
     const step *s, const layer *l, int64_t index, int64_t window, const void *hidden, void *out, run_in_threads *run,
     unsigned threads);

@@ -104,7 +104,7 @@ class RouterDeployment:
         self._size = _service_size(self._service.loaded, spec.num_actors)
         self._resizer = ThreadPoolExecutor(1, "capacity")  # one after another, and off the event loop
         self._capacity = CapacityWatch(self._size, self._begin_resize if spec.is_capacity_auto else None)
-        self._use = ExpertUse()
+        self._use = ExpertUse(loaded.store.served.name, loaded.config.num_experts)
         if spec.is_autoscaled:
             self._begin_reports(loaded)
         self._trace: RoutingTrace | None = None

@@ -83,7 +83,7 @@ def test_pending_group_brings_a_machine_and_its_idleness_takes_it_away(
                 return directories[0]
 
             loaded = open_engine(stories_store, EngineOptions(), connect)
-            use = ExpertUse()
+            use = ExpertUse(loaded.store.served.name, loaded.config.num_experts)
             loaded.engine.watchers = (*loaded.engine.watchers, use)
             directories[0].report_load(lambda: RouterLoad(Load(4, 0, 8), use.take()))
             with Stream(loaded) as stream:

@@ -70,7 +70,7 @@ class Running:
 
     def report_load(self) -> None:
         """From now on; the number of actors stays what it is before."""
-        use = ExpertUse()
+        use = ExpertUse(self.loaded.store.served.name, self.loaded.config.num_experts)
         self.loaded.engine.watchers = (*self.loaded.engine.watchers, use)
         self.directory.report_load(lambda: RouterLoad(Load(self.num_open, 0, 8), use.take()))
 

@@ -306,6 +306,22 @@ def test_spinning_reader_gets_what_a_sleeping_one_gets(spin_s: float) -> None:
             channel.receive_header(_soon(), SOON_S)
 
 
+def test_reader_that_looks_in_vain_sleeps_for_longer_each_time_until_looking_brings_something() -> None:
+    frame = encode_header(Header(Kind.HEARTBEAT))
+    with raw_pair(replace(QUICK, spin_s=0.002)) as (channel, far):
+        for waits in (1, 3, 7):
+            with pytest.raises(LinkLost, match="deadline"):
+                channel.receive_header(time.monotonic() + 0.01, math.inf)
+            assert channel._waits_to_sleep == waits, "it looked, and then slept"
+            for left in reversed(range(waits)):
+                far.sendall(frame)
+                channel.receive_header(_soon(), SOON_S)
+                assert channel._waits_to_sleep == left
+        far.sendall(frame)
+        channel.receive_header(_soon(), SOON_S)
+        assert (channel._num_fruitless, channel._waits_to_sleep) == (0, 0)
+
+
 def _send_in_pieces(far: socket.socket, frame: bytes) -> None:
     for first in range(0, len(frame), 100_000):
         time.sleep(0.01)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -103,7 +102,7 @@ def test_any_call_is_read_back(call: ExpertCall, sequence: int, deadline_us: int
     assert len(head) == HEADER_BYTES + map_bytes(header)
     assert header.body_bytes == map_bytes(header) + call.tokens_TD.nbytes
     read = decode_call(header, memoryview(head)[HEADER_BYTES:], AGREED, call.tokens_TD)
-    assert replace(read, tokens_TD=None) == replace(call, tokens_TD=None)  # type: ignore[arg-type]
+    assert read._replace(tokens_TD=None) == call._replace(tokens_TD=None)
     assert read.tokens_TD is call.tokens_TD
 
 
@@ -220,7 +219,7 @@ def test_maps_with_one_byte_altered_are_refused_or_still_a_call(place: int, valu
 )
 def test_call_that_is_none_is_not_sent(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
-        encode_call(replace(make_call(6), **change), AGREED, 1, 1000)
+        encode_call(make_call(6)._replace(**change), AGREED, 1, 1000)
 
 
 @given(calls(max_rows=30), st.integers(1, 7))
@@ -250,7 +249,7 @@ def test_call_with_more_tokens_than_fit_loses_those_that_no_row_needs() -> None:
     "change", [{"counts": (8, 4, 9)}, {"counts": (8, 4, 3)}, {"token_of_R": (*[0] * 15, 99)}]
 )
 def test_broken_call_is_not_split(change: dict[str, Any]) -> None:
-    call = replace(make_call(16), **change)
+    call = make_call(16)._replace(**change)
     with pytest.raises(ValueError):
         next(split_by_rows(call, 4))
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from experts import native_build, native_products
 from experts.errors import ProductsUnavailable
 from experts.native_products import (
+    DTYPES,
     LEVELS,
     TORCH,
     VARIABLE,
@@ -25,6 +26,7 @@ from experts.native_products import (
     chosen_level,
     coded_matrix,
     compute_gated,
+    find_finite,
     float_matrix,
     gated_matrices,
     library,
@@ -434,3 +436,20 @@ def test_compiler_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
     )
     assert native_build.build({"CC": str(compiler)}, tmp_path / "products.so") is None
     assert [path.name for path in tmp_path.iterdir()] == ["cc"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(shape=st.tuples(st.integers(0, 5), st.integers(1, 70)), place=st.integers(0, 400), bad=st.booleans())
+def test_values_are_finite_where_all_of_them_are(
+    dtype: torch.dtype, shape: tuple[int, int], place: int, bad: bool
+) -> None:
+    values = torch.full(shape, torch.finfo(dtype).max, dtype=dtype)
+    values[::2] *= -1
+    if bad and values.numel():
+        values.view(-1)[place % values.numel()] = (torch.inf, -torch.inf, torch.nan)[place % 3]
+    assert find_finite(values) == bool(torch.isfinite(values).all())
+
+
+def test_finite_is_not_said_of_what_is_not_read() -> None:
+    assert find_finite(torch.zeros(2, dtype=torch.float16)) is None
+    assert find_finite(torch.zeros(4, 4)[:, :2]) is None

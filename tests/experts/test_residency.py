@@ -26,6 +26,21 @@ def test_least_recently_used_goes_first() -> None:
     assert exchange.load == tuple(_keys(4))
 
 
+@pytest.mark.parametrize("eviction", EVICTIONS)
+@pytest.mark.parametrize("seed", range(3))
+def test_use_of_what_is_there_counts_as_admitting_it(eviction: Eviction, seed: int) -> None:
+    generator = random.Random(seed)
+    admitted, used = (Residency(80, make_worth(eviction)) for _ in range(2))
+    for now in range(60):
+        wave = _keys(*sorted(generator.sample(range(12), 3)))
+        sizes = [10] * len(wave)
+        expected = admitted.admit(wave, sizes, now)
+        if expected.load:
+            assert used.admit(wave, sizes, now) == expected
+        else:
+            used.use(wave, sizes, now)
+
+
 def test_a_wave_never_evicts_its_own_members() -> None:
     residency = Residency(30)
     residency.admit(_keys(1, 2, 3), [10, 10, 10])

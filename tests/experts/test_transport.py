@@ -164,7 +164,7 @@ def test_call_that_does_not_fit_is_refused_before_anything_is_sent(
 ) -> None:
     with serving() as server, connecting(server.port) as link:
         with pytest.raises(ValueError):
-            link.start(replace(make_call(num_rows), **change), timeout_s=5.0)
+            link.start(make_call(num_rows)._replace(**change), timeout_s=5.0)
         assert torch.equal(ask(link, make_call(4)), rows_of(make_call(4)))
 
 

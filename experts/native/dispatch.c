@@ -1,0 +1,144 @@
+/* A layer whose experts are computed by others: what comes before them, from rows to a call sorted by expert, and what
+   comes after, from the call's rows to the layer's. Made of the pieces that layer.c computes with experts at hand, so a
+   row has the same bits.
+
+   Called by router/native_dispatch.py, which has checked pointers and shapes. */
+#include "layer.h"
+#include "memory.h"
+#include "routing.h"
+
+/* A call, and where its rows belong. */
+typedef struct {
+    uint8_t *normed;     /* (tokens, width) rows in the model's dtype: the gate's input, and the experts' */
+    int64_t *chosen;     /* (tokens, top_k), best first */
+    float *weights;      /* the same, of these */
+    int64_t *row_of;     /* the same: the call's row */
+    uint32_t *maps;      /* as a frame has them: the experts in use, ascending, rows of each, and each row's token */
+    int64_t *num_used;   /* experts */
+} dispatched;
+
+typedef struct {
+    work work;
+    const step *step;
+    const layer *layer;
+    const uint8_t *hidden;
+    const dispatched *to;
+    expert matrix; /* the gate's, as calls take it */
+    int64_t gate_starts[2];
+    call gate;
+    int64_t *used, *starts, *token_of;
+} dispatch_half;
+
+static void sort_rows(const dispatch_half *h) {
+    const step *s = h->step;
+    const dispatched *to = h->to;
+    const int64_t slots = s->num_tokens * s->top_k;
+    const int64_t num_used = sort_by_expert(
+        to->chosen, s->num_tokens, s->top_k, s->num_experts, h->used, h->starts, to->row_of, h->token_of);
+    uint32_t *counts = to->maps + num_used, *tokens = counts + num_used;
+    for (int64_t i = 0; i < num_used; i++) {
+        to->maps[i] = (uint32_t)h->used[i];
+        counts[i] = (uint32_t)(h->starts[i + 1] - h->starts[i]);
+    }
+    for (int64_t r = 0; r < slots; r++) tokens[r] = (uint32_t)h->token_of[r];
+    *to->num_used = num_used;
+}
+
+static void dispatch_piece(work *w, int phase, int64_t piece, void *memory) {
+    const dispatch_half *h = (const dispatch_half *)w;
+    const dispatched *to = h->to;
+    switch (phase) {
+        case 0:
+            pack_normed(h->step, h->hidden, h->layer->post_norm, &h->gate, NULL, to->normed, piece, memory);
+            break;
+        case 1: product_piece(&h->gate, piece); break;
+        case 2: route_rows(h->step, &h->gate, to->chosen, to->weights, piece, memory); break;
+        default: sort_rows(h);
+    }
+}
+
+static void cut_dispatch(dispatch_half *h, arena *a) {
+    const step *s = h->step;
+    const int64_t number = sizeof(int64_t);
+    h->gate.x = cut(a, s->num_tokens * h->gate.x_stride);
+    h->gate.out = cut(a, s->num_tokens * h->gate.out_stride);
+    h->used = cut(a, s->num_experts * number);
+    h->starts = cut(a, (s->num_experts + 1) * number);
+    h->token_of = cut(a, s->num_tokens * s->top_k * number);
+}
+
+/* From hidden, (tokens, width) rows in the model's dtype, to a call for the experts of the checkpoint's own routing.
+   to: with room for 2 * min(num_experts, tokens * top_k) + tokens * top_k numbers in its maps. */
+int sage_dispatch(
+    const step *s, const layer *l, const void *hidden, const dispatched *to, run_in_threads *run, unsigned threads
+) {
+    dispatch_half h = {.step = s, .layer = l, .hidden = hidden, .to = to};
+    h.gate = one_product(s, &l->gate, run ? threads : 1, &h.matrix, h.gate_starts);
+    arena memory = {0};
+    cut_dispatch(&h, &memory);
+    uint8_t *at = take_memory(memory.used);
+    if (!at) return OUT_OF_MEMORY;
+    memory = (arena){.at = at};
+    cut_dispatch(&h, &memory);
+    const size_t norming = norm_memory(s), routing = routing_memory(s);
+    h.work = (work){
+        .pieces = {packing_pieces(s), first_pieces(&h.gate), packing_pieces(s), 1},
+        .run_piece = dispatch_piece, .ended_ns = s->ended_ns, .memory_bytes = norming > routing ? norming : routing,
+    };
+    const int code = run_work(&h.work, run, threads);
+    give_memory(at);
+    return code;
+}
+
+typedef struct {
+    work work;
+    const step *step;
+    const uint8_t *hidden, *rows;
+    const int64_t *row_of;
+    const float *weights;
+    uint8_t *out;
+} combination;
+
+static void combine_piece(work *w, int phase, int64_t piece, void *memory) {
+    (void)phase;
+    const combination *c = (const combination *)w;
+    combine_rows(c->step, c->hidden, c->rows, c->row_of, c->weights, c->out, piece, memory);
+}
+
+/* hidden + the sum of each token's rows, by rank: (tokens, width) rows in the model's dtype. rows: the call's, in its
+   order; row_of and weights as sage_dispatch has left them. */
+int sage_combine(
+    const step *s, const void *hidden, const void *rows, const int64_t *row_of, const float *weights, void *out,
+    run_in_threads *run, unsigned threads
+) {
+    combination c = {
+        .work = {.pieces = {packing_pieces(s)}, .run_piece = combine_piece, .memory_bytes = mixing_memory(s)},
+        .step = s, .hidden = hidden, .rows = rows, .row_of = row_of, .weights = weights, .out = out,
+    };
+    return run_work(&c.work, c.work.pieces[0] > 1 ? run : NULL, threads);
+}
+
+/* All that lies between two calls for experts: with rows, those of the layer before are added to hidden, which gives
+   `before`, the layer's input; without, hidden is. Then attention, which leaves its rows in `after`, and the call for the
+   layer's experts. index and window: as of sage_begin_attention. `to` is read before it is written to. attention_ns:
+   what attention took. Returns 0 or OUT_OF_MEMORY. */
+int sage_reach_experts(
+    const step *s, const layer *l, int64_t index, int64_t window, const void *hidden, const void *rows, void *before,
+    void *after, const dispatched *to, int64_t *attention_ns, run_in_threads *run, unsigned threads
+) {
+    int code = rows ? sage_combine(s, hidden, rows, to->row_of, to->weights, before, run, threads) : 0;
+    const int64_t combined = now_ns();
+    if (!code) code = sage_attention_half(s, l, index, window, rows ? before : hidden, after, run, threads);
+    *attention_ns = now_ns() - combined;
+    return code ? code : sage_dispatch(s, l, after, to, run, threads);
+}
+
+/* Whether none of so many values is infinite or not a number. */
+int sage_are_finite(int is_narrow, const void *values, int64_t count) {
+    int bad = 0;
+    if (is_narrow)
+        for (int64_t i = 0; i < count; i++) bad |= (((const uint16_t *)values)[i] & 0x7f80) == 0x7f80;
+    else
+        for (int64_t i = 0; i < count; i++) bad |= (((const uint32_t *)values)[i] & 0x7f800000) == 0x7f800000;
+    return !bad;
+}

@@ -1,0 +1,124 @@
+"""Dispatch and combine by the C source in `experts/native`, for layers that nobody looks at with experts elsewhere.
+
+One call goes from rows to an expert call by the checkpoint's own routing, another one from the answered rows to the
+layer's; or a single one does the second, the next layer's attention, and the first. `router.dispatch` is the same
+operation by operation, with the same bits, for everything else. Called by `router.decoder_layer` and
+`router.asked_run`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from array import array
+
+import torch
+from torch import Tensor
+
+from experts.call import ExpertCall
+from router.moe_block import MoeBlock
+from router.native_attention import expect
+from router.native_layer import NativeLayer
+from router.native_step import NativeStep
+from router.native_structures import DispatchedStructure
+from router.scoring import Routing
+
+
+class NativeDispatch:
+    """Of one step's layers, one after another: `dispatch` or `reach`, then `combine` or the next `reach`."""
+
+    def __init__(self, step: NativeStep) -> None:
+        self._step = step
+        config = step.config
+        num_slots = step.places.num_tokens * config.experts_per_token
+        self._shape = (step.places.num_tokens, config.experts_per_token)
+        self._experts, self._row_of = array("q", bytes(8 * num_slots)), array("q", bytes(8 * num_slots))
+        self._weights = array("f", bytes(4 * num_slots))
+        self._maps = array("I", bytes(4 * (2 * min(config.num_experts, num_slots) + num_slots)))
+        self._num_used = array("q", (0,))
+        rooms = self._experts, self._weights, self._row_of, self._maps, self._num_used
+        self._structure = DispatchedStructure(None, *(room.buffer_info()[0] for room in rooms))
+        self._address = ctypes.addressof(self._structure)
+        self._combining = self._structure.row_of, self._structure.weights
+        self._hidden_TD: Tensor | None = None
+        """To which the call's rows are added."""
+        self._attention_ns = array("q", (0,))
+        self._before_TD, self._after_TD = (torch.empty(step.shape, dtype=step.dtype) for _ in range(2))
+
+    def dispatch(self, layer: NativeLayer, moe: MoeBlock, hidden_TD: Tensor, trace: str) -> ExpertCall:
+        """A call for the layer's own choice of experts with the rows' norm. Raises ValueError where anything does not
+        fit, MemoryError."""
+        step = self._step
+        expect(hidden_TD, step.shape, step.dtype)
+        self._hidden_TD, normed_TD = hidden_TD, self._new_normed()
+        step.run(step.library.dispatch, layer.address, hidden_TD.data_ptr(), self._address)
+        return self._call(moe, normed_TD, trace)
+
+    def reach(
+        self,
+        layer: NativeLayer,
+        moe: MoeBlock,
+        index: int,
+        hidden_TD: Tensor,
+        rows_RD: Tensor | None,
+        trace: str,
+    ) -> ExpertCall:
+        """The same after the layer's attention, and after the sum of the rows of the layer before, where it was reached
+        like this: then rows_RD are these, and hidden_TD is not looked at.
+
+        index: of the layer in the cache that the step is bound to. Raises as `dispatch` and `combine`.
+        """
+        step, rows = self._step, None
+        if rows_RD is not None:
+            assert self._hidden_TD is self._after_TD, "the layer before was not reached"
+            expect(rows_RD, (len(self._experts), step.shape[1]), step.dtype)
+            hidden_TD, rows = self._after_TD, rows_RD.data_ptr()
+        else:
+            expect(hidden_TD, step.shape, step.dtype)
+        self._hidden_TD, normed_TD = self._after_TD, self._new_normed()
+        step.run(
+            step.library.reach_experts,
+            *(layer.address, index, step.config.window(index) or 0, hidden_TD.data_ptr(), rows),
+            *(self._before_TD.data_ptr(), self._after_TD.data_ptr(), self._address),
+            self._attention_ns.buffer_info()[0],
+        )
+        return self._call(moe, normed_TD, trace)
+
+    @property
+    def attention_s(self) -> float:
+        """What attention took of the last `reach`."""
+        return self._attention_ns[0] * 1e-9
+
+    def _new_normed(self) -> Tensor:
+        """Room for what the experts are given: whoever audits an answer may keep it."""
+        normed_TD = torch.empty_like(self._after_TD)
+        self._structure.normed = normed_TD.data_ptr()
+        return normed_TD
+
+    def _call(self, moe: MoeBlock, normed_TD: Tensor, trace: str) -> ExpertCall:
+        num_used, num_slots = self._num_used[0], len(self._experts)
+        maps = struct.unpack_from(f"{2 * num_used + num_slots}I", self._maps)
+        experts, counts = maps[:num_used], maps[num_used : 2 * num_used]
+        return ExpertCall(moe.component, moe.layer, experts, counts, maps[2 * num_used :], normed_TD, trace)
+
+    def combine(self, rows_RD: Tensor) -> Tensor:
+        """hidden + the weighted sum of each token's rows, rank by rank, (T, D) in the model's dtype.
+
+        rows_RD: of the call that `dispatch` has made. Raises ValueError where they do not fit, MemoryError.
+        """
+        step, hidden_TD = self._step, self._hidden_TD
+        assert hidden_TD is not None, "nothing was dispatched"
+        expect(rows_RD, (len(self._experts), step.shape[1]), step.dtype)
+        out_TD = torch.empty_like(hidden_TD)
+        rows = hidden_TD.data_ptr(), rows_RD.data_ptr()
+        step.run(step.library.combine, *rows, *self._combining, out_TD.data_ptr())
+        self._hidden_TD = None
+        return out_TD
+
+    def routing(self) -> Routing:
+        """How the layer's rows were routed; the caller's own."""
+        experts, weights = self._experts[:], self._weights[:]
+        return Routing(
+            torch.frombuffer(experts, dtype=torch.int64).view(self._shape),
+            torch.frombuffer(weights, dtype=torch.float32).view(self._shape),
+        )
