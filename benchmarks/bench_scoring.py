@@ -138,6 +138,9 @@ class ScoredOnly:
     def forget(self, request_id: str) -> None:
         self._policy.forget(request_id)
 
+    def abandon(self, owners: Sequence[SpanOwner]) -> None:
+        self._policy.abandon(owners)
+
 
 def _request(name: str, choice: RoutingChoice, num_prompt: int, max_tokens: int) -> GenerationRequest:
     generator = torch.Generator().manual_seed(hash(name) % 1000)

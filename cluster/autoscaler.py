@@ -50,6 +50,8 @@ class LoadSnapshot:
     nodes: tuple[NodeLoad, ...]
     can_add_machines: bool = True
     """Whether what no node has room for may wait for a machine; otherwise it is left to the routers."""
+    waiting: frozenset[str] = frozenset()
+    """Actors that wait for a machine. Of the others without a node Ray chooses it."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ class _Look:
         self._used = set(self._actors)
         sizes = {view.name: view.load.group_bytes for view in views}
         self._rooms = Rooms.of(snapshot.nodes, plan, sizes)
-        self._can_wait = snapshot.can_add_machines
+        self._can_wait, self._waiting = snapshot.can_add_machines, snapshot.waiting
         num_bytes = sum(view.load.group_bytes for view in views if not view.is_cold)
         room = sum(node.room_bytes for node in snapshot.nodes if not node.is_leaving)
         is_short = not self._can_wait and room < num_bytes
@@ -193,7 +195,7 @@ class _Look:
     def settle(self, group: str) -> None:
         """Bring actors that wait for a machine to one that is there, where what nobody asks for any more gives way."""
         for actor in self._of(group):
-            if actor.node_id is not None:
+            if actor.name not in self._waiting:
                 continue
             del self._actors[actor.name]  # while it waits it takes no room and answers for nobody
             self._make_room(group)

@@ -110,7 +110,7 @@ def forecast(
     expert_s = sum(layer_time_s(held, layer, model, costs, num_streams) for layer in layers)
     unsure_s = sum(layer_time_s(unsure, layer, model, costs, num_streams) for layer in layers)
     own = costs.router(bool(plan.actors))
-    fixed_s = own.of_step(num_streams) + len(layers) * own.of_layer(num_streams)
+    fixed_s = own.of_step(num_streams) + max(len(layers) * own.of_layer(num_streams), -expert_s)
     fixed_s += traffic.messages * num_streams * costs.message_s
     answered = sum(process.uses for process in processes if process.traffic.messages)
     fixed_s += answered * num_streams * costs.message_row_s

@@ -79,7 +79,9 @@ class PlanScaler:
         )
         facts = {} if topology is None else {node.node_id: node for node in topology.nodes}
         nodes = tuple(node_load(node_id, room, facts.get(node_id)) for node_id, room in sorted(rooms.items()))
-        snapshot = LoadSnapshot(self._capacity.state, groups, nodes, self._can_add_machines)
+        snapshot = LoadSnapshot(
+            self._capacity.state, groups, nodes, self._can_add_machines, _waiting_actors(fleet)
+        )
         seen = where_it_runs(plan, fleet)
         self._state, decisions = decide(self._state, snapshot, seen, self._scaling.settings, now_s)
         scaled = carry_out(plan, decisions)
@@ -120,6 +122,12 @@ def _share_new_cards(before: ServicePlan, plan: ServicePlan, share: CardShare | 
     old = {actor.name for actor in before.actors}
     actors = (actor if actor.name in old else actor.on_card(share) for actor in plan.actors)
     return replace(plan, actors=tuple(actors))
+
+
+def _waiting_actors(fleet: Fleet) -> frozenset[str]:
+    """Those that wait for a machine."""
+    members = fleet.members.values()
+    return frozenset(m.actor for m in members if m.state == "starting" and m.is_waiting_for_node)
 
 
 def where_it_runs(plan: ServicePlan, fleet: Fleet) -> ServicePlan:

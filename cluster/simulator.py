@@ -170,7 +170,7 @@ class Simulation:
             else:
                 jobs.append(self._job(node_id, share, work))
                 self._note(name, node_id, share, work)
-        own_s = self._own_s(self._router_costs.of_layer(len(experts_TK)))
+        own_s = self._own_s(max(self._router_costs.of_layer(len(experts_TK)), -local_s))
         return noticed_s + own_s + layer_s(jobs, local_s, self._machines, self._costs)
 
     @property

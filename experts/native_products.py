@@ -347,7 +347,10 @@ def library() -> Library | None:
         )
         beginning = loaded.sage_begin_attention, loaded.sage_begin_experts
         end_half = loaded.sage_end_half
-    except (AttributeError, OSError) as error:
+    except AttributeError as error:
+        logger.warning("native products are older than what calls them: install again (%s)", error)
+        return None
+    except OSError as error:
         logger.warning("native products cannot be loaded: %s", error)
         return None
     if version != VERSION:

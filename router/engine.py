@@ -310,6 +310,8 @@ class Engine:
 
     def _drop(self, step: StepPass) -> None:
         """Forget a pass, and free what it held of requests that have ended. Others' rows may be computed again."""
+        if self.reporter is not None:
+            self.reporter.abandon(step.forward.batch.routing.owners)
         for name in step.kept_tables:
             self.kv.free_left(name)
         if self._paused is step:

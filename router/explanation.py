@@ -23,11 +23,13 @@ def explain(
     terms: ScoreTerms,
     signals: Signals,
     spared_TK: Tensor | None = None,
+    *,
+    found_so_far: dict[str, list[ExplainedLayer]],
 ) -> None:
-    """Add a layer's choice to every request of the group that has a row to be explained.
+    """Add a layer's choice, for every request of the group that has a row to be explained.
 
     routing, terms, spared_TK (whose means stood in): of the group's rows. signals: of the step's. Under native routing
-    the gate part is the logit.
+    the gate part is the logit. found_so_far: of this step, by request, whose they are when the step has ended.
     """
     indices = [shown.index for shown in group.explained]
     rows = [shown.row for shown in group.explained]
@@ -50,13 +52,14 @@ def explain(
     )
     found = [[0.0] * len(rows) if signal is None else signal[rows].tolist() for signal in all_signals]
     for at, shown in enumerate(group.explained):
-        if shown.state.num_explained_layers >= MAX_EXPLAINED:
+        entries = found_so_far.setdefault(shown.state.request.request_id, [])
+        if shown.state.num_explained_layers + len(entries) >= MAX_EXPLAINED:
             shown.state.is_cut = True
             continue
         values = zip(*(part[at] for part in parts), strict=True)
         chosen = tuple(map(_explained_expert, experts[at], weights[at], values, stood_in[at]))
         surprise, novelty, arousal, reward, conflict = (round(values[at], DIGITS) for values in found)
-        shown.state.add_explained(
+        entries.append(
             ExplainedLayer(shown.position, layer, chosen, (surprise, novelty, arousal, reward, conflict))
         )
 

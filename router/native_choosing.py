@@ -77,7 +77,7 @@ def choose_rows(
     weights_RK = torch.empty(num_rows, k)
     flags_2RK = torch.empty(1 if size_E is None else 2, num_rows, k, dtype=torch.bool)
     choices = _Choices(
-        *(num_rows, num_experts, k, weights.keep_best),
+        *(num_rows, num_experts, k, min(weights.keep_best, k)),
         *(None if tensor is None else tensor.data_ptr() for tensor in held),
         *(chosen_RK.data_ptr(), weights_RK.data_ptr()),
         *(flags_2RK[0].data_ptr(), flags_2RK[-1].data_ptr()),

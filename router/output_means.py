@@ -16,7 +16,15 @@ from torch import Tensor
 
 from router.dispatch import Dispatch
 from router.scoring import Routing
-from router.step_routing import EVERYTHING, NOTHING, GateOutput, RoutingWatcher, SpanOwner, View
+from router.step_routing import (
+    EVERYTHING,
+    MAX_UNDER_WAY,
+    NOTHING,
+    GateOutput,
+    RoutingWatcher,
+    SpanOwner,
+    View,
+)
 
 MIN_USES = 64
 """Of an expert, before its mean stands in for it."""
@@ -108,6 +116,8 @@ class OutputMeans(RoutingWatcher):
         self._numbers = {layer: number for number, layer in enumerate(layers)}
         self._few_steps = 0
         """Steps with few tokens, of which every layer has its turn."""
+        self._due: list[tuple[Sequence[SpanOwner], set[int]]] = []
+        """Of those under way, the layers whose turn it is: steps may come between the layers of another."""
         self._norm_of_layers, self._num_seen = 0.0, 0
         """Of layers that something is known of: the sum of their mean norms, and how many they are."""
 
@@ -133,7 +143,10 @@ class OutputMeans(RoutingWatcher):
         if sum(owner.count for owner in owners) >= FEW_TOKENS:
             return EVERYTHING
         self._few_steps += 1
-        return View([layer for layer in self._layers if self._is_due(layer)])
+        due = {x for x, n in self._numbers.items() if (self._few_steps + n) % LEARNED_OF == 0}
+        if due:
+            self._due = [*self._due, (owners, due)][-MAX_UNDER_WAY:]
+        return View(frozenset(due))
 
     def watch(
         self,
@@ -145,7 +158,7 @@ class OutputMeans(RoutingWatcher):
     ) -> None:
         """See RoutingWatcher: learn from every step with many tokens, and from some with few."""
         is_few = len(gate.hidden_TD) < FEW_TOKENS
-        if not self.is_learning or (is_few and not self._is_due(gate.layer)):
+        if not self.is_learning or (is_few and not self._take_turn(owners, gate.layer)):
             return
         layer, call = self._layers[gate.layer], dispatched.call
         before = layer.mean_norm
@@ -183,8 +196,14 @@ class OutputMeans(RoutingWatcher):
         known.summarise()
         self._count_norm(before, known.mean_norm)
 
-    def _is_due(self, layer: int) -> bool:
-        return (self._few_steps + self._numbers[layer]) % LEARNED_OF == 0
+    def _take_turn(self, owners: Sequence[SpanOwner], layer: int) -> bool:
+        """Whether it is the layer's turn in that step."""
+        due = next((due for known, due in self._due if known is owners), set[int]())
+        if layer not in due:
+            return False
+        due.remove(layer)
+        self._due = [(known, left) for known, left in self._due if left]
+        return True
 
     def _count_norm(self, before: float, after: float) -> None:
         self._norm_of_layers += after - before

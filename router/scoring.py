@@ -21,6 +21,8 @@ from router.native_routing import route_rows
 
 ABSENT = -1
 """In place of an expert at the ranks that a token does not use."""
+MAX_KEPT = 1024
+"""More experts than a token gets in any model."""
 _KEPT = 1e6
 """Above every score; of the token's best experts, where they are to be kept."""
 
@@ -91,8 +93,10 @@ class SnarcWeights:
                 raise WeightsInvalid(f"{name} must be a number from 0 to 100, not {value:g}")
         if not math.isfinite(self.stand_in) or not 0 <= self.stand_in <= 16:
             raise WeightsInvalid(f"stand_in must be a number from 0 to 16, not {self.stand_in:g}")
-        if self.keep_best < 0:
-            raise WeightsInvalid(f"keep_best must be a whole number from 0, not {self.keep_best}")
+        if not 0 <= self.keep_best <= MAX_KEPT:
+            raise WeightsInvalid(
+                f"keep_best must be a whole number from 0 to {MAX_KEPT}, not {self.keep_best}"
+            )
 
 
 PRESETS: dict[str, SnarcWeights] = {

@@ -63,8 +63,16 @@ class RecallIndex:
     """The rows' requests where all are beyond their prompts, so that their rewards do not change any more."""
     kept: Memories
     """Of the rows that are kept, layer by layer; in the rings from the step's end on."""
-    slots: tuple[tuple[str, int], ...]
+    slots: tuple[tuple[str, Slot], ...]
     """Of the step's requests."""
+
+
+class Slot(NamedTuple):
+    """A request's part of the rings."""
+
+    place: int
+    number: int
+    """Of all that were ever given: a place, and a request's name, may come again."""
 
 
 class Memories(NamedTuple):
@@ -97,7 +105,8 @@ class SignalMemory:
     def __init__(self, sketch: Sketch, num_layers: int) -> None:
         """num_layers: those that signals are asked of, by their numbers from 0."""
         self._sketch, self._num_layers = sketch, num_layers
-        self._slots: dict[str, int] = {}
+        self._slots: dict[str, Slot] = {}
+        self._num_given = 0
         self._free: list[int] = []
         self._num_slots = 1
         self._rings = Memories.zeros(num_layers, WINDOW, sketch.width, WINDOW)
@@ -111,7 +120,7 @@ class SignalMemory:
     def forget(self, request_id: str) -> None:
         slot = self._slots.pop(request_id, None)
         if slot is not None:
-            self._free.append(slot)
+            self._free.append(slot.place)
             self._settled = [
                 known if known and request_id not in known[0] else None for known in self._settled
             ]
@@ -122,7 +131,7 @@ class SignalMemory:
         names = tuple(span.request_id for span in spans for _ in range(span.count))
         counts = torch.tensor([span.count for span in spans])
         facts = torch.tensor(
-            [(slot, span.first, span.num_prompt) for slot, span in zip(slots, spans, strict=True)]
+            [(slot.place, span.first, span.num_prompt) for slot, span in zip(slots, spans, strict=True)]
         )
         slot_T, first_T, prompt_T = facts.repeat_interleave(counts, dim=0).unbind(1)
         start_T = (counts.cumsum(0) - counts).repeat_interleave(counts)
@@ -219,7 +228,7 @@ class SignalMemory:
     def keep(self, index: RecallIndex) -> None:
         """At a step's end, when all layers are computed: the rows of requests that have not ended meanwhile."""
         places = index.kept_at, index.kept_at, index.kept_confidence_at
-        left = [slot for name, slot in index.slots if self._slots.get(name) != slot]
+        left = [slot.place for name, slot in index.slots if self._slots.get(name) != slot]
         for ring_NM, kept_NK, at_K in zip(self._rings, index.kept, places, strict=True):
             if left:
                 stays_K = ~torch.isin(at_K // WINDOW, torch.tensor(left))
@@ -227,14 +236,15 @@ class SignalMemory:
             if len(at_K):
                 ring_NM.index_copy_(1, at_K, kept_NK)
 
-    def _slot(self, request_id: str) -> int:
+    def _slot(self, request_id: str) -> Slot:
         slot = self._slots.get(request_id)
         if slot is None:
             if not self._free:
                 self._free = list(range(self._num_slots * 2 - 1, self._num_slots - 1, -1))
                 self._num_slots *= 2
                 self._rings = self._rings.longer(self._num_slots * WINDOW)
-            slot = self._slots[request_id] = self._free.pop()
+            self._num_given += 1
+            slot = self._slots[request_id] = Slot(self._free.pop(), self._num_given)
         return slot
 
 

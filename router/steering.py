@@ -19,7 +19,7 @@ from router.expert_facts import FactSource
 from router.explanation import explain
 from router.native_signals import conflict_of
 from router.output_means import OutputMeans
-from router.routing_choice import RoutingReport
+from router.routing_choice import ExplainedLayer, RoutingReport
 from router.scoring import (
     ABSENT,
     Routing,
@@ -75,6 +75,8 @@ class _Step:
     """Of the signal rows, the feedback's reward, or NaN where there is none."""
     choices: list[list[Choice]] = field(default_factory=list)
     """Of each group, layer by layer; counted at the step's end, all layers at once."""
+    explained: dict[str, list[ExplainedLayer]] = field(default_factory=dict)
+    """By request; theirs when the step has ended."""
     drive_2R: Tensor | None = None
     """Arousal and conflict of the signal rows, summed over the layers so far."""
 
@@ -121,6 +123,10 @@ class SteeredPolicy:
         """See RoutingReporter."""
         if self._requests.pop(request_id, None) is not None:
             self._memory.forget(request_id)
+
+    def abandon(self, owners: Sequence[SpanOwner]) -> None:
+        """See RoutingReporter."""
+        self._under_way = [step for step in self._under_way if step.owners is not owners]
 
     def report(self, request_id: str) -> RoutingReport | None:
         """See RoutingReporter. None for a plain request, and for one that had no step."""
@@ -221,7 +227,8 @@ class SteeredPolicy:
                 shown = ScoreTerms(logits_RE, None, None, None)
                 if factors is not None:
                     shown = score_terms(logits_RE, factors, self._weights)
-                explain(group, gate.layer, chosen, shown, signals, choice.spared_RK if choice else None)
+                spared_RK = choice.spared_RK if choice else None
+                explain(group, gate.layer, chosen, shown, signals, spared_RK, found_so_far=step.explained)
             parts.append(routing)
         return _merged(step.plan, parts)
 
@@ -269,6 +276,8 @@ class SteeredPolicy:
             drives = (step.drive_2R / len(self._shape.layers)).T.tolist()
         index = 0
         for span in step.plan.spans:
+            explained = step.explained.get(span.state.request.request_id, ())
+            span.state.add_explained(explained, span.first + span.count)
             span.state.misses += sum(misses[span.row : span.row + span.count])
             span.state.stand_ins += sum(spared[span.row : span.row + span.count])
             if span.state.request.routing.effort == "auto":

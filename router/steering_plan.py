@@ -53,9 +53,11 @@ class SteeredRequest:
         request = self.request
         return len(request.prompt_ids) + (0 if request.generated_efforts else len(request.generated_ids))
 
-    def add_explained(self, entry: ExplainedLayer) -> None:
-        self.explained.append(entry)
-        self.num_explained_layers += 1
+    def add_explained(self, entries: Sequence[ExplainedLayer], end: int) -> None:
+        """After a step: what it has explained of the positions before `end`."""
+        self.explained += entries
+        self.num_explained_layers += len(entries)
+        self.num_explained = max(end, self.num_explained)
 
     def take_explained(self) -> tuple[ExplainedLayer, ...]:
         taken, self.explained = tuple(self.explained), []
@@ -153,7 +155,6 @@ def _to_explain(state: SteeredRequest, owner: SpanOwner, row: int) -> list[tuple
         return []
     first = max(owner.first, state.num_explained)
     end = owner.first + owner.count
-    state.num_explained = max(end, state.num_explained)
     if state.num_explained_layers >= MAX_EXPLAINED:
         state.is_cut = state.is_cut or first < end
         return []

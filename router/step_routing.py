@@ -79,6 +79,10 @@ class RoutingReporter(Protocol):
         """The request has ended, however; it may be unknown here."""
         ...
 
+    def abandon(self, owners: Sequence[SpanOwner]) -> None:
+        """A step with these rows is over. Where that is before its last layer, nothing of it counts."""
+        ...
+
 
 @dataclass(frozen=True)
 class View:

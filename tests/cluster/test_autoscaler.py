@@ -49,6 +49,8 @@ class _Service:
     def __init__(self, plan: ServicePlan, settings: ScalerSettings = SETTINGS) -> None:
         self.plan, self.settings = plan, settings
         self.state, self.now_s = ScalerState(), 100.0
+        self.waiting: set[str] = set()
+        """Actors of which it is told that they wait for a machine."""
 
     def look(
         self,
@@ -59,7 +61,8 @@ class _Service:
         can_add_machines: bool = True,
     ) -> list[Decision]:
         self.now_s += after_s
-        snapshot = LoadSnapshot(capacity, loads, tuple(nodes), can_add_machines)
+        waiting = frozenset(actor.name for actor in self.plan.actors if actor.name in self.waiting)
+        snapshot = LoadSnapshot(capacity, loads, tuple(nodes), can_add_machines, waiting)
         self.state, decisions = decide(self.state, snapshot, self.plan, self.settings, self.now_s)
         self.plan = carry_out(self.plan, decisions)
         return list(decisions)
@@ -200,6 +203,7 @@ def test_actor_that_fits_nowhere_waits_for_a_machine() -> None:
 def test_actor_that_waits_gets_the_room_of_a_group_that_went_cold() -> None:
     service = _Service(_plan(_actor(0), _actor(1, None, GROUP_BYTES)))
     nodes = (NodeLoad("big", GROUP_BYTES),)
+    service.waiting = {"experts-1"}
     waiting = [decision for _ in range(5) for decision in service.look(_load(0), _load(1), nodes=nodes)]
     assert waiting == [], "what is asked for keeps its memory while a machine can come"
     decisions: list[Decision] = []
@@ -211,6 +215,12 @@ def test_actor_that_waits_gets_the_room_of_a_group_that_went_cold() -> None:
     ]
     (settled,) = [actor for actor in service.plan.actors if actor.group == "experts-1"]
     assert (settled.node_id, settled.budget_bytes) == ("big", GROUP_BYTES - EXPERT_BYTES)
+
+
+def test_actor_whose_machine_ray_chooses_is_not_taken_for_one_that_waits() -> None:
+    """It may be starting just now."""
+    service = _Service(_plan(_actor(0), _actor(1, None, GROUP_BYTES)))
+    assert [service.look(_load(0), _load(1)) for _ in range(20)] == [[]] * 20
 
 
 def test_light_load_brings_no_replica_and_takes_none_that_is_used() -> None:

@@ -121,6 +121,20 @@ def test_a_step_does_not_write_into_the_slot_of_a_request_that_ended_meanwhile(l
     assert torch.equal(torch.stack([part for part in found if part is not None]), expected)
 
 
+def test_a_name_that_comes_again_is_another_request(level: str | None) -> None:
+    request = _Request(96, 16, torch.float32, level)
+    memory = SignalMemory(request.sketch, 4)
+    stale = memory.index([MemorySpan("own", NUM_PROMPT, 0, 9), MemorySpan("other", 9, 0, 2)])
+    memory.follow(3, stale, torch.randn(11, 96), (True, True, True), level)
+    memory.forget("own")
+    request.signals([20], memory=memory)  # in the same slot
+    memory.keep(stale)
+    again = memory.index([MemorySpan("own", NUM_PROMPT, 20, 20)])
+    found = memory.follow(3, again, request.hidden_TD[20:40], (True, True, True), level)
+    expected = request.signals([20, 20])[:3, 20:]
+    assert torch.equal(torch.stack([part for part in found if part is not None]), expected)
+
+
 def test_slots_grow_and_are_used_again() -> None:
     memory = SignalMemory(Sketch.for_width(8), 1)
     for _ in range(3):

@@ -115,6 +115,7 @@ def test_weights_are_read_from_presets_and_pairs() -> None:
         ("warmth=-1", "from 0 to 100"),
         ("warmth=many", "must be a number"),
         ("keep_best=1.5", "must be a number"),
+        ("keep_best=9223372036854775808", "from 0 to 1024"),
         ("keep_best=-1", "from 0"),
         ("is_scaled=1", "true or false"),
     ],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 import pytest
@@ -93,11 +93,13 @@ def _outputs(call: ExpertCall) -> torch.Tensor:
     return experts.float().unsqueeze(1) + call.tokens_TD[list(call.token_of_R), :1]
 
 
-def _watched(means: OutputMeans, routing: Routing, tokens_TD: torch.Tensor) -> None:
+def _watched(
+    means: OutputMeans, routing: Routing, tokens_TD: torch.Tensor, owners: Sequence[SpanOwner] = ()
+) -> None:
     gate = GateOutput(0, tokens_TD, torch.zeros(len(tokens_TD), NUM_EXPERTS), 2, True)
     dispatched = dispatch("text", 0, tokens_TD, routing)
     rows = _outputs(dispatched.call).expand(-1, WIDTH)
-    means.watch((), gate, routing, dispatched, rows)
+    means.watch(owners, gate, routing, dispatched, rows)
 
 
 @pytest.fixture
@@ -164,10 +166,16 @@ def test_decoding_teaches_only_what_was_asked_for() -> None:
     means.is_learning = True
     request = GenerationRequest("one", (1,), SamplingParams(max_tokens=1))
     routing = Routing(torch.tensor([[1, 2]]), torch.tensor([[0.9, 0.1]]))
-    for _ in range(LEARNED_OF):
-        means.wanted([SpanOwner(request, 0, 1)])
-        _watched(means, routing, torch.ones(1, WIDTH))
+    paused, stream = ([SpanOwner(request, 0, count)] for count in (2, 1))
+    while not means.wanted(paused).layers:
+        pass
+    for _ in range(LEARNED_OF):  # between the layers of the first
+        means.wanted(stream)
+        _watched(means, routing, torch.ones(1, WIDTH), stream)
     assert means.num_learned == 2
+    for _ in range(2):
+        _watched(means, routing, torch.ones(1, WIDTH), paused)
+        assert means.num_learned == 4
 
 
 @pytest.mark.parametrize("number", [torch.inf, torch.nan, 3e38], ids=["inf", "nan", "norm overflows"])

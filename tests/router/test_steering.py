@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from router import explanation, steering_plan
+from router.attention import BLOCK_POSITIONS
 from router.batcher import BatchLimits
 from router.dispatch import Dispatch
 from router.effort import EFFORTS
@@ -221,6 +222,28 @@ def test_prompts_of_every_choice_pause_beside_streams_and_keep_bits_counts_and_e
         assert found.tokens_at == known.tokens_at
         assert sorted(found.explained) == sorted(known.explained)
     assert policy_of(loaded).num_open == 0 and not policy_of(loaded)._under_way
+    loaded.close()
+
+
+def test_prompt_that_is_preempted_in_a_pass_that_pauses_is_explained_as_a_whole(tiny_store: Path) -> None:
+    loaded = open_engine(tiny_store, EngineOptions(snarc=SnarcWeights(novelty=0.0, trust=0.2, warmth=0.0)))
+
+    def asked(name: str, num_prompt: int, max_tokens: int, choice: RoutingChoice) -> GenerationRequest:
+        prompt = tuple((7 * number) % 90 + 3 for number in range(num_prompt))
+        sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
+        return GenerationRequest(name, prompt, sampling, routing=choice)
+
+    prompt = asked("prompt", BLOCK_POSITIONS + 40, 5, RoutingChoice("snarc", is_explained=True))
+    known = report_of(finish(loaded.engine, [prompt])["prompt"])
+    engine = small_engine(loaded, 3, BatchLimits(admission_reserve=1), num_swap_blocks=2)
+    engine.policy = engine.reporter = policy_of(loaded)
+    pause_prompts(engine)
+    engine.submit(asked("stream", BLOCK_POSITIONS - 2, 60, NATIVE_CHOICE))
+    engine.step()
+    found = report_of(finish(engine, [prompt])["prompt"])
+    assert engine.stats.preemptions > 0
+    assert sorted(found.explained) == sorted(known.explained)
+    assert not policy_of(loaded)._under_way
     loaded.close()
 
 
