@@ -32,12 +32,12 @@ from benchmarks.peer_models import PeerModel
 from benchmarks.peer_run import Contender
 from benchmarks.peer_sage import KV_BUDGET_BYTES, SageContender
 from benchmarks.report import finish, spread
+from experts.device_proof import prove_experts
 from experts.devices import settle_arithmetic, why_no_cuda
 from experts.store import ExpertStore
 from experts.transfers import open_transfers
 from router.loading import EngineOptions
 from router.model_config import read_model_config
-from router.self_test import prove_row_invariance
 
 PARTS = ("link", "experts", "decode", "tiers")
 GOALS = {"bandwidth_share": 0.5, "matmul_share": 0.4, "decode_ratio": 2.0, "tiers_share": 0.8}
@@ -81,7 +81,8 @@ def measure_experts(
     device: torch.device, shape: ExpertShape, model: PeerModel, sizes: Sizes
 ) -> dict[str, Any]:
     """By product: seconds, and what they are of the card's own rates."""
-    kernel = prove_row_invariance(_config(model), torch.bfloat16, device)
+    config = _config(model)
+    kernel = prove_experts(config.hidden_size, config.expert_width, torch.bfloat16, device)
     memory = rates.memory_bytes_s(device, sizes.buffer_bytes, sizes.repeats)
     matmul = rates.matmul_flops(device, sizes.matmul_size, sizes.repeats)
     found: dict[str, Any] = {"kernel": kernel.name, "memory_bytes_s": memory, "matmul_flops": matmul}

@@ -151,7 +151,11 @@ def _share_card(
     experts_per_token: int,
     cards: Cards,
 ) -> list[int]:
-    """Of the fullest card: bytes of experts of each process that is on one. Actors have alike, at most their group."""
+    """Bytes of experts of each process that is on a card. Actors have alike: an expert at least, their group at most.
+
+    What is asked of all cards together is divided by actors: a card has more than its part where more of them come to
+    it, as far as there is room on the one with the least.
+    """
     routers, actors = ([p for p in processes if p.is_router == is_router] for is_router in (True, False))
     beside = cards.most_beside(len(actors))
     num_used = max(1, min(cards.number, len(actors)))
@@ -162,15 +166,37 @@ def _share_card(
     groups = sorted(process.experts.total for process in actors)
     useful = sum(process.experts.total for process in routers) + sum(groups[-beside:] if beside else ())
     whole = ExpertBytes(max(sum(groups), *(p.experts.total for p in routers), 0), experts.largest)
-    budget = resolve_budget(requests, whole, num_used * min(room, useful)) // num_used
+    asked = resolve_budget(requests, whole, num_used * min(room, useful))
+    budget = asked // num_used
     if budget < len(fullest) * experts.largest:
         raise NodeBudgetTooSmall(cards.node.name, budget, len(fullest), experts.largest)
     if not actors:
         return [budget]
-    reserve = reserve_bytes(budget, experts.largest, experts_per_token) if routers else 0
-    shares = [min(process.experts.total, (budget - reserve) // beside) for process in actors]
-    left = budget - sum(sorted(shares)[-beside:])
+    reserve = 0
+    if routers:
+        wanted = reserve_bytes(budget, experts.largest, experts_per_token)
+        reserve = min(wanted, budget - beside * experts.largest)
+    most = min(
+        _even_part(asked - reserve, groups),
+        _even_part(max(budget, room) - reserve, groups[-beside:]),
+    )
+    shares = [min(process.experts.total, most) for process in actors]
+    left = max(reserve, budget - sum(sorted(shares)[-beside:]))
     return [*(min(left, process.experts.total) for process in routers), *shares]
+
+
+def _even_part(num_bytes: int, sizes: Sequence[int]) -> int:
+    """The most that each may have if all have alike, at most their size, and together no more than `num_bytes`.
+
+    sizes: ascending.
+    """
+    left = num_bytes
+    for index, size in enumerate(sizes):
+        part = left // (len(sizes) - index)
+        if part <= size:
+            return part
+        left -= size
+    return sizes[-1]
 
 
 def _share_host(

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field, replace
 
 from cluster.memory_plan import Node, choose_requests
 from cluster.node_report import SPARE_PERCENT, CardReport, NodeReport, as_node_facts
-from cluster.topology import NodeFacts, Topology
+from cluster.topology import ACTORS_ON_A_CARD, NodeFacts, Topology
 from experts.budget import FIT, BudgetRequest, ExpertBytes, resolve_budget
 from experts.errors import BudgetTooSmall
 from experts.node_memory import NodeMemory
 
 ACTORS_ON_A_NODE = 2
-"""For which idle memory and buffers are set aside: one for its own group and one replica of another's."""
+"""Without a card, for which idle memory and buffers are set aside: one for its own group, one replica of another's."""
 NO_EXPERTS = ExpertBytes(0, 0)
 
 
@@ -46,7 +46,8 @@ class RoomRules:
     card_bytes: int = 0
     """Of an expert actor on a card beside its experts."""
     host_requests: tuple[BudgetRequest, ...] = ()
-    """Of host memory behind cards; none of them: what fits."""
+    """Of the rest of host memory where actors are on cards: behind these, and of machines that compute without; none of
+    them: what fits."""
     stored: ExpertBytes = NO_EXPERTS
     """The whole model, as the store has it."""
 
@@ -54,6 +55,11 @@ class RoomRules:
         """On which experts are computed there; None for host memory. On the routers' machine it is they who do."""
         is_wanted = self.is_router_on_card if report.is_here else self.expert_device != "cpu"
         return report.card if is_wanted else None
+
+    @property
+    def requests_of_hosts(self) -> tuple[BudgetRequest, ...]:
+        """Of a machine that computes on its CPU."""
+        return self.requests if self.expert_device == "cpu" else self.host_requests or (FIT,)
 
 
 def node_names(report: NodeReport) -> Node:
@@ -73,13 +79,20 @@ def facts_of(report: NodeReport, rules: RoomRules) -> NodeFacts | str:
     disk, node, card = _disk_room(report, rules), node_names(report), rules.card_of(report)
     if report.is_here:
         facts = as_node_facts(report, rules.router_room_bytes, disk, card)
-        return replace(facts, gpus=(), is_for_actors=card is None)
+        return replace(facts, gpus=(), is_for_actors=card is None and rules.expert_device != "cuda")
     if card is None:
-        return as_node_facts(report, _room(node, rules), disk)
+        on_host = replace(rules, requests=rules.requests_of_hosts)
+        return as_node_facts(report, _room(node, on_host, ACTORS_ON_A_NODE), disk)
     on_card = replace(rules, actor_bytes=rules.card_bytes)
-    behind = replace(rules, requests=rules.host_requests or (FIT,), overrides={}, experts=rules.stored)
-    room = _room(replace(node, memory=card.memory), on_card)
-    return as_node_facts(report, room, disk, card, _room(node, behind))
+    behind = replace(rules, requests=rules.requests_of_hosts, overrides={}, experts=rules.stored)
+    behind_bytes = _room(node, behind, ACTORS_ON_A_CARD)
+    if behind_bytes < (least := ACTORS_ON_A_CARD * rules.stored.largest):
+        return (
+            f"the host memory behind its card has {behind_bytes} bytes for experts, less than the {least} bytes of one "
+            f"for each of {ACTORS_ON_A_CARD} actors"
+        )
+    room = _room(replace(node, memory=card.memory), on_card, ACTORS_ON_A_CARD)
+    return as_node_facts(report, room, disk, card, behind_bytes)
 
 
 def make_topology(reports: Iterable[NodeReport], rules: RoomRules) -> tuple[Topology, dict[str, str]]:
@@ -113,11 +126,11 @@ def _refusal(report: NodeReport, rules: RoomRules) -> str:
     return ""
 
 
-def _room(node: Node, rules: RoomRules) -> int:
-    """Of a machine without routers. Less than one expert is none."""
+def _room(node: Node, rules: RoomRules, num_actors: int) -> int:
+    """Of a machine without routers, beside so many actors. Less than one expert is none."""
     memory: NodeMemory = node.memory
     room = memory.available_bytes - memory.total_bytes * SPARE_PERCENT // 100
-    room -= ACTORS_ON_A_NODE * rules.actor_bytes
+    room -= num_actors * rules.actor_bytes
     requests = choose_requests(rules.requests, rules.overrides, node)
     try:
         return resolve_budget(requests, rules.experts, max(0, min(room, rules.experts.total)))

@@ -20,13 +20,11 @@ from cluster.plan import ActorPlan, CardShare, ExpertGroup, ServicePlan
 from cluster.plan_time import expert_step_s
 from cluster.replicas import plan_replicas
 from cluster.step_time import MESSAGE_S, Seat
-from cluster.topology import NodeFacts, Topology
+from cluster.topology import ACTORS_ON_A_CARD, NodeFacts, Topology
 from extraction.manifest import ExpertKey, group_of
 
 Grouping = Literal["expert", "layer"]
 NO_LIMIT = 2**62
-ACTORS_ON_A_CARD = 4
-"""At most: an actor of the node's own group, and replicas of others."""
 ROUTER_SHARE = 16
 """The routers' process keeps one part in so many of its machine's room, also where no expert is placed there."""
 
@@ -193,7 +191,7 @@ def _planned(work: Work, seats: Sequence[Seat], seat_X: Ints, names: _Names) -> 
 
 def share_gpus(topology: Topology, plan: ServicePlan) -> ServicePlan:
     """Every actor on a node with GPUs computes there: it has a share of one and of host memory behind it, the same
-    however many others come."""
+    however many others come: at most `NodeFacts.most_actors` do."""
     shares = {node.node_id: _card_share(node) for node in topology.nodes}
     actors = tuple(
         replace(actor, num_gpus=0.0, host_budget_bytes=None).on_card(shares.get(actor.node_id or ""))

@@ -19,15 +19,19 @@ LEAST_SHARE = 4
 
 @dataclass
 class _Left:
-    """A node's memory and disk beside what was planned there, and the groups that have an actor on it."""
+    """A node's memory, disk and places beside what was planned there, and the groups that have an actor on it."""
 
     node: NodeFacts
     memory_bytes: int
     disk_bytes: int
     groups: set[str]
+    num_actors_left: int | None
+    """None where memory alone bounds it."""
 
     def budget(self, group_bytes: int, least_bytes: int) -> int:
         """What a replica could keep in memory; 0 where it cannot be."""
+        if self.num_actors_left is not None and self.num_actors_left < 1:
+            return 0
         if self.memory_bytes >= group_bytes and self.disk_bytes >= group_bytes:
             return group_bytes
         on_disk = self.node.has_store or self.node.disk_bytes > 0
@@ -76,7 +80,8 @@ def _left(
         memory -= plan.router_budget_bytes or 0
         held += sum(demand.sizes[key] for key in plan.router_keys)
     most = 2**62 if node.has_store else max(node.room_bytes, node.disk_bytes)
-    return _Left(node, memory, most - held, {actor.group for actor in here})
+    places = None if node.most_actors is None else node.most_actors - len(here)
+    return _Left(node, memory, most - held, {actor.group for actor in here}, places)
 
 
 def _replica(
@@ -105,6 +110,8 @@ def _replica(
     left.memory_bytes -= budget
     left.disk_bytes -= group_bytes
     left.groups.add(group.name)
+    if left.num_actors_left is not None:
+        left.num_actors_left -= 1
     fresh = (f"{group.name}-r{number}" for number in range(2, len(names) + 3))
     name = there.get((group.name, left.node.node_id)) or next(name for name in fresh if name not in names)
     return ActorPlan(name, group.name, left.node.node_id, budget)

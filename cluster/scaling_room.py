@@ -20,6 +20,8 @@ class NodeLoad:
     """Whether it is to be emptied, or was lost."""
     disk_bytes: int | None = None
     """For records of its groups. None where it has them all, or nobody knows."""
+    most_actors: int | None = None
+    """That may be there at once. None where memory alone bounds it."""
 
     @property
     def most_bytes(self) -> int | None:
@@ -35,7 +37,9 @@ class NodeLoad:
 def node_load(node_id: str, room_bytes: int, facts: NodeFacts | None) -> NodeLoad:
     """facts: what is known of the machine, if anything is."""
     disk = None if facts is None or facts.has_store else facts.disk_bytes
-    return NodeLoad(node_id, room_bytes, disk_bytes=disk)
+    return NodeLoad(
+        node_id, room_bytes, disk_bytes=disk, most_actors=None if facts is None else facts.most_actors
+    )
 
 
 class Rooms:
@@ -97,7 +101,9 @@ class Rooms:
         )
 
     def _can_hold(self, node_id: str, num_bytes: int) -> bool:
-        """Whether there is memory and disk for all of a group."""
-        most = self._nodes[node_id].most_bytes
+        """Whether there is a place for one more actor, and memory and disk for all of its group."""
+        most, most_actors = self._nodes[node_id].most_bytes, self._nodes[node_id].most_actors
+        if most_actors is not None and len(self._groups[node_id]) >= most_actors:
+            return False
         held = sum(self._sizes[group] for group in self._groups[node_id])
         return most is None or held + num_bytes <= most

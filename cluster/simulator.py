@@ -278,7 +278,12 @@ class Simulation:
 
     def _node_loads(self) -> tuple[NodeLoad, ...]:
         return tuple(
-            NodeLoad(node.node_id, node.room_bytes, node.node_id in self._lost - self._unnoticed)
+            NodeLoad(
+                node.node_id,
+                node.room_bytes,
+                node.node_id in self._lost - self._unnoticed,
+                most_actors=node.most_actors,
+            )
             for node in self._nodes.values()
         )
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+ACTORS_ON_A_CARD = 4
+"""At most: an actor of the node's own group, and replicas of others. Ray gives each an equal share, whoever comes."""
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -49,8 +52,16 @@ class NodeFacts:
     behind_bytes: int = 0
     """Of host memory behind these, for experts as the store has them."""
     is_for_actors: bool = True
-    """Whether replicas may come to it. False where the routers' room is on a card, which they do not share."""
+    """Whether replicas may come to it. False where the routers' room is on a card, which they do not share, and where
+    they are on the CPU of a service whose actors are to be on cards."""
     labels: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def most_actors(self) -> int | None:
+        """None where memory alone bounds their number."""
+        if not self.is_for_actors:
+            return 0
+        return ACTORS_ON_A_CARD * len(self.gpus) or None
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ class ExpertActor:
         logging.basicConfig(level=logging.INFO)
         torch.set_num_threads(_num_threads(spec))
         dtype = DTYPES[spec.dtype]
-        device = resolve_device(spec.device)
+        device = resolve_device(spec.device, "expert-device")
         settle_arithmetic(device)
         kernel = prove_experts(spec.width, spec.expert_width, dtype, device)
         self._spec = spec

@@ -48,13 +48,15 @@ def prove_activation(width: int, dtype: torch.dtype, device: torch.device) -> No
 
 def is_grouping_sound(width: int, expert_width: int, kernel: RowKernel, dtype: torch.dtype) -> bool:
     """Whether grouped matmul is there, comes close to a plain product, and gives every expert's rows the same bits
-    whatever other experts have rows, and how many."""
+    whatever other experts have rows, and how many. Raises torch.OutOfMemoryError."""
     records = random_rows(5, GROUPS, 3 * width * expert_width).mul_(width**-0.5).to(kernel.device, dtype)
     stack = view_stack(records.view(torch.uint8), dtype, width)
     x_PD = random_rows(6, NUM_ROWS, width).to(kernel.device, dtype)
     try:
         if not _are_groups_sound(x_PD, stack, kernel.row_multiple):
             return False
+    except torch.OutOfMemoryError:
+        raise  # a moment's, which must not decide between two classes
     except (AttributeError, NotImplementedError, RuntimeError, ValueError) as error:
         logger.info("experts are multiplied one by one: %s", str(error).split("\n")[0])
         return False

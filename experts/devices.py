@@ -27,8 +27,9 @@ WORKSPACE = ":4096:8"
 _CUDA = re.compile(r"cuda(?::([0-9]{1,3}))?")
 
 
-def resolve_device(word: str) -> torch.device:
-    """`cpu`, `cuda` (the first), `cuda:N`, or `auto`: CUDA where PyTorch sees a device, else the CPU.
+def resolve_device(word: str, option: str = "device") -> torch.device:
+    """`cpu`, `cuda` (the first), `cuda:N`, or `auto`: CUDA where PyTorch sees a device, else the CPU. option: by which
+    it was asked for.
 
     Raises DeviceUnavailable, which says why.
     """
@@ -38,14 +39,13 @@ def resolve_device(word: str) -> torch.device:
         return torch.device("cuda", 0) if torch.cuda.is_available() else CPU
     asked = _CUDA.fullmatch(word)
     if asked is None:
-        raise DeviceUnavailable(word[:40], ADVICE)
+        raise DeviceUnavailable(word[:40], ADVICE, option)
     index, reason = int(asked[1] or 0), why_no_cuda()
     if reason is not None:
-        raise DeviceUnavailable(word, reason)
+        raise DeviceUnavailable(word, reason, option)
     if index >= torch.cuda.device_count():
-        raise DeviceUnavailable(
-            word, f"PyTorch sees {torch.cuda.device_count()} CUDA devices, from cuda:0 on"
-        )
+        reason = f"PyTorch sees {torch.cuda.device_count()} CUDA devices, from cuda:0 on"
+        raise DeviceUnavailable(word, reason, option)
     return torch.device("cuda", index)
 
 

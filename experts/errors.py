@@ -119,12 +119,12 @@ class ExpertCorrupt(ExpertError):
 class DeviceUnavailable(ExpertError):
     """The device that was asked for is not one that this process can compute on."""
 
-    def __init__(self, device: str, reason: str) -> None:
-        super().__init__(device, reason)
-        self.device, self.reason = device, reason
+    def __init__(self, device: str, reason: str, option: str = "device") -> None:
+        super().__init__(device, reason, option)
+        self.device, self.reason, self.option = device, reason, option
 
     def __str__(self) -> str:
-        return f"--device {self.device}: {self.reason}"
+        return f"--{self.option} {self.device}: {self.reason}"
 
 
 # Weights that come from elsewhere

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from experts.device_proof import NUM_ROWS, is_grouping_sound, keeps_rows, prove_activation, random_rows
+from experts.device_proof import NUM_ROWS, keeps_rows, prove_activation, random_rows
 from experts.errors import NotRowInvariant
 from experts.numerics import LARGEST_ERRORS, Norm, RowKernel, calibrate
 from router.attention import BLOCK_POSITIONS
@@ -25,7 +25,8 @@ NUM_BLOCKS = 5
 def prove_device(
     config: ModelConfig, dtype: torch.dtype, device: torch.device, window: int | None
 ) -> RowKernel:
-    """The row kernel for this model on this device. window: a short one, where the model has any.
+    """The row kernel for this model on this device, but for its experts: theirs is `prove_experts`', in every process.
+    window: a short one, where the model has any.
 
     Raises NotRowInvariant naming the kernel that fails.
     """
@@ -34,12 +35,7 @@ def prove_device(
         _prove_attention(config.head_dim, some, device)
     for width in dict.fromkeys(config.gated_widths()):
         prove_activation(width, dtype, device)
-    return replace(
-        kernel,
-        norm=_choose_norm(config, dtype, device),
-        is_grouped=bool(config.moe_layers)
-        and is_grouping_sound(config.hidden_size, config.expert_width, kernel, dtype),
-    )
+    return replace(kernel, norm=_choose_norm(config, dtype, device))
 
 
 def _choose_norm(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Norm:

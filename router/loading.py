@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from experts.cores import num_cores, useful_threads
+from experts.device_proof import prove_experts
 from experts.device_tier import open_tiers
 from experts.devices import CPU, settle_arithmetic
 from experts.directory import ExpertDirectory, LocalDirectory
@@ -109,8 +110,8 @@ class LoadedEngine:
     @property
     def numerics_class(self) -> str:
         """Of its answers. An expert actor's has no more than the part that the worker's has."""
-        norm = f"/norm-{self.kernel.norm}" if self.kernel.norm else ""
-        return self.worker.numerics_class + self.forms.class_suffix + norm
+        own = "" if self.kernel.is_on_cpu else f"/{self.kernel.name}/norm-{self.kernel.norm}"
+        return self.worker.numerics_class + self.forms.class_suffix + own
 
     def keep_learned(self) -> None:
         """Bring what was learned last to where it is kept, and stop keeping."""
@@ -166,9 +167,13 @@ def load_engine(
     kernel = prove_row_invariance(config, dtype, options.device)
     forms = prove_linears(store.quantised, config, kernel, dtype)
     trust = TrustSession(store, config, options.trust, open_keeper) if options.trust is not None else None
+    experts_kernel = kernel
+    if not kernel.is_on_cpu and config.moe_layers:
+        # By the experts' shapes alone, as an actor does: the two are then of one class.
+        experts_kernel = prove_experts(config.hidden_size, config.expert_width, dtype, options.device)
     worker = ExpertWorker(
         store,
-        kernel,
+        experts_kernel,
         dtype,
         widths={component.name: config.hidden_size},
         budget_bytes=options.expert_budget_bytes,

@@ -11,6 +11,7 @@ from unittest import mock
 
 import torch
 
+from experts.device_proof import prove_experts
 from experts.devices import CPU
 from experts.directory import ExpertDirectory, LocalDirectory
 from experts.native_products import chosen_level
@@ -49,6 +50,9 @@ def _prove(config: ModelConfig, dtype: torch.dtype, device: torch.device, level:
     return prove_row_invariance(config, dtype, device)
 
 
+_prove_experts_once = functools.cache(prove_experts)
+
+
 def _prove_once(config: ModelConfig, dtype: torch.dtype, device: torch.device = CPU) -> RowKernel:
     return _prove(config, dtype, device, chosen_level(dtype))
 
@@ -60,7 +64,10 @@ def open_engine(
 ) -> LoadedEngine:
     """The KV cache is small, and the self-test runs once for each configuration: both take time at every start."""
     options = replace(options, kv_budget_bytes=KV_BUDGET_BYTES)
-    with mock.patch.object(loading, "prove_row_invariance", _prove_once):
+    with (
+        mock.patch.object(loading, "prove_row_invariance", _prove_once),
+        mock.patch.object(loading, "prove_experts", _prove_experts_once),
+    ):
         return loading.load_engine(ExpertStore.open(root), options, connect)
 
 

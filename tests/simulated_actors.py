@@ -20,7 +20,7 @@ from experts.call import ExpertCall
 from tests.simulated_device import DEVICE, simulated
 
 
-def _resolve(word: str) -> torch.device:
+def _resolve(word: str, option: str) -> torch.device:
     return DEVICE if word == "cuda" else torch.device(word)
 
 

@@ -33,6 +33,11 @@ from gateway.service.option_values import (
 from gateway.service.state_folder import resolve_state_folder
 from router.scoring import DEFAULT_PRESET, PRESETS, SnarcWeights
 
+LEAVE_ACTORS_OUT = (
+    "goes with address or with actors, not with both: on a cluster leave actors out, "
+    "and the machines place them"
+)
+
 
 @dataclass(frozen=True)
 class ServiceOptions:
@@ -111,15 +116,8 @@ class ServiceOptions:
             raise OptionInvalid("trace-tokens", "goes with trace, which says where traces are written")
         if self.device.type != "cpu" and self.num_routers > 1:
             raise OptionInvalid("device", f"({self.device}) goes with one router, not {self.num_routers}")
-        for name, kind in (("device", self.device.type), ("expert-device", self.expert_device)):
-            if kind != "cpu" and self.ray_address is not None and self.num_actors:
-                reason = f"({kind}) goes with address or with actors: without actors they are placed by the machines"
-                raise OptionInvalid(name, reason)
-        if self.expert_device != "cpu" and not (self.num_actors or self.is_placed):
-            reason = (
-                f"({self.expert_device}) goes with actors: without, the router computes experts, on device"
-            )
-            raise OptionInvalid("expert-device", reason)
+        if self.device.type != "cpu" and self.ray_address is not None and self.num_actors:
+            raise OptionInvalid("device", f"({self.device}) {LEAVE_ACTORS_OUT}")
         if self.is_prefetching and self.is_placed:
             raise OptionInvalid("prefetch", "goes with no expert actors, which a cluster may get")
         if self.is_prefetching and self.num_actors:
@@ -242,8 +240,16 @@ def computes_on_cards(values: OptionValues, device: torch.device) -> bool:
 
 
 def _expert_device(values: OptionValues) -> str:
-    """Of other machines nothing is known yet."""
-    return values.expert_device if is_placed(values) else resolve_device(values.expert_device).type
+    """Of other machines nothing is known yet. What a machine has decides nothing of what goes together."""
+    given = values.expert_device
+    if is_placed(values) or given == "cpu":
+        return given
+    if values.address is not None:
+        raise OptionInvalid("expert-device", f"({given}) {LEAVE_ACTORS_OUT}")
+    if not values.actors:
+        reason = f"({given}) goes with actors: without, the router computes experts, on device"
+        raise OptionInvalid("expert-device", reason)
+    return resolve_device(given, "expert-device").type
 
 
 def is_placed(values: OptionValues) -> bool:

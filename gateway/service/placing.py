@@ -24,7 +24,7 @@ from cluster.placement import PlacementOptions, place
 from cluster.plan import ServicePlan
 from cluster.service_spec import Placing
 from cluster.topology import Topology
-from experts.budget import ExpertBytes
+from experts.budget import FIT, BudgetRequest, ExpertBytes
 from experts.errors import BudgetTooSmall, ExpertError
 from experts.store import ExpertStore
 from experts.trust_ledger import ledger_path
@@ -147,12 +147,16 @@ def _placement(options: ServiceOptions) -> PlacementOptions:
 def _router_memory(
     options: ServiceOptions, model: _Model, here: NodeReport, *, has_others: bool
 ) -> MemoryPlan:
-    """Of the routers' machine, without expert actors; has_others: whether a replica's actor may come to it, which none
-    does where the router is on a card."""
+    """Of the routers' machine, without expert actors; has_others: whether there are machines whose replicas may come to
+    it, which none does where the router or all actors are on cards."""
     node, footprint = node_names(here), model.footprint
-    actor_bytes = _actor_bytes(options, footprint) if has_others else 0
-    base = replace(SERVICE_BASE, others=SERVICE_BASE.others + actor_bytes)
-    requests = choose_requests(options.expert_budgets, options.node_budgets, node)
+    takes_replicas = has_others and options.expert_device != "cuda"
+    base = replace(
+        SERVICE_BASE,
+        others=SERVICE_BASE.others + (_actor_bytes(options, footprint) if takes_replicas else 0),
+    )
+    for_all = _router_requests(options)
+    requests = choose_requests(for_all, options.node_budgets, node)
     if options.device.type != "cpu":
         router = Process("router", True, True, footprint.experts, model.stored)
         card = card_of(options.device)
@@ -160,9 +164,15 @@ def _router_memory(
     try:
         return plan_memory(requests, footprint, (), node, base, options.num_routers)
     except BudgetTooSmall as error:
-        if requests == options.expert_budgets:
+        if requests == for_all:
             raise
         raise OptionInvalid(f"node-budgets: {node.name}", str(error)) from error
+
+
+def _router_requests(options: ServiceOptions) -> tuple[BudgetRequest, ...]:
+    """On a CPU it has host memory, of which `expert_budgets` are not where actors are on cards."""
+    are_cards_others = options.device.type == "cpu" and options.expert_device != "cpu"
+    return options.host_budgets or (FIT,) if are_cards_others else options.expert_budgets
 
 
 def _actor_bytes(options: ServiceOptions, footprint: Footprint) -> int:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.device_plan import PASSING_EXPERTS, Cards, Process, plan_devices
+from cluster.device_plan import PASSING_EXPERTS, Cards, Process, _even_part, plan_devices
 from cluster.errors import NodeBudgetTooSmall, NodeTooSmall
 from cluster.memory_plan import SPARE_PERCENT, BaseMemory, MemoryPlan, Node, ProcessMemory
 from experts.budget import FIT, BudgetRequest, ExpertBytes
@@ -142,6 +142,40 @@ def test_each_of_several_cards_counts_as_the_one_with_the_router() -> None:
     assert plan.router.budget_bytes + 2 * plan.actor_budgets[0] <= room
     half = _plan(experts=BudgetRequest(share=Fraction(1, 2)), num_actors=4, num_cards=2, host_mib=9000)
     assert half.router.budget_bytes + sum(half.actor_budgets[:2]) == EXPERTS.total // 4
+
+
+@pytest.mark.parametrize(("num_actors", "num_cards"), [(3, 2), (5, 4), (2, 1), (4, 2)])
+def test_all_that_is_asked_for_is_held_however_many_actors_a_card_gets(
+    num_actors: int, num_cards: int
+) -> None:
+    asked = {"experts": BudgetRequest(share=Fraction(1)), "is_router_on_card": False, "host_mib": 9000}
+    plan = _plan(num_actors=num_actors, num_cards=num_cards, device_mib=9000, **asked)  # type: ignore[arg-type]
+    assert plan.actor_budgets == (EXPERTS.total // num_actors,) * num_actors
+
+
+def test_card_with_more_actors_than_others_has_more_of_what_is_asked_for_as_far_as_there_is_room() -> None:
+    asked = BudgetRequest(share=Fraction(1))
+    plan = _plan(
+        experts=asked, num_actors=3, num_cards=2, is_router_on_card=False, device_mib=3500, host_mib=9000
+    )
+    room = (3500 - 2 * 64 - 2 * 50 - 1000) * MIB
+    assert EXPERTS.total // 4 < room // 2 < EXPERTS.total // 3
+    assert plan.actor_budgets == (room // 2,) * 3
+
+
+def test_actors_of_unequal_groups_have_all_that_is_asked_for() -> None:
+    assert _even_part(100, (10, 20, 70)) == 70
+    assert _even_part(60, (10, 20, 70)) == 30, "what small ones cannot use is the others'"
+    assert _even_part(99, (0, 50, 50)) == 49
+
+
+@pytest.mark.parametrize("num_actors", [1, 15, 16, 20])
+@pytest.mark.parametrize("more", [1, 2, 5])
+def test_actor_has_an_expert_on_its_card_beside_a_router_with_a_token_s(num_actors: int, more: int) -> None:
+    asked = BudgetRequest(num_bytes=(num_actors + more) * EXPERTS.largest)
+    plan = _plan(experts=asked, device_mib=9000, host_mib=9000, num_actors=num_actors)
+    assert all(row.budget_bytes >= EXPERTS.largest for row in plan.processes)
+    assert sum(row.budget_bytes for row in plan.processes) <= (num_actors + more) * EXPERTS.largest
 
 
 def test_router_on_a_card_leaves_host_memory_to_actors_that_compute_there() -> None:

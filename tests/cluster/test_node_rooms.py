@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 
+from cluster.demand import uniform_demand
 from cluster.node_report import Arithmetic, CardReport, as_node_facts
 from cluster.node_rooms import RoomRules, facts_of, make_topology
+from cluster.placement import place
 from cluster.topology import Gpu, NodeFacts
 from experts.budget import BudgetRequest, ExpertBytes
 from experts.node_memory import NodeMemory
+from extraction.manifest import ExpertKey
 from tests.cluster.machines import ARITHMETIC, GIB, machine, node
 
 RULES = RoomRules(ExpertBytes(100 * GIB, 1 << 20), GIB, 7 * GIB)
@@ -61,7 +64,7 @@ ON_CARDS = replace(
 
 def test_card_of_a_machine_is_its_room_and_host_memory_is_behind_it() -> None:
     facts = _facts(ON_CARDS, card=CARD, machine=WITH_GPUS)
-    assert facts.room_bytes == 20 * GIB - 24 * GIB // 10 - 2 * GIB
+    assert facts.room_bytes == 20 * GIB - 24 * GIB // 10 - 4 * GIB, "four actors may come"
     assert facts.behind_bytes == 40 * GIB, "all that the store has"
     assert (facts.numerics_class, facts.expert_bytes_s) == ("cuda/class", 900e9)
     assert len(facts.gpus) == 1, "one of them is used"
@@ -80,6 +83,43 @@ def test_cards_are_used_where_they_are_asked_for() -> None:
     assert isinstance(facts_of(HERE, only), NodeFacts), "its routers compute on the CPU"
     unsound = replace(CARD, arithmetic=Arithmetic("", "", 0.0))
     assert "other bits" in str(facts_of(node(has_store=True, card=unsound), only))
+
+
+def test_host_budget_is_that_of_machines_without_a_card_where_others_have_one() -> None:
+    both = replace(
+        ON_CARDS,
+        requests=(BudgetRequest(num_bytes=24 * GIB),),
+        host_requests=(BudgetRequest(num_bytes=4 * GIB),),
+    )
+    assert _facts(both).room_bytes == 4 * GIB
+    assert (_facts(both, card=CARD).room_bytes, _facts(both, card=CARD).behind_bytes) == (24 * GIB, 4 * GIB)
+    fit = replace(both, host_requests=())
+    assert _facts(fit).room_bytes == 60 * GIB - 64 * GIB // 10 - 2 * 2 * GIB
+    on_cpus = replace(both, expert_device="cpu", host_requests=())
+    assert _facts(on_cpus).room_bytes == 24 * GIB
+
+
+def test_card_with_too_little_host_memory_behind_it_is_refused_with_the_reason() -> None:
+    one = ON_CARDS.stored.largest
+    least = replace(ON_CARDS, host_requests=(BudgetRequest(num_bytes=4 * one),))
+    assert _facts(least, card=CARD).behind_bytes == 4 * one
+    for rules in (
+        replace(ON_CARDS, host_requests=(BudgetRequest(num_bytes=4 * one - 1),)),
+        replace(ON_CARDS, actor_bytes=20 * GIB),
+    ):
+        reason = facts_of(node(has_store=True, card=CARD), rules)
+        assert "host memory behind its card" in str(reason) and f"{4 * one} bytes" in str(reason)
+
+
+def test_no_actor_comes_to_routers_on_a_cpu_where_all_are_to_be_on_cards() -> None:
+    facts = facts_of(HERE, replace(ON_CARDS, expert_device="cuda"))
+    assert isinstance(facts, NodeFacts) and not facts.is_for_actors and facts.most_actors == 0
+    topology, _ = make_topology(
+        [HERE, node(has_store=True, card=CARD, machine=WITH_GPUS)], replace(ON_CARDS, expert_device="cuda")
+    )
+    keys = tuple(ExpertKey("model", 0, number) for number in range(12))
+    plan = place(topology, uniform_demand(dict.fromkeys(keys, GIB), 4, 16))
+    assert {actor.num_gpus for actor in plan.actors} == {0.25}
 
 
 def test_router_s_card_is_nobody_else_s() -> None:

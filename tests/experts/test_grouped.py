@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from experts.call import ExpertCall
+from experts.device_proof import is_grouping_sound
 from experts.device_tier import TieredCache, TierOptions
 from experts.devices import CPU
 from experts.ffn import compute_experts, view_expert
@@ -82,3 +83,17 @@ def test_worker_stacks_experts_where_the_device_holds_all(tiny_store: Path, num_
 
 def test_the_class_names_the_product() -> None:
     assert (BLOCKS.name, GROUPED.name) == ("blocks64-1", "blocks64-grouped-1")
+
+
+def test_a_device_that_is_full_decides_no_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(error: type[RuntimeError]) -> None:
+        def grouped_mm(*_: object, **__: object) -> torch.Tensor:
+            raise error("not here")
+
+        monkeypatch.setattr("experts.grouped.grouped_mm", grouped_mm)
+
+    fail(RuntimeError)
+    assert not is_grouping_sound(WIDTH, EXPERT_WIDTH, BLOCKS, torch.float32)
+    fail(torch.OutOfMemoryError)
+    with pytest.raises(torch.OutOfMemoryError):
+        is_grouping_sound(WIDTH, EXPERT_WIDTH, BLOCKS, torch.float32)

@@ -14,12 +14,14 @@ from typer.testing import CliRunner
 
 from cluster.demand import uniform_demand
 from cluster.memory_plan import MemoryPlan, ProcessMemory
-from cluster.node_rooms import RoomRules
+from cluster.model_sizes import measure_model
+from cluster.node_report import Arithmetic, CardReport, ExpertShape, StoreQuestion
+from cluster.node_rooms import RoomRules, facts_of
 from cluster.placement import place
 from cluster.plan import CardShare
 from cluster.service_spec import ServiceSpec, actor_spec
 from cluster.topology import Gpu, NodeFacts, Topology
-from experts.budget import BudgetRequest, ExpertBytes
+from experts.budget import FIT, BudgetRequest, ExpertBytes
 from experts.node_memory import NodeMemory
 from extraction.manifest import ExpertKey
 from gateway.cli import app
@@ -37,15 +39,17 @@ from gateway.service.layout import (
 from gateway.service.memory import SERVICE_BASE, this_node
 from gateway.service.memory_view import render_memory
 from gateway.service.options import ServiceOptions
-from gateway.service.placing import _whole_memory
+from gateway.service.placing import _Model, _router_memory, _rules, _whole_memory
+from router.footprint import Footprint
 from router.loading import EngineOptions
+from tests.cluster.machines import machine, node
+from tests.router.configs import TINY
 
 MIB = 1 << 20
 
 
 def _with_cards(monkeypatch: pytest.MonkeyPatch, *free_mib: int) -> None:
-    monkeypatch.setattr(service_options, "resolve_device", torch.device)
-    monkeypatch.setattr("experts.devices.resolve_device", torch.device)
+    monkeypatch.setattr(service_options, "resolve_device", lambda word, option="device": torch.device(word))
     cards = tuple(NodeMemory(4 << 30, mib * MIB) for mib in free_mib)
     monkeypatch.setattr(service_memory, "read_cards", lambda: cards)
 
@@ -160,3 +164,62 @@ def test_a_placed_actor_on_a_card_has_a_row_there_and_one_behind_it() -> None:
     spec = ServiceSpec("store", "float32", 64, 24, plan, 1, expert_device="cuda")
     devices = {actor.name: actor_spec(spec, plan, actor, "x", 1).device for actor in plan.actors}
     assert devices == {actor.name: "cuda" if actor.node_id == "g" else "cpu" for actor in plan.actors}
+
+
+GIB = 1 << 30
+FOOTPRINT = Footprint(GIB // 2, GIB // 4, 0, GIB // 16, GIB // 64, ExpertBytes(40 * GIB, GIB // 64), 8)
+MODEL = _Model(
+    measure_model(TINY, torch.bfloat16),
+    FOOTPRINT,
+    ExpertBytes(20 * GIB, GIB // 128),
+    StoreQuestion("/store", "", ExpertShape(), ()),
+)
+HERE = node("192.0.2.1", is_here=True, link=None, has_store=True)
+
+
+def _placed_options(expert_device: str, *budgets: tuple[BudgetRequest, ...]) -> ServiceOptions:
+    """budgets: of experts, and of hosts."""
+    return ServiceOptions(
+        Path("/store"),
+        "model",
+        ray_address="auto",
+        is_placed=True,
+        expert_device=expert_device,
+        expert_budgets=budgets[0],
+        host_budgets=budgets[1],
+    )
+
+
+@pytest.mark.parametrize("expert_device", ["cuda", "auto"])
+def test_a_placed_router_on_a_cpu_has_of_the_host_s_budget_and_machines_with_cards_of_both(
+    expert_device: str,
+) -> None:
+    card = CardReport(NodeMemory(40 * GIB, 39 * GIB), Arithmetic("cuda/class", "", 900e9))
+    far, size = node(has_store=True, card=card), BudgetRequest(num_bytes=GIB)
+    for budget, room in ((BudgetRequest(num_bytes=24 * GIB), 24 * GIB), (FIT, None)):
+        options = _placed_options(expert_device, (budget,), (size,))
+        memory = _router_memory(options, MODEL, HERE, has_others=True)
+        assert [row.budget_bytes for row in memory.routers] == [GIB]
+        facts = facts_of(far, replace(_rules(options, MODEL, memory), code=""))
+        assert isinstance(facts, NodeFacts) and facts.behind_bytes == GIB
+        assert facts.room_bytes == (room or facts.room_bytes) > GIB
+    own = replace(options, node_budgets={"192.0.2.1": BudgetRequest(num_bytes=3 * GIB)})
+    assert _router_memory(own, MODEL, HERE, has_others=True).budget_bytes == 3 * GIB
+
+
+def test_a_placed_router_takes_what_fits_where_only_cards_have_a_budget() -> None:
+    options = _placed_options("auto", (BudgetRequest(num_bytes=24 * GIB),), ())
+    auto = _router_memory(options, MODEL, HERE, has_others=True).budget_bytes
+    assert (
+        auto
+        == _router_memory(
+            replace(options, expert_device="cpu", expert_budgets=(FIT,)), MODEL, HERE, has_others=True
+        ).budget_bytes
+    )
+    small = node("192.0.2.1", is_here=True, machine=machine(memory=NodeMemory(16 * GIB, 14 * GIB)))
+    rooms = [
+        _router_memory(replace(options, expert_device=kind), MODEL, small, has_others=True).budget_bytes
+        for kind in ("auto", "cuda")
+    ]
+    replica_bytes = SERVICE_BASE.expert_actor + FOOTPRINT.actor_buffer_bytes
+    assert rooms[1] - rooms[0] == replica_bytes, "no replica comes to it where all are to be on cards"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -107,7 +108,7 @@ def test_budgets_of_both_tiers_are_one_memory_and_none_is_fit() -> None:
 def test_budgets_of_a_device_are_two_and_it_goes_with_one_router_here(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(service_options, "resolve_device", torch.device)
+    monkeypatch.setattr(service_options, "resolve_device", lambda word, option="device": torch.device(word))
     size = BudgetRequest(num_bytes=2**31)
     options = _options({"device": "cuda:1", "host-budget": "2GiB"}, {})
     assert (options.expert_budgets, options.host_budgets) == ((FIT,), (size,))
@@ -115,14 +116,14 @@ def test_budgets_of_a_device_are_two_and_it_goes_with_one_router_here(
     assert _options({"device": "cuda:1"}, {}).host_budgets == ()
     with pytest.raises(OptionInvalid, match=r"^device .cuda:1. goes with one router, not 2"):
         _options({"device": "cuda:1"}, {"routers": 2})
-    with pytest.raises(OptionInvalid, match=r"^device .cuda. goes with address or with actors"):
+    with pytest.raises(OptionInvalid, match=r"^device .cuda:1. goes with address or with .*leave actors out"):
         _options({"device": "cuda:1", "address": "auto"}, {"actors": 2})
     for more in ({}, {"actors": 0}):
         assert _options({"device": "cuda:1", "address": "auto"}, more).has_cards
 
 
 def test_actors_have_a_device_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service_options, "resolve_device", torch.device)
+    monkeypatch.setattr(service_options, "resolve_device", lambda word, option="device": torch.device(word))
     quarter, size = BudgetRequest(share=Fraction(1, 4)), BudgetRequest(num_bytes=2**31)
     given = {"actors": 2, "expert-budget": "25%", "host-budget": "2GiB"}
     on_cards = _options({"expert-device": "cuda"}, given)
@@ -135,7 +136,7 @@ def test_actors_have_a_device_of_their_own(monkeypatch: pytest.MonkeyPatch) -> N
     assert _options({"device": "cuda", "expert-device": "cuda", "actors": 1}, {}).has_cards
     with pytest.raises(OptionInvalid, match=r"^expert-device .cuda. goes with actors"):
         _options({"expert-device": "cuda"}, {})
-    with pytest.raises(OptionInvalid, match=r"^expert-device .cuda. goes with address or with actors"):
+    with pytest.raises(OptionInvalid, match=r"^expert-device .cuda. goes with address or .*leave actors out"):
         _options({"expert-device": "cuda", "address": "auto"}, {"actors": 2})
     with pytest.raises(OptionInvalid, match="must be cpu, cuda or auto, not 'cuda:1'"):
         _options({"expert-device": "cuda:1"}, {"actors": 2})
@@ -155,6 +156,29 @@ def test_a_device_that_is_not_there_is_refused() -> None:
         _options({"device": "gpu"}, {})
     with pytest.raises(DeviceUnavailable, match="cuda:99"):
         _options({"device": "cuda:99"}, {})
+
+
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_what_goes_with_a_device_of_actors_does_not_depend_on_the_machine(
+    monkeypatch: pytest.MonkeyPatch, has_gpu: bool
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: has_gpu)
+    for kind in ("auto", "cuda"):
+        for more in ({}, {"actors": 0}):
+            with pytest.raises(OptionInvalid, match=rf"^expert-device .{kind}. goes with actors"):
+                _options({"expert-device": kind}, more)
+        with pytest.raises(OptionInvalid, match=rf"^expert-device .{kind}. .*on a cluster leave actors out"):
+            _options({"expert-device": kind, "address": "auto"}, {"actors": 2})
+    assert _options({"expert-device": "auto"}, {"actors": 2}).has_cards == has_gpu
+
+
+def test_refusal_names_the_option_that_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("experts.devices.why_no_cuda", lambda: "none here")
+    with pytest.raises(DeviceUnavailable, match=r"^--expert-device cuda: none here$"):
+        _options({"expert-device": "cuda"}, {"actors": 2})
+    with pytest.raises(DeviceUnavailable, match=r"^--device cuda: none here$") as caught:
+        _options({"device": "cuda"}, {})
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
 def test_audit_share_is_a_number_whole_or_not() -> None:

@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
+from experts import numerics
+from experts.numerics import RowKernel
 from experts.remote_directory import RemoteDirectory
 from experts.roster import Roster
 from experts.transport import ExpertServer
@@ -20,8 +23,10 @@ from extraction.quantise import Quantization
 from extraction.quantised_parts import QuantisedParts
 from router.loading import EngineOptions, LoadedEngine
 from router.request import GenerationRequest, SamplingParams
+from router.self_test import prove_row_invariance
 from router.step_routing import RoutingWatcher
-from tests.checkpoints import write_tiny
+from tests import engines
+from tests.checkpoints import SIZES, write_tiny
 from tests.engines import Outcome, assert_same_bits, open_engine, run_to_end
 from tests.expert_servers import PATIENT, SECRET, expert_servers
 from tests.simulated_device import DEVICE, Readings, simulated
@@ -137,6 +142,28 @@ def test_killed_actor_on_a_device_changes_no_bit(root: Path, device: Readings, d
     assert_same_bits(outcome, alone)
     stats = loaded.directory.stats()
     assert stats.local_rows > 0 and stats.remote_rows > 0 and stats.foreign_rows == 0
+
+
+def test_router_and_actors_are_of_one_class_where_the_backbone_s_products_need_fewer_rows(
+    root: Path, device: Readings, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Experts' products go by the experts' shapes alone, in every process."""
+    sound = numerics._is_invariant
+
+    def is_sound(kernel: RowKernel, x: Tensor, weight: Tensor) -> bool:
+        return (kernel.row_multiple < 64 or weight.shape[0] != SIZES["vocab_size"]) and sound(
+            kernel, x, weight
+        )
+
+    monkeypatch.setattr(numerics, "_is_invariant", is_sound)
+    monkeypatch.setattr(engines, "_prove_once", prove_row_invariance)
+    options = EngineOptions(dtype=dtype, device=DEVICE)
+    alone = _local(root, options)
+    outcome, loaded = _run(root, options, num_actors=2, budgets=(2, 1))
+    assert_same_bits(outcome, alone)
+    assert (loaded.directory.stats().foreign_rows, loaded.directory.stats().local_rows) == (0, 0)
+    assert loaded.kernel.row_multiple == 32 and "/blocks64" in loaded.worker.numerics_class
+    assert "/blocks32-1/norm-" in loaded.numerics_class, "its own products are another's"
 
 
 def test_router_on_a_cpu_has_one_answer_from_actors_on_devices(

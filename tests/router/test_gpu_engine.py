@@ -141,10 +141,10 @@ def test_decoding_waits_for_the_gpu_once_a_layer_and_once_a_step(stories_store: 
 
 def test_class_names_capability_and_libraries(stories_store: Path) -> None:
     loaded = open_engine(stories_store, _options("bfloat16"))
-    kind, arithmetic, dtype, library, products = loaded.numerics_class.split("/")
+    kind, arithmetic, dtype, library, products, own, norm = loaded.numerics_class.split("/")
     loaded.close()
     facts = torch.cuda.get_device_properties(DEVICE)
     assert (kind, dtype) == ("cuda", "bfloat16")
     assert arithmetic == f"sm{facts.major}{facts.minor}x{facts.multi_processor_count}"
     assert library.startswith(f"torch-{torch.__version__}-cublas-")
-    assert products.startswith("blocks")
+    assert products.startswith("blocks") and own.startswith("blocks") and norm.startswith("norm-")
