@@ -177,12 +177,14 @@ def _deployment(node_id: str | None) -> dict[str, Any]:
 
 def prepare_ray(process_variables: Mapping[str, str] | None = None) -> None:
     """Set the environment for a Ray that this process starts, and of all that it starts: before Ray is first imported.
-    What is set already stays."""
+    What is set already stays, but for how processes compute: a shell's threads that wait busily would slow all down."""
     defaults = ray_environment() | LOCAL_ONLY | dict(process_variables or {})
     if "ray" not in sys.modules:
         # What Ray would decide itself, with a warning; once it is imported, it takes a change for a mistake.
         defaults |= {"RAY_AUTH_MODE": "token"}
     os.environ.update({key: os.environ.get(key, value) for key, value in defaults.items()})
+    ours = process_variables or {}
+    os.environ.update({key: ours[key] for key in process_environment(1) if key in ours})
 
 
 def start_ray(num_cpus: int | None = None) -> None:

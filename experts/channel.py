@@ -241,10 +241,12 @@ class Channel:
                 before_s, looked_s = looked_s, time.monotonic()
             except OSError:
                 return 0
-            if looked_s >= until_s or looked_s - before_s >= LOST_CORE_S:
+            has_lost_core = looked_s - before_s >= LOST_CORE_S
+            if looked_s >= until_s or has_lost_core:
                 break
-        self._num_fruitless = min(self._num_fruitless + 1, MOST_DOUBLINGS)
-        self._waits_to_sleep = 2**self._num_fruitless - 1
+        if is_busy or has_lost_core:  # else nobody has asked anything for a while
+            self._num_fruitless = min(self._num_fruitless + 1, MOST_DOUBLINGS)
+            self._waits_to_sleep = 2**self._num_fruitless - 1
         return 0
 
     def _set_receive_wait(self, deadline_s: float) -> None:

@@ -64,7 +64,8 @@ class StepInputs:
 
 
 class LayerClock(Protocol):
-    """Is told of every half of a layer that was computed by our own calls, with the time that its phases took."""
+    """Is told of every half of a layer whose experts stay in this process and that was computed by our own calls, with
+    the time that its phases took."""
 
     def attended(self, step: NativeStep) -> None:
         """See `NativeStep.attention_s`."""

@@ -28,7 +28,7 @@ from router.prompt_groups import match_members, shared_positions
 from router.request import FinishReason, GenerationRequest, TokenEvent
 from router.request_checks import check_request
 from router.routing_choice import RoutingReport
-from router.sampling import sample, sample_unfiltered
+from router.sampling import rows_together, sample, sample_unfiltered
 from router.sequence import NO_INPUTS, PromptInputs, Sequence
 from router.step_pass import PassRows, StepPass, begin_pass, hand_out_captured, score_probed
 from router.step_routing import NativePolicy, PromptProbe, RoutingPolicy, RoutingReporter, RoutingWatcher
@@ -452,19 +452,24 @@ class Engine:
 
 
 def _draw_unfiltered(finishing: SequenceOf[Sequence], logits_LV: Tensor) -> dict[int, int]:
-    """Row -> token, of the rows of which any token may be drawn from the logits as they are: all in one."""
+    """Row -> token, of the rows of which any token may be drawn from the logits as they are: several at once."""
+    most = rows_together(logits_LV.shape[1])
     rows = [
         row
         for row, sequence in enumerate(finishing)
         if (sampling := sequence.request.sampling).temperature
         and not (sampling.has_filters or sampling.has_adjustments)
     ]
-    if len(rows) < 2:  # one alone takes less time by itself
+    if min(len(rows), most) < 2:
         return {}
-    params = [finishing[row].request.sampling for row in rows]
-    positions = [finishing[row].num_generated for row in rows]
-    chosen_SV = logits_LV if len(rows) == len(finishing) else logits_LV[rows]
-    return dict(zip(rows, sample_unfiltered(chosen_SV, params, positions), strict=True))
+    drawn: dict[int, int] = {}
+    for first in range(0, len(rows), most):
+        some = rows[first : first + most]
+        params = [finishing[row].request.sampling for row in some]
+        positions = [finishing[row].num_generated for row in some]
+        chosen_SV = logits_LV if len(some) == len(finishing) else logits_LV[some]
+        drawn.update(zip(some, sample_unfiltered(chosen_SV, params, positions), strict=True))
+    return drawn
 
 
 def _monotonic_ns(moment_s: float) -> int:

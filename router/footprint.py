@@ -23,6 +23,7 @@ from router.linears import FLOAT, LinearForms, planned_linears
 from router.loading import EngineOptions, chosen_dtype, num_kv_blocks
 from router.model_config import SHARED_GATE_ROWS, ModelConfig, read_model_config
 from router.output_means import means_bytes
+from router.sampling import TOGETHER_BYTES
 
 FLOAT32_BYTES = 4
 LIBRARY_BYTES = 32 << 20
@@ -162,6 +163,7 @@ def _experts(config: ModelConfig, rows: int, item: int) -> int:
 
 
 def _head(config: ModelConfig, limits: BatchLimits, item: int) -> int:
-    """Logits of every running sequence, and one row in float64 with what sampling makes of it."""
+    """Logits of every running sequence, and what sampling makes, in float64, of one row or of some together."""
     row = config.vocab_size
-    return limits.max_running * row * (item + FLOAT32_BYTES) + 8 * row * 2 * FLOAT32_BYTES
+    sampling = max(8 * row * 2 * FLOAT32_BYTES, 3 * TOGETHER_BYTES)
+    return limits.max_running * row * (item + FLOAT32_BYTES) + sampling

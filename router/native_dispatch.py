@@ -69,6 +69,7 @@ class NativeDispatch:
         index: of the layer in the cache that the step is bound to. Raises as `dispatch` and `combine`.
         """
         step, rows = self._step, None
+        step.expect_closed()
         if rows_RD is not None:
             assert self._hidden_TD is self._after_TD, "the layer before was not reached"
             expect(rows_RD, (len(self._experts), step.shape[1]), step.dtype)

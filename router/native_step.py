@@ -196,6 +196,10 @@ class NativeStep:
             self.experts_s = self._phases(EXPERTS_PHASES, 0, began_ns)
         return out_TD
 
+    def expect_closed(self) -> None:
+        """That no half of a layer has begun: what it was given may not be changed."""
+        assert self._open is None
+
     def layers(
         self,
         first: int,
@@ -209,7 +213,7 @@ class NativeStep:
         first: of the layers in the cache. `look_at` says of which one the rest is told. Raises ValueError where
         anything does not fit, MemoryError.
         """
-        assert self._open is None
+        self.expect_closed()
         config = self.config
         self.bind(pool, first, first + len(layers) - 1)
         expect(hidden_TD, self.shape, self.dtype)

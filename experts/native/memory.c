@@ -31,8 +31,9 @@ static uint8_t *new_block(size_t bytes) {
 /* Keeps the largest ones: they are large enough most often. */
 static void put_back(uint8_t *block) {
     for (int i = 0; i < KEPT && block; i++) {
+        const size_t size = size_of(block); /* while it is still ours */
         uint8_t *other = atomic_exchange(&kept[i], block);
-        block = other && size_of(other) > size_of(block) ? atomic_exchange(&kept[i], other) : other;
+        block = other && size_of(other) > size ? atomic_exchange(&kept[i], other) : other;
     }
     free(block);
 }

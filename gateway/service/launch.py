@@ -200,6 +200,8 @@ def _reach_ray(options: ServiceOptions) -> RunningRay | None:
         # A cluster's own processes were started without our environment; those of this service get it from Ray.
         return join_ray(options.ray_address, process_variables=variables)
     prepare_ray(variables)
+    import ray  # noqa: F401  # here, for two threads must not begin it at once
+
     # Serve takes a second to import, in which Ray's processes start; who needs it waits for this import to end.
     Thread(target=import_module, args=("gateway.service.serve_instance",), daemon=True).start()
     start_ray(options.num_cpus)
