@@ -309,6 +309,8 @@ def test_spinning_reader_gets_what_a_sleeping_one_gets(spin_s: float) -> None:
 def test_reader_that_looks_in_vain_sleeps_for_longer_each_time_until_looking_brings_something() -> None:
     frame = encode_header(Header(Kind.HEARTBEAT))
     with raw_pair(replace(QUICK, spin_s=0.002)) as (channel, far):
+        far.sendall(frame)
+        channel.receive_header(_soon(), SOON_S)
         for waits in (1, 3, 7):
             with pytest.raises(LinkLost, match="deadline"):
                 channel.receive_header(time.monotonic() + 0.01, math.inf)
@@ -319,6 +321,16 @@ def test_reader_that_looks_in_vain_sleeps_for_longer_each_time_until_looking_bri
                 assert channel._waits_to_sleep == left
         far.sendall(frame)
         channel.receive_header(_soon(), SOON_S)
+        assert (channel._num_fruitless, channel._waits_to_sleep) == (0, 0)
+
+
+def test_waits_in_which_nobody_asks_do_not_count_as_looking_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the first answer after a lull would pay for it."""
+    monkeypatch.setattr("experts.channel.LOST_CORE_S", 9.0)
+    with raw_pair(replace(QUICK, spin_s=0.002)) as (channel, _):
+        for _ in range(5):
+            with pytest.raises(LinkLost, match="deadline"):
+                channel.receive_header(time.monotonic() + 0.01, math.inf)
         assert (channel._num_fruitless, channel._waits_to_sleep) == (0, 0)
 
 
