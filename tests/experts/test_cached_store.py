@@ -81,7 +81,7 @@ def test_what_somebody_waits_for_goes_before_the_rest(tmp_path: Path, whole: Exp
         reader.start()
         while not store._fetcher._waited:
             threading.Event().wait(0.001)
-        tokens.release(4)  # for those two, for the one that is waited for, and for one of the next two in order
+        tokens.release(4)  # the first two, the one that is waited for, and one of the next two
         reader.join(PATIENCE_S)
         assert torch.equal(got[0], whole.read_expert(keys[-1]))
         assert len(store.held_experts()) <= 4
