@@ -216,35 +216,40 @@ def observe_all(here: Contender, one: Contender, two: Contender) -> Runs:
 
 
 def fit_costs(rounds: Sequence[Runs], here: Contender) -> tuple[Costs, float]:
-    """And the round trip. here: the engine without actors."""
+    """And the round trip. here: the engine without actors.
+
+    With one actor router and actor have a core each, and look for each other's bytes; what a message costs them is then
+    seen in its time alone. With two they sleep and are woken, which shows in the time of their cores.
+    """
     runs = Runs.joined(rounds)
     one, two = runs.one, runs.two
-    call_s, expert_s, expert_row_s = _fit_worker([call for run in runs.looked for call in run.calls])
-    message_s, message_row_s = _line([(r.message_rows, r.router_cpu_s / len(r.messages)) for r in two])
-    remote = [*one, *two]
-
-    def alone_s(run: Observed) -> float:
-        """What the router's own worker would have taken for the same messages."""
-        return sum(
-            call_s + size.experts * expert_s + (size.rows - size.experts) * expert_row_s
-            for size in run.messages
-        )
-
-    frame_s = median((run.actors_cpu_s - run.actors_busy_s) / len(run.messages) for run in two)
+    worker = _fit_worker([call for run in runs.looked for call in run.calls])
+    woken_s, message_row_s = _line([(r.message_rows, r.router_cpu_s / len(r.messages)) for r in two])
+    frame_s = max(0.0, median((run.actors_cpu_s - run.actors_busy_s) / len(run.messages) for run in two))
     hop_s, _ = _line([(r.message_rows, (r.called_s - r.actors_busy_s) / len(r.messages)) for r in one])
+    alone = min(1.0, hop_s / (woken_s + frame_s))
+    far, crowded = _far_costs(one), _far_costs(two)
     costs = Costs(
         _near_costs(runs),
-        _far_costs(remote),
-        call_s,
-        expert_s,
-        expert_row_s,
-        message_s,
+        far,
+        *worker,
+        alone * woken_s,
         message_row_s=message_row_s,
-        frame_s=max(0.0, frame_s),
-        actor_factor=median(run.actors_busy_s / alone_s(run) for run in remote),
+        frame_s=alone * frame_s,
+        actor_factor=median(run.actors_busy_s / _alone_s(run, worker) for run in one),
+        crowded_work=max(1.0, median(crowded.of_step(n) / far.of_step(n) for n in STREAMS)),
+        crowded_messages=1.0 / alone,
         threads=plan_threads(num_cores(), 1, here.loaded.config.expert_elements).expert_actor,
     )
-    return costs, max(0.0, hop_s - message_s - costs.frame_s)
+    return costs, max(0.0, hop_s - woken_s - frame_s)
+
+
+def _alone_s(run: Observed, worker: tuple[float, float, float]) -> float:
+    """What the router's own worker would have taken for the same messages."""
+    call_s, expert_s, expert_row_s = worker
+    return sum(
+        call_s + size.experts * expert_s + (size.rows - size.experts) * expert_row_s for size in run.messages
+    )
 
 
 def fit_overlap(

@@ -29,14 +29,15 @@ SLOW_FACTOR = 1.5
 def typical_costs(num_layers: int) -> Costs:
     """Seconds that software takes beside weights and wires, for a model of so many layers; rates are infinite, since
     those are the topology's. As measured on one machine of two cores (docs/placement.md)."""
-    per_step = (0.5e-3 + num_layers * 0.5e-3, num_layers * 0.04e-3)
+    row_s = 0.02e-3 + num_layers * 0.007e-3
     return Costs(
-        RouterCosts(*per_step, 0.19e-3, 0.01e-3),
-        RouterCosts(*per_step, 0.19e-3, 0.01e-3),
-        call_s=0.12e-3,
-        expert_s=0.04e-3,
-        expert_row_s=0.002e-3,
+        RouterCosts(0.2e-3 + num_layers * 0.03e-3, row_s, -0.055e-3, 0.0),
+        RouterCosts(0.3e-3 + num_layers * 0.03e-3, row_s, 0.02e-3, 0.0015e-3),
+        call_s=0.035e-3,
+        expert_s=0.002e-3,
+        expert_row_s=0.0004e-3,
         message_s=MESSAGE_S,
+        frame_s=0.05e-3,
     )
 
 

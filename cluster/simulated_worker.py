@@ -70,6 +70,10 @@ class Costs:
     actor_factor: float = 1.0
     """How much longer an actor takes for the same than the router's own worker, the weights' bytes left out: its core
     has slept in between."""
+    crowded_work: float = 1.0
+    """On a node with more processes than cores: how many times as long a process's own work takes."""
+    crowded_messages: float = 1.0
+    """The same of messages, at both ends: who has a core of its own looks for bytes, others sleep until woken."""
     overlap: float = 1.0
     """On a node with more processes than cores: how much of what could be computed at once really is. The kernel often
     leaves a process that was woken behind another one, while a core is free."""
@@ -124,8 +128,17 @@ class SimulatedWorker:
         if self._residency.budget_bytes is not None:
             self._residency.set_budget(budget_bytes)
 
-    def compute(self, keys: Sequence[ExpertKey], num_rows: int, node: NodeFacts, step: int) -> Work:
+    def compute(
+        self,
+        keys: Sequence[ExpertKey],
+        num_rows: int,
+        node: NodeFacts,
+        step: int,
+        *,
+        is_crowded: bool = False,
+    ) -> Work:
         """A call for `num_rows` rows of distinct experts. Misses are read while the experts that are there compute.
+        is_crowded: whether the node has more processes than cores.
 
         Raises BudgetTooSmall where not even one expert fits.
         """
@@ -138,6 +151,8 @@ class SimulatedWorker:
             )
             misses += len(exchange.load)
         software_s = costs.call_s + len(keys) * costs.expert_s + (num_rows - len(keys)) * costs.expert_row_s
-        compute_s = self._factor * software_s + len(keys) * nbytes / node.expert_bytes_s
+        factor = self._factor * (costs.crowded_work if is_crowded else 1.0)
+        frame_s = self._frame_s * (costs.crowded_messages if is_crowded else 1.0)
+        compute_s = factor * software_s + len(keys) * nbytes / node.expert_bytes_s
         read_s = misses * nbytes / node.disk_bytes_s
-        return Work(self._frame_s + max(compute_s, read_s), len(keys), misses)
+        return Work(frame_s + max(compute_s, read_s), len(keys), misses)

@@ -163,7 +163,13 @@ class Simulation:
         for name, share in sorted(shares.items(), key=lambda item: str(item[0])):
             node_id = self._router_node if name is None else self._node_of[name]
             worker = self._router if name is None else self._workers[name]
-            work = worker.compute(share.keys, share.rows, self._nodes[node_id], len(self.report.step_s))
+            work = worker.compute(
+                share.keys,
+                share.rows,
+                self._nodes[node_id],
+                len(self.report.step_s),
+                is_crowded=node_id in self._machines.crowded,
+            )
             self._count(name, share, work)
             if name is None:
                 local_s = work.compute_s
@@ -179,11 +185,18 @@ class Simulation:
 
     def _own_s(self, seconds: float) -> float:
         """Of the router's own work."""
+        seconds *= self._costs.crowded_work if self._is_crowded else 1.0
         self.report.router_s += seconds
         return seconds
 
+    @property
+    def _is_crowded(self) -> bool:
+        """Whether the router's node has more processes than cores."""
+        return self._router_node in self._machines.crowded
+
     def _job(self, node_id: str, share: _Share, work: Work) -> Job:
         message_s = self._costs.message_s + share.rows * self._costs.message_row_s
+        message_s *= self._costs.crowded_messages if self._is_crowded else 1.0
         self.report.messages_s += message_s
         row_bytes = self._shape.row_bytes
         return Job(node_id, work.compute_s, message_s, share.tokens * row_bytes, share.rows * row_bytes)

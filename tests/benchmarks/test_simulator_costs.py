@@ -70,3 +70,16 @@ def test_known_costs_are_found_again() -> None:
     assert costs.frame_s == pytest.approx(FRAME_S) and round_trip_s == pytest.approx(ROUND_TRIP_S)
     assert costs.actor_factor == pytest.approx(ACTOR_FACTOR)
     assert costs.threads == 1
+    assert (costs.crowded_work, costs.crowded_messages) == (1.0, 1.0)
+
+
+def test_messages_between_cores_of_their_own_are_told_from_those_that_wake_somebody() -> None:
+    runs = Runs(*([_run(number, streams) for streams in STREAMS] for number in (0, 0, 1, 2)))
+    for run in runs.one:
+        saved_s = 0.5 * len(run.messages) * (MESSAGE_S + FRAME_S) + len(run.messages) * ROUND_TRIP_S
+        size, seconds = run.calls[0]
+        run.calls[0] = size, seconds - saved_s
+    here = SimpleNamespace(loaded=SimpleNamespace(config=SimpleNamespace(expert_elements=1)))
+    costs, round_trip_s = fit_costs([runs], cast(Contender, here))
+    assert (costs.message_s, costs.frame_s) == pytest.approx((MESSAGE_S / 2, FRAME_S / 2))
+    assert costs.crowded_messages == pytest.approx(2.0) and round_trip_s == 0.0

@@ -90,6 +90,20 @@ def test_router_and_actors_of_a_service_with_actors_take_their_own_time() -> Non
     assert report.messages_s == pytest.approx(2 * (COSTS.message_s + 2e-6))
 
 
+def test_more_processes_than_cores_take_longer_for_work_and_messages() -> None:
+    plan = _plan(ActorPlan("a", "even", "home"), ActorPlan("b", "odd", "home"))
+    routing = np.array([[[0, 2], [4, 6]]])
+    roomy, crowded = (replace(HOME, num_cores=cores) for cores in (3, 2))
+    costs = replace(COSTS, crowded_work=1.5, crowded_messages=3.0, frame_s=7e-5)
+    seconds = [
+        Simulation(SHAPE, Topology((node,), "home"), plan, costs).step(routing) for node in (roomy, crowded)
+    ]
+    weights_s = 2 * 2 * SHAPE.expert_bytes / HOME.expert_bytes_s
+    work_s, messages_s = ASKING.step_s + 2 * (ASKING.layer_s + COSTS.call_s), 2 * (COSTS.message_s + 7e-5)
+    assert seconds[0] == pytest.approx(work_s + messages_s + weights_s)
+    assert seconds[1] == pytest.approx(1.5 * work_s + 3.0 * messages_s + weights_s)
+
+
 def test_misses_are_read_at_the_disks_rate_and_counted() -> None:
     plan = _plan(ActorPlan("a", "even", "home", SHAPE.expert_bytes), ActorPlan("b", "odd", "home"))
     simulation = Simulation(SHAPE, Topology((HOME,), "home"), plan, COSTS)
