@@ -19,7 +19,7 @@ from hypothesis import settings
 
 from cluster.resources import LOCAL_ONLY, ray_environment
 from extraction.extract import extract
-from tests import ports
+from gateway.demo import ports
 from tests.checkpoints import write_tiny_qwen3_moe
 
 # What services learn in tests, and the token of their Ray, stay out of the user's folders.

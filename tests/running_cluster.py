@@ -18,7 +18,7 @@ from ray.core.generated import gcs_pb2, gcs_service_pb2, gcs_service_pb2_grpc
 
 from cluster.ray_token import Token
 from cluster.resources import LOCAL_ONLY
-from tests.ports import free_port
+from gateway.demo.ports import free_port
 from tests.started_command import REPOSITORY, TIMEOUT_S, started
 
 SCRIPTS = Path(sys.executable).parent

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from rich.console import Console
 
 from cluster.processes import descendants, end_processes
 from extraction.errors import one_line
+from gateway.demo.ports import free_port
 from gateway.errors import GatewayError
 from gateway.http.api_keys import KEYS_VARIABLE, bearer_headers, client_key
 
@@ -73,7 +73,7 @@ def read_arguments(module: str, console: Console) -> tuple[str, str | None] | in
 @contextmanager
 def demo_service(store: str, key: str | None, console: Console) -> Iterator[DemoService]:
     """Started, ready, and stopped at the end; tells how far that is. Raises ServiceNotReady."""
-    service = DemoService(f"http://127.0.0.1:{_free_port()}", bearer_headers(key))
+    service = DemoService(f"http://127.0.0.1:{free_port()}", bearer_headers(key))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryFile("w+") as log, _process(store, service.url, key, log) as process:
         started = time.monotonic()
@@ -124,12 +124,6 @@ def _stop(process: subprocess.Popen[str]) -> None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             end_processes(everything, grace_s=0.0)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _wait_ready(service: DemoService, process: subprocess.Popen[str]) -> bool:

@@ -22,9 +22,9 @@ from ray.cluster_utils import Cluster
 from cluster.plan import ActorPlan, ServicePlan
 from cluster.processes import descendants, end_processes
 from cluster.supervisor_handle import find_supervisor
+from gateway.demo.ports import free_port
 from gateway.service.launch import ServiceOptions, running_service
 from tests.chaos.failpoints import VARIABLE
-from tests.ports import free_port
 from tests.ray_nodes import add_node
 
 REPOSITORY = Path(__file__).parent.parent.parent

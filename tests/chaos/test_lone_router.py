@@ -14,10 +14,10 @@ import httpx
 import psutil
 import pytest
 
+from gateway.demo.ports import free_port
 from gateway.service.launch import ServiceOptions, running_service
 from tests.chaos.service_under_fire import wait_for
 from tests.chaos.trials import MODEL, read_answer
-from tests.ports import free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.slow]
 

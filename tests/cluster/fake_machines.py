@@ -33,7 +33,7 @@ from ray.autoscaler.tags import (
 )
 
 from cluster.processes import end_processes
-from tests.ports import free_port
+from gateway.demo.ports import free_port
 
 REPOSITORY = Path(__file__).parent.parent.parent
 HEAD_TYPE, WORKER_TYPE = "ray.head.default", "worker"

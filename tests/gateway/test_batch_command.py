@@ -20,8 +20,8 @@ import pytest
 from cluster.processes import end_processes
 from gateway.batch.job import BatchOptions, compute_here, run_batch
 from gateway.batch.plan import RowDefaults
+from gateway.demo.ports import free_port
 from gateway.progress import LINE_INTERVAL_S, ProgressLines
-from tests.ports import free_port
 
 REPOSITORY = Path(__file__).parent.parent.parent
 SCRIPTS = Path(sys.executable).parent

@@ -13,10 +13,10 @@ import ray
 
 from experts.budget import BudgetRequest
 from experts.node_memory import NodeMemory
+from gateway.demo.ports import free_port
 from gateway.operations.status_view import render_status
 from gateway.service import memory as service_memory
 from gateway.service.launch import ServiceOptions, running_service
-from tests.ports import free_port
 from tests.simulated_device import DEVICE
 
 pytestmark = pytest.mark.ray

@@ -30,6 +30,7 @@ from experts.budget import FIT, BudgetRequest
 from experts.errors import LedgerBusy
 from experts.store import ExpertStore
 from experts.trust_ledger import TrustLedger, ledger_path, read_ledger
+from gateway.demo.ports import free_port
 from gateway.local.generate import generate
 from gateway.operations.status_command import fetch_status
 from gateway.operations.watch_state import WatchState, answered
@@ -38,7 +39,6 @@ from gateway.service.launch import ServiceOptions, running_service
 from gateway.service.state_folder import resolve_state_folder
 from router.loading import EngineOptions
 from router.trust_session import trust_identity
-from tests.ports import free_port
 
 pytestmark = pytest.mark.ray
 

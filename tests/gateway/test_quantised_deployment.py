@@ -19,11 +19,11 @@ from experts.errors import ExpertError
 from extraction.extract import extract
 from extraction.quantise import Quantization
 from extraction.quantised_parts import QuantisedParts
+from gateway.demo.ports import free_port
 from gateway.errors import GenerationFailed
 from gateway.local.generate import generate
 from gateway.service.launch import ServiceOptions, running_service
 from router.loading import EngineOptions
-from tests.ports import free_port
 
 pytestmark = pytest.mark.ray
 

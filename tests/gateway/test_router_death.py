@@ -18,10 +18,10 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from gateway.demo.ports import free_port
 from gateway.local.generate import generate
 from gateway.service.launch import ServiceOptions, running_service
 from router.loading import EngineOptions
-from tests.ports import free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 

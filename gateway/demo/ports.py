@@ -1,4 +1,4 @@
-"""Ports for services that tests start."""
+"""A port for a service that the demonstrations, or tests, start."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 FIRST = 20_000
 """Ray gives its workers those below."""
 CHANCE = random.SystemRandom()
-"""Tests that run at the same time are not to try the same ones."""
+"""Those that run at the same time are not to try the same ones."""
 
 
 def free_port(host: str = "127.0.0.1") -> int:
