@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from experts.native_products import LEVELS, OUT_OF_MEMORY, library_for
+from router.native_attention import expect
 from router.scoring import ScoreFactors, SnarcWeights
 
 _INT64, _POINTER, _FLOAT, _INT32 = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float, ctypes.c_int32
@@ -62,12 +63,12 @@ def choose_rows(
     if not 0 < k <= num_experts:
         raise ValueError(f"no {k} of {num_experts} experts")
     facts = factors.facts
-    has_novelty = weights.novelty and factors.surprise_T is not None
-    has_trust = weights.trust and factors.reward_T is not None
+    surprise_R = factors.surprise_T if weights.novelty else None
+    reward_R = factors.reward_T if weights.trust else None
     held = (
         _checked(logits_RE, (num_rows, num_experts)),
-        _checked(factors.surprise_T, (num_rows,)) if has_novelty else None,
-        _checked(factors.reward_T, (num_rows,)) if has_trust else None,
+        None if surprise_R is None else _checked(surprise_R, (num_rows,)),
+        None if reward_R is None else _checked(reward_R, (num_rows,)),
         _checked(facts.novelty_E, (num_experts,)),
         _checked(facts.trust_E, (num_experts,)),
         None if size_E is None else _checked(size_E, (num_experts,)),
@@ -124,9 +125,8 @@ def sum_means(
     return output_ND
 
 
-def _checked(tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+def _checked(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
     """As the library reads it, a copy where it is not."""
-    if tensor is None or tensor.shape != shape or tensor.dtype != dtype or tensor.device.type != "cpu":
-        described = None if tensor is None else (tensor.dtype, tuple(tensor.shape), tensor.device)
-        raise ValueError(f"no {dtype} {shape}: {described}")
-    return tensor.contiguous()
+    tensor = tensor.contiguous()
+    expect(tensor, shape, dtype)
+    return tensor

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from experts.native_products import DTYPES, OUT_OF_MEMORY, library_for
+from router.native_attention import expect
 
 _INT64, _POINTER = ctypes.c_int64, ctypes.c_void_p
 
@@ -59,16 +60,16 @@ def past_signals(
     if width != groups * size or hidden_TD.dtype not in DTYPES or hidden_TD.device.type != "cpu":
         raise ValueError(f"no signs for {hidden_TD.dtype} {tuple(hidden_TD.shape)}")
     hidden_TD = hidden_TD if hidden_TD.stride(1) == 1 else hidden_TD.contiguous()
-    _expect(signs_GS, (groups, size))
-    _expect(directions_MS, (num_ring_rows, size))
-    _expect(lengths_M, (num_ring_rows,))
-    _expect(past_TW, (num_rows, back), torch.int64)
+    expect(signs_GS, (groups, size), torch.float32)
+    expect(directions_MS, (num_ring_rows, size), torch.float32)
+    expect(lengths_M, (num_ring_rows,), torch.float32)
+    expect(past_TW, (num_rows, back), torch.int64)
     for counts_T in existing:
-        _expect(counts_T, (num_rows,))
-    _expect(kept_directions_KS, (num_kept, size))
-    _expect(kept_lengths_K, (num_kept,))
+        expect(counts_T, (num_rows,), torch.float32)
+    expect(kept_directions_KS, (num_kept, size), torch.float32)
+    expect(kept_lengths_K, (num_kept,), torch.float32)
     if kept_rows is not None:
-        _expect(kept_rows, (num_kept,), torch.int64)
+        expect(kept_rows, (num_kept,), torch.int64)
     elif num_kept != num_rows:
         raise ValueError(f"room for {num_kept} of {num_rows} rows")
     room_TS, found = torch.empty(num_rows, size), torch.empty(4, num_rows)
@@ -98,12 +99,7 @@ def conflict_of(level: str, logits_TE: Tensor) -> Tensor:
     """See `snarc.conflict`. logits_TE: float32. Raises ValueError where they are none."""
     num_rows, num_experts = logits_TE.shape
     logits_TE = logits_TE.contiguous()
-    _expect(logits_TE, (num_rows, num_experts))
+    expect(logits_TE, (num_rows, num_experts), torch.float32)
     conflict_T = torch.empty(num_rows)
     library_for(level).conflict(logits_TE.data_ptr(), num_rows, num_experts, conflict_T.data_ptr())
     return conflict_T
-
-
-def _expect(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> None:
-    if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous() or not tensor.is_cpu:
-        raise ValueError(f"no {dtype} {shape}: {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}")
