@@ -110,11 +110,7 @@ def forecast(
     layers = sorted({layer for holding in held for layer in holding.layers})
     expert_s = sum(layer_time_s(held, layer, model, costs, num_streams) for layer in layers)
     unsure_s = sum(layer_time_s(unsure, layer, model, costs, num_streams) for layer in layers)
-    own = costs.router(bool(plan.actors))
-    fixed_s = own.of_step(num_streams) + max(len(layers) * own.of_layer(num_streams), -expert_s)
-    fixed_s += traffic.messages * num_streams * costs.message_s
-    answered = sum(process.uses for process in processes if process.traffic.messages)
-    fixed_s += answered * num_streams * costs.message_row_s
+    fixed_s = _router_s(held, traffic, costs, num_streams, len(layers), expert_s)
     high = num_streams / (fixed_s + backbone_s + kv_s / 2 + expert_s)
     low = num_streams / (SLOW_FACTOR * (fixed_s + backbone_s + kv_s + unsure_s))
     uses = sum(process.uses for process in processes)
@@ -130,6 +126,24 @@ def forecast(
     )
 
 
+def _router_s(
+    held: Sequence[Holding],
+    traffic: Traffic,
+    costs: Costs,
+    num_streams: int,
+    num_layers: int,
+    expert_s: float,
+) -> float:
+    """What a step takes of the router's process beside weights, keys and values: its own work, and messages. expert_s:
+    of the slowest processes of all layers, from which work that is saved is taken."""
+    is_crowded = held[0].is_crowded(costs.threads)
+    own = costs.router(len(held) > 1)
+    own_s = own.of_step(num_streams) + max(num_layers * own.of_layer(num_streams), -expert_s)
+    rows = sum(share.uses for holding in held[1:] for share in holding.layers.values())
+    messages_s = num_streams * (traffic.messages * costs.message_s + rows * costs.message_row_s)
+    return own_s * costs.work_factor(is_crowded) + messages_s * costs.message_factor(is_crowded)
+
+
 def layer_time_s(
     held: Sequence[Holding], layer: Layer, model: ModelSizes, costs: Costs, num_streams: int
 ) -> float:
@@ -141,20 +155,29 @@ def layer_time_s(
             continue
         needed = needed_experts(share.uses, share.num_experts, num_streams)
         rows = share.uses * num_streams / needed
+        is_crowded = holding.is_crowded(costs.threads)
         factor = 1.0 if holding.seat.is_router else costs.actor_factor
-        waiting = max(1.0, holding.beside * costs.threads / holding.num_cores)
-        software_s = factor * waiting * (costs.expert_s + (rows - 1.0) * costs.expert_row_s)
+        factor *= costs.work_factor(is_crowded) * _waiting(holding, costs)
+        software_s = factor * (costs.expert_s + (rows - 1.0) * costs.expert_row_s)
         unit = software_s + holding.seat.expert_s(share.expert_bytes, rows * model.row_bytes)
         missed = share.missed / share.uses
         if missed > 0:
             unit += missed * share.expert_bytes * holding.seat.disk_byte_s
         asked = int(_asked_rows(share.uses, model, num_streams) * model.row_bytes)
-        frame_s = 0.0 if holding.seat.is_router else costs.frame_s
+        frame_s = 0.0 if holding.seat.is_router else costs.frame_s * costs.message_factor(is_crowded)
         hops.append(holding.seat.hop_s(asked) + frame_s + factor * costs.call_s)
         units.append(unit)
         means.append(needed)
         most.append(min(share.num_experts, model.config.experts_per_token * num_streams))
     return expected_slowest(hops, units, means, most)
+
+
+def _waiting(holding: Holding, costs: Costs) -> float:
+    """How many times as long a process takes for its work since others of its node want the same cores."""
+    together = max(1.0, holding.beside * costs.threads / holding.num_cores)
+    if not holding.is_crowded(costs.threads):
+        return together
+    return costs.overlap * together + (1.0 - costs.overlap) * holding.beside
 
 
 def network_time_s(held: Sequence[Holding], layer: Layer, model: ModelSizes, num_streams: int) -> float:

@@ -42,8 +42,14 @@ class Holding:
     layers: Mapping[Layer, LayerShare]
     beside: int = 1
     """Processes of its node that answer for experts, this one included."""
+    num_processes: int = 1
+    """Of its node, the routers' own included, whatever it answers for."""
     num_cores: int = 1
     """Of its node."""
+
+    def is_crowded(self, threads: int) -> bool:
+        """Whether its node has more processes than cores for them. threads: with which one computes."""
+        return self.num_processes * threads > self.num_cores
 
 
 def holdings(
@@ -75,9 +81,11 @@ def holdings(
         ),
     ]:
         beside = max(1, sum(other is host for other in computing))
+        num_processes = sum(other is host for other in (router, *hosts))
         layers, group_bytes, resident_bytes = _shares(keys, demand, budget, has_hottest)
         seat = _seat(host, 1 / beside, name == ROUTER)
-        found.append(Holding(name, seat, group_bytes, resident_bytes, layers, beside, host.num_cores))
+        held = group_bytes, resident_bytes, layers
+        found.append(Holding(name, seat, *held, beside, num_processes, host.num_cores))
     return tuple(found)
 
 

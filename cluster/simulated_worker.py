@@ -87,6 +87,12 @@ class Costs:
     def router(self, has_actors: bool) -> RouterCosts:
         return self.far if has_actors else self.near
 
+    def work_factor(self, is_crowded: bool) -> float:
+        return self.crowded_work if is_crowded else 1.0
+
+    def message_factor(self, is_crowded: bool) -> float:
+        return self.crowded_messages if is_crowded else 1.0
+
 
 @dataclass(frozen=True)
 class Work:
@@ -151,8 +157,8 @@ class SimulatedWorker:
             )
             misses += len(exchange.load)
         software_s = costs.call_s + len(keys) * costs.expert_s + (num_rows - len(keys)) * costs.expert_row_s
-        factor = self._factor * (costs.crowded_work if is_crowded else 1.0)
-        frame_s = self._frame_s * (costs.crowded_messages if is_crowded else 1.0)
+        factor = self._factor * costs.work_factor(is_crowded)
+        frame_s = self._frame_s * costs.message_factor(is_crowded)
         compute_s = factor * software_s + len(keys) * nbytes / node.expert_bytes_s
         read_s = misses * nbytes / node.disk_bytes_s
         return Work(frame_s + max(compute_s, read_s), len(keys), misses)

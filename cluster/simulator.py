@@ -185,7 +185,7 @@ class Simulation:
 
     def _own_s(self, seconds: float) -> float:
         """Of the router's own work."""
-        seconds *= self._costs.crowded_work if self._is_crowded else 1.0
+        seconds *= self._costs.work_factor(self._is_crowded)
         self.report.router_s += seconds
         return seconds
 
@@ -196,7 +196,7 @@ class Simulation:
 
     def _job(self, node_id: str, share: _Share, work: Work) -> Job:
         message_s = self._costs.message_s + share.rows * self._costs.message_row_s
-        message_s *= self._costs.crowded_messages if self._is_crowded else 1.0
+        message_s *= self._costs.message_factor(self._is_crowded)
         self.report.messages_s += message_s
         row_bytes = self._shape.row_bytes
         return Job(node_id, work.compute_s, message_s, share.tokens * row_bytes, share.rows * row_bytes)

@@ -129,6 +129,31 @@ def test_actors_of_one_machine_share_its_speed(model: ModelSizes) -> None:
     assert {holding.seat.round_trip_s for holding in held[1:]} == {1e-4}
 
 
+@pytest.mark.parametrize("num_cores, is_crowded", [(3, False), (2, True)])
+def test_crowded_machine_slows_work_and_messages_and_computes_one_after_another(
+    model: ModelSizes, num_cores: int, is_crowded: bool
+) -> None:
+    topology = Topology(
+        (replace(machine("a", speed=float("inf"), round_trip_s=0.0), num_cores=num_cores),), "a"
+    )
+    keys = list(model.expert_sizes())
+    own = RouterCosts(step_s=1e-3, row_s=0.0, layer_s=0.0, layer_row_s=0.0)
+    plain = Costs(own, own, call_s=0.0, expert_s=0.0, expert_row_s=0.0, message_s=0.0)
+    crowding = {"crowded_work": 2.0, "crowded_messages": 3.0, "overlap": 0.25}
+
+    def step_s(**costs: float) -> float:
+        plan, demand = plan_local(keys, 2), model.uniform_demand()
+        result = forecast(plan, topology, demand, model, costs=replace(plain, **crowding, **costs))
+        return 1.0 / result.tokens_per_s[1] - result.backbone_s
+
+    own_s = step_s()
+    assert own_s == pytest.approx(2e-3 if is_crowded else 1e-3, rel=0.01)  # and answers on their way
+    messages = forecast_of(plan_local(keys, 2), topology, model).traffic.messages
+    assert step_s(message_s=1e-3) - own_s == pytest.approx(messages * (3e-3 if is_crowded else 1e-3))
+    called_s, calling_s = step_s(call_s=1e-3) - own_s, step_s(frame_s=1e-3) - own_s
+    assert called_s == pytest.approx(calling_s * (2.0 * (0.25 + 0.75 * 2) / 3.0 if is_crowded else 1.0))
+
+
 def test_group_without_an_actor_is_computed_by_the_router(model: ModelSizes) -> None:
     topology = Topology((machine("a"),), "a")
     keys = tuple(sorted(model.expert_sizes()))
