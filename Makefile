@@ -66,6 +66,7 @@ bench: bench-peers
 	$(BIN)/python -m benchmarks.bench_extract --keep
 	$(BIN)/python -m benchmarks.bench_batch --keep
 	$(BIN)/python -m benchmarks.bench_budget --rounds 5 --tokens 48 --keep
+	$(BIN)/python -m benchmarks.bench_chunks --keep
 	$(BIN)/python -m benchmarks.bench_prefetch --rounds 3 --tokens 24 --keep
 	$(BIN)/python -m benchmarks.bench_rss --keep
 	$(BIN)/python -m benchmarks.bench_scoring --layers 4 --steps 30 --keep

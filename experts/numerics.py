@@ -82,6 +82,12 @@ class RowKernel:
             return f"blocks{self.row_multiple}{'-grouped' if self.is_grouped else ''}-1"
         return f"native-{self.level}-{VERSION}" if self.product == "native" else f"{self.product}-1"
 
+    @property
+    def most_rows(self) -> int | None:
+        """Of one step: for more nobody has proved that a row's bits stay the same. None: our own product sums every row
+        by itself, however many there are."""
+        return None if self.product == "native" else MANY_ROWS
+
     def padded(self, num_rows: int) -> int:
         """The number of rows that a buffer for `num_rows` must have."""
         return -(-num_rows // self.row_multiple) * self.row_multiple

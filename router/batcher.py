@@ -1,15 +1,15 @@
 """What the next step computes: a pure decision from facts. Called by `router.engine` before every step.
 
-Sequences that need one token are computed at once. Where there are such streams, prompts go beside them in a pass that
-pauses (`router.pace`); where there are none, with whatever else there is, in full chunks. When KV blocks run out, the
-youngest running sequence is preempted. Waiting sequences are admitted in order of arrival, preempted ones before new
-ones, while blocks for their prompt and a reserve are free.
+Sequences that need one token are computed at once. Prompts go beside them in a pass that pauses (`router.pace`), and
+short ones that come while it is on its way overtake it in a pass of their own. When KV blocks run out, the youngest
+running sequence is preempted. Waiting sequences are admitted in order of arrival, preempted ones before new ones, while
+blocks for their prompt and a reserve are free.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from router.kv_cache import blocks_for
 
@@ -18,8 +18,9 @@ from router.kv_cache import blocks_for
 class BatchLimits:
     """Bounds of one step and of the engine."""
 
-    max_batch_tokens: int = 512
-    """Token rows in a step. Also the longest chunk of a prompt."""
+    max_batch_tokens: int = 2048
+    """Token rows in a step. Also the longest chunk of a prompt: each reads the weights of nearly all experts, from the
+    disk where the memory does not hold them, so that few long ones are cheap."""
     max_running: int = 64
     max_waiting: int = 256
     """Open requests beyond `max_running`; one more is refused."""
@@ -27,7 +28,12 @@ class BatchLimits:
     """Positions beyond its known tokens for which a sequence must find blocks when it is admitted."""
 
     is_paced: bool = True
-    """Whether prompts let running streams go on (`router.pace`); without, work is done in the shortest time."""
+    """Whether prompts let running streams and short prompts go on (`router.pace`); without, work is done in the
+    shortest time."""
+
+    def with_most_rows(self, most: int | None) -> BatchLimits:
+        """The same with no more rows in a step; None is no bound."""
+        return self if most is None else replace(self, max_batch_tokens=min(self.max_batch_tokens, most))
 
     @property
     def max_open(self) -> int:
@@ -93,8 +99,8 @@ def plan_step(
     """Decide one step.
 
     running and waiting: oldest first; of those that wait none is asked for behind the first that does not fit.
-    num_free: KV blocks that nobody holds. most_paused: rows of prompts beside running streams, in a pass that pauses;
-    None where prompts may take whole steps.
+    num_free: KV blocks that nobody holds. most_paused: rows of prompts in a new pass that pauses, beside running
+    streams or a pass that is on its way, which it overtakes; None where no pass pauses.
     """
     kept, preempted, num_free = _preempt(running, num_free)
     admitted: list[SequenceFacts] = []
@@ -133,15 +139,26 @@ def _preempt(
 def _share_out(
     sequences: Sequence[SequenceFacts], most: int, most_paused: int | None
 ) -> tuple[list[Chunk], list[Chunk]]:
-    """Returns (rows computed at once, rows of a new pass that pauses), at most `most` each. A pass that pauses already
-    goes on instead of a new one."""
+    """Returns (rows computed at once, rows of a new pass that pauses), at most `most` each."""
     streams = [_chunk(facts, 1) for facts in sequences if facts.num_missing == 1 and not facts.is_in_pass]
     del streams[most:]
     prompts = [facts for facts in sequences if facts.num_missing > 1 and not facts.is_in_pass]
-    is_pass_open = any(facts.is_in_pass for facts in sequences)
-    if most_paused is None or not (streams or is_pass_open):
+    if most_paused is None:
         return [*streams, *_share_prompts(prompts, most - len(streams))], []
-    return streams, [] if is_pass_open else _share_prompts(prompts, min(most, most_paused))
+    if any(facts.is_in_pass for facts in sequences):
+        return streams, _take_shortest(prompts, min(most, most_paused))
+    return streams, _share_prompts(prompts, min(most, most_paused) if streams else most)
+
+
+def _take_shortest(prompts: Sequence[SequenceFacts], budget: int) -> list[Chunk]:
+    """Whole prompts: a part of one would overtake for nothing."""
+    chunks = []
+    for facts in sorted(prompts, key=lambda facts: facts.num_missing):
+        budget -= facts.num_missing
+        if budget < 0:
+            break
+        chunks.append(_chunk(facts, facts.num_missing))
+    return chunks
 
 
 def _share_prompts(prompts: Sequence[SequenceFacts], budget: int) -> list[Chunk]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 
@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 EXPERT_FAILED = "an expert could not be computed"
 """The error of every request in a step whose experts failed; none of them is to blame."""
+TURN_S = 0.25
+"""How long somebody who comes waits at most for a prompt beside which nobody ran."""
 
 
 @dataclass
@@ -77,7 +79,10 @@ class Engine:
         self._num_quarantined = 0
         self._waiting: OrderedDict[str, Sequence] = OrderedDict()
         self._running: OrderedDict[str, Sequence] = OrderedDict()
-        self._paused: StepPass | None = None
+        self._passes: list[StepPass] = []
+        """Those that pause: one of prompts, and maybe one of shorter ones that overtakes it."""
+        self.is_called: Callable[[], bool] = _never
+        """Whether somebody wants a step to end, to bring or cancel a request."""
         self.pace = Pace(len(backbone.layers))
 
     @property
@@ -144,8 +149,8 @@ class Engine:
 
     def _keep_for_pass(self, sequence: Sequence) -> None:
         """Leave an ended sequence's blocks to the pass that still writes to them."""
-        step = self._paused
-        if step is None or not step.has(sequence):
+        step = self._pass_of(sequence)
+        if step is None:
             return
         name = f"{sequence.name} in a pass of {id(step):x}"
         self.kv.leave_to(name, sequence)
@@ -154,8 +159,8 @@ class Engine:
             self._drop(step)
 
     def step(self) -> list[TokenEvent]:
-        """Compute one step for the sequences that fit, and some layers of a prompt's pass beside running streams.
-        Returns what is new for each request."""
+        """Compute one step for the sequences that fit, and of a prompt's pass what goes beside running streams, or all
+        of it. Returns what is new for each request."""
         started = time.perf_counter()
         self._doubt_prefixes()
         parents, held = self._match_groups()
@@ -164,9 +169,8 @@ class Engine:
         planned = time.perf_counter()
         events = self._compute(plan.chunks) if plan.chunks else []
         if plan.paused:
-            self._paused = self._begin(plan.paused)
-        if self._paused is not None:
-            events += self._compute_paused(self._paused, started, is_alone=not plan.chunks)
+            self._passes.append(self._begin(plan.paused))
+        events += self._compute_beside(started) if plan.chunks else self._compute_alone()
         self.stats.steps += 1
         self.stats.last_step_at = time.monotonic()
         self._add_phase("plan", planned - started)
@@ -198,14 +202,24 @@ class Engine:
             num_blocks = self.allocator.num_blocks_of(sequence.name)
             num_shared = self.allocator.num_shared(sequence.name) if is_scarce else 0
             facts = sequence.facts(num_blocks, num_shared)
-            if self._paused is not None and self._paused.has(sequence):
+            if self._passes and self._pass_of(sequence) is not None:
                 facts = replace(facts, is_in_pass=True)
             running.append(facts)
         waiting = self._waiting_facts(parents, held)
         most_paused = None
         if self.limits.is_paced and (self._waiting or any(facts.num_missing > 1 for facts in running)):
-            most_paused = self.pace.most_rows(self.limits.max_batch_tokens, self.backbone.divisible())
+            most_paused = self._most_paused()
         return plan_step(running, waiting, self.allocator.num_free, self.limits, most_paused)
+
+    def _most_paused(self) -> int:
+        """Rows of prompts in a new pass."""
+        if not self._passes:
+            return self.pace.most_rows(self.limits.max_batch_tokens, self.backbone.divisible())
+        if len(self._passes) > 1:
+            return 0
+        (slow,) = self._passes
+        layers_left = len(self.backbone.layers) - slow.forward.num_done
+        return self.pace.most_overtaking(slow.num_tokens, layers_left)
 
     def _waiting_facts(self, parents: Mapping[str, str], held: frozenset[str]) -> Iterator[SequenceFacts]:
         for sequence in self._waiting.values():
@@ -236,8 +250,8 @@ class Engine:
     def _preempt(self, name: str) -> None:
         """Take a running sequence's blocks; it goes to the front of the queue."""
         sequence = self._running.pop(name)
-        if self._paused is not None and self._paused.has(sequence):
-            self._drop(self._paused)  # it would write to blocks that are others' now
+        if (step := self._pass_of(sequence)) is not None:
+            self._drop(step)  # it would write to blocks that are others' now
         self.kv.swap_out(sequence)
         self._waiting[name] = sequence
         self._waiting.move_to_end(name, last=False)
@@ -281,20 +295,43 @@ class Engine:
                 return failed
         events = self._finish(step)
         if all(chunk.count == 1 for chunk in chunks):
-            is_beside = self._paused is not None
-            self.pace.note_streams(time.perf_counter() - started, len(chunks), is_beside=is_beside)
+            seconds = time.perf_counter() - started
+            self.pace.note_streams(seconds, len(chunks), is_beside=bool(self._passes))
         return events
 
-    def _compute_paused(self, step: StepPass, started: float, *, is_alone: bool) -> list[TokenEvent]:
-        """As much of a pass that pauses as running streams can wait for, at least some; all of it where nobody waits.
-        started: when the engine's step began."""
+    def _compute_beside(self, started: float) -> list[TokenEvent]:
+        """As much of the passes as running streams can wait for, at least some. started: when the step began."""
         until_s = max(started + (self.pace.longest_s or 0.0), time.perf_counter() + self.pace.least_s)
-        while not step.forward.is_done:
-            until_ns = None if is_alone else _monotonic_ns(until_s)
-            if failed := self._advance_pass(step, until_ns):
-                return failed
-            if not is_alone and not self._may_go_on(step, until_s - time.perf_counter()):
+        events: list[TokenEvent] = []
+        while self._passes:
+            step = self._passes[-1]
+            events += self._advance_pass(step, _monotonic_ns(until_s)) or self._end_pass(step)
+            if step.forward.is_in_half:
+                self.pace.note_pause(step.num_tokens, time.perf_counter() - until_s)
+            if self._passes and not self._may_go_on(self._passes[-1], until_s - time.perf_counter()):
                 break
+        return events
+
+    def _compute_alone(self) -> list[TokenEvent]:
+        """The last pass, where nobody waits for a step's end: all of it, or until somebody comes."""
+        if not self._passes:
+            return []
+        step = self._passes[-1]
+        while step in self._passes:
+            # Layers that take long let somebody in between; others are computed as quickly as they can be.
+            layer_s = self.pace.layer_s(step.num_tokens) or 0.0
+            until_s = time.perf_counter() + TURN_S
+            is_long = layer_s > TURN_S
+            if events := self._advance_pass(step, _monotonic_ns(until_s) if is_long else None):
+                return events
+            if events := self._end_pass(step):
+                return events
+            if self.is_called():
+                break
+        return []
+
+    def _end_pass(self, step: StepPass) -> list[TokenEvent]:
+        """What a pass gave, where it has come to its end."""
         if not step.forward.is_done:
             return []
         events = self._finish(step)
@@ -314,8 +351,12 @@ class Engine:
             self.reporter.abandon(step.forward.batch.routing.owners)
         for name in step.kept_tables:
             self.kv.free_left(name)
-        if self._paused is step:
-            self._paused = None
+        if step in self._passes:
+            self._passes.remove(step)
+
+    def _pass_of(self, sequence: Sequence) -> StepPass | None:
+        """That pauses with some of its rows."""
+        return next((step for step in self._passes if step.has(sequence)), None)
 
     def _is_running(self, sequence: Sequence) -> bool:
         return self._running.get(sequence.name) is sequence
@@ -470,6 +511,10 @@ def _draw_unfiltered(finishing: SequenceOf[Sequence], logits_LV: Tensor) -> dict
         chosen_SV = logits_LV if len(some) == len(finishing) else logits_LV[some]
         drawn.update(zip(some, sample_unfiltered(chosen_SV, params, positions), strict=True))
     return drawn
+
+
+def _never() -> bool:
+    return False
 
 
 def _monotonic_ns(moment_s: float) -> int:

@@ -52,6 +52,7 @@ class EngineThread:
         self.engine = engine
         self._sink = sink
         self._commands: queue.SimpleQueue[_Submit | _Cancel | None] = queue.SimpleQueue()
+        engine.is_called = lambda: not self._commands.empty()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._open: set[str] = set()
         self._admission = threading.Lock()

@@ -108,11 +108,11 @@ def weight_bytes(shapes: Mapping[str, Sequence[int]], config: ModelConfig, dtype
 
 
 def buffer_bytes(config: ModelConfig, dtype: torch.dtype, limits: BatchLimits, num_blocks: int) -> int:
-    """Bound on the tensors that a step holds beside weights and cache: the largest of its phases, the rows of a pass
-    that pauses meanwhile, and the library's own. Counts follow `router.backbone` and `experts.ffn`."""
+    """Bound on the tensors that a step holds beside weights and cache: the largest of its phases, the rows of
+    passes that pause meanwhile, and the library's own. Counts follow `router.backbone` and `experts.ffn`."""
     item, rows = dtype.itemsize, _rows(limits)
-    paused = limits.max_batch_tokens * config.hidden_size * 2 * item
-    paused += _half_a_layer(config, limits.max_batch_tokens, item)
+    most_paused = limits.max_batch_tokens * 3 // 2  # and half as many overtake them
+    paused = most_paused * config.hidden_size * 2 * item + _half_a_layer(config, most_paused, item)
     hidden = rows * config.hidden_size * (3 * item + 2 * FLOAT32_BYTES) + paused
     phases = (
         _attention(config, rows, num_blocks, item),

@@ -189,7 +189,8 @@ def load_engine(
     if options.prefetch:
         backbone.prefetcher = Prefetcher(backbone.layers, backbone.arithmetic, directory)
     pool = KvPool(config, num_kv_blocks(config, dtype, options), dtype, options.device)
-    engine = Engine(backbone, pool, options.limits, swap_budget_bytes=options.kv_budget_bytes)
+    limits = options.limits.with_most_rows(kernel.most_rows)
+    engine = Engine(backbone, pool, limits, swap_budget_bytes=options.kv_budget_bytes)
     stand_ins = None
     if config.moe_layers:
         shape = MoeShape(

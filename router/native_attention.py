@@ -44,9 +44,12 @@ class Places:
             needed = blocks_for(span.first + span.count)
             if span.first < 0 or span.count < 1 or needed > len(span.table) or min(span.table) < 0:
                 raise ValueError(f"{span.count} rows from position {span.first} in blocks {span.table}")
-            for position in range(span.first, span.first + span.count):
-                blocks.append(span.table[position // BLOCK_POSITIONS])
-                offsets.append(position % BLOCK_POSITIONS)
+            end = span.first + span.count
+            for index in range(span.first // BLOCK_POSITIONS, needed):
+                begin = index * BLOCK_POSITIONS
+                inside = range(max(span.first - begin, 0), min(end - begin, BLOCK_POSITIONS))
+                blocks.extend(array("q", (span.table[index],)) * len(inside))
+                offsets.extend(inside)
             numbers.extend((row, span.count, len(tables), span.first))
             tables.extend(span.table[:needed])
             row, most_blocks = row + span.count, max(most_blocks, needed)

@@ -21,9 +21,17 @@ LONGEST_STEPS = 2.25
 what takes longer than before, and for what is begun just before time is up."""
 LEAST_STEPS = 0.25
 """What a pass that pauses gets of every step all the same, where the streams have taken longer than before."""
+LATE_STEPS = 0.5
+"""How late the rows of a pass may let a pause come, likewise: its work is in pieces, which grow with them."""
+LATE_KEPT = 0.99
+"""Of the latest so far, after every pause."""
+SURE_ROWS = 512
+"""Of a pass that can pause in the middle of halves, however late."""
 FIRST_ROWS = 64
 """Rows of a prompt's pass while nothing is known of this machine."""
-CHOICES = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+CHOICES = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+OVERTAKING_SHARE = 0.25
+"""Of what is left of a pass: the most that one which overtakes it may take."""
 REMEMBERED = 9
 """Times of which the median counts."""
 MOST_SLOWED = 2.0
@@ -48,6 +56,8 @@ class Pace:
         """By a choice of rows, seconds of a layer."""
         self._halves: dict[Half, dict[int, deque[float]]] = {"attention": {}, "experts": {}}
         """The same of halves that cannot pause in the middle."""
+        self._late_s: float | None = None
+        """From when a pass was to pause in the middle of a half to when it did, at most of late, by rows."""
 
     def note_streams(self, seconds: float, num_streams: int = 1, *, is_beside: bool = False) -> None:
         """A step of so many running streams took so long. is_beside: while a prompt's pass pauses."""
@@ -62,6 +72,10 @@ class Pace:
     def note_half(self, half: Half, num_rows: int, seconds: float) -> None:
         """The same of half a layer that cannot pause in the middle."""
         _note(self._halves[half], num_rows, seconds)
+
+    def note_pause(self, num_rows: int, late_s: float) -> None:
+        """A pass of so many rows has paused in the middle of a half, so long after it was to."""
+        self._late_s = max(late_s / num_rows, LATE_KEPT * (self._late_s or 0.0))
 
     @property
     def longest_s(self) -> float | None:
@@ -94,12 +108,29 @@ class Pace:
         """Of prompts in a new pass that pauses, at most `most`. divisible: halves that can pause in the middle."""
         longest_s, whole = self.longest_s, tuple(half for half in self._halves if half not in divisible)
         if not whole:
-            return most
+            return self._most_punctual(most)
         if longest_s is None or not self._layers:
             return min(FIRST_ROWS, most)
         choices = [rows for rows in CHOICES if rows < most] + [most]
         room_s = longest_s * (1 - 1 / LONGEST_STEPS)
         return max(choices, key=lambda rows: self._rate(rows, whole, room_s))
+
+    def _most_punctual(self, most: int) -> int:
+        """At most so many rows that a pass of them still pauses in time."""
+        if self._late_s is None or self.longest_s is None:
+            return min(SURE_ROWS, most)
+        room_s = LATE_STEPS / LONGEST_STEPS * self.longest_s
+        return min(most, max(SURE_ROWS, int(room_s / max(self._late_s, 1e-9))))
+
+    def most_overtaking(self, num_rows: int, layers_left: int) -> int:
+        """Of prompts that overtake a pass of so many rows: 0 where none is worth it. layers_left: of that pass. Where
+        experts are read from disk, few rows take nearly as long as many, and wait."""
+        layer_s = self.layer_s(num_rows)
+        if layer_s is None:
+            return 0
+        room_s = OVERTAKING_SHARE * layers_left * layer_s
+        fewer = (rows for rows in CHOICES if rows <= num_rows // 2)
+        return max((rows for rows in fewer if self._num_layers * self._layer_s(rows) <= room_s), default=0)
 
     def _rate(self, num_rows: int, whole: tuple[Half, ...], room_s: float) -> float:
         """Rows a second in a pass of so many, streams' steps included; those that do not fit come last. whole: halves

@@ -6,6 +6,7 @@ writes to.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
@@ -120,7 +121,7 @@ def _batch(
     routing: StepRouting,
 ) -> StepBatch:
     spans, lengths = [], []
-    ids: list[int] = []
+    ids = array("q")
     logit_rows: list[int] = []
     scored_rows: list[int] = []
     probed_rows: list[int] = []
@@ -143,7 +144,7 @@ def _batch(
             logit_rows.append(len(ids) - 1)
     return StepBatch(
         tuple(spans),
-        torch.tensor(ids),
+        torch.frombuffer(ids, dtype=torch.int64),
         _positions(rows),
         tuple(logit_rows),
         embeddings,
@@ -159,7 +160,10 @@ def _batch(
 def _positions(rows: SequenceOf[PassRows]) -> Tensor:
     """(3, T) rotary positions."""
     if all(part.sequence.inputs.positions_3P is None for part in rows):
-        return torch.tensor([p for part in rows for p in range(part.chunk.first, part.end)]).expand(3, -1)
+        positions = array("q")
+        for part in rows:
+            positions.extend(range(part.chunk.first, part.end))
+        return torch.frombuffer(positions, dtype=torch.int64).expand(3, -1)
     return torch.cat([part.sequence.positions(part.chunk.first, part.chunk.count) for part in rows], dim=1)
 
 

@@ -113,18 +113,26 @@ class SmallestPace(Pace):
     """Prompts have few rows and pause wherever they can, whatever the clock says."""
 
     longest_s: float = 0.0  # type: ignore[assignment]
+    overtaking = 0
 
     def most_rows(self, most: int, divisible: frozenset[Half] = frozenset()) -> int:
         return 24
+
+    def most_overtaking(self, num_rows: int, layers_left: int) -> int:
+        return self.overtaking
 
     def may_go_on(self, half: Half, num_rows: int, left_s: float) -> bool:
         return False
 
 
-def pause_prompts(engine: Engine, *, within_halves: bool = True) -> None:
-    """Let prompts go beside running streams in the smallest pieces, or pausing between halves of layers only."""
+def pause_prompts(engine: Engine, *, within_halves: bool = True, overtaking: int = 0) -> None:
+    """Let prompts go beside running streams in the smallest pieces, or pausing between halves of layers only.
+    overtaking: rows that may overtake a pass, which somebody who comes finds on its way even without streams."""
     engine.limits = replace(engine.limits, is_paced=True)
-    engine.pace = SmallestPace(engine.backbone.config.num_layers)
+    engine.pace = pace = SmallestPace(engine.backbone.config.num_layers)
+    pace.overtaking = overtaking
+    if overtaking:
+        engine.is_called = lambda: True
     if not within_halves:
         engine.pace.longest_s = 1e6
 

@@ -90,7 +90,7 @@ def serve(
     ] = None,
     max_num_seqs: Annotated[Number, typer.Option(help="Requests computed at the same time. [64]")] = None,
     max_queue: Annotated[Number, typer.Option(help="Requests that wait; more get 429. [256]")] = None,
-    max_batch_tokens: Annotated[Number, typer.Option(help="Token rows in a step. [512]")] = None,
+    max_batch_tokens: Annotated[Number, typer.Option(help="Token rows in a step. [2048]")] = None,
     kv_budget: Annotated[
         Word, typer.Option(metavar="SIZE", help="Memory for keys and values, such as 512MiB. [1GiB]")
     ] = None,

@@ -26,8 +26,9 @@ from router.errors import WeightsInvalid
 from router.routing_choice import POLICIES, PolicyName
 from router.scoring import DEFAULT_PRESET, PRESETS, SnarcWeights, read_weights
 
-PROVEN_BATCH_TOKENS = 512
-"""Rows for which the self-test at start proves exactness (docs/exactness.md)."""
+MOST_SEQUENCES = 512
+"""As many rows the self-test at start proves to be exact with products that are not our own (docs/exactness.md)."""
+BATCH_TOKENS, MOST_BATCH_TOKENS = 2048, 8192
 DEFAULT_AUDIT_SHARE = 1e-4
 """An actor that is always wrong is found within 46,000 answers, some minutes of decoding, for a ten-thousandth of the
 experts' work (docs/serving.md)."""
@@ -137,9 +138,9 @@ class OptionValues(BaseModel):
     max_model_len: int | None = Field(
         None, ge=2, le=2**31 - 1, description="a whole number of tokens from 2 to the model's context"
     )
-    max_num_seqs: int = _whole(1, PROVEN_BATCH_TOKENS, 64)
+    max_num_seqs: int = _whole(1, MOST_SEQUENCES, 64)
     max_queue: int = _whole(0, 65536, 256)
-    max_batch_tokens: int = _whole(1, PROVEN_BATCH_TOKENS, PROVEN_BATCH_TOKENS)
+    max_batch_tokens: int = _whole(1, MOST_BATCH_TOKENS, BATCH_TOKENS)
     kv_budget: Size = Field(2**30, description="a size such as 512MiB or 2GiB")
     eviction: Eviction = Field(DEFAULT_EVICTION, description="lfu, lru or trust")
     prefetch: bool = Field(False, description="true or false")

@@ -22,11 +22,11 @@ from gateway.errors import OptionInvalid
 from gateway.http.api_keys import NO_KEYS, KeyRing
 from gateway.http.routing_rules import NATIVE_ONLY, RoutingRules
 from gateway.service.option_values import (
+    BATCH_TOKENS,
     DEFAULT_AUDIT_SHARE,
     DEFAULT_REPLICAS,
     MAX_ACTORS,
     MAX_SHOWN_CHARS,
-    PROVEN_BATCH_TOKENS,
     CapacityMode,
     OptionValues,
 )
@@ -66,7 +66,7 @@ class ServiceOptions:
     """Most tokens of prompt and answer together; None means the model's context."""
     max_num_seqs: int = 64
     max_queue: int = 256
-    max_batch_tokens: int = PROVEN_BATCH_TOKENS
+    max_batch_tokens: int = BATCH_TOKENS
     kv_budget_bytes: int = 2**30
     eviction: Eviction = DEFAULT_EVICTION
     is_prefetching: bool = False

@@ -249,7 +249,7 @@ def test_unknown_key_is_named_with_the_nearest_known_one(name: str, nearest: str
         ("audit-share", True, "must be a number from 0 to 1"),
         ("max-model-len", 1, "must be a whole number of tokens"),
         ("max-num-seqs", 513, "from 1 to 512"),
-        ("max-batch-tokens", 513, "from 1 to 512"),
+        ("max-batch-tokens", 8193, "from 1 to 8192"),
         ("max-queue", -1, "from 0 to 65536"),
         ("served-model-name", [""], "must be a text or a list of texts"),
         ("served-model-name", ["a\x1b[2J"], "must be a text or a list of texts"),

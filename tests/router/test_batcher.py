@@ -87,15 +87,17 @@ def test_prompt_beside_a_stream_goes_into_a_pass_of_its_own() -> None:
 
 def test_prompts_without_streams_have_whole_steps() -> None:
     plan = plan_step([_prompt("p", 100, 8, 2)], [], 9, LIMITS, MOST_PAUSED)
-    assert (plan.chunks, plan.paused) == ((Chunk("p", 8, 32),), ())
+    assert (plan.chunks, plan.paused) == ((), (Chunk("p", 8, 32),))
 
 
-def test_open_pass_goes_on_before_another_begins() -> None:
+def test_short_prompts_overtake_an_open_pass_whole_and_shortest_first() -> None:
     in_pass = replace(_prompt("p", 100, 8, 2), is_in_pass=True)
-    plan = plan_step([in_pass, _decoding("d"), _prompt("q", 9, 0, 1)], [], 9, LIMITS, MOST_PAUSED)
-    assert (plan.chunks, plan.paused) == ((Chunk("d", 9, 1),), ())
-    plan = plan_step([in_pass, _prompt("q", 9, 0, 1)], [], 9, LIMITS, MOST_PAUSED)
-    assert (plan.chunks, plan.paused) == ((), ())
+    prompts = [_prompt("longest", 90, 0, 2), _prompt("long", 13, 0, 1), _prompt("short", 9, 0, 1)]
+    for streams in ((), (_decoding("d"),)):
+        plan = plan_step([in_pass, *streams, *prompts], [], 9, replace(LIMITS, max_running=9), MOST_PAUSED)
+        assert plan.chunks == tuple(Chunk(facts.name, 9, 1) for facts in streams)
+        assert plan.paused == (Chunk("short", 0, 9), Chunk("long", 0, 13))
+        assert plan_step([in_pass, *streams, *prompts], [], 9, LIMITS, 8).paused == ()
 
 
 def test_short_prompts_do_not_wait_for_a_long_one_nor_it_for_them() -> None:

@@ -477,6 +477,66 @@ def test_stream_gets_a_token_in_every_step_beside_a_prompt_that_pauses(loaded: L
     assert_same_bits(engine.outcome, _alone(loaded, _request("stream", 5, 60), prompt))
 
 
+@pytest.mark.parametrize("has_stream", [False, True])
+def test_short_prompts_overtake_a_long_one_with_the_bits_of_each_alone(
+    loaded: LoadedEngine, has_stream: bool
+) -> None:
+    """Twice: one that comes while the long one's pass is on its way, and one more while that is."""
+    engine = _beside_a_stream(loaded) if has_stream else small_engine(loaded, 12)
+    pause_prompts(engine, overtaking=12)
+    requests = [_request("long", 90, 4), _request("short", 9, 5), _request("shortest", 7, 3)]
+    for request in requests:
+        engine.submit(request)
+        engine.step()
+    while "long" not in engine.outcome.tokens:
+        assert len(engine._passes) <= 2
+        engine.step()
+    assert all(len(engine.outcome.tokens[name]) > 1 for name in ("short", "shortest"))
+    streams = [_request("stream", 5, 60)] if has_stream else []
+    assert_same_bits(_finish(engine), _alone(loaded, *streams, *requests))
+
+
+def test_prompt_that_is_no_shorter_waits_for_the_pass(loaded: LoadedEngine) -> None:
+    engine = small_engine(loaded, 12)
+    pause_prompts(engine, overtaking=12)
+    requests = [_request("first", 20, 2), _request("second", 13, 2)]
+    for request in requests:
+        engine.submit(request)
+        engine.step()
+    while "first" not in engine.outcome.tokens:
+        assert "second" not in engine.outcome.tokens
+        engine.step()
+    assert_same_bits(_finish(engine), _alone(loaded, *requests))
+
+
+def test_overtaken_pass_may_lose_its_request(loaded: LoadedEngine) -> None:
+    engine = _beside_a_stream(loaded)
+    pause_prompts(engine, overtaking=12)
+    used = engine.allocator.num_used
+    for name, length in (("long", 90), ("short", 9)):
+        engine.submit(_request(name, length, 3))
+        engine.step()
+    assert [step.num_tokens for step in engine._passes] == [24, 9]
+    engine.cancel("long")
+    assert [step.num_tokens for step in engine._passes] == [9]
+    outcome = _finish(engine)
+    assert engine.allocator.num_used == 0 < used
+    assert_same_bits(outcome, _alone(loaded, _request("stream", 5, 60), _request("short", 9, 3)))
+
+
+def test_long_prompt_alone_goes_on_until_somebody_comes(loaded: LoadedEngine) -> None:
+    engine = small_engine(loaded, 12)
+    pause_prompts(engine)
+    engine.submit(_request("prompt", 20, 1))
+    engine.is_called = lambda: True
+    engine.step()
+    (step,) = engine._passes
+    assert 0 < step.forward.num_done < loaded.config.num_layers
+    engine.is_called = lambda: False
+    engine.step()
+    assert not engine._passes and len(engine.outcome.tokens["prompt"]) == 1
+
+
 def test_pass_ends_at_once_when_its_streams_have_ended(loaded: LoadedEngine) -> None:
     engine = _beside_a_stream(loaded)
     engine.submit(_request("prompt", 20, 2))

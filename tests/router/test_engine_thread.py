@@ -103,6 +103,25 @@ def test_requests_from_many_threads_all_get_their_tokens(
     assert thread.num_open == 0
 
 
+def test_step_is_called_while_a_command_waits(engine: GatedEngine, sink: Sink) -> None:
+    thread = EngineThread(engine, sink)
+    assert not engine.is_called()
+    thread.start()
+    thread.submit(_request("a"))
+    sink.wait_for_ends("a")
+    assert not engine.is_called()
+    engine.gate.clear()
+    engine.entered.clear()
+    thread.submit(_request("b"))
+    assert engine.entered.wait(TIMEOUT_S)
+    thread.submit(_request("c"))
+    assert engine.is_called()
+    engine.gate.set()
+    sink.wait_for_ends("b", "c")
+    assert not engine.is_called()
+    thread.stop()
+
+
 def test_cancelled_request_ends_with_that_reason_and_once(thread: EngineThread, sink: Sink) -> None:
     thread.submit(_request("long", 5, 200))
     sink.wait(lambda sink: bool(sink.tokens.get("long")))

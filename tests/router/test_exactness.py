@@ -191,6 +191,7 @@ def test_chunked_prefill_equals_whole(
     _check(root, EngineOptions(dtype=dtype, limits=limits), requests, reference)
 
 
+@pytest.mark.parametrize("overtaking", [0, 70])
 @pytest.mark.parametrize("budget_bytes", [None, 1 << 18])
 def test_prefill_that_pauses_equals_whole(
     root: Path,
@@ -198,10 +199,12 @@ def test_prefill_that_pauses_equals_whole(
     requests: list[GenerationRequest],
     reference: Outcome,
     budget_bytes: int | None,
+    overtaking: int,
 ) -> None:
-    """Under a budget a layer's experts are computed one after another, with steps of the streams between them."""
+    """Under a budget a layer's experts are computed one after another, with steps of the streams between them.
+    overtaking: rows of prompts that overtake a pass."""
     loaded = open_engine(root, EngineOptions(dtype=dtype, expert_budget_bytes=budget_bytes))
-    pause_prompts(loaded.engine)
+    pause_prompts(loaded.engine, overtaking=overtaking)
     assert_same_bits(run_to_end(loaded.engine, requests, JOIN_AT), reference)
     loaded.close()
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from router.pace import CHOICES, FIRST_ROWS, LONGEST_STEPS, Pace
+from router.pace import CHOICES, FIRST_ROWS, LATE_STEPS, LONGEST_STEPS, SURE_ROWS, Pace
 from router.step_batch import Half
 
 STREAM_S = 0.010
 MOST = 512
+BOTH: frozenset[Half] = frozenset({"attention", "experts"})
 
 
 def _pace(num_layers: int, layer_s: dict[int, float]) -> Pace:
@@ -28,9 +29,21 @@ def test_nothing_known_means_few_rows_and_half_a_layer_a_step() -> None:
 
 
 def test_halves_that_pause_in_the_middle_take_full_chunks_whatever_they_cost() -> None:
-    both: frozenset[Half] = frozenset({"attention", "experts"})
-    assert Pace(6).most_rows(MOST, both) == MOST
-    assert _pace(6, {64: 100 * STREAM_S}).most_rows(MOST, both) == MOST
+    assert Pace(6).most_rows(MOST, BOTH) == MOST
+    assert _pace(6, {64: 100 * STREAM_S}).most_rows(MOST, BOTH) == MOST
+
+
+def test_passes_that_pause_in_time_may_have_more_rows() -> None:
+    pace = _pace(6, {})
+    assert pace.most_rows(2048, BOTH) == SURE_ROWS, "nothing is known"
+    pace.note_pause(512, LATE_STEPS * STREAM_S / 2)
+    assert pace.most_rows(2048, BOTH) == pytest.approx(1024, abs=1)
+    assert pace.most_rows(700, BOTH) == 700
+    pace.note_pause(1024, 2 * LATE_STEPS * STREAM_S)
+    assert pace.most_rows(2048, BOTH) == SURE_ROWS
+    for _ in range(200):
+        pace.note_pause(512, -0.001)
+    assert pace.most_rows(2048, BOTH) == 2048, "what was late once is forgotten"
 
 
 def test_many_layers_that_each_fit_take_full_chunks() -> None:
@@ -57,6 +70,20 @@ def test_only_what_cannot_pause_has_to_fit() -> None:
 def test_where_not_even_a_layer_fits_the_cheapest_is_taken() -> None:
     pace = _pace(2, {8: 4 * STREAM_S, 64: 9 * STREAM_S})
     assert pace.most_rows(MOST) == CHOICES[0]
+
+
+def test_prompt_overtakes_what_takes_several_times_as_long() -> None:
+    pace = _pace(6, {16: 0.1, 64: 0.2, 256: 0.5, 1024: 1.0})
+    assert pace.most_overtaking(1024, 6) == 64, "a quarter of 6 layers of a second is more than 6 of 0.2"
+    assert pace.most_overtaking(1024, 3) == 16, "what is left of the pass counts"
+    assert pace.most_overtaking(1024, 1) == 0
+    assert Pace(6).most_overtaking(1024, 6) == 0, "nothing is known"
+
+
+def test_no_prompt_overtakes_where_few_rows_take_as_long_as_many() -> None:
+    """As where a pass reads all experts from disk."""
+    pace = _pace(6, dict.fromkeys(CHOICES, 1.0))
+    assert pace.most_overtaking(2048, 6) == 0
 
 
 def test_pass_goes_on_while_half_a_layer_more_fits() -> None:

@@ -292,7 +292,7 @@ def test_random_conversations_with_little_room_keep_their_bits(loaded: LoadedEng
     limits = BatchLimits(max_batch_tokens=96, max_running=5, admission_reserve=chance.choice((0, 8)))
     engine = _engine(loaded, 9, limits, chance.choice((0, 4)))
     if seed % 2:
-        pause_prompts(engine)
+        pause_prompts(engine, overtaking=(0, 70)[seed // 2])
     cancelled = set()
     for request in requests:
         engine.submit(request)

@@ -211,8 +211,7 @@ def test_prompts_of_every_choice_pause_beside_streams_and_keep_bits_counts_and_e
         for event in engine.step():
             earlier = merged.get(event.request_id)
             merged[event.request_id] = event if earlier is None else earlier.followed_by(event)
-        if engine._paused is not None:
-            was_paused |= {rows.sequence.name for rows in engine._paused.rows}
+        was_paused |= {rows.sequence.name for step in engine._passes for rows in step.rows}
     assert was_paused == set(choices)
     outcome: Outcome = engine.outcome  # type: ignore[attr-defined]
     for name, whole in alone.items():
