@@ -150,8 +150,13 @@ class ForwardPass:
         return self._num_done
 
     @property
+    def num_left(self) -> int:
+        """Layers that are not."""
+        return len(self._backbone.layers) - self._num_done
+
+    @property
     def is_done(self) -> bool:
-        return self._num_done == len(self._backbone.layers)
+        return self.num_left == 0
 
     @property
     def is_in_layer(self) -> bool:

@@ -19,16 +19,17 @@ from torch import Tensor
 from experts.errors import ExpertError
 from router.backbone import Backbone
 from router.batcher import BatchLimits, Chunk, SequenceFacts, StepPlan, admission_positions, plan_step
+from router.drawing import draw, draw_unfiltered
 from router.errors import PromptInvalid, QueueFull, RequestTooLong
 from router.kv_cache import KvPool, blocks_for
 from router.kv_room import KvRoom
 from router.logprobs import prompt_logprobs, token_logprob
+from router.open_passes import OpenPasses
 from router.pace import Pace
 from router.prompt_groups import match_members, shared_positions
 from router.request import FinishReason, GenerationRequest, TokenEvent
 from router.request_checks import check_request
 from router.routing_choice import RoutingReport
-from router.sampling import rows_together, sample, sample_unfiltered
 from router.sequence import NO_INPUTS, PromptInputs, Sequence
 from router.step_pass import PassRows, StepPass, begin_pass, hand_out_captured, score_probed
 from router.step_routing import NativePolicy, PromptProbe, RoutingPolicy, RoutingReporter, RoutingWatcher
@@ -79,8 +80,7 @@ class Engine:
         self._num_quarantined = 0
         self._waiting: OrderedDict[str, Sequence] = OrderedDict()
         self._running: OrderedDict[str, Sequence] = OrderedDict()
-        self._passes: list[StepPass] = []
-        """Those that pause: one of prompts, and maybe one of shorter ones that overtakes it."""
+        self._passes = OpenPasses()
         self.is_called: Callable[[], bool] = _never
         """Whether somebody wants a step to end, to bring or cancel a request."""
         self.pace = Pace(len(backbone.layers))
@@ -149,7 +149,7 @@ class Engine:
 
     def _keep_for_pass(self, sequence: Sequence) -> None:
         """Leave an ended sequence's blocks to the pass that still writes to them."""
-        step = self._pass_of(sequence)
+        step = self._passes.of(sequence)
         if step is None:
             return
         name = f"{sequence.name} in a pass of {id(step):x}"
@@ -169,7 +169,7 @@ class Engine:
         planned = time.perf_counter()
         events = self._compute(plan.chunks) if plan.chunks else []
         if plan.paused:
-            self._passes.append(self._begin(plan.paused))
+            self._passes.begin(self._begin(plan.paused))
         events += self._compute_beside(started) if plan.chunks else self._compute_alone()
         self.stats.steps += 1
         self.stats.last_step_at = time.monotonic()
@@ -202,24 +202,14 @@ class Engine:
             num_blocks = self.allocator.num_blocks_of(sequence.name)
             num_shared = self.allocator.num_shared(sequence.name) if is_scarce else 0
             facts = sequence.facts(num_blocks, num_shared)
-            if self._passes and self._pass_of(sequence) is not None:
+            if self._passes and self._passes.of(sequence) is not None:
                 facts = replace(facts, is_in_pass=True)
             running.append(facts)
         waiting = self._waiting_facts(parents, held)
         most_paused = None
         if self.limits.is_paced and (self._waiting or any(facts.num_missing > 1 for facts in running)):
-            most_paused = self._most_paused()
+            most_paused = self._passes.most_rows(self.limits, self.pace, self.backbone.divisible())
         return plan_step(running, waiting, self.allocator.num_free, self.limits, most_paused)
-
-    def _most_paused(self) -> int:
-        """Rows of prompts in a new pass."""
-        if not self._passes:
-            return self.pace.most_rows(self.limits.max_batch_tokens, self.backbone.divisible())
-        if len(self._passes) > 1:
-            return 0
-        (slow,) = self._passes
-        layers_left = len(self.backbone.layers) - slow.forward.num_done
-        return self.pace.most_overtaking(slow.num_tokens, layers_left)
 
     def _waiting_facts(self, parents: Mapping[str, str], held: frozenset[str]) -> Iterator[SequenceFacts]:
         for sequence in self._waiting.values():
@@ -250,7 +240,7 @@ class Engine:
     def _preempt(self, name: str) -> None:
         """Take a running sequence's blocks; it goes to the front of the queue."""
         sequence = self._running.pop(name)
-        if (step := self._pass_of(sequence)) is not None:
+        if (step := self._passes.of(sequence)) is not None:
             self._drop(step)  # it would write to blocks that are others' now
         self.kv.swap_out(sequence)
         self._waiting[name] = sequence
@@ -304,11 +294,11 @@ class Engine:
         until_s = max(started + (self.pace.longest_s or 0.0), time.perf_counter() + self.pace.least_s)
         events: list[TokenEvent] = []
         while self._passes:
-            step = self._passes[-1]
+            step = self._passes.next
             events += self._advance_pass(step, _monotonic_ns(until_s)) or self._end_pass(step)
             if step.forward.is_in_half:
                 self.pace.note_pause(step.num_tokens, time.perf_counter() - until_s)
-            if self._passes and not self._may_go_on(self._passes[-1], until_s - time.perf_counter()):
+            if self._passes and not self._may_go_on(self._passes.next, until_s - time.perf_counter()):
                 break
         return events
 
@@ -316,7 +306,7 @@ class Engine:
         """The last pass, where nobody waits for a step's end: all of it, or until somebody comes."""
         if not self._passes:
             return []
-        step = self._passes[-1]
+        step = self._passes.next
         while step in self._passes:
             # Layers that take long let somebody in between; others are computed as quickly as they can be.
             layer_s = self.pace.layer_s(step.num_tokens) or 0.0
@@ -351,12 +341,7 @@ class Engine:
             self.reporter.abandon(step.forward.batch.routing.owners)
         for name in step.kept_tables:
             self.kv.free_left(name)
-        if step in self._passes:
-            self._passes.remove(step)
-
-    def _pass_of(self, sequence: Sequence) -> StepPass | None:
-        """That pauses with some of its rows."""
-        return next((step for step in self._passes if step.has(sequence)), None)
+        self._passes.drop(step)
 
     def _is_running(self, sequence: Sequence) -> bool:
         return self._running.get(sequence.name) is sequence
@@ -382,7 +367,7 @@ class Engine:
             num_prompt = len(sequence.request.prompt_ids)
             self.stats.prompt_tokens += max(0, min(rows.end, num_prompt) - rows.chunk.first)
         finishing = [rows.sequence for rows in step.rows if rows.is_last]
-        drawn = _draw_unfiltered(finishing, output.logits_LV)
+        drawn = draw_unfiltered(finishing, output.logits_LV)
         for row, (sequence, best) in enumerate(zip(finishing, output.best_L, strict=True)):
             if self._is_running(sequence):
                 events.append(
@@ -431,7 +416,7 @@ class Engine:
                 is_mixed=sequence.is_mixed,
                 num_cached=num_cached,
             )
-        token = self._draw(sequence, logits_V, best) if drawn is None else drawn
+        token = draw(sequence, logits_V, best) if drawn is None else drawn
         sequence.append(token)
         self.stats.generated_tokens += 1
         if is_first:
@@ -455,13 +440,6 @@ class Engine:
             num_cached=num_cached,
             is_first=is_first,
         )
-
-    def _draw(self, sequence: Sequence, logits_V: Tensor, best: int) -> int:
-        sampling = sequence.request.sampling
-        drawable_V = sequence.drawable(logits_V)
-        if sampling.temperature == 0.0 and drawable_V is logits_V:
-            return best
-        return sample(drawable_V, sampling, sequence.num_generated)
 
     def _fail_non_finite(self, sequence: Sequence) -> TokenEvent:
         logger.error("request %s: non-finite logits", sequence.name)
@@ -490,27 +468,6 @@ class Engine:
 
     def _add_phase(self, phase: str, seconds: float) -> None:
         self.stats.phase_seconds[phase] = self.stats.phase_seconds.get(phase, 0.0) + seconds
-
-
-def _draw_unfiltered(finishing: SequenceOf[Sequence], logits_LV: Tensor) -> dict[int, int]:
-    """Row -> token, of the rows of which any token may be drawn from the logits as they are: several at once."""
-    most = rows_together(logits_LV.shape[1])
-    rows = [
-        row
-        for row, sequence in enumerate(finishing)
-        if (sampling := sequence.request.sampling).temperature
-        and not (sampling.has_filters or sampling.has_adjustments)
-    ]
-    if min(len(rows), most) < 2:
-        return {}
-    drawn: dict[int, int] = {}
-    for first in range(0, len(rows), most):
-        some = rows[first : first + most]
-        params = [finishing[row].request.sampling for row in some]
-        positions = [finishing[row].num_generated for row in some]
-        chosen_SV = logits_LV if len(some) == len(finishing) else logits_LV[some]
-        drawn.update(zip(some, sample_unfiltered(chosen_SV, params, positions), strict=True))
-    return drawn
 
 
 def _never() -> bool:
