@@ -43,7 +43,8 @@ TURN_STEPS = 4
 def measure_streams(watch: StepWatch, model: PeerModel, count: int, seed: int) -> dict[str, Any]:
     """Decode steps of `count` streams, and the bare products of the same steps."""
     engine = watch.loaded.engine
-    sampling = SamplingParams(max_tokens=STEPS + WARM_STEPS + 1, temperature=0.0)
+    # While the last prompts are computed, the first streams go on.
+    sampling = SamplingParams(max_tokens=STEPS + WARM_STEPS + count, temperature=0.0)
     for number, prompt in enumerate(model.prompts(count, STREAM_PROMPT, seed)):
         engine.submit(GenerationRequest(f"roofline-{count}-{number}", tuple(prompt), sampling))
     bare = BareStep(watch.loaded)

@@ -120,6 +120,8 @@ class StepWatch:
         """See `LayerClock`."""
         self._record.experts[layer] = dict(sorted(Counter(step.chosen).items()))
         spent = step.experts_s
+        if not spent:
+            return  # it was paused: its parts say nothing of phases
         self.clocks.gate += sum(spent[phase] for phase in ("norm", "gate", "route", "sort"))
         self.clocks.experts += spent["gate_up"] + spent["down"]
         self.clocks.combine += spent["combine"]
