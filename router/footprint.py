@@ -7,11 +7,12 @@ on what one step of a full batch has in memory at a time (docs/memory.md).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from experts.budget import ExpertBytes, measure_experts
+from experts.numerics import MANY_ROWS
 from experts.quantised import planned_form
 from experts.store import ExpertStore
 from extraction.manifest import ITEM_SIZES, Component
@@ -108,18 +109,25 @@ def weight_bytes(shapes: Mapping[str, Sequence[int]], config: ModelConfig, dtype
 
 
 def buffer_bytes(config: ModelConfig, dtype: torch.dtype, limits: BatchLimits, num_blocks: int) -> int:
-    """Bound on the tensors that a step holds beside weights and cache: the largest of its phases, the rows of
-    passes that pause meanwhile, and the library's own. Counts follow `router.backbone` and `experts.ffn`."""
+    """Bound on the tensors that a step holds beside weights and cache, and the library's own: of a full step while
+    nothing pauses, or of streams or a pass that overtakes, while one of as many rows pauses (`router.open_passes`)."""
+    rows = limits.max_batch_tokens
+    paused = rows * config.hidden_size * 2 * dtype.itemsize + _half_a_layer(config, rows, dtype.itemsize)
+    beside = _step(
+        config, dtype, replace(limits, max_batch_tokens=max(rows // 2, limits.max_running)), num_blocks
+    )
+    return LIBRARY_BYTES + max(_step(config, dtype, limits, num_blocks), paused + beside)
+
+
+def _step(config: ModelConfig, dtype: torch.dtype, limits: BatchLimits, num_blocks: int) -> int:
+    """The largest of its phases. Counts follow `router.backbone` and `experts.ffn`."""
     item, rows = dtype.itemsize, _rows(limits)
-    most_paused = limits.max_batch_tokens * 3 // 2  # and half as many overtake them
-    paused = most_paused * config.hidden_size * 2 * item + _half_a_layer(config, most_paused, item)
-    hidden = rows * config.hidden_size * (3 * item + 2 * FLOAT32_BYTES) + paused
     phases = (
         _attention(config, rows, num_blocks, item),
         _experts(config, rows, item),
         _head(config, limits, item),
     )
-    return LIBRARY_BYTES + hidden + max(phases)
+    return rows * config.hidden_size * (3 * item + 2 * FLOAT32_BYTES) + max(phases)
 
 
 def actor_buffer_bytes(config: ModelConfig, dtype: torch.dtype, limits: BatchLimits) -> int:
@@ -152,14 +160,16 @@ def _attention(config: ModelConfig, rows: int, num_blocks: int, item: int) -> in
 
 
 def _experts(config: ModelConfig, rows: int, item: int) -> int:
-    """Rows gathered, their gated projections, their answers sorted and summed in float32."""
-    expert_rows = rows * config.experts_per_token
+    """The larger of what a library's products leave, which have MANY_ROWS rows at most: rows gathered, their gated
+    projections, their answers sorted and summed in float32; and our own: answers in parts, joined, and looked at in
+    float32."""
+    widest, width = max(config.gated_widths(), default=0), config.hidden_size
+    gathered = min(rows, MANY_ROWS + BLOCK_POSITIONS) * config.experts_per_token
     if config.moe_layers:
-        padding = min(config.num_experts, expert_rows) * SHARED_GATE_ROWS
-        expert_rows += padding
-    widest = max(config.gated_widths(), default=0)
-    gated = expert_rows * widest * (4 * item + 2 * FLOAT32_BYTES)
-    return expert_rows * config.hidden_size * (4 * item + 2 * FLOAT32_BYTES) + gated
+        gathered += min(config.num_experts, gathered) * SHARED_GATE_ROWS
+    by_library = gathered * (width + widest) * (4 * item + 2 * FLOAT32_BYTES)
+    answered = rows * config.experts_per_token
+    return max(by_library, answered * (width * (2 * item + FLOAT32_BYTES) + widest * (item + FLOAT32_BYTES)))
 
 
 def _head(config: ModelConfig, limits: BatchLimits, item: int) -> int:
