@@ -25,11 +25,12 @@ from router.kv_room import KvRoom
 from router.logprobs import prompt_logprobs, token_logprob
 from router.pace import Pace
 from router.prompt_groups import match_members, shared_positions
+from router.prompt_inputs import NO_INPUTS, PromptInputs
 from router.request import FinishReason, GenerationRequest, TokenEvent
 from router.request_checks import check_request
 from router.routing_choice import RoutingReport
 from router.sampling import rows_together, sample, sample_unfiltered
-from router.sequence import NO_INPUTS, PromptInputs, Sequence
+from router.sequence import Sequence
 from router.step_pass import PassRows, StepPass, begin_pass, hand_out_captured, score_probed
 from router.step_routing import NativePolicy, PromptProbe, RoutingPolicy, RoutingReporter, RoutingWatcher
 
@@ -115,7 +116,7 @@ class Engine:
         check_request(request, config.vocab_size)
         if self.reporter is None and not request.routing.is_plain:
             raise ValueError("this engine has native routing only")
-        self._check_group(request)
+        self._check_group(request, inputs)
         inputs.validate(len(request.prompt_ids), config.num_layers, config.hidden_size)
         num_open = len(self._waiting) + len(self._running)
         if num_open >= self.limits.max_open:
@@ -125,12 +126,14 @@ class Engine:
             raise RequestTooLong(sequence.max_total, self.max_tokens_per_sequence)
         self._waiting[sequence.name] = sequence
 
-    def _check_group(self, request: GenerationRequest) -> None:
+    def _check_group(self, request: GenerationRequest, inputs: PromptInputs) -> None:
         """Sharing with another prompt would answer a question that nobody asked."""
         if request.group is None:
             return
         for other in (*self._running.values(), *self._waiting.values()):
-            if other.request.group == request.group and other.request.prompt_ids != request.prompt_ids:
+            if other.request.group != request.group:
+                continue
+            if (other.request.prompt_ids, other.inputs.media) != (request.prompt_ids, inputs.media):
                 raise PromptInvalid(f"its group {request.group[:64]!r} has another prompt")
 
     def cancel(self, request_id: str) -> bool:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from router.engine import Engine
 from router.errors import EngineStopped, QueueFull, RequestTooLong, RouterError
+from router.prompt_inputs import NO_INPUTS, PromptInputs
 from router.request import GenerationRequest, TokenEvent
-from router.sequence import NO_INPUTS, PromptInputs
 
 logger = logging.getLogger(__name__)
 
