@@ -11,7 +11,7 @@ import torch
 from router.loading import LoadedEngine
 from router.media.items import Image
 from tests.engines import Outcome, small_engine
-from tests.router.media.thinkers import Part, Published, image, request, sound
+from tests.omni import Part, Published, image, request, sound
 
 TEXT = (10, 20, 30, 40, 50)
 PROMPTS: dict[str, tuple[Part, ...]] = {

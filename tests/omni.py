@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Qwen3OmniMoeThinkerForConditionalGeneration, WhisperFeatureExtractor
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from router.loading import LoadedEngine
 from router.media.facts import MediaFacts
@@ -62,10 +60,13 @@ def request(
 class Published:
     """`transformers`, each image and sound preprocessed alone."""
 
-    model: Qwen3OmniMoeThinkerForConditionalGeneration
+    model: Any
+    """Qwen3OmniMoeThinkerForConditionalGeneration."""
 
     @classmethod
     def load(cls, checkpoint: Path, dtype: torch.dtype = torch.float32) -> Published:
+        from transformers import Qwen3OmniMoeThinkerForConditionalGeneration
+
         model = Qwen3OmniMoeThinkerForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype)
         return cls(model.eval())
 
@@ -81,6 +82,8 @@ class Published:
         return made
 
     def _pixels(self, images: Sequence[Image]) -> dict[str, torch.Tensor]:
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
         vision = self.model.config.vision_config
         processor = Qwen2VLImageProcessorPil(
             patch_size=vision.patch_size,
@@ -96,13 +99,15 @@ class Published:
     def greedy(self, asked: GenerationRequest) -> list[int]:
         inputs = self.inputs(asked)
         answer = self.model.generate(
-            **inputs, max_new_tokens=asked.sampling.max_tokens, do_sample=False, eos_token_id=-1
+            **inputs, max_new_tokens=asked.sampling.max_tokens, do_sample=False, eos_token_id=None
         )
         tokens: list[int] = answer[0, len(asked.prompt_ids) :].tolist()
         return tokens
 
 
 def _features(sounds: Sequence[Sound]) -> dict[str, torch.Tensor]:
+    from transformers import WhisperFeatureExtractor
+
     extractor = WhisperFeatureExtractor(feature_size=128, return_attention_mask=True)
     features = [
         extractor(
