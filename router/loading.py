@@ -31,6 +31,7 @@ from router.kv_cache import KvPool, blocks_for
 from router.linears import FLOAT, LinearForms, prove_linears
 from router.means_keeper import MeansKeeper, StandInOptions, keep_means
 from router.media.encoder import MediaEncoder
+from router.media.facts import read_media_facts
 from router.model_config import ModelConfig, read_model_config
 from router.output_means import OutputMeans
 from router.prefetch import Prefetcher
@@ -84,7 +85,7 @@ class EngineOptions:
     the snarc policy."""
     trust: TrustOptions | None = None
     """Whether and where trust is learned; None means that nobody watches."""
-    has_media: bool = True
+    has_media: bool = False
     """Whether images and sound are taken where the model does."""
     prefix_cache: bool = True
     """Whether keys and values of earlier requests are used again where a request begins alike (docs/serving.md)."""
@@ -212,9 +213,9 @@ def load_engine(
         engine.policy = engine.reporter = SteeredPolicy(shape, facts, options.snarc, means)
     if trust is not None:
         trust.attach(engine)
-    media = MediaEncoder(store, config, kernel, dtype) if options.has_media else None
-    if media is not None and not media.facts.kinds:
-        media = None
+    media = None
+    if options.has_media and read_media_facts(store.manifest, store.root).kinds:
+        media = MediaEncoder(store, config, kernel, dtype)
     loaded = LoadedEngine(
         engine, store, worker, directory, config, kernel, dtype, forms, trust, stand_ins, media
     )

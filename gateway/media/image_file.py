@@ -24,12 +24,14 @@ MOST_PIXELS = 1 << 24
 
 def decode_image(content: bytes, facts: ImageFacts) -> Image:
     """Raises MediumRefused."""
-    import PIL
+    import PIL.Image
 
     try:
         return _decode(content, facts)
     except MediumRefused:
         raise
+    except PIL.Image.DecompressionBombError as error:
+        raise MediumRefused(f"has too many pixels; at most {MOST_PIXELS} are taken") from error
     except PIL.UnidentifiedImageError as error:
         raise MediumRefused(f"is no image of a known format ({', '.join(FORMATS)})") from error
     except Exception as error:

@@ -79,10 +79,11 @@ def _read_samples(data: memoryview, form: _Form, most_seconds: float) -> NDArray
     for first in range(0, num_frames, FRAMES_AT_ONCE):
         end = min(first + FRAMES_AT_ONCE, num_frames)
         values = _as_numbers(data[first * form.frame_bytes : end * form.frame_bytes], form)
-        mono[first:end] = values.reshape(-1, form.channels).mean(axis=1)
-    if not np.isfinite(mono).all():
-        raise MediumRefused("has values that are no numbers")
-    return mono.clip(-1.0, 1.0)
+        mixed = values.reshape(-1, form.channels).mean(axis=1)
+        if not np.isfinite(mixed).all():
+            raise MediumRefused("has values that are no numbers")
+        mono[first:end] = mixed.clip(-1.0, 1.0)
+    return mono
 
 
 def _as_numbers(data: memoryview, form: _Form) -> NDArray[Any]:

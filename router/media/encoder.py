@@ -36,6 +36,10 @@ KEPT_BYTES = 256 << 20
 """Of encoded media: a dozen images of the largest size in a model of 2,048 wide rows."""
 
 
+MOST_WORK_BYTES = 512 << 20
+"""Taken at a time, in the published model's towers, by an image of the largest size or five minutes of sound."""
+
+
 @dataclass(frozen=True)
 class Encoded:
     """What stands for one medium."""

@@ -44,7 +44,7 @@ def dtype(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def loaded(omni_store: Path, dtype: str) -> Iterator[LoadedEngine]:
-    loaded = open_engine(omni_store, EngineOptions(dtype=dtype, prefix_cache=False))
+    loaded = open_engine(omni_store, EngineOptions(dtype=dtype, has_media=True, prefix_cache=False))
     yield loaded
     loaded.close()
 
@@ -116,7 +116,7 @@ def test_expert_budgets_change_no_bit(
     store.close()
     if dtype == "bfloat16":
         budget //= 2
-    loaded = open_engine(omni_store, EngineOptions(dtype=dtype, expert_budget_bytes=budget))
+    loaded = open_engine(omni_store, EngineOptions(dtype=dtype, has_media=True, expert_budget_bytes=budget))
     assert_same_bits(run_to_end(loaded.engine, requests, JOIN_AT, loaded.media), reference)
     loaded.close()
 
@@ -128,7 +128,7 @@ def test_experts_of_actors_change_no_bit(
         roster = stack.enter_context(expert_servers(omni_store, 2, dtype))
         loaded = open_engine(
             omni_store,
-            EngineOptions(dtype=dtype),
+            EngineOptions(dtype=dtype, has_media=True),
             lambda worker: RemoteDirectory(worker, roster, SECRET, limits=PATIENT),
         )
         assert_same_bits(run_to_end(loaded.engine, requests, JOIN_AT, loaded.media), reference)
