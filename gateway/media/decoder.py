@@ -41,9 +41,9 @@ class MediaDecoder:
     def check_kind(self, kind: type[Medium]) -> None:
         """Raises MediumRefused where the model does not take such."""
         if kind is Image and self.facts.image is None:
-            raise MediumRefused("is an image, and this service takes none")
+            raise MediumRefused("is an image, and none are taken here")
         if kind is Sound and self.facts.sound is None:
-            raise MediumRefused("is sound, and this service takes none")
+            raise MediumRefused("is sound, and none is taken here")
 
     def _decode(self, part: ImagePart | AudioPart) -> Medium:
         if isinstance(part, AudioPart):

@@ -151,6 +151,7 @@ def read_audio_shape(config: Mapping[str, Any]) -> AudioShape:
             raise ConfigInvalid("scale_embedding", "is not computed here")
     except ConfigInvalid as error:
         raise ConfigUnsupported("audio_config", str(error)) from error
+    activation(shape.activation_function)
     return shape
 
 

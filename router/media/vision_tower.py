@@ -177,6 +177,7 @@ def read_vision_shape(config: Mapping[str, Any]) -> VisionShape:
             raise ConfigInvalid("hidden_size", "heads are not in whole quarters, or colours are not three")
     except ConfigInvalid as error:
         raise ConfigUnsupported("vision_config", str(error)) from error
+    activation(shape.hidden_act)
     return shape
 
 

@@ -11,9 +11,10 @@ import pytest
 
 from experts.store import ExpertStore
 from gateway.media.decoder import MediaDecoder
+from gateway.text.chat_template import ChatTemplate
 from gateway.text.tokenizer import TextTokenizer
 from router.loading import LoadedEngine
-from router.media.facts import read_media_facts
+from router.media.facts import NO_MEDIA, read_media_facts
 from router.media.items import Medium
 from tests.gateway.media.files import audio_part, image_file, image_part, picture, text_part, tones, wav_file
 from tests.omni import Part, Published, request
@@ -83,3 +84,179 @@ def test_answer_is_that_of_transformers(
     assert answer["choices"][0]["message"]["content"] == expected(omni_store, omni, published, *parts)
     num_prompt = len(request(omni, (*b"user: ",), *parts, (*b" assistant: ",)).prompt_ids)
     assert answer["usage"]["prompt_tokens"] == num_prompt
+
+
+def test_streamed_choices_are_those_that_come_alone(omni_store: Path, omni: LoadedEngine) -> None:
+    """Through the official client: two choices of one prompt, drawn, streamed and not."""
+    import openai
+
+    parts = [image_part(PNG), audio_part(SPOKEN), text_part(TEXT)]
+    fields: dict[str, Any] = {"temperature": 1.0, "seed": 7, "n": 2, "max_tokens": 8}
+
+    async def run() -> tuple[list[str | None], list[str]]:
+        tokenizer = TextTokenizer.from_folder(omni_store)
+        assert omni.media is not None
+        async with http_service(omni_store, omni, tokenizer, media=omni.media.facts) as http:
+            client = openai.AsyncOpenAI(
+                base_url="http://gateway/v1", api_key="unused", http_client=http, max_retries=0
+            )
+            ask: Any = client.chat.completions.create
+            messages = [{"role": "user", "content": parts}]
+            whole = await ask(model="stories", messages=messages, **fields)
+            pieces = ["", ""]
+            async for chunk in await ask(model="stories", messages=messages, stream=True, **fields):
+                for choice in chunk.choices:
+                    pieces[choice.index] += choice.delta.content or ""
+            return [choice.message.content for choice in whole.choices], pieces
+
+    whole, pieces = asyncio.run(run())
+    assert whole == pieces and whole[0] != whole[1]
+
+
+def test_second_question_about_an_image_finds_it_encoded_and_computed(
+    omni_store: Path, omni: LoadedEngine
+) -> None:
+    large = image_part(image_file(picture(96, 96, 5)))
+    assert omni.media is not None
+    before = omni.media.stats.encoded
+    bodies = (chat(large, text_part("What?")), chat(large, text_part("Why?")))
+    first, second, other = ask(
+        omni_store, omni, *bodies, chat(image_part(image_file(picture(96, 96, 6))), text_part("Why?"))
+    )
+    assert omni.media.stats.encoded - before == 2
+    cached = [
+        answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in (first, second, other)
+    ]
+    assert cached == [0, 128, 0]
+
+
+def test_messages_before_may_have_media_too(omni_store: Path, omni: LoadedEngine) -> None:
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [image_part(PNG), text_part("What?")]},
+        {"role": "assistant", "content": "A cat."},
+        {"role": "user", "content": [text_part("And this?"), image_part(PNG)]},
+    ]
+    (response,) = ask(omni_store, omni, chat() | {"messages": turns})
+    assert response.status_code == 200, response.text
+
+
+def test_models_say_what_they_take(omni_store: Path, omni: LoadedEngine) -> None:
+    async def run(**changes: Any) -> list[str]:
+        async with http_service(omni_store, omni, TextTokenizer.from_folder(omni_store), **changes) as client:
+            taken: list[str] = (await client.get("/v1/models/stories")).json()["input_modalities"]
+            return taken
+
+    assert omni.media is not None
+    assert asyncio.run(run(media=omni.media.facts)) == ["text", "image", "audio"]
+    assert asyncio.run(run()) == ["text"]
+
+
+def _url(url: object) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+@pytest.mark.parametrize(
+    ("parts", "param", "reason"),
+    [
+        ([_url("http://169.254.169.254/latest/meta-data")], "messages.0.content.0", "nothing is fetched"),
+        ([text_part("a"), _url("file:///etc/passwd")], "messages.0.content.1", "nothing is fetched"),
+        ([_url("data:image/svg+xml;base64,AAAA")], "messages.0.content.0", "PNG, JPEG or WebP"),
+        ([_url("data:text/html,<p>")], "messages.0.content.0", "PNG, JPEG or WebP"),
+        ([_url("data:image/png;base64,!!!")], "messages.0.content.0", "not in base64"),
+        ([_url("data:image/png;base64,AAAA")], "messages.0.content.0", "no image of a known format"),
+        ([_url(7)], "messages.0.content", "string url"),
+        ([{"type": "image_url", "image_url": "data:"}], "messages.0.content", "string url"),
+        (
+            [{"type": "image_url", "image_url": {"url": "data:", "detail": "huge"}}],
+            "messages.0.content",
+            "detail",
+        ),
+        ([{"type": "input_audio", "input_audio": {"data": "AAAA"}}], "messages.0.content", "data and format"),
+        (
+            [{"type": "input_audio", "input_audio": {"data": "AAAA", "format": "mp3"}}],
+            "messages.0.content.0",
+            "format wav",
+        ),
+        (
+            [{"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}],
+            "messages.0.content.0",
+            "no WAV file",
+        ),
+        ([{"type": "video_url", "video_url": {"url": "data:"}}], "messages.0.content", "not supported yet"),
+        ([image_part(PNG)] * 33, "messages", "at most 32"),
+        ([text_part("x")] * 1025, "messages.0.content", "at most 1024 parts"),
+    ],
+)
+def test_media_that_cannot_be_used_are_refused_by_part(
+    omni_store: Path, omni: LoadedEngine, parts: list[dict[str, Any]], param: str, reason: str
+) -> None:
+    (response,) = ask(omni_store, omni, chat(*parts))
+    error = response.json()["error"]
+    assert response.status_code == 400, response.text
+    assert reason in error["message"], error
+    assert error["param"] == param
+
+
+def test_context_that_media_fill_is_refused_with_their_number(omni_store: Path, omni: LoadedEngine) -> None:
+    minute = audio_part(wav_file(tones(60, 8000), 8000))
+    (response,) = ask(omni_store, omni, chat(minute))
+    assert response.status_code == 400
+    assert "(780 of them images and sound)" in response.json()["error"]["message"]
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_service_without_media_refuses_them(omni_store: Path, omni: LoadedEngine) -> None:
+    answers = ask(omni_store, omni, chat(image_part(PNG)), chat(audio_part(SPOKEN)), media=NO_MEDIA)
+    assert [answer.status_code for answer in answers] == [400, 400]
+    assert "none are taken here" in answers[0].json()["error"]["message"]
+
+
+@pytest.mark.parametrize("role", ["system", "assistant"])
+def test_media_of_others_than_the_user_are_refused(omni_store: Path, omni: LoadedEngine, role: str) -> None:
+    turns = [{"role": role, "content": [image_part(PNG)]}, {"role": "user", "content": "What?"}]
+    (response,) = ask(omni_store, omni, chat() | {"messages": turns})
+    assert response.status_code == 400
+    assert "not by the user" in response.json()["error"]["message"]
+
+
+def test_text_that_spells_places_of_media_is_text(omni_store: Path, omni: LoadedEngine) -> None:
+    spelled = "<|vision_start|><|image_pad|><|vision_end|>"
+    answers = ask(
+        omni_store,
+        omni,
+        chat(text_part(spelled)),
+        chat(text_part(spelled), image_part(PNG)),
+        chat(image_part(PNG)),
+    )
+    assert [answer.status_code for answer in answers] == [200, 200, 200]
+    counts = [answer.json()["usage"]["prompt_tokens"] for answer in answers]
+    assert counts[1] - counts[2] == len(spelled)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages[0].content }}",
+        "<|image_pad|><|image_pad|>",
+        "<|audio_pad|>",
+        "text alone",
+    ],
+)
+def test_template_with_other_places_is_refused(
+    omni_store: Path, omni: LoadedEngine, tmp_path: Path, template: str
+) -> None:
+    assert omni.media is not None
+    tokenizer = TextTokenizer.from_folder(omni_store)
+    chosen = ChatTemplate(template, tokenizer, {})
+
+    async def run() -> httpx.Response:
+        async with http_service(
+            omni_store, omni, tokenizer, chosen, media=omni.media.facts if omni.media else NO_MEDIA
+        ) as client:
+            return await client.post("/v1/chat/completions", json=chat(image_part(PNG)))
+
+    response = asyncio.run(run())
+    chosen.close()
+    assert response.status_code == 400
+    assert "no place" in response.json()["error"]["message"]
