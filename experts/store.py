@@ -92,9 +92,6 @@ class ExpertStore:
         """Of experts, backbone and head."""
         return self.manifest.quantised
 
-    def has_component(self, name: str) -> bool:
-        return any(component.name == name for component in self.manifest.components)
-
     def component(self, name: str) -> Component:
         for component in self.manifest.components:
             if component.name == name:

@@ -6,7 +6,6 @@ on what one step of a full batch has in memory at a time (docs/memory.md).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,8 +21,8 @@ from router.batcher import BatchLimits
 from router.kv_cache import KvPool, blocks_for
 from router.linears import FLOAT, LinearForms, planned_linears
 from router.loading import EngineOptions, chosen_dtype, num_kv_blocks
-from router.media.encoder import KEPT_BYTES, MOST_WORK_BYTES
-from router.media.facts import AUDIO, VISION, read_media_facts
+from router.media.facts import FAMILY
+from router.media.sizes import media_bytes
 from router.model_config import SHARED_GATE_ROWS, ModelConfig, read_model_config
 from router.output_means import means_bytes
 from router.sampling import TOGETHER_BYTES
@@ -79,7 +78,9 @@ def measure_footprint(store: ExpertStore, options: EngineOptions) -> Footprint:
         stand_in_bytes=means_bytes(config.num_experts, config.hidden_size, len(config.moe_layers))
         if options.has_stand_ins
         else 0,
-        media_bytes=media_bytes(store, dtype) if options.has_media else 0,
+        media_bytes=media_bytes({part.name: part.config for part in store.manifest.components}, dtype)
+        if options.has_media and store.manifest.family == FAMILY
+        else 0,
     )
 
 
@@ -89,17 +90,6 @@ def backbone_bytes(
     """What `Backbone.nbytes` will be."""
     plain = {tensor.name: tensor.shape for tensor in component.tensors if tensor.dtype in ITEM_SIZES}
     return packed_backbone_bytes(config, forms) + weight_bytes(plain, config, dtype)
-
-
-def media_bytes(store: ExpertStore, dtype: torch.dtype) -> int:
-    """The towers, what is kept of what they made, and a bound on what the larger one holds while it computes; 0 of a
-    model without."""
-    kinds = read_media_facts(store.manifest, store.root).kinds
-    towers = [store.component(name) for name in (VISION, AUDIO) if store.has_component(name)]
-    if not kinds:
-        return 0
-    elements = sum(math.prod(tensor.shape) for tower in towers for tensor in tower.tensors)
-    return elements * dtype.itemsize + KEPT_BYTES + MOST_WORK_BYTES
 
 
 def packed_backbone_bytes(config: ModelConfig, forms: LinearForms) -> int:

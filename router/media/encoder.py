@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ class EncoderStats:
     found: int = 0
     seconds: float = 0.0
     tower_bytes: int = 0
-    kept_bytes: int = field(default=0)
+    kept_bytes: int = 0
 
 
 class MediaEncoder:

@@ -16,6 +16,7 @@ from router.loading import EngineOptions, LoadedEngine
 from router.media.audio_tower import read_audio_shape
 from router.media.encoder import KEPT_BYTES, MOST_WORK_BYTES, MediaEncoder
 from router.media.items import Image, PlacedMedium, Sound
+from router.media.sizes import media_bytes
 from router.media.vision_tower import read_vision_shape
 from tests.omni import image, request, sound
 
@@ -46,6 +47,14 @@ def test_footprint_counts_towers_what_is_kept_and_what_is_worked_with(omni_store
     assert measure_footprint(store, options).media_bytes == towers + KEPT_BYTES + MOST_WORK_BYTES
     assert measure_footprint(store, replace(options, has_media=False)).media_bytes == 0
     store.close()
+
+
+def test_published_towers_have_their_known_sizes() -> None:
+    """Of Qwen3-Omni-30B-A3B, whose index lists them."""
+    configs = {"vision": {"out_hidden_size": 2048}, "audio": {"output_dim": 2048}}
+    beside = KEPT_BYTES + MOST_WORK_BYTES
+    assert media_bytes({"vision": configs["vision"]}, torch.bfloat16) == 1_077_262_816 + beside
+    assert media_bytes({"audio": configs["audio"]}, torch.bfloat16) == 1_295_854_336 + beside
 
 
 def test_equal_media_are_encoded_once(omni: LoadedEngine) -> None:
