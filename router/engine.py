@@ -98,6 +98,11 @@ class Engine:
         """Host memory that preempted sequences hold."""
         return self.kv.swapped_bytes
 
+    @property
+    def num_waiting_with_media(self) -> int:
+        """Requests in the queue that hold what stands for their media. May be read on any thread."""
+        return sum(bool(sequence.inputs.embeddings) for sequence in tuple(self._waiting.values()))
+
     def open_requests(self) -> list[str]:
         """Ids of all requests that have not ended."""
         return [*self._running, *self._waiting]

@@ -22,6 +22,9 @@ from router.request import GenerationRequest, TokenEvent
 
 logger = logging.getLogger(__name__)
 
+MOST_WAITING_WITH_MEDIA = 4
+"""So many requests are encoded ahead of their turn: what stands for an image takes five times its pixels."""
+
 Sink = Callable[[Sequence[TokenEvent]], None]
 
 
@@ -65,9 +68,11 @@ class EngineThread:
         self._commands: queue.SimpleQueue[_Submit | _Encoded | _Cancel | None] = queue.SimpleQueue()
         self._encoding: EncodingThread | None = None
         if encoder is not None:
-            self._encoding = EncodingThread(encoder, self._is_preparing, self._take_encoded)
+            self._encoding = EncodingThread(encoder, self._is_preparing, self._has_room, self._take_encoded)
         self._preparing: set[str] = set()
         """Open requests that wait for their media."""
+        self._encoded: set[str] = set()
+        """Of these, those that the engine's thread will find next."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._open: set[str] = set()
         self._admission = threading.Lock()
@@ -152,20 +157,28 @@ class EngineThread:
         Returns False when told to stop."""
         while True:
             try:
-                command = self._commands.get(block=not (self.engine.has_work or self._is_reading))
+                goes_on = self._carry_out(
+                    self._commands.get(block=not (self.engine.has_work or self._is_reading))
+                )
             except queue.Empty:
                 if self.engine.has_work:
                     return True
                 self._is_reading = self.engine.backbone.directory.load_more()
                 continue
-            if command is None:
+            if not goes_on:
                 return False
-            if isinstance(command, _Submit):
-                self._submit_now(command.request, command.inputs)
-            elif isinstance(command, _Encoded):
-                self._submit_encoded(command)
-            elif self._end(command.request_id):
-                self._emit([TokenEvent(command.request_id, (), "cancelled")])
+
+    def _carry_out(self, command: _Submit | _Encoded | _Cancel | None) -> bool:
+        """False where it was the last. Apart, so that no request is held while there is no other."""
+        if command is None:
+            return False
+        if isinstance(command, _Submit):
+            self._submit_now(command.request, command.inputs)
+        elif isinstance(command, _Encoded):
+            self._submit_encoded(command)
+        elif self._end(command.request_id):
+            self._emit([TokenEvent(command.request_id, (), "cancelled")])
+        return True
 
     def _submit_now(self, request: GenerationRequest, inputs: PromptInputs) -> None:
         try:
@@ -175,15 +188,15 @@ class EngineThread:
 
     def _submit_encoded(self, command: _Encoded) -> None:
         name = command.request.request_id
-        if name not in self._preparing:  # it was cancelled meanwhile
-            return
-        if not self.engine.has_work:
-            self._busy_since = time.monotonic()
-        self._preparing.discard(name)
-        if isinstance(command.outcome, RouterError):
-            self._emit([TokenEvent(name, (), "error", str(command.outcome))])
-        else:
-            self._submit_now(command.request, command.outcome)
+        if name in self._preparing:  # it was not cancelled meanwhile
+            if not self.engine.has_work:
+                self._busy_since = time.monotonic()
+            self._preparing.discard(name)
+            if isinstance(command.outcome, RouterError):
+                self._emit([TokenEvent(name, (), "error", str(command.outcome))])
+            else:
+                self._submit_now(command.request, command.outcome)
+        self._encoded.discard(name)
 
     def _end(self, name: str) -> bool:
         """Whether it was there."""
@@ -196,8 +209,13 @@ class EngineThread:
         """On the encoding thread."""
         return name in self._preparing
 
+    def _has_room(self) -> bool:
+        """On the encoding thread."""
+        return len(self._encoded) + self.engine.num_waiting_with_media < MOST_WAITING_WITH_MEDIA
+
     def _take_encoded(self, request: GenerationRequest, outcome: PromptInputs | RouterError) -> None:
         """On the encoding thread."""
+        self._encoded.add(request.request_id)
         self._commands.put(_Encoded(request, outcome))
 
     def _fail_all(self, failure: str) -> None:

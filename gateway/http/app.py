@@ -78,10 +78,13 @@ def _add_generation_routes(
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
+        job, ignored = await prepared(request)
+        return await _answer(job.owned_by(request.state.owner), request, backend, ignored)
+
+    async def prepared(request: Request) -> tuple[Job, dict[str, str]]:
+        """Apart, so that the request with its encoded media is not held while the answer comes."""
         checked, ignored = await _read(ChatRequest, request, settings.limits)
-        job = await prepare_chat(checked, settings, backend.tokenizer, template, decoder)
-        job = job.owned_by(request.state.owner)
-        return await _answer(job, request, backend, ignored)
+        return await prepare_chat(checked, settings, backend.tokenizer, template, decoder), ignored
 
 
 def _add_feedback_route(app: FastAPI, limits: RequestLimits, backend: Backend) -> None:

@@ -102,7 +102,7 @@ async def prepare_chat(
     started_at = time.perf_counter()
     check_model(request.model, settings)
     _check_tokens(request, settings)
-    media = await decode_media(request.messages, decoder)
+    media = await decode_media(request.messages, decoder, settings.context_length)
     render = partial(template.render, request.messages, variant=request.chat_template)
     text = await asyncio.to_thread(render)
     _refuse_certainly_longer(text, "messages", settings, tokenizer)

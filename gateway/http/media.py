@@ -18,19 +18,32 @@ TEXT_ONLY = MediaDecoder(NO_MEDIA)
 CODE = "invalid_media"
 
 
-async def decode_media(messages: Sequence[Message], decoder: MediaDecoder) -> list[Medium]:
-    """In their order. Raises ApiError 400 that names the part."""
-    found = list(_media_parts(messages))
+async def decode_media(
+    messages: Sequence[Message], decoder: MediaDecoder, context_length: int
+) -> list[Medium]:
+    """In their order. Raises ApiError 400 that names the part, also of the first that is beyond the model's context;
+    RouterBusy where open requests have too many."""
+    found = _media_parts(messages)
+    if not found:
+        return []
     try:
         check_number(found)
     except MediumRefused as error:
         raise _refusal("messages", error) from error
     media: list[Medium] = []
-    for field, part in found:
-        try:
-            media.append(await decoder.decode(part))
-        except MediumRefused as error:
-            raise _refusal(field, error) from error
+    num_tokens = 0
+    with decoder.held.reserved(sum(part.num_chars for _, part in found)):
+        for field, part in found:
+            try:
+                media.append(await decoder.decode(part))
+            except MediumRefused as error:
+                raise _refusal(field, error) from error
+            num_tokens += decoder.facts.num_tokens(media[-1])
+            if num_tokens > context_length:
+                message = (
+                    f"The model's context is {context_length} tokens. Up to {field} media have {num_tokens}."
+                )
+                raise ApiError(400, message, param=field, code="context_length_exceeded")
     return media
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from gateway.media.errors import MediumRefused
+from gateway.media.held_bytes import HeldBytes
 from gateway.media.image_file import decode_image
 from gateway.media.parts import AudioPart, ImagePart
 from gateway.media.resampling import resample
@@ -23,6 +24,8 @@ MOST_MEDIA = 32
 """Of one request."""
 MOST_SECONDS = 300.0
 """Of one sound: 3,900 tokens."""
+MOST_HELD_BYTES = 1 << 30
+"""Of all open requests' media, decoded and still to be: 270 images of the largest size."""
 DATA_URL = re.compile(r"data:image/(?:png|jpeg|jpg|webp);base64,", re.IGNORECASE)
 
 
@@ -31,12 +34,15 @@ class MediaDecoder:
 
     def __init__(self, facts: MediaFacts) -> None:
         self.facts = facts
+        self.held = HeldBytes(MOST_HELD_BYTES)
         self._worker = ThreadPoolExecutor(1, "media")
 
     async def decode(self, part: ImagePart | AudioPart) -> Medium:
         """Beside the event loop. Raises MediumRefused."""
         self.check_kind(Image if isinstance(part, ImagePart) else Sound)
-        return await asyncio.get_running_loop().run_in_executor(self._worker, self._decode, part)
+        medium = await asyncio.get_running_loop().run_in_executor(self._worker, self._decode, part)
+        self.held.hold(medium)
+        return medium
 
     def check_kind(self, kind: type[Medium]) -> None:
         """Raises MediumRefused where the model does not take such."""

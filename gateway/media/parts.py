@@ -21,6 +21,10 @@ class ImagePart:
 
     url: str = field(repr=False)
 
+    @property
+    def num_chars(self) -> int:
+        return len(self.url)
+
 
 @dataclass(frozen=True)
 class AudioPart:
@@ -29,6 +33,10 @@ class AudioPart:
     data: str = field(repr=False)
     """Base64."""
     format: str
+
+    @property
+    def num_chars(self) -> int:
+        return len(self.data)
 
 
 Part = TextPart | ImagePart | AudioPart

@@ -21,6 +21,9 @@ from router.request import GenerationRequest
 
 logger = logging.getLogger(__name__)
 
+ROOM_INTERVAL_S = 0.02
+"""Between two questions whether there is room; shorter than a prompt with an image takes."""
+
 Encoded = Callable[[GenerationRequest, PromptInputs | RouterError], None]
 """Told of every request that was still wanted: what the engine is to be given, or why there is nothing."""
 
@@ -28,9 +31,18 @@ Encoded = Callable[[GenerationRequest, PromptInputs | RouterError], None]
 class EncodingThread:
     """Runs an encoder from `start` to `stop`."""
 
-    def __init__(self, encoder: MediaEncoder, is_wanted: Callable[[str], bool], on_encoded: Encoded) -> None:
-        """is_wanted: whether a request, by its id, was not cancelled. Both are called on this thread."""
-        self._encoder, self._is_wanted, self._on_encoded = encoder, is_wanted, on_encoded
+    def __init__(
+        self,
+        encoder: MediaEncoder,
+        is_wanted: Callable[[str], bool],
+        has_room: Callable[[], bool],
+        on_encoded: Encoded,
+    ) -> None:
+        """is_wanted: whether a request, by its id, was not cancelled. has_room: whether another one may be encoded now,
+        asked until it is. All three are called on this thread."""
+        self._encoder, self._on_encoded = encoder, on_encoded
+        self._is_wanted, self._has_room = is_wanted, has_room
+        self._is_stopping = threading.Event()
         self._requests: queue.SimpleQueue[GenerationRequest | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="media", daemon=True)
 
@@ -39,6 +51,7 @@ class EncodingThread:
 
     def stop(self) -> None:
         """End after the request in progress."""
+        self._is_stopping.set()
         self._requests.put(None)
         self._thread.join()
 
@@ -47,9 +60,18 @@ class EncodingThread:
 
     def _run(self) -> None:
         torch.set_num_threads(max(1, num_cores() // 2))  # of this thread's own products
-        while (request := self._requests.get()) is not None:
-            if self._is_wanted(request.request_id):
-                self._on_encoded(request, self._encode(request))
+        while self._serve(self._requests.get()):  # which holds no request while it waits for another
+            pass
+
+    def _serve(self, request: GenerationRequest | None) -> bool:
+        """False where it was the last."""
+        if request is None:
+            return False
+        while not self._has_room() and not self._is_stopping.wait(ROOM_INTERVAL_S):
+            pass
+        if self._is_wanted(request.request_id):
+            self._on_encoded(request, self._encode(request))
+        return True
 
     def _encode(self, request: GenerationRequest) -> PromptInputs | RouterError:
         try:

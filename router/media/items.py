@@ -22,6 +22,10 @@ class Image:
     width: int
     pixels: bytes = field(repr=False)
 
+    @property
+    def nbytes(self) -> int:
+        return len(self.pixels)
+
     @cached_property
     def digest(self) -> bytes:
         """Names it: equal ones are encoded alike."""
@@ -34,6 +38,10 @@ class Sound:
     """One channel of SAMPLE_RATE, float32 from -1 to 1, least significant byte first."""
 
     samples: bytes = field(repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.samples)
 
     @property
     def num_samples(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import httpx
 import pytest
 
 from experts.store import ExpertStore
+from gateway.media import decoder
 from gateway.media.decoder import MediaDecoder
 from gateway.text.chat_template import ChatTemplate
 from gateway.text.tokenizer import TextTokenizer
@@ -64,8 +66,8 @@ def expected(store: Path, omni: LoadedEngine, published: Published, *parts: Part
 
 def decoded(omni: LoadedEngine, content: bytes) -> Medium:
     assert omni.media is not None
-    decoder = MediaDecoder(omni.media.facts)
-    return decoder.sound(content) if content[:4] == b"RIFF" else decoder.image(content)
+    made = MediaDecoder(omni.media.facts)
+    return made.sound(content) if content[:4] == b"RIFF" else made.image(content)
 
 
 @pytest.mark.parametrize(
@@ -202,8 +204,36 @@ def test_context_that_media_fill_is_refused_with_their_number(omni_store: Path, 
     minute = audio_part(wav_file(tones(60, 8000), 8000))
     (response,) = ask(omni_store, omni, chat(minute))
     assert response.status_code == 400
-    assert "(780 of them images and sound)" in response.json()["error"]["message"]
+    assert "Up to messages.0.content.0 media have 780" in response.json()["error"]["message"]
     assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_media_that_leave_no_room_for_the_rest_are_counted(omni_store: Path, omni: LoadedEngine) -> None:
+    (response,) = ask(omni_store, omni, chat(audio_part(wav_file(tones(38, 8000), 8000)), text_part(TEXT)))
+    assert response.status_code == 400
+    assert "(494 of them images and sound)" in response.json()["error"]["message"]
+
+
+def test_too_many_media_of_open_requests_are_put_off(
+    omni_store: Path, omni: LoadedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoder, "MOST_HELD_BYTES", 2 * len(PNG))
+
+    async def run() -> list[httpx.Response]:
+        tokenizer = TextTokenizer.from_folder(omni_store)
+        assert omni.media is not None
+        async with http_service(omni_store, omni, tokenizer, media=omni.media.facts) as client:
+            path, body = "/v1/chat/completions", chat(image_part(PNG))
+            together = await asyncio.gather(*(client.post(path, json=body) for _ in range(6)))
+            # The engine knows who had rows in its last step, which here is in the same process.
+            assert (await client.post(path, json=chat(text_part(TEXT)))).status_code == 200
+            gc.collect()
+            return [*together, await client.post(path, json=body)]
+
+    *together, after = asyncio.run(run())
+    assert {answer.status_code for answer in together} == {200, 429}
+    assert all("Retry-After" in answer.headers for answer in together if answer.status_code == 429)
+    assert after.status_code == 200, "what was held was given back"
 
 
 def test_service_without_media_refuses_them(omni_store: Path, omni: LoadedEngine) -> None:

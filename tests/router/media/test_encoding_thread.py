@@ -9,12 +9,12 @@ from dataclasses import replace
 import pytest
 
 from experts.errors import StoreDamaged
-from router.engine_thread import EngineThread
+from router.engine_thread import MOST_WAITING_WITH_MEDIA, EngineThread
 from router.errors import PromptInvalid
 from router.loading import LoadedEngine
 from router.media.encoder import MediaEncoder
 from router.prompt_inputs import PromptInputs
-from router.request import GenerationRequest
+from router.request import GenerationRequest, TokenEvent
 from tests.engines import run_to_end, small_engine
 from tests.omni import image, request, sound
 from tests.router.test_engine_thread import Sink
@@ -108,6 +108,32 @@ def test_request_cancelled_while_it_is_encoded_ends_at_once(
     assert sink.ends["third"].finish_reason == "length"
     assert encoder.seen == ["first", "third"], "nothing is encoded for who has gone"
     assert thread.num_open == 0
+
+
+def test_only_some_requests_are_encoded_ahead_of_their_turn(
+    omni: LoadedEngine, encoder: GatedEncoder, sink: Sink
+) -> None:
+    """The engine has room for one at a time; all come to their end, in order."""
+    engine = small_engine(omni, 1)
+    thread = EngineThread(engine, sink, encoder)
+    most = 0
+    run = engine.step
+
+    def watched() -> list[TokenEvent]:
+        nonlocal most
+        most = max(most, engine.num_waiting_with_media)
+        return run()
+
+    engine.step = watched  # type: ignore[method-assign]
+    names = [f"r{number}" for number in range(3 * MOST_WAITING_WITH_MEDIA)]
+    thread.start()
+    for name in names:
+        thread.submit(request(omni, image(16, 24), TEXT, name=name, max_tokens=40))
+    sink.wait_for_ends(*names)
+    thread.stop()
+    assert {sink.ends[name].finish_reason for name in names} == {"length"}
+    assert list(sink.ends) == names
+    assert 0 < most <= MOST_WAITING_WITH_MEDIA
 
 
 @pytest.mark.parametrize(
