@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import gc
+import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -290,3 +293,35 @@ def test_template_with_other_places_is_refused(
     chosen.close()
     assert response.status_code == 400
     assert "no place" in response.json()["error"]["message"]
+
+
+def test_damaged_parts_are_answered_or_refused_and_disturb_no_neighbour(
+    omni_store: Path, omni: LoadedEngine
+) -> None:
+    chance = random.Random(9)
+    values: tuple[Any, ...] = (None, 7, "", "data:", [], {}, True, "x" * 500, PNG.hex())
+
+    def damaged() -> dict[str, Any]:
+        parts = copy.deepcopy([image_part(PNG), audio_part(SPOKEN), text_part(TEXT)])
+        for _ in range(chance.randint(1, 2)):
+            part = chance.choice(parts)
+            inner = next((value for value in part.values() if isinstance(value, dict)), part)
+            place = chance.choice((part, inner or part))
+            key = chance.choice([*place])
+            if isinstance(place[key], str) and place[key] and chance.random() < 0.5:
+                text = [*place[key]]
+                for _ in range(chance.randint(1, 5)):
+                    text[chance.randrange(len(text))] = chance.choice("AZ09+/=,;é\0")
+                place[key] = "".join(text)
+            else:
+                place[key] = chance.choice(values)
+        return chat(*parts, max_tokens=2)
+
+    neighbour = chat(image_part(PNG), text_part(TEXT))
+    first, *answers, last = ask(omni_store, omni, neighbour, *(damaged() for _ in range(300)), neighbour)
+    codes = Counter(answer.status_code for answer in answers)
+    assert set(codes) == {200, 400} and min(codes.values()) > 10, codes
+    for answer in answers:
+        if answer.status_code == 400:
+            assert len(answer.json()["error"]["message"]) < 500
+    assert first.json()["choices"] == last.json()["choices"]

@@ -6,7 +6,7 @@ for it alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from router.request import GenerationRequest, SamplingParams
 from tests.engines import Outcome, assert_same_bits, open_engine, pause_prompts, run_to_end, small_engine
 from tests.expert_servers import PATIENT, SECRET, expert_servers
 from tests.omni import Part, image, request, sound
+from tests.simulated_device import DEVICE, simulated
 
 TEXT = tuple(range(20, 52))
 PROMPTS: tuple[tuple[Part, ...], ...] = (
@@ -61,9 +62,12 @@ def requests(loaded: LoadedEngine) -> list[GenerationRequest]:
 
 @pytest.fixture(scope="module")
 def reference(loaded: LoadedEngine, requests: list[GenerationRequest]) -> Outcome:
+    return _alone(loaded, requests)
+
+
+def _alone(loaded: LoadedEngine, requests: Sequence[GenerationRequest]) -> Outcome:
     whole = Outcome()
     for asked in requests:
-        assert loaded.media is not None
         outcome = run_to_end(small_engine(loaded, 16), [asked], encoder=_anew(loaded))
         for part in ("tokens", "logits", "logprobs"):
             getattr(whole, part).update(getattr(outcome, part))
@@ -96,11 +100,7 @@ def test_preempted_prompts_change_no_bit(
 ) -> None:
     engine = small_engine(loaded, 4, BatchLimits(admission_reserve=1), num_swap_blocks=num_swap_blocks)
     longer = [replace(r, sampling=replace(r.sampling, max_tokens=60)) for r in requests]
-    alone = Outcome()
-    for asked in longer:
-        outcome = run_to_end(small_engine(loaded, 16), [asked], encoder=loaded.media)
-        for part in ("tokens", "logits", "logprobs"):
-            getattr(alone, part).update(getattr(outcome, part))
+    alone = _alone(loaded, longer)
     assert_same_bits(run_to_end(engine, longer, encoder=loaded.media), alone)
     assert engine.stats.preemptions > 0
     for name, tokens in reference.tokens.items():
@@ -176,11 +176,7 @@ def test_choices_of_one_prompt_share_it_and_change_no_bit(loaded: LoadedEngine) 
         )
         for choice in range(3)
     ]
-    alone = Outcome()
-    for asked in choices:
-        outcome = run_to_end(small_engine(loaded, 16), [replace(asked, group=None)], encoder=loaded.media)
-        for part in ("tokens", "logits", "logprobs"):
-            getattr(alone, part).update(getattr(outcome, part))
+    alone = _alone(loaded, [replace(asked, group=None) for asked in choices])
     engine = small_engine(loaded, 16)
     assert_same_bits(run_to_end(engine, choices, encoder=loaded.media), alone)
     assert engine.stats.prompt_tokens < 2 * len(choices[0].prompt_ids)
@@ -225,3 +221,15 @@ def test_prefix_with_another_image_is_found_up_to_it(loaded: LoadedEngine, other
 def test_tokens_of_media_without_media_find_nothing_of_theirs(loaded: LoadedEngine) -> None:
     first = request(loaded, image(72, 72), TEXT * 3, name="r")
     assert _found(loaded, first, replace(first, media=()))[0] == 0
+
+
+def test_decoder_on_a_device_takes_what_the_cpu_encoded(
+    omni_store: Path, dtype: str, requests: list[GenerationRequest]
+) -> None:
+    """Simulated. In chunks and alone it has the same bits; which ones is the device's business."""
+    with simulated():
+        loaded = open_engine(omni_store, EngineOptions(dtype=dtype, device=DEVICE, has_media=True))
+        alone = _alone(loaded, requests)
+        engine = small_engine(loaded, 24, BatchLimits(max_batch_tokens=16))
+        assert_same_bits(run_to_end(engine, requests, JOIN_AT, _anew(loaded)), alone)
+        loaded.close()
