@@ -107,9 +107,7 @@ async def prepare_chat(
     text = await asyncio.to_thread(render)
     _refuse_certainly_longer(text, "messages", settings, tokenizer)
     prompt_ids = await asyncio.to_thread(tokenizer.encode_rendered, text)
-    placed: tuple[PlacedMedium, ...] = ()
-    if media:
-        prompt_ids, placed = placed_in(prompt_ids, media, decoder)
+    prompt_ids, placed = placed_in(prompt_ids, media, decoder)
     wanted = request.max_completion_tokens or request.max_tokens
     max_tokens = settings.context_length - len(prompt_ids) if wanted is None else wanted
     num_media = sum(decoder.facts.num_tokens(medium) for medium in media)

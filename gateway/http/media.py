@@ -51,6 +51,8 @@ def placed_in(
     prompt_ids: Sequence[int], media: Sequence[Medium], decoder: MediaDecoder
 ) -> tuple[list[int], tuple[PlacedMedium, ...]]:
     """Raises ApiError 400 where the chat template has no place for them."""
+    if not media:
+        return list(prompt_ids), ()
     try:
         return place_media(prompt_ids, media, decoder.facts)
     except MediumRefused as error:
