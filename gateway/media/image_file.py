@@ -21,11 +21,17 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 MOST_PIXELS = 1 << 24
 """Of a file, 4096 x 4096. Decoded, as RGB and turned they take 160 MiB at most, one file at a time."""
 
+MOST_SCANS = 128
+"""Of a JPEG. Each goes over the whole picture, and a few bytes can be one."""
+SCAN = b"\xff\xda"
+
 
 def decode_image(content: bytes, facts: ImageFacts) -> Image:
     """Raises MediumRefused."""
     import PIL.Image
 
+    if content.count(SCAN) > MOST_SCANS and content.startswith(b"\xff\xd8"):
+        raise MediumRefused(f"has more than {MOST_SCANS} scans")
     try:
         return _decode(content, facts)
     except MediumRefused:

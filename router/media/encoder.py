@@ -79,7 +79,8 @@ class MediaEncoder:
         self.stats = EncoderStats()
         self._store, self._config, self._dtype = store, config, dtype
         self._kernel, self._most_kept_bytes = kernel, kept_bytes
-        self._kept: OrderedDict[bytes, Encoded] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, bytes], Encoded] = OrderedDict()
+        """By owner and digest: nobody learns from the time that an answer takes what others have shown."""
         self._lock = threading.Lock()
         self._vision: VisionTower | None = None
         self._audio: AudioTower | None = None
@@ -102,7 +103,7 @@ class MediaEncoder:
         injections: dict[int, tuple[InputRows, ...]] = {}
         grids: list[Grid] = []
         for placed in request.media:
-            encoded = self._encoded(placed.medium)
+            encoded = self._encoded(placed.medium, request.owner)
             embeddings.append(InputRows(placed.first, encoded.rows_ND))
             for layer, rows_ND in enumerate(encoded.deepstack):
                 injections[layer] = (*injections.get(layer, ()), InputRows(placed.first, rows_ND))
@@ -127,11 +128,12 @@ class MediaEncoder:
             behind = placed.first + length
         return tuple(spans)
 
-    def _encoded(self, medium: Medium) -> Encoded:
+    def _encoded(self, medium: Medium, owner: str) -> Encoded:
+        name = owner, medium.digest
         with self._lock:
-            kept = self._kept.get(medium.digest)
+            kept = self._kept.get(name)
             if kept is not None:
-                self._kept.move_to_end(medium.digest)
+                self._kept.move_to_end(name)
                 self.stats.found += 1
                 return kept
             started = time.perf_counter()
@@ -141,11 +143,11 @@ class MediaEncoder:
                 raise PromptInvalid(str(error)) from error
             self.stats.encoded += 1
             self.stats.seconds += time.perf_counter() - started
-            self._keep(medium.digest, encoded)
+            self._keep(name, encoded)
             return encoded
 
-    def _keep(self, digest: bytes, encoded: Encoded) -> None:
-        self._kept[digest] = encoded
+    def _keep(self, name: tuple[str, bytes], encoded: Encoded) -> None:
+        self._kept[name] = encoded
         self.stats.kept_bytes += encoded.nbytes
         while self.stats.kept_bytes > self._most_kept_bytes:
             _, oldest = self._kept.popitem(last=False)

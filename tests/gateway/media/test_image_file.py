@@ -110,6 +110,14 @@ def test_what_cannot_be_used_is_refused_by_what_is_wrong(content: bytes, reason:
         decode_image(content, FACTS)
 
 
+def test_jpeg_of_many_scans_is_refused_and_a_progressive_one_is_not() -> None:
+    content = image_file(picture(64, 64), "JPEG", progressive=True)
+    assert decode_image(content, FACTS).width == 64
+    scan = content[content.rindex(b"\xff\xda") : -2]
+    with pytest.raises(MediumRefused, match="more than 128 scans"):
+        decode_image(content[:-2] + scan * 128 + content[-2:], FACTS)
+
+
 def test_damaged_files_are_refused_or_decoded_and_nothing_else() -> None:
     chance = random.Random(3)
     sound = [

@@ -67,6 +67,14 @@ def test_equal_media_are_encoded_once(omni: LoadedEngine) -> None:
     assert first.media == second.media
 
 
+def test_nobody_finds_what_another_has_shown(omni: LoadedEngine) -> None:
+    encoder = _encoder(omni)
+    asked = [request(omni, image(16, 24), name=name, owner=name) for name in ("a", "b")]
+    first, second = map(encoder.inputs_for, asked)
+    assert (encoder.stats.encoded, encoder.stats.found) == (2, 0)
+    assert torch.equal(first.embeddings[0].rows_ND, second.embeddings[0].rows_ND)
+
+
 def test_what_was_used_longest_ago_is_forgotten_first_and_encoded_again_alike(omni: LoadedEngine) -> None:
     images = [image(16, 24, seed) for seed in range(3)]
     all_of_them = _encoder(omni)
