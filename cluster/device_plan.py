@@ -121,6 +121,7 @@ def _row(
         node=node.name,
         tier=DEVICE_TIER if is_on_card else TIER,
         stand_in_bytes=footprint.stand_in_bytes if is_router and not is_on_card else 0,
+        media_bytes=footprint.media_bytes if is_router and not is_on_card else 0,
     )
 
 
@@ -141,6 +142,7 @@ def _behind(
         node=node.name,
         tier=HOST_TIER,
         stand_in_bytes=footprint.stand_in_bytes if is_router else 0,
+        media_bytes=footprint.media_bytes if is_router else 0,
     )
 
 
@@ -245,6 +247,7 @@ def _room(
         "buffers": sum(row.buffer_bytes for row in rows),
         f"{SPARE_PERCENT}% left": _spare(node),
         "stand-ins": sum(row.stand_in_bytes for row in rows),
+        "images and sound": sum(row.media_bytes for row in rows),
     }
     needs = {name: nbytes for name, nbytes in needs.items() if nbytes}
     room = node.memory.available_bytes - sum(needs.values())

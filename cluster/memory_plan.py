@@ -53,6 +53,8 @@ class ProcessMemory:
     tier: str = TIER
     stand_in_bytes: int = 0
     """Mean outputs of experts, which are in nobody's budget."""
+    media_bytes: int = 0
+    """What sees and hears, which is in nobody's budget either."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,8 @@ def plan_memory(
     }
     if footprint.stand_in_bytes:
         needs["stand-ins"] = num_routers * footprint.stand_in_bytes
+    if footprint.media_bytes:
+        needs["images and sound"] = num_routers * footprint.media_bytes
     experts = footprint.experts
     room = node.memory.available_bytes - sum(needs.values())
     if any(request.is_fit for request in requests) and room < experts.largest:
@@ -167,6 +171,7 @@ def plan_memory(
             experts.total,
             node.name,
             stand_in_bytes=footprint.stand_in_bytes,
+            media_bytes=footprint.media_bytes,
         )
         for name, share in zip(router_names(num_routers), shares, strict=False)
     )

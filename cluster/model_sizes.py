@@ -24,6 +24,8 @@ from router.batcher import BatchLimits
 from router.footprint import actor_buffer_bytes, buffer_bytes, packed_backbone_bytes, weight_bytes
 from router.kv_cache import KvPool, blocks_for
 from router.linears import planned_linears
+from router.media.facts import FAMILY
+from router.media.sizes import media_bytes
 from router.model_config import ModelConfig, read_model_config
 
 
@@ -39,6 +41,8 @@ class ModelSizes:
     backbone_bytes: int
     active_bytes: int
     """Of the backbone that every token reads: all but the embeddings, of which it takes a row."""
+    media_bytes: int = 0
+    """Of what sees and hears."""
 
     @property
     def row_bytes(self) -> int:
@@ -93,7 +97,8 @@ def measure_model(
 
     Raises FamilyUnknown, ConfigInvalid or ConfigUnsupported.
     """
-    component = layout_for(config).components[0]
+    layout = layout_for(config)
+    component = layout.components[0]
     decoder = read_model_config(component.config)
     plain = {
         name: shape for name, shape in component.backbone_shapes.items() if quantised.of_tensor(name) is None
@@ -109,6 +114,9 @@ def measure_model(
         _expert_bytes(decoder, dtype, quantised.experts),
         backbone,
         backbone - embeddings,
+        media_bytes({part.name: part.config for part in layout.components}, dtype)
+        if layout.family == FAMILY
+        else 0,
     )
 
 

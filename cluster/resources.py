@@ -25,7 +25,8 @@ LOCAL_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 place of the machine's own, so that its ports are closed to others. Ray reads it when it is first imported. Token
 authentication is on by Ray's own default for a Ray that is started here."""
 OBJECT_STORE_BYTES = 256 * 1024 * 1024
-"""In place of a third of the memory: activations and rows do not pass Ray's object store, and experts want it."""
+"""In place of a third of the memory: activations and rows do not pass Ray's object store, and experts want it. Images
+and sound of requests do, by way of the disk where there are more at a time."""
 SPIN_S = 0.0001
 BUSY_SPIN_S = 0.005
 """Longer than router and actor wait for each other in a layer, with experts for which one thread does."""

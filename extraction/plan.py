@@ -37,6 +37,7 @@ SMALL_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
     "chat_template.json",
+    "preprocessor_config.json",
 )
 MAX_NAMES_SHOWN = 5
 

@@ -116,8 +116,8 @@ class Backbone:
     def embed(self, batch: StepBatch) -> Tensor:
         """(P, D) inputs of the first layer."""
         hidden_TD = self.embeddings_VD.index_select(0, upload(batch.token_ids_T, self.kernel.device))
-        for row, embedding_D in batch.embeddings.items():
-            hidden_TD[row] = embedding_D.to(self.kernel.device, self.dtype)
+        for run in batch.embeddings:
+            hidden_TD[run.first : run.end] = run.rows_ND.to(self.kernel.device, self.dtype)
         return self.arithmetic.pad(hidden_TD)
 
 
@@ -252,8 +252,8 @@ class ForwardPass:
             backbone.prefetcher.hint(index, hidden_PD, batch.num_tokens)
         if index in batch.capture_layers:
             self._captured[index] = hidden_PD[: batch.num_tokens].to("cpu", copy=True)
-        for row, vector_D in batch.injections.get(index, {}).items():
-            hidden_PD[row] += vector_D.to(backbone.kernel.device, backbone.dtype)
+        for run in batch.injections.get(index, ()):
+            hidden_PD[run.first : run.end] += run.rows_ND.to(backbone.kernel.device, backbone.dtype)
         self._num_done += 1
 
     @torch.inference_mode()

@@ -27,10 +27,11 @@ from router.logprobs import prompt_logprobs, token_logprob
 from router.open_passes import OpenPasses
 from router.pace import Pace
 from router.prompt_groups import match_members, shared_positions
+from router.prompt_inputs import NO_INPUTS, PromptInputs
 from router.request import FinishReason, GenerationRequest, TokenEvent
 from router.request_checks import check_request
 from router.routing_choice import RoutingReport
-from router.sequence import NO_INPUTS, PromptInputs, Sequence
+from router.sequence import Sequence
 from router.step_pass import PassRows, StepPass, begin_pass, hand_out_captured, score_probed
 from router.step_routing import NativePolicy, PromptProbe, RoutingPolicy, RoutingReporter, RoutingWatcher
 
@@ -102,6 +103,11 @@ class Engine:
         """Host memory that preempted sequences hold."""
         return self.kv.swapped_bytes
 
+    @property
+    def num_waiting_with_media(self) -> int:
+        """Requests in the queue that hold what stands for their media. May be read on any thread."""
+        return sum(bool(sequence.inputs.embeddings) for sequence in tuple(self._waiting.values()))
+
     def open_requests(self) -> list[str]:
         """Ids of all requests that have not ended."""
         return [*self._running, *self._waiting]
@@ -120,7 +126,7 @@ class Engine:
         check_request(request, config.vocab_size)
         if self.reporter is None and not request.routing.is_plain:
             raise ValueError("this engine has native routing only")
-        self._check_group(request)
+        self._check_group(request, inputs)
         inputs.validate(len(request.prompt_ids), config.num_layers, config.hidden_size)
         num_open = len(self._waiting) + len(self._running)
         if num_open >= self.limits.max_open:
@@ -130,12 +136,14 @@ class Engine:
             raise RequestTooLong(sequence.max_total, self.max_tokens_per_sequence)
         self._waiting[sequence.name] = sequence
 
-    def _check_group(self, request: GenerationRequest) -> None:
+    def _check_group(self, request: GenerationRequest, inputs: PromptInputs) -> None:
         """Sharing with another prompt would answer a question that nobody asked."""
         if request.group is None:
             return
         for other in (*self._running.values(), *self._waiting.values()):
-            if other.request.group == request.group and other.request.prompt_ids != request.prompt_ids:
+            if other.request.group != request.group:
+                continue
+            if (other.request.prompt_ids, other.inputs.media) != (request.prompt_ids, inputs.media):
                 raise PromptInvalid(f"its group {request.group[:64]!r} has another prompt")
 
     def cancel(self, request_id: str) -> bool:

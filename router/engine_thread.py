@@ -14,11 +14,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from router.engine import Engine
-from router.errors import EngineStopped, QueueFull, RequestTooLong, RouterError
+from router.errors import EngineStopped, PromptInvalid, QueueFull, RequestTooLong, RouterError
+from router.media.encoder import MediaEncoder
+from router.media.encoding_thread import EncodingThread
+from router.prompt_inputs import NO_INPUTS, PromptInputs
 from router.request import GenerationRequest, TokenEvent
-from router.sequence import NO_INPUTS, PromptInputs
 
 logger = logging.getLogger(__name__)
+
+MOST_WAITING_WITH_MEDIA = 4
+"""So many requests are encoded ahead of their turn: what stands for an image takes five times its pixels."""
 
 Sink = Callable[[Sequence[TokenEvent]], None]
 
@@ -41,6 +46,14 @@ class _Submit:
 
 
 @dataclass(frozen=True)
+class _Encoded:
+    """A request whose media were encoded, or why they were not."""
+
+    request: GenerationRequest
+    outcome: PromptInputs | RouterError
+
+
+@dataclass(frozen=True)
 class _Cancel:
     request_id: str
 
@@ -48,11 +61,19 @@ class _Cancel:
 class EngineThread:
     """Owns an engine from `start` to `stop`."""
 
-    def __init__(self, engine: Engine, sink: Sink) -> None:
+    def __init__(self, engine: Engine, sink: Sink, encoder: MediaEncoder | None = None) -> None:
+        """encoder: of requests with media; without one they are refused."""
         self.engine = engine
         self._sink = sink
-        self._commands: queue.SimpleQueue[_Submit | _Cancel | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[_Submit | _Encoded | _Cancel | None] = queue.SimpleQueue()
         engine.is_called = lambda: not self._commands.empty()
+        self._encoding: EncodingThread | None = None
+        if encoder is not None:
+            self._encoding = EncodingThread(encoder, self._is_preparing, self._has_room, self._take_encoded)
+        self._preparing: set[str] = set()
+        """Open requests that wait for their media."""
+        self._encoded: set[str] = set()
+        """Of these, those that the engine's thread will find next."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._open: set[str] = set()
         self._admission = threading.Lock()
@@ -64,6 +85,8 @@ class EngineThread:
 
     def start(self) -> None:
         self._thread.start()
+        if self._encoding is not None:
+            self._encoding.start()
 
     def stop(self) -> None:
         """End after the step in progress; requests that are not done get no further event."""
@@ -71,6 +94,9 @@ class EngineThread:
             self._failure = self._failure or "it was shut down"
         self._commands.put(None)
         self._thread.join()
+        if self._encoding is not None:
+            self._preparing.clear()
+            self._encoding.stop()
 
     @property
     def num_open(self) -> int:
@@ -78,10 +104,13 @@ class EngineThread:
         return len(self._open)
 
     def submit(self, request: GenerationRequest, inputs: PromptInputs = NO_INPUTS) -> None:
-        """Queue a request; its events go to the sink.
+        """Queue a request; its events go to the sink. One with media joins the engine when these are encoded.
 
-        Raises QueueFull, RequestTooLong or EngineStopped at once, on the caller's thread; ValueError for a used id.
+        Raises QueueFull, RequestTooLong, PromptInvalid or EngineStopped at once, on the caller's thread; ValueError for
+        a used id.
         """
+        if request.media and self._encoding is None:
+            raise PromptInvalid("this router takes no images and no sound")
         total = len(request.prompt_ids) + request.sampling.max_tokens
         if total > self.engine.max_tokens_per_sequence:
             raise RequestTooLong(total, self.engine.max_tokens_per_sequence)
@@ -95,20 +124,24 @@ class EngineThread:
             if not self._open:
                 self._busy_since = time.monotonic()
             self._open.add(request.request_id)
-            self._commands.put(_Submit(request, inputs))
+            if request.media and self._encoding is not None:
+                self._preparing.add(request.request_id)
+                self._encoding.submit(request)
+            else:
+                self._commands.put(_Submit(request, inputs))
 
     def cancel(self, request_id: str) -> None:
         """End a request before the next step; it gets a last event with reason "cancelled"."""
         self._commands.put(_Cancel(request_id))
 
     def health(self) -> EngineHealth:
-        engine = self.engine
+        engine, num_preparing = self.engine, len(self._preparing)
         since = max(engine.stats.last_step_at, self._busy_since)
         return EngineHealth(
             self._thread.is_alive() and self._failure is None,
-            self.num_open > 0,
+            self.num_open > num_preparing,
             time.monotonic() - since,
-            engine.num_waiting,
+            engine.num_waiting + num_preparing,
             engine.num_running,
         )
 
@@ -125,24 +158,66 @@ class EngineThread:
         Returns False when told to stop."""
         while True:
             try:
-                command = self._commands.get(block=not (self.engine.has_work or self._is_reading))
+                goes_on = self._carry_out(
+                    self._commands.get(block=not (self.engine.has_work or self._is_reading))
+                )
             except queue.Empty:
                 if self.engine.has_work:
                     return True
                 self._is_reading = self.engine.backbone.directory.load_more()
                 continue
-            if command is None:
+            if not goes_on:
                 return False
-            if isinstance(command, _Submit):
-                self._submit_now(command)
-            elif self.engine.cancel(command.request_id):
-                self._emit([TokenEvent(command.request_id, (), "cancelled")])
 
-    def _submit_now(self, command: _Submit) -> None:
+    def _carry_out(self, command: _Submit | _Encoded | _Cancel | None) -> bool:
+        """False where it was the last. Apart, so that no request is held while there is no other."""
+        if command is None:
+            return False
+        if isinstance(command, _Submit):
+            self._submit_now(command.request, command.inputs)
+        elif isinstance(command, _Encoded):
+            self._submit_encoded(command)
+        elif self._end(command.request_id):
+            self._emit([TokenEvent(command.request_id, (), "cancelled")])
+        return True
+
+    def _submit_now(self, request: GenerationRequest, inputs: PromptInputs) -> None:
         try:
-            self.engine.submit(command.request, command.inputs)
+            self.engine.submit(request, inputs)
         except (RouterError, ValueError) as error:
-            self._emit([TokenEvent(command.request.request_id, (), "error", str(error))])
+            self._emit([TokenEvent(request.request_id, (), "error", str(error))])
+
+    def _submit_encoded(self, command: _Encoded) -> None:
+        name = command.request.request_id
+        if name in self._preparing:  # it was not cancelled meanwhile
+            if not self.engine.has_work:
+                self._busy_since = time.monotonic()
+            self._preparing.discard(name)
+            if isinstance(command.outcome, RouterError):
+                self._emit([TokenEvent(name, (), "error", str(command.outcome))])
+            else:
+                self._submit_now(command.request, command.outcome)
+        self._encoded.discard(name)
+
+    def _end(self, name: str) -> bool:
+        """Whether it was there."""
+        if name in self._preparing:
+            self._preparing.discard(name)
+            return True
+        return self.engine.cancel(name)
+
+    def _is_preparing(self, name: str) -> bool:
+        """On the encoding thread."""
+        return name in self._preparing
+
+    def _has_room(self) -> bool:
+        """On the encoding thread."""
+        return len(self._encoded) + self.engine.num_waiting_with_media < MOST_WAITING_WITH_MEDIA
+
+    def _take_encoded(self, request: GenerationRequest, outcome: PromptInputs | RouterError) -> None:
+        """On the encoding thread."""
+        self._encoded.add(request.request_id)
+        self._commands.put(_Encoded(request, outcome))
 
     def _fail_all(self, failure: str) -> None:
         """Refuse all work from now on, and tell every open request, those still in the command queue too."""

@@ -64,6 +64,17 @@ class PromptInvalid(RouterError):
         return f"the prompt cannot be computed: {self.reason}"
 
 
+class MediaFailed(RouterError):
+    """An image or a sound could not be encoded, through no fault of the request."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return "an image or a sound could not be encoded"
+
+
 class KvExhausted(RouterError):
     """More KV blocks were asked for than are free."""
 

@@ -22,6 +22,8 @@ from router.batcher import BatchLimits
 from router.kv_cache import KvPool, blocks_for
 from router.linears import FLOAT, LinearForms, planned_linears
 from router.loading import EngineOptions, chosen_dtype, num_kv_blocks
+from router.media.facts import FAMILY
+from router.media.sizes import media_bytes
 from router.model_config import SHARED_GATE_ROWS, ModelConfig, read_model_config
 from router.output_means import means_bytes
 from router.sampling import TOGETHER_BYTES
@@ -46,6 +48,8 @@ class Footprint:
     experts_per_token: int
     stand_in_bytes: int = 0
     """Mean outputs of experts, where a request may ask for them."""
+    media_bytes: int = 0
+    """Of what sees and hears, in host memory, where images and sound are taken."""
 
 
 def measure_footprint(store: ExpertStore, options: EngineOptions) -> Footprint:
@@ -74,6 +78,9 @@ def measure_footprint(store: ExpertStore, options: EngineOptions) -> Footprint:
         experts_per_token=config.experts_per_token,
         stand_in_bytes=means_bytes(config.num_experts, config.hidden_size, len(config.moe_layers))
         if options.has_stand_ins
+        else 0,
+        media_bytes=media_bytes({part.name: part.config for part in store.manifest.components}, dtype)
+        if options.has_media and store.manifest.family == FAMILY
         else 0,
     )
 

@@ -169,7 +169,8 @@ class KvRoom:
         assert self.scope is not None
         if len(sequence.block_keys) < num_blocks:
             root = replace(self.scope, owner=sequence.request.owner).root()
-            extend_keys(sequence.block_keys, root, sequence.tokens, num_blocks)
+            media = sequence.inputs.media or ()
+            extend_keys(sequence.block_keys, root, sequence.tokens, num_blocks, media)
         return sequence.block_keys
 
     def _forget_swapped(self, sequence: Sequence) -> None:

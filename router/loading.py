@@ -30,6 +30,8 @@ from router.expert_facts import FactSource
 from router.kv_cache import KvPool, blocks_for
 from router.linears import FLOAT, LinearForms, prove_linears
 from router.means_keeper import MeansKeeper, StandInOptions, keep_means
+from router.media.encoder import MediaEncoder
+from router.media.facts import read_media_facts
 from router.model_config import ModelConfig, read_model_config
 from router.output_means import OutputMeans
 from router.prefetch import Prefetcher
@@ -83,6 +85,8 @@ class EngineOptions:
     the snarc policy."""
     trust: TrustOptions | None = None
     """Whether and where trust is learned; None means that nobody watches."""
+    has_media: bool = False
+    """Whether images and sound are taken where the model does."""
     prefix_cache: bool = True
     """Whether keys and values of earlier requests are used again where a request begins alike (docs/serving.md)."""
 
@@ -106,6 +110,8 @@ class LoadedEngine:
     trust: TrustSession | None = None
     stand_ins: MeansKeeper | None = None
     """Of mean outputs, where they are kept."""
+    media: MediaEncoder | None = None
+    """Of images and sound, where the store has what the model sees or hears with."""
 
     @property
     def numerics_class(self) -> str:
@@ -208,7 +214,12 @@ def load_engine(
         engine.policy = engine.reporter = SteeredPolicy(shape, facts, options.snarc, means)
     if trust is not None:
         trust.attach(engine)
-    loaded = LoadedEngine(engine, store, worker, directory, config, kernel, dtype, forms, trust, stand_ins)
+    media = None
+    if options.has_media and read_media_facts(store.manifest, store.root).kinds:
+        media = MediaEncoder(store, config, kernel, dtype)
+    loaded = LoadedEngine(
+        engine, store, worker, directory, config, kernel, dtype, forms, trust, stand_ins, media
+    )
     # Such keys are turned by an angle that depends on the whole prompt's length.
     if options.prefix_cache and not config.rope.depends_on_length:
         engine.kv.scope = PrefixScope(store.hash, loaded.numerics_class, config.experts_per_token)

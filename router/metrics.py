@@ -33,6 +33,7 @@ class _Collector:
         yield from self._engine()
         yield from self._experts()
         yield from self._trust()
+        yield from self._media()
 
     def _engine(self) -> Iterable[Metric]:
         engine = self._service.loaded.engine
@@ -120,6 +121,19 @@ class _Collector:
             means.add_metric([aspect], mean)
         if means.samples:
             yield means
+
+    def _media(self) -> Iterable[Metric]:
+        """Nothing where no images and no sound are taken."""
+        encoder = self._service.loaded.media
+        if encoder is None:
+            return
+        stats = encoder.stats
+        yield _gauge(
+            "media_bytes", "What sees and hears, and what it made last.", stats.tower_bytes + stats.kept_bytes
+        )
+        yield _counter("media_encoded", "Images and sounds encoded.", stats.encoded)
+        yield _counter("media_found", "Images and sounds found encoded.", stats.found)
+        yield _counter("media_encoding_seconds", "Time spent encoding them.", stats.seconds)
 
 
 def _trouble(way: DirectoryStats) -> Iterable[Metric]:

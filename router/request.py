@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from router.effort import Effort
+from router.media.items import PlacedMedium
 from router.routing_choice import NATIVE_CHOICE, RoutingChoice, RoutingReport
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -88,6 +89,8 @@ class GenerationRequest:
     routing: RoutingChoice = NATIVE_CHOICE
     answer_id: str | None = None
     """The answer that this sequence is a choice of, by which feedback names it; None means the request's own id."""
+    media: tuple[PlacedMedium, ...] = ()
+    """Images and sounds that tokens of the prompt stand for, in the prompt's order."""
     owner: str = ""
     """Whose it is: keys and values of a common prefix are shared among the requests of one owner only."""
 

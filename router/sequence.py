@@ -2,51 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-
 import torch
 from torch import Tensor
 
 from router.batcher import SequenceFacts
-from router.errors import PromptInvalid
 from router.penalties import TokenHistory, adjusted
 from router.prompt_groups import Member
+from router.prompt_inputs import NO_INPUTS, PromptInputs
 from router.request import FinishReason, GenerationRequest, TokenLogprob
-
-
-@dataclass(frozen=True)
-class PromptInputs:
-    """What a prompt brings beside token ids: inputs that stand for media, and a wish to see hidden states."""
-
-    embeddings: Mapping[int, Tensor] = field(default_factory=dict)
-    """Prompt index -> (D,) input in place of the token's embedding."""
-    positions_3P: Tensor | None = None
-    """int64 rotary positions of the P prompt tokens; None means 0, 1, 2, ... in all three rows."""
-    injections: Mapping[int, Mapping[int, Tensor]] = field(default_factory=dict)
-    """Layer -> prompt index -> (D,) added to the hidden state after that layer."""
-    capture_layers: tuple[int, ...] = ()
-    on_capture: Callable[[int, int, Tensor], None] | None = None
-    """Called with (layer, first index, (count, D) hidden states) for every computed piece."""
-
-    def validate(self, num_prompt: int, num_layers: int, width: int) -> None:
-        """Raises PromptInvalid when something lies outside the prompt or the model, or has another width."""
-        if self.positions_3P is not None and tuple(self.positions_3P.shape) != (3, num_prompt):
-            raise PromptInvalid(
-                f"positions of shape {tuple(self.positions_3P.shape)} for {num_prompt} tokens"
-            )
-        layers = {*self.capture_layers, *self.injections}
-        if any(not 0 <= layer < num_layers for layer in layers):
-            raise PromptInvalid(f"layers {sorted(layers)} are not all among the model's {num_layers}")
-        for rows in (self.embeddings, *self.injections.values()):
-            for index, vector in rows.items():
-                if not 0 <= index < num_prompt or tuple(vector.shape) != (width,):
-                    raise PromptInvalid(
-                        f"an input of shape {tuple(vector.shape)} at index {index} of {num_prompt} tokens"
-                    )
-
-
-NO_INPUTS = PromptInputs()
 
 
 class Sequence:
@@ -100,9 +63,9 @@ class Sequence:
 
     @property
     def has_plain_prompt(self) -> bool:
-        """Whether its keys and values follow from its tokens. Never under other routing than native, whose signals
-        only computing the prompt gives, nor where the prompt is to be explained."""
-        return self.inputs is NO_INPUTS and self.request.routing.is_plain
+        """Whether its keys and values follow from its tokens and media. Never under other routing than native, whose
+        signals only computing the prompt gives, nor where the prompt is to be explained."""
+        return self.inputs.media is not None and self.request.routing.is_plain
 
     def as_member(self) -> Member:
         """Of its group, for who may share its prompt."""
@@ -159,13 +122,11 @@ class Sequence:
     def positions(self, first: int, count: int) -> Tensor:
         """(3, count) rotary positions of tokens first .. first + count - 1."""
         given = self.inputs.positions_3P
-        plain = torch.arange(first, first + count).expand(3, -1)
         if given is None:
-            return plain
+            return torch.arange(first, first + count).expand(3, -1)
         num_given = max(0, min(given.shape[1] - first, count))
-        return torch.cat(
-            (given[:, first : first + num_given], plain[:, num_given:] + self._position_shift), dim=1
-        )
+        behind = (torch.arange(first + num_given, first + count) + self._position_shift).expand(3, -1)
+        return behind if num_given == 0 else torch.cat((given[:, first : first + num_given], behind), dim=1)
 
     def text_lengths(self, first: int, count: int) -> Tensor:
         """(count,) for each token the longer of the prompt and the text up to it: a function of the request alone,

@@ -96,7 +96,7 @@ class RouterService:
         self._probed_at = float("-inf")
         self._num_probes = 0
         self._arrivals = Arrivals(self._loop, self._deliver)
-        self.engine_thread = EngineThread(loaded.engine, self._arrivals.put)
+        self.engine_thread = EngineThread(loaded.engine, self._arrivals.put, loaded.media)
         self.engine_thread.start()
 
     @property

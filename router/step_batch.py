@@ -15,6 +15,7 @@ from torch import Tensor
 from experts.devices import CPU, upload
 from router.attention import BLOCK_POSITIONS
 from router.kv_cache import blocks_for
+from router.prompt_inputs import InputRows
 from router.step_routing import NATIVE, StepRouting
 
 Half = Literal["attention", "experts"]
@@ -43,10 +44,10 @@ class StepBatch:
     """int64 rotary positions: time, height, width."""
     logit_rows: tuple[int, ...]
     """Rows whose next-token logits are wanted."""
-    embeddings: Mapping[int, Tensor] = field(default_factory=dict)
-    """Row -> (D,) input that replaces the token's embedding."""
-    injections: Mapping[int, Mapping[int, Tensor]] = field(default_factory=dict)
-    """Layer -> row -> (D,) added to the hidden state after that layer."""
+    embeddings: tuple[InputRows, ...] = ()
+    """Inputs of some rows in place of their tokens' embeddings."""
+    injections: Mapping[int, tuple[InputRows, ...]] = field(default_factory=dict)
+    """Layer -> what is added to some rows' hidden states after that layer. Only of layers that have such rows."""
     capture_layers: tuple[int, ...] = ()
     """Layers whose output hidden states, before any injection, are handed out."""
     trace: str = ""

@@ -7,7 +7,7 @@ writes to.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
@@ -18,7 +18,8 @@ from router.backbone import Backbone, ForwardPass
 from router.batcher import Chunk
 from router.kv_cache import BlockAllocator
 from router.logprobs import prompt_nlls
-from router.sequence import NO_INPUTS, Sequence
+from router.prompt_inputs import NO_INPUTS, InputRows, rows_within
+from router.sequence import Sequence
 from router.step_batch import Span, StepBatch
 from router.step_routing import PromptProbe, RoutingPolicy, RoutingWatcher, SpanOwner, StepRouting
 
@@ -125,8 +126,8 @@ def _batch(
     logit_rows: list[int] = []
     scored_rows: list[int] = []
     probed_rows: list[int] = []
-    embeddings: dict[int, Tensor] = {}
-    injections: dict[int, dict[int, Tensor]] = {}
+    embeddings: list[InputRows] = []
+    injections: dict[int, tuple[InputRows, ...]] = {}
     for part, table in zip(rows, tables, strict=True):
         sequence, first, count = part.sequence, part.chunk.first, part.chunk.count
         shift = len(ids) - first
@@ -137,9 +138,10 @@ def _batch(
         scored_rows.extend(shift + position for position in part.unscored)
         probed_rows.extend(shift + position for position in part.probed)
         if sequence.inputs is not NO_INPUTS:
-            embeddings.update(_within(sequence.inputs.embeddings, part, shift))
+            embeddings += rows_within(sequence.inputs.embeddings, first, part.end, shift)
             for layer, added in sequence.inputs.injections.items():
-                injections.setdefault(layer, {}).update(_within(added, part, shift))
+                if runs := tuple(rows_within(added, first, part.end, shift)):
+                    injections[layer] = injections.get(layer, ()) + runs
         if part.is_last:
             logit_rows.append(len(ids) - 1)
     return StepBatch(
@@ -147,7 +149,7 @@ def _batch(
         torch.frombuffer(ids, dtype=torch.int64),
         _positions(rows),
         tuple(logit_rows),
-        embeddings,
+        tuple(embeddings),
         injections,
         tuple(sorted({layer for part in rows for layer in part.sequence.inputs.capture_layers})),
         rows[0].chunk.name[:64],
@@ -158,17 +160,13 @@ def _batch(
 
 
 def _positions(rows: SequenceOf[PassRows]) -> Tensor:
-    """(3, T) rotary positions."""
+    """(3, T) rotary positions; one row three times where no row has others."""
     if all(part.sequence.inputs.positions_3P is None for part in rows):
         positions = array("q")
         for part in rows:
             positions.extend(range(part.chunk.first, part.end))
         return torch.frombuffer(positions, dtype=torch.int64).expand(3, -1)
-    return torch.cat([part.sequence.positions(part.chunk.first, part.chunk.count) for part in rows], dim=1)
-
-
-def _within(vectors: Mapping[int, Tensor], part: PassRows, shift: int) -> Iterator[tuple[int, Tensor]]:
-    """Those of a prompt's vectors that lie among the rows, by row."""
-    for index, vector in vectors.items():
-        if part.chunk.first <= index < part.end:
-            yield shift + index, vector
+    parts = [part.sequence.positions(part.chunk.first, part.chunk.count) for part in rows]
+    if all(part_3T.stride(0) == 0 for part_3T in parts):
+        return torch.cat([part_3T[0] for part_3T in parts]).expand(3, -1)
+    return torch.cat(parts, dim=1)

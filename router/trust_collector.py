@@ -107,7 +107,11 @@ class TrustCollector(RoutingWatcher):
         num_prompt = len(owner.request.prompt_ids)
         if owner.first >= num_prompt:
             return ()
-        return [p for p in sampled_positions(num_prompt) if owner.first <= p < end]
+        ids, media = owner.request.prompt_ids, owner.request.media
+        sampled = [p for p in sampled_positions(num_prompt) if owner.first <= p < end]
+        # Nobody foresees a token that stands for media: it is the same for all images.
+        standing = {ids[placed.first] for placed in media}
+        return [p for p in sampled if ids[p + 1] not in standing] if media else sampled
 
     def wanted(self, owners: Sequence[SpanOwner]) -> View:
         """See RoutingWatcher.wanted: one layer in turn, where it is time, and the choices of a prompt's rows."""

@@ -42,6 +42,22 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_omni_moe": ("Qwen3OmniMoe", {}),
 }
 """Names of the classes in `transformers`, and what a family has otherwise than SIZES."""
+OMNI_TOKENS = {
+    400: "<|audio_pad|>",
+    401: "<|image_pad|>",
+    403: "<|audio_start|>",
+    404: "<|vision_start|>",
+    405: "<|audio_end|>",
+    406: "<|vision_end|>",
+}
+OMNI_TEMPLATE = """{%- for m in messages -%}
+{{ m.role }}: {% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}
+{%- if c.type == 'image' -%}<|vision_start|><|image_pad|><|vision_end|>
+{%- elif c.type == 'audio' -%}<|audio_start|><|audio_pad|><|audio_end|>
+{%- elif 'text' in c -%}{{ c.text }}{%- endif -%}
+{% endfor %}{% endif %}{{ ' ' }}
+{%- endfor %}{% if add_generation_prompt %}assistant: {% endif %}"""
+"""The published one's places and kinds of parts, and less text."""
 TALKER_VOCAB = 64 + 1024
 """Codes, and the control ids above them that the published program expects."""
 
@@ -81,7 +97,11 @@ def write_tiny(
                 parameter.normal_(0, 0.2)  # the published program leaves some of them as memory was
     limit = {} if shard_size is None else {"max_shard_size": shard_size}
     model.save_pretrained(path, save_original_format=not is_stacked, **limit)
-    write_byte_tokenizer(path, SIZES["vocab_size"])
+    if family == "qwen3_omni_moe":
+        write_byte_tokenizer(path, SIZES["vocab_size"], OMNI_TOKENS)
+        (path / "chat_template.jinja").write_text(OMNI_TEMPLATE)
+    else:
+        write_byte_tokenizer(path, SIZES["vocab_size"])
     return path
 
 

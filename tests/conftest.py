@@ -20,7 +20,10 @@ from hypothesis import settings
 from cluster.resources import LOCAL_ONLY, ray_environment
 from extraction.extract import extract
 from gateway.demo import ports
-from tests.checkpoints import write_tiny_qwen3_moe
+from router.loading import EngineOptions, LoadedEngine
+from tests.checkpoints import write_tiny, write_tiny_qwen3_moe
+from tests.engines import open_engine
+from tests.omni import Published
 
 # What services learn in tests, and the token of their Ray, stay out of the user's folders.
 _own = Path(tempfile.mkdtemp(prefix="sage-moe-tests-"))
@@ -74,6 +77,35 @@ def tiny_store(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) 
     root = tmp_path_factory.mktemp("tiny-store") / "store"
     extract(tiny_checkpoint, root)
     return root
+
+
+@pytest.fixture(scope="session")
+def omni_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random Qwen3-Omni, with chat template and control tokens."""
+    path = tmp_path_factory.mktemp("omni") / "checkpoint"
+    return write_tiny("qwen3_omni_moe", path, num_hidden_layers=3, max_position_embeddings=512)
+
+
+@pytest.fixture(scope="session")
+def omni_store(omni_checkpoint: Path) -> Path:
+    """The small Qwen3-Omni, extracted."""
+    root = omni_checkpoint.parent / "store"
+    extract(omni_checkpoint, root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def omni(omni_store: Path) -> Iterator[LoadedEngine]:
+    """It, loaded in float32."""
+    loaded = open_engine(omni_store, EngineOptions(dtype="float32", has_media=True))
+    yield loaded
+    loaded.close()
+
+
+@pytest.fixture(scope="session")
+def published(omni_checkpoint: Path) -> Published:
+    """The same as `transformers` computes it."""
+    return Published.load(omni_checkpoint)
 
 
 @pytest.fixture

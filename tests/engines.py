@@ -23,8 +23,10 @@ from router.batcher import BatchLimits
 from router.engine import Engine
 from router.kv_cache import KvPool
 from router.loading import EngineOptions, LoadedEngine
+from router.media.encoder import MediaEncoder
 from router.model_config import ModelConfig
 from router.pace import Pace
+from router.prompt_inputs import NO_INPUTS
 from router.request import GenerationRequest, TokenEvent, TokenLogprob
 from router.self_test import prove_row_invariance
 from router.sequence import Sequence as EngineSequence
@@ -137,15 +139,21 @@ def pause_prompts(engine: Engine, *, within_halves: bool = True, overtaking: int
         engine.pace.longest_s = 1e6
 
 
-def run_to_end(engine: Engine, requests: Sequence[GenerationRequest], join_at: Sequence[int] = ()) -> Outcome:
-    """Generate all requests; request i joins before step join_at[i] (0 where not given)."""
+def run_to_end(
+    engine: Engine,
+    requests: Sequence[GenerationRequest],
+    join_at: Sequence[int] = (),
+    encoder: MediaEncoder | None = None,
+) -> Outcome:
+    """Generate all requests; request i joins before step join_at[i] (0 where not given). encoder: of their media."""
     engine.__class__ = RecordingEngine
     assert isinstance(engine, RecordingEngine)
     engine.outcome = outcome = Outcome()
     waiting = [(join_at[i] if i < len(join_at) else 0, request) for i, request in enumerate(requests)]
     for step in range(MAX_STEPS):
         for entry in [entry for entry in waiting if entry[0] <= step]:
-            engine.submit(entry[1])
+            inputs = NO_INPUTS if encoder is None else encoder.inputs_for(entry[1])
+            engine.submit(entry[1], inputs)
             waiting.remove(entry)
         if not engine.has_work and not waiting:
             assert_nothing_held(engine)

@@ -48,7 +48,7 @@ def chat(
         ),
     ] = None,
 ) -> None:
-    """Chat in the terminal: /help, /reset, /system, /save, /quit; Ctrl-C stops an answer."""
+    """Chat in the terminal: /help, /reset, /system, /image, /audio, /save, /quit; Ctrl-C stops an answer."""
     from gateway.chat.loop import Conversation, run_chat
     from gateway.chat.view import PlainTerminal
 
@@ -90,7 +90,7 @@ def _backend(
         resolve_runnable(target, announce=announce),
         model_name(target),
         sampling,
-        EngineOptions(dtype=dtype, device=chosen.device),
+        EngineOptions(dtype=dtype, device=chosen.device, has_media=True),
         chosen.experts,
         chosen.host,
     ) as local:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import queue
 import secrets
@@ -13,11 +14,13 @@ from typing import Any
 
 from experts.budget import BudgetRequest
 from experts.store import ExpertStore
-from gateway.chat.loop import Piece
+from gateway.chat.loop import Piece, Turn
 from gateway.errors import ChatFailed, GenerationFailed
+from gateway.http.media import TEXT_ONLY, decode_media, placed_in
 from gateway.http.openai_types import Message
 from gateway.http.settings import read_eos_token_ids, read_sampling_defaults
 from gateway.http.stream import AnswerText
+from gateway.media.decoder import MediaDecoder
 from gateway.service.memory import plan_engine
 from gateway.text.chat_template import ChatTemplate
 from gateway.text.tokenizer import TextTokenizer
@@ -44,14 +47,16 @@ class LocalChat:
         self._context_length = loaded.engine.max_tokens_per_sequence
         self._events: queue.SimpleQueue[Sequence[TokenEvent]] = queue.SimpleQueue()
         self._numbers = itertools.count(1)
-        self._thread = EngineThread(loaded.engine, self._events.put)
+        self._thread = EngineThread(loaded.engine, self._events.put, loaded.media)
+        self._decoder = MediaDecoder(loaded.media.facts) if loaded.media is not None else TEXT_ONLY
         self._thread.start()
 
     def close(self) -> None:
         self._thread.stop()
 
-    def stream(self, messages: list[dict[str, str]]) -> Generator[Piece, None, None]:
-        """See ChatBackend.stream. Raises ChatFailed, GenerationFailed, or ApiError where the template refuses."""
+    def stream(self, messages: list[Turn]) -> Generator[Piece, None, None]:
+        """See ChatBackend.stream. Raises ChatFailed, GenerationFailed, or ApiError where the template or a part is
+        refused."""
         request = self._request(messages)
         answer = AnswerText(self._tokenizer.detokenizer(), request.sampling.stop_token_ids, ())
         try:
@@ -73,16 +78,20 @@ class LocalChat:
             if not is_done:
                 self._thread.cancel(request.request_id)
 
-    def _request(self, messages: list[dict[str, str]]) -> GenerationRequest:
-        text = self._template.render([Message.model_validate(message) for message in messages])
-        prompt_ids = tuple(self._tokenizer.encode_rendered(text))
+    def _request(self, messages: list[Turn]) -> GenerationRequest:
+        turns = [Message.model_validate(message) for message in messages]
+        media = asyncio.run(decode_media(turns, self._decoder, self._context_length))
+        prompt_ids, placed = placed_in(
+            self._tokenizer.encode_rendered(self._template.render(turns)), media, self._decoder
+        )
         room = self._context_length - len(prompt_ids)
         if not prompt_ids or room < 1:
             reason = f"the conversation has {len(prompt_ids)} tokens and the model's context {self._context_length}"
             raise ChatFailed(f"{reason}; /reset begins anew")
         chosen = {"max_tokens": room, "seed": secrets.randbits(64)} | self._sampling
         chosen["max_tokens"] = min(chosen["max_tokens"], room)
-        return GenerationRequest(f"chat-{next(self._numbers)}", prompt_ids, SamplingParams(**chosen))
+        name = f"chat-{next(self._numbers)}"
+        return GenerationRequest(name, tuple(prompt_ids), SamplingParams(**chosen), media=placed)
 
 
 @contextmanager

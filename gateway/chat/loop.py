@@ -12,14 +12,20 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
-from gateway.errors import GatewayError
+from gateway.chat.attachment import read_audio, read_image
+from gateway.errors import ChatFailed, GatewayError
 
 HELP = (
-    "/system TEXT sets the system message (alone: removes it), /reset begins anew, /save FILE writes the "
-    "conversation as JSON, /quit or Ctrl-D ends; Ctrl-C stops an answer; //text sends /text"
+    "/system TEXT sets the system message (alone: removes it), /image FILE and /audio FILE go with the next message, "
+    "/reset begins anew, /save FILE writes the conversation as JSON, /quit or Ctrl-D ends; Ctrl-C stops an answer; "
+    "//text sends /text"
 )
+
+
+Turn = dict[str, Any]
+"""A message as OpenAI's API has it: role, and content as text or parts."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class ChatBackend(Protocol):
     @property
     def model(self) -> str: ...
 
-    def stream(self, messages: list[dict[str, str]]) -> Generator[Piece, None, None]:
+    def stream(self, messages: list[Turn]) -> Generator[Piece, None, None]:
         """One answer. Closing the generator ends the work on it. Raises GatewayError."""
 
 
@@ -58,10 +64,17 @@ class Conversation:
     """What is sent: the system message, if there is one, and the turns."""
 
     system: str | None = None
-    turns: list[dict[str, str]] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+    attached: list[dict[str, Any]] = field(default_factory=list)
+    """Images and sound for the next turn."""
 
-    def messages(self) -> list[dict[str, str]]:
-        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+    def ask(self, text: str) -> None:
+        """A turn with what is attached, which stays until it is answered."""
+        parts = [*self.attached, {"type": "text", "text": text}]
+        self.turns.append({"role": "user", "content": parts if self.attached else text})
+
+    def messages(self) -> list[Turn]:
+        system: list[Turn] = [] if self.system is None else [{"role": "system", "content": self.system}]
         return [*system, *self.turns]
 
 
@@ -125,7 +138,7 @@ def _answer(
 ) -> None:
     """Add the question and what comes of its answer. An answer that was stopped stays, as far as it came; a question
     without any answer goes, so that it can be asked again."""
-    conversation.turns.append({"role": "user", "content": text})
+    conversation.ask(text)
     timing = AnswerClock(clock())
     pieces: list[str] = []
     ending = ""
@@ -142,6 +155,7 @@ def _answer(
     if any(pieces):
         terminal.show("\n")
         conversation.turns.append({"role": "assistant", "content": "".join(pieces)})
+        conversation.attached.clear()
     else:
         conversation.turns.pop()
     terminal.note(f"[{ending}{timing.summary()}]")
@@ -152,16 +166,30 @@ def _carry_out(line: str, model: str, terminal: Terminal, conversation: Conversa
     argument = argument.strip()
     if command == "/reset":
         conversation.turns.clear()
+        conversation.attached.clear()
         terminal.note("the conversation begins anew")
     elif command == "/system":
         conversation.system = argument or None
         terminal.note("the system message is set" if argument else "there is no system message")
     elif command == "/save":
         terminal.note(_save(argument, model, conversation))
+    elif command in ("/image", "/audio"):
+        terminal.note(_attach(command, argument, conversation))
     elif command == "/help":
         terminal.note(HELP)
     else:
         terminal.note(f"{command} is no command; /help lists them")
+
+
+def _attach(command: str, path: str, conversation: Conversation) -> str:
+    """Returns what to tell."""
+    if not path:
+        return f"name a file: {command} FILE"
+    try:
+        conversation.attached.append(read_image(path) if command == "/image" else read_audio(path))
+    except ChatFailed as error:
+        return str(error)
+    return f"{path} goes with the next message"
 
 
 def _save(path: str, model: str, conversation: Conversation) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from gateway.chat.loop import Piece
+from gateway.chat.loop import Piece, Turn
 from gateway.errors import ChatFailed
 from gateway.http.api_keys import bearer_headers
 
@@ -29,7 +29,7 @@ class RemoteChat:
     sampling: dict[str, Any] = field(default_factory=dict)
     """Fields of the request that the user chose."""
 
-    def stream(self, messages: list[dict[str, str]]) -> Generator[Piece, None, None]:
+    def stream(self, messages: list[Turn]) -> Generator[Piece, None, None]:
         """See ChatBackend.stream. Raises ChatFailed."""
         body = {"model": self.model, "messages": messages, **self.sampling}
         body |= {"stream": True, "stream_options": {"include_usage": True}}

@@ -32,6 +32,7 @@ from gateway.http.openai_types import (
 from gateway.http.request_envelope import RequestEnvelope
 from gateway.http.request_limits import parse_json, read_body
 from gateway.http.settings import GatewaySettings, RequestLimits
+from gateway.media.decoder import MediaDecoder
 from gateway.routers.client import RouterClient
 from gateway.text.chat_template import ChatTemplate
 from gateway.text.tokenizer import TextTokenizer
@@ -51,7 +52,7 @@ def build_app(
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.add_exception_handler(GatewayError, _answer_gateway_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
-    _add_generation_routes(app, settings, template, backend)
+    _add_generation_routes(app, settings, template, backend, MediaDecoder(settings.media))
     _add_feedback_route(app, settings.limits, backend)
     _add_model_routes(app, settings)
     _add_service_routes(app, backend)
@@ -62,7 +63,11 @@ def build_app(
 
 
 def _add_generation_routes(
-    app: FastAPI, settings: GatewaySettings, template: ChatTemplate, backend: Backend
+    app: FastAPI,
+    settings: GatewaySettings,
+    template: ChatTemplate,
+    backend: Backend,
+    decoder: MediaDecoder,
 ) -> None:
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
@@ -73,10 +78,13 @@ def _add_generation_routes(
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
+        job, ignored = await prepared(request)
+        return await _answer(job.owned_by(request.state.owner), request, backend, ignored)
+
+    async def prepared(request: Request) -> tuple[Job, dict[str, str]]:
+        """Apart, so that the request with its encoded media is not held while the answer comes."""
         checked, ignored = await _read(ChatRequest, request, settings.limits)
-        job = await prepare_chat(checked, settings, backend.tokenizer, template)
-        job = job.owned_by(request.state.owner)
-        return await _answer(job, request, backend, ignored)
+        return await prepare_chat(checked, settings, backend.tokenizer, template, decoder), ignored
 
 
 def _add_feedback_route(app: FastAPI, limits: RequestLimits, backend: Backend) -> None:
@@ -90,7 +98,13 @@ def _add_feedback_route(app: FastAPI, limits: RequestLimits, backend: Backend) -
 
 
 def _add_model_routes(app: FastAPI, settings: GatewaySettings) -> None:
-    facts = {"object": "model", "created": settings.created, "owned_by": "sage-moe"}
+    modalities = ["text", *settings.media.kinds]
+    facts = {
+        "object": "model",
+        "created": settings.created,
+        "owned_by": "sage-moe",
+        "input_modalities": modalities,
+    }
     cards = {name: {"id": name, **facts} for name in settings.model_names}
 
     @app.get("/v1/models")

@@ -14,10 +14,13 @@ from functools import partial
 
 from gateway.errors import ApiError
 from gateway.http.answers import AnswerHead
+from gateway.http.media import TEXT_ONLY, decode_media, placed_in
 from gateway.http.openai_types import ChatRequest, CompletionRequest, GenerationOptions
 from gateway.http.settings import GatewaySettings
+from gateway.media.decoder import MediaDecoder
 from gateway.text.chat_template import ChatTemplate
 from gateway.text.tokenizer import TextTokenizer
+from router.media.items import PlacedMedium
 from router.request import GenerationRequest, SamplingParams
 from router.routing_choice import RoutingChoice
 
@@ -89,20 +92,27 @@ async def prepare_completion(
 
 
 async def prepare_chat(
-    request: ChatRequest, settings: GatewaySettings, tokenizer: TextTokenizer, template: ChatTemplate
+    request: ChatRequest,
+    settings: GatewaySettings,
+    tokenizer: TextTokenizer,
+    template: ChatTemplate,
+    decoder: MediaDecoder = TEXT_ONLY,
 ) -> Job:
     """Raises ApiError when the model is another one or the request does not fit it."""
     started_at = time.perf_counter()
     check_model(request.model, settings)
     _check_tokens(request, settings)
+    media = await decode_media(request.messages, decoder, settings.context_length)
     render = partial(template.render, request.messages, variant=request.chat_template)
     text = await asyncio.to_thread(render)
     _refuse_certainly_longer(text, "messages", settings, tokenizer)
     prompt_ids = await asyncio.to_thread(tokenizer.encode_rendered, text)
+    prompt_ids, placed = placed_in(prompt_ids, media, decoder)
     wanted = request.max_completion_tokens or request.max_tokens
     max_tokens = settings.context_length - len(prompt_ids) if wanted is None else wanted
-    _check_fit(prompt_ids, max_tokens, "messages", settings)
-    return _job(request, [(prompt_ids, max_tokens)], settings, started_at)
+    num_media = sum(decoder.facts.num_tokens(medium) for medium in media)
+    _check_fit(prompt_ids, max_tokens, "messages", settings, num_media=num_media)
+    return _job(request, [(prompt_ids, max_tokens)], settings, started_at, placed)
 
 
 def _job(
@@ -110,8 +120,9 @@ def _job(
     prompts: list[tuple[list[int], int]],
     settings: GatewaySettings,
     started_at: float,
+    media: tuple[PlacedMedium, ...] = (),
 ) -> Job:
-    """prompts: ids, and the most tokens of an answer to them."""
+    """prompts: ids, and the most tokens of an answer to them. media: of the only one."""
     is_chat = isinstance(options, ChatRequest)
     is_echoed = isinstance(options, CompletionRequest) and bool(options.echo)
     routing = _routing(options, settings)
@@ -132,6 +143,7 @@ def _job(
                 group=f"{answer_id}-prompt-{position}" if options.num_choices > 1 else None,
                 routing=routing,
                 answer_id=answer_id,
+                media=media,
             )
             choices.append(ChoiceJob(len(choices), request, is_echoed))
     return Job(
@@ -188,8 +200,10 @@ def _check_fit(
     settings: GatewaySettings,
     *,
     is_prompt_all: bool = False,
+    num_media: int = 0,
 ) -> None:
-    """is_prompt_all: nothing is to be generated, so the prompt may fill the context."""
+    """is_prompt_all: nothing is to be generated, so the prompt may fill the context. num_media: of its tokens, those
+    that stand for images and sound."""
     if not prompt_ids:
         raise ApiError(400, f"{field} comes to no tokens.", param=field, code="invalid_value")
     low, high = min(prompt_ids), max(prompt_ids)
@@ -201,6 +215,7 @@ def _check_fit(
     if num_prompt + num_answer > context:
         message = (
             f"The model's context is {context} tokens. {field} has {num_prompt} "
+            f"{f'({num_media} of them images and sound) ' if num_media else ''}"
             f"and {num_answer} were asked for in the answer."
         )
         raise ApiError(400, message, param=field, code="context_length_exceeded")

@@ -92,20 +92,3 @@ def read_logit_bias(value: object) -> tuple[tuple[int, float], ...]:
 
 def _is_bias(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and -MAX_BIAS <= value <= MAX_BIAS
-
-
-def read_content(value: object) -> str:
-    """A string, or text parts, which are joined by line ends."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise PydanticCustomError("content", "must be a string or a list of text parts")
-    texts = []
-    for part in value:
-        if not isinstance(part, dict) or part.get("type") != "text":
-            raise PydanticCustomError("content", "parts other than text are not supported yet")
-        text = part.get("text")
-        if not isinstance(text, str):
-            raise PydanticCustomError("content", "a text part must have a string in its field text")
-        texts.append(text)
-    return "\n".join(texts)

@@ -24,12 +24,12 @@ from gateway.http.field_policy import (
 from gateway.http.openai_fields import (
     MAX_CHOICES,
     Prompt,
-    read_content,
     read_logit_bias,
     read_prompts,
     read_stop,
     read_stop_token_ids,
 )
+from gateway.media.parts import Content, read_content
 from router.effort import EffortChoice
 from router.routing_choice import PolicyName
 
@@ -136,7 +136,7 @@ class Message(Strict):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, PlainValidator(read_content)]
+    content: Annotated[Content, PlainValidator(read_content)]
 
 
 class ChatRequest(GenerationOptions):

@@ -15,6 +15,7 @@ from extraction.quantised_parts import QuantisedParts
 from gateway.errors import ModelFileInvalid
 from gateway.http.api_keys import NO_KEYS, KeyRing
 from gateway.http.routing_rules import NATIVE_ONLY, RoutingRules
+from router.media.facts import NO_MEDIA, MediaFacts
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -63,6 +64,10 @@ class RequestLimits:
     """A client that sends more slowly than this, beyond the grace, gets 408."""
 
 
+MEDIA_LIMITS = RequestLimits(max_body_bytes=24 * 1024 * 1024)
+"""Where requests may bring images and sound, in base64."""
+
+
 @dataclass(frozen=True)
 class GatewaySettings:
     """Everything the HTTP app knows that is not behaviour."""
@@ -92,6 +97,8 @@ class GatewaySettings:
     request_timeout_s: float = 3600.0
     """A request may take so long, with its answer."""
     routing: RoutingRules = NATIVE_ONLY
+    media: MediaFacts = NO_MEDIA
+    """What chats may hold beside text."""
 
     @property
     def model_names(self) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
@@ -30,6 +31,14 @@ def generate(
     prompt_ids: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(metavar="ID,ID,...", help="Token ids to continue, instead of --prompt."),
+    ] = None,
+    image: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option(metavar="FILE", help="A PNG, JPEG or WebP image before --prompt; may be repeated."),
+    ] = None,
+    audio: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option(metavar="FILE", help="A WAV file before --prompt; may be repeated."),
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 64,
     temperature: Annotated[
@@ -72,15 +81,18 @@ def generate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Generate once in this process, without Ray."""
+    """Generate once in this process, without Ray. With --image or --audio the prompt is a turn of a conversation."""
     if stream and as_json:
         raise typer.BadParameter("choose one of --stream and --json")
     if explain and not as_json:
         raise typer.BadParameter("--explain goes with --json")
     chosen_prompt = _chosen_prompt(prompt, prompt_ids)
+    if (image or audio) and prompt is None:
+        raise typer.BadParameter("--image and --audio go with --prompt")
 
     from gateway.http.routing_rules import read_choice
     from gateway.local.generate import generate as run
+    from gateway.local.media_prompt import MediaFiles
     from gateway.local.study import Study
     from gateway.service.option_values import parse_eviction
     from gateway.service.state_folder import resolve_state_folder
@@ -119,6 +131,7 @@ def generate(
         budgets=memory.experts,
         host_budgets=memory.host,
         study=study,
+        files=MediaFiles(tuple(image or ()), tuple(audio or ())),
         on_text=show,
         on_plan=print_plan if is_asked else _keep_quiet,
     )

@@ -14,13 +14,18 @@ from experts.store import ExpertStore
 from gateway.errors import GenerationFailed
 from gateway.http.quality import MODIFIED, describe_quality
 from gateway.http.settings import read_eos_token_ids, read_sampling_defaults
+from gateway.local.media_prompt import MediaFiles, media_prompt
 from gateway.local.study import NO_STUDY, Study, studied
 from gateway.service.memory import plan_engine
 from gateway.text.tokenizer import TextTokenizer
 from router.errors import TraceFailed
 from router.loading import EngineOptions, LoadedEngine, load_engine
+from router.media.items import PlacedMedium
+from router.prompt_inputs import NO_INPUTS
 from router.request import GenerationRequest, SamplingParams
 from router.routing_choice import NATIVE_CHOICE, RoutingChoice, RoutingReport
+
+NO_FILES = MediaFiles()
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,7 @@ def generate(
     budgets: tuple[BudgetRequest, ...] = (),
     host_budgets: tuple[BudgetRequest, ...] = (),
     study: Study = NO_STUDY,
+    files: MediaFiles = NO_FILES,
     on_text: Callable[[str], None] = lambda text: None,
     on_plan: Callable[[MemoryPlan], None] = lambda plan: None,
 ) -> Generation:
@@ -89,13 +95,19 @@ def generate(
 
     sampling: fields of SamplingParams that were chosen; the checkpoint's recommendation fills in the others.
     budgets: of experts; resolved against this machine's memory and then told to `on_plan`. Without any, those of the
-    options hold. host_budgets: of host memory behind a device.
+    options hold. host_budgets: of host memory behind a device. files: images and sound before a prompt of text, with
+    which they are a user's turn of a conversation.
     Raises OptionInvalid, GenerationFailed, what loading the engine raises, or what `studied` raises before the answer's
     end.
     """
     store = ExpertStore.open(root)
     tokenizer = TextTokenizer.from_folder(root)
-    prompt_ids = tuple(tokenizer.encode(prompt)) if isinstance(prompt, str) else prompt
+    media: tuple[PlacedMedium, ...] = ()
+    if files and isinstance(prompt, str):
+        prompt_ids, media = media_prompt(store, tokenizer, prompt, files)
+        options = replace(options, has_media=True)
+    else:
+        prompt_ids = tuple(tokenizer.encode(prompt)) if isinstance(prompt, str) else prompt
     manifest = store.manifest
     facts = asdict(read_sampling_defaults(manifest.generation_config))
     if budgets:
@@ -104,7 +116,7 @@ def generate(
     loaded = load_engine(store, options)
     eos = read_eos_token_ids(manifest, loaded.config.vocab_size)
     params = SamplingParams(stop_token_ids=eos, **(facts | dict(sampling)))
-    request = GenerationRequest("generate", prompt_ids, params, routing=routing)
+    request = GenerationRequest("generate", prompt_ids, params, routing=routing, media=media)
     answer: Generation | None = None
     try:
         policy = study.policy_beside(routing)
@@ -128,7 +140,7 @@ def _run(
 ) -> Generation:
     started = time.perf_counter()
     engine = loaded.engine
-    engine.submit(request)
+    engine.submit(request, NO_INPUTS if loaded.media is None else loaded.media.inputs_for(request))
     decoder = tokenizer.detokenizer()
     tokens: list[int] = []
     pieces: list[str] = []
@@ -172,4 +184,6 @@ def resident_bytes(loaded: LoadedEngine) -> dict[str, int]:
         "experts": loaded.worker.resident_bytes,
         "kv_cache": engine.pool.nbytes,
     }
+    if loaded.media is not None:
+        held["media"] = loaded.media.stats.tower_bytes + loaded.media.stats.kept_bytes
     return held if behind is None else held | {"experts_behind": behind.resident_bytes}

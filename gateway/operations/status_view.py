@@ -56,7 +56,7 @@ def render_status(status: Mapping[str, Any]) -> RenderableType:
         resident[each["name"]] = each.get("experts", {}).get("resident_bytes", 0)
     plan = [render_memory(status["memory"], resident, _behind(status))] if status.get("memory") else []
     memory = f"backbone {mib(router['backbone_bytes'])}, KV cache {mib(router['kv_bytes'])}"
-    memory += _prefixes(router.get("prefix_cache"))
+    memory += _prefixes(router.get("prefix_cache")) + _media(router.get("media"))
     fetching = [line for actor in status["actors"] if (line := _fetching(actor))]
     line = f"Requests: {requests['running']} running, {requests['waiting']} waiting; {memory}"
     if "capacity" in status:
@@ -84,6 +84,14 @@ def _prefixes(cache: Mapping[str, Any] | None) -> str:
         return ""
     found = f"{cache['hit_tokens']:,} tokens found in it"
     return f" ({mib(cache['bytes'])} of it kept for prompts that begin alike, {found})"
+
+
+def _media(stats: Mapping[str, Any] | None) -> str:
+    """What sees and hears; nothing where nothing has been shown yet."""
+    if not stats or not stats["tower_bytes"]:
+        return ""
+    held = mib(stats["tower_bytes"] + stats["kept_bytes"])
+    return f", images and sound {held} ({stats['encoded']:,} encoded, {stats['found']:,} found encoded)"
 
 
 def _cluster_lines(cluster: Mapping[str, Any]) -> list[str]:

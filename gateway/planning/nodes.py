@@ -48,11 +48,12 @@ class RouterMemory:
     buffer_bytes: int
     process_bytes: int
     spare_bytes: int
+    media_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
         parts = (self.backbone_bytes, self.kv_bytes, self.buffer_bytes, self.process_bytes, self.spare_bytes)
-        return sum(parts)
+        return sum(parts) + self.media_bytes
 
 
 def router_memory(model: ModelSizes, workload: Workload, total_bytes: int) -> RouterMemory:
@@ -65,6 +66,7 @@ def router_memory(model: ModelSizes, workload: Workload, total_bytes: int) -> Ro
         model.router_buffers(limits, kv_bytes),
         SERVICE_BASE.router + SERVICE_BASE.others,
         total_bytes * SPARE_PERCENT // 100,
+        model.media_bytes,
     )
 
 

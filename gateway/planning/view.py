@@ -7,6 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from gateway.planning.nodes import RouterMemory
 from gateway.planning.report import PlanReport
 from gateway.stores.inspect_view import format_size
 
@@ -28,7 +29,7 @@ def render_plan(report: PlanReport) -> RenderableType:
         f"{format_size(report.total_expert_bytes)} in all; {_streams(report.num_streams)} of {report.context} tokens",
         f"on {router} beside experts: backbone {format_size(memory.backbone_bytes)}, KV cache "
         f"{format_size(memory.kv_bytes)}, buffers {format_size(memory.buffer_bytes)}, processes "
-        f"{format_size(memory.process_bytes)}, left free {format_size(memory.spare_bytes)}",
+        f"{format_size(memory.process_bytes)}, {_media(memory)}left free {format_size(memory.spare_bytes)}",
     ]
     if report.quantization is not None:
         lines.insert(1, f"quantised: {report.quantization}")
@@ -50,6 +51,10 @@ def render_plan(report: PlanReport) -> RenderableType:
         Text(),
         *(Text(command) for command in report.commands),
     )
+
+
+def _media(memory: RouterMemory) -> str:
+    return f"images and sound {format_size(memory.media_bytes)}, " if memory.media_bytes else ""
 
 
 def _between_machines(report: PlanReport) -> list[str]:

@@ -54,6 +54,7 @@ def gateway_spec(
         keys=options.keys,
         cors_origins=options.cors_origins,
         routing=options.routing,
+        has_media=engine.has_media,
         resume_timeout_s=options.resume_timeout_s,
     )
 

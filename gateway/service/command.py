@@ -171,6 +171,10 @@ def serve(
             help="Compute what prompts of one API key have in common at their beginnings once. [--prefix-cache]",
         ),
     ] = None,
+    media: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option("--media/--no-media", help="Take images and sound where the model does. [--media]"),
+    ] = None,
     state_dir: Annotated[
         Word, typer.Option(metavar="FOLDER", help="Where it is kept. [~/.local/state/sage-moe]")
     ] = None,
@@ -231,6 +235,7 @@ def serve(
         "snarc": snarc,
         "trust": trust,
         "prefix-cache": prefix_cache,
+        "media": media,
         "state-dir": state_dir,
     }
     if not dry_run and any(not key.startswith("@") for key in api_key or ()):

@@ -21,10 +21,12 @@ from gateway.http.api_keys import NO_KEYS, KeyRing
 from gateway.http.app import GatewaySettings, build_app
 from gateway.http.routing_rules import NATIVE_ONLY, RoutingRules
 from gateway.http.server import HttpServer
+from gateway.http.settings import MEDIA_LIMITS, RequestLimits
 from gateway.routers.pool import PoolLimits, RouterPool
 from gateway.routers.serve_router_client import ServeRouterClient
 from gateway.text.chat_template import ChatTemplate
 from gateway.text.tokenizer import TextTokenizer
+from router.media.facts import NO_MEDIA, read_media_facts
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class GatewaySpec:
     keys: KeyRing = NO_KEYS
     cors_origins: tuple[str, ...] = ()
     routing: RoutingRules = NATIVE_ONLY
+    has_media: bool = True
+    """Whether images and sound are taken where the model does."""
     resume_timeout_s: float = 60.0
     """See `PoolLimits`."""
 
@@ -54,8 +58,12 @@ def build_gateway(spec: GatewaySpec, pool: RouterPool) -> FastAPI:
     root = Path(spec.store_root)
     tokenizer = TextTokenizer.from_folder(root)
     facts = (spec.model_name, spec.context_length, spec.vocab_size, int(time.time()))
+    manifest = read_manifest(root)
+    media = read_media_facts(manifest, root) if spec.has_media else NO_MEDIA
     settings = replace(
-        GatewaySettings.from_manifest(read_manifest(root), *facts),
+        GatewaySettings.from_manifest(manifest, *facts),
+        media=media,
+        limits=MEDIA_LIMITS if media.kinds else RequestLimits(),
         model_aliases=spec.model_aliases,
         keys=spec.keys,
         cors_origins=spec.cors_origins,

@@ -144,6 +144,7 @@ def engine_options(options: ServiceOptions, dtype: str, num_threads: int) -> Eng
         snarc=options.snarc,
         stand_ins=StandInOptions(state_folder) if "snarc" in options.routing.policies else None,
         trust=TrustOptions(state_folder) if options.is_trust_learned else None,
+        has_media=options.has_media,
         prefix_cache=options.has_prefix_cache,
     )
 

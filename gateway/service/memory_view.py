@@ -38,12 +38,18 @@ def render_memory(
         held = behind if row["tier"] == HOST_TIER else resident
         now = () if resident is None else (_mib((held or {}).get(row["process"], 0)),)
         table.add_row(*texts, *map(_mib, sizes), _share(row["budget_bytes"], row["expert_bytes"]), *now)
-    stand_in_bytes = {row["process"]: n for row in plan["processes"] if (n := row.get("stand_in_bytes", 0))}
     # Below the table, which would not fit a terminal with one column more.
-    beside = [f"{_mib(num_bytes)} in {process}" for process, num_bytes in stand_in_bytes.items()]
-    table.caption = f"Beside the budget, stand-ins for experts: {', '.join(beside)}" if beside else None
+    kinds = {"stand-ins for experts": "stand_in_bytes", "images and sound": "media_bytes"}
+    beside = [text for what, field in kinds.items() if (text := _beside(plan, what, field))]
+    table.caption = f"Beside the budget, {'; '.join(beside)}" if beside else None
     table.caption_justify = "left"
     return table
+
+
+def _beside(plan: Mapping[str, Any], what: str, field: str) -> str | None:
+    """What processes hold of a kind, where they hold any."""
+    held = [f"{_mib(n)} in {row['process']}" for row in plan["processes"] if (n := row.get(field, 0))]
+    return f"{what}: {', '.join(held)}" if held else None
 
 
 def _mib(num_bytes: float) -> str:

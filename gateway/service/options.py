@@ -100,6 +100,8 @@ class ServiceOptions:
     is_trust_learned: bool = True
     has_prefix_cache: bool = True
     """Whether keys and values of earlier requests are used again where one begins alike."""
+    has_media: bool = True
+    """Whether images and sound are taken where the model does."""
     state_dir: str | None = None
     """Where what is learned is kept; None means the user's state folder."""
     actor_range: tuple[int, int] | None = None
@@ -179,6 +181,7 @@ class ServiceOptions:
             "snarc": asdict(self.snarc),
             "trust": self.is_trust_learned,
             "prefix-cache": self.has_prefix_cache and self.trace_folder is None,
+            "media": self.has_media,
             "state-dir": str(resolve_state_folder(self.state_dir)),
         }
 
@@ -224,6 +227,7 @@ def compose_options(values: OptionValues, store_root: Path, store_name: str, key
         snarc=values.snarc,
         is_trust_learned=values.trust,
         has_prefix_cache=values.prefix_cache,
+        has_media=values.media,
         state_dir=values.state_dir,
         actor_range=_actor_range(values),
         num_routers=values.routers,

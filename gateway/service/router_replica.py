@@ -243,6 +243,7 @@ class RouterDeployment:
                 "phase_seconds": dict(engine.stats.phase_seconds),
                 "steps": engine.stats.steps,
                 "trust": loaded.trust.status() if loaded.trust is not None else None,
+                "media": asdict(loaded.media.stats) if loaded.media is not None else None,
                 "stand_ins": loaded.stand_ins.status() if loaded.stand_ins is not None else None,
             },
             "capacity": {

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from gateway.errors import ApiError, ModelFileInvalid, TemplateStuck
 from gateway.http.openai_types import Message
+from gateway.media.parts import Content, ImagePart, TextPart
 from gateway.stores.model_files import read_small_file, read_small_json
 from gateway.text.template_renderer import RenderLimits, TemplateRenderer
 from gateway.text.tokenizer import TextTokenizer
@@ -78,10 +79,10 @@ class ChatTemplate:
 
         variant: the name of one of several templates; None means the default.
         """
-        turns = [{"role": _role(m.role), "content": self._tokenizer.defuse(m.content)} for m in messages]
         name = self._choose(variant)
         if self._renderer is None:
-            return PLAIN_SEPARATOR.join(turn["content"] for turn in turns)
+            return PLAIN_SEPARATOR.join(self._plain_text(m.content) for m in messages)
+        turns = [{"role": _role(m.role), "content": self._content(m.content)} for m in messages]
         variables = {
             **self._token_texts,
             "messages": turns,
@@ -107,6 +108,23 @@ class ChatTemplate:
         """End the rendering process, if there is one."""
         if self._renderer is not None:
             self._renderer.close()
+
+    def _content(self, content: Content) -> str | list[dict[str, str]]:
+        """As templates know it: media by their kind, for which they leave a place."""
+        if isinstance(content, str):
+            return self._tokenizer.defuse(content)
+        parts = []
+        for part in content:
+            if isinstance(part, TextPart):
+                parts.append({"type": "text", "text": self._tokenizer.defuse(part.text)})
+            else:
+                parts.append({"type": "image" if isinstance(part, ImagePart) else "audio"})
+        return parts
+
+    def _plain_text(self, content: Content) -> str:
+        if not isinstance(content, str):
+            raise _refusal("This model has no chat template, and so no place for images or sound.")
+        return self._tokenizer.defuse(content)
 
     def _choose(self, variant: str | None) -> str:
         """As `transformers` does without tools. A client names a template and never brings one."""

@@ -73,6 +73,7 @@ def _held(row: ProcessMemory) -> int:
         + row.buffer_bytes
         + row.budget_bytes
         + row.stand_in_bytes
+        + row.media_bytes
     )
 
 

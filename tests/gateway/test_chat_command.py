@@ -21,14 +21,18 @@ import httpx
 import pytest
 
 from gateway.chat.local import open_store
-from gateway.chat.loop import ChatBackend, Conversation, Piece, run_chat
+from gateway.chat.loop import ChatBackend, Conversation, Piece, Turn, run_chat
 from gateway.chat.remote import RemoteChat, connect
 from gateway.errors import ChatFailed, GenerationFailed
 from gateway.http.api_keys import KeyRing
-from router.loading import EngineOptions
+from gateway.media.decoder import MediaDecoder
+from gateway.text.tokenizer import TextTokenizer
+from router.loading import EngineOptions, LoadedEngine
 from tests.gateway.fake_router import FakeRouter, Step, app_over, script, stories_tokenizer
+from tests.gateway.media.files import image_file, picture, tones, wav_file
+from tests.omni import Published, request
 
-USER: list[dict[str, str]] = [{"role": "user", "content": "hello"}]
+USER: list[Turn] = [{"role": "user", "content": "hello"}]
 
 
 class ScriptedTerminal:
@@ -59,10 +63,10 @@ class ScriptedBackend:
 
     def __init__(self, *pieces: Piece | BaseException) -> None:
         self._pieces = pieces
-        self.asked: list[list[dict[str, str]]] = []
+        self.asked: list[list[Turn]] = []
         self.num_closed = 0
 
-    def stream(self, messages: list[dict[str, str]]) -> Generator[Piece, None, None]:
+    def stream(self, messages: list[Turn]) -> Generator[Piece, None, None]:
         self.asked.append(list(messages))
         try:
             for piece in self._pieces:
@@ -131,6 +135,56 @@ def test_commands_change_what_is_sent(tmp_path: Path) -> None:
         strict=True,
     ):
         assert expected in note
+
+
+def test_files_go_with_the_next_message_that_is_answered(tmp_path: Path) -> None:
+    (tmp_path / "seen.png").write_bytes(image_file(picture(8, 8)))
+    (tmp_path / "heard.wav").write_bytes(wav_file(tones(0.2, 16_000), 16_000))
+    seen, heard = f"/image {tmp_path / 'seen.png'}", f"/audio {tmp_path / 'heard.wav'}"
+    failing = ScriptedBackend(ChatFailed("busy"))
+    terminal, conversation = _chat(failing, seen, heard, "what?", "again?")
+    assert terminal.notes[0].endswith("seen.png goes with the next message")
+    assert [part["type"] for part in failing.asked[1][0]["content"]] == ["image_url", "input_audio", "text"]
+    assert failing.asked[1][0]["content"][2] == {"type": "text", "text": "again?"}
+    answering = ScriptedBackend(Piece("A", 1))
+    run_chat(answering, ScriptedTerminal("what?", "why?"), conversation)
+    assert len(answering.asked[0][0]["content"]) == 3
+    assert answering.asked[1][2] == {"role": "user", "content": "why?"}
+    assert not conversation.attached
+
+
+@pytest.mark.parametrize(
+    ("line", "note"),
+    [
+        ("/image", "name a file: /image FILE"),
+        ("/image /no/such.png", "/no/such.png cannot be read: No such file"),
+        ("/audio a\0b", "cannot be read: no such path"),
+        (f"/image {__file__}", "is no PNG, JPEG or WebP image"),
+        (f"/audio {__file__}", "is no WAV file"),
+    ],
+)
+def test_files_that_cannot_be_sent_are_told(line: str, note: str) -> None:
+    terminal, conversation = _chat(ScriptedBackend(), line)
+    assert note in terminal.notes[0]
+    assert not conversation.attached
+
+
+def test_chat_with_a_store_sees_and_hears(
+    omni_store: Path, omni: LoadedEngine, published: Published, tmp_path: Path
+) -> None:
+    content = image_file(picture(40, 24))
+    (tmp_path / "seen.png").write_bytes(content)
+    options = EngineOptions(dtype="float32", has_media=True)
+    with open_store(omni_store, "omni", {"max_tokens": 6, "temperature": 0.0}, options) as backend:
+        _, conversation = _chat(backend, f"/image {tmp_path / 'seen.png'}", "What?")
+        (tmp_path / "seen.png").write_bytes(b"RIFF no image")
+        refused, _ = _chat(backend, f"/image {tmp_path / 'seen.png'}", "What?")
+    assert omni.media is not None
+    medium = MediaDecoder(omni.media.facts).image(content)
+    asked = request(omni, (*b"user: ",), medium, (*b"What? assistant: ",), max_tokens=6)
+    text = TextTokenizer.from_folder(omni_store).decode(published.greedy(asked))
+    assert conversation.turns[1]["content"] == text
+    assert "no image of a known format" in refused.notes[1]
 
 
 def test_tokens_that_nobody_counted_are_not_made_up() -> None:

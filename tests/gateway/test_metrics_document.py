@@ -17,6 +17,7 @@ from gateway.http.metrics import GatewayMetrics
 from gateway.routers.metrics import PoolCounts, render_pool
 from gateway.service.capacity_metrics import render_capacity
 from gateway.service.cluster_metrics import render_cluster
+from router.media.encoder import EncoderStats
 from router.metrics import render_metrics
 
 DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "metrics.md"
@@ -60,6 +61,7 @@ def _router_text() -> str:
         worker=worker,
         directory=SimpleNamespace(stats=lambda: told),
         trust=SimpleNamespace(status=lambda: trust),
+        media=SimpleNamespace(stats=EncoderStats()),
     )
     service: Any = SimpleNamespace(loaded=loaded)
     return render_metrics(service, [])

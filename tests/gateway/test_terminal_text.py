@@ -49,6 +49,7 @@ def test_status_says_what_is_learned_and_will_be_forgotten(is_kept: bool) -> Non
     }
     router |= {"trust": {"is_kept": is_kept}, "stand_ins": {"is_kept": True}}
     router["prefix_cache"] = {"bytes": 2**20, "hit_tokens": 1234} if is_kept else None
+    router["media"] = {"tower_bytes": 3 * 2**20 * is_kept, "kept_bytes": 2**20, "encoded": 2, "found": 1}
     status = {"model": "m", "router": router, "routers": [], "actors": [], "nodes": []}
     status |= {"requests": {"running": 0, "waiting": 0}}
     console = Console(width=250, highlight=False)
@@ -56,6 +57,7 @@ def test_status_says_what_is_learned_and_will_be_forgotten(is_kept: bool) -> Non
         console.print(render_status(status))
     assert ("Trust is learned but not kept" in capture.get()) == (not is_kept)
     assert ("1.0 MiB of it kept for prompts that begin alike, 1,234 tokens found" in capture.get()) == is_kept
+    assert ("images and sound 4.0 MiB (2 encoded, 1 found encoded)" in capture.get()) == is_kept
     assert "Stand-ins" not in capture.get()
 
 

@@ -25,6 +25,7 @@ from router.dispatch import dispatch
 from router.kv_cache import KvPool
 from router.loading import EngineOptions, LoadedEngine
 from router.native_dispatch import NativeDispatch
+from router.prompt_inputs import InputRows
 from router.step_batch import Span, StepBatch
 from router.step_routing import RoutingWatcher, StepRouting
 from router.weights import Layer
@@ -103,7 +104,8 @@ def test_asked_run_has_the_bits_of_operation_by_operation(loaded: LoadedEngine, 
 
 
 def test_asked_run_ends_where_rows_are_handed_out_changed_or_watched(loaded: LoadedEngine) -> None:
-    added = {0: torch.randn(loaded.config.hidden_size, generator=torch.Generator().manual_seed(1))}
+    row = torch.randn(1, loaded.config.hidden_size, generator=torch.Generator().manual_seed(1))
+    added = (InputRows(0, row),)
 
     def batches(*watchers: RoutingWatcher) -> list[StepBatch]:
         return [

@@ -19,8 +19,8 @@ from router.decoder_layer import MANY_ROWS
 from router.errors import PromptInvalid, QueueFull, RequestTooLong
 from router.kv_cache import BlockAllocator, KvPool
 from router.loading import EngineOptions, LoadedEngine
+from router.prompt_inputs import InputRows, PromptInputs
 from router.request import GenerationRequest, SamplingParams
-from router.sequence import PromptInputs
 from router.step_batch import Span, StepBatch
 from tests.engines import (
     Outcome,
@@ -212,7 +212,9 @@ def test_blocks_of_a_failed_request_are_scrubbed(loaded: LoadedEngine) -> None:
 
 
 def _poisoned(length: int, index: int) -> tuple[GenerationRequest, PromptInputs]:
-    return _request("poisoned", length), PromptInputs({index: torch.full((WIDTH,), float("nan"))})
+    return _request("poisoned", length), PromptInputs(
+        (InputRows(index, torch.full((1, WIDTH), float("nan"))),)
+    )
 
 
 def test_non_finite_logits_end_their_request_only(loaded: LoadedEngine) -> None:
@@ -323,11 +325,11 @@ def test_prompt_that_cannot_be_computed_is_refused(
 @pytest.mark.parametrize(
     "inputs",
     [
-        PromptInputs({5: torch.zeros(WIDTH)}),
-        PromptInputs({0: torch.zeros(WIDTH + 1)}),
+        PromptInputs((InputRows(4, torch.zeros(2, WIDTH)),)),
+        PromptInputs((InputRows(0, torch.zeros(1, WIDTH + 1)),)),
         PromptInputs(positions_3P=torch.zeros(3, 4, dtype=torch.int64)),
-        PromptInputs(injections={3: {0: torch.zeros(WIDTH)}}),
-        PromptInputs(injections={0: {-1: torch.zeros(WIDTH)}}),
+        PromptInputs(injections={3: (InputRows(0, torch.zeros(1, WIDTH)),)}),
+        PromptInputs(injections={0: (InputRows(-1, torch.zeros(1, WIDTH)),)}),
         PromptInputs(capture_layers=(3,)),
     ],
 )
@@ -350,8 +352,10 @@ def _with_inputs(
 def test_embeddings_in_place_of_ids_equal_the_ids_own(loaded: LoadedEngine) -> None:
     request = _request("r", 80)
     table = loaded.engine.backbone.embeddings_VD
-    inputs = PromptInputs({index: table[request.prompt_ids[index]] for index in (0, 15, 16, 40, 79)})
-    masked = tuple(0 if i in inputs.embeddings else token for i, token in enumerate(request.prompt_ids))
+    ids = torch.tensor(request.prompt_ids)
+    given = [range(1), range(14, 41), range(79, 80)]  # alone, over the ends of chunks, at the prompt's end
+    inputs = PromptInputs(tuple(InputRows(run.start, table[ids[run.start : run.stop]]) for run in given))
+    masked = tuple(0 if any(i in run for run in given) else token for i, token in enumerate(ids.tolist()))
     changed = GenerationRequest("r", masked, request.sampling)
     for limits in (None, SMALL_STEPS):
         assert_same_bits(_with_inputs(loaded, changed, inputs, limits), _alone(loaded, request))
@@ -366,7 +370,8 @@ def test_three_equal_position_rows_equal_the_default(loaded: LoadedEngine) -> No
 
 def test_captured_states_and_injections_do_not_depend_on_chunks(loaded: LoadedEngine) -> None:
     request = _request("r", 70, 3)
-    added = {0: {3: torch.ones(WIDTH), 66: -torch.ones(WIDTH)}, 1: {16: torch.full((WIDTH,), 0.5)}}
+    ones = torch.ones(1, WIDTH)
+    added = {0: (InputRows(3, ones), InputRows(66, -ones)), 1: (InputRows(10, ones.expand(30, -1) / 2),)}
 
     def run(limits: BatchLimits | None) -> tuple[Outcome, torch.Tensor]:
         seen = torch.full((2, 72, WIDTH), float("nan"))
@@ -606,7 +611,9 @@ def test_prompt_with_inputs_may_pause(loaded: LoadedEngine) -> None:
     def keep(layer: int, first: int, hidden: torch.Tensor) -> None:
         seen[first : first + len(hidden)] = hidden
 
-    inputs = PromptInputs(injections={0: {3: torch.ones(WIDTH)}}, capture_layers=(2,), on_capture=keep)
+    inputs = PromptInputs(
+        injections={0: (InputRows(3, torch.ones(1, WIDTH)),)}, capture_layers=(2,), on_capture=keep
+    )
     engine = _beside_a_stream(loaded)
     engine.submit(_request("r", 28, 3), inputs)
     outcome = _only(_finish(engine), "r")

@@ -19,6 +19,7 @@ from router.layer_run import LONGEST_S, LayerRun, RunTimes
 from router.loading import EngineOptions, LoadedEngine
 from router.native_step import ATTENTION_PHASES, EXPERTS_PHASES, NativeStep
 from router.prefetch import Prefetcher
+from router.prompt_inputs import InputRows
 from router.scoring import Routing
 from router.step_batch import Span, StepBatch, StepOutput
 from router.step_routing import RoutingWatcher, SpanOwner, StepRouting, View
@@ -153,7 +154,7 @@ def test_one_call_has_the_bits_of_layer_after_layer_and_counts_the_same(
 
 def test_run_ends_where_rows_are_handed_out_changed_or_watched(loaded: LoadedEngine) -> None:
     generator = torch.Generator().manual_seed(1)
-    added = {0: torch.randn(loaded.config.hidden_size, generator=generator)}
+    added = (InputRows(0, torch.randn(1, loaded.config.hidden_size, generator=generator)),)
     looker, other = Looker({4}), Looker({4})
 
     def batches(watcher: Looker) -> list[StepBatch]:

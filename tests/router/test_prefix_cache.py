@@ -15,9 +15,9 @@ from router.attention import BLOCK_POSITIONS
 from router.batcher import BatchLimits
 from router.loading import EngineOptions, LoadedEngine
 from router.prefix_keys import PrefixScope
+from router.prompt_inputs import NO_INPUTS, InputRows, PromptInputs
 from router.request import GenerationRequest, SamplingParams, TokenEvent
 from router.routing_choice import RoutingChoice
-from router.sequence import NO_INPUTS, PromptInputs
 from tests.engines import (
     Outcome,
     RecordingEngine,
@@ -168,7 +168,7 @@ def test_other_routing_neither_gives_nor_finds(loaded: LoadedEngine, routing: Ro
 
 def test_prompt_that_is_more_than_its_tokens_neither_gives_nor_finds(loaded: LoadedEngine) -> None:
     engine = _engine(loaded)
-    inputs = PromptInputs({3: torch.ones(loaded.config.hidden_size)})
+    inputs = PromptInputs((InputRows(3, torch.ones(1, loaded.config.hidden_size)),))
     assert _found(engine, _request("r", TEXT[:140]), inputs)[0] == 0
     assert engine.allocator.prefixes.num_known == 0
     _found(engine, _request("r", TEXT[:140]))

@@ -176,7 +176,6 @@ def test_key_covers_all_of_its_scope() -> None:
         PrefixScope("store", "other", 8),
         PrefixScope("store", "class", 4),
         PrefixScope("store", "class", 8, policy="other"),
-        PrefixScope("store", "class", 8, media="m"),
         PrefixScope("store", "class", 8, owner="o"),
     ]
     tokens = list(range(2 * BLOCK_POSITIONS))

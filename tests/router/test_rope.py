@@ -23,9 +23,9 @@ from router.backbone import Backbone
 from router.batcher import BatchLimits
 from router.errors import ConfigUnsupported
 from router.loading import EngineOptions, LoadedEngine
+from router.prompt_inputs import InputRows, PromptInputs
 from router.request import GenerationRequest, SamplingParams
 from router.rope import MOST_KEPT, RotaryEmbedding, rotate
-from router.sequence import PromptInputs
 from tests.checkpoints import SIZES
 from tests.engines import RecordingEngine, open_engine, small_engine
 from tests.router.configs import tiny_config
@@ -205,9 +205,9 @@ def test_positions_embeddings_and_injections_do_what_the_published_model_does(th
     embeddings = torch.randn(len(media), 64, generator=generator)
     added = torch.randn(2, len(media), 64, generator=generator)
     inputs = PromptInputs(
-        {index: embeddings[row] for row, index in enumerate(media)},
+        (InputRows(media.start, embeddings),),
         positions,
-        {layer: {index: added[layer][row] for row, index in enumerate(media)} for layer in (0, 1)},
+        {layer: (InputRows(media.start, added[layer]),) for layer in (0, 1)},
     )
     with torch.no_grad():
         inputs_embeds = thinker.published.embed_tokens(torch.tensor([prompt]))

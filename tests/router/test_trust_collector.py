@@ -27,6 +27,7 @@ from experts.trust_reporter import TrustKeeper
 from extraction.manifest import ExpertKey
 from router.batcher import BatchLimits
 from router.loading import EngineOptions, LoadedEngine
+from router.media.items import PlacedMedium, Sound
 from router.moe_block import MoeBlock
 from router.request import GenerationRequest, SamplingParams
 from router.step_routing import NativePolicy, RoutingWatcher, SpanOwner, StepRouting
@@ -99,6 +100,18 @@ def test_sampled_positions_share_one_observation_among_their_experts(tiny_store:
     assert 0 < per_layer[0] <= num_sampled * num_chosen
     weights = table.weights_ALE[CONVERGENCE].sum(axis=1)
     np.testing.assert_allclose(weights, per_layer / num_chosen, rtol=1e-2)
+    loaded.close()
+
+
+def test_tokens_that_stand_for_media_are_not_taken_for_foreseen(tiny_store: Path) -> None:
+    loaded, collector, _ = _collected(tiny_store)
+    ids = (*range(100), *[7] * 100, *range(8, 60))
+    text = GenerationRequest("r", ids)
+    media = replace(text, media=(PlacedMedium(100, Sound(b"")),))
+    sampled = collector.positions(SpanOwner(text, 0, len(ids)))
+    kept = [position for position in sampled if ids[position + 1] != 7]
+    assert 0 < len(kept) < len(sampled)
+    assert collector.positions(SpanOwner(media, 0, len(ids))) == kept
     loaded.close()
 
 

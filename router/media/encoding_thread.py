@@ -1,0 +1,84 @@
+"""Encodes the media of requests in a thread of its own, one request after another, beside the engine's.
+
+Of the process's cores it takes half, so that running streams keep the others. Called by `router.engine_thread`.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+
+import torch
+
+from experts.cores import num_cores
+from experts.errors import ExpertError
+from router.errors import MediaFailed, RouterError
+from router.media.encoder import MediaEncoder
+from router.prompt_inputs import PromptInputs
+from router.request import GenerationRequest
+
+logger = logging.getLogger(__name__)
+
+ROOM_INTERVAL_S = 0.02
+"""Between two questions whether there is room; shorter than a prompt with an image takes."""
+
+Encoded = Callable[[GenerationRequest, PromptInputs | RouterError], None]
+"""Told of every request that was still wanted: what the engine is to be given, or why there is nothing."""
+
+
+class EncodingThread:
+    """Runs an encoder from `start` to `stop`."""
+
+    def __init__(
+        self,
+        encoder: MediaEncoder,
+        is_wanted: Callable[[str], bool],
+        has_room: Callable[[], bool],
+        on_encoded: Encoded,
+    ) -> None:
+        """is_wanted: whether a request, by its id, was not cancelled. has_room: whether another one may be encoded now,
+        asked until it is. All three are called on this thread."""
+        self._encoder, self._on_encoded = encoder, on_encoded
+        self._is_wanted, self._has_room = is_wanted, has_room
+        self._is_stopping = threading.Event()
+        self._requests: queue.SimpleQueue[GenerationRequest | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="media", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End after the request in progress."""
+        self._is_stopping.set()
+        self._requests.put(None)
+        self._thread.join()
+
+    def submit(self, request: GenerationRequest) -> None:
+        self._requests.put(request)
+
+    def _run(self) -> None:
+        torch.set_num_threads(max(1, num_cores() // 2))  # of this thread's own products
+        while self._serve(self._requests.get()):  # which holds no request while it waits for another
+            pass
+
+    def _serve(self, request: GenerationRequest | None) -> bool:
+        """False where it was the last."""
+        if request is None:
+            return False
+        while not self._has_room() and not self._is_stopping.wait(ROOM_INTERVAL_S):
+            pass
+        if self._is_wanted(request.request_id):
+            self._on_encoded(request, self._encode(request))
+        return True
+
+    def _encode(self, request: GenerationRequest) -> PromptInputs | RouterError:
+        try:
+            return self._encoder.inputs_for(request)
+        except RouterError as error:
+            return error
+        except (ExpertError, MemoryError, RuntimeError) as error:
+            # What stands in it, an allocator's words or a file's place, is for the log.
+            logger.exception("request %s: its media cannot be encoded", request.request_id)
+            return MediaFailed(type(error).__name__)
