@@ -1,6 +1,6 @@
 """Which tensors Qwen3-Omni's parts without experts must have, by their configurations. Pure.
 
-Only names: their shapes are not checked, since nothing here computes with them. Called by `extraction.omni_layout`.
+Only names: shapes are checked by who computes with them (`router.media`). Called by `extraction.omni_layout`.
 Source: the modeling module of `transformers`, and its defaults for keys that a configuration leaves out.
 """
 

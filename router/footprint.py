@@ -22,7 +22,7 @@ from router.batcher import BatchLimits
 from router.kv_cache import KvPool, blocks_for
 from router.linears import FLOAT, LinearForms, planned_linears
 from router.loading import EngineOptions, chosen_dtype, num_kv_blocks
-from router.media.facts import FAMILY
+from router.media.facts import read_media_facts
 from router.media.sizes import media_bytes
 from router.model_config import SHARED_GATE_ROWS, ModelConfig, read_model_config
 from router.output_means import means_bytes
@@ -80,7 +80,7 @@ def measure_footprint(store: ExpertStore, options: EngineOptions) -> Footprint:
         if options.has_stand_ins
         else 0,
         media_bytes=media_bytes({part.name: part.config for part in store.manifest.components}, dtype)
-        if options.has_media and store.manifest.family == FAMILY
+        if options.has_media and read_media_facts(store.manifest, store.root).kinds
         else 0,
     )
 

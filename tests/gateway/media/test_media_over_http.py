@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from experts.store import ExpertStore
+from gateway.http.routing_rules import RoutingRules
 from gateway.media import decoder
 from gateway.media.decoder import MediaDecoder
 from gateway.text.chat_template import ChatTemplate
@@ -144,6 +145,17 @@ def test_messages_before_may_have_media_too(omni_store: Path, omni: LoadedEngine
     ]
     (response,) = ask(omni_store, omni, chat() | {"messages": turns})
     assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize(
+    "sage", [{"policy": "snarc", "explain": True}, {"effort": "auto"}, {"effort": "crisis"}]
+)
+def test_every_routing_takes_media(omni_store: Path, omni: LoadedEngine, sage: dict[str, Any]) -> None:
+    rules = RoutingRules("native", "focus", ("snarc",), ("auto", "crisis"))
+    body = chat(image_part(PNG), audio_part(SPOKEN), text_part(TEXT), sage=sage)
+    (response,) = ask(omni_store, omni, body, routing=rules)
+    assert response.status_code == 200, response.text
+    assert response.json()["sage"]["quality"] == "modified"
 
 
 def test_models_say_what_they_take(omni_store: Path, omni: LoadedEngine) -> None:

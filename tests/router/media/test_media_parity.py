@@ -13,6 +13,7 @@ from router.media.items import Image
 from tests.engines import Outcome, small_engine
 from tests.omni import Part, Published, image, request, sound
 
+NUM_TOKENS = 64
 TEXT = (10, 20, 30, 40, 50)
 PROMPTS: dict[str, tuple[Part, ...]] = {
     "image": (TEXT, image(48, 64), TEXT),
@@ -33,7 +34,7 @@ PROMPTS: dict[str, tuple[Part, ...]] = {
 def answer(loaded: LoadedEngine, *parts: Part) -> Outcome:
     assert loaded.media is not None
     engine = small_engine(loaded, 16)
-    asked = request(loaded, *parts)
+    asked = request(loaded, *parts, max_tokens=NUM_TOKENS)
     engine.submit(asked, loaded.media.inputs_for(asked))
     while engine.has_work:
         engine.step()
@@ -44,7 +45,7 @@ def answer(loaded: LoadedEngine, *parts: Part) -> Outcome:
 def test_greedy_tokens_equal_those_of_transformers(
     omni: LoadedEngine, published: Published, name: str
 ) -> None:
-    asked = request(omni, *PROMPTS[name])
+    asked = request(omni, *PROMPTS[name], max_tokens=NUM_TOKENS)
     assert answer(omni, *PROMPTS[name]).tokens["r"] == published.greedy(asked)
 
 

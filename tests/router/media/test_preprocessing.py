@@ -16,6 +16,8 @@ from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import _get_feat
 from experts.store import ExpertStore
 from extraction.extract import extract
 from router.errors import ConfigUnsupported
+from router.footprint import measure_footprint
+from router.loading import EngineOptions
 from router.media.facts import (
     MOST_IMAGE_TOKENS,
     PREPROCESSOR_FILE,
@@ -134,3 +136,7 @@ def test_other_families_take_text_alone(tmp_path: Path) -> None:
 def test_damaged_preprocessor_is_refused(tmp_path: Path, preprocessor: dict[str, Any]) -> None:
     with pytest.raises(ConfigUnsupported):
         _facts(tmp_path, preprocessor)
+    store = ExpertStore.open(tmp_path / "store")
+    with pytest.raises(ConfigUnsupported):  # before anything is started
+        measure_footprint(store, EngineOptions(has_media=True))
+    store.close()
