@@ -133,6 +133,8 @@ class Library:
     begin_experts: Callable[..., int | None]
     end_half: Callable[..., None]
     best_level: str
+    loaded: ctypes.CDLL
+    """For `experts.native_plane`."""
     run_in_threads: int | None
     """Address of the OpenMP runtime's entry point; None where PyTorch has no such runtime."""
 
@@ -361,7 +363,7 @@ def library() -> Library | None:
     for function, arguments in zip(beginning, _BEGINNING, strict=True):
         function.restype, function.argtypes = _POINTER, arguments
     end_half.restype, end_half.argtypes = None, [_POINTER]
-    return Library(*functions, *beginning, end_half, LEVELS[best], _find_openmp())
+    return Library(*functions, *beginning, end_half, LEVELS[best], loaded, _find_openmp())
 
 
 def _find_openmp() -> int | None:

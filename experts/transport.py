@@ -21,6 +21,7 @@ from torch import Tensor
 
 from experts.call import ExpertCall
 from experts.channel import Channel, TransportLimits, connect
+from experts.desk import Desk
 from experts.errors import (
     BudgetTooSmall,
     ConnectFailed,
@@ -213,9 +214,7 @@ class ExpertConnection:
             _check_short(header, self._agreed)
             if header.kind != Kind.HEARTBEAT:
                 raise FrameFault(f"frame of kind {header.kind} although nothing was asked")
-        silent_s = time.monotonic() - self._channel.heard_at_s
-        if silent_s >= self._limits.silence_s:
-            raise LinkLost(f"nothing heard for {silent_s:.2f} s", kind="silent")
+        self._channel.expect_heard_within(self._limits.silence_s)
 
     def _lost(self, error: LinkLost | FrameFault) -> PeerLost:
         self._is_open = False
@@ -237,12 +236,18 @@ class ExpertServer:
         host: str = "127.0.0.1",
         port: int = 0,
         limits: TransportLimits | None = None,
+        desk: Desk | None = None,
     ) -> None:
         """Binds at once (port 0: a free one), lets peers in from `start` on.
 
+        desk: where calls may be computed instead; whose components and rows must be the info's.
         Raises OSError; ValueError for the secret, or for an info that cannot be announced.
         """
-        self._compute = compute
+        if desk is not None and (desk.components, desk.width, desk.dtype) != (
+            *(info.components, info.width, info.dtype),
+        ):
+            raise ValueError(f"a desk for {desk.components} does not serve {info.components}")
+        self._compute, self._desk = compute, desk
         self._limits = limits or TransportLimits()
         max_rows = self._limits.max_rows_per_frame
         self._agreed = Agreement(incarnation, info.width, info.dtype, info.components, max_rows)
@@ -274,6 +279,9 @@ class ExpertServer:
 
     def _serve(self, channel: Channel) -> None:
         """Answer calls until the peer leaves."""
+        if self._desk is not None:
+            self._attend(channel, self._desk)
+            return
         sequence = 0
         maps = bytearray(self._agreed.max_map_bytes)
         while True:
@@ -286,6 +294,22 @@ class ExpertServer:
             deadline_s = time.monotonic() + header.deadline_us / 1e6
             call = self._receive_call(channel, header, memoryview(maps), deadline_s)
             self._answer(channel, call, sequence, deadline_s)
+
+    def _attend(self, channel: Channel, desk: Desk) -> None:
+        """The same where the C source answers most calls."""
+        attendance = desk.attend(channel, self._agreed, self._limits.silence_s)
+        channel.listen()
+        while True:
+            turn = attendance.serve()
+            if turn is None:
+                channel.expect_heard_within(self._limits.idle_timeout_s)
+                continue
+            if isinstance(turn, Header):
+                _check_short(turn, self._agreed)
+                check_call(turn, self._agreed, attendance.sequence + 1)
+                raise AssertionError("a frame that may begin a call was not taken for one")
+            self._answer(channel, *turn)
+            channel.listen()
 
     def _receive_call(
         self, channel: Channel, header: Header, maps: memoryview, deadline_s: float

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from experts.native_plane import plane
 from experts.store import ExpertStore
 from experts.worker import ExpertWorker
 from tests.experts.fleet import Fleet, make_worker
-from tests.experts.wire_peers import nothing_left_behind
+from tests.experts.wire_peers import HAS_DESK, nothing_left_behind
+
+NEEDS_PLANE = pytest.mark.skipif(plane() is None, reason="needs the C source")
 
 
 @pytest.fixture
@@ -19,6 +22,14 @@ def nothing_stays() -> Iterator[None]:
     """Fails a test that leaves a thread or a socket behind."""
     with nothing_left_behind():
         yield
+
+
+@pytest.fixture(params=[False, pytest.param(True, marks=NEEDS_PLANE)], ids=["python", "c"])
+def each_reader(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Servers that read calls in Python, and then by the C source."""
+    before = HAS_DESK.set(request.param)
+    yield
+    HAS_DESK.reset(before)
 
 
 class _Keep(logging.Handler):

@@ -90,7 +90,7 @@ def test_silent_peer_is_noticed() -> None:
 
 def test_silence_of_the_past_does_not_count() -> None:
     with raw_pair() as (channel, far):
-        channel.heard_at_s -= 100.0
+        channel.state.heard_at_ns -= 100_000_000_000
         timer = threading.Timer(0.1, far.sendall, [heartbeat()])
         timer.start()
         assert channel.receive_header(math.inf, SOON_S).kind == Kind.HEARTBEAT
@@ -146,7 +146,7 @@ def test_polling_takes_only_what_is_there() -> None:
         assert channel.poll_header() is None
         frame = heartbeat()
         far.sendall(frame[:30])
-        assert eventually(lambda: channel.poll_header() is None and channel._filled == 30)
+        assert eventually(lambda: channel.poll_header() is None and channel.state.filled == 30)
         far.sendall(frame[30:] + frame)
         assert eventually(lambda: channel.poll_header() is not None)
         assert channel.receive_header(_soon(), SOON_S) == decode_header(frame)
@@ -160,7 +160,7 @@ def test_header_begun_by_polling_is_ended_by_waiting() -> None:
     with raw_pair() as (channel, far):
         frame = heartbeat()
         far.sendall(frame[:30])
-        assert eventually(lambda: channel.poll_header() is None and channel._filled == 30)
+        assert eventually(lambda: channel.poll_header() is None and channel.state.filled == 30)
         far.sendall(frame[30:])
         assert channel.receive_header(_soon(), SOON_S) == decode_header(frame)
 
@@ -314,14 +314,14 @@ def test_reader_that_looks_in_vain_sleeps_for_longer_each_time_until_looking_bri
         for waits in (1, 3, 7):
             with pytest.raises(LinkLost, match="deadline"):
                 channel.receive_header(time.monotonic() + 0.01, math.inf)
-            assert channel._waits_to_sleep == waits, "it looked, and then slept"
+            assert channel.state.waits_to_sleep == waits, "it looked, and then slept"
             for left in reversed(range(waits)):
                 far.sendall(frame)
                 channel.receive_header(_soon(), SOON_S)
-                assert channel._waits_to_sleep == left
+                assert channel.state.waits_to_sleep == left
         far.sendall(frame)
         channel.receive_header(_soon(), SOON_S)
-        assert (channel._num_fruitless, channel._waits_to_sleep) == (0, 0)
+        assert (channel.state.num_fruitless, channel.state.waits_to_sleep) == (0, 0)
 
 
 def test_waits_in_which_nobody_asks_do_not_count_as_looking_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,7 +331,7 @@ def test_waits_in_which_nobody_asks_do_not_count_as_looking_in_vain(monkeypatch:
         for _ in range(5):
             with pytest.raises(LinkLost, match="deadline"):
                 channel.receive_header(time.monotonic() + 0.01, math.inf)
-        assert (channel._num_fruitless, channel._waits_to_sleep) == (0, 0)
+        assert (channel.state.num_fruitless, channel.state.waits_to_sleep) == (0, 0)
 
 
 def _send_in_pieces(far: socket.socket, frame: bytes) -> None:

@@ -13,16 +13,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import replace
 
 import torch
 
 from experts.call import ExpertCall
 from experts.channel import Channel, TransportLimits
+from experts.desk import Desk
 from experts.frame import HEADER_BYTES, Agreement, Header, Kind, decode_header, encode_call, encode_header
 from experts.handshake import ACTOR, ROUTER, ServiceInfo, encode_info, prove
+from experts.native_plane import plane
 from experts.roster import Endpoint
 from experts.transport import Compute, ExpertConnection, ExpertServer
+from extraction.manifest import ExpertKey
 
 SECRET = b"0123456789abcdef-the-cluster"
 SLACK_S = 8.0
@@ -61,6 +65,17 @@ def rows_of(call: ExpertCall) -> torch.Tensor:
     return (rows_RD * (experts[:, None] + 1) + call.layer).to(rows_RD.dtype)
 
 
+HAS_DESK = ContextVar("HAS_DESK", default=False)
+"""Whether servers read calls by the C source, which then finds no expert at hand."""
+
+
+def empty_desk(info: ServiceInfo) -> Desk:
+    functions = plane()
+    assert functions is not None
+    keys = [ExpertKey(component, 2, 3) for component in info.components]
+    return Desk(functions, "portable", info.dtype, info.width, keys)
+
+
 @contextmanager
 def serving(
     compute: Compute = rows_of,
@@ -69,7 +84,8 @@ def serving(
     info: ServiceInfo = INFO,
     incarnation: int = INCARNATION,
 ) -> Iterator[ExpertServer]:
-    server = ExpertServer(compute, info, secret=SECRET, incarnation=incarnation, limits=limits)
+    desk = empty_desk(info) if HAS_DESK.get() else None
+    server = ExpertServer(compute, info, secret=SECRET, incarnation=incarnation, limits=limits, desk=desk)
     server.start()
     try:
         yield server
