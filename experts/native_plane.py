@@ -156,3 +156,48 @@ class AgreementStructure(ctypes.Structure):
             agreed.incarnation,
             (ctypes.c_uint8 * 64).from_buffer_copy(heartbeat),
         )
+
+
+class ErrandStructure(ctypes.Structure):
+    """`errand` of exchange.h."""
+
+    _fields_ = [
+        *((name, _INT64) for name in ("state", "loss", "num_rows", "num_experts")),
+        *((name, _INT64) for name in ("asked_ns", "deadline_ns", "waited_ns", "answered_ns")),
+    ]
+
+
+class Errand(Protocol):
+    """What became of one share, as an `ErrandStructure` has it."""
+
+    state: int
+    loss: int
+    num_rows: int
+    num_experts: int
+    asked_ns: int
+    deadline_ns: int
+    waited_ns: int
+    answered_ns: int
+
+
+class PeerStructure(ctypes.Structure):
+    """`peer` of exchange.h."""
+
+    _fields_ = [
+        *((name, _POINTER) for name in ("stream", "agreed")),
+        ("component", _INT64),
+        ("sequence", ctypes.c_uint64),
+        ("usual_ns", _POINTER),
+    ]
+
+
+class ExchangeStructure(ctypes.Structure):
+    """`exchange` of exchange.h."""
+
+    _fields_ = [
+        ("peers", _POINTER),
+        ("num_peers", _INT64),
+        ("trace", ctypes.c_char_p),
+        *((name, _INT64) for name in ("trace_bytes", "silence_ns", "patience_ns")),
+        *((name, _INT64) for name in ("longest_ns", "floor_ns", "expert_ns", "num_done")),
+    ]

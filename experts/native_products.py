@@ -61,6 +61,7 @@ _ARGUMENTS: tuple[list[Any], ...] = (
     [_POINTER, *_RUN],
     [_POINTER, *_RUN],
     [_POINTER, _INT64, _INT64, _POINTER],
+    [*[_POINTER] * 2, _INT64, *[_POINTER] * 9, *_RUN],
 )
 """Of the library's functions that return a code; the C source says what they are."""
 _BEGINNING: tuple[list[Any], ...] = (
@@ -129,6 +130,8 @@ class Library:
     past_signals: Callable[..., int]
     """Of `router.native_signals`, as is `conflict`."""
     conflict: Callable[..., int]
+    ask_layers: Callable[..., int]
+    """Of `router.native_dispatch`."""
     begin_attention: Callable[..., int | None]
     begin_experts: Callable[..., int | None]
     end_half: Callable[..., None]
@@ -346,6 +349,7 @@ def library() -> Library | None:
             *(loaded.sage_run_layers, loaded.sage_dispatch, loaded.sage_combine),
             *(loaded.sage_reach_experts, loaded.sage_are_finite),
             *(loaded.sage_choose, loaded.sage_stand_in, loaded.sage_past_signals, loaded.sage_conflict),
+            loaded.sage_ask_layers,
         )
         beginning = loaded.sage_begin_attention, loaded.sage_begin_experts
         end_half = loaded.sage_end_half

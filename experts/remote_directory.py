@@ -14,21 +14,23 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch import Tensor
 
-from experts.asking import Asker, Failure, Question, are_finite
+from experts.asking import Asker, Begun, Failure, Heard, Question, are_finite
 from experts.audit import Auditor, Opinion
 from experts.call import ExpertCall
 from experts.call_times import CallTimes
 from experts.devices import upload
 from experts.directory import AuditStats, DirectoryStats
 from experts.errors import ExpertError, ExpertUnavailable
+from experts.exchange import Exchange
 from experts.expert_table import ExpertTable
-from experts.links import NOBODY, ActorLinks, View
+from experts.links import NOBODY, ActorLinks, Links, View
+from experts.native_plane import plane
 from experts.replicas import Reach, Tiers, best_left, choose, rank
 from experts.roster import Roster
 from experts.shares import Place, Share, join, split_by_place
@@ -78,6 +80,7 @@ class _Attempt:
         return replace(self, tried=tried, error=failure.error, is_second_opinion=is_second)
 
 
+NOTHING_BEGUN: Mapping[Place, Begun] = {}
 _FIRST = _Attempt()
 """Nobody was tried, and nobody is suspended."""
 
@@ -100,10 +103,13 @@ class _Ranks:
         self.links = tuple(view.links[name] for name in reach.present)
         """The ranks are good while these are open: a connection that is closed stays so."""
         self._layers: dict[tuple[str, int], _LayerRanks] = {}
+        self.exchanges: dict[tuple[str, tuple[int, ...], int], Exchange | None] = {}
         if before is not None and before.reach == reach:
             old = before.view
             if old.owners is view.owners and old.fallbacks is view.fallbacks:
                 self._layers = before._layers
+                if before.links == self.links:
+                    self.exchanges = before.exchanges
 
     def of(self, component: str, layer: int) -> _LayerRanks:
         found = self._layers.get((component, layer))
@@ -215,6 +221,18 @@ class RemoteDirectory:
     def prefetch(self, component: str, layer: int, experts: Sequence[int]) -> None:
         """Does nothing: a hint would take a round trip of its own, about as long as the next call is away."""
 
+    def exchange(self, component: str, layers: tuple[int, ...], num_experts: int) -> Exchange | None:
+        """See ExpertDirectory.exchange. None too where answers are audited, or one of the actors is left alone for a
+        while."""
+        if self._options.audit_share:
+            return None
+        exchanges, key = self._current_ranks().exchanges, (component, layers, num_experts)
+        if key not in exchanges:
+            exchanges[key] = self._make_exchange(*key)
+        found = exchanges[key]
+        is_usable = found is not None and not self._asker.suspensions.is_any_of(found.names)
+        return found if is_usable else None
+
     def table(self, component: str, layer: int) -> ExpertTable | None:
         """While no actor is known; else None, since who has which expert changes."""
         return None if self._links.view.owners else self._local.table(component, layer)
@@ -268,7 +286,17 @@ class RemoteDirectory:
             attempt = self._wait_for_replacement(call, plan.view, plan.lacking, attempt)
             plan = self._plan(call, attempt)
         shares = split_by_place(call, plan.places)
-        results, failures = self._ask(shares, plan.view, not attempt.is_second_opinion)
+        results, failures = self._ask(shares, plan.view.links, not attempt.is_second_opinion)
+        return self._complete(call, results, failures, attempt)
+
+    def _complete(
+        self,
+        call: ExpertCall,
+        results: list[tuple[Share, Tensor]],
+        failures: Sequence[Failure],
+        attempt: _Attempt,
+    ) -> Tensor:
+        """All rows of a call, with those that somebody failed to compute."""
         for failure in failures:
             logger.warning("%s; its rows are computed elsewhere", failure.error)
             rows_RD = self._compute(failure.share.call, attempt.after(failure))
@@ -310,22 +338,49 @@ class RemoteDirectory:
         self._ranks = ranks = _Ranks(view, reach, ranks)
         return ranks
 
+    def _make_exchange(self, component: str, layers: tuple[int, ...], num_experts: int) -> Exchange | None:
+        """None where there is a choice among actors for some expert, or this process would compute it."""
+        ranks = self._current_ranks()
+        of_layers = [ranks.of(component, layer) for layer in layers]
+        for of_layer in of_layers:
+            for expert in range(num_experts):
+                of_layer.of(expert)
+        found = [of_layer.without_choice(range(num_experts)) for of_layer in of_layers]
+        places = [[name for name in each or () if name is not None] for each in found]
+        names = {name for each in places for name in each}
+        if plane() is None or not names or any(len(each) < num_experts for each in places):
+            return None
+        links = {name: ranks.view.links[name] for name in names}
+
+        def conclude(call: ExpertCall, shares: Mapping[Place, Share], begun: Mapping[Place, Begun]) -> Tensor:
+            return self._complete(call, *self._ask(shares, links, True, begun), _FIRST)
+
+        return Exchange(component, places, links, self._asker, self._links.limits, conclude)
+
     def _ask(
-        self, shares: dict[Place, Share], view: View, is_checked: bool
+        self,
+        shares: Mapping[Place, Share],
+        links: Links,
+        is_checked: bool,
+        begun: Mapping[Place, Begun] = NOTHING_BEGUN,
     ) -> tuple[list[tuple[Share, Tensor]], list[Failure]]:
-        """Send all shares, compute this process's own meanwhile, and hear the answers."""
+        """Send all shares, compute this process's own meanwhile, and hear the answers. begun: some of them are sent
+        already."""
         results: list[tuple[Share, Tensor]] = []
         failures: list[Failure] = []
         asked: deque[Question] = deque()
         try:
             # By name, since a connection is held until its answer: two threads in two orders would wait for ever.
             for name in sorted(name for name in shares if name is not None) if len(shares) > 1 else shares:
-                if name is not None:
-                    begun = self._asker.ask(name, view.links[name], shares[name])
-                    if isinstance(begun, Question):
-                        asked.append(begun)
-                    else:
-                        failures.append(begun)
+                if name is None:
+                    continue
+                share = begun.get(name) or self._asker.ask(name, links[name], shares[name])
+                if isinstance(share, Question):
+                    asked.append(share)
+                elif isinstance(share, Heard):
+                    _sort(share.question.share, self._asker.judge(*share), results, failures)
+                else:
+                    failures.append(share)
             if None in shares:
                 _sort(shares[None], self._run_local(shares[None]), results, failures)
             while asked:

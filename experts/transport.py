@@ -52,6 +52,7 @@ from experts.frame import (
 )
 from experts.handshake import ServiceInfo, check_secret, encode_info, introduce
 from experts.listener import Greeting, Listener
+from experts.native_plane import AgreementStructure, PeerStructure
 from experts.roster import Endpoint
 
 __all__ = ["ExpertConnection", "ExpertServer", "ServiceInfo", "TransportLimits"]
@@ -80,6 +81,7 @@ class ExpertConnection:
             self._channel.close()
             raise HandshakeRefused(endpoint.name, str(error)) from error
         self._heartbeat = _short_frame(Kind.HEARTBEAT, self._agreed)
+        self._agreement = AgreementStructure.of(self._agreed)
         self._reading = threading.RLock()
         """Held from `start` to `finish`, and by whoever else looks at what arrived."""
         self._is_open = True
@@ -131,6 +133,41 @@ class ExpertConnection:
             self._unsent.clear()
             self._stop_reading()
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    # For the C source, which asks in place of `start` and `finish` (`experts.exchange`)
+
+    def lend(self) -> PeerStructure | None:
+        """The connection, for the C source to ask by it until `take_back`, on this thread. None where it is closed."""
+        self._reading.acquire()
+        if not self._is_open:
+            self._stop_reading()
+            return None
+        agreement, sequence = ctypes.addressof(self._agreement), self._sequence
+        return PeerStructure(self._channel.address, agreement, 0, sequence, None)
+
+    def take_back(self, peer: PeerStructure) -> None:
+        self._sequence = peer.sequence
+        self._stop_reading()
+
+    def owe(self, num_rows: int, deadline_s: float) -> None:
+        """In front of `take_back`: the last call is not answered, `finish` must follow."""
+        self._reading.acquire()
+        self._num_rows_due, self._deadline_s = num_rows, deadline_s
+        self._is_asked = True
+
+    def lose(self, loss: int) -> PeerLost:
+        """In front of `take_back`: close after what the C source has found. loss: see `Channel.loss`."""
+        return self._lost(self._channel.loss(loss))
+
+    def component_of(self, component: str) -> int | None:
+        """As the actor numbers it."""
+        components = self._agreed.components
+        return components.index(component) if component in components else None
+
+    @property
+    def max_rows(self) -> int:
+        """Of one frame."""
+        return self._agreed.max_rows
 
     def tend(self) -> bool:
         """Send a heartbeat, and take in the peer's unless a call is waiting. Returns whether the peer is there."""

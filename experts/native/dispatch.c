@@ -7,16 +7,6 @@
 #include "memory.h"
 #include "routing.h"
 
-/* A call, and where its rows belong. */
-typedef struct {
-    uint8_t *normed;     /* (tokens, width) rows in the model's dtype: the gate's input, and the experts' */
-    int64_t *chosen;     /* (tokens, top_k), best first */
-    float *weights;      /* the same, of these */
-    int64_t *row_of;     /* the same: the call's row */
-    uint32_t *maps;      /* as a frame has them: the experts in use, ascending, rows of each, and each row's token */
-    int64_t *num_used;   /* experts */
-} dispatched;
-
 typedef struct {
     work work;
     const step *step;

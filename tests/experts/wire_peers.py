@@ -224,8 +224,8 @@ class FakeActor:
 def hear_frame(connected: socket.socket) -> tuple[Header, bytes]:
     """The next frame that is not a heartbeat. Raises ConnectionError at the end of the stream."""
     while True:
-        header = decode_header(_read(connected, HEADER_BYTES))
-        body = _read(connected, header.body_bytes)
+        header = decode_header(read_exactly(connected, HEADER_BYTES))
+        body = read_exactly(connected, header.body_bytes)
         if header.kind != Kind.HEARTBEAT:
             return header, body
 
@@ -280,7 +280,8 @@ def eventually(condition: Callable[[], bool], wait_s: float = 30.0) -> bool:
     return True
 
 
-def _read(connected: socket.socket, num_bytes: int) -> bytes:
+def read_exactly(connected: socket.socket, num_bytes: int) -> bytes:
+    """Raises ConnectionError at the end of the stream."""
     data = b""
     while len(data) < num_bytes:
         piece = connected.recv(num_bytes - len(data))
