@@ -25,6 +25,8 @@ from experts.native_plane import ErrandStructure, ExchangeStructure, PeerStructu
 from experts.shares import Place, Share, split_by_place
 from experts.transport import ExpertConnection
 
+PATIENCE_S = 0.05
+"""After so long without an answer it is Python that waits, whose clock of silence then starts anew."""
 MOST_PEERS = 255
 """Owners are bytes for the C source."""
 
@@ -75,7 +77,7 @@ class Exchange:
         self._errands = (ErrandStructure * (len(places) * len(self.names)))()
         self._structure = ExchangeStructure(
             *(ctypes.addressof(self._peers), len(self.names), b"", 0),
-            *map(to_ns, (limits.silence_s, limits.heartbeat_interval_s)),
+            *map(to_ns, (limits.silence_s, PATIENCE_S)),
             *map(to_ns, (asker.times.longest_s, FLOOR_S, EXPERT_FLOOR_S)),
             0,
         )

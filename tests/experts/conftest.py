@@ -12,7 +12,7 @@ from experts.native_plane import plane
 from experts.store import ExpertStore
 from experts.worker import ExpertWorker
 from tests.experts.fleet import Fleet, make_worker
-from tests.experts.wire_peers import HAS_DESK, nothing_left_behind
+from tests.experts.wire_peers import nothing_left_behind
 
 NEEDS_PLANE = pytest.mark.skipif(plane() is None, reason="needs the C source")
 
@@ -26,10 +26,13 @@ def nothing_stays() -> Iterator[None]:
 
 @pytest.fixture(params=[False, pytest.param(True, marks=NEEDS_PLANE)], ids=["python", "c"])
 def each_reader(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Servers that read calls in Python, and then by the C source."""
-    before = HAS_DESK.set(request.param)
-    yield
-    HAS_DESK.reset(before)
+    """Both ends in Python alone, and then with the C source."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not request.param:
+            patch.setattr("experts.channel.plane", lambda: None)
+            patch.setattr("experts.native_plane.plane", lambda: None)
+        patch.setattr("tests.experts.wire_peers.has_desk", request.param)
+        yield
 
 
 class _Keep(logging.Handler):

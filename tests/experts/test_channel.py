@@ -6,7 +6,7 @@ import math
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -16,9 +16,22 @@ from hypothesis import strategies as st
 from experts.channel import Channel, TransportLimits
 from experts.errors import FrameFault, LinkLost
 from experts.frame import HEADER_BYTES, Header, Kind, decode_header, encode_header
+from tests.experts.conftest import NEEDS_PLANE
 from tests.experts.wire_peers import LIMITS, QUICK, SLACK_S, channel_pair, eventually, heartbeat, raw_pair
 
 SOON_S = 20.0
+
+
+@pytest.fixture(
+    scope="module", autouse=True, params=[False, pytest.param(True, marks=NEEDS_PLANE)], ids=["python", "c"]
+)
+def looks_first(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Waits by Python, and then by the C source, which alone looks for bytes before it sleeps."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not request.param:
+            patch.setattr("experts.channel.plane", lambda: None)
+            patch.setattr("experts.native_plane.plane", lambda: None)
+        yield request.param
 
 
 def _soon() -> float:
@@ -306,7 +319,11 @@ def test_spinning_reader_gets_what_a_sleeping_one_gets(spin_s: float) -> None:
             channel.receive_header(_soon(), SOON_S)
 
 
-def test_reader_that_looks_in_vain_sleeps_for_longer_each_time_until_looking_brings_something() -> None:
+def test_reader_that_looks_in_vain_sleeps_for_longer_each_time_until_looking_brings_something(
+    looks_first: bool,
+) -> None:
+    if not looks_first:
+        pytest.skip("nobody looks")
     frame = encode_header(Header(Kind.HEARTBEAT))
     with raw_pair(replace(QUICK, spin_s=0.002)) as (channel, far):
         far.sendall(frame)
@@ -324,8 +341,12 @@ def test_reader_that_looks_in_vain_sleeps_for_longer_each_time_until_looking_bri
         assert (channel.state.num_fruitless, channel.state.waits_to_sleep) == (0, 0)
 
 
-def test_waits_in_which_nobody_asks_do_not_count_as_looking_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waits_in_which_nobody_asks_do_not_count_as_looking_in_vain(
+    looks_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Else the first answer after a lull would pay for it."""
+    if not looks_first:
+        pytest.skip("nobody looks")
     monkeypatch.setattr("experts.channel.LOST_CORE_S", 9.0)
     with raw_pair(replace(QUICK, spin_s=0.002)) as (channel, _):
         for _ in range(5):

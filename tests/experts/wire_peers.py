@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
 from dataclasses import replace
 
 import torch
@@ -65,7 +64,7 @@ def rows_of(call: ExpertCall) -> torch.Tensor:
     return (rows_RD * (experts[:, None] + 1) + call.layer).to(rows_RD.dtype)
 
 
-HAS_DESK = ContextVar("HAS_DESK", default=False)
+has_desk = False
 """Whether servers read calls by the C source, which then finds no expert at hand."""
 
 
@@ -84,7 +83,7 @@ def serving(
     info: ServiceInfo = INFO,
     incarnation: int = INCARNATION,
 ) -> Iterator[ExpertServer]:
-    desk = empty_desk(info) if HAS_DESK.get() else None
+    desk = empty_desk(info) if has_desk else None
     server = ExpertServer(compute, info, secret=SECRET, incarnation=incarnation, limits=limits, desk=desk)
     server.start()
     try:

@@ -206,7 +206,7 @@ def test_layer_that_an_actor_spoils_has_the_same_bits(
 ) -> None:
     """In the middle of a run, which goes on afterwards."""
     do, kind = DEEDS[deed]
-    with asked_engine(stories_store, num_actors, timeout_s=0.7) as asked:
+    with asked_engine(stories_store, num_actors, timeout_s=2.0) as asked:
         meddler = asked.meddlers[-1]
         meddler.arm(do, skip=8)
         _assert_same(asked.forward(), expected)
