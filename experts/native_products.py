@@ -67,6 +67,8 @@ _ARGUMENTS: tuple[list[Any], ...] = (
 _BEGINNING: tuple[list[Any], ...] = (
     [*[_POINTER] * 2, *[_INT64] * 2, *[_POINTER] * 2, ctypes.c_uint],
     [*[_POINTER] * 8, ctypes.c_uint],
+    [*[_POINTER] * 4, ctypes.c_uint],
+    [_POINTER] * 6,
 )
 """Of those that return half a layer."""
 
@@ -134,6 +136,9 @@ class Library:
     """Of `router.native_dispatch`."""
     begin_attention: Callable[..., int | None]
     begin_experts: Callable[..., int | None]
+    begin_dispatch: Callable[..., int | None]
+    """Of `router.native_dispatch`, as is `begin_combine`."""
+    begin_combine: Callable[..., int | None]
     end_half: Callable[..., None]
     best_level: str
     loaded: ctypes.CDLL
@@ -351,7 +356,10 @@ def library() -> Library | None:
             *(loaded.sage_choose, loaded.sage_stand_in, loaded.sage_past_signals, loaded.sage_conflict),
             loaded.sage_ask_layers,
         )
-        beginning = loaded.sage_begin_attention, loaded.sage_begin_experts
+        beginning = (
+            *(loaded.sage_begin_attention, loaded.sage_begin_experts),
+            *(loaded.sage_begin_dispatch, loaded.sage_begin_combine),
+        )
         end_half = loaded.sage_end_half
     except AttributeError as error:
         logger.warning("native products are older than what calls them: install again (%s)", error)

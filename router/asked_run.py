@@ -85,7 +85,9 @@ class AskedRun:
     def finish(self) -> Tensor:
         """The last layer's rows, (T, D)."""
         assert self._rows_RD is not None, "nothing was asked"
-        return self._dispatching.combine(self._rows_RD)
+        combined_TD = self._dispatching.combine(self._rows_RD)
+        assert combined_TD is not None, "nobody lets it pause"
+        return combined_TD
 
 
 def find_asked_run(first: int, layers: Sequence[Layer], step: StepInputs) -> AskedRun | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from experts.call import ExpertCall
 from experts.directory import ExpertDirectory
 from experts.expert_table import ExpertTable
 from experts.numerics import RowKernel
-from experts.shares import Share, join, take
+from experts.shares import take
 from router.dispatch import combine, dispatch
 from router.model_config import ModelConfig
 from router.shared_expert import SharedExpert
@@ -83,7 +84,9 @@ class CallInParts:
         self._directory, self._call = directory, call
         self._left = list(range(len(call.experts)))
         """Indices of the call's experts that are still to be computed."""
-        self._done: list[tuple[Share, Tensor]] = []
+        self._starts = [0, *accumulate(call.counts)]
+        self._rows_RD: Tensor | None = None
+        """Those that are there; the others' places are not written to yet."""
         self.expert_s = expert_s
         """What an expert has taken lately."""
 
@@ -93,14 +96,15 @@ class CallInParts:
         until_ns: monotonic clock; None is returned where experts are left that would probably take longer, and the next
         call goes on. At least one is computed. Raises ExpertError.
         """
-        if until_ns is None and not self._done:
+        if until_ns is None and self._rows_RD is None:
             return self._directory.run(self._call)
         self._compute(self._next_part(until_ns))
         while self._left:
             if until_ns is not None and time.monotonic_ns() + self.expert_s * 1e9 > until_ns:
                 return None
             self._compute(self._next_part(until_ns))
-        return join(self._done, self._call.num_rows)
+        assert self._rows_RD is not None
+        return self._rows_RD
 
     def _next_part(self, until_ns: int | None) -> list[int]:
         """As many of the experts as there is time for, from all over the layer: neighbours may have the same owner."""
@@ -114,12 +118,21 @@ class CallInParts:
 
     def _compute(self, part: list[int]) -> None:
         started = time.perf_counter()
-        share = take(self._call, part)
-        self._done.append((share, self._directory.run(share.call)))
+        self._place(part, self._directory.run(take(self._call, part).call))
         taken = set(part)
         self._left = [index for index in self._left if index not in taken]
         if part:
             self.expert_s = (time.perf_counter() - started) / len(part)
+
+    def _place(self, part: list[int], some_RD: Tensor) -> None:
+        """At once, and not all together when the last ones have come: that would take longer than others wait."""
+        if self._rows_RD is None:
+            self._rows_RD = some_RD.new_empty(self._call.num_rows, some_RD.shape[1])
+        first = 0
+        for index in part:
+            begin, end = self._starts[index], self._starts[index + 1]
+            self._rows_RD[begin:end] = some_RD[first : first + end - begin]
+            first += end - begin
 
 
 class Mixture:

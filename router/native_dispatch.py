@@ -22,7 +22,7 @@ from experts.exchange import Exchange
 from router.moe_block import MoeBlock
 from router.native_attention import expect
 from router.native_layer import NativeLayer
-from router.native_step import NativeStep
+from router.native_step import NativeStep, OpenHalf
 from router.native_structures import AskedLayerStructure, DispatchedStructure
 from router.scoring import Routing
 
@@ -56,17 +56,36 @@ class NativeDispatch:
         """Of the last layer among these."""
         self._hidden_TD: Tensor | None = None
         """To which the call's rows are added."""
+        self._open: OpenHalf | None = None
+        """Of `dispatch` or `combine`."""
         self._attention_ns = array("q", (0,))
         self._before_TD, self._after_TD = (torch.empty(step.shape, dtype=step.dtype) for _ in range(2))
 
-    def dispatch(self, layer: NativeLayer, moe: MoeBlock, hidden_TD: Tensor, trace: str) -> ExpertCall:
-        """A call for the layer's own choice of experts with the rows' norm. Raises ValueError where anything does not
-        fit, MemoryError."""
+    def dispatch(
+        self, layer: NativeLayer, moe: MoeBlock, hidden_TD: Tensor, trace: str, until_ns: int | None = None
+    ) -> ExpertCall | None:
+        """A call for the layer's own choice of experts with the rows' norm.
+
+        until_ns: see `OpenHalf.run`; where something is left, None is returned, and the next call with the same
+        arguments goes on. Raises ValueError where anything does not fit, MemoryError."""
         step = self._step
-        expect(hidden_TD, step.shape, step.dtype)
-        self._hidden_TD, normed_TD = hidden_TD, self._new_normed()
-        step.run(step.library.dispatch, layer.address, hidden_TD.data_ptr(), self._address)
-        return self._call(moe, normed_TD, trace)
+        if self._open is None:
+            expect(hidden_TD, step.shape, step.dtype)
+            self._hidden_TD, normed_TD = hidden_TD, self._new_normed()
+            address = step.begin(
+                step.library.begin_dispatch,
+                *(layer.address, hidden_TD.data_ptr(), self._address, torch.get_num_threads()),
+            )
+            self._open = OpenHalf(step.library, address, hidden_TD, normed_TD)
+        dispatched_TD = self._go_on(self._open, until_ns)
+        return None if dispatched_TD is None else self._call(moe, dispatched_TD, trace)
+
+    def _go_on(self, half: OpenHalf, until_ns: int | None) -> Tensor | None:
+        if not half.run(until_ns):
+            return None
+        self._open = None
+        half.close()
+        return half.out_TD
 
     def reach(
         self,
@@ -184,20 +203,27 @@ class NativeDispatch:
         experts, counts = maps[:num_used], maps[num_used : 2 * num_used]
         return ExpertCall(moe.component, moe.layer, experts, counts, maps[2 * num_used :], normed_TD, trace)
 
-    def combine(self, rows_RD: Tensor) -> Tensor:
+    def combine(self, rows_RD: Tensor, until_ns: int | None = None) -> Tensor | None:
         """hidden + the weighted sum of each token's rows, rank by rank, (T, D) in the model's dtype.
 
-        rows_RD: of the call that `dispatch` has made. Raises ValueError where they do not fit, MemoryError.
+        rows_RD: of the call that `dispatch` has made. until_ns: as of `dispatch`. Raises ValueError where they do not
+        fit, MemoryError.
         """
-        step, hidden_TD = self._step, self._hidden_TD
-        assert hidden_TD is not None, "nothing was dispatched"
-        expect(rows_RD, (self._num_slots, step.shape[1]), step.dtype)
-        out_TD = torch.empty_like(hidden_TD)
-        rows = hidden_TD.data_ptr(), rows_RD.data_ptr()
-        combining = self._structure.row_of, self._structure.weights
-        step.run(step.library.combine, *rows, *combining, out_TD.data_ptr())
-        self._hidden_TD = None
-        return out_TD
+        step, hidden_TD, structure = self._step, self._hidden_TD, self._structure
+        if self._open is None:
+            assert hidden_TD is not None, "nothing was dispatched"
+            expect(rows_RD, (self._num_slots, step.shape[1]), step.dtype)
+            out_TD = torch.empty_like(hidden_TD)
+            address = step.begin(
+                step.library.begin_combine,
+                *(hidden_TD.data_ptr(), rows_RD.data_ptr(), structure.row_of, structure.weights),
+                out_TD.data_ptr(),
+            )
+            self._open = OpenHalf(step.library, address, hidden_TD, out_TD)
+        combined_TD = self._go_on(self._open, until_ns)
+        if combined_TD is not None:
+            self._hidden_TD = None
+        return combined_TD
 
     def routing(self, back: int = 0) -> Routing:
         """How a layer's rows were routed; the caller's own. back: so many before the last one, of those that `ask` did

@@ -78,6 +78,10 @@ typedef struct {
     int64_t *num_used;   /* experts */
 } dispatched;
 
+/* See layer.c. */
+int sage_run_half(void *half, int64_t until_ns, run_in_threads *run, unsigned threads);
+void sage_end_half(void *half);
+
 /* See dispatch.c. */
 int sage_dispatch(
     const step *s, const layer *l, const void *hidden, const dispatched *to, run_in_threads *run, unsigned threads);
