@@ -31,7 +31,8 @@ from experts.exchange import Exchange
 from experts.expert_table import ExpertTable
 from experts.links import NOBODY, ActorLinks, Links, View
 from experts.native_plane import plane
-from experts.replicas import Reach, Tiers, best_left, choose, rank
+from experts.ranks import Ranks
+from experts.replicas import Reach, best_left, choose
 from experts.roster import Roster
 from experts.shares import Place, Share, join, split_by_place
 from experts.transport import TransportLimits
@@ -94,59 +95,6 @@ class _Plan(NamedTuple):
     """An expert that nobody is left for; then there are no places."""
 
 
-class _Ranks:
-    """Who may be asked for each expert while roster and connections stay as they are."""
-
-    def __init__(self, view: View, reach: Reach, before: _Ranks | None = None) -> None:
-        """before: whose findings are kept where they still hold."""
-        self.view, self.reach = view, reach
-        self.links = tuple(view.links[name] for name in reach.present)
-        """The ranks are good while these are open: a connection that is closed stays so."""
-        self._layers: dict[tuple[str, int], _LayerRanks] = {}
-        self.exchanges: dict[tuple[str, tuple[int, ...], int], Exchange | None] = {}
-        if before is not None and before.reach == reach:
-            old = before.view
-            if old.owners is view.owners and old.fallbacks is view.fallbacks:
-                self._layers = before._layers
-                if before.links == self.links:
-                    self.exchanges = before.exchanges
-
-    def of(self, component: str, layer: int) -> _LayerRanks:
-        found = self._layers.get((component, layer))
-        if found is None:
-            self._layers[component, layer] = found = _LayerRanks(component, layer, self.view, self.reach)
-        return found
-
-
-class _LayerRanks:
-    """Of one layer's experts, by number."""
-
-    def __init__(self, component: str, layer: int, view: View, reach: Reach) -> None:
-        self._component, self._layer, self._reach = component, layer, reach
-        self._owners, self._fallbacks = view.owners, view.fallbacks
-        self._tiers: dict[int, Tiers] = {}
-        self._alone: dict[int, Place] = {}
-        """Where there is no choice, who is asked first."""
-
-    def of(self, expert: int) -> Tiers:
-        tiers = self._tiers.get(expert)
-        if tiers is None:
-            key = ExpertKey(self._component, self._layer, expert)
-            tiers = rank(self._owners.get(key, ()), self._fallbacks.get(key, ()), self._reach)
-            self._tiers[expert] = tiers
-            if len(tiers[0]) == 1:
-                self._alone[expert] = tiers[0][0]
-        return tiers
-
-    def without_choice(self, experts: Sequence[int]) -> list[Place] | None:
-        """Who is asked first for each of these; None where there is a choice, or not yet known whether there is."""
-        alone = self._alone
-        try:
-            return [alone[expert] for expert in experts]
-        except KeyError:
-            return None
-
-
 class RemoteDirectory:
     """See `ExpertDirectory`. Any thread may call."""
 
@@ -172,7 +120,7 @@ class RemoteDirectory:
         self._on_bad = on_bad
         self._links = ActorLinks(local, secret, limits or TransportLimits(), on_lost)
         self._asker = Asker(self._links, CallTimes(self._options.call_timeout_s), local.numerics_class)
-        self._ranks = _Ranks(NOBODY, Reach(frozenset(), {}, local.numerics_class))
+        self._ranks = Ranks(NOBODY, Reach(frozenset(), {}, local.numerics_class))
         self._counting = threading.Lock()
         self._local_rows = self._num_quarantined = 0
         self._quarantined: deque[str] = deque(maxlen=QUARANTINED_SHOWN)
@@ -324,7 +272,7 @@ class RemoteDirectory:
             ranks.view, choose(call.counts, equals, lambda name: self._asker.times.load(name, now_s))
         )
 
-    def _current_ranks(self) -> _Ranks:
+    def _current_ranks(self) -> Ranks:
         """Those of before while they are good, which is nearly always."""
         view, ranks = self._links.view, self._ranks
         if view is ranks.view:
@@ -335,22 +283,16 @@ class RemoteDirectory:
                 return ranks
         present = frozenset(name for name, link in view.links.items() if link.is_open)
         reach = Reach(present, view.class_of, self._local.numerics_class)
-        self._ranks = ranks = _Ranks(view, reach, ranks)
+        self._ranks = ranks = Ranks(view, reach, ranks)
         return ranks
 
     def _make_exchange(self, component: str, layers: tuple[int, ...], num_experts: int) -> Exchange | None:
-        """None where there is a choice among actors for some expert, or this process would compute it."""
+        """None where not every expert has one actor to ask."""
         ranks = self._current_ranks()
-        of_layers = [ranks.of(component, layer) for layer in layers]
-        for of_layer in of_layers:
-            for expert in range(num_experts):
-                of_layer.of(expert)
-        found = [of_layer.without_choice(range(num_experts)) for of_layer in of_layers]
-        places = [[name for name in each or () if name is not None] for each in found]
-        names = {name for each in places for name in each}
-        if plane() is None or not names or any(len(each) < num_experts for each in places):
+        places = ranks.sole_names(component, layers, num_experts)
+        if plane() is None or not places or not num_experts:
             return None
-        links = {name: ranks.view.links[name] for name in names}
+        links = {name: ranks.view.links[name] for name in {name for each in places for name in each}}
 
         def conclude(call: ExpertCall, shares: Mapping[Place, Share], begun: Mapping[Place, Begun]) -> Tensor:
             return self._complete(call, *self._ask(shares, links, True, begun), _FIRST)
