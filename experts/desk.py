@@ -142,6 +142,7 @@ class Desk:
         for layer, room in self._experts.items():
             shelf = self._shelves[self._number_of[layer]]
             shelf.experts, shelf.num_experts = room.buffer_info()[0], most[layer]
+        self._is_closed = False
         self._forms: dict[tuple[str, int], tuple[int, ...]] = {}
         self._uses = array("I", bytes(4 * USES_ROOM))
         self._structure = _DeskStructure(
@@ -169,6 +170,8 @@ class Desk:
 
     def show(self, key: ExpertKey, weights: ExpertWeights | None) -> None:
         """Put an expert on its shelf, or take it away before its memory is used for another. Under the lock."""
+        if self._is_closed:
+            return
         layer = key.component, key.layer
         native = None if weights is None else weights.native
         addresses = (
@@ -189,8 +192,9 @@ class Desk:
             self._shelves[self._number_of[layer]].forms[:] = expert.forms
         return self._forms[layer] is expert.forms
 
-    def clear(self) -> None:
-        """Take everything away. Under the lock."""
+    def close(self) -> None:
+        """Leave all calls to Python from now on. Under the lock."""
+        self._is_closed = True
         for room in self._experts.values():
             ctypes.memset(room.buffer_info()[0], 0, EXPERT_BYTES * (len(room) // 4))
 

@@ -21,7 +21,7 @@ from experts.call import ExpertCall
 from experts.call_times import EXPERT_FLOOR_S, FLOOR_S
 from experts.channel import TransportLimits, to_ns
 from experts.frame import MAX_TRACE_BYTES
-from experts.native_plane import ErrandStructure, ExchangeStructure, PeerStructure
+from experts.native_plane import Errand, ErrandStructure, ExchangeStructure, PeerStructure
 from experts.shares import Place, Share, split_by_place
 from experts.transport import ExpertConnection
 
@@ -113,6 +113,12 @@ class Exchange:
     def num_done(self) -> int:
         """Layers whose rows the last call has brought; until the connections are let go."""
         return self._structure.num_done  # type: ignore[no-any-return]
+
+    def answered(self, layer: int) -> list[Errand]:
+        """Of the shares of a layer that is done, by its place among the layers; until the connections are let go."""
+        first = layer * len(self.names)
+        errands = self._errands[first : first + len(self.names)]
+        return [errand for errand in errands if errand.state == _State.ANSWERED]
 
     def end(self) -> None:
         """After a call that has asked nothing that is not answered."""

@@ -258,7 +258,7 @@ class ExpertWorker:
         with self._lock:
             self._count_served()
             if self.desk is not None:  # a guess that comes true is counted when it is used
-                self.desk.clear()
+                self.desk.close()
             self.cache.prefetch(keys)
 
     def load_all(self) -> None:

@@ -1,4 +1,4 @@
-"""The structures of `experts/native/layer.h`, `dispatch.c` and `asked.c`, field by field."""
+"""The structures of `layer.h`, `layers.c` and `asked.c` in `experts/native`, field by field."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 /* A layer's call to the actors that own its experts, and their rows. The structures are also written down in
-   experts/exchange.py. */
+   experts/native_plane.py. */
 #ifndef SAGE_EXCHANGE_H
 #define SAGE_EXCHANGE_H
 
