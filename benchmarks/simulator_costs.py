@@ -33,8 +33,10 @@ from cluster.simulator import Report, Simulation
 from cluster.topology import NodeFacts, Topology
 from experts.call import ExpertCall
 from experts.cores import num_cores
+from experts.exchange import Exchange
 from experts.transport import ExpertConnection
 from router.dispatch import Dispatch
+from router.native_dispatch import NativeDispatch
 from router.scoring import Routing
 from router.step_routing import GateOutput, RoutingWatcher, SpanOwner
 
@@ -117,6 +119,8 @@ class Observed:
     """With the seconds of each, to its answer. None where layers go together in one call."""
     router_cpu_s: float = 0.0
     """Of the router's thread during calls."""
+    asking_cpu_s: float = 0.0
+    """Of the same thread while the C source goes through layers that it asks for: calls, and all between them."""
     messages: list[Size] = field(default_factory=list)
     actors_busy_s: float = 0.0
     """As they say themselves."""
@@ -149,6 +153,8 @@ def observe(served: Contender, streams: int, watchers: tuple[RoutingWatcher, ...
     spent = {key: value - phases.get(key, 0.0) for key, value in engine.stats.phase_seconds.items()}
     found.outside_s = spent["step"] - spent["experts"]
     found.own_s = spent["experts"] - found.called_s
+    if found.asking_cpu_s:
+        found.router_cpu_s += max(0.0, found.asking_cpu_s - spent["attention"] - found.own_s)
     found.actors_busy_s, found.actors_cpu_s = busy_then_s - busy_s, cpu_then_s - cpu_s
     engine.watchers = ()
     return found
@@ -157,6 +163,7 @@ def observe(served: Contender, streams: int, watchers: tuple[RoutingWatcher, ...
 @contextmanager
 def _watched(served: Contender, found: Observed) -> Iterator[None]:
     directory, start = served.loaded.directory, ExpertConnection.start
+    end, ask = Exchange.end, NativeDispatch.ask
 
     def timed(call: ExpertCall) -> Tensor:
         began, cpu = perf_counter(), thread_time()
@@ -169,9 +176,29 @@ def _watched(served: Contender, found: Observed) -> Iterator[None]:
         found.messages.append(Size(len(call.experts), call.num_rows))
         start(link, call, **options)
 
+    def told(exchange: Exchange) -> None:
+        for errands in map(exchange.answered, range(exchange.num_done)):
+            sizes = [Size(errand.num_experts, errand.num_rows) for errand in errands]
+            asked_ns, answered_ns = (min(e.asked_ns for e in errands), max(e.answered_ns for e in errands))
+            whole = Size(sum(size.experts for size in sizes), sum(size.rows for size in sizes))
+            found.calls.append((whole, (answered_ns - asked_ns) * 1e-9))
+            found.messages += sizes
+        end(exchange)
+
+    def asked(dispatching: NativeDispatch, *arguments: Any) -> Any:
+        cpu = thread_time()
+        try:
+            return ask(dispatching, *arguments)
+        finally:
+            found.asking_cpu_s += thread_time() - cpu
+
     directory.run = timed  # type: ignore[method-assign]
     try:
-        with mock.patch.object(ExpertConnection, "start", counted):
+        with (
+            mock.patch.object(ExpertConnection, "start", counted),
+            mock.patch.object(Exchange, "end", told),
+            mock.patch.object(NativeDispatch, "ask", asked),
+        ):
             yield
     finally:
         del directory.run

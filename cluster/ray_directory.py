@@ -20,6 +20,7 @@ from cluster.router_book import RouterLoad
 from cluster.supervisor_handle import find_supervisor
 from experts.call import ExpertCall
 from experts.directory import DirectoryStats
+from experts.exchange import Exchange
 from experts.expert_table import ExpertTable
 from experts.remote_directory import DirectoryOptions, RemoteDirectory
 from experts.roster import ResidentExperts, Roster
@@ -88,6 +89,10 @@ class RayDirectory:
     def table(self, component: str, layer: int) -> ExpertTable | None:
         """See RemoteDirectory.table."""
         return self.remote.table(component, layer)
+
+    def exchange(self, component: str, layers: tuple[int, ...], num_experts: int) -> Exchange | None:
+        """See RemoteDirectory.exchange."""
+        return self.remote.exchange(component, layers, num_experts)
 
     def note_use(self, table: ExpertTable, used: Sequence[int], num_rows: int) -> None:
         """See RemoteDirectory.note_use."""

@@ -10,7 +10,6 @@ import hmac
 import logging
 import os
 import threading
-import time
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -94,6 +93,7 @@ class ExpertActor:
         # Not above: the supervisor imports this class to create actors, and starts a second sooner without PyTorch.
         import torch
 
+        from experts.desk import BusyClock
         from experts.device_proof import prove_experts
         from experts.device_tier import open_tiers
         from experts.devices import resolve_device, settle_arithmetic
@@ -124,10 +124,9 @@ class ExpertActor:
             copies=self._near.copies,
             has_guests=True,
             tiers=open_tiers(device, spec.host_budget_bytes),
+            is_served=True,
         )
-        self._calls = threading.Lock()
-        self._num_active = 0
-        self._busy_s = self._busy_since_s = 0.0
+        self._busy = self._worker.desk or BusyClock()
         info = ServiceInfo(spec.width, dtype, self._worker.numerics_class, components)
         self._host = spec.host or str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
         self._server = ExpertServer(
@@ -137,6 +136,7 @@ class ExpertActor:
             incarnation=spec.incarnation,
             host=self._host,
             limits=TransportLimits(spin_s=spec.spin_s),
+            desk=self._worker.desk,
         )
         self._server.start()
         self._weights = None
@@ -165,7 +165,7 @@ class ExpertActor:
         """How it does; the answer also says that the actor is alive."""
         stats = self._worker.stats
         counts = (stats.rows, stats.hits, stats.misses)
-        return ActorPulse(self._num_active, self._busy_s, *counts, self.resident())
+        return ActorPulse(self._busy.num_active, self._busy.busy_s, *counts, self.resident())
 
     def endpoint(self) -> Endpoint:
         """Where the data plane listens."""
@@ -233,17 +233,11 @@ class ExpertActor:
 
     def _compute(self, call: ExpertCall) -> Tensor:
         """On the thread of a router's connection."""
-        with self._calls:
-            if self._num_active == 0:
-                self._busy_since_s = time.perf_counter()
-            self._num_active += 1
+        self._busy.begin_work()
         try:
             return self._worker.compute(call)
         finally:
-            with self._calls:
-                self._num_active -= 1
-                if self._num_active == 0:
-                    self._busy_s += time.perf_counter() - self._busy_since_s
+            self._busy.end_work()
 
     def stop(self) -> None:
         self._closing.set()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from experts.call_times import CallTimes
 from experts.directory import FAILURE_KINDS, FailureKind
 from experts.errors import AnswerNotFinite, ExpertError, PeerLost, TransportError
 from experts.links import ActorLinks
+from experts.native_plane import Errand
 from experts.native_products import find_finite
 from experts.shares import Place, Share
 from experts.suspensions import ALL_LAYERS, Suspensions
@@ -33,6 +34,13 @@ class Question(NamedTuple):
     started_s: float
 
 
+class Heard(NamedTuple):
+    """A question and the rows that came, which nobody has judged yet."""
+
+    question: Question
+    rows_RD: Tensor
+
+
 @dataclass(frozen=True)
 class Failure:
     """A share that somebody did not compute, or not well."""
@@ -44,6 +52,10 @@ class Failure:
     """What came, where the values are what is wrong."""
     incarnation: int = 0
     """Of the actor."""
+
+
+Begun = Question | Heard | Failure
+"""How far a share has come."""
 
 
 @dataclass
@@ -79,7 +91,7 @@ class Asker:
             link.start(call, timeout_s=timeout_s)
             is_sent = True
         except TransportError as error:
-            return self._failed(name, link, share, error)
+            return self.fail(name, link, share, error)
         finally:
             if not is_sent:
                 self.times.end(name, call.num_rows, None, started_s)
@@ -96,18 +108,41 @@ class Asker:
         try:
             rows_RD = link.finish()
         except TransportError as error:
-            return self._failed(name, link, share, error)
+            return self.fail(name, link, share, error)
         finally:
             now_s = self._clock()
             seconds = None if rows_RD is None else now_s - question.started_s
             self.times.end(name, share.call.num_rows, seconds, now_s)
             self._count(now_s - waiting_since_s)
+        return self.judge(question, rows_RD, is_checked=is_checked, is_counted=is_counted)
+
+    def judge(
+        self, question: Question, rows_RD: Tensor, *, is_checked: bool = True, is_counted: bool = True
+    ) -> Tensor | Failure:
+        """Of rows that have come. Arguments as of `hear`."""
+        name, link, share, _ = question
         if is_checked and not are_finite(rows_RD) and are_finite(share.call.tokens_TD):
-            return self._failed(name, link, share, AnswerNotFinite(name), rows_RD)
+            return self.fail(name, link, share, AnswerNotFinite(name), rows_RD)
         self.suspensions.clear(name, (share.call.component, share.call.layer))
         if is_counted:
-            self._count(0.0, share.call.num_rows, is_foreign=link.info.numerics_class != self._own_class)
+            self.count_rows(link, share.call.num_rows)
         return rows_RD
+
+    def take_over(self, name: str, link: ExpertConnection, share: Share, errand: Errand) -> Question:
+        """A share that the C source has sent, and whose answer is still to be heard."""
+        self.times.begin(name, share.call.num_rows, len(share.call.experts))
+        link.owe(share.call.num_rows, errand.deadline_ns * 1e-9)
+        return Question(name, link, share, errand.asked_ns * 1e-9)
+
+    def note_answered(self, name: str, errands: Sequence[Errand]) -> None:
+        """Shares that the C source has sent, and whose rows came."""
+        answers = [(errand.num_rows, (errand.answered_ns - errand.asked_ns) * 1e-9) for errand in errands]
+        self.times.note(name, answers, self._clock())
+        self._count(sum(errand.waited_ns for errand in errands) * 1e-9)
+
+    def count_rows(self, link: ExpertConnection, num_rows: int) -> None:
+        """Rows that go into an answer."""
+        self._count(0.0, num_rows, is_foreign=link.info.numerics_class != self._own_class)
 
     def _count(self, hop_s: float, num_rows: int = 0, *, is_foreign: bool = False) -> None:
         counters = self.counters
@@ -121,7 +156,7 @@ class Asker:
         question.link.close()
         self.times.end(question.name, question.share.call.num_rows, None, self._clock())
 
-    def _failed(
+    def fail(
         self,
         name: str,
         link: ExpertConnection,
@@ -129,6 +164,7 @@ class Asker:
         error: TransportError,
         rows_RD: Tensor | None = None,
     ) -> Failure:
+        """Take note that an actor did not answer, or not well."""
         kind, now_s = _kind_of(error), self._clock()
         with self._counting:
             self.failures[kind] += 1

@@ -69,6 +69,8 @@ class ExpertCache(Generic[Held]):
         self._of_layer: dict[tuple[str, int], dict[int, Held]] = {}
         """The same, by layer and number."""
         self.hits = self.misses = self.bytes_read = 0
+        self.on_change: Callable[[ExpertKey, Held | None], None] | None = None
+        """Told of every expert that is there now, and of every one that is not before its memory is used again."""
         self._store, self._form = store, form
         stored = [store.record(key).nbytes for key in keys]
         budget = options.budget_bytes
@@ -140,6 +142,11 @@ class ExpertCache(Generic[Held]):
         budget holds everything.
         """
         return self._shadows.hit_rates(self.hits + self.misses, self.hits) if self._shadows else {}
+
+    @property
+    def is_counted_later(self) -> bool:
+        """Whether uses may be told later by `note_uses`, as `at_hand` has it: no other eviction is followed."""
+        return self._shadows is None
 
     def at_hand(self, layer: tuple[str, int], experts: Sequence[int]) -> list[Held] | None:
         """The weights of a layer's experts that are all there, where using them takes no more than `note_uses`: no
@@ -307,6 +314,8 @@ class ExpertCache(Generic[Held]):
         self.bytes_read += record.nbytes
         self.weights[key] = weights = self._form.weights(record, raw)
         self._of_layer.setdefault((key.component, key.layer), {})[key.expert] = weights
+        if self.on_change is not None:
+            self.on_change(key, weights)
 
     def _forget(self, key: ExpertKey) -> None:
         self._residency.forget(key)
@@ -317,6 +326,8 @@ class ExpertCache(Generic[Held]):
             self.bytes_read += self._store.record(key).nbytes
         if self.weights.pop(key, None) is not None:
             del self._of_layer[key.component, key.layer][key.expert]
+            if self.on_change is not None:
+                self.on_change(key, None)
         buffer = self._buffers.pop(key, None)
         if buffer is not None:
             self._pool.give(buffer)

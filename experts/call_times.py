@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import threading
+from array import array
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from experts.replicas import MESSAGE_S, NO_LOAD_ROW_S, ActorLoad
@@ -25,6 +26,7 @@ EXPERT_FLOOR_S = 0.05
 FRESH_S = 10.0
 """A row's time that is older counts no more, or an actor that was slow once would never be asked again."""
 SMOOTHING = 0.1
+NUM_SIZES = 64
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class _Recent:
     seconds: dict[int, deque[float]] = field(default_factory=dict)
     """By size: answers of 2^(size - 1) to 2^size - 1 rows."""
     p99_s: dict[int, float] = field(default_factory=dict)
+    usual_ns: array[int] = field(default_factory=lambda: array("q", (2**63 - 1,)) * NUM_SIZES)
+    """The same times TIMES_P99, by size, for the C source; the largest number where too few are known."""
     num_noted: int = 0
 
 
@@ -54,7 +58,7 @@ class CallTimes:
 
     def __init__(self, longest_s: float) -> None:
         """longest_s: the deadline of answers of a size of which too few are known, and the longest of all."""
-        self._longest_s = longest_s
+        self.longest_s = longest_s
         self._actors: dict[str, _Recent] = {}
         self._lock = threading.Lock()
 
@@ -65,9 +69,9 @@ class CallTimes:
             recent.outstanding_rows += num_rows
             p99_s = recent.p99_s.get(num_rows.bit_length())
         if p99_s is None:
-            return self._longest_s
+            return self.longest_s
         floor_s = FLOOR_S + EXPERT_FLOOR_S * num_experts
-        return min(self._longest_s, max(floor_s, TIMES_P99 * p99_s))
+        return min(self.longest_s, max(floor_s, TIMES_P99 * p99_s))
 
     def end(self, name: str, num_rows: int, seconds: float | None, now_s: float) -> None:
         """A call that was begun is answered, after so many seconds; None where it was not."""
@@ -78,6 +82,20 @@ class CallTimes:
             recent.outstanding_rows -= num_rows
             if seconds is not None:
                 _note(recent, num_rows, seconds, now_s)
+
+    def usual_ns(self, name: str) -> array[int]:
+        """By size of an answer, what it must not take longer than, but for what `begin` takes into account besides;
+        kept up to date."""
+        with self._lock:
+            return self._actors.setdefault(name, _Recent()).usual_ns
+
+    def note(self, name: str, answers: Iterable[tuple[int, float]], now_s: float) -> None:
+        """Calls that were not begun here are answered: rows of each, and seconds."""
+        with self._lock:
+            recent = self._actors.get(name)
+            if recent is not None:
+                for num_rows, seconds in answers:
+                    _note(recent, num_rows, seconds, now_s)
 
     def load(self, name: str, now_s: float) -> ActorLoad:
         with self._lock:
@@ -121,4 +139,5 @@ def _note(recent: _Recent, num_rows: int, seconds: float, now_s: float) -> None:
     window.append(seconds)
     recent.num_noted += 1
     if len(window) >= ENOUGH and (size not in recent.p99_s or recent.num_noted % ENOUGH == 0):
-        recent.p99_s[size] = percentile(sorted(window), 0.99)
+        recent.p99_s[size] = p99_s = percentile(sorted(window), 0.99)
+        recent.usual_ns[size] = round(TIMES_P99 * p99_s * 1e9)

@@ -1,13 +1,17 @@
 """A connected socket that carries frames, for either end of the data plane: exact reads, whole writes, heartbeats.
 
 One thread at a time reads; any thread may send, end or ask. Reads wait in the kernel with a receive timeout of one
-heartbeat interval instead of polling before every read, which saves a system call a frame. Does not look into
-bodies, and knows nothing of calls. Used by `experts.handshake` and `experts.transport`.
+heartbeat interval instead of polling before every read, which saves a system call a frame. Where the C source is, it
+waits, and looks for bytes for a while before it sleeps (`native/stream.c`). What has arrived lies in a structure that
+it reads as well, so that whole exchanges of frames can go on there. Does not look into bodies, and knows nothing of
+calls. Used by `experts.handshake`, `experts.transport`, `experts.desk` and `experts.exchange`.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
+import os
 import socket
 import struct
 import threading
@@ -15,8 +19,9 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 
-from experts.errors import FrameFault, LinkLost
+from experts.errors import FrameFault, LinkLost, LossKind
 from experts.frame import HEADER_BYTES, Header, decode_header
+from experts.native_plane import FOREVER_NS, StreamStructure, new_lock, plane
 
 READ_AHEAD_BYTES = 64 * 1024
 NO_BODY = memoryview(b"")
@@ -27,6 +32,14 @@ MOST_DOUBLINGS = 10
 """Of the waits that follow without looking, where looking has brought nothing time after time."""
 SHORTEST_WAIT_S = 0.001
 """A socket timeout of zero would mean no timeout."""
+LOSSES: dict[int, tuple[str, LossKind]] = {
+    2: ("the deadline passed", "late"),
+    3: ("nothing heard for {silent_s:.2f} s", "silent"),
+    4: ("the peer does not read what is sent to it", "silent"),
+}
+"""By the numbers of `loss` in native/stream.h: why a stream carries no more."""
+ENDED, CUT = 1, 6
+"""The same: the peer has closed it, the latter in the middle of a frame."""
 
 
 @dataclass(frozen=True)
@@ -73,46 +86,66 @@ class Channel:
         self._socket = connected
         self._tick_s = limits.heartbeat_interval_s
         self._stall_s = limits.silence_s
-        self._spin_s = limits.spin_s
-        self._last_wait_s = math.inf
-        self._num_fruitless = self._waits_to_sleep = 0
-        """How often in a row looking for bytes has brought none, and how many waits are to pass without it."""
         self._ahead = bytearray(READ_AHEAD_BYTES)
-        """Bytes from `_taken` to `_filled` have arrived and were not asked for yet: one system call brings a header
+        """Bytes from `taken` to `filled` have arrived and were not asked for yet: one system call brings a header
         and, where it is small, what follows."""
         self._ahead_view = memoryview(self._ahead)
-        self._taken = self._filled = 0
-        self._sending = threading.Lock()
+        self._plane = plane()
+        self._sending, lock_address = new_lock()
+        self.state = StreamStructure(
+            *(lock_address, _address_of(self._ahead_view), READ_AHEAD_BYTES, 0, 0, connected.fileno()),
+            *map(to_ns, (self._tick_s, self._stall_s, limits.spin_s, BRIEF_SPIN_S, LOST_CORE_S)),
+            *(MOST_DOUBLINGS, FOREVER_NS, 0, 0, -1, time.monotonic_ns(), 0),
+        )
+        self.address = ctypes.addressof(self.state)
+        """Of the state, for the C source; only for the thread that reads."""
         self._ending = threading.Lock()
         self._is_closed = False
         self._end_reason: str | None = None
-        self._receive_wait_s = -1.0
-        self.heard_at_s = time.monotonic()
         connected.settimeout(None)
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(self._tick_s))
+
+    @property
+    def heard_at_s(self) -> float:
+        """When the last bytes came, on the monotonic clock; or since when they are waited for."""
+        return self.state.heard_at_ns * 1e-9  # type: ignore[no-any-return]
+
+    def listen(self) -> None:
+        """Restart the clock of silence: nobody listened before."""
+        self.state.heard_at_ns = time.monotonic_ns()
+
+    def expect_heard_within(self, silence_s: float) -> None:
+        """Raises LinkLost where the peer has been silent for longer."""
+        silent_s = time.monotonic() - self.heard_at_s
+        if silent_s >= silence_s:
+            raise LinkLost(f"nothing heard for {silent_s:.2f} s", kind="silent")
 
     def receive_header(self, deadline_s: float, silence_s: float) -> Header:
         """Wait for the next frame's header. The clock of silence restarts here: nobody listened before.
 
         deadline_s: on the monotonic clock. Raises LinkLost (closed, silent or late) or FrameFault.
         """
-        self.heard_at_s = time.monotonic()
-        if self._taken == self._filled:  # nothing was read ahead
-            self._taken = self._filled = 0
-            self._filled = self._receive_some(self._ahead_view, HEADER_BYTES, 0, deadline_s, silence_s)
+        self.listen()
+        state = self.state
+        if state.taken == state.filled:  # nothing was read ahead
+            state.taken = state.filled = 0
+            state.filled = self._receive_some(self._ahead_view, HEADER_BYTES, 0, deadline_s, silence_s)
         while (header := self._take_header()) is None:
-            room = self._ahead_view[self._filled :]
-            needed = HEADER_BYTES - self._filled
-            self._filled += self._receive_some(room, needed, 0, deadline_s, silence_s)
+            filled = state.filled
+            needed = HEADER_BYTES - filled
+            room = self._ahead_view[filled:]
+            state.filled = filled + self._receive_some(room, needed, 0, deadline_s, silence_s)
         return header
 
     def receive_body(self, *views: memoryview, deadline_s: float, silence_s: float) -> None:
         """Fill flat byte views with what follows a header. Raises LinkLost."""
+        state = self.state
         for view in views:
-            filled = min(len(view), self._filled - self._taken)
-            view[:filled] = self._ahead_view[self._taken : self._taken + filled]
-            self._taken += filled
+            taken = state.taken
+            filled = min(len(view), state.filled - taken)
+            view[:filled] = self._ahead_view[taken : taken + filled]
+            state.taken = taken + filled
             while filled < len(view):
                 rest = view[filled:]
                 filled += self._receive_some(rest, len(rest), socket.MSG_WAITALL, deadline_s, silence_s)
@@ -122,27 +155,30 @@ class Channel:
         header = self._take_header()
         if header is not None:
             return header
+        state = self.state
         try:
-            count = self._socket.recv_into(self._ahead_view[self._filled :], 0, socket.MSG_DONTWAIT)
+            count = self._socket.recv_into(self._ahead_view[state.filled :], 0, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return None
         except OSError as error:
             raise self._lost(error) from error
         if count == 0:
-            raise self._closed(is_orderly=self._filled == 0)
-        self.heard_at_s = time.monotonic()
-        self._filled += count
+            raise self._closed(is_orderly=state.filled == 0)
+        self.listen()
+        state.filled += count
         return self._take_header()
 
     def _take_header(self) -> Header | None:
         """The next header among the bytes that were read ahead, if it is whole; else those move to the front."""
-        taken, held = self._taken, self._filled - self._taken
+        state = self.state
+        taken, filled = state.taken, state.filled
+        held = filled - taken
         if held >= HEADER_BYTES:
-            self._taken = taken + HEADER_BYTES
-            return decode_header(self._ahead_view[taken : self._taken])
+            state.taken = taken + HEADER_BYTES
+            return decode_header(self._ahead_view[taken : taken + HEADER_BYTES])
         if taken:
-            self._ahead[:held] = self._ahead[taken : self._filled]
-            self._taken, self._filled = 0, held
+            self._ahead_view[:held] = self._ahead[taken:filled]
+            state.taken, state.filled = 0, held
         return None
 
     def send(self, head: bytes, body: memoryview = NO_BODY, *, deadline_s: float) -> None:
@@ -193,70 +229,55 @@ class Channel:
         self.end("closed here")
         with self._sending, self._ending:
             self._is_closed = True
+            self.state.fd = -1
             self._socket.close()
+
+    def loss(self, number: int) -> LinkLost:
+        """What the C source found. number: of `loss` in native/stream.h."""
+        state = self.state
+        if self._end_reason is None and number in LOSSES:
+            reason, kind = LOSSES[number]
+            return LinkLost(reason.format(silent_s=time.monotonic() - self.heard_at_s), kind=kind)
+        if number in (ENDED, CUT):
+            return self._closed(is_orderly=number == ENDED and state.taken == state.filled)
+        return LinkLost(self._end_reason or os.strerror(state.error))
 
     def _receive_some(
         self, view: memoryview, needed: int, flags: int, deadline_s: float, silence_s: float
     ) -> int:
         """Wait at most one tick for bytes; returns how many came, maybe none. needed: how many are waited for."""
-        began_s = time.monotonic()
         try:
-            count = self._spin(view, began_s) if self._spin_s else 0
-            if not count:
-                self._set_receive_wait(deadline_s)
-                count = self._socket.recv_into(view, 0, flags)
+            count = self._receive_in_tick(view, flags, deadline_s)
         except BlockingIOError:
-            now_s = time.monotonic()
-            self._last_wait_s = now_s - began_s
-            if now_s >= deadline_s:
+            if time.monotonic() >= deadline_s:
                 raise LinkLost("the deadline passed", kind="late") from None
-            if now_s - self.heard_at_s >= silence_s:
-                raise LinkLost(f"nothing heard for {now_s - self.heard_at_s:.2f} s", kind="silent") from None
+            self.expect_heard_within(silence_s)
             return 0
         except OSError as error:
             raise self._lost(error) from error
         if count == 0:
             raise self._closed(is_orderly=needed == HEADER_BYTES and flags == 0)
-        self.heard_at_s = time.monotonic()
-        self._last_wait_s = self.heard_at_s - began_s
-        if self.heard_at_s >= deadline_s and count < needed:
+        self.listen()
+        if count < needed and time.monotonic() >= deadline_s:
             # Else a peer that sends byte by byte would never meet it.
             raise LinkLost("the deadline passed", kind="late")
         return count
 
-    def _spin(self, view: memoryview, began_s: float) -> int:
-        """Look for bytes again and again for a while. 0: none came, or the stream has ended or is broken."""
-        if self._waits_to_sleep:
-            self._waits_to_sleep -= 1
-            return 0
-        is_busy = self._last_wait_s <= self._spin_s
-        receive, looked_s = self._socket.recv_into, began_s
-        until_s = began_s + min(self._spin_s, math.inf if is_busy else BRIEF_SPIN_S)
-        while True:
-            try:
-                count = receive(view, 0, socket.MSG_DONTWAIT)
-                self._num_fruitless = 0
-                return count
-            except BlockingIOError:
-                before_s, looked_s = looked_s, time.monotonic()
-            except OSError:
-                return 0
-            has_lost_core = looked_s - before_s >= LOST_CORE_S
-            if looked_s >= until_s or has_lost_core:
-                break
-        if is_busy or has_lost_core:  # else nobody has asked anything for a while
-            self._num_fruitless = min(self._num_fruitless + 1, MOST_DOUBLINGS)
-            self._waits_to_sleep = 2**self._num_fruitless - 1
-        return 0
+    def _receive_in_tick(self, view: memoryview, flags: int, deadline_s: float) -> int:
+        """Raises BlockingIOError where nothing came, OSError."""
+        if self._plane is None:
+            self._set_receive_wait(deadline_s)
+            return self._socket.recv_into(view, 0, flags)
+        count = self._plane.receive(self.address, _address_of(view), len(view), flags, to_ns(deadline_s))
+        if count < 0:
+            raise OSError(-count, os.strerror(-count))
+        return count
 
     def _set_receive_wait(self, deadline_s: float) -> None:
         wait_s = min(self._tick_s, max(deadline_s - time.monotonic(), SHORTEST_WAIT_S))
-        if wait_s != self._receive_wait_s:
-            try:
-                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(wait_s))
-            except OSError as error:
-                raise self._lost(error) from error
-            self._receive_wait_s = wait_s
+        if to_ns(wait_s) != self.state.receive_wait_ns:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(wait_s))
+            self.state.receive_wait_ns = to_ns(wait_s)
 
     def _send_rest(self, rest: list[memoryview], sent: int, deadline_s: float) -> None:
         moved_at_s = time.monotonic()
@@ -302,6 +323,15 @@ def expect_kind(header: Header, kind: int) -> None:
     """Raises FrameFault when the frame is of another kind."""
     if header.kind != kind:
         raise FrameFault(f"frame of kind {header.kind} instead of {kind}")
+
+
+def to_ns(seconds: float) -> int:
+    return FOREVER_NS if seconds == math.inf else round(seconds * 1e9)
+
+
+def _address_of(view: memoryview) -> int:
+    """Of memory that can be written to."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(view))
 
 
 def _timeval(seconds: float) -> bytes:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from torch import Tensor
 
@@ -16,6 +16,9 @@ from experts.call_times import LatencySummary
 from experts.errors import LossKind
 from experts.expert_table import ExpertTable
 from experts.worker import ExpertWorker
+
+if TYPE_CHECKING:
+    from experts.exchange import Exchange
 
 FailureKind = Literal[LossKind, "error", "not finite"]
 """Why an actor's answer could not be used."""
@@ -85,6 +88,10 @@ class ExpertDirectory(Protocol):
         with them itself and say so by `note_use`. None: ask `run`."""
         ...
 
+    def exchange(self, component: str, layers: tuple[int, ...], num_experts: int) -> Exchange | None:
+        """The way to all experts of some layers, where the C source can go it without Python. None: ask `run`."""
+        ...
+
     def note_use(self, table: ExpertTable, used: Sequence[int], num_rows: int) -> None:
         """A call of so many rows was computed with a table. used: numbers of the experts."""
         ...
@@ -125,6 +132,9 @@ class LocalDirectory:
 
     def table(self, component: str, layer: int) -> ExpertTable | None:
         return self.worker.table(component, layer)
+
+    def exchange(self, component: str, layers: tuple[int, ...], num_experts: int) -> Exchange | None:
+        return None
 
     def note_use(self, table: ExpertTable, used: Sequence[int], num_rows: int) -> None:
         self.worker.note_use(table, used, num_rows)

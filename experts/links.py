@@ -51,7 +51,7 @@ class ActorLinks:
     ) -> None:
         """local: whose experts the actors must have. on_lost: see RemoteDirectory."""
         self.view = NOBODY
-        self._local, self._secret, self._limits = local, secret, limits
+        self._local, self._secret, self.limits = local, secret, limits
         self._on_lost = on_lost
         self._version = -1
         self._refused: frozenset[Endpoint] = frozenset()
@@ -165,7 +165,7 @@ class ActorLinks:
         if self._is_closing:
             return
         try:
-            link = ExpertConnection(endpoint, secret=self._secret, limits=self._limits)
+            link = ExpertConnection(endpoint, secret=self._secret, limits=self.limits)
         except TransportError as error:
             logger.warning("cannot reach expert actor %s: %s", endpoint.name, error)
             return
@@ -210,7 +210,7 @@ class ActorLinks:
         return not reasons
 
     def _tend(self) -> None:
-        while not self._ends.wait(self._limits.heartbeat_interval_s):
+        while not self._ends.wait(self.limits.heartbeat_interval_s):
             for name, link in self.view.links.items():
                 if link.is_open and not link.tend():
                     self.tell_lost(name, link)

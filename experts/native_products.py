@@ -61,11 +61,14 @@ _ARGUMENTS: tuple[list[Any], ...] = (
     [_POINTER, *_RUN],
     [_POINTER, *_RUN],
     [_POINTER, _INT64, _INT64, _POINTER],
+    [*[_POINTER] * 2, _INT64, *[_POINTER] * 9, *_RUN],
 )
 """Of the library's functions that return a code; the C source says what they are."""
 _BEGINNING: tuple[list[Any], ...] = (
     [*[_POINTER] * 2, *[_INT64] * 2, *[_POINTER] * 2, ctypes.c_uint],
     [*[_POINTER] * 8, ctypes.c_uint],
+    [*[_POINTER] * 4, ctypes.c_uint],
+    [_POINTER] * 6,
 )
 """Of those that return half a layer."""
 
@@ -129,10 +132,17 @@ class Library:
     past_signals: Callable[..., int]
     """Of `router.native_signals`, as is `conflict`."""
     conflict: Callable[..., int]
+    ask_layers: Callable[..., int]
+    """Of `router.native_dispatch`."""
     begin_attention: Callable[..., int | None]
     begin_experts: Callable[..., int | None]
+    begin_dispatch: Callable[..., int | None]
+    """Of `router.native_dispatch`, as is `begin_combine`."""
+    begin_combine: Callable[..., int | None]
     end_half: Callable[..., None]
     best_level: str
+    loaded: ctypes.CDLL
+    """For `experts.native_plane`."""
     run_in_threads: int | None
     """Address of the OpenMP runtime's entry point; None where PyTorch has no such runtime."""
 
@@ -344,8 +354,12 @@ def library() -> Library | None:
             *(loaded.sage_run_layers, loaded.sage_dispatch, loaded.sage_combine),
             *(loaded.sage_reach_experts, loaded.sage_are_finite),
             *(loaded.sage_choose, loaded.sage_stand_in, loaded.sage_past_signals, loaded.sage_conflict),
+            loaded.sage_ask_layers,
         )
-        beginning = loaded.sage_begin_attention, loaded.sage_begin_experts
+        beginning = (
+            *(loaded.sage_begin_attention, loaded.sage_begin_experts),
+            *(loaded.sage_begin_dispatch, loaded.sage_begin_combine),
+        )
         end_half = loaded.sage_end_half
     except AttributeError as error:
         logger.warning("native products are older than what calls them: install again (%s)", error)
@@ -361,7 +375,7 @@ def library() -> Library | None:
     for function, arguments in zip(beginning, _BEGINNING, strict=True):
         function.restype, function.argtypes = _POINTER, arguments
     end_half.restype, end_half.argtypes = None, [_POINTER]
-    return Library(*functions, *beginning, end_half, LEVELS[best], _find_openmp())
+    return Library(*functions, *beginning, end_half, LEVELS[best], loaded, _find_openmp())
 
 
 def _find_openmp() -> int | None:

@@ -14,22 +14,25 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch import Tensor
 
-from experts.asking import Asker, Failure, Question, are_finite
+from experts.asking import Asker, Begun, Failure, Heard, Question, are_finite
 from experts.audit import Auditor, Opinion
 from experts.call import ExpertCall
 from experts.call_times import CallTimes
 from experts.devices import upload
 from experts.directory import AuditStats, DirectoryStats
 from experts.errors import ExpertError, ExpertUnavailable
+from experts.exchange import Exchange
 from experts.expert_table import ExpertTable
-from experts.links import NOBODY, ActorLinks, View
-from experts.replicas import Reach, Tiers, best_left, choose, rank
+from experts.links import NOBODY, ActorLinks, Links, View
+from experts.native_plane import plane
+from experts.ranks import Ranks
+from experts.replicas import Reach, best_left, choose
 from experts.roster import Roster
 from experts.shares import Place, Share, join, split_by_place
 from experts.transport import TransportLimits
@@ -78,6 +81,7 @@ class _Attempt:
         return replace(self, tried=tried, error=failure.error, is_second_opinion=is_second)
 
 
+NOTHING_BEGUN: Mapping[Place, Begun] = {}
 _FIRST = _Attempt()
 """Nobody was tried, and nobody is suspended."""
 
@@ -89,56 +93,6 @@ class _Plan(NamedTuple):
     places: list[Place]
     lacking: ExpertKey | None = None
     """An expert that nobody is left for; then there are no places."""
-
-
-class _Ranks:
-    """Who may be asked for each expert while roster and connections stay as they are."""
-
-    def __init__(self, view: View, reach: Reach, before: _Ranks | None = None) -> None:
-        """before: whose findings are kept where they still hold."""
-        self.view, self.reach = view, reach
-        self.links = tuple(view.links[name] for name in reach.present)
-        """The ranks are good while these are open: a connection that is closed stays so."""
-        self._layers: dict[tuple[str, int], _LayerRanks] = {}
-        if before is not None and before.reach == reach:
-            old = before.view
-            if old.owners is view.owners and old.fallbacks is view.fallbacks:
-                self._layers = before._layers
-
-    def of(self, component: str, layer: int) -> _LayerRanks:
-        found = self._layers.get((component, layer))
-        if found is None:
-            self._layers[component, layer] = found = _LayerRanks(component, layer, self.view, self.reach)
-        return found
-
-
-class _LayerRanks:
-    """Of one layer's experts, by number."""
-
-    def __init__(self, component: str, layer: int, view: View, reach: Reach) -> None:
-        self._component, self._layer, self._reach = component, layer, reach
-        self._owners, self._fallbacks = view.owners, view.fallbacks
-        self._tiers: dict[int, Tiers] = {}
-        self._alone: dict[int, Place] = {}
-        """Where there is no choice, who is asked first."""
-
-    def of(self, expert: int) -> Tiers:
-        tiers = self._tiers.get(expert)
-        if tiers is None:
-            key = ExpertKey(self._component, self._layer, expert)
-            tiers = rank(self._owners.get(key, ()), self._fallbacks.get(key, ()), self._reach)
-            self._tiers[expert] = tiers
-            if len(tiers[0]) == 1:
-                self._alone[expert] = tiers[0][0]
-        return tiers
-
-    def without_choice(self, experts: Sequence[int]) -> list[Place] | None:
-        """Who is asked first for each of these; None where there is a choice, or not yet known whether there is."""
-        alone = self._alone
-        try:
-            return [alone[expert] for expert in experts]
-        except KeyError:
-            return None
 
 
 class RemoteDirectory:
@@ -166,7 +120,7 @@ class RemoteDirectory:
         self._on_bad = on_bad
         self._links = ActorLinks(local, secret, limits or TransportLimits(), on_lost)
         self._asker = Asker(self._links, CallTimes(self._options.call_timeout_s), local.numerics_class)
-        self._ranks = _Ranks(NOBODY, Reach(frozenset(), {}, local.numerics_class))
+        self._ranks = Ranks(NOBODY, Reach(frozenset(), {}, local.numerics_class))
         self._counting = threading.Lock()
         self._local_rows = self._num_quarantined = 0
         self._quarantined: deque[str] = deque(maxlen=QUARANTINED_SHOWN)
@@ -214,6 +168,18 @@ class RemoteDirectory:
 
     def prefetch(self, component: str, layer: int, experts: Sequence[int]) -> None:
         """Does nothing: a hint would take a round trip of its own, about as long as the next call is away."""
+
+    def exchange(self, component: str, layers: tuple[int, ...], num_experts: int) -> Exchange | None:
+        """See ExpertDirectory.exchange. None too where answers are audited, or one of the actors is left alone for a
+        while."""
+        if self._options.audit_share:
+            return None
+        exchanges, key = self._current_ranks().exchanges, (component, layers, num_experts)
+        if key not in exchanges:
+            exchanges[key] = self._make_exchange(*key)
+        found = exchanges[key]
+        is_usable = found is not None and not self._asker.suspensions.is_any_of(found.names)
+        return found if is_usable else None
 
     def table(self, component: str, layer: int) -> ExpertTable | None:
         """While no actor is known; else None, since who has which expert changes."""
@@ -268,7 +234,17 @@ class RemoteDirectory:
             attempt = self._wait_for_replacement(call, plan.view, plan.lacking, attempt)
             plan = self._plan(call, attempt)
         shares = split_by_place(call, plan.places)
-        results, failures = self._ask(shares, plan.view, not attempt.is_second_opinion)
+        results, failures = self._ask(shares, plan.view.links, not attempt.is_second_opinion)
+        return self._complete(call, results, failures, attempt)
+
+    def _complete(
+        self,
+        call: ExpertCall,
+        results: list[tuple[Share, Tensor]],
+        failures: Sequence[Failure],
+        attempt: _Attempt,
+    ) -> Tensor:
+        """All rows of a call, with those that somebody failed to compute."""
         for failure in failures:
             logger.warning("%s; its rows are computed elsewhere", failure.error)
             rows_RD = self._compute(failure.share.call, attempt.after(failure))
@@ -296,7 +272,7 @@ class RemoteDirectory:
             ranks.view, choose(call.counts, equals, lambda name: self._asker.times.load(name, now_s))
         )
 
-    def _current_ranks(self) -> _Ranks:
+    def _current_ranks(self) -> Ranks:
         """Those of before while they are good, which is nearly always."""
         view, ranks = self._links.view, self._ranks
         if view is ranks.view:
@@ -307,25 +283,46 @@ class RemoteDirectory:
                 return ranks
         present = frozenset(name for name, link in view.links.items() if link.is_open)
         reach = Reach(present, view.class_of, self._local.numerics_class)
-        self._ranks = ranks = _Ranks(view, reach, ranks)
+        self._ranks = ranks = Ranks(view, reach, ranks)
         return ranks
 
+    def _make_exchange(self, component: str, layers: tuple[int, ...], num_experts: int) -> Exchange | None:
+        """None where not every expert has one actor to ask."""
+        ranks = self._current_ranks()
+        places = ranks.sole_names(component, layers, num_experts)
+        if plane() is None or not places or not num_experts:
+            return None
+        links = {name: ranks.view.links[name] for name in {name for each in places for name in each}}
+
+        def conclude(call: ExpertCall, shares: Mapping[Place, Share], begun: Mapping[Place, Begun]) -> Tensor:
+            return self._complete(call, *self._ask(shares, links, True, begun), _FIRST)
+
+        return Exchange(component, places, links, self._asker, self._links.limits, conclude)
+
     def _ask(
-        self, shares: dict[Place, Share], view: View, is_checked: bool
+        self,
+        shares: Mapping[Place, Share],
+        links: Links,
+        is_checked: bool,
+        begun: Mapping[Place, Begun] = NOTHING_BEGUN,
     ) -> tuple[list[tuple[Share, Tensor]], list[Failure]]:
-        """Send all shares, compute this process's own meanwhile, and hear the answers."""
+        """Send all shares, compute this process's own meanwhile, and hear the answers. begun: some of them are sent
+        already."""
         results: list[tuple[Share, Tensor]] = []
         failures: list[Failure] = []
         asked: deque[Question] = deque()
         try:
             # By name, since a connection is held until its answer: two threads in two orders would wait for ever.
             for name in sorted(name for name in shares if name is not None) if len(shares) > 1 else shares:
-                if name is not None:
-                    begun = self._asker.ask(name, view.links[name], shares[name])
-                    if isinstance(begun, Question):
-                        asked.append(begun)
-                    else:
-                        failures.append(begun)
+                if name is None:
+                    continue
+                share = begun.get(name) or self._asker.ask(name, links[name], shares[name])
+                if isinstance(share, Question):
+                    asked.append(share)
+                elif isinstance(share, Heard):
+                    _sort(share.question.share, self._asker.judge(*share), results, failures)
+                else:
+                    failures.append(share)
             if None in shares:
                 _sort(shares[None], self._run_local(shares[None]), results, failures)
             while asked:

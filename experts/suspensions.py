@@ -42,6 +42,13 @@ class Suspensions:
             for entry in [entry for entry in self._entries if entry[0] not in names]:
                 del self._entries[entry]
 
+    def is_any_of(self, names: Collection[str]) -> bool:
+        """Whether some of these have failed and not answered there since."""
+        if not self._entries:
+            return False
+        with self._lock:
+            return any(name in names for name, _ in self._entries)
+
     def of(self, layer: tuple[str, int], now_s: float) -> frozenset[str]:
         """Who is not to be asked for experts of this layer now."""
         if not self._entries:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from experts.call import ExpertCall
 from experts.channel import Channel, TransportLimits, connect
+from experts.desk import Desk
 from experts.errors import (
     BudgetTooSmall,
     ConnectFailed,
@@ -51,6 +52,7 @@ from experts.frame import (
 )
 from experts.handshake import ServiceInfo, check_secret, encode_info, introduce
 from experts.listener import Greeting, Listener
+from experts.native_plane import AgreementStructure, PeerStructure
 from experts.roster import Endpoint
 
 __all__ = ["ExpertConnection", "ExpertServer", "ServiceInfo", "TransportLimits"]
@@ -79,6 +81,7 @@ class ExpertConnection:
             self._channel.close()
             raise HandshakeRefused(endpoint.name, str(error)) from error
         self._heartbeat = _short_frame(Kind.HEARTBEAT, self._agreed)
+        self._agreement = AgreementStructure.of(self._agreed)
         self._reading = threading.RLock()
         """Held from `start` to `finish`, and by whoever else looks at what arrived."""
         self._is_open = True
@@ -130,6 +133,41 @@ class ExpertConnection:
             self._unsent.clear()
             self._stop_reading()
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    # For the C source, which asks in place of `start` and `finish` (`experts.exchange`)
+
+    def lend(self) -> PeerStructure | None:
+        """The connection, for the C source to ask by it until `take_back`, on this thread. None where it is closed."""
+        self._reading.acquire()
+        if not self._is_open:
+            self._stop_reading()
+            return None
+        agreement, sequence = ctypes.addressof(self._agreement), self._sequence
+        return PeerStructure(self._channel.address, agreement, 0, sequence, None)
+
+    def take_back(self, peer: PeerStructure) -> None:
+        self._sequence = peer.sequence
+        self._stop_reading()
+
+    def owe(self, num_rows: int, deadline_s: float) -> None:
+        """In front of `take_back`: the last call is not answered, `finish` must follow."""
+        self._reading.acquire()
+        self._num_rows_due, self._deadline_s = num_rows, deadline_s
+        self._is_asked = True
+
+    def lose(self, loss: int) -> PeerLost:
+        """In front of `take_back`: close after what the C source has found. loss: see `Channel.loss`."""
+        return self._lost(self._channel.loss(loss))
+
+    def component_of(self, component: str) -> int | None:
+        """As the actor numbers it."""
+        components = self._agreed.components
+        return components.index(component) if component in components else None
+
+    @property
+    def max_rows(self) -> int:
+        """Of one frame."""
+        return self._agreed.max_rows
 
     def tend(self) -> bool:
         """Send a heartbeat, and take in the peer's unless a call is waiting. Returns whether the peer is there."""
@@ -213,9 +251,7 @@ class ExpertConnection:
             _check_short(header, self._agreed)
             if header.kind != Kind.HEARTBEAT:
                 raise FrameFault(f"frame of kind {header.kind} although nothing was asked")
-        silent_s = time.monotonic() - self._channel.heard_at_s
-        if silent_s >= self._limits.silence_s:
-            raise LinkLost(f"nothing heard for {silent_s:.2f} s", kind="silent")
+        self._channel.expect_heard_within(self._limits.silence_s)
 
     def _lost(self, error: LinkLost | FrameFault) -> PeerLost:
         self._is_open = False
@@ -237,12 +273,18 @@ class ExpertServer:
         host: str = "127.0.0.1",
         port: int = 0,
         limits: TransportLimits | None = None,
+        desk: Desk | None = None,
     ) -> None:
         """Binds at once (port 0: a free one), lets peers in from `start` on.
 
+        desk: where calls may be computed instead; whose components and rows must be the info's.
         Raises OSError; ValueError for the secret, or for an info that cannot be announced.
         """
-        self._compute = compute
+        if desk is not None and (desk.components, desk.width, desk.dtype) != (
+            *(info.components, info.width, info.dtype),
+        ):
+            raise ValueError(f"a desk for {desk.components} does not serve {info.components}")
+        self._compute, self._desk = compute, desk
         self._limits = limits or TransportLimits()
         max_rows = self._limits.max_rows_per_frame
         self._agreed = Agreement(incarnation, info.width, info.dtype, info.components, max_rows)
@@ -274,6 +316,9 @@ class ExpertServer:
 
     def _serve(self, channel: Channel) -> None:
         """Answer calls until the peer leaves."""
+        if self._desk is not None:
+            self._attend(channel, self._desk)
+            return
         sequence = 0
         maps = bytearray(self._agreed.max_map_bytes)
         while True:
@@ -286,6 +331,22 @@ class ExpertServer:
             deadline_s = time.monotonic() + header.deadline_us / 1e6
             call = self._receive_call(channel, header, memoryview(maps), deadline_s)
             self._answer(channel, call, sequence, deadline_s)
+
+    def _attend(self, channel: Channel, desk: Desk) -> None:
+        """The same where the C source answers most calls."""
+        attendance = desk.attend(channel, self._agreed, self._limits.silence_s)
+        channel.listen()
+        while True:
+            turn = attendance.serve()
+            if turn is None:
+                channel.expect_heard_within(self._limits.idle_timeout_s)
+                continue
+            if isinstance(turn, Header):
+                _check_short(turn, self._agreed)
+                check_call(turn, self._agreed, attendance.sequence + 1)
+                raise AssertionError("a frame that may begin a call was not taken for one")
+            self._answer(channel, *turn)
+            channel.listen()
 
     def _receive_call(
         self, channel: Channel, header: Header, maps: memoryview, deadline_s: float

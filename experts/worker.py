@@ -21,6 +21,7 @@ from torch import Tensor
 
 from experts.cache import CacheOptions, ExpertCache
 from experts.call import ExpertCall
+from experts.desk import Desk
 from experts.device_tier import TieredCache, TierOptions, TierStats
 from experts.devices import upload
 from experts.errors import ExpertError, NotInGroup
@@ -28,6 +29,7 @@ from experts.eviction import DEFAULT_EVICTION, Eviction
 from experts.expert_table import ExpertTable
 from experts.ffn import ExpertWeights, compute_experts
 from experts.loader import LOAD_THREADS
+from experts.native_plane import Lock
 from experts.numerics import RowKernel, numerics_class
 from experts.quantised import expert_form
 from experts.store import ExpertStore
@@ -78,10 +80,12 @@ class ExpertWorker:
         has_guests: bool = False,
         tiers: TierOptions | None = None,
         is_resizable: bool = True,
+        is_served: bool = False,
     ) -> None:
         """widths: model width D of each component. group: the experts it is for; None means all of these.
         has_guests: whether it also computes, for whoever lost an actor, the other experts of these components.
-        tiers: of a kernel that computes on a device, where the budget then is.
+        tiers: of a kernel that computes on a device, where the budget then is. is_served: whether calls come over
+        sockets, so that there is to be a desk where there can be one.
 
         The other options are those of `CacheOptions`.
         """
@@ -110,7 +114,14 @@ class ExpertWorker:
         """Numbers of the experts that were asked for, by layer."""
         self._steps: dict[tuple[str, int], int] = {}
         self._now = 0
-        self._lock = threading.Lock()
+        self.desk: Desk | None = None
+        """Where the C source computes calls without this class."""
+        if is_served and isinstance(self.cache, ExpertCache) and self.cache.is_counted_later:
+            self.desk = Desk.of(kernel, dtype, widths, (*self._keys, *guests))
+        if self.desk is not None and isinstance(self.cache, ExpertCache):
+            self.cache.on_change = self.desk.show
+        self._lock: Lock = threading.Lock() if self.desk is None else self.desk.lock
+        """Of who computes, and of who changes what is in memory."""
         self._keys_of: dict[tuple[str, int], list[ExpertKey]] = {}
         for key in self._keys:
             self._keys_of.setdefault((key.component, key.layer), []).append(key)
@@ -122,8 +133,13 @@ class ExpertWorker:
 
     @property
     def stats(self) -> WorkerStats:
-        """As of now."""
+        """As of now; but of what the desk computed, as of the last call where one is computed now."""
         stats, cache = self._stats, self.cache
+        if self.desk is not None and self._lock.acquire(blocking=False):
+            try:
+                self._count_served()
+            finally:
+                self._lock.release()
         stats.experts_used = {
             ExpertKey(*layer, expert) for layer, used in self._used.copy().items() for expert in used.copy()
         }
@@ -141,6 +157,7 @@ class ExpertWorker:
     def set_budget(self, budget_bytes: int) -> None:
         """See `ExpertCache.set_budget`; between two calls, so waits for the one that is computed. Changes no bit."""
         with self._lock:
+            self._count_served()
             self.cache.set_budget(budget_bytes)
 
     @property
@@ -170,16 +187,15 @@ class ExpertWorker:
             return self._compute_for_host(call)
         layer = call.component, call.layer
         with self._lock:
+            self._count_served()
             at_hand = self.cache.at_hand(layer, call.experts)
             if at_hand is not None:
-                self._count_step(layer)
-                self.cache.note_uses(layer, call.experts, self._now)
-                self._used[layer].update(call.experts)
                 rows_RD = compute_experts(call, at_hand, self._kernel)
+                self._count_use(layer, call.experts, call.num_rows)
             else:
                 rows_RD = self._compute_waves(call, [ExpertKey(*layer, expert) for expert in call.experts])
-            self._stats.calls += 1
-            self._stats.rows += call.num_rows
+                self._stats.calls += 1
+                self._stats.rows += call.num_rows
         return rows_RD
 
     @torch.inference_mode()
@@ -207,13 +223,9 @@ class ExpertWorker:
 
     def note_use(self, table: ExpertTable, used: Sequence[int], num_rows: int) -> None:
         """Counts as one call what was computed elsewhere with a table. used: numbers of the experts."""
-        stats, layer = self._stats, (table.keys[0].component, table.keys[0].layer)
         with self._lock:
-            self._count_step(layer)
-            self.cache.note_uses(layer, used, self._now)
-            self._used[layer].update(used)
-            stats.calls += 1
-            stats.rows += num_rows
+            self._count_served()
+            self._count_use((table.keys[0].component, table.keys[0].layer), used, num_rows)
 
     def _make_table(self, at: tuple[str, int]) -> ExpertTable | None:
         keys = self._keys_of.get(at, [])
@@ -244,6 +256,9 @@ class ExpertWorker:
         for key in keys:
             self._store.record(key)
         with self._lock:
+            self._count_served()
+            if self.desk is not None:  # a guess that comes true is counted when it is used
+                self.desk.close()
             self.cache.prefetch(keys)
 
     def load_all(self) -> None:
@@ -251,6 +266,7 @@ class ExpertWorker:
         for first in range(0, len(self._keys), LOAD_THREADS):
             wanted = self._keys[first : first + LOAD_THREADS]
             with self._lock:
+                self._count_served()
                 part = self.cache.first_that_fit(wanted)
                 for _ in self.cache.bring(part, self._now):
                     pass
@@ -284,6 +300,20 @@ class ExpertWorker:
 
     def _answers_for(self, key: ExpertKey) -> bool:
         return self._is_for(key) or (self._has_guests and key.component in self.widths)
+
+    def _count_use(self, layer: tuple[str, int], experts: Sequence[int], num_rows: int) -> None:
+        """A call that was computed, for experts that are all in memory."""
+        self._count_step(layer)
+        self.cache.note_uses(layer, experts, self._now)
+        self._used[layer].update(experts)
+        self._stats.calls += 1
+        self._stats.rows += num_rows
+
+    def _count_served(self) -> None:
+        """Before anything is decided by who was used. Under the lock."""
+        if self.desk is not None:
+            for use in self.desk.take_uses():
+                self._count_use(*use)
 
     def _count_step(self, layer: tuple[str, int]) -> None:
         """Time for evictions: how often the layer that was called most often was called."""

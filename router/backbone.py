@@ -217,9 +217,11 @@ class ForwardPass:
         return run or find_asked_run(self._num_done, backbone.layers, self._inputs)
 
     def _compute_asked(self, run: AskedRun, pool: KvPool) -> None:
-        for times in run.compute(self._hidden_PD, pool):
+        run_times, num_tokens = self._backbone.run_times, self.batch.num_tokens
+        for times in run.compute(self._hidden_PD, pool, run_times.most_layers(num_tokens)):
             self._phases["attention"] += times.attention_s
             self._phases["experts"] += times.experts_s
+            run_times.note(num_tokens, times.num_layers, times.attention_s + times.experts_s)
             self._backbone.progressed_at = time.monotonic()
         self._hidden_PD = run.finish()
         self._num_done += len(run.layers) - 1

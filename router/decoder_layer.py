@@ -17,12 +17,13 @@ from experts.expert_table import ExpertTable
 from experts.ffn import compute_segments
 from experts.numerics import RowKernel
 from experts.packed_matrix import linear
+from router.asked_half import AskedHalf
 from router.attention import ROW_MULTIPLE, attend
 from router.device_attention import QUERY_ROWS, attend_in_tiles
 from router.device_norm import norm_on_device
 from router.kv_cache import KvPool
 from router.model_config import ModelConfig
-from router.moe_block import CallInParts, Mixture, MoeBlock
+from router.moe_block import Mixture, MoeBlock
 from router.native_attention import NO_NORMS, HeadNorms, Places, attend_in_cache, norm_rows
 from router.native_dispatch import NativeDispatch
 from router.native_step import NativeStep
@@ -31,7 +32,7 @@ from router.step_batch import AttentionGroup, CacheSlots, Half, StepBatch
 from router.step_routing import EVERYTHING, View
 from router.weights import Layer
 
-Begun = ExpertTable | CallInParts | Mixture
+Begun = ExpertTable | AskedHalf | Mixture
 """A layer's experts: all of them in this process for good; some of them elsewhere; or with somebody who looks on."""
 MANY_ROWS = 128
 """Beside the work of so many, waking a thread takes no time to speak of, even where matrices are small."""
@@ -146,14 +147,14 @@ class LayerArithmetic:
         if isinstance(begun, ExpertTable):
             mixed_PD = self._mix_natively(layer, layer.moe, begun, hidden_PD, step, until_ns)
         else:
-            rows = begun.advance(until_ns)
+            mixed_PD = begun.advance(until_ns)
             step.expert_s = begun.expert_s
-            if rows is None:
-                mixed_PD = None
+            if mixed_PD is None:
+                pass
             elif isinstance(begun, Mixture):
-                mixed_PD = hidden_PD + self.pad(rows.to(self.dtype))
-            else:
-                mixed_PD = self._combine_natively(layer.moe, rows, step)
+                mixed_PD = hidden_PD + self.pad(mixed_PD.to(self.dtype))
+            elif step.shown.has_choices:
+                step.batch.routing.watch_choices(layer.moe.layer, begun.routing())
         step.begun = begun if mixed_PD is None else None
         return mixed_PD
 
@@ -165,8 +166,8 @@ class LayerArithmetic:
                 return table
             if step.dispatching is None:
                 step.dispatching = NativeDispatch(step.native)
-            call = step.dispatching.dispatch(layer.native, moe, hidden_PD, batch.trace)
-            return CallInParts(moe.directory, call, step.expert_s)
+            rest = hidden_PD, batch.trace, step.expert_s
+            return AskedHalf(step.dispatching, layer.native, moe, *rest)
         normed_PD = self.norm(hidden_PD, layer.post_norm_D)
         return Mixture(moe, normed_PD, batch.num_tokens, batch.routing, batch.trace, step.expert_s)
 
@@ -189,12 +190,6 @@ class LayerArithmetic:
         if self.clock is not None:
             self.clock.mixed(moe.layer, step.native)
         return mixed_PD
-
-    def _combine_natively(self, moe: MoeBlock, rows_RD: Tensor, step: StepInputs) -> Tensor:
-        assert step.dispatching is not None
-        if step.shown.has_choices:
-            step.batch.routing.watch_choices(moe.layer, step.dispatching.routing())
-        return step.dispatching.combine(rows_RD)
 
     def pad(self, rows_TD: Tensor) -> Tensor:
         """Repeat the last row up to the row kernel's multiple, so that no product has to."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, islice
 
 from torch import Tensor
 
@@ -12,12 +13,14 @@ from experts.call import ExpertCall
 from experts.directory import ExpertDirectory
 from experts.expert_table import ExpertTable
 from experts.numerics import RowKernel
-from experts.shares import Share, join, take
+from experts.shares import take
 from router.dispatch import combine, dispatch
 from router.model_config import ModelConfig
 from router.shared_expert import SharedExpert
 from router.step_routing import NATIVE, GateOutput, StepRouting
 
+EXPERT_ROWS = 16
+"""So many rows take about as long as what an expert takes however few it has: its weights, and being asked for."""
 FIRST_SHARE = 1 / 16
 """Of the experts, those that are computed first where it is not known how long one takes."""
 
@@ -79,13 +82,18 @@ class CallInParts:
     """
 
     def __init__(self, directory: ExpertDirectory, call: ExpertCall, expert_s: float = 0.0) -> None:
-        """expert_s: what an expert of such a step took in the layer before; 0 where none is known."""
+        """expert_s: what an average expert of such a step took in the layer before; 0 where none is known."""
         self._directory, self._call = directory, call
         self._left = list(range(len(call.experts)))
         """Indices of the call's experts that are still to be computed."""
-        self._done: list[tuple[Share, Tensor]] = []
+        self._starts = [0, *accumulate(call.counts)]
+        self._rows_RD: Tensor | None = None
+        """Those that are there; the others' places are not written to yet."""
+        mean = EXPERT_ROWS + call.num_rows / len(call.counts)
+        self._sizes = [(EXPERT_ROWS + count) / mean for count in call.counts]
+        """What each expert takes, in average ones."""
         self.expert_s = expert_s
-        """What an expert has taken lately."""
+        """What an average one has taken lately."""
 
     def advance(self, until_ns: int | None = None) -> Tensor | None:
         """The call's rows, (R, D) in the expert dtype.
@@ -93,14 +101,16 @@ class CallInParts:
         until_ns: monotonic clock; None is returned where experts are left that would probably take longer, and the next
         call goes on. At least one is computed. Raises ExpertError.
         """
-        if until_ns is None and not self._done:
+        if until_ns is None and self._rows_RD is None:
             return self._directory.run(self._call)
         self._compute(self._next_part(until_ns))
         while self._left:
-            if until_ns is not None and time.monotonic_ns() + self.expert_s * 1e9 > until_ns:
+            next_s = self.expert_s * self._sizes[self._left[0]]
+            if until_ns is not None and time.monotonic_ns() + next_s * 1e9 > until_ns:
                 return None
             self._compute(self._next_part(until_ns))
-        return join(self._done, self._call.num_rows)
+        assert self._rows_RD is not None
+        return self._rows_RD
 
     def _next_part(self, until_ns: int | None) -> list[int]:
         """As many of the experts as there is time for, from all over the layer: neighbours may have the same owner."""
@@ -108,18 +118,31 @@ class CallInParts:
         if until_ns is None:
             return left
         room_s = (until_ns - time.monotonic_ns()) * 1e-9
-        fitting = int(room_s / self.expert_s) if self.expert_s else int(FIRST_SHARE * len(left))
-        count = min(max(1, fitting), len(left))
-        return [left[number * len(left) // count] for number in range(count)]
+        fitting = room_s / self.expert_s if self.expert_s else FIRST_SHARE * len(left)
+        count = min(max(1, int(fitting)), len(left))
+        part = [left[number * len(left) // count] for number in range(count)]
+        ends = accumulate(self._sizes[index] for index in part)
+        return part[:1] + [
+            index for index, end in zip(part[1:], islice(ends, 1, None), strict=True) if end <= fitting
+        ]
 
     def _compute(self, part: list[int]) -> None:
         started = time.perf_counter()
-        share = take(self._call, part)
-        self._done.append((share, self._directory.run(share.call)))
+        self._place(part, self._directory.run(take(self._call, part).call))
         taken = set(part)
         self._left = [index for index in self._left if index not in taken]
         if part:
-            self.expert_s = (time.perf_counter() - started) / len(part)
+            self.expert_s = (time.perf_counter() - started) / sum(self._sizes[index] for index in part)
+
+    def _place(self, part: list[int], some_RD: Tensor) -> None:
+        """At once, and not all together when the last ones have come: that would take longer than others wait."""
+        if self._rows_RD is None:
+            self._rows_RD = some_RD.new_empty(self._call.num_rows, some_RD.shape[1])
+        first = 0
+        for index in part:
+            begin, end = self._starts[index], self._starts[index + 1]
+            self._rows_RD[begin:end] = some_RD[first : first + end - begin]
+            first += end - begin
 
 
 class Mixture:

@@ -269,6 +269,10 @@ class NativeStep:
         """One of the library's functions of a step. Raises MemoryError."""
         self._check(function(self._address, *arguments, self.library.run_in_threads, torch.get_num_threads()))
 
+    def begin(self, function: Callable[..., int | None], *arguments: int | None) -> int | None:
+        """One of the library's functions of a step that begin half a layer."""
+        return function(self._address, *arguments)
+
     def _go_on(self, half: OpenHalf, until_ns: int | None) -> Tensor | None:
         self._open = half
         if not half.run(until_ns):

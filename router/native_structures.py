@@ -1,4 +1,4 @@
-"""The structures of `experts/native/layer.h`, `layers.c` and `dispatch.c`, field by field."""
+"""The structures of `layer.h`, `layers.c` and `asked.c` in `experts/native`, field by field."""
 
 from __future__ import annotations
 
@@ -65,3 +65,13 @@ class DispatchedStructure(ctypes.Structure):
     """`dispatched`."""
 
     _fields_ = [(name, _POINTER) for name in ("normed", "chosen", "weights", "row_of", "maps", "num_used")]
+
+
+class AskedLayerStructure(ctypes.Structure):
+    """`asked_layer`."""
+
+    _fields_ = [
+        ("layer", _POINTER),
+        *((name, _INT64) for name in ("index", "window", "number")),
+        ("owners", _POINTER),
+    ]

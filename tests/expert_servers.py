@@ -68,11 +68,12 @@ def expert_servers(
                     budget_bytes=None if device_experts is None else device_experts * one,
                     tiers=open_tiers(device, host_experts * stored),
                     has_guests=True,
+                    is_served=budgets is None,
                 )
                 stack.callback(worker.close)
                 info = ServiceInfo(width, kind, numerics_class or worker.numerics_class, (component,))
                 compute = worker.compute if budgets is None else _in_simulation(worker)
-                server = ExpertServer(compute, info, secret=SECRET, incarnation=index + 1)
+                server = ExpertServer(compute, info, secret=SECRET, incarnation=index + 1, desk=worker.desk)
                 server.start()
                 stack.callback(server.stop)
                 name = f"experts-{index}"

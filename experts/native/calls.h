@@ -53,4 +53,10 @@ void pack_tokens(const call *c, int64_t piece);
 void gate_piece(const call *c, int64_t piece);
 void product_piece(const call *c, int64_t piece);
 
+/* See products.c. */
+int sage_multiply(
+    int level, int is_narrow, int is_gated, const int64_t *forms, const expert *experts, int64_t num_experts,
+    const int64_t *counts, const int64_t *token_of, const void *tokens, int64_t num_tokens, int64_t token_stride,
+    void *out, int64_t out_stride, run_in_threads *run, unsigned threads);
+
 #endif

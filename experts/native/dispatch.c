@@ -7,22 +7,12 @@
 #include "memory.h"
 #include "routing.h"
 
-/* A call, and where its rows belong. */
-typedef struct {
-    uint8_t *normed;     /* (tokens, width) rows in the model's dtype: the gate's input, and the experts' */
-    int64_t *chosen;     /* (tokens, top_k), best first */
-    float *weights;      /* the same, of these */
-    int64_t *row_of;     /* the same: the call's row */
-    uint32_t *maps;      /* as a frame has them: the experts in use, ascending, rows of each, and each row's token */
-    int64_t *num_used;   /* experts */
-} dispatched;
-
 typedef struct {
     work work;
     const step *step;
     const layer *layer;
     const uint8_t *hidden;
-    const dispatched *to;
+    dispatched to;
     expert matrix; /* the gate's, as calls take it */
     int64_t gate_starts[2];
     call gate;
@@ -31,7 +21,7 @@ typedef struct {
 
 static void sort_rows(const dispatch_half *h) {
     const step *s = h->step;
-    const dispatched *to = h->to;
+    const dispatched *to = &h->to;
     const int64_t slots = s->num_tokens * s->top_k;
     const int64_t num_used = sort_by_expert(
         to->chosen, s->num_tokens, s->top_k, s->num_experts, h->used, h->starts, to->row_of, h->token_of);
@@ -46,7 +36,7 @@ static void sort_rows(const dispatch_half *h) {
 
 static void dispatch_piece(work *w, int phase, int64_t piece, void *memory) {
     const dispatch_half *h = (const dispatch_half *)w;
-    const dispatched *to = h->to;
+    const dispatched *to = &h->to;
     switch (phase) {
         case 0:
             pack_normed(h->step, h->hidden, h->layer->post_norm, &h->gate, NULL, to->normed, piece, memory);
@@ -68,25 +58,36 @@ static void cut_dispatch(dispatch_half *h, arena *a) {
 }
 
 /* From hidden, (tokens, width) rows in the model's dtype, to a call for the experts of the checkpoint's own routing.
-   to: with room for 2 * min(num_experts, tokens * top_k) + tokens * top_k numbers in its maps. */
+   to: with room for 2 * min(num_experts, tokens * top_k) + tokens * top_k numbers in its maps. threads: as many as will run
+   it, most likely. Nothing is computed yet: see sage_run_half. NULL where there is no memory. */
+void *sage_begin_dispatch(
+    const step *s, const layer *l, const void *hidden, const dispatched *to, unsigned threads
+) {
+    dispatch_half plan = {.step = s, .layer = l, .hidden = hidden, .to = *to};
+    plan.gate = one_product(s, &l->gate, threads, &plan.matrix, plan.gate_starts);
+    arena memory = {.used = UP_TO(sizeof plan, 64)};
+    cut_dispatch(&plan, &memory);
+    dispatch_half *h = take_memory(memory.used);
+    if (!h) return NULL;
+    *h = plan;
+    memory = (arena){.at = (uint8_t *)h, .used = UP_TO(sizeof plan, 64)};
+    cut_dispatch(h, &memory);
+    h->gate.experts = &h->matrix, h->gate.starts = h->gate_starts;
+    const size_t norming = norm_memory(s), routing = routing_memory(s);
+    h->work = (work){
+        .pieces = {packing_pieces(s), first_pieces(&h->gate), packing_pieces(s), 1},
+        .run_piece = dispatch_piece, .ended_ns = s->ended_ns, .memory_bytes = norming > routing ? norming : routing,
+    };
+    return h;
+}
+
+/* The same at once. */
 int sage_dispatch(
     const step *s, const layer *l, const void *hidden, const dispatched *to, run_in_threads *run, unsigned threads
 ) {
-    dispatch_half h = {.step = s, .layer = l, .hidden = hidden, .to = to};
-    h.gate = one_product(s, &l->gate, run ? threads : 1, &h.matrix, h.gate_starts);
-    arena memory = {0};
-    cut_dispatch(&h, &memory);
-    uint8_t *at = take_memory(memory.used);
-    if (!at) return OUT_OF_MEMORY;
-    memory = (arena){.at = at};
-    cut_dispatch(&h, &memory);
-    const size_t norming = norm_memory(s), routing = routing_memory(s);
-    h.work = (work){
-        .pieces = {packing_pieces(s), first_pieces(&h.gate), packing_pieces(s), 1},
-        .run_piece = dispatch_piece, .ended_ns = s->ended_ns, .memory_bytes = norming > routing ? norming : routing,
-    };
-    const int code = run_work(&h.work, run, threads);
-    give_memory(at);
+    void *h = sage_begin_dispatch(s, l, hidden, to, run ? threads : 1);
+    const int code = h ? sage_run_half(h, 0, run, threads) : OUT_OF_MEMORY;
+    sage_end_half(h);
     return code;
 }
 
@@ -106,16 +107,27 @@ static void combine_piece(work *w, int phase, int64_t piece, void *memory) {
 }
 
 /* hidden + the sum of each token's rows, by rank: (tokens, width) rows in the model's dtype. rows: the call's, in its
-   order; row_of and weights as sage_dispatch has left them. */
+   order; row_of and weights as sage_dispatch has left them. As sage_begin_dispatch. */
+void *sage_begin_combine(
+    const step *s, const void *hidden, const void *rows, const int64_t *row_of, const float *weights, void *out
+) {
+    combination *c = take_memory(sizeof *c);
+    if (c) *c = (combination){
+        .work = {.pieces = {packing_pieces(s)}, .run_piece = combine_piece, .memory_bytes = mixing_memory(s)},
+        .step = s, .hidden = hidden, .rows = rows, .row_of = row_of, .weights = weights, .out = out,
+    };
+    return c;
+}
+
+/* The same at once. */
 int sage_combine(
     const step *s, const void *hidden, const void *rows, const int64_t *row_of, const float *weights, void *out,
     run_in_threads *run, unsigned threads
 ) {
-    combination c = {
-        .work = {.pieces = {packing_pieces(s)}, .run_piece = combine_piece, .memory_bytes = mixing_memory(s)},
-        .step = s, .hidden = hidden, .rows = rows, .row_of = row_of, .weights = weights, .out = out,
-    };
-    return run_work(&c.work, c.work.pieces[0] > 1 ? run : NULL, threads);
+    void *c = sage_begin_combine(s, hidden, rows, row_of, weights, out);
+    const int code = c ? sage_run_half(c, 0, packing_pieces(s) > 1 ? run : NULL, threads) : OUT_OF_MEMORY;
+    sage_end_half(c);
+    return code;
 }
 
 /* All that lies between two calls for experts: with rows, those of the layer before are added to hidden, which gives

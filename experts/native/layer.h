@@ -68,4 +68,26 @@ int sage_experts_half(
     const step *s, const layer *l, const void *hidden, void *out, int64_t *chosen, float *weights, int64_t *used,
     int64_t *num_used, run_in_threads *run, unsigned threads);
 
+/* A call, and where its rows belong. */
+typedef struct {
+    uint8_t *normed;     /* (tokens, width) rows in the model's dtype: the gate's input, and the experts' */
+    int64_t *chosen;     /* (tokens, top_k), best first */
+    float *weights;      /* the same, of these */
+    int64_t *row_of;     /* the same: the call's row */
+    uint32_t *maps;      /* as a frame has them: the experts in use, ascending, rows of each, and each row's token */
+    int64_t *num_used;   /* experts */
+} dispatched;
+
+/* See layer.c. */
+int sage_run_half(void *half, int64_t until_ns, run_in_threads *run, unsigned threads);
+void sage_end_half(void *half);
+
+/* See dispatch.c. */
+int sage_dispatch(
+    const step *s, const layer *l, const void *hidden, const dispatched *to, run_in_threads *run, unsigned threads);
+int sage_combine(
+    const step *s, const void *hidden, const void *rows, const int64_t *row_of, const float *weights, void *out,
+    run_in_threads *run, unsigned threads);
+int sage_are_finite(int is_narrow, const void *values, int64_t count);
+
 #endif

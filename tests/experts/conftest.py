@@ -8,16 +8,30 @@ from pathlib import Path
 
 import pytest
 
+from experts.native_plane import plane
 from experts.store import ExpertStore
 from experts.worker import ExpertWorker
 from tests.experts.fleet import Fleet, make_worker
 from tests.experts.wire_peers import nothing_left_behind
+
+NEEDS_PLANE = pytest.mark.skipif(plane() is None, reason="needs the C source")
 
 
 @pytest.fixture
 def nothing_stays() -> Iterator[None]:
     """Fails a test that leaves a thread or a socket behind."""
     with nothing_left_behind():
+        yield
+
+
+@pytest.fixture(params=[False, pytest.param(True, marks=NEEDS_PLANE)], ids=["python", "c"])
+def each_reader(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Both ends in Python alone, and then with the C source."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not request.param:
+            patch.setattr("experts.channel.plane", lambda: None)
+            patch.setattr("experts.native_plane.plane", lambda: None)
+        patch.setattr("tests.experts.wire_peers.has_desk", request.param)
         yield
 
 

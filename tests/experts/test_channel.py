@@ -6,7 +6,7 @@ import math
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -16,9 +16,22 @@ from hypothesis import strategies as st
 from experts.channel import Channel, TransportLimits
 from experts.errors import FrameFault, LinkLost
 from experts.frame import HEADER_BYTES, Header, Kind, decode_header, encode_header
+from tests.experts.conftest import NEEDS_PLANE
 from tests.experts.wire_peers import LIMITS, QUICK, SLACK_S, channel_pair, eventually, heartbeat, raw_pair
 
 SOON_S = 20.0
+
+
+@pytest.fixture(
+    scope="module", autouse=True, params=[False, pytest.param(True, marks=NEEDS_PLANE)], ids=["python", "c"]
+)
+def looks_first(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Waits by Python, and then by the C source, which alone looks for bytes before it sleeps."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not request.param:
+            patch.setattr("experts.channel.plane", lambda: None)
+            patch.setattr("experts.native_plane.plane", lambda: None)
+        yield request.param
 
 
 def _soon() -> float:
@@ -90,7 +103,7 @@ def test_silent_peer_is_noticed() -> None:
 
 def test_silence_of_the_past_does_not_count() -> None:
     with raw_pair() as (channel, far):
-        channel.heard_at_s -= 100.0
+        channel.state.heard_at_ns -= 100_000_000_000
         timer = threading.Timer(0.1, far.sendall, [heartbeat()])
         timer.start()
         assert channel.receive_header(math.inf, SOON_S).kind == Kind.HEARTBEAT
@@ -146,7 +159,7 @@ def test_polling_takes_only_what_is_there() -> None:
         assert channel.poll_header() is None
         frame = heartbeat()
         far.sendall(frame[:30])
-        assert eventually(lambda: channel.poll_header() is None and channel._filled == 30)
+        assert eventually(lambda: channel.poll_header() is None and channel.state.filled == 30)
         far.sendall(frame[30:] + frame)
         assert eventually(lambda: channel.poll_header() is not None)
         assert channel.receive_header(_soon(), SOON_S) == decode_header(frame)
@@ -160,7 +173,7 @@ def test_header_begun_by_polling_is_ended_by_waiting() -> None:
     with raw_pair() as (channel, far):
         frame = heartbeat()
         far.sendall(frame[:30])
-        assert eventually(lambda: channel.poll_header() is None and channel._filled == 30)
+        assert eventually(lambda: channel.poll_header() is None and channel.state.filled == 30)
         far.sendall(frame[30:])
         assert channel.receive_header(_soon(), SOON_S) == decode_header(frame)
 
@@ -306,7 +319,11 @@ def test_spinning_reader_gets_what_a_sleeping_one_gets(spin_s: float) -> None:
             channel.receive_header(_soon(), SOON_S)
 
 
-def test_reader_that_looks_in_vain_sleeps_for_longer_each_time_until_looking_brings_something() -> None:
+def test_reader_that_looks_in_vain_sleeps_for_longer_each_time_until_looking_brings_something(
+    looks_first: bool,
+) -> None:
+    if not looks_first:
+        pytest.skip("nobody looks")
     frame = encode_header(Header(Kind.HEARTBEAT))
     with raw_pair(replace(QUICK, spin_s=0.002)) as (channel, far):
         far.sendall(frame)
@@ -314,24 +331,28 @@ def test_reader_that_looks_in_vain_sleeps_for_longer_each_time_until_looking_bri
         for waits in (1, 3, 7):
             with pytest.raises(LinkLost, match="deadline"):
                 channel.receive_header(time.monotonic() + 0.01, math.inf)
-            assert channel._waits_to_sleep == waits, "it looked, and then slept"
+            assert channel.state.waits_to_sleep == waits, "it looked, and then slept"
             for left in reversed(range(waits)):
                 far.sendall(frame)
                 channel.receive_header(_soon(), SOON_S)
-                assert channel._waits_to_sleep == left
+                assert channel.state.waits_to_sleep == left
         far.sendall(frame)
         channel.receive_header(_soon(), SOON_S)
-        assert (channel._num_fruitless, channel._waits_to_sleep) == (0, 0)
+        assert (channel.state.num_fruitless, channel.state.waits_to_sleep) == (0, 0)
 
 
-def test_waits_in_which_nobody_asks_do_not_count_as_looking_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waits_in_which_nobody_asks_do_not_count_as_looking_in_vain(
+    looks_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Else the first answer after a lull would pay for it."""
+    if not looks_first:
+        pytest.skip("nobody looks")
     monkeypatch.setattr("experts.channel.LOST_CORE_S", 9.0)
     with raw_pair(replace(QUICK, spin_s=0.002)) as (channel, _):
         for _ in range(5):
             with pytest.raises(LinkLost, match="deadline"):
                 channel.receive_header(time.monotonic() + 0.01, math.inf)
-        assert (channel._num_fruitless, channel._waits_to_sleep) == (0, 0)
+        assert (channel.state.num_fruitless, channel.state.waits_to_sleep) == (0, 0)
 
 
 def _send_in_pieces(far: socket.socket, frame: bytes) -> None:

@@ -36,7 +36,7 @@ from tests.experts.wire_peers import (
     serving,
 )
 
-pytestmark = pytest.mark.usefixtures("nothing_stays")
+pytestmark = pytest.mark.usefixtures("nothing_stays", "each_reader")
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 7, MAX_ROWS, MAX_ROWS + 1, 5 * MAX_ROWS, 5 * MAX_ROWS + 3])

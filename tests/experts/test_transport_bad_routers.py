@@ -52,7 +52,7 @@ from tests.experts.wire_peers import (
     serving,
 )
 
-pytestmark = pytest.mark.usefixtures("nothing_stays")
+pytestmark = pytest.mark.usefixtures("nothing_stays", "each_reader")
 
 
 def _call_frame(call: ExpertCall, sequence: int = 1, **change: int) -> bytes:

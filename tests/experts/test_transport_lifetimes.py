@@ -39,7 +39,7 @@ from tests.experts.wire_peers import (
     serving,
 )
 
-pytestmark = pytest.mark.usefixtures("nothing_stays")
+pytestmark = pytest.mark.usefixtures("nothing_stays", "each_reader")
 
 
 def test_idle_connection_lives_on_heartbeats() -> None:

@@ -19,10 +19,13 @@ import torch
 
 from experts.call import ExpertCall
 from experts.channel import Channel, TransportLimits
+from experts.desk import Desk
 from experts.frame import HEADER_BYTES, Agreement, Header, Kind, decode_header, encode_call, encode_header
 from experts.handshake import ACTOR, ROUTER, ServiceInfo, encode_info, prove
+from experts.native_plane import plane
 from experts.roster import Endpoint
 from experts.transport import Compute, ExpertConnection, ExpertServer
+from extraction.manifest import ExpertKey
 
 SECRET = b"0123456789abcdef-the-cluster"
 SLACK_S = 8.0
@@ -61,6 +64,17 @@ def rows_of(call: ExpertCall) -> torch.Tensor:
     return (rows_RD * (experts[:, None] + 1) + call.layer).to(rows_RD.dtype)
 
 
+has_desk = False
+"""Whether servers read calls by the C source, which then finds no expert at hand."""
+
+
+def empty_desk(info: ServiceInfo) -> Desk:
+    functions = plane()
+    assert functions is not None
+    keys = [ExpertKey(component, 2, 3) for component in info.components]
+    return Desk(functions, "portable", info.dtype, info.width, keys)
+
+
 @contextmanager
 def serving(
     compute: Compute = rows_of,
@@ -69,7 +83,8 @@ def serving(
     info: ServiceInfo = INFO,
     incarnation: int = INCARNATION,
 ) -> Iterator[ExpertServer]:
-    server = ExpertServer(compute, info, secret=SECRET, incarnation=incarnation, limits=limits)
+    desk = empty_desk(info) if has_desk else None
+    server = ExpertServer(compute, info, secret=SECRET, incarnation=incarnation, limits=limits, desk=desk)
     server.start()
     try:
         yield server
@@ -208,8 +223,8 @@ class FakeActor:
 def hear_frame(connected: socket.socket) -> tuple[Header, bytes]:
     """The next frame that is not a heartbeat. Raises ConnectionError at the end of the stream."""
     while True:
-        header = decode_header(_read(connected, HEADER_BYTES))
-        body = _read(connected, header.body_bytes)
+        header = decode_header(read_exactly(connected, HEADER_BYTES))
+        body = read_exactly(connected, header.body_bytes)
         if header.kind != Kind.HEARTBEAT:
             return header, body
 
@@ -264,7 +279,8 @@ def eventually(condition: Callable[[], bool], wait_s: float = 30.0) -> bool:
     return True
 
 
-def _read(connected: socket.socket, num_bytes: int) -> bytes:
+def read_exactly(connected: socket.socket, num_bytes: int) -> bytes:
+    """Raises ConnectionError at the end of the stream."""
     data = b""
     while len(data) < num_bytes:
         piece = connected.recv(num_bytes - len(data))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from unittest import mock
 
@@ -20,6 +21,7 @@ from experts.expert_table import ExpertTable
 from experts.native_products import LEVELS, library
 from extraction.quantise import Quantization
 from router.asked_run import AskedRun
+from router.backbone import ForwardPass
 from router.decoder_layer import LayerArithmetic
 from router.dispatch import dispatch
 from router.kv_cache import KvPool
@@ -139,6 +141,35 @@ def test_step_that_failed_in_the_middle_is_computed_again_with_the_same_bits(loa
         directory.fails_at = None
         outputs.append(backbone.forward(_batch(spans), pool))
     _assert_same((outputs, pool, None), expected)
+
+
+def test_pass_that_pauses_wherever_it_can_has_the_same_bits(loaded: LoadedEngine) -> None:
+    """In gate and sort, between any two experts, and in their sum."""
+    expected = _forward(loaded, [_batch(spans) for spans in STEPS])
+    pool, outputs, paused = KvPool(loaded.config, 12, loaded.dtype), [], list[str]()
+    with ExitStack() as stack:
+        for name in ("dispatch", "combine"):
+            stack.enter_context(mock.patch.object(NativeDispatch, name, _noting(name, paused)))
+        for spans in STEPS:
+            forward = ForwardPass(loaded.engine.backbone, _batch(spans))
+            while not forward.is_done:
+                forward.advance(pool, 1)
+            outputs.append(forward.finish())
+    _assert_same((outputs, pool, None), expected)
+    assert paused.count("dispatch") > 3 * NUM_LAYERS and paused.count("combine") > NUM_LAYERS
+
+
+def _noting(name: str, paused: list[str]) -> Callable[..., object]:
+    """A method of NativeDispatch that notes when it pauses."""
+    method = getattr(NativeDispatch, name)
+
+    def noted(*arguments: object) -> object:
+        found = method(*arguments)
+        if found is None:
+            paused.append(name)
+        return found
+
+    return noted
 
 
 @pytest.mark.parametrize("level", LEVELS[: LEVELS.index(BUILT.best_level) + 1])
