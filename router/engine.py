@@ -278,6 +278,7 @@ class Engine:
             return [self._fail(sequence, EXPERT_FAILED) for sequence in living]
         seconds = time.perf_counter() - started
         step.layer_s += seconds
+        self._passes.note(step, seconds)
         if half is not None:
             self.pace.note_half(half, step.num_tokens, seconds)
         if not forward.is_in_layer:
