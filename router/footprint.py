@@ -19,6 +19,7 @@ from extraction.manifest import ITEM_SIZES, Component
 from extraction.quantised_parts import HEAD
 from router.attention import BLOCK_POSITIONS, MAX_SCORE_ELEMENTS
 from router.batcher import BatchLimits
+from router.effort import experts_at
 from router.kv_cache import KvPool, blocks_for
 from router.linears import FLOAT, LinearForms, planned_linears
 from router.loading import EngineOptions, chosen_dtype, num_kv_blocks
@@ -169,13 +170,14 @@ def _attention(config: ModelConfig, rows: int, num_blocks: int, item: int) -> in
 def _experts(config: ModelConfig, rows: int, item: int) -> int:
     """The larger of what a library's products leave, which have MANY_ROWS rows at most: rows gathered, their gated
     projections, their answers sorted and summed in float32; and our own: answers in parts, joined, and looked at in
-    float32."""
+    float32. Of as many experts a token as a request may ask for."""
     widest, width = max(config.gated_widths(), default=0), config.hidden_size
-    gathered = min(rows, MANY_ROWS + BLOCK_POSITIONS) * config.experts_per_token
+    num_ranks = experts_at("crisis", config.experts_per_token, config.num_experts) if config.moe_layers else 1
+    gathered = min(rows, MANY_ROWS + BLOCK_POSITIONS) * num_ranks
     if config.moe_layers:
         gathered += min(config.num_experts, gathered) * SHARED_GATE_ROWS
     by_library = gathered * (width + widest) * (4 * item + 2 * FLOAT32_BYTES)
-    answered = rows * config.experts_per_token
+    answered = rows * num_ranks
     return max(by_library, answered * (width * (2 * item + FLOAT32_BYTES) + widest * (item + FLOAT32_BYTES)))
 
 
