@@ -1,7 +1,7 @@
 """What does a running stream notice of a long prompt that arrives, and what does the prompt pay for that?
 
 One engine in process, contenders that differ in how a prompt is computed beside running streams, in turns:
-- `whole`: its chunks of up to 512 rows join the step of the streams (`BatchLimits.is_paced` off);
+- `whole`: its chunks join the step of the streams (`BatchLimits.is_paced` off);
 - `paced`: a pass of its own that pauses (`router/pace.py`), as `serve` does it;
 - `small`: chunks that join the step, of so few rows that a step takes about as long as with `paced`.
 

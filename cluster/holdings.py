@@ -43,7 +43,7 @@ class Holding:
     beside: int = 1
     """Processes of its node that answer for experts, this one included."""
     num_processes: int = 1
-    """Of its node, the routers' own included, whatever it answers for."""
+    """Of its node, the routers' own and replicas included, whatever they answer for."""
     num_cores: int = 1
     """Of its node."""
 
@@ -68,7 +68,12 @@ def holdings(
     for actor in plan.actors:
         firsts.setdefault(actor.group, actor)
     router = topology.node(topology.router_node)
-    hosts = [topology.node(actor.node_id) if actor.node_id else router for actor in firsts.values()]
+
+    def host_of(actor: ActorPlan) -> NodeFacts:
+        return topology.node(actor.node_id) if actor.node_id else router
+
+    hosts = [host_of(actor) for actor in firsts.values()]
+    processes = [router, *map(host_of, plan.actors)]
     computing = [*hosts, *([router] if plan.router_keys else [])]
     unowned = [key for group in plan.groups if group.name not in firsts for key in group.keys]
     own = (*plan.router_keys, *unowned)
@@ -81,7 +86,7 @@ def holdings(
         ),
     ]:
         beside = max(1, sum(other is host for other in computing))
-        num_processes = sum(other is host for other in (router, *hosts))
+        num_processes = sum(other is host for other in processes)
         layers, group_bytes, resident_bytes = _shares(keys, demand, budget, has_hottest)
         seat = _seat(host, 1 / beside, name == ROUTER)
         held = group_bytes, resident_bytes, layers

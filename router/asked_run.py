@@ -90,13 +90,13 @@ class AskedRun:
         return combined_TD
 
 
-def find_asked_run(first: int, layers: Sequence[Layer], step: StepInputs) -> AskedRun | None:
-    """As many layers from `first` on as go together; None where the first one does not."""
+def find_asked_run(first: int, layers: Sequence[Layer], step: StepInputs, most: int) -> AskedRun | None:
+    """As many layers from `first` on as go together, `most` of them; None where the first one does not."""
     batch = step.batch
     if step.native is None:
         return None
     found: list[AskedLayer] = []
-    for index in range(first, len(layers)):
+    for index in range(first, min(first + most, len(layers))):
         native, moe = layers[index].native, layers[index].moe
         if native is None or moe is None or not step.is_plain(moe.layer) or moe.table() is not None:
             break

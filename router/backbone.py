@@ -170,23 +170,23 @@ class ForwardPass:
         return self._backbone.arithmetic.is_divisible(self._backbone.layers[self._num_done], self.next_half)
 
     @torch.inference_mode()
-    def advance(self, pool: KvPool, until_ns: int | None = None) -> None:
+    def advance(self, pool: KvPool, until_ns: int | None = None, most_layers: int | None = None) -> None:
         """Compute a layer, or the rest of one, or some that nobody looks into: reads and extends the KV cache of the
         batch's sequences.
 
         until_ns: monotonic clock; then one half at most is computed, and of one that can pause in the middle what can
-        be done until then, at least some. Raises ExpertError when an expert could not be computed; the cache
-        positions of this pass are then undefined and may be computed again.
+        be done until then, at least some. most_layers: otherwise. Raises ExpertError when an expert could not be
+        computed; the cache positions of this pass are then undefined and may be computed again.
         """
         # Pieces between steps of streams are short: waiting for a second thread could take longer than they do.
         if until_ns is not None or self._threads == torch.get_num_threads():
-            self._advance(pool, until_ns)
+            self._advance(pool, until_ns, most_layers)
         else:
             with computing_threads(self._threads):
-                self._advance(pool, until_ns)
+                self._advance(pool, until_ns, most_layers)
 
-    def _advance(self, pool: KvPool, until_ns: int | None) -> None:
-        run = self._find_run() if until_ns is None else None
+    def _advance(self, pool: KvPool, until_ns: int | None, most_layers: int | None) -> None:
+        run = self._find_run(most_layers or len(self._backbone.layers)) if until_ns is None else None
         if isinstance(run, AskedRun):
             self._compute_asked(run, pool)
             return
@@ -207,14 +207,14 @@ class ForwardPass:
         if found_PD is not None:
             self._end_layer()
 
-    def _find_run(self) -> LayerRun | AskedRun | None:
-        """None where a layer has begun, or somebody wants to see each one's rows."""
+    def _find_run(self, most: int) -> LayerRun | AskedRun | None:
+        """Of so many layers at most; None where a layer has begun, or somebody wants to see each one's rows."""
         backbone = self._backbone
         if self.is_in_layer or backbone.prefetcher is not None:
             return None
-        most = backbone.run_times.most_layers(self.batch.num_tokens)
-        run = find_run(self._num_done, backbone.layers, self._inputs, most)
-        return run or find_asked_run(self._num_done, backbone.layers, self._inputs)
+        timed = backbone.run_times.most_layers(self.batch.num_tokens)
+        run = find_run(self._num_done, backbone.layers, self._inputs, min(timed, most))
+        return run or find_asked_run(self._num_done, backbone.layers, self._inputs, most)
 
     def _compute_asked(self, run: AskedRun, pool: KvPool) -> None:
         run_times, num_tokens = self._backbone.run_times, self.batch.num_tokens

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 EXPERT_FAILED = "an expert could not be computed"
 """The error of every request in a step whose experts failed; none of them is to blame."""
 TURN_S = 0.25
-"""How long somebody who comes waits at most for a prompt beside which nobody ran."""
+"""How long somebody who comes may wait for a prompt beside which nobody ran, by what layers took before."""
 
 
 @dataclass
@@ -259,7 +259,9 @@ class Engine:
         members = [(chunk, self._running[chunk.name]) for chunk in chunks]
         return begin_pass(self.backbone, self.allocator, members, self.policy, self.watchers, self.probe)
 
-    def _advance_pass(self, step: StepPass, until_ns: int | None = None) -> list[TokenEvent]:
+    def _advance_pass(
+        self, step: StepPass, until_ns: int | None = None, most_layers: int | None = None
+    ) -> list[TokenEvent]:
         """One more layer, or several, or until then some of the next half; see `ForwardPass.advance`. Where that fails,
         returns the ends of the pass's requests."""
         directory, forward = self.backbone.directory, step.forward
@@ -267,7 +269,7 @@ class Engine:
         half = None if forward.is_next_divisible or until_ns is None else forward.next_half
         started = time.perf_counter()
         try:
-            forward.advance(self.pool, until_ns)
+            forward.advance(self.pool, until_ns, most_layers)
         except ExpertError as error:
             living = [rows.sequence for rows in step.rows if self._is_running(rows.sequence)]
             trace = step.forward.batch.trace
@@ -276,6 +278,7 @@ class Engine:
             return [self._fail(sequence, EXPERT_FAILED) for sequence in living]
         seconds = time.perf_counter() - started
         step.layer_s += seconds
+        self._passes.note(step, seconds)
         if half is not None:
             self.pace.note_half(half, step.num_tokens, seconds)
         if not forward.is_in_layer:
@@ -316,11 +319,12 @@ class Engine:
             return []
         step = self._passes.next
         while step in self._passes:
-            # Layers that take long let somebody in between; others are computed as quickly as they can be.
-            layer_s = self.pace.layer_s(step.num_tokens) or 0.0
-            until_s = time.perf_counter() + TURN_S
-            is_long = layer_s > TURN_S
-            if events := self._advance_pass(step, _monotonic_ns(until_s) if is_long else None):
+            # Layers that may take long let somebody in between; others are computed as quickly as they can be.
+            layer_s, until_s = self.pace.layer_s(step.num_tokens), time.perf_counter() + TURN_S
+            is_long = layer_s is None or layer_s > TURN_S
+            until_ns = _monotonic_ns(until_s) if is_long else None
+            most_layers = max(1, int(TURN_S / layer_s)) if layer_s else None
+            if events := self._advance_pass(step, until_ns, most_layers):
                 return events
             if events := self._end_pass(step):
                 return events

@@ -7,7 +7,7 @@ on what one step of a full batch has in memory at a time (docs/memory.md).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -19,6 +19,7 @@ from extraction.manifest import ITEM_SIZES, Component
 from extraction.quantised_parts import HEAD
 from router.attention import BLOCK_POSITIONS, MAX_SCORE_ELEMENTS
 from router.batcher import BatchLimits
+from router.effort import EffortChoice, experts_at
 from router.kv_cache import KvPool, blocks_for
 from router.linears import FLOAT, LinearForms, planned_linears
 from router.loading import EngineOptions, chosen_dtype, num_kv_blocks
@@ -31,6 +32,9 @@ from router.sampling import TOGETHER_BYTES
 FLOAT32_BYTES = 4
 LIBRARY_BYTES = 32 << 20
 """Scratch memory of matrix libraries and threads' stacks."""
+KEPT_BLOCKS = 2
+ROW_BYTES = 100
+"""Of an expert's row, as numbers of Python and PyTorch: its expert, token, weight, rank and place."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,8 @@ def measure_footprint(store: ExpertStore, options: EngineOptions) -> Footprint:
         ),
         kv_bytes=num_blocks * block_bytes,
         swap_bytes=options.kv_budget_bytes if num_blocks <= most_blocks else 0,
-        buffer_bytes=buffer_bytes(config, dtype, options.limits, num_blocks),
-        actor_buffer_bytes=actor_buffer_bytes(config, dtype, options.limits),
+        buffer_bytes=buffer_bytes(config, dtype, options.limits, num_blocks, options.efforts),
+        actor_buffer_bytes=actor_buffer_bytes(config, dtype, options.limits, options.efforts),
         experts=measure_experts(
             store,
             store.expert_keys(component.name),
@@ -115,31 +119,34 @@ def weight_bytes(shapes: Mapping[str, Sequence[int]], config: ModelConfig, dtype
     return elements * dtype.itemsize
 
 
-def buffer_bytes(config: ModelConfig, dtype: torch.dtype, limits: BatchLimits, num_blocks: int) -> int:
-    """Bound on the tensors that a step holds beside weights and cache, and the library's own: of a full step while
-    nothing pauses, or of streams or a pass that overtakes, while one of as many rows pauses (`router.open_passes`)."""
-    rows = limits.max_batch_tokens
-    paused = rows * config.hidden_size * 2 * dtype.itemsize + _half_a_layer(config, rows, dtype.itemsize)
-    beside = _step(
-        config, dtype, replace(limits, max_batch_tokens=max(rows // 2, limits.max_running)), num_blocks
-    )
-    return LIBRARY_BYTES + max(_step(config, dtype, limits, num_blocks), paused + beside)
-
-
-def _step(config: ModelConfig, dtype: torch.dtype, limits: BatchLimits, num_blocks: int) -> int:
-    """The largest of its phases. Counts follow `router.backbone` and `experts.ffn`."""
+def buffer_bytes(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    limits: BatchLimits,
+    num_blocks: int,
+    efforts: Sequence[EffortChoice] = ("focus",),
+) -> int:
+    """Bound on the tensors that a step holds beside weights and cache: the largest of its phases, the rows of a pass
+    that pauses meanwhile (`router.open_passes`), the blocks that the C source computes halves of layers in and keeps
+    (`experts/native/memory.c`), and the library's own. Counts follow `router.backbone` and `experts.ffn`."""
     item, rows = dtype.itemsize, _rows(limits)
+    hidden = rows * config.hidden_size * (5 * item + 2 * FLOAT32_BYTES)
     phases = (
         _attention(config, rows, num_blocks, item),
-        _experts(config, rows, item),
+        _experts(config, rows, item, efforts),
         _head(config, limits, item),
     )
-    return rows * config.hidden_size * (3 * item + 2 * FLOAT32_BYTES) + max(phases)
+    return LIBRARY_BYTES + hidden + KEPT_BLOCKS * _half_a_layer(config, rows, item) + max(phases)
 
 
-def actor_buffer_bytes(config: ModelConfig, dtype: torch.dtype, limits: BatchLimits) -> int:
+def actor_buffer_bytes(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    limits: BatchLimits,
+    efforts: Sequence[EffortChoice] = ("focus",),
+) -> int:
     """The same of an expert actor: a step's rows as they come, are computed and go."""
-    return LIBRARY_BYTES + _experts(config, _rows(limits), dtype.itemsize)
+    return LIBRARY_BYTES + _experts(config, _rows(limits), dtype.itemsize, efforts)
 
 
 def _half_a_layer(config: ModelConfig, rows: int, item: int) -> int:
@@ -166,17 +173,21 @@ def _attention(config: ModelConfig, rows: int, num_blocks: int, item: int) -> in
     return projected + scores + gathered
 
 
-def _experts(config: ModelConfig, rows: int, item: int) -> int:
+def _experts(config: ModelConfig, rows: int, item: int, efforts: Sequence[EffortChoice]) -> int:
     """The larger of what a library's products leave, which have MANY_ROWS rows at most: rows gathered, their gated
     projections, their answers sorted and summed in float32; and our own: answers in parts, joined, and looked at in
-    float32."""
+    float32, and where each comes from and goes. Of as many experts a token as a request may ask for."""
     widest, width = max(config.gated_widths(), default=0), config.hidden_size
-    gathered = min(rows, MANY_ROWS + BLOCK_POSITIONS) * config.experts_per_token
+    num_ranks = config.experts_per_token
+    if config.moe_layers and {"crisis", "auto"} & {*efforts}:
+        num_ranks = experts_at("crisis", num_ranks, config.num_experts)
+    gathered = min(rows, MANY_ROWS + BLOCK_POSITIONS) * num_ranks
     if config.moe_layers:
         gathered += min(config.num_experts, gathered) * SHARED_GATE_ROWS
     by_library = gathered * (width + widest) * (4 * item + 2 * FLOAT32_BYTES)
-    answered = rows * config.experts_per_token
-    return max(by_library, answered * (width * (2 * item + FLOAT32_BYTES) + widest * (item + FLOAT32_BYTES)))
+    answered = rows * num_ranks
+    of_answer = width * (2 * item + FLOAT32_BYTES) + widest * (item + FLOAT32_BYTES) + ROW_BYTES
+    return max(by_library, answered * of_answer)
 
 
 def _head(config: ModelConfig, limits: BatchLimits, item: int) -> int:

@@ -24,6 +24,7 @@ from experts.worker import DTYPES, ExpertWorker
 from router.attention import BLOCK_POSITIONS
 from router.backbone import Backbone
 from router.batcher import BatchLimits
+from router.effort import EffortChoice
 from router.engine import Engine
 from router.errors import ConfigUnsupported
 from router.expert_facts import FactSource
@@ -83,6 +84,8 @@ class EngineOptions:
     stand_ins: StandInOptions | None = None
     """Whether mean outputs may stand in for absent experts, where `snarc` lets them; None where no request can ask for
     the snarc policy."""
+    efforts: tuple[EffortChoice, ...] = ("focus",)
+    """That requests may ask for; only bounds what a step is expected to hold."""
     trust: TrustOptions | None = None
     """Whether and where trust is learned; None means that nobody watches."""
     has_media: bool = False

@@ -45,6 +45,13 @@ class OpenPasses:
         if step in self._steps:
             self._steps.remove(step)
 
+    def note(self, step: StepPass, seconds: float) -> None:
+        """It has gone on for so long. Does nothing where it is not among them."""
+        if step in self._steps:
+            step.overtaken_s = max(0.0, step.overtaken_s - seconds)
+            for other in self._steps[: self._steps.index(step)]:
+                other.overtaken_s += seconds
+
     def most_rows(self, limits: BatchLimits, pace: Pace, divisible: frozenset[Half]) -> int:
         """Rows of prompts in a new pass. divisible: halves of layers that can pause in the middle."""
         if not self._steps:
@@ -52,4 +59,4 @@ class OpenPasses:
         if len(self._steps) == MOST:
             return 0
         slow = self._steps[0]
-        return pace.most_overtaking(slow.num_tokens, slow.forward.num_left)
+        return pace.most_overtaking(slow.num_tokens, slow.forward.num_left, slow.overtaken_s)

@@ -122,11 +122,13 @@ class Pace:
         room_s = LATE_STEPS / LONGEST_STEPS * self.longest_s
         return min(most, max(SURE_ROWS, int(room_s / max(self._late_s, 1e-9))))
 
-    def most_overtaking(self, num_rows: int, layers_left: int) -> int:
+    def most_overtaking(self, num_rows: int, layers_left: int, overtaken_s: float = 0.0) -> int:
         """Of prompts that overtake a pass of so many rows: 0 where none is worth it. layers_left: of that pass. Where
-        experts are read from disk, few rows take nearly as long as many, and wait."""
+        experts are read from disk, few rows take nearly as long as many, and wait. overtaken_s: what others that
+        overtook it have taken beyond what it has had since, which it has first: prompts without end take half of the
+        time."""
         layer_s = self.layer_s(num_rows)
-        if layer_s is None:
+        if layer_s is None or overtaken_s > 0:
             return 0
         room_s = OVERTAKING_SHARE * layers_left * layer_s
         fewer = (rows for rows in CHOICES if rows <= num_rows // 2)

@@ -61,6 +61,8 @@ class StepPass:
     """Whether experts of another numerics class computed some of it."""
     layer_s: float = 0.0
     """What the layer that is on its way has taken so far, pauses not counted."""
+    overtaken_s: float = 0.0
+    """What passes that overtook it have taken beyond what it has had since."""
     kept_tables: list[str] = field(default_factory=list)
     """Names under which blocks of sequences that have ended meanwhile are held to the pass's end."""
 

@@ -120,7 +120,7 @@ class SmallestPace(Pace):
     def most_rows(self, most: int, divisible: frozenset[Half] = frozenset()) -> int:
         return 24
 
-    def most_overtaking(self, num_rows: int, layers_left: int) -> int:
+    def most_overtaking(self, num_rows: int, layers_left: int, overtaken_s: float = 0.0) -> int:
         return self.overtaking
 
     def may_go_on(self, half: Half, num_rows: int, left_s: float) -> bool:

@@ -231,6 +231,7 @@ def _engine_options(store: ExpertStore, options: EvalOptions) -> EngineOptions:
         ),
         max_model_len=options.sliding.context,
         snarc=options.snarc,
+        efforts=(options.routing.effort,),
         stand_ins=StandInOptions() if options.routing.policy == "snarc" else None,
     )
     is_bounded = options.budgets and not options.is_one_stream

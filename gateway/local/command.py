@@ -110,6 +110,7 @@ def generate(
     memory = read_memory(device, expert_budget, host_budget, announce)
     options = EngineOptions(
         dtype=dtype,
+        efforts=(routing.effort,),
         device=memory.device,
         eviction=parse_eviction(eviction),
         prefetch=prefetch,

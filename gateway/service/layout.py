@@ -142,6 +142,7 @@ def engine_options(options: ServiceOptions, dtype: str, num_threads: int) -> Eng
         prompt_threads=max(1, num_cores() // options.num_routers),
         max_model_len=options.max_model_len,
         snarc=options.snarc,
+        efforts=options.routing.efforts,
         stand_ins=StandInOptions(state_folder) if "snarc" in options.routing.policies else None,
         trust=TrustOptions(state_folder) if options.is_trust_learned else None,
         has_media=options.has_media,

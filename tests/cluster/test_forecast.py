@@ -154,6 +154,19 @@ def test_crowded_machine_slows_work_and_messages_and_computes_one_after_another(
     assert called_s == pytest.approx(calling_s * (2.0 * (0.25 + 0.75 * 2) / 3.0 if is_crowded else 1.0))
 
 
+def test_replicas_crowd_a_machine_but_answer_for_nothing(model: ModelSizes) -> None:
+    demand = model.uniform_demand()
+    room = int(0.6 * sum(demand.sizes.values()))
+    topology = Topology(tuple(machine(name, room=room) for name in "abc"), "a")
+    for replicas in (1, 2):
+        plan = place(topology, demand, None, PlacementOptions(replicas=replicas))
+        held = holdings(plan, topology, demand)
+        assert plan.groups and len(held) == 1 + len(plan.groups)
+        assert len(plan.actors) == replicas * len(plan.groups)
+        nodes = ["a", *(actor.node_id for actor in plan.actors)]
+        assert all(holding.num_processes == nodes.count(holding.seat.node_id) for holding in held)
+
+
 def test_group_without_an_actor_is_computed_by_the_router(model: ModelSizes) -> None:
     topology = Topology((machine("a"),), "a")
     keys = tuple(sorted(model.expert_sizes()))

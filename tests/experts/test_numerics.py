@@ -81,6 +81,22 @@ def _spoil(
     monkeypatch.setattr(RowKernel, "multiply", spoilt)
 
 
+def test_a_library_gets_no_more_rows_at_once_than_were_proved(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    multiply = torch.mm
+
+    def counted(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        seen.append(x.shape[0])
+        return multiply(x, weight, out=out)
+
+    monkeypatch.setattr(torch, "mm", counted)
+    x, weight = torch.randn(2 * MANY_ROWS + 8, 16), torch.randn(24, 16)
+    found = RowKernel(8).linear(x, weight)
+    assert seen == [MANY_ROWS, MANY_ROWS, 8]
+    assert torch.equal(found[:MANY_ROWS], multiply(x[:MANY_ROWS], weight.t()))
+    assert torch.allclose(found, x @ weight.t(), atol=1e-5)
+
+
 @pytest.mark.usefixtures("without_ours")
 def test_calibration_takes_the_multiple_that_suits_every_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     """One shape that needs 32 rows decides for all."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -24,14 +25,16 @@ from router.asked_run import AskedRun
 from router.backbone import ForwardPass
 from router.decoder_layer import LayerArithmetic
 from router.dispatch import dispatch
+from router.engine import TURN_S
 from router.kv_cache import KvPool
 from router.loading import EngineOptions, LoadedEngine
 from router.native_dispatch import NativeDispatch
 from router.prompt_inputs import InputRows
+from router.request import GenerationRequest
 from router.step_batch import Span, StepBatch
 from router.step_routing import RoutingWatcher, StepRouting
 from router.weights import Layer
-from tests.engines import open_engine
+from tests.engines import open_engine, small_engine
 from tests.router.configs import tiny_config
 from tests.router.test_layer_run import STEPS, Looker, _assert_same, _batch, _forward
 from tests.router.test_native_layer import INT4, INT8, NUM_BLOCKS, Random
@@ -103,6 +106,21 @@ def test_asked_run_has_the_bits_of_operation_by_operation(loaded: LoadedEngine, 
     _assert_same(layer_by_layer, expected)
     for output in found[0]:
         assert output.phase_seconds["attention"] > 0 and output.phase_seconds["experts"] > 0
+
+
+def test_pass_alone_asks_for_no_more_layers_than_somebody_who_comes_may_wait_for(
+    loaded: LoadedEngine,
+) -> None:
+    engine = small_engine(loaded, 8)
+    engine.limits = replace(engine.limits, is_paced=True)
+    engine.is_called = lambda: True
+    engine.submit(GenerationRequest("r", tuple(range(20))))
+    assert _runs(loaded, engine.step) == [], "what a layer takes is not known"
+    engine.cancel("r")
+    engine.pace.note_layer(20, 0.45 * TURN_S)
+    engine.submit(GenerationRequest("r", tuple(range(20))))
+    assert _runs(loaded, engine.step) == [range(2)]
+    engine.cancel("r")
 
 
 def test_asked_run_ends_where_rows_are_handed_out_changed_or_watched(loaded: LoadedEngine) -> None:

@@ -25,6 +25,7 @@ from router.step_batch import Span, StepBatch
 from tests.engines import (
     Outcome,
     RecordingEngine,
+    SmallestPace,
     assert_nothing_held,
     assert_same_bits,
     open_engine,
@@ -501,6 +502,24 @@ def test_short_prompts_overtake_a_long_one_with_the_bits_of_each_alone(
     assert_same_bits(_finish(engine), _alone(loaded, *streams, *requests))
 
 
+def test_short_prompts_without_end_let_the_pass_that_they_overtake_go_on(loaded: LoadedEngine) -> None:
+    class Fair(SmallestPace):
+        def most_overtaking(self, num_rows: int, layers_left: int, overtaken_s: float = 0.0) -> int:
+            return 0 if overtaken_s > 0 else 12
+
+    engine = small_engine(loaded, 12)
+    pause_prompts(engine, overtaking=12)
+    engine.pace = Fair(loaded.config.num_layers)
+    engine.submit(_request("long", 20, 1))
+    engine.step()
+    for number in range(300):
+        engine.submit(_request(f"short {number}", 9, 1))
+        engine.step()
+        if "long" in engine.outcome.tokens:
+            break
+    assert len(engine.outcome.tokens) > 1 and len(engine.outcome.tokens["long"]) == 1
+
+
 def test_prompt_that_is_no_shorter_waits_for_the_pass(loaded: LoadedEngine) -> None:
     engine = small_engine(loaded, 12)
     pause_prompts(engine, overtaking=12)
@@ -536,7 +555,7 @@ def test_long_prompt_alone_goes_on_until_somebody_comes(loaded: LoadedEngine) ->
     engine.is_called = lambda: True
     engine.step()
     (step,) = engine._passes
-    assert 0 < step.forward.num_done < loaded.config.num_layers
+    assert step.forward.num_done == 0 and step.forward.is_in_layer, "half a layer, since none was timed"
     engine.is_called = lambda: False
     engine.step()
     assert not engine._passes and len(engine.outcome.tokens["prompt"]) == 1

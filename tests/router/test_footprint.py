@@ -6,18 +6,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from experts.store import ExpertStore
 from extraction.extract import extract
 from router.batcher import BatchLimits
+from router.effort import experts_at
 from router.errors import ConfigUnsupported
-from router.footprint import measure_footprint
+from router.footprint import LIBRARY_BYTES, buffer_bytes, measure_footprint
 from router.loading import EngineOptions
 from router.means_keeper import StandInOptions
 from router.output_means import OutputMeans
 from router.scoring import PRESETS
 from tests.checkpoints import FAMILIES, write_tiny
 from tests.engines import KV_BUDGET_BYTES, open_engine
+from tests.router.configs import tiny_config
 
 
 @pytest.mark.parametrize("is_tied", [False, True])
@@ -70,6 +73,15 @@ def test_buffers_grow_with_rows_and_with_running_sequences(stories_store: Path) 
 
     assert buffers(8, 8) < buffers(512, 8) < buffers(512, 256)
     store.close()
+
+
+def test_buffers_hold_the_answers_of_as_many_experts_as_a_request_may_ask_for() -> None:
+    config = tiny_config(hidden_size=1024, num_experts=64, num_experts_per_tok=8)
+    limits = BatchLimits(max_batch_tokens=2048)
+    found = buffer_bytes(config, torch.bfloat16, limits, 1, ("focus", "auto"))
+    assert found > buffer_bytes(config, torch.bfloat16, limits, 1)
+    answered = 2048 * experts_at("crisis", 8, 64)
+    assert found > LIBRARY_BYTES + answered * 1024 * (2 * 2 + 4), "in parts, joined, and as float32"
 
 
 def test_unknown_dtype_is_refused_like_by_the_engine(tiny_store: Path) -> None:

@@ -77,6 +77,7 @@ def test_prompt_overtakes_what_takes_several_times_as_long() -> None:
     assert pace.most_overtaking(1024, 6) == 64, "a quarter of 6 layers of a second is more than 6 of 0.2"
     assert pace.most_overtaking(1024, 3) == 16, "what is left of the pass counts"
     assert pace.most_overtaking(1024, 1) == 0
+    assert pace.most_overtaking(1024, 6, overtaken_s=0.01) == 0, "others have overtaken it just now"
     assert Pace(6).most_overtaking(1024, 6) == 0, "nothing is known"
 
 
