@@ -279,6 +279,22 @@ def test_text_that_spells_places_of_media_is_text(omni_store: Path, omni: Loaded
     assert counts[1] - counts[2] == len(spelled)
 
 
+@pytest.mark.parametrize("spelled", ["<|image_pad|>", "<|endoftext|>"])
+def test_text_parts_spell_no_control_token_together(
+    omni_store: Path, omni: LoadedEngine, spelled: str
+) -> None:
+    cut = [[text_part(part) for part in (spelled[:end], "", spelled[end:])] for end in range(1, len(spelled))]
+    letters = [[text_part(letter) for letter in spelled]]
+    whole, *answers = ask(
+        omni_store,
+        omni,
+        *(chat(image_part(PNG), *parts, max_tokens=1) for parts in ([text_part(spelled)], *cut, *letters)),
+    )
+    assert {answer.status_code for answer in answers} == {200}
+    counts = {answer.json()["usage"]["prompt_tokens"] for answer in answers}
+    assert counts == {whole.json()["usage"]["prompt_tokens"]}
+
+
 @pytest.mark.parametrize(
     "template",
     [
