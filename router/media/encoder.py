@@ -12,6 +12,7 @@ import threading
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -81,6 +82,9 @@ class MediaEncoder:
         self._kernel, self._most_kept_bytes = kernel, kept_bytes
         self._kept: OrderedDict[tuple[str, bytes], Encoded] = OrderedDict()
         """By owner and digest: nobody learns from the time that an answer takes what others have shown."""
+        self._made: WeakValueDictionary[tuple[str, tuple[int, ...], tuple[MediaSpan, ...]], PromptInputs]
+        self._made = WeakValueDictionary()
+        """What open requests have, by owner and prompt: choices of one prompt share it, however large its media are."""
         self._lock = threading.Lock()
         self._vision: VisionTower | None = None
         self._audio: AudioTower | None = None
@@ -99,6 +103,15 @@ class MediaEncoder:
         if not request.media:
             return NO_INPUTS
         spans = self._checked_spans(request)
+        name = request.owner, request.prompt_ids, spans
+        made = self._made.get(name)
+        if made is not None:
+            self.stats.found += len(spans)
+            return made
+        made = self._made[name] = self._encoded_all(request, spans)
+        return made
+
+    def _encoded_all(self, request: GenerationRequest, spans: tuple[MediaSpan, ...]) -> PromptInputs:
         embeddings: list[InputRows] = []
         injections: dict[int, tuple[InputRows, ...]] = {}
         grids: list[Grid] = []
