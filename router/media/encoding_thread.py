@@ -13,7 +13,6 @@ from collections.abc import Callable
 import torch
 
 from experts.cores import num_cores
-from experts.errors import ExpertError
 from router.errors import MediaFailed, RouterError
 from router.media.encoder import MediaEncoder
 from router.prompt_inputs import PromptInputs
@@ -78,7 +77,7 @@ class EncodingThread:
             return self._encoder.inputs_for(request)
         except RouterError as error:
             return error
-        except (ExpertError, MemoryError, RuntimeError) as error:
+        except Exception as error:  # whatever it is, it ends one request and not this thread
             # What stands in it, an allocator's words or a file's place, is for the log.
             logger.exception("request %s: its media cannot be encoded", request.request_id)
             return MediaFailed(type(error).__name__)

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from experts.errors import StoreDamaged
+from router.engine import Engine
 from router.engine_thread import MOST_WAITING_WITH_MEDIA, EngineThread
 from router.errors import PromptInvalid
 from router.loading import LoadedEngine
@@ -142,6 +143,8 @@ def test_only_some_requests_are_encoded_ahead_of_their_turn(
         (PromptInvalid("no tokens"), "the prompt cannot be computed: no tokens"),
         (StoreDamaged("/a/secret/place", "is cut short"), "an image or a sound could not be encoded"),
         (MemoryError("12 bytes"), "an image or a sound could not be encoded"),
+        (OSError("/a/secret/place"), "an image or a sound could not be encoded"),
+        (KeyError("a mistake"), "an image or a sound could not be encoded"),
     ],
 )
 def test_failure_ends_its_request_alone(
@@ -160,6 +163,23 @@ def test_failure_ends_its_request_alone(
     thread.submit(request(omni, image(16, 24), TEXT, name="next"))
     sink.wait_for_ends("next")
     assert sink.ends["next"].finish_reason == "length"
+
+
+def test_queue_that_changes_while_it_is_counted_is_counted_again(
+    omni: LoadedEngine, thread: EngineThread, sink: Sink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = []
+
+    def count(engine: Engine) -> int:
+        counted.append(engine)
+        if len(counted) == 1:
+            raise RuntimeError("OrderedDict changed size during iteration")
+        return 0
+
+    monkeypatch.setattr(Engine, "num_waiting_with_media", property(count))
+    thread.submit(request(omni, image(16, 24), TEXT, name="r"))
+    sink.wait_for_ends("r")
+    assert sink.ends["r"].finish_reason == "length"
 
 
 def test_tokens_that_do_not_fit_media_end_the_request(
