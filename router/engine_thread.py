@@ -84,9 +84,9 @@ class EngineThread:
         self._busy_since = time.monotonic()
 
     def start(self) -> None:
-        self._thread.start()
         if self._encoding is not None:
             self._encoding.start()
+        self._thread.start()
 
     def stop(self) -> None:
         """End after the step in progress; requests that are not done get no further event."""

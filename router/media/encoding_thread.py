@@ -42,11 +42,16 @@ class EncodingThread:
         self._encoder, self._on_encoded = encoder, on_encoded
         self._is_wanted, self._has_room = is_wanted, has_room
         self._is_stopping = threading.Event()
+        self._has_set_threads = threading.Event()
         self._requests: queue.SimpleQueue[GenerationRequest | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="media", daemon=True)
 
     def start(self) -> None:
+        """Before threads that compute: a number of threads that one sets is also what others begin with."""
+        usual = torch.get_num_threads()
         self._thread.start()
+        self._has_set_threads.wait()
+        torch.set_num_threads(usual)
 
     def stop(self) -> None:
         """End after the request in progress."""
@@ -59,6 +64,8 @@ class EncodingThread:
 
     def _run(self) -> None:
         torch.set_num_threads(max(1, num_cores() // 2))  # of this thread's own products
+        torch.get_num_threads()  # from here on it does not look at what others set
+        self._has_set_threads.set()
         while self._serve(self._requests.get()):  # which holds no request while it waits for another
             pass
 

@@ -7,12 +7,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+import torch
 
 from experts.errors import StoreDamaged
+from experts.numerics import computing_threads
 from router.engine import Engine
 from router.engine_thread import MOST_WAITING_WITH_MEDIA, EngineThread
 from router.errors import PromptInvalid
 from router.loading import LoadedEngine
+from router.media import encoding_thread
 from router.media.encoder import MediaEncoder
 from router.prompt_inputs import PromptInputs
 from router.request import GenerationRequest, TokenEvent
@@ -91,6 +94,37 @@ def test_text_does_not_wait_for_media(
     encoder.gate.set()
     sink.wait_for_ends("image")
     assert sink.ends["image"].finish_reason == "length"
+
+
+def test_only_the_encoding_thread_computes_with_half_of_the_cores(
+    omni: LoadedEngine, encoder: GatedEncoder, sink: Sink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoding_thread, "num_cores", lambda: 6)
+    engine = small_engine(omni, 16)
+    seen: dict[str, int] = {}
+    step, encode = engine.step, encoder.inputs_for
+
+    def watched_step() -> list[TokenEvent]:
+        seen["engine"] = torch.get_num_threads()
+        return step()
+
+    def watched_encode(asked: GenerationRequest) -> PromptInputs:
+        seen["media"] = torch.get_num_threads()
+        return encode(asked)
+
+    engine.step = watched_step  # type: ignore[method-assign]
+    encoder.inputs_for = watched_encode  # type: ignore[method-assign]
+    with computing_threads(5):
+        thread = EngineThread(engine, sink, encoder)
+        thread.start()
+        later = threading.Thread(target=lambda: seen.update(later=torch.get_num_threads()))
+        later.start()
+        later.join()
+        thread.submit(request(omni, image(16, 24), TEXT, name="r"))
+        sink.wait_for_ends("r")
+        thread.stop()
+        assert torch.get_num_threads() == 5
+    assert seen == {"engine": 5, "media": 3, "later": 5}
 
 
 def test_request_cancelled_while_it_is_encoded_ends_at_once(
