@@ -9,11 +9,13 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 
 import torch
 
 from experts.cores import num_cores
-from router.errors import MediaFailed, RouterError
+from router.errors import MediaFailed, MediaUnwanted, RouterError
 from router.media.encoder import MediaEncoder
 from router.prompt_inputs import PromptInputs
 from router.request import GenerationRequest
@@ -76,12 +78,15 @@ class EncodingThread:
         while not self._has_room() and not self._is_stopping.wait(ROOM_INTERVAL_S):
             pass
         if self._is_wanted(request.request_id):
-            self._on_encoded(request, self._encode(request))
+            with suppress(MediaUnwanted):
+                self._on_encoded(request, self._encode(request))
         return True
 
     def _encode(self, request: GenerationRequest) -> PromptInputs | RouterError:
         try:
-            return self._encoder.inputs_for(request)
+            return self._encoder.inputs_for(request, partial(self._is_wanted, request.request_id))
+        except MediaUnwanted:
+            raise
         except RouterError as error:
             return error
         except Exception as error:  # whatever it is, it ends one request and not this thread

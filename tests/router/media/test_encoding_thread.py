@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -36,13 +36,15 @@ class GatedEncoder(MediaEncoder):
         self.failure: Exception | None = None
         self.seen: list[str] = []
 
-    def inputs_for(self, request: GenerationRequest) -> PromptInputs:
+    def inputs_for(
+        self, request: GenerationRequest, is_wanted: Callable[[], bool] = lambda: True
+    ) -> PromptInputs:
         self.seen.append(request.request_id)
         self.entered.set()
         assert self.gate.wait(30), "the test never opened the gate"
         if self.failure is not None:
             raise self.failure
-        return super().inputs_for(request)
+        return super().inputs_for(request, is_wanted)
 
 
 @pytest.fixture
@@ -108,9 +110,9 @@ def test_only_the_encoding_thread_computes_with_half_of_the_cores(
         seen["engine"] = torch.get_num_threads()
         return step()
 
-    def watched_encode(asked: GenerationRequest) -> PromptInputs:
+    def watched_encode(asked: GenerationRequest, is_wanted: Callable[[], bool]) -> PromptInputs:
         seen["media"] = torch.get_num_threads()
-        return encode(asked)
+        return encode(asked, is_wanted)
 
     engine.step = watched_step  # type: ignore[method-assign]
     encoder.inputs_for = watched_encode  # type: ignore[method-assign]
@@ -143,6 +145,21 @@ def test_request_cancelled_while_it_is_encoded_ends_at_once(
     assert sink.ends["third"].finish_reason == "length"
     assert encoder.seen == ["first", "third"], "nothing is encoded for who has gone"
     assert thread.num_open == 0
+
+
+def test_request_cancelled_among_its_media_has_no_more_of_them_encoded(
+    omni: LoadedEngine, encoder: GatedEncoder, thread: EngineThread, sink: Sink
+) -> None:
+    encoder.gate.clear()
+    thread.submit(request(omni, *(image(16, 24, seed) for seed in range(5)), TEXT, name="first"))
+    assert encoder.entered.wait(30)
+    thread.cancel("first")
+    sink.wait_for_ends("first")
+    encoder.gate.set()
+    thread.submit(request(omni, image(16, 24, 9), TEXT, name="second"))
+    sink.wait_for_ends("second")
+    assert sink.ends["second"].finish_reason == "length"
+    assert encoder.stats.encoded == 1, "that of the second"
 
 
 def test_only_some_requests_are_encoded_ahead_of_their_turn(
