@@ -1,8 +1,8 @@
 """Decodes an image file within limits, and brings it to the size that the model takes.
 
 What decides about memory is read from the file's head before anything is decoded. Pixels are what `transformers` makes
-of the same file without torchvision: turned as its EXIF says, RGB, resized by Pillow. Called by
-`gateway.media.decoder`.
+of the same file without torchvision: turned as its EXIF says, RGB, resized by Pillow; only greys of 16 bits stay greys
+here. Called by `gateway.media.decoder`.
 """
 
 from __future__ import annotations
@@ -55,9 +55,14 @@ def _decode(content: bytes, facts: ImageFacts) -> Image:
         opened.load()
         PIL.ImageOps.exif_transpose(opened, in_place=True)
         height, width = facts.sized(opened.height, opened.width)
-        colours = opened if opened.mode == "RGB" else opened.convert("RGB")
-        pixels = colours.resize((width, height), PIL.Image.Resampling.BICUBIC)
+        pixels = _colours(opened).resize((width, height), PIL.Image.Resampling.BICUBIC)
     return Image(height, width, pixels.tobytes())
+
+
+def _colours(opened: PIL.Image.Image) -> PIL.Image.Image:
+    if opened.mode == "I;16":  # of which Pillow, and with it `transformers`, makes white what is above 255
+        opened = opened.point(lambda value: value * (255 / 65_535))
+    return opened if opened.mode == "RGB" else opened.convert("RGB")
 
 
 def _check(opened: PIL.Image.Image, facts: ImageFacts) -> None:

@@ -58,6 +58,14 @@ def test_every_format_is_decoded(form: str, options: dict[str, Any]) -> None:
     assert np.abs(pixels - np.asarray(image)).mean() < (6 if form == "JPEG" else 0.01)
 
 
+def test_greys_of_16_bits_stay_greys() -> None:
+    """As depth and medical images have them."""
+    ramp = np.linspace(0, 65_535, 64 * 64).reshape(64, 64)
+    decoded = decode_image(image_file(PIL.Image.fromarray(ramp.astype(np.uint16))), FACTS)
+    pixels = np.frombuffer(decoded.pixels, np.uint8).reshape(64, 64, 3)
+    assert np.abs(pixels - ramp[:, :, None] / 257).max() <= 1
+
+
 def test_image_is_turned_as_its_exif_says() -> None:
     exif = PIL.Image.Exif()
     exif[0x0112] = 6
