@@ -84,9 +84,9 @@ class EngineThread:
         self._busy_since = time.monotonic()
 
     def start(self) -> None:
-        self._thread.start()
         if self._encoding is not None:
             self._encoding.start()
+        self._thread.start()
 
     def stop(self) -> None:
         """End after the step in progress; requests that are not done get no further event."""
@@ -211,8 +211,11 @@ class EngineThread:
         return name in self._preparing
 
     def _has_room(self) -> bool:
-        """On the encoding thread."""
-        return len(self._encoded) + self.engine.num_waiting_with_media < MOST_WAITING_WITH_MEDIA
+        """On the encoding thread, which a raised error would end."""
+        try:
+            return len(self._encoded) + self.engine.num_waiting_with_media < MOST_WAITING_WITH_MEDIA
+        except RuntimeError:  # the queue changed while it was counted; it is asked again
+            return False
 
     def _take_encoded(self, request: GenerationRequest, outcome: PromptInputs | RouterError) -> None:
         """On the encoding thread."""

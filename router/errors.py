@@ -75,6 +75,10 @@ class MediaFailed(RouterError):
         return "an image or a sound could not be encoded"
 
 
+class MediaUnwanted(RouterError):
+    """The request has gone before all of its media were encoded."""
+
+
 class KvExhausted(RouterError):
     """More KV blocks were asked for than are free."""
 

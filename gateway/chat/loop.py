@@ -18,9 +18,9 @@ from gateway.chat.attachment import read_audio, read_image
 from gateway.errors import ChatFailed, GatewayError
 
 HELP = (
-    "/system TEXT sets the system message (alone: removes it), /image FILE and /audio FILE go with the next message, "
-    "/reset begins anew, /save FILE writes the conversation as JSON, /quit or Ctrl-D ends; Ctrl-C stops an answer; "
-    "//text sends /text"
+    "/system TEXT sets the system message (alone: removes it), /image FILE and /audio FILE go with the next message "
+    "(alone: no file does), /reset begins anew, /save FILE writes the conversation as JSON, /quit or Ctrl-D ends; "
+    "Ctrl-C stops an answer; //text sends /text"
 )
 
 
@@ -184,7 +184,8 @@ def _carry_out(line: str, model: str, terminal: Terminal, conversation: Conversa
 def _attach(command: str, path: str, conversation: Conversation) -> str:
     """Returns what to tell."""
     if not path:
-        return f"name a file: {command} FILE"
+        conversation.attached.clear()  # a file that is refused would be sent again and again
+        return "no file goes with the next message"
     try:
         conversation.attached.append(read_image(path) if command == "/image" else read_audio(path))
     except ChatFailed as error:

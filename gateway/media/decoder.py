@@ -25,7 +25,7 @@ MOST_MEDIA = 32
 MOST_SECONDS = 300.0
 """Of one sound: 3,900 tokens."""
 MOST_HELD_BYTES = 1 << 30
-"""Of all open requests' media, decoded and still to be: 270 images of the largest size."""
+"""Of all open requests' media, decoded and still to be: 270 images of the largest size. Those of one always fit."""
 DATA_URL = re.compile(r"data:image/(?:png|jpeg|jpg|webp);base64,", re.IGNORECASE)
 
 
@@ -38,7 +38,7 @@ class MediaDecoder:
         self._worker = ThreadPoolExecutor(1, "media")
 
     async def decode(self, part: ImagePart | AudioPart) -> Medium:
-        """Beside the event loop. Raises MediumRefused."""
+        """Beside the event loop. Raises MediumRefused, RouterBusy."""
         self.check_kind(Image if isinstance(part, ImagePart) else Sound)
         medium = await asyncio.get_running_loop().run_in_executor(self._worker, self._decode, part)
         self.held.hold(medium)

@@ -23,9 +23,10 @@ class HeldBytes:
 
     @contextmanager
     def reserved(self, num_bytes: int) -> Iterator[None]:
-        """Of encoded media while they are decoded. Raises RouterBusy where too much is held beside them."""
+        """Of encoded media while they are decoded. Raises RouterBusy where more than half would be held: the rest is
+        room for what those that have begun are decoded to."""
         with self._lock:
-            if self.nbytes and self.nbytes + num_bytes > self._most_bytes:
+            if self.nbytes and self.nbytes + num_bytes > self._most_bytes // 2:
                 raise RouterBusy(RETRY_AFTER_S)
             self.nbytes += num_bytes
         try:
@@ -34,8 +35,10 @@ class HeldBytes:
             self._give_back(num_bytes)
 
     def hold(self, medium: Medium) -> None:
-        """Until it is given up."""
+        """Until it is given up. Raises RouterBusy where it is too much: a small file may hold a large picture."""
         with self._lock:
+            if self.nbytes + medium.nbytes > self._most_bytes:
+                raise RouterBusy(RETRY_AFTER_S)
             self.nbytes += medium.nbytes
         weakref.finalize(medium, self._give_back, medium.nbytes).atexit = False
 

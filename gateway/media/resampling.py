@@ -18,8 +18,8 @@ BETA = 8.0
 """Of the Kaiser window: 80 dB."""
 PASSED = 0.95
 """Middle of the slope, of the lower rate's highest frequency."""
-OUTPUTS_AT_ONCE = 1 << 12
-"""Each with the samples that its filter sees; bounds memory."""
+OUTPUTS_AT_ONCE = 1 << 15
+"""With the samples that they are made of; bounds memory in float64."""
 
 
 def resample(samples: NDArray[Any], rate: int, wanted: int) -> NDArray[Any]:
@@ -31,13 +31,18 @@ def resample(samples: NDArray[Any], rate: int, wanted: int) -> NDArray[Any]:
     filters = _filters(up, down)
     reach = filters.shape[1] // 2
     num_outputs = -(-len(samples) * up // down)
-    padded = np.pad(samples.astype(np.float64), (reach, reach + down))
-    windows = np.lib.stride_tricks.sliding_window_view(padded, filters.shape[1])
+    padded = np.pad(samples.astype(np.float32, copy=False), (reach, reach + down))
     result = np.empty(num_outputs, np.float32)
-    for first in range(0, num_outputs, OUTPUTS_AT_ONCE):
-        outputs = np.arange(first, min(first + OUTPUTS_AT_ONCE, num_outputs), dtype=np.int64)
-        centre, phase = np.divmod(outputs * down, up)
-        result[first : first + len(outputs)] = np.einsum("nt,nt->n", windows[centre], filters[phase])
+    block = max(1, OUTPUTS_AT_ONCE // up)  # in periods, after each of which the filters begin anew
+    for first in range(0, num_outputs, block * up):
+        begin = first // up * down
+        part = padded[begin : begin + (block + 1) * down + filters.shape[1]].astype(np.float64)
+        windows = np.lib.stride_tricks.sliding_window_view(part, filters.shape[1])
+        made = result[first : first + block * up]
+        for output in range(min(up, len(made))):
+            centre, phase = divmod(output * down, up)
+            alike = made[output::up]
+            alike[:] = np.einsum("nt,t->n", windows[centre::down][: len(alike)], filters[phase])
     return result
 
 

@@ -110,13 +110,13 @@ class ChatTemplate:
             self._renderer.close()
 
     def _content(self, content: Content) -> str | list[dict[str, str]]:
-        """As templates know it: media by their kind, for which they leave a place."""
+        """As templates know it: media by their kind, for which they leave a place. Between parts most put nothing."""
         if isinstance(content, str):
             return self._tokenizer.defuse(content)
         parts = []
         for part in content:
             if isinstance(part, TextPart):
-                parts.append({"type": "text", "text": self._tokenizer.defuse(part.text)})
+                parts.append({"type": "text", "text": self._tokenizer.defuse_part(part.text)})
             else:
                 parts.append({"type": "image" if isinstance(part, ImagePart) else "audio"})
         return parts

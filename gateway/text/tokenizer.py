@@ -47,6 +47,8 @@ class TextTokenizer:
         self._special_start = (
             re.compile(f"(?=(?:{'|'.join(map(re.escape, longer))})).", re.S) if longer else None
         )
+        self._special_beginnings = frozenset(t[:end] for t in longer for end in range(1, len(t)))
+        self._longest_beginning = max(map(len, self._special_beginnings), default=0)
 
     @classmethod
     def from_folder(cls, path: Path) -> TextTokenizer:
@@ -80,6 +82,12 @@ class TextTokenizer:
         if self._special_start is None:
             return text
         return self._special_start.sub(lambda match: match[0] + SPLIT_MARK, text)
+
+    def defuse_part(self, text: str) -> str:
+        """The same for a text that another may follow at once, which could go on with a token that this one begins."""
+        endings = (text[-length:] for length in range(1, self._longest_beginning + 1))
+        is_beginning = any(ending in self._special_beginnings for ending in endings)
+        return self.defuse(text) + (SPLIT_MARK if is_beginning else "")
 
     def is_certainly_longer(self, text: str, num_tokens: int) -> bool:
         """Whether a text has more tokens than that, told from its length alone. False means unknown."""

@@ -11,14 +11,16 @@ import logging
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from experts.numerics import RowKernel, calibrate
 from experts.store import ExpertStore
-from router.errors import ConfigUnsupported, PromptInvalid
+from router.errors import ConfigUnsupported, MediaUnwanted, PromptInvalid
 from router.media.audio_tower import AudioTower, read_audio_shape
 from router.media.facts import AUDIO, VISION, MediaFacts, read_media_facts
 from router.media.items import Image, Medium, Sound
@@ -81,6 +83,9 @@ class MediaEncoder:
         self._kernel, self._most_kept_bytes = kernel, kept_bytes
         self._kept: OrderedDict[tuple[str, bytes], Encoded] = OrderedDict()
         """By owner and digest: nobody learns from the time that an answer takes what others have shown."""
+        self._made: WeakValueDictionary[tuple[str, tuple[int, ...], tuple[MediaSpan, ...]], PromptInputs]
+        self._made = WeakValueDictionary()
+        """What open requests have, by owner and prompt: choices of one prompt share it, however large its media are."""
         self._lock = threading.Lock()
         self._vision: VisionTower | None = None
         self._audio: AudioTower | None = None
@@ -93,16 +98,34 @@ class MediaEncoder:
             self._audio_shape = read_audio_shape(store.component(AUDIO).config)
             _check_width("audio_config.output_dim", self._audio_shape.output_dim, config)
 
-    def inputs_for(self, request: GenerationRequest) -> PromptInputs:
-        """Encode what is not kept. Raises PromptInvalid where tokens and media do not fit each other, or what reading
-        the store raises."""
+    def inputs_for(
+        self, request: GenerationRequest, is_wanted: Callable[[], bool] = lambda: True
+    ) -> PromptInputs:
+        """Encode what is not kept. is_wanted: asked before each medium, which may take half a minute.
+
+        Raises PromptInvalid where tokens and media do not fit each other, MediaUnwanted, or what reading the store
+        raises.
+        """
         if not request.media:
             return NO_INPUTS
         spans = self._checked_spans(request)
+        name = request.owner, request.prompt_ids, spans
+        made = self._made.get(name)
+        if made is not None:
+            self.stats.found += len(spans)
+            return made
+        made = self._made[name] = self._encoded_all(request, spans, is_wanted)
+        return made
+
+    def _encoded_all(
+        self, request: GenerationRequest, spans: tuple[MediaSpan, ...], is_wanted: Callable[[], bool]
+    ) -> PromptInputs:
         embeddings: list[InputRows] = []
         injections: dict[int, tuple[InputRows, ...]] = {}
         grids: list[Grid] = []
         for placed in request.media:
+            if not is_wanted():
+                raise MediaUnwanted
             encoded = self._encoded(placed.medium, request.owner)
             embeddings.append(InputRows(placed.first, encoded.rows_ND))
             for layer, rows_ND in enumerate(encoded.deepstack):

@@ -9,12 +9,13 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 
 import torch
 
 from experts.cores import num_cores
-from experts.errors import ExpertError
-from router.errors import MediaFailed, RouterError
+from router.errors import MediaFailed, MediaUnwanted, RouterError
 from router.media.encoder import MediaEncoder
 from router.prompt_inputs import PromptInputs
 from router.request import GenerationRequest
@@ -43,11 +44,16 @@ class EncodingThread:
         self._encoder, self._on_encoded = encoder, on_encoded
         self._is_wanted, self._has_room = is_wanted, has_room
         self._is_stopping = threading.Event()
+        self._has_set_threads = threading.Event()
         self._requests: queue.SimpleQueue[GenerationRequest | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="media", daemon=True)
 
     def start(self) -> None:
+        """Before threads that compute: a number of threads that one sets is also what others begin with."""
+        usual = torch.get_num_threads()
         self._thread.start()
+        self._has_set_threads.wait()
+        torch.set_num_threads(usual)
 
     def stop(self) -> None:
         """End after the request in progress."""
@@ -60,6 +66,8 @@ class EncodingThread:
 
     def _run(self) -> None:
         torch.set_num_threads(max(1, num_cores() // 2))  # of this thread's own products
+        torch.get_num_threads()  # from here on it does not look at what others set
+        self._has_set_threads.set()
         while self._serve(self._requests.get()):  # which holds no request while it waits for another
             pass
 
@@ -70,15 +78,18 @@ class EncodingThread:
         while not self._has_room() and not self._is_stopping.wait(ROOM_INTERVAL_S):
             pass
         if self._is_wanted(request.request_id):
-            self._on_encoded(request, self._encode(request))
+            with suppress(MediaUnwanted):
+                self._on_encoded(request, self._encode(request))
         return True
 
     def _encode(self, request: GenerationRequest) -> PromptInputs | RouterError:
         try:
-            return self._encoder.inputs_for(request)
+            return self._encoder.inputs_for(request, partial(self._is_wanted, request.request_id))
+        except MediaUnwanted:
+            raise
         except RouterError as error:
             return error
-        except (ExpertError, MemoryError, RuntimeError) as error:
+        except Exception as error:  # whatever it is, it ends one request and not this thread
             # What stands in it, an allocator's words or a file's place, is for the log.
             logger.exception("request %s: its media cannot be encoded", request.request_id)
             return MediaFailed(type(error).__name__)

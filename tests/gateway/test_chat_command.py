@@ -153,10 +153,17 @@ def test_files_go_with_the_next_message_that_is_answered(tmp_path: Path) -> None
     assert not conversation.attached
 
 
+def test_file_that_is_refused_can_be_taken_back(tmp_path: Path) -> None:
+    (tmp_path / "seen.png").write_bytes(image_file(picture(8, 8)))
+    backend = ScriptedBackend(ChatFailed("messages.0.content.0 is a damaged image"))
+    terminal, conversation = _chat(backend, f"/image {tmp_path / 'seen.png'}", "what?", "/image")
+    assert terminal.notes[-1] == "no file goes with the next message"
+    assert not conversation.attached
+
+
 @pytest.mark.parametrize(
     ("line", "note"),
     [
-        ("/image", "name a file: /image FILE"),
         ("/image /no/such.png", "/no/such.png cannot be read: No such file"),
         ("/audio a\0b", "cannot be read: no such path"),
         (f"/image {__file__}", "is no PNG, JPEG or WebP image"),

@@ -14,6 +14,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from PIL.PngImagePlugin import PngInfo
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from gateway.media.errors import MediumRefused
@@ -55,6 +56,14 @@ def test_every_format_is_decoded(form: str, options: dict[str, Any]) -> None:
     decoded = decode_image(image_file(image, form, **options), FACTS)
     pixels = np.frombuffer(decoded.pixels, np.uint8).reshape(64, 96, 3).astype(int)
     assert np.abs(pixels - np.asarray(image)).mean() < (6 if form == "JPEG" else 0.01)
+
+
+def test_greys_of_16_bits_stay_greys() -> None:
+    """As depth and medical images have them."""
+    ramp = np.linspace(0, 65_535, 64 * 64).reshape(64, 64)
+    decoded = decode_image(image_file(PIL.Image.fromarray(ramp.astype(np.uint16))), FACTS)
+    pixels = np.frombuffer(decoded.pixels, np.uint8).reshape(64, 64, 3)
+    assert np.abs(pixels - ramp[:, :, None] / 257).max() <= 1
 
 
 def test_image_is_turned_as_its_exif_says() -> None:
@@ -136,20 +145,60 @@ def test_damaged_files_are_refused_or_decoded_and_nothing_else() -> None:
     assert num_refused > 200
 
 
-def test_largest_file_takes_no_more_than_256_mebibytes() -> None:
-    """In a process of its own, above what it is without. The file has 65 kilobytes."""
-    content = _png(4096, 4096, 6)
-    assert len(content) < 100_000
+def test_first_picture_of_a_photograph_with_several_is_taken() -> None:
+    """As telephones make them: with a preview, or what another lens saw."""
+    first, file = picture(64, 96), io.BytesIO()
+    first.save(file, "MPO", save_all=True, append_images=[picture(32, 32)])
+    content = file.getvalue()
+    assert PIL.Image.open(io.BytesIO(content)).format == "MPO"
+    assert decode_image(content, FACTS) == decode_image(image_file(first, "JPEG"), FACTS)
+
+
+def _texts(number: int) -> PngInfo:
+    """Of a mebibyte each; Pillow takes 64 of them."""
+    texts = PngInfo()
+    for each in range(number):
+        texts.add_text(f"text {each}", "x" * (1 << 20), zip=True)
+    return texts
+
+
+def _turned() -> PIL.Image.Exif:
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    return exif
+
+
+@pytest.mark.parametrize(
+    ("size", "form", "options"),
+    [
+        ((4096, 4096), "PNG", {"exif": _turned()}),
+        ((4096, 4096), "PNG", {"exif": _turned(), "pnginfo": _texts(63)}),
+        ((4000, 3000), "WEBP", {"exif": _turned(), "lossless": True}),
+        ((4000, 3000), "WEBP", {"exif": _turned()}),
+    ],
+)
+def test_largest_file_takes_no_more_than_256_mebibytes(
+    size: tuple[int, int], form: str, options: dict[str, Any]
+) -> None:
+    """In a process of its own, above what it is without."""
+    content = image_file(PIL.Image.new("RGBA", size), form, **options)
+    assert len(content) < 1_000_000
     script = """
-import resource, sys
+import sys
 from gateway.media.image_file import decode_image
 from router.media.facts import ImageFacts
-from tests.gateway.media.files import image_file, picture
+from tests.gateway.media.files import image_file, peak_bytes, picture
 facts = ImageFacts(1, 16, 2, 2, 3136, 1280 * 1024, (0.5,) * 3, (0.5,) * 3)
 decode_image(image_file(picture(64, 64)), facts)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_bytes()
 decode_image(sys.stdin.buffer.read(), facts)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(peak_bytes() - before)
 """
     run = subprocess.run([sys.executable, "-c", script], input=content, capture_output=True, check=True)
-    assert int(run.stdout) < 256 * 1024
+    assert int(run.stdout) < 256 << 20
+
+
+def test_larger_webp_is_refused_before_it_is_decoded() -> None:
+    content = image_file(PIL.Image.new("RGB", (4000, 3001)), "WEBP")
+    with pytest.raises(MediumRefused, match="at most 12000000"):
+        decode_image(content, FACTS)

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import PIL.Image
 import pytest
 
 from experts.store import ExpertStore
 from gateway.http.routing_rules import RoutingRules
 from gateway.media import decoder
 from gateway.media.decoder import MediaDecoder
+from gateway.media.held_bytes import HeldBytes
 from gateway.text.chat_template import ChatTemplate
 from gateway.text.tokenizer import TextTokenizer
 from router.loading import LoadedEngine
@@ -232,7 +234,7 @@ def test_media_that_leave_no_room_for_the_rest_are_counted(omni_store: Path, omn
 def test_too_many_media_of_open_requests_are_put_off(
     omni_store: Path, omni: LoadedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoder, "MOST_HELD_BYTES", 2 * len(PNG))
+    monkeypatch.setattr(decoder, "MOST_HELD_BYTES", 4 * len(PNG))
 
     async def run() -> list[httpx.Response]:
         tokenizer = TextTokenizer.from_folder(omni_store)
@@ -249,6 +251,38 @@ def test_too_many_media_of_open_requests_are_put_off(
     assert {answer.status_code for answer in together} == {200, 429}
     assert all("Retry-After" in answer.headers for answer in together if answer.status_code == 429)
     assert after.status_code == 200, "what was held was given back"
+
+
+def test_media_that_small_files_come_to_are_bounded_too(
+    omni_store: Path, omni: LoadedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All files of the requests that come together are within what may be held; their pixels are not."""
+    plain = image_file(PIL.Image.new("RGB", (160, 160)))
+    num_pixel_bytes, num_together = 160 * 160 * 3, 6
+    most = 3 * num_pixel_bytes
+    assert num_together * len(image_part(plain)["image_url"]["url"]) < num_pixel_bytes
+    monkeypatch.setattr(decoder, "MOST_HELD_BYTES", most)
+    most_held = 0
+    hold = HeldBytes.hold
+
+    def watched(held: HeldBytes, medium: Medium) -> None:
+        nonlocal most_held
+        hold(held, medium)
+        most_held = max(most_held, held.nbytes)
+
+    monkeypatch.setattr(HeldBytes, "hold", watched)
+
+    async def run() -> list[httpx.Response]:
+        tokenizer = TextTokenizer.from_folder(omni_store)
+        assert omni.media is not None
+        async with http_service(omni_store, omni, tokenizer, media=omni.media.facts) as client:
+            body = chat(image_part(plain), max_tokens=4)
+            asked = (client.post("/v1/chat/completions", json=body) for _ in range(num_together))
+            return list(await asyncio.gather(*asked))
+
+    answers = asyncio.run(run())
+    assert {answer.status_code for answer in answers} == {200, 429}
+    assert num_pixel_bytes < most_held <= most
 
 
 def test_service_without_media_refuses_them(omni_store: Path, omni: LoadedEngine) -> None:
@@ -277,6 +311,22 @@ def test_text_that_spells_places_of_media_is_text(omni_store: Path, omni: Loaded
     assert [answer.status_code for answer in answers] == [200, 200, 200]
     counts = [answer.json()["usage"]["prompt_tokens"] for answer in answers]
     assert counts[1] - counts[2] == len(spelled)
+
+
+@pytest.mark.parametrize("spelled", ["<|image_pad|>", "<|endoftext|>"])
+def test_text_parts_spell_no_control_token_together(
+    omni_store: Path, omni: LoadedEngine, spelled: str
+) -> None:
+    cut = [[text_part(part) for part in (spelled[:end], "", spelled[end:])] for end in range(1, len(spelled))]
+    letters = [[text_part(letter) for letter in spelled]]
+    whole, *answers = ask(
+        omni_store,
+        omni,
+        *(chat(image_part(PNG), *parts, max_tokens=1) for parts in ([text_part(spelled)], *cut, *letters)),
+    )
+    assert {answer.status_code for answer in answers} == {200}
+    counts = {answer.json()["usage"]["prompt_tokens"] for answer in answers}
+    assert counts == {whole.json()["usage"]["prompt_tokens"]}
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import struct
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -110,3 +112,21 @@ def test_damaged_files_are_refused_or_decoded_and_nothing_else() -> None:
         except MediumRefused:
             num_refused += 1
     assert num_refused > 100
+
+
+def test_longest_file_takes_no_more_than_256_mebibytes() -> None:
+    """In a process of its own, above what it is without: as many samples as a request holds."""
+    script = """
+import sys
+import numpy as np
+from tests.gateway.media.files import peak_bytes, tones, wav_file
+from tests.gateway.media.test_wav_file import DECODER
+DECODER.sound(wav_file(tones(1, 44_100), 44_100))
+content = bytearray(wav_file(np.zeros((1, 1)), 192_000, 8)) + bytes(18_000_000)
+content[40:44] = (18_000_000).to_bytes(4, "little")
+before = peak_bytes()
+assert DECODER.sound(bytes(content)).num_samples == 1_500_000
+print(peak_bytes() - before)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+    assert int(run.stdout) < 256 << 20

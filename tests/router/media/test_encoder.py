@@ -97,6 +97,20 @@ def test_medium_that_is_larger_than_what_is_kept_is_encoded(omni: LoadedEngine) 
     assert encoder.stats.kept_bytes == 0
 
 
+def test_choices_of_a_prompt_share_media_that_are_larger_than_what_is_kept(omni: LoadedEngine) -> None:
+    encoder = _encoder(omni, 10)
+    asked = request(omni, image(16, 24), sound(1.0), TEXT)
+    first = encoder.inputs_for(asked)
+    assert encoder.inputs_for(replace(asked, request_id="second choice")) is first
+    assert (encoder.stats.encoded, encoder.stats.found) == (2, 2)
+    for other in (request(omni, image(16, 24, 1), sound(1.0), TEXT), replace(asked, owner="another")):
+        assert encoder.inputs_for(other) is not first
+    assert encoder.stats.encoded == 6
+    del first
+    encoder.inputs_for(asked)
+    assert encoder.stats.encoded == 8, "nobody had it any more"
+
+
 @pytest.mark.parametrize("first", [0, 2, 100])
 def test_media_where_their_tokens_are_not_are_refused(omni: LoadedEngine, first: int) -> None:
     asked = request(omni, image(16, 24), TEXT)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
+import torch
 
 from experts.errors import StoreDamaged
+from experts.numerics import computing_threads
+from router.engine import Engine
 from router.engine_thread import MOST_WAITING_WITH_MEDIA, EngineThread
 from router.errors import PromptInvalid
 from router.loading import LoadedEngine
+from router.media import encoding_thread
 from router.media.encoder import MediaEncoder
 from router.prompt_inputs import PromptInputs
 from router.request import GenerationRequest, TokenEvent
@@ -32,13 +36,15 @@ class GatedEncoder(MediaEncoder):
         self.failure: Exception | None = None
         self.seen: list[str] = []
 
-    def inputs_for(self, request: GenerationRequest) -> PromptInputs:
+    def inputs_for(
+        self, request: GenerationRequest, is_wanted: Callable[[], bool] = lambda: True
+    ) -> PromptInputs:
         self.seen.append(request.request_id)
         self.entered.set()
         assert self.gate.wait(30), "the test never opened the gate"
         if self.failure is not None:
             raise self.failure
-        return super().inputs_for(request)
+        return super().inputs_for(request, is_wanted)
 
 
 @pytest.fixture
@@ -92,6 +98,37 @@ def test_text_does_not_wait_for_media(
     assert sink.ends["image"].finish_reason == "length"
 
 
+def test_only_the_encoding_thread_computes_with_half_of_the_cores(
+    omni: LoadedEngine, encoder: GatedEncoder, sink: Sink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoding_thread, "num_cores", lambda: 6)
+    engine = small_engine(omni, 16)
+    seen: dict[str, int] = {}
+    step, encode = engine.step, encoder.inputs_for
+
+    def watched_step() -> list[TokenEvent]:
+        seen["engine"] = torch.get_num_threads()
+        return step()
+
+    def watched_encode(asked: GenerationRequest, is_wanted: Callable[[], bool]) -> PromptInputs:
+        seen["media"] = torch.get_num_threads()
+        return encode(asked, is_wanted)
+
+    engine.step = watched_step  # type: ignore[method-assign]
+    encoder.inputs_for = watched_encode  # type: ignore[method-assign]
+    with computing_threads(5):
+        thread = EngineThread(engine, sink, encoder)
+        thread.start()
+        later = threading.Thread(target=lambda: seen.update(later=torch.get_num_threads()))
+        later.start()
+        later.join()
+        thread.submit(request(omni, image(16, 24), TEXT, name="r"))
+        sink.wait_for_ends("r")
+        thread.stop()
+        assert torch.get_num_threads() == 5
+    assert seen == {"engine": 5, "media": 3, "later": 5}
+
+
 def test_request_cancelled_while_it_is_encoded_ends_at_once(
     omni: LoadedEngine, encoder: GatedEncoder, thread: EngineThread, sink: Sink
 ) -> None:
@@ -108,6 +145,21 @@ def test_request_cancelled_while_it_is_encoded_ends_at_once(
     assert sink.ends["third"].finish_reason == "length"
     assert encoder.seen == ["first", "third"], "nothing is encoded for who has gone"
     assert thread.num_open == 0
+
+
+def test_request_cancelled_among_its_media_has_no_more_of_them_encoded(
+    omni: LoadedEngine, encoder: GatedEncoder, thread: EngineThread, sink: Sink
+) -> None:
+    encoder.gate.clear()
+    thread.submit(request(omni, *(image(16, 24, seed) for seed in range(5)), TEXT, name="first"))
+    assert encoder.entered.wait(30)
+    thread.cancel("first")
+    sink.wait_for_ends("first")
+    encoder.gate.set()
+    thread.submit(request(omni, image(16, 24, 9), TEXT, name="second"))
+    sink.wait_for_ends("second")
+    assert sink.ends["second"].finish_reason == "length"
+    assert encoder.stats.encoded == 1, "that of the second"
 
 
 def test_only_some_requests_are_encoded_ahead_of_their_turn(
@@ -142,6 +194,8 @@ def test_only_some_requests_are_encoded_ahead_of_their_turn(
         (PromptInvalid("no tokens"), "the prompt cannot be computed: no tokens"),
         (StoreDamaged("/a/secret/place", "is cut short"), "an image or a sound could not be encoded"),
         (MemoryError("12 bytes"), "an image or a sound could not be encoded"),
+        (OSError("/a/secret/place"), "an image or a sound could not be encoded"),
+        (KeyError("a mistake"), "an image or a sound could not be encoded"),
     ],
 )
 def test_failure_ends_its_request_alone(
@@ -160,6 +214,23 @@ def test_failure_ends_its_request_alone(
     thread.submit(request(omni, image(16, 24), TEXT, name="next"))
     sink.wait_for_ends("next")
     assert sink.ends["next"].finish_reason == "length"
+
+
+def test_queue_that_changes_while_it_is_counted_is_counted_again(
+    omni: LoadedEngine, thread: EngineThread, sink: Sink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = []
+
+    def count(engine: Engine) -> int:
+        counted.append(engine)
+        if len(counted) == 1:
+            raise RuntimeError("OrderedDict changed size during iteration")
+        return 0
+
+    monkeypatch.setattr(Engine, "num_waiting_with_media", property(count))
+    thread.submit(request(omni, image(16, 24), TEXT, name="r"))
+    sink.wait_for_ends("r")
+    assert sink.ends["r"].finish_reason == "length"
 
 
 def test_tokens_that_do_not_fit_media_end_the_request(
