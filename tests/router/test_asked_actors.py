@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import threading
 import time
@@ -392,3 +393,16 @@ def test_time_that_the_c_source_waits_in_vain_belongs_to_the_hop(
         asked.meddlers[0].arm(wait, skip=2)
         _assert_same(asked.forward(), expected)
         assert asked.directory.stats().hop_seconds - before_s > 1.9
+
+
+def test_answers_without_a_deadline_are_waited_for(stories_store: Path, expected: Found) -> None:
+    def wait(near: socket.socket, header: Header, body: bytes) -> bool:
+        time.sleep(0.5)
+        near.sendall(encode_header(header) + body)
+        return True
+
+    with asked_engine(stories_store, 1, timeout_s=math.inf) as asked:
+        asked.meddlers[0].arm(wait, skip=2)
+        _assert_same(asked.forward(), expected)
+        stats = asked.directory.stats()
+        assert stats.failovers == 0 and stats.local_rows == 0
