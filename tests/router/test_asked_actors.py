@@ -406,3 +406,16 @@ def test_answers_without_a_deadline_are_waited_for(stories_store: Path, expected
         _assert_same(asked.forward(), expected)
         stats = asked.directory.stats()
         assert stats.failovers == 0 and stats.local_rows == 0
+
+
+def test_more_actors_than_the_c_source_can_number_are_asked_by_python(
+    stories_store: Path, expected: Found
+) -> None:
+    with (
+        mock.patch("experts.exchange.MOST_PEERS", 1),
+        mock.patch("experts.remote_directory.MOST_PEERS", 1),
+        asked_engine(stories_store, 2) as asked,
+    ):
+        assert asked.directory.exchange("model", (0, 1), 64) is None
+        _assert_same(asked.forward(), expected)
+        assert asked.directory.stats().failovers == 0
