@@ -131,6 +131,7 @@ class Asker:
     def take_over(self, name: str, link: ExpertConnection, share: Share, errand: Errand) -> Question:
         """A share that the C source has sent, and whose answer is still to be heard."""
         self.times.begin(name, share.call.num_rows, len(share.call.experts))
+        self.note_waited(errand)
         link.owe(share.call.num_rows, errand.deadline_ns * 1e-9)
         return Question(name, link, share, errand.asked_ns * 1e-9)
 
@@ -139,6 +140,10 @@ class Asker:
         answers = [(errand.num_rows, (errand.answered_ns - errand.asked_ns) * 1e-9) for errand in errands]
         self.times.note(name, answers, self._clock())
         self._count(sum(errand.waited_ns for errand in errands) * 1e-9)
+
+    def note_waited(self, errand: Errand) -> None:
+        """For an answer that the C source has waited for in vain: part of the hop all the same, as in `hear`."""
+        self._count(errand.waited_ns * 1e-9)
 
     def count_rows(self, link: ExpertConnection, num_rows: int) -> None:
         """Rows that go into an answer."""

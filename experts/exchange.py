@@ -145,6 +145,7 @@ class Exchange:
         if errand.state == _State.ASKED:
             return asker.take_over(name, link, share, errand)
         if errand.state == _State.PEER_LOST:
+            asker.note_waited(errand)
             return asker.fail(name, link, share, link.lose(errand.loss))
         asker.note_answered(name, [errand])
         if len(share.rows) < len(rows_RD):

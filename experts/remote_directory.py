@@ -27,7 +27,7 @@ from experts.call_times import CallTimes
 from experts.devices import upload
 from experts.directory import AuditStats, DirectoryStats
 from experts.errors import ExpertError, ExpertUnavailable
-from experts.exchange import Exchange
+from experts.exchange import MOST_PEERS, Exchange
 from experts.expert_table import ExpertTable
 from experts.links import NOBODY, ActorLinks, Links, View
 from experts.native_plane import plane
@@ -287,12 +287,14 @@ class RemoteDirectory:
         return ranks
 
     def _make_exchange(self, component: str, layers: tuple[int, ...], num_experts: int) -> Exchange | None:
-        """None where not every expert has one actor to ask."""
+        """None where not every expert has one actor to ask, or there are too many of these."""
         ranks = self._current_ranks()
         places = ranks.sole_names(component, layers, num_experts)
         if plane() is None or not places or not num_experts:
             return None
         links = {name: ranks.view.links[name] for name in {name for each in places for name in each}}
+        if len(links) > MOST_PEERS:
+            return None
 
         def conclude(call: ExpertCall, shares: Mapping[Place, Share], begun: Mapping[Place, Begun]) -> Tensor:
             return self._complete(call, *self._ask(shares, links, True, begun), _FIRST)

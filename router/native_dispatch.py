@@ -142,11 +142,11 @@ class NativeDispatch:
         else:
             expect(hidden_TD, step.shape, step.dtype)
         placed = self._placed(layers, exchange.owners, first)
+        normed_TD, here_RD = self._new_normed(), self._after_TD.new_empty(self._num_slots, step.shape[1])
         if not exchange.begin(trace):
             return None
-        normed_TD, here_RD = self._new_normed(), self._after_TD.new_empty(self._num_slots, step.shape[1])
-        self._place_at(place, len(layers))
         try:
+            self._place_at(place, len(layers))
             step.run(
                 step.library.ask_layers,
                 *(ctypes.addressof(placed), len(layers), hidden_TD.data_ptr(), rows),

@@ -70,7 +70,7 @@ static int64_t timeout_of(const exchange *x, const peer *p, const share *s) {
 static void ask(exchange *x, const question *q, peer *p, share *s, errand *e) {
     *e = (errand){.num_rows = s->num_rows, .num_experts = s->num_experts, .asked_ns = now_ns()};
     const int64_t timeout = timeout_of(x, p, s), timeout_us = timeout / 1000;
-    e->deadline_ns = e->asked_ns + timeout;
+    e->deadline_ns = timeout < FOREVER - e->asked_ns ? e->asked_ns + timeout : FOREVER;
     frame_header header = new_header(p->agreed, CALL_FRAME, p->sequence + 1);
     header.trace_bytes = (uint8_t)x->trace_bytes, header.component = (uint16_t)p->component;
     header.layer = (uint32_t)q->layer, header.deadline_us = (uint32_t)MIN(timeout_us > 0 ? timeout_us : 1, UINT32_MAX);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import threading
 import time
@@ -370,3 +371,51 @@ def test_suspended_actor_is_not_asked_by_the_c_source(stories_store: Path) -> No
         suspensions.clear("experts-1", ("model", 3))
         suspensions.note("experts-9", ("model", 3), time.monotonic())
         assert asked.directory.exchange("model", layers, 64) is not None
+
+
+@pytest.mark.parametrize("comes", [True, False], ids=["comes", "is lost"])
+def test_time_that_the_c_source_waits_in_vain_belongs_to_the_hop(
+    stories_store: Path, expected: Found, comes: bool
+) -> None:
+    def wait(near: socket.socket, header: Header, body: bytes) -> bool:
+        time.sleep(2.0)
+        if comes:
+            near.sendall(encode_header(header) + body)
+        return comes
+
+    patience_s = 1.5 if comes else 20.0  # within which C waits, before Python does
+    with (
+        mock.patch("experts.exchange.PATIENCE_S", patience_s),
+        asked_engine(stories_store, 1) as asked,
+    ):
+        asked.forward()
+        before_s = asked.directory.stats().hop_seconds
+        asked.meddlers[0].arm(wait, skip=2)
+        _assert_same(asked.forward(), expected)
+        assert asked.directory.stats().hop_seconds - before_s > 1.5
+
+
+def test_answers_without_a_deadline_are_waited_for(stories_store: Path, expected: Found) -> None:
+    def wait(near: socket.socket, header: Header, body: bytes) -> bool:
+        time.sleep(0.5)
+        near.sendall(encode_header(header) + body)
+        return True
+
+    with asked_engine(stories_store, 1, timeout_s=math.inf) as asked:
+        asked.meddlers[0].arm(wait, skip=2)
+        _assert_same(asked.forward(), expected)
+        stats = asked.directory.stats()
+        assert stats.failovers == 0 and stats.local_rows == 0
+
+
+def test_more_actors_than_the_c_source_can_number_are_asked_by_python(
+    stories_store: Path, expected: Found
+) -> None:
+    with (
+        mock.patch("experts.exchange.MOST_PEERS", 1),
+        mock.patch("experts.remote_directory.MOST_PEERS", 1),
+        asked_engine(stories_store, 2) as asked,
+    ):
+        assert asked.directory.exchange("model", (0, 1), 64) is None
+        _assert_same(asked.forward(), expected)
+        assert asked.directory.stats().failovers == 0
