@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import router.backbone
-from experts.native_products import library
+from experts.native_products import chosen_level
 from router.decoder_layer import MANY_ROWS
 from router.kv_cache import KvPool
 from router.layer_run import LONGEST_S, LayerRun, RunTimes
@@ -25,8 +25,8 @@ from router.step_batch import Span, StepBatch, StepOutput
 from router.step_routing import RoutingWatcher, SpanOwner, StepRouting, View
 from tests.engines import open_engine
 
-if library() is None:
-    pytest.skip("native products are not built here", allow_module_level=True)
+if chosen_level(torch.float32) is None:
+    pytest.skip("native products are not used here", allow_module_level=True)
 
 NUM_LAYERS = 6
 STEPS = (
