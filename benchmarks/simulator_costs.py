@@ -122,6 +122,8 @@ class Observed:
     asking_cpu_s: float = 0.0
     """Of the same thread while the C source goes through layers that it asks for: calls, and all between them."""
     messages: list[Size] = field(default_factory=list)
+    watched_s: float = 0.0
+    """What it took to note all this, which is in no other sum."""
     actors_busy_s: float = 0.0
     """As they say themselves."""
     actors_cpu_s: float = 0.0
@@ -147,14 +149,15 @@ def observe(served: Contender, streams: int, watchers: tuple[RoutingWatcher, ...
         began = perf_counter()
         while engine.has_work:
             engine.step()
-        found.seconds = perf_counter() - began
+        found.seconds = perf_counter() - began - found.watched_s
     busy_then_s, cpu_then_s = _actors_s(served)
     found.steps = engine.stats.steps - steps
     spent = {key: value - phases.get(key, 0.0) for key, value in engine.stats.phase_seconds.items()}
     found.outside_s = spent["step"] - spent["experts"]
-    found.own_s = spent["experts"] - found.called_s
+    found.own_s = spent["experts"] - found.called_s - found.watched_s
     if found.asking_cpu_s:
-        found.router_cpu_s += max(0.0, found.asking_cpu_s - spent["attention"] - found.own_s)
+        in_calls_s = found.asking_cpu_s - found.watched_s - spent["attention"] - found.own_s
+        found.router_cpu_s += max(0.0, in_calls_s)
     found.actors_busy_s, found.actors_cpu_s = busy_then_s - busy_s, cpu_then_s - cpu_s
     engine.watchers = ()
     return found
@@ -177,12 +180,14 @@ def _watched(served: Contender, found: Observed) -> Iterator[None]:
         start(link, call, **options)
 
     def told(exchange: Exchange) -> None:
+        began = perf_counter()
         for errands in map(exchange.answered, range(exchange.num_done)):
             sizes = [Size(errand.num_experts, errand.num_rows) for errand in errands]
             asked_ns, answered_ns = (min(e.asked_ns for e in errands), max(e.answered_ns for e in errands))
             whole = Size(sum(size.experts for size in sizes), sum(size.rows for size in sizes))
             found.calls.append((whole, (answered_ns - asked_ns) * 1e-9))
             found.messages += sizes
+        found.watched_s += perf_counter() - began
         end(exchange)
 
     def asked(dispatching: NativeDispatch, *arguments: Any) -> Any:
