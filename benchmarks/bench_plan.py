@@ -29,8 +29,6 @@ from experts.cores import num_cores
 from gateway.planning.nodes import CPU_BYTES_S
 from gateway.stores.source import resolve_store
 
-TYPICAL_ROUND_TRIP_S = 150e-6
-"""To an actor on the same machine that sleeps between calls (bench_transport)."""
 CONTEXT = 96
 """Positions that the measured streams reach."""
 
@@ -55,7 +53,7 @@ def compare(
     model: ModelSizes, num_actors: int, num_streams: int, measured: float, costs: Costs, round_trip_s: float
 ) -> dict[str, Any]:
     """Forecasts of tokens/s, and each one's high end as a share of what was measured."""
-    typical = foretell(model, num_actors, num_streams, here(CPU_BYTES_S, TYPICAL_ROUND_TRIP_S), None)
+    typical = foretell(model, num_actors, num_streams, here(CPU_BYTES_S, 0.0), None)
     known = foretell(model, num_actors, num_streams, here(float("inf"), round_trip_s), costs)
     return {
         "measured": measured,
@@ -72,7 +70,7 @@ def compare_traffic(
 ) -> dict[str, float]:
     """Of one stream. Measured bytes are those of rows alone, the forecast's those of whole frames."""
     counted = count_messages(served, num_tokens)
-    foretold = foretell(model, num_actors, 1, here(CPU_BYTES_S, TYPICAL_ROUND_TRIP_S), None).traffic
+    foretold = foretell(model, num_actors, 1, here(CPU_BYTES_S, 0.0), None).traffic
     calls = counted["messages_per_token"] / 2
     return {
         "calls": calls,

@@ -31,13 +31,16 @@ def typical_costs(num_layers: int) -> Costs:
     those are the topology's. As measured on one machine of two cores (docs/placement.md)."""
     row_s = 0.02e-3 + num_layers * 0.007e-3
     return Costs(
-        RouterCosts(0.2e-3 + num_layers * 0.03e-3, row_s, -0.055e-3, 0.0),
-        RouterCosts(0.3e-3 + num_layers * 0.03e-3, row_s, 0.02e-3, 0.0015e-3),
+        RouterCosts(0.15e-3 + num_layers * 0.03e-3, row_s, -0.055e-3, 0.0),
+        RouterCosts(0.15e-3 + num_layers * 0.03e-3, row_s, 0.005e-3, 0.0015e-3),
         call_s=0.035e-3,
         expert_s=0.002e-3,
         expert_row_s=0.0004e-3,
         message_s=MESSAGE_S,
-        frame_s=0.05e-3,
+        frame_s=0.01e-3,
+        actor_factor=0.8,
+        crowded_messages=3.3,
+        overlap=0.32,
     )
 
 

@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 LEAST_PROBABILITY = 1e-300
-MESSAGE_S = 0.1e-3
-"""The router's own work for one message and its answer, threads that wake up included, where nobody has measured it."""
+MESSAGE_S = 0.015e-3
+"""The router's own work for one message and its answer, where nobody has measured it and it has a core of its own."""
 
 
 @dataclass(frozen=True)
