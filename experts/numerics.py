@@ -104,34 +104,24 @@ class RowKernel:
         """x @ weight.T for a number of rows that is a multiple already. Writes to `out_PO` where it is given."""
         if self.product == "native":
             return multiply_natively(self.level, x_PI, float_matrix(weight_OI), out_PO)
+        most = MANY_ROWS
         if self.product == "blocks":
-            return self._multiply_blocks(x_PI, weight_OI, out_PO)
-        if x_PI.shape[0] > MANY_ROWS:
-            return self._multiply_runs(x_PI, weight_OI, out_PO)
-        if self.product == "mm":
+            most, x_PI = self.row_multiple, x_PI.contiguous()
+        if x_PI.shape[0] > most:
+            return self._multiply_runs(x_PI, weight_OI, out_PO, most)
+        if self.product in ("mm", "blocks"):
             return torch.mm(x_PI, weight_OI.t(), out=out_PO)
         y_PO: Tensor = torch.ops.mkldnn._linear_pointwise(x_PI, weight_OI, None, "none", [], "")
         return y_PO if out_PO is None else out_PO.copy_(y_PO)
 
-    def _multiply_runs(self, x_PI: Tensor, weight_OI: Tensor, out_PO: Tensor | None) -> Tensor:
-        """No more rows at once than it is proved for: a frame may bring them to an actor."""
+    def _multiply_runs(self, x_PI: Tensor, weight_OI: Tensor, out_PO: Tensor | None, most: int) -> Tensor:
+        """So many rows at a time: on a device every product of one matrix has the same shape, and a library gets no
+        more than it is proved for, whatever a frame brings to an actor."""
         if out_PO is None:
             out_PO = x_PI.new_empty(x_PI.shape[0], weight_OI.shape[0])
-        for first in range(0, x_PI.shape[0], MANY_ROWS):
-            rows = slice(first, first + MANY_ROWS)
+        for first in range(0, x_PI.shape[0], most):
+            rows = slice(first, first + most)
             self.multiply(x_PI[rows], weight_OI, out_PO[rows])
-        return out_PO
-
-    def _multiply_blocks(self, x_PI: Tensor, weight_OI: Tensor, out_PO: Tensor | None) -> Tensor:
-        """Every product of one matrix has the same shape."""
-        x_PI, weight_IO = x_PI.contiguous(), weight_OI.t()
-        if x_PI.shape[0] == self.row_multiple:
-            return torch.mm(x_PI, weight_IO, out=out_PO)
-        if out_PO is None:
-            out_PO = x_PI.new_empty(x_PI.shape[0], weight_OI.shape[0])
-        for first in range(0, x_PI.shape[0], self.row_multiple):
-            rows = slice(first, first + self.row_multiple)
-            torch.mm(x_PI[rows], weight_IO, out=out_PO[rows])
         return out_PO
 
 
