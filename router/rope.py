@@ -86,7 +86,7 @@ class RotaryEmbedding:
 
 
 def rotate(x_THd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (i, i + head_dim / 2). x: float32 (T, heads, head_dim)."""
+    """Rotate pairs (i, i + head_dim / 2). x: float32 (T, heads, head_dim); any shape that cos and sin go with."""
     first, second = x_THd.chunk(2, dim=-1)
     return x_THd * cos + torch.cat((-second, first), dim=-1) * sin
 

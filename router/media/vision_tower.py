@@ -24,6 +24,7 @@ from router.media.tower_parts import (
     attend,
     gelu,
 )
+from router.rope import rotate
 
 EPSILON = 1e-6
 THETA = 10_000.0
@@ -121,7 +122,8 @@ class VisionTower:
     def _attention(self, block: _Block, x_RD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         heads = self._shape.num_heads
         q_HRd, k_HRd, v_HRd = block.qkv(x_RD).reshape(len(x_RD), 3, heads, -1).permute(1, 2, 0, 3)
-        return block.proj(attend(_rotate(q_HRd, cos, sin), _rotate(k_HRd, cos, sin), v_HRd))
+        q_HRd, k_HRd = (rotate(part.float(), cos, sin).to(x_RD.dtype) for part in (q_HRd, k_HRd))
+        return block.proj(attend(q_HRd, k_HRd, v_HRd))
 
     def _learned_positions(self, places_R2: Tensor, sides: Tensor) -> Tensor:
         """Of a square whose corners lie on the image's corners, between its four nearest."""
@@ -212,10 +214,3 @@ def _places(rows: int, columns: int, merge: int) -> Tensor:
     row_R, column_R = torch.meshgrid(torch.arange(rows * merge), torch.arange(columns * merge), indexing="ij")
     cut = rows, merge, columns, merge
     return torch.stack([x.reshape(cut).transpose(1, 2).flatten() for x in (row_R, column_R)], dim=1)
-
-
-def _rotate(x_HRd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Pairs (i, i + d / 2), in float32."""
-    wide = x_HRd.float()
-    first, second = wide.chunk(2, dim=-1)
-    return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x_HRd.dtype)
