@@ -6,6 +6,8 @@ import base64
 from typing import Any
 
 from gateway.errors import ChatFailed
+from gateway.media.errors import MediumRefused
+from gateway.media.file import read_media_file
 
 MAX_FILE_BYTES = 17 << 20
 """In base64 it just fits a request (docs/media.md)."""
@@ -36,12 +38,6 @@ def read_audio(path: str) -> dict[str, Any]:
 
 def _read(path: str) -> bytes:
     try:
-        with open(path, "rb") as file:
-            content = file.read(MAX_FILE_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise ChatFailed(
-            f"{path} cannot be read: {getattr(error, 'strerror', None) or 'no such path'}"
-        ) from error
-    if len(content) > MAX_FILE_BYTES:
-        raise ChatFailed(f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB")
-    return content
+        return read_media_file(path, MAX_FILE_BYTES)
+    except MediumRefused as error:
+        raise ChatFailed(f"{path} {error.reason}") from error

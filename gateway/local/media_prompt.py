@@ -13,6 +13,7 @@ from gateway.errors import ApiError, OptionInvalid
 from gateway.http.openai_types import Message
 from gateway.media.decoder import MediaDecoder
 from gateway.media.errors import MediumRefused
+from gateway.media.file import read_media_file
 from gateway.media.parts import AudioPart, ImagePart, Part, TextPart
 from gateway.media.placing import place_media
 from gateway.text.chat_template import ChatTemplate
@@ -44,7 +45,7 @@ def media_prompt(
         for path in paths:
             decode = decoder.image if option == "image" else decoder.sound
             try:
-                media.append(decode(_read(option, path)))
+                media.append(decode(read_media_file(path, MAX_FILE_BYTES)))
             except MediumRefused as error:
                 raise OptionInvalid(option, f"{path} {error.reason}") from error
     parts: list[Part] = [ImagePart("") for _ in files.images]
@@ -60,14 +61,3 @@ def media_prompt(
     finally:
         template.close()
     return tuple(ids), placed
-
-
-def _read(option: str, path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise OptionInvalid(option, f"{path} cannot be read: {error.strerror}") from error
-    if len(content) > MAX_FILE_BYTES:
-        raise OptionInvalid(option, f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB")
-    return content

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,9 @@ def test_files_that_cannot_be_used_are_named(omni_store: Path, stories_store: Pa
     seen = tmp_path / "seen.png"
     with pytest.raises(OptionInvalid, match=r"image .*seen.png cannot be read: No such file"):
         _generate(omni_store, "What?", seen)
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(OptionInvalid, match=r"image .*pipe.png is no regular file"):
+        _generate(omni_store, "What?", tmp_path / "pipe.png")
     seen.write_bytes(b"text")
     with pytest.raises(OptionInvalid, match=r"image .*seen.png is no image of a known format"):
         _generate(omni_store, "What?", seen)
