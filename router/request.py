@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 from router.effort import Effort
 from router.media.items import PlacedMedium
 from router.routing_choice import NATIVE_CHOICE, RoutingChoice, RoutingReport
+from router.speech.wish import SpeechWish
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -93,6 +94,8 @@ class GenerationRequest:
     """Images and sounds that tokens of the prompt stand for, in the prompt's order."""
     owner: str = ""
     """Whose it is: keys and values of a common prefix are shared among the requests of one owner only."""
+    speech: SpeechWish | None = None
+    """Asks for a reply to be spoken in place of a text."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,8 @@ class TokenEvent:
     """Tokens of the prompt that were found computed; in the event of the first token."""
     is_first: bool = False
     """Whether its token is the first that this engine drew for the request."""
+    samples: bytes = b""
+    """Of speech, since the last event: 16 bits, little-endian, one channel; see `router.speech.wish`."""
 
     @property
     def is_urgent(self) -> bool:
@@ -139,4 +144,5 @@ class TokenEvent:
             later.is_resumable,
             self.num_cached or later.num_cached,
             self.is_first or later.is_first,
+            self.samples + later.samples,
         )
