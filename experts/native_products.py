@@ -33,7 +33,7 @@ VARIABLE = "SAGE_MOE_PRODUCTS"
 TORCH = "torch"
 LEVELS = ("portable", "avx2", "avx512", "avx512bf16")
 """Each with the bits of its own; a processor has all up to its best one."""
-VERSION = 6
+VERSION = 7
 """Of what is computed; part of the numerics class, and checked against the library's own."""
 DTYPES = (torch.float32, torch.bfloat16)
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
@@ -54,7 +54,7 @@ _ARGUMENTS: tuple[list[Any], ...] = (
     [_POINTER, _INT64, *_RUN],
     [*[_POINTER] * 2, _INT64, *[_POINTER] * 7, *_RUN],
     [*[_POINTER] * 4, *_RUN],
-    [*[_POINTER] * 6, *_RUN],
+    [*[_POINTER] * 5, *_RUN],
     [*[_POINTER] * 2, *[_INT64] * 2, *[_POINTER] * 6, *_RUN],
     [_INT, _POINTER, _INT64],
     [_INT, _POINTER, *_RUN],
@@ -62,13 +62,14 @@ _ARGUMENTS: tuple[list[Any], ...] = (
     [_POINTER, *_RUN],
     [_POINTER, _INT64, _INT64, _POINTER],
     [*[_POINTER] * 2, _INT64, *[_POINTER] * 9, *_RUN],
+    [*[_INT] * 2, *[_POINTER] * 2, *[_INT64] * 3, _POINTER],
 )
 """Of the library's functions that return a code; the C source says what they are."""
 _BEGINNING: tuple[list[Any], ...] = (
     [*[_POINTER] * 2, *[_INT64] * 2, *[_POINTER] * 2, ctypes.c_uint],
     [*[_POINTER] * 8, ctypes.c_uint],
     [*[_POINTER] * 4, ctypes.c_uint],
-    [_POINTER] * 6,
+    [_POINTER] * 5,
 )
 """Of those that return half a layer."""
 
@@ -134,6 +135,8 @@ class Library:
     conflict: Callable[..., int]
     ask_layers: Callable[..., int]
     """Of `router.native_dispatch`."""
+    add_gated: Callable[..., int]
+    """Of `router.shared_expert`."""
     begin_attention: Callable[..., int | None]
     begin_experts: Callable[..., int | None]
     begin_dispatch: Callable[..., int | None]
@@ -354,7 +357,7 @@ def library() -> Library | None:
             *(loaded.sage_run_layers, loaded.sage_dispatch, loaded.sage_combine),
             *(loaded.sage_reach_experts, loaded.sage_are_finite),
             *(loaded.sage_choose, loaded.sage_stand_in, loaded.sage_past_signals, loaded.sage_conflict),
-            loaded.sage_ask_layers,
+            *(loaded.sage_ask_layers, loaded.sage_add_gated),
         )
         beginning = (
             *(loaded.sage_begin_attention, loaded.sage_begin_experts),

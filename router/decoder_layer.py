@@ -198,8 +198,9 @@ class LayerArithmetic:
 
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMSNorm over the last dimension, in float32; the weight is applied in the model's dtype."""
-        if self._is_native and x.dim() == 2 and x.dtype == self.dtype:
-            return norm_rows(self.kernel.level, x, weight, self.config.rms_norm_eps)
+        if self._is_native and x.dtype == self.dtype:
+            rows = x.reshape(-1, x.shape[-1])
+            return norm_rows(self.kernel.level, rows, weight, self.config.rms_norm_eps).view(x.shape)
         if self.kernel.norm:
             return norm_on_device(self.kernel.norm, x, weight, self.config.rms_norm_eps)
         wide = x.float()

@@ -183,6 +183,4 @@ class Mixture:
             # Not by `index_add`: its threads wait for each other, for tens of milliseconds where others use the cores.
             rows_N, output_ND = (part.to(block.kernel.device) for part in routing.stand_ins)
             routed_TD.index_copy_(0, rows_N, routed_TD.index_select(0, rows_N) + output_ND)
-        if block.shared is None:
-            return routed_TD
-        return routed_TD + block.shared.forward(self._hidden_PD, self._num_tokens)
+        return routed_TD if block.shared is None else block.shared.add_to(routed_TD, self._hidden_PD)

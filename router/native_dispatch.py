@@ -50,7 +50,12 @@ class NativeDispatch:
         self._maps = array("I", bytes(4 * (2 * min(config.num_experts, num_slots) + num_slots)))
         self._num_used = array("q", (0,))
         rooms = self._experts, self._weights, self._row_of, self._maps, self._num_used
-        self._structure = DispatchedStructure(None, *(room.buffer_info()[0] for room in rooms))
+        self._shared = _shared_rooms(step)
+        self._structure = DispatchedStructure(
+            None,
+            *(room.buffer_info()[0] for room in rooms),
+            *(None if room is None else room.data_ptr() for room in self._shared),
+        )
         self._address = ctypes.addressof(self._structure)
         self._place = 0
         """Of the last layer among these."""
@@ -209,15 +214,14 @@ class NativeDispatch:
         rows_RD: of the call that `dispatch` has made. until_ns: as of `dispatch`. Raises ValueError where they do not
         fit, MemoryError.
         """
-        step, hidden_TD, structure = self._step, self._hidden_TD, self._structure
+        step, hidden_TD = self._step, self._hidden_TD
         if self._open is None:
             assert hidden_TD is not None, "nothing was dispatched"
             expect(rows_RD, (self._num_slots, step.shape[1]), step.dtype)
             out_TD = torch.empty_like(hidden_TD)
             address = step.begin(
                 step.library.begin_combine,
-                *(hidden_TD.data_ptr(), rows_RD.data_ptr(), structure.row_of, structure.weights),
-                out_TD.data_ptr(),
+                *(hidden_TD.data_ptr(), rows_RD.data_ptr(), self._address, out_TD.data_ptr()),
             )
             self._open = OpenHalf(step.library, address, hidden_TD, out_TD)
         combined_TD = self._go_on(self._open, until_ns)
@@ -234,3 +238,10 @@ class NativeDispatch:
             torch.frombuffer(experts, dtype=torch.int64).view(self._shape),
             torch.frombuffer(weights, dtype=torch.float32).view(self._shape),
         )
+
+
+def _shared_rooms(step: NativeStep) -> tuple[Tensor | None, Tensor | None]:
+    """For the expert that every row passes: its gate's outputs and its rows; none where layers have no such expert."""
+    if step.config.shared_width is None:
+        return None, None
+    return torch.empty(step.shape[0], dtype=step.dtype), torch.empty(step.shape, dtype=step.dtype)

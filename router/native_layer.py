@@ -12,69 +12,108 @@ import torch
 from torch import Tensor
 
 from experts.expert_table import ExpertTable
-from experts.native_products import DTYPES, NativeMatrix, float_matrix
+from experts.ffn import ExpertWeights
+from experts.native_products import DTYPES, GatedMatrices, NativeMatrix, float_matrix
 from experts.numerics import RowKernel
 from experts.packed_matrix import PackedMatrix, Weight
 from router.model_config import ModelConfig
 from router.native_attention import expect
-from router.native_structures import FormStructure, LayerStructure, LinearStructure
+from router.native_structures import ExpertStructure, FormStructure, LayerStructure, LinearStructure
+
+_NOTHING = LinearStructure()
+"""In place of a matrix that a layer does not have."""
+
+
+@dataclass(frozen=True)
+class SharedMatrices:
+    """Of the expert that every row passes."""
+
+    gate_1D: Tensor
+    weights: ExpertWeights
 
 
 @dataclass(frozen=True)
 class LayerMatrices:
-    """Weights of a layer that can be computed in two calls; checked by `NativeLayer`."""
+    """Weights of a layer; checked by `NativeLayer`. What a family does not have is None."""
 
     input_norm_D: Tensor
     q_norm: Tensor | None
     k_norm: Tensor | None
     post_norm_D: Tensor
+    qkv_bias_O: Tensor | None
+    output_bias_D: Tensor | None
     qkv_OD: Weight
     output_DO: Weight
-    gate_ED: Tensor
+    gate_ED: Tensor | None
+    """None of a layer without experts, of which the first half alone is computed."""
+    shared: SharedMatrices | None = None
+
+    @property
+    def vectors(self) -> tuple[Tensor | None, ...]:
+        """As C has them."""
+        return (
+            *(self.input_norm_D, self.q_norm, self.k_norm, self.post_norm_D),
+            *(self.qkv_bias_O, self.output_bias_D),
+        )
 
 
 class NativeLayer:
     """One layer as C takes it. Holds on to its weights."""
 
-    def __init__(self, matrices: LayerMatrices, natives: tuple[NativeMatrix, ...]) -> None:
-        """Use `of`."""
-        self.matrices, self._natives = matrices, natives
+    def __init__(
+        self,
+        matrices: LayerMatrices,
+        natives: tuple[NativeMatrix, ...],
+        shared: GatedMatrices | None,
+    ) -> None:
+        """Use `of`. natives: as C has them."""
+        self.matrices, self._natives, self._shared = matrices, natives, shared
         self._table: ExpertTable | None = None
-        norms = (matrices.input_norm_D, matrices.q_norm, matrices.k_norm, matrices.post_norm_D)
-        addresses = (None if norm is None else norm.data_ptr() for norm in norms)
-        self.structure = LayerStructure(*addresses, *map(LinearStructure.of, natives))
+        linears = [LinearStructure.of(native) for native in natives]
+        linears += [_NOTHING] * (4 - len(linears))
+        self.structure = LayerStructure(
+            *(None if vector is None else vector.data_ptr() for vector in matrices.vectors), *linears
+        )
+        if shared is not None:
+            forms, structure = shared.forms, self.structure
+            structure.shared_gate_up, structure.shared_down = (
+                FormStructure(*forms[:4]),
+                FormStructure(*forms[4:]),
+            )
+            structure.shared = ExpertStructure.from_buffer_copy(shared.addresses)
         self.address = ctypes.addressof(self.structure)
 
     @classmethod
     def of(
         cls, matrices: LayerMatrices, config: ModelConfig, kernel: RowKernel, dtype: torch.dtype
     ) -> NativeLayer | None:
-        """None where it has something that the two calls do not do. Raises ValueError where shapes do not fit."""
-        has_more = config.qk_norm == "whole_width" or config.clip_qkv is not None
-        if kernel.product != "native" or has_more or dtype not in DTYPES:
+        """None where it is not computed by our own products. Raises ValueError where shapes do not fit."""
+        if kernel.product != "native" or dtype not in DTYPES:
             return None
-        width, head = config.hidden_size, config.head_dim
-        natives = tuple(map(native_matrix, (matrices.qkv_OD, matrices.output_DO, matrices.gate_ED)))
-        qkv, output, gate = natives
-        if qkv is None or output is None or gate is None:
+        shared = matrices.shared
+        weights = (matrices.qkv_OD, matrices.output_DO, matrices.gate_ED)
+        given = [weight for weight in weights if weight is not None]
+        given += [] if shared is None else [shared.gate_1D]
+        natives = [native for weight in given if (native := native_matrix(weight)) is not None]
+        gated = None if shared is None else shared.weights.native
+        if len(natives) < len(given) or (shared is not None and gated is None):
             return None
-        for matrix in (qkv, output, gate):
+        for matrix in (*natives, *(gated.matrices if gated is not None else ())):
             expect_rows_of(matrix, dtype)
-        shapes = [(matrix.outputs, matrix.inputs) for matrix in (qkv, output, gate)]
-        expected = (
-            (config.q_width + 2 * config.kv_width, width),
-            (width, config.q_width),
-            (config.num_experts, width),
+        _expect_shapes(
+            [(native.outputs, native.inputs) for native in natives], _linear_shapes(matrices, config)
         )
-        if shapes != [*expected]:
-            raise ValueError(f"matrices of {shapes} where {expected} were expected")
-        for norm, size in (
-            *((norm_D, width) for norm_D in (matrices.input_norm_D, matrices.post_norm_D)),
-            *((norm, head) for norm in (matrices.q_norm, matrices.k_norm)),
-        ):
-            if norm is not None:
-                expect(norm, (size,), dtype)
-        return cls(matrices, (qkv, output, gate))
+        if gated is not None:
+            assert config.shared_width is not None
+            width, inner = config.hidden_size, config.shared_width
+            _expect_shapes(
+                [(matrix.outputs, matrix.inputs) for matrix in gated.matrices],
+                [(2 * inner, width), (width, inner)],
+            )
+        for vector, size in zip(matrices.vectors, _vector_sizes(config), strict=True):
+            if vector is not None:
+                expect(vector, (size,), dtype)
+        return cls(matrices, tuple(natives), gated)
 
     def use(self, table: ExpertTable, width: int, num_experts: int, dtype: torch.dtype) -> None:
         """Compute with these experts from now on. Raises ValueError where they do not fit."""
@@ -93,6 +132,26 @@ class NativeLayer:
             FormStructure(*table.forms[4:]),
         )
         self.structure.experts = table.addresses.buffer_info()[0]
+
+
+def _linear_shapes(matrices: LayerMatrices, config: ModelConfig) -> list[tuple[int, int]]:
+    width = config.hidden_size
+    shapes = [(config.q_width + 2 * config.kv_width, width), (width, config.q_width)]
+    shapes += [] if matrices.gate_ED is None else [(config.num_experts, width)]
+    return shapes + ([] if matrices.shared is None else [(1, width)])
+
+
+def _vector_sizes(config: ModelConfig) -> tuple[int, ...]:
+    """As of `LayerMatrices.vectors`."""
+    width, head = config.hidden_size, config.head_dim
+    is_wide = config.qk_norm == "whole_width"
+    norms = (config.q_width, config.kv_width) if is_wide else (head, head)
+    return (width, *norms, width, config.q_width + 2 * config.kv_width, width)
+
+
+def _expect_shapes(found: list[tuple[int, int]], expected: list[tuple[int, int]]) -> None:
+    if found != expected:
+        raise ValueError(f"matrices of {found} where {expected} were expected")
 
 
 def expect_rows_of(matrix: NativeMatrix, dtype: torch.dtype) -> None:

@@ -34,6 +34,11 @@ _MOST_PHASES = 7
 """`PHASES` in work.h: the clocks of a half take so many places."""
 
 
+def bound_in(dtype: torch.dtype, bound: float | None) -> float:
+    """Of absolute values, as the model's dtype has it; 0 for none."""
+    return 0.0 if bound is None else float(torch.tensor(bound, dtype=dtype))
+
+
 class OpenHalf:
     """Half a layer that may pause. Holds on to its memory, and to the rows that it reads and writes."""
 
@@ -125,13 +130,13 @@ class NativeStep:
         block_bytes = config.num_kv_heads * BLOCK_POSITIONS * config.head_dim * dtype.itemsize
         self.structure = StepStructure(
             *(LEVELS.index(level), dtype == torch.bfloat16, config.hidden_size),
-            *(config.num_heads, config.num_kv_heads, config.head_dim),
+            *(config.num_heads, config.num_kv_heads, config.head_dim, config.qk_norm == "whole_width"),
             *(config.num_experts, config.experts_per_token, config.normalise_top_k),
             *(places.num_tokens, places.num_spans, places.most_blocks, block_bytes, 0),
             *(rotation[0].data_ptr(), rotation[1].data_ptr(), None, None),
             *(numbers.buffer_info()[0] for numbers in arrays),
             None,
-            *(config.rms_norm_eps, config.head_dim**-0.5),
+            *(config.rms_norm_eps, config.head_dim**-0.5, bound_in(dtype, config.clip_qkv)),
         )
         self._address = ctypes.addressof(self.structure)
         self._choices: _Choices | None = None

@@ -23,14 +23,24 @@ class LinearStructure(ctypes.Structure):
         return cls(FormStructure(*matrix.form), *matrix.pointers)
 
 
+class ExpertStructure(ctypes.Structure):
+    """`expert`: codes and scales of both matrices."""
+
+    _fields_ = [(name, _POINTER) for name in ("gate_up", "gate_up_scales", "down", "down_scales")]
+
+
+_LAYER_VECTORS = ("input_norm", "q_norm", "k_norm", "post_norm", "qkv_bias", "output_bias")
+
+
 class LayerStructure(ctypes.Structure):
     """`layer`."""
 
     _fields_ = [
-        *((name, _POINTER) for name in ("input_norm", "q_norm", "k_norm", "post_norm")),
-        *((name, LinearStructure) for name in ("qkv", "output", "gate")),
-        *((name, FormStructure) for name in ("gate_up", "down")),
+        *((name, _POINTER) for name in _LAYER_VECTORS),
+        *((name, LinearStructure) for name in ("qkv", "output", "gate", "shared_gate")),
+        *((name, FormStructure) for name in ("gate_up", "down", "shared_gate_up", "shared_down")),
         ("experts", _POINTER),
+        ("shared", ExpertStructure),
     ]
 
 
@@ -42,6 +52,7 @@ _STEP_NUMBERS = (
         "heads",
         "kv_heads",
         "head_width",
+        "has_wide_norms",
         "num_experts",
         "top_k",
         "is_normalised",
@@ -57,14 +68,20 @@ class StepStructure(ctypes.Structure):
     _fields_ = [
         *((name, _INT64) for name in _STEP_NUMBERS),
         *((name, _POINTER) for name in _STEP_POINTERS),
-        *((name, _FLOAT) for name in ("eps", "scale")),
+        *((name, _FLOAT) for name in ("eps", "scale", "bound")),
     ]
 
 
 class DispatchedStructure(ctypes.Structure):
     """`dispatched`."""
 
-    _fields_ = [(name, _POINTER) for name in ("normed", "chosen", "weights", "row_of", "maps", "num_used")]
+    _fields_ = [
+        (name, _POINTER)
+        for name in (
+            *("normed", "chosen", "weights", "row_of", "maps", "num_used"),
+            *("shared_gates", "shared_rows"),
+        )
+    ]
 
 
 class AskedLayerStructure(ctypes.Structure):

@@ -19,7 +19,7 @@ from router.errors import WeightMismatch
 from router.linears import FLOAT, LinearForm, LinearForms
 from router.model_config import ModelConfig
 from router.moe_block import MoeBlock
-from router.native_layer import LayerMatrices, NativeLayer
+from router.native_layer import LayerMatrices, NativeLayer, SharedMatrices
 from router.shared_expert import SharedExpert, padded_gate
 
 
@@ -39,7 +39,7 @@ class Layer:
     moe: MoeBlock | None
     dense: ExpertWeights | None
     native: NativeLayer | None = None
-    """The same, where all of it can be computed in two calls of our own."""
+    """The same, where its halves are calls of our own; of a layer without experts the first one."""
 
     @property
     def nbytes(self) -> int:
@@ -143,21 +143,26 @@ def load_layer(
         moe=moe,
         dense=dense,
     )
-    return replace(layer, native=_as_native(layer, config, kernel))
+    return replace(layer, native=as_native(layer, config, kernel))
 
 
-def _as_native(layer: Layer, config: ModelConfig, kernel: RowKernel) -> NativeLayer | None:
-    has_bias = layer.qkv_bias_O is not None or layer.output_bias_D is not None
-    if layer.moe is None or layer.moe.shared is not None or has_bias or kernel.product != "native":
+def as_native(layer: Layer, config: ModelConfig, kernel: RowKernel) -> NativeLayer | None:
+    """For our own products; None where others compute. Raises ValueError where shapes do not fit."""
+    if kernel.product != "native":
         return None
+    moe = layer.moe
+    shared = None if moe is None else moe.shared
     matrices = LayerMatrices(
         layer.input_norm_D,
         layer.q_norm,
         layer.k_norm,
         layer.post_norm_D,
+        layer.qkv_bias_O,
+        layer.output_bias_D,
         layer.qkv_OD,
         layer.output_DO,
-        layer.moe.gate_ED,
+        None if moe is None else moe.gate_ED,
+        None if shared is None else SharedMatrices(shared.gate_GD[:1], shared.weights),
     )
     return NativeLayer.of(matrices, config, kernel, layer.post_norm_D.dtype)
 

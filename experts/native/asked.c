@@ -34,7 +34,9 @@ int sage_ask_layers(
         dispatched here = *to;
         here.chosen += i * slots, here.weights += i * slots;
         if (rows_before) {
-            code = sage_combine(s, hidden, rows_before, here.row_of, here.weights - slots, before, run, threads);
+            dispatched earlier = here;
+            earlier.weights -= slots;
+            code = sage_combine(s, hidden, rows_before, &earlier, before, run, threads);
             hidden = before;
         }
         const int64_t began = now_ns();

@@ -28,27 +28,58 @@ static void place(const attention *a, place_head *place_packed, const uint8_t *r
     else memcpy(block + position * bytes, row, (size_t)bytes);
 }
 
-/* One token's heads: norm, rotation; keys and values go to the cache. memory: three heads. */
+/* What is no number stays so. */
+static void bound_values(float *x, float bound, int64_t count) {
+    for (int64_t i = 0; i < count; i++) x[i] = x[i] > bound ? bound : x[i] < -bound ? -bound : x[i];
+}
+
+/* Some heads of a token that have a norm together, or one, as they are rotated. norm: NULL for none. memory: the same size
+   as x. */
+static void read_heads(
+    const attention *a, const uint8_t *row, const uint8_t *norm, int64_t heads, float *x, float *memory
+) {
+    const int64_t count = heads * a->width;
+    a->level->read_row(a->is_narrow, row, x, count);
+    if (norm) norm_row(a->level, a->is_narrow, x, norm, memory, a->eps, count);
+    if (a->bound > 0) bound_values(x, a->bound, count);
+}
+
+static int64_t heads_normed(const attention *a, int64_t heads) { return a->has_wide_norms ? heads : 1; }
+
+/* In floats: heads that have a norm together, the norm, a head that was turned, and one as it is stored. */
+static int64_t placing_memory(const attention *a) {
+    return 2 * (heads_normed(a, MAX(a->heads, a->kv_heads)) + 1) * a->width;
+}
+
+/* One token's heads: norm, bound, rotation; keys and values go to the cache. */
 static void place_token(const attention *a, int64_t t, float *x) {
-    float *turned = x + a->width;
+    float *turned = x + placing_memory(a) - 2 * a->width, *memory = x + (turned - x) / 2;
     uint8_t *stored = (uint8_t *)(turned + a->width);
     const int64_t item = a->is_narrow ? 2 : 4, width = a->width;
     const uint8_t *row = a->qkv + t * (a->heads + 2 * a->kv_heads) * width * item;
     const float *cos = a->cos + t * width, *sin = a->sin + t * width;
-    for (int64_t h = 0; h < a->heads; h++) {
-        a->level->read_row(a->is_narrow, row + h * width * item, x, width);
-        if (a->q_norm) norm_row(a->level, a->is_narrow, x, a->q_norm, turned, a->eps, width);
-        a->level->rotate(x, cos, sin, turned, width);
+    for (int64_t h = 0, together = heads_normed(a, a->heads); h < a->heads; h++) {
+        if (h % together == 0) read_heads(a, row + h * width * item, a->q_norm, together, x, memory);
+        a->level->rotate(x + h % together * width, cos, sin, turned, width);
         a->level->store_row(a->way->item == 2, turned, a->q + (t * a->heads + h) * a->q_stride, width);
     }
-    for (int64_t h = 0; h < a->kv_heads; h++) {
-        const int64_t at = a->blocks[t] * a->block_bytes + h * BLOCK * width * item;
-        const uint8_t *value = row + (a->heads + a->kv_heads + h) * width * item;
-        a->level->read_row(a->is_narrow, row + (a->heads + h) * width * item, x, width);
-        if (a->k_norm) norm_row(a->level, a->is_narrow, x, a->k_norm, turned, a->eps, width);
-        a->level->rotate(x, cos, sin, turned, width);
+    row += a->heads * width * item;
+    for (int64_t h = 0, together = heads_normed(a, a->kv_heads); h < a->kv_heads; h++) {
+        if (h % together == 0) read_heads(a, row + h * width * item, a->k_norm, together, x, memory);
+        a->level->rotate(x + h % together * width, cos, sin, turned, width);
         a->level->store_row(a->is_narrow, turned, stored, width);
+        const int64_t at = a->blocks[t] * a->block_bytes + h * BLOCK * width * item;
         place(a, a->way->place_key, stored, a->offsets[t], a->keys + at);
+    }
+    row += a->kv_heads * width * item;
+    for (int64_t h = 0; h < a->kv_heads; h++) {
+        const uint8_t *value = row + h * width * item;
+        if (a->bound > 0) {
+            read_heads(a, value, NULL, 1, x, memory);
+            a->level->store_row(a->is_narrow, x, stored, width);
+            value = stored;
+        }
+        const int64_t at = a->blocks[t] * a->block_bytes + h * BLOCK * width * item;
         place(a, a->way->place_value, value, a->offsets[t], a->values + at);
     }
 }
@@ -79,8 +110,8 @@ static piece_memory cut_memory(const attention *a, float *memory) {
 
 size_t attention_memory(const attention *a) {
     const int64_t state = ROWS_OF_A_PIECE * (padded_width(a) + 2) * (int64_t)sizeof(float);
-    const int64_t placing = 3 * a->width * (int64_t)sizeof(float);
-    return (size_t)(2 * padded_width(a) * BLOCK * a->way->item + state + placing);
+    const int64_t attending = 2 * padded_width(a) * BLOCK * a->way->item + state;
+    return (size_t)MAX(attending, placing_memory(a) * (int64_t)sizeof(float));
 }
 
 /* Query rows of one span that share a key-value head, from `first` on; row r is a head of token r / shared. */

@@ -13,10 +13,12 @@ typedef struct {
     const level *level;
     const block_way *way;
     bool is_narrow;
+    bool has_wide_norms;        /* over all of a token's queries, or keys, and not by head */
     int64_t num_tokens, heads, kv_heads, width, window, num_spans, block_bytes, most_blocks;
     const uint8_t *qkv, *q_norm, *k_norm;
     const float *cos, *sin;
     float eps, scale;
+    float bound;                /* of the absolute values of queries, keys and values; 0 for none */
     uint8_t *keys, *values;
     const int64_t *blocks, *offsets, *tables;
     const span *spans;

@@ -39,6 +39,7 @@ typedef struct {
     int64_t row_runs;           /* pieces of a panel: of one small matrix for many rows several */
     uint8_t *out;
     int64_t out_stride;         /* bytes */
+    const uint8_t *bias;        /* (outputs) in the activations' dtype, added to each row's rounded sums; or NULL */
     const uint8_t *added;       /* rows like out's, to which the rounded sums of the last product are added; or NULL */
     unsigned threads;           /* that take pieces, about as often */
     bool is_gated;

@@ -6,6 +6,7 @@
 #include "layer.h"
 #include "memory.h"
 #include "routing.h"
+#include "shared_expert.h"
 
 typedef struct {
     work work;
@@ -16,6 +17,7 @@ typedef struct {
     expert matrix; /* the gate's, as calls take it */
     int64_t gate_starts[2];
     call gate;
+    shared_expert shared;
     int64_t *used, *starts, *token_of;
 } dispatch_half;
 
@@ -37,13 +39,22 @@ static void sort_rows(const dispatch_half *h) {
 static void dispatch_piece(work *w, int phase, int64_t piece, void *memory) {
     const dispatch_half *h = (const dispatch_half *)w;
     const dispatched *to = &h->to;
+    const shared_expert *shared = &h->shared;
+    const int64_t gates = first_pieces(&h->gate);
     switch (phase) {
-        case 0:
-            pack_normed(h->step, h->hidden, h->layer->post_norm, &h->gate, NULL, to->normed, piece, memory);
+        case 0: {
+            const call *packed[MOST_PACKED] = {&h->gate, shared->has_own_x ? &shared->rows : NULL};
+            pack_normed(h->step, h->hidden, h->layer->post_norm, packed, to->normed, piece, memory);
             break;
-        case 1: product_piece(&h->gate, piece); break;
+        }
+        case 1:
+            if (piece < gates) product_piece(&h->gate, piece);
+            else product_piece(&shared->gate, piece - gates);
+            break;
         case 2: route_rows(h->step, &h->gate, to->chosen, to->weights, piece, memory); break;
-        default: sort_rows(h);
+        case 3: sort_rows(h); break;
+        case 4: gate_piece(&shared->rows, piece); break;
+        default: product_piece(&shared->rows, piece);
     }
 }
 
@@ -55,6 +66,7 @@ static void cut_dispatch(dispatch_half *h, arena *a) {
     h->used = cut(a, s->num_experts * number);
     h->starts = cut(a, (s->num_experts + 1) * number);
     h->token_of = cut(a, s->num_tokens * s->top_k * number);
+    cut_shared(&h->shared, s, &h->gate, a, h->to.shared_gates, h->to.shared_rows);
 }
 
 /* From hidden, (tokens, width) rows in the model's dtype, to a call for the experts of the checkpoint's own routing.
@@ -65,6 +77,7 @@ void *sage_begin_dispatch(
 ) {
     dispatch_half plan = {.step = s, .layer = l, .hidden = hidden, .to = *to};
     plan.gate = one_product(s, &l->gate, threads, &plan.matrix, plan.gate_starts);
+    plan_shared(&plan.shared, s, l, &plan.gate, threads);
     arena memory = {.used = UP_TO(sizeof plan, 64)};
     cut_dispatch(&plan, &memory);
     dispatch_half *h = take_memory(memory.used);
@@ -75,7 +88,8 @@ void *sage_begin_dispatch(
     h->gate.experts = &h->matrix, h->gate.starts = h->gate_starts;
     const size_t norming = norm_memory(s), routing = routing_memory(s);
     h->work = (work){
-        .pieces = {packing_pieces(s), first_pieces(&h->gate), packing_pieces(s), 1},
+        .pieces = {packing_pieces(s), first_pieces(&h->gate) + shared_gate_pieces(&h->shared), packing_pieces(s), 1,
+                   shared_first_pieces(&h->shared), shared_last_pieces(&h->shared)},
         .run_piece = dispatch_piece, .ended_ns = s->ended_ns, .memory_bytes = norming > routing ? norming : routing,
     };
     return h;
@@ -94,37 +108,37 @@ int sage_dispatch(
 typedef struct {
     work work;
     const step *step;
-    const uint8_t *hidden, *rows;
-    const int64_t *row_of;
-    const float *weights;
+    const uint8_t *hidden;
+    mixture mixed;
     uint8_t *out;
 } combination;
 
 static void combine_piece(work *w, int phase, int64_t piece, void *memory) {
     (void)phase;
     const combination *c = (const combination *)w;
-    combine_rows(c->step, c->hidden, c->rows, c->row_of, c->weights, c->out, piece, memory);
+    combine_rows(c->step, c->hidden, &c->mixed, c->out, piece, memory);
 }
 
 /* hidden + the sum of each token's rows, by rank: (tokens, width) rows in the model's dtype. rows: the call's, in its
-   order; row_of and weights as sage_dispatch has left them. As sage_begin_dispatch. */
+   order; of: what sage_dispatch has left. As sage_begin_dispatch. */
 void *sage_begin_combine(
-    const step *s, const void *hidden, const void *rows, const int64_t *row_of, const float *weights, void *out
+    const step *s, const void *hidden, const void *rows, const dispatched *of, void *out
 ) {
     combination *c = take_memory(sizeof *c);
     if (c) *c = (combination){
         .work = {.pieces = {packing_pieces(s)}, .run_piece = combine_piece, .memory_bytes = mixing_memory(s)},
-        .step = s, .hidden = hidden, .rows = rows, .row_of = row_of, .weights = weights, .out = out,
+        .step = s, .hidden = hidden, .out = out,
+        .mixed = {rows, of->row_of, of->weights, of->shared_gates, of->shared_rows},
     };
     return c;
 }
 
 /* The same at once. */
 int sage_combine(
-    const step *s, const void *hidden, const void *rows, const int64_t *row_of, const float *weights, void *out,
-    run_in_threads *run, unsigned threads
+    const step *s, const void *hidden, const void *rows, const dispatched *of, void *out, run_in_threads *run,
+    unsigned threads
 ) {
-    void *c = sage_begin_combine(s, hidden, rows, row_of, weights, out);
+    void *c = sage_begin_combine(s, hidden, rows, of, out);
     const int code = c ? sage_run_half(c, 0, packing_pieces(s) > 1 ? run : NULL, threads) : OUT_OF_MEMORY;
     sage_end_half(c);
     return code;
@@ -138,7 +152,7 @@ int sage_reach_experts(
     const step *s, const layer *l, int64_t index, int64_t window, const void *hidden, const void *rows, void *before,
     void *after, const dispatched *to, int64_t *attention_ns, run_in_threads *run, unsigned threads
 ) {
-    int code = rows ? sage_combine(s, hidden, rows, to->row_of, to->weights, before, run, threads) : 0;
+    int code = rows ? sage_combine(s, hidden, rows, to, before, run, threads) : 0;
     const int64_t combined = now_ns();
     if (!code) code = sage_attention_half(s, l, index, window, rows ? before : hidden, after, run, threads);
     *attention_ns = now_ns() - combined;

@@ -106,8 +106,9 @@ INLINE TARGET float NAME(exponential)(float x, float n) {
     return FMA1(e, r, 1.0f);
 }
 
-/* Element by element in basic operations, so that no element's bits depend on its place. */
-INLINE TARGET float NAME(silu)(float gate) {
+/* 1 + e^-gate, by which what a sigmoid scales is divided. Element by element in basic operations, so that no element's bits
+   depend on its place. */
+INLINE TARGET float NAME(sigmoid_divisor)(float gate) {
     float x = -gate;
     x = x > 89.0f ? 89.0f : x; /* the power is then infinite, and the result 0 */
     x = x < -87.0f ? -87.0f : x;
@@ -115,8 +116,10 @@ INLINE TARGET float NAME(silu)(float gate) {
     const int32_t bits = ((int32_t)(n == n ? n : 0.0f) + 127) << 23;
     float power;
     memcpy(&power, &bits, 4);
-    return gate / FMA1(NAME(exponential)(x, n), power, 1.0f);
+    return FMA1(NAME(exponential)(x, n), power, 1.0f);
 }
+
+INLINE TARGET float NAME(silu)(float gate) { return gate / NAME(sigmoid_divisor)(gate); }
 
 static TARGET void NAME(silu_times)(const float *gate, const float *up, float *out, int64_t count, int is_narrow) {
     if (is_narrow)

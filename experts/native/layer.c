@@ -9,6 +9,7 @@
 #include "attention.h"
 #include "memory.h"
 #include "routing.h"
+#include "shared_expert.h"
 
 void *cut(arena *a, int64_t bytes) {
     void *part = a->at ? a->at + a->used : NULL;
@@ -27,17 +28,20 @@ size_t mixing_memory(const step *s) {
 }
 
 void pack_normed(
-    const step *s, const uint8_t *hidden, const uint8_t *norm, const call *first, const call *second, uint8_t *kept,
+    const step *s, const uint8_t *hidden, const uint8_t *norm, const call *const calls[MOST_PACKED], uint8_t *kept,
     int64_t piece, float *memory
 ) {
+    const level *level = calls[0]->level;
     const int64_t item = s->is_narrow ? 2 : 4, end = MIN(s->num_tokens, (piece + 1) * ROWS_PACKED);
     for (int64_t t = piece * ROWS_PACKED; t < end; t++) {
         uint8_t *normed = kept ? kept + t * s->width * item : (uint8_t *)(memory + 2 * s->width);
-        first->level->read_row(s->is_narrow, hidden + t * s->width * item, memory, s->width);
-        norm_row(first->level, s->is_narrow, memory, norm, memory + s->width, s->eps, s->width);
-        first->level->store_row(s->is_narrow, memory, normed, s->width);
-        pack_row(first->first_way, s->is_narrow, normed, first->x + t * first->x_stride, s->width);
-        if (second) pack_row(second->first_way, s->is_narrow, normed, second->x + t * second->x_stride, s->width);
+        level->read_row(s->is_narrow, hidden + t * s->width * item, memory, s->width);
+        norm_row(level, s->is_narrow, memory, norm, memory + s->width, s->eps, s->width);
+        level->store_row(s->is_narrow, memory, normed, s->width);
+        for (int i = 0; i < MOST_PACKED; i++) {
+            const call *c = calls[i];
+            if (c) pack_row(c->first_way, s->is_narrow, normed, c->x + t * c->x_stride, s->width);
+        }
     }
 }
 
@@ -67,7 +71,10 @@ typedef struct {
 static void attention_half_piece(work *w, int phase, int64_t piece, void *memory) {
     const attention_half *h = (const attention_half *)w;
     switch (phase) {
-        case 0: pack_normed(h->step, h->hidden, h->layer->input_norm, &h->qkv, NULL, NULL, piece, memory); break;
+        case 0:
+            pack_normed(
+                h->step, h->hidden, h->layer->input_norm, (const call *[MOST_PACKED]){&h->qkv}, NULL, piece, memory);
+            break;
         case 1: product_piece(&h->qkv, piece); break;
         case 2: place_tokens(&h->attention, piece, memory); break;
         case 3: attend_piece(&h->attention, piece, memory); break;
@@ -99,6 +106,7 @@ void *sage_begin_attention(
         .attention = {
             .level = level_of((int)s->level), .is_narrow = s->is_narrow, .num_tokens = s->num_tokens,
             .heads = s->heads, .kv_heads = s->kv_heads, .width = s->head_width, .window = window,
+            .has_wide_norms = s->has_wide_norms, .bound = s->bound,
             .num_spans = s->num_spans, .block_bytes = s->block_bytes, .most_blocks = s->most_blocks, .eps = s->eps,
             .scale = s->scale, .q_norm = l->q_norm, .k_norm = l->k_norm, .cos = s->cos, .sin = s->sin,
             .keys = s->keys + at, .values = s->values + at, .blocks = s->blocks, .offsets = s->offsets,
@@ -118,6 +126,7 @@ void *sage_begin_attention(
     cut_attention(h, &memory, &span_pieces);
     h->qkv.experts = &h->matrices[0], h->output.experts = &h->matrices[1];
     h->qkv.starts = h->output.starts = h->starts;
+    h->qkv.bias = l->qkv_bias, h->output.bias = l->output_bias;
     attention *a = &h->attention;
     plan_attention(a, span_pieces);
     a->qkv = h->qkv.out;
@@ -164,6 +173,7 @@ typedef struct {
     expert matrix; /* the gate's, as calls take it */
     int64_t gate_starts[2];
     call gate, experts;
+    shared_expert shared;
     bool has_own_x; /* whether experts take rows packed in another way than the gate */
     int64_t *chosen, *used, *num_used, *starts, *row_of, *token_of;
     float *weights;
@@ -188,31 +198,51 @@ static void call_experts(experts_half *h) {
 }
 
 void combine_rows(
-    const step *s, const uint8_t *hidden, const uint8_t *rows, const int64_t *row_of, const float *weights, uint8_t *out,
-    int64_t piece, float *memory
+    const step *s, const uint8_t *hidden, const mixture *m, uint8_t *out, int64_t piece, float *memory
 ) {
     const level *level = level_of((int)s->level);
     const int64_t stride = s->width * (s->is_narrow ? 2 : 4), end = MIN(s->num_tokens, (piece + 1) * ROWS_PACKED);
     const uint8_t **mixed = (const uint8_t **)(memory + UP_TO(s->width, UNIT));
     for (int64_t t = piece * ROWS_PACKED; t < end; t++) {
-        for (int64_t k = 0; k < s->top_k; k++) mixed[k] = rows + row_of[t * s->top_k + k] * stride;
-        level->mix_rows(s->top_k, mixed, weights + t * s->top_k, memory, s->width, s->is_narrow);
+        for (int64_t k = 0; k < s->top_k; k++) mixed[k] = m->rows + m->row_of[t * s->top_k + k] * stride;
+        level->mix_rows(s->top_k, mixed, m->weights + t * s->top_k, memory, s->width, s->is_narrow);
+        if (m->shared_gates) {
+            float gate;
+            level->read_row(s->is_narrow, m->shared_gates + t * (s->is_narrow ? 2 : 4), &gate, 1);
+            level->add_gated(m->shared_rows + t * stride, gate, memory, s->width, s->is_narrow);
+        }
         level->add_sums(hidden + t * stride, memory, out + t * stride, s->width, s->is_narrow);
     }
 }
 
+/* One of the call's pieces, of which there are `own`, or of those that the expert has that every row passes. */
+static void product_or_shared(const call *c, int64_t own, const call *shared, int64_t piece) {
+    if (piece < own) product_piece(c, piece);
+    else product_piece(shared, piece - own);
+}
+
 static void experts_half_piece(work *w, int phase, int64_t piece, void *memory) {
     experts_half *h = (experts_half *)w;
-    const call *other = h->has_own_x ? &h->experts : NULL;
+    const shared_expert *shared = &h->shared;
+    const call *packed[MOST_PACKED] = {
+        &h->gate, h->has_own_x ? &h->experts : NULL, shared->has_own_x ? &shared->rows : NULL,
+    };
+    const mixture mixed = {
+        h->experts.out, h->row_of, h->weights, shared->is_there ? shared->gate.out : NULL, shared->rows.out,
+    };
     switch (phase) {
-        case 0: pack_normed(h->step, h->hidden, h->layer->post_norm, &h->gate, other, NULL, piece, memory); break;
-        case 1: product_piece(&h->gate, piece); break;
+        case 0: pack_normed(h->step, h->hidden, h->layer->post_norm, packed, NULL, piece, memory); break;
+        case 1: product_or_shared(&h->gate, first_pieces(&h->gate), &shared->gate, piece); break;
         case 2: route_rows(h->step, &h->gate, h->chosen, h->weights, piece, memory); break;
         case 3: call_experts(h); break;
-        case 4: gate_piece(&h->experts, piece); break;
-        case 5: product_piece(&h->experts, piece); break;
-        default:
-            combine_rows(h->step, h->hidden, h->experts.out, h->row_of, h->weights, h->out, piece, memory);
+        case 4: {
+            const int64_t own = first_pieces(&h->experts);
+            if (piece < own) gate_piece(&h->experts, piece);
+            else gate_piece(&shared->rows, piece - own);
+            break;
+        }
+        case 5: product_or_shared(&h->experts, last_pieces(&h->experts), &shared->rows, piece); break;
+        default: combine_rows(h->step, h->hidden, &mixed, h->out, piece, memory);
     }
 }
 
@@ -228,6 +258,7 @@ static void cut_experts(experts_half *h, arena *a) {
     h->called = cut(a, h->experts.num_experts * (int64_t)sizeof(expert));
     h->experts.hidden = cut(a, slots * h->experts.hidden_stride);
     h->experts.out = cut(a, slots * h->experts.out_stride);
+    cut_shared(&h->shared, s, &h->gate, a, NULL, NULL);
 }
 
 /* hidden + experts(norm(hidden)) by the checkpoint's own routing: (tokens, width) rows in the model's dtype.
@@ -251,9 +282,8 @@ void *sage_begin_experts(
     };
     plan.gate = one_product(s, &l->gate, threads, &plan.matrix, plan.gate_starts);
     plan_call(&plan.experts);
-    plan.has_own_x = plan.experts.first_way->x_bytes != plan.gate.first_way->x_bytes ||
-                     plan.experts.first_way->pairs != plan.gate.first_way->pairs ||
-                     plan.experts.first_way->pack != plan.gate.first_way->pack;
+    plan.has_own_x = !packs_alike(&plan.experts, &plan.gate);
+    plan_shared(&plan.shared, s, l, &plan.gate, threads);
     arena memory = {.used = UP_TO(sizeof plan, 64)};
     cut_experts(&plan, &memory);
     experts_half *h = take_memory(memory.used);
@@ -264,8 +294,9 @@ void *sage_begin_experts(
     h->gate.experts = &h->matrix, h->gate.starts = h->gate_starts;
     h->experts.experts = h->called, h->experts.starts = h->starts, h->experts.token_of = h->token_of;
     h->work = (work){
-        .pieces = {packing_pieces(s), first_pieces(&h->gate), packing_pieces(s), 1, first_pieces(&h->experts),
-                   last_pieces(&h->experts), packing_pieces(s)},
+        .pieces = {packing_pieces(s), first_pieces(&h->gate) + shared_gate_pieces(&h->shared), packing_pieces(s), 1,
+                   first_pieces(&h->experts) + shared_first_pieces(&h->shared),
+                   last_pieces(&h->experts) + shared_last_pieces(&h->shared), packing_pieces(s)},
         .run_piece = experts_half_piece, .ended_ns = s->ended_ns,
     };
     h->work.memory_bytes = norm_memory(s);
@@ -296,7 +327,8 @@ typedef struct {
 
 static void head_piece(work *w, int phase, int64_t piece, void *memory) {
     const head *h = (const head *)w;
-    if (phase == 0) pack_normed(&h->step, h->hidden, h->norm, &h->product, NULL, NULL, piece, memory);
+    if (phase == 0)
+        pack_normed(&h->step, h->hidden, h->norm, (const call *[MOST_PACKED]){&h->product}, NULL, piece, memory);
     else if (phase == 1) product_piece(&h->product, piece);
     else {
         const int64_t outputs = h->product.first.outputs;

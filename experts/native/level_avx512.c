@@ -16,7 +16,7 @@
 static const way narrow[KINDS] = { NARROW_WAYS };
 static const way wide[KINDS] = { [FLOAT32] = { SIX(FLOAT32), 6, 4, 0 }, NARROW_WAYS };
 #define ROW_WORK avx512_silu_times, avx512_square_sum, avx512_scale, avx512_softmax, avx512_read_row, avx512_store_row, avx512_rotate, \
-                 avx512_add_sums, avx512_mix_rows, avx512_find_largest
+                 avx512_add_sums, avx512_mix_rows, avx512_add_gated, avx512_find_largest
 static const block_way blocks = BLOCK_WAY;
 const level avx512_level = { narrow, wide, ROW_WORK, { &blocks, &blocks } };
 const level avx512bf16_level = { avx512bf16_narrow, wide, ROW_WORK, { &blocks, &avx512bf16_blocks } };

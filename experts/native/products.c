@@ -171,6 +171,12 @@ void gate_piece(const call *c, int64_t piece) {
     }
 }
 
+static void add_bias(const call *c, int64_t from, int64_t count, float *sums) {
+    uint8_t biased[MOST_OUTPUTS * sizeof(float)];
+    c->level->add_sums(c->bias + from * (c->is_narrow ? 2 : 4), sums, biased, count, c->is_narrow);
+    c->level->read_row(c->is_narrow, biased, sums, count);
+}
+
 /* A panel of the last product, for all rows of one expert, or for a run of one matrix's rows. */
 void product_piece(const call *c, int64_t piece) {
     const int phase = c->is_gated ? 2 : 1;
@@ -197,6 +203,7 @@ void product_piece(const call *c, int64_t piece) {
         for (int r = 0; r < rows; r++) {
             const int64_t at = (row + r) * c->out_stride + from * item;
             float *row_sums = sums + r * SUMS_STRIDE;
+            if (c->bias) add_bias(c, from, to - from, row_sums);
             if (c->is_widened && c->is_narrow)
                 for (int64_t i = 0; i < to - from; i++) row_sums[i] = rounded(row_sums[i]);
             if (c->added) c->level->add_sums(c->added + at, row_sums, c->out + at, to - from, c->is_narrow);

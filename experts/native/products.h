@@ -69,6 +69,7 @@ typedef void turn(const float *x, const float *cos, const float *sin, float *to,
 typedef void add_to_row(const uint8_t *row, const float *sums, uint8_t *out, int64_t count, int is_narrow);
 typedef void mix(
     int64_t num_rows, const uint8_t *const *rows, const float *weights, float *out, int64_t count, int is_narrow);
+typedef void add_scaled(const uint8_t *row, float gate, float *sums, int64_t count, int is_narrow);
 typedef int64_t find(const float *x, int64_t count);
 
 /* Some query rows and one block of what they attend to; see blocks.h. */
@@ -110,6 +111,7 @@ typedef struct {
     turn *rotate;
     add_to_row *add_sums;
     mix *mix_rows;
+    add_scaled *add_gated;
     find *find_largest;
     const block_way *blocks[2];        /* for a cache in float32, and in bfloat16 */
 } level;

@@ -98,6 +98,15 @@ static TARGET void NAME(mix_rows)(
     }
 }
 
+/* sums + row / (1 + e^-gate) with one gate: an addition and a division an element. */
+static TARGET void NAME(add_gated)(const uint8_t *row, float gate, float *sums, int64_t count, int is_narrow) {
+    const float divisor = NAME(sigmoid_divisor)(gate);
+    const uint16_t *words = (const uint16_t *)row;
+    const float *values = (const float *)row;
+    if (is_narrow) for (int64_t i = 0; i < count; i++) sums[i] = sums[i] + from_bfloat16(words[i]) / divisor;
+    else for (int64_t i = 0; i < count; i++) sums[i] = sums[i] + values[i] / divisor;
+}
+
 /* The first of the largest values; -1 where one is not finite. */
 static TARGET int64_t NAME(find_largest)(const float *x, int64_t count) {
     float most[16], bad[16] = {0};

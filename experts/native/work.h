@@ -11,6 +11,7 @@
 #define OUT_OF_MEMORY 1
 #define PAUSED 2
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
 
 /* GOMP_parallel of the OpenMP runtime that the process has already. */
 typedef void run_in_threads(void (*work)(void *), void *data, unsigned threads, unsigned flags);

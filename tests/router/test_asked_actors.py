@@ -56,8 +56,7 @@ class Asked:
         return self.loaded.directory
 
     def forward(self) -> Found:
-        with mock.patch.object(RunTimes, "most_layers", lambda *_: 48):
-            return _forward(self.loaded, [_batch(spans) for spans in STEPS])
+        return _forward(self.loaded, [_batch(spans) for spans in STEPS])
 
 
 @contextmanager
@@ -65,6 +64,8 @@ def asked_engine(
     root: Path, num_actors: int, *, timeout_s: float = 30.0, limits: TransportLimits = LIMITS
 ) -> Iterator[Asked]:
     with ExitStack() as stack:
+        # Here and not around a step: several threads compute steps.
+        stack.enter_context(mock.patch.object(RunTimes, "most_layers", lambda *_: 48))
         servers: list[ExpertServer] = []
         roster = stack.enter_context(expert_servers(root, num_actors, "float32", servers=servers))
         meddlers = [stack.enter_context(Meddler(endpoint)) for endpoint in roster.endpoints.values()]

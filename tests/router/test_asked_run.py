@@ -199,8 +199,9 @@ def _noting(name: str, paused: list[str]) -> Callable[..., object]:
     forms=st.sampled_from([(None, None), (None, INT4), (INT8, INT8), (INT4, None)]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     normalises=st.booleans(),
+    shared_width=st.sampled_from([None, 30, 130]),
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_reached_layers_have_the_bits_and_the_calls_of_operation_by_operation(
     level: str,
     num_tokens: int,
@@ -210,6 +211,7 @@ def test_reached_layers_have_the_bits_and_the_calls_of_operation_by_operation(
     forms: tuple[Quantization | None, Quantization | None],
     dtype: torch.dtype,
     normalises: bool,
+    shared_width: int | None,
 ) -> None:
     config = tiny_config(
         hidden_size=width,
@@ -217,6 +219,7 @@ def test_reached_layers_have_the_bits_and_the_calls_of_operation_by_operation(
         num_experts_per_tok=min(top_k, num_experts),
         norm_topk_prob=normalises,
     )
+    config = replace(config, shared_width=shared_width)
     weights = Random(config, level, dtype, seed=num_tokens)
     layers = [weights.layer(*forms, has_table=False) for _ in range(2)]
     hidden = torch.randn(num_tokens, width, generator=torch.Generator().manual_seed(2)).to(dtype)

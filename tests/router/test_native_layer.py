@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -24,9 +25,10 @@ from router.decoder_layer import LayerArithmetic
 from router.kv_cache import KvPool
 from router.model_config import ModelConfig
 from router.moe_block import MoeBlock
-from router.native_layer import LayerMatrices, NativeLayer
+from router.native_layer import NativeLayer
+from router.shared_expert import SharedExpert, padded_gate
 from router.step_batch import Span, StepBatch
-from router.weights import Layer
+from router.weights import Layer, as_native
 from tests.router.configs import tiny_config
 
 BUILT = library()
@@ -97,24 +99,37 @@ class Random:
             has_table,
         )
         gate_ED = self.floats(config.num_experts, width).mul_(3)
-        has_norms = config.qk_norm == "per_head"
+        q_norm, k_norm = self.norms_of_heads()
         layer = Layer(
             input_norm_D=self.norm(width),
             qkv_OD=self.weight(config.q_width + 2 * config.kv_width, width, backbone),
-            qkv_bias_O=None,
-            q_norm=self.norm(config.head_dim) if has_norms else None,
-            k_norm=self.norm(config.head_dim) if has_norms else None,
+            qkv_bias_O=self.norm(config.q_width + 2 * config.kv_width) if config.has_qkv_bias else None,
+            q_norm=q_norm,
+            k_norm=k_norm,
             output_DO=self.weight(width, config.q_width, backbone),
-            output_bias_D=None,
+            output_bias_D=self.norm(width) if config.has_output_bias else None,
             post_norm_D=self.norm(width),
-            moe=MoeBlock("model", 0, gate_ED, config, self.kernel, here),  # type: ignore[arg-type]
+            moe=MoeBlock("model", 0, gate_ED, config, self.kernel, here, self.shared(backbone)),  # type: ignore[arg-type]
             dense=None,
         )
-        norms = layer.input_norm_D, layer.q_norm, layer.k_norm, layer.post_norm_D
-        matrices = LayerMatrices(*norms, layer.qkv_OD, layer.output_DO, gate_ED)
-        native = NativeLayer.of(matrices, config, self.kernel, self.dtype)
+        native = as_native(layer, config, self.kernel)
         assert native is not None
         return replace(layer, native=native)
+
+    def norms_of_heads(self) -> tuple[Tensor | None, Tensor | None]:
+        config = self.config
+        if config.qk_norm == "none":
+            return None, None
+        is_wide = config.qk_norm == "whole_width"
+        sizes = (config.q_width, config.kv_width) if is_wide else (config.head_dim, config.head_dim)
+        return self.norm(sizes[0]), self.norm(sizes[1])
+
+    def shared(self, form: Quantization | None) -> SharedExpert | None:
+        width, inner = self.config.hidden_size, self.config.shared_width
+        if inner is None:
+            return None
+        weights = ExpertWeights(self.weight(2 * inner, width, form), self.weight(width, inner, form))
+        return SharedExpert(weights, padded_gate(self.floats(1, width).mul_(3)), self.kernel)
 
 
 def _batch(spans: Sequence[Span]) -> StepBatch:
@@ -173,7 +188,15 @@ shapes = st.fixed_dictionaries(
     forms=st.sampled_from([(None, None), (None, INT4), (INT8, INT8), (INT4, INT4), (INT4, None)]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     window=st.sampled_from([None, 9]),
-    family=st.sampled_from(["qwen3_moe", "mixtral"]),
+    family=st.fixed_dictionaries(
+        {
+            "qk_norm": st.sampled_from(["per_head", "none", "whole_width"]),
+            "clip_qkv": st.sampled_from([None, 0.3]),
+            "has_qkv_bias": st.booleans(),
+            "has_output_bias": st.booleans(),
+            "shared_width": st.sampled_from([None, 30, 130]),
+        }
+    ),
     threads=st.integers(1, 3),
 )
 @settings(max_examples=15, deadline=None)
@@ -183,16 +206,12 @@ def test_two_calls_have_the_bits_of_one_for_each_operation(
     forms: tuple[Quantization | None, Quantization | None],
     dtype: torch.dtype,
     window: int | None,
-    family: str,
+    family: dict[str, Any],
     threads: int,
 ) -> None:
     shape = shape | {"num_experts_per_tok": min(shape["num_experts_per_tok"], shape["num_experts"])}
-    config = replace(tiny_config(**shape), sliding_window=window)
-    config = replace(
-        config,
-        windowed_layers=frozenset({1} if window else ()),
-        qk_norm="per_head" if family == "qwen3_moe" else "none",
-    )
+    windowed = frozenset({1} if window else ())
+    config = replace(tiny_config(**shape), sliding_window=window, windowed_layers=windowed, **family)
     weights = Random(config, level, dtype, seed=3)
     layer = weights.layer(*forms, has_table=True)
     assert layer.moe is not None
@@ -216,6 +235,21 @@ def test_two_calls_have_the_bits_of_one_for_each_operation(
         assert all(map(torch.equal, others, expected))
     for other in (pool, pool_of_pieces):
         assert torch.equal(other.keys, expected_pool.keys) and torch.equal(other.values, expected_pool.values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layer_without_experts_has_the_bits_of_one_call_for_each_operation(dtype: torch.dtype) -> None:
+    """Its attention is one call; its dense half is none."""
+    weights = Random(replace(tiny_config(), dense_width=41), LEVELS_HERE[-1], dtype, seed=4)
+    width = weights.config.hidden_size
+    dense = ExpertWeights(weights.floats(2 * 41, width), weights.floats(width, 41))
+    layer = replace(weights.layer(None, None, has_table=True), moe=None, dense=dense)
+    layer = replace(layer, native=as_native(layer, weights.config, weights.kernel))
+    assert layer.native is not None
+    expected, _ = _run(weights, replace(layer, native=None), STEPS)
+    for until_ns in (None, 1):
+        found, _ = _run(weights, layer, STEPS, until_ns)
+        assert all(map(torch.equal, found, expected))
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -251,10 +285,8 @@ def test_what_does_not_fit_is_refused() -> None:
         )
 
 
-def test_layer_with_more_than_the_two_calls_do_has_none() -> None:
+def test_layer_that_a_library_s_products_compute_has_none() -> None:
     weights = Random(tiny_config(), LEVELS_HERE[-1], torch.float32, seed=1)
     native = weights.layer(None, None, has_table=True).native
     assert native is not None
-    for changed in (replace(weights.config, clip_qkv=1.0), replace(weights.config, qk_norm="whole_width")):
-        assert NativeLayer.of(native.matrices, changed, weights.kernel, torch.float32) is None
     assert NativeLayer.of(native.matrices, weights.config, RowKernel(8), torch.float32) is None
