@@ -36,12 +36,13 @@ from benchmarks.report import finish, spread
 from cluster.placement import split_experts
 from cluster.resources import plan_spin_s, plan_threads
 from experts.call import ExpertCall
+from experts.channel import TransportLimits
+from experts.connection import ExpertConnection
 from experts.cores import num_cores
 from experts.directory import LocalDirectory
 from experts.remote_directory import RemoteDirectory
 from experts.roster import Roster
 from experts.store import ExpertStore
-from experts.transport import ExpertConnection, TransportLimits
 from experts.worker import ExpertWorker
 from gateway.stores.source import resolve_store
 from router.loading import EngineOptions, LoadedEngine, load_engine

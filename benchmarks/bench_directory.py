@@ -25,10 +25,12 @@ from benchmarks.random_store import QWEN3_30B_A3B, RandomStore
 from benchmarks.report import finish, spread
 from experts.asking import are_finite
 from experts.call import ExpertCall
+from experts.connection import ExpertConnection
+from experts.handshake import ServiceInfo
 from experts.numerics import calibrate
 from experts.remote_directory import DirectoryOptions, RemoteDirectory
 from experts.roster import Endpoint, Roster
-from experts.transport import ExpertConnection, ExpertServer, ServiceInfo
+from experts.server import ExpertServer
 from experts.worker import ExpertWorker
 from extraction.manifest import ExpertKey
 

@@ -28,9 +28,12 @@ import torch
 from benchmarks.report import finish, spread
 from cluster.resources import SPIN_S, start_ray
 from experts.call import ExpertCall
+from experts.channel import TransportLimits
+from experts.connection import ExpertConnection
 from experts.frame import HEADER_BYTES
+from experts.handshake import ServiceInfo
 from experts.roster import Endpoint
-from experts.transport import ExpertConnection, ExpertServer, ServiceInfo, TransportLimits
+from experts.server import ExpertServer
 
 WIDTH = 2048
 NUM_ROWS = 8

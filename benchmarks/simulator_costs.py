@@ -32,9 +32,9 @@ from cluster.simulated_worker import Costs, ModelShape, RouterCosts
 from cluster.simulator import Report, Simulation
 from cluster.topology import NodeFacts, Topology
 from experts.call import ExpertCall
+from experts.connection import ExpertConnection
 from experts.cores import num_cores
 from experts.exchange import Exchange
-from experts.transport import ExpertConnection
 from router.dispatch import Dispatch
 from router.native_dispatch import NativeDispatch
 from router.scoring import Routing

@@ -19,12 +19,12 @@ from torch import Tensor
 from cluster.router_book import RouterLoad
 from cluster.supervisor_handle import find_supervisor
 from experts.call import ExpertCall
+from experts.channel import TransportLimits
 from experts.directory import DirectoryStats
 from experts.exchange import Exchange
 from experts.expert_table import ExpertTable
 from experts.remote_directory import DirectoryOptions, RemoteDirectory
 from experts.roster import ResidentExperts, Roster
-from experts.transport import TransportLimits
 from experts.worker import ExpertWorker
 
 logger = logging.getLogger(__name__)

@@ -93,11 +93,13 @@ class ExpertActor:
         # Not above: the supervisor imports this class to create actors, and starts a second sooner without PyTorch.
         import torch
 
+        from experts.channel import TransportLimits
         from experts.desk import BusyClock
         from experts.device_proof import prove_experts
         from experts.device_tier import open_tiers
         from experts.devices import resolve_device, settle_arithmetic
-        from experts.transport import ExpertServer, ServiceInfo, TransportLimits
+        from experts.handshake import ServiceInfo
+        from experts.server import ExpertServer
         from experts.weight_server import WeightServer
         from experts.worker import DTYPES, ExpertWorker
 

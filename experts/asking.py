@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from experts.call_times import CallTimes
+from experts.connection import ExpertConnection
 from experts.directory import FAILURE_KINDS, FailureKind
 from experts.errors import AnswerNotFinite, ExpertError, PeerLost, TransportError
 from experts.links import ActorLinks
@@ -22,7 +23,6 @@ from experts.native_plane import Errand
 from experts.native_products import find_finite
 from experts.shares import Place, Share
 from experts.suspensions import ALL_LAYERS, Suspensions
-from experts.transport import ExpertConnection
 
 
 class Question(NamedTuple):

@@ -1,7 +1,8 @@
 """One layer's work for a set of experts: what a router asks and what an expert worker computes.
 
 The same struct is computed in the router's process and sent over the wire, so a token's way reads the same
-on both. Called by `router.dispatch` (builds), `experts.worker` (computes), `experts.transport` (carries).
+on both. Called by `router.dispatch` (builds), `experts.worker` (computes), `experts.connection` and
+`experts.server` (carry).
 """
 
 from __future__ import annotations

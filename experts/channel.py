@@ -4,7 +4,7 @@ One thread at a time reads; any thread may send, end or ask. Reads wait in the k
 heartbeat interval instead of polling before every read, which saves a system call a frame. Where the C source is, it
 waits, and looks for bytes for a while before it sleeps (`native/stream.c`). What has arrived lies in a structure that
 it reads as well, so that whole exchanges of frames can go on there. Does not look into bodies, and knows nothing of
-calls. Used by `experts.handshake`, `experts.transport`, `experts.desk` and `experts.exchange`.
+calls. Used by `experts.handshake`, `experts.connection`, `experts.server`, `experts.desk` and `experts.exchange`.
 """
 
 from __future__ import annotations

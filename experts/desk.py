@@ -2,7 +2,7 @@
 
 What is at hand lies on shelves, one a layer, that the worker keeps; who was used is written down and counted by the
 worker later, in the same order and before anything is decided by it. `native/serve.c` goes from one frame to the next
-without Python and comes back for everything else. Made by `experts.worker`, used by `experts.transport`.
+without Python and comes back for everything else. Made by `experts.worker`, used by `experts.server`.
 """
 
 from __future__ import annotations

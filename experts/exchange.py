@@ -20,10 +20,10 @@ from experts.asking import Asker, Begun, Heard, Question
 from experts.call import ExpertCall
 from experts.call_times import EXPERT_FLOOR_S, FLOOR_S
 from experts.channel import TransportLimits, to_ns
+from experts.connection import ExpertConnection
 from experts.frame import MAX_TRACE_BYTES
 from experts.native_plane import Errand, ErrandStructure, ExchangeStructure, PeerStructure
 from experts.shares import Place, Share, split_by_place
-from experts.transport import ExpertConnection
 
 PATIENCE_S = 0.05
 """After so long without an answer it is Python that waits, whose clock of silence then starts anew."""

@@ -2,7 +2,7 @@
 
 Pure: bytes in, values out, no sockets. docs/wire-format.md describes the same for other programs. Every check of a
 header comes before memory is taken for its body. Does not promise secrecy or integrity beyond TCP's own.
-Used by `experts.handshake`, `experts.channel` and `experts.transport`.
+Used by `experts.handshake`, `experts.channel`, `experts.connection` and `experts.server`.
 """
 
 from __future__ import annotations

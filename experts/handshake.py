@@ -5,7 +5,7 @@ serves). A proof is an HMAC-SHA256 over role, protocol version, incarnation and 
 connection, one direction and one life of the actor. The secret never crosses, and a stranger learns nothing but a
 random challenge. Does not encrypt, and does not protect what follows from somebody who sits on the path. Weight
 servers and those who fetch from them do the same with roles of their own.
-Used by `experts.transport`, `experts.listener` and `experts.weight_client`.
+Used by `experts.connection`, `experts.server`, `experts.listener` and `experts.weight_client`.
 """
 
 from __future__ import annotations

@@ -12,10 +12,12 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+from experts.channel import TransportLimits
+from experts.connection import ExpertConnection
 from experts.errors import TransportError
+from experts.handshake import ServiceInfo
 from experts.numerics import quantization_in
 from experts.roster import Endpoint, Owners, ResidentExperts, Roster
-from experts.transport import ExpertConnection, ServiceInfo, TransportLimits
 from experts.worker import ExpertWorker
 
 logger = logging.getLogger(__name__)

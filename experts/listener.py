@@ -1,7 +1,7 @@
 """A port that lets in who knows the cluster's secret: one thread a connection, bounded numbers of both kinds of peers.
 
 Whatever a peer sends that the wire format does not allow closes its connection, with one line in the log, and nothing
-else. Knows nothing of what is served. Used by `experts.transport` (expert rows) and `experts.weight_server` (weights).
+else. Knows nothing of what is served. Used by `experts.server` (expert rows) and `experts.weight_server` (weights).
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from experts.asking import Asker, Begun, Failure, Heard, Question, are_finite
 from experts.audit import Auditor, Opinion
 from experts.call import ExpertCall
 from experts.call_times import CallTimes
+from experts.channel import TransportLimits
 from experts.devices import upload
 from experts.directory import AuditStats, DirectoryStats
 from experts.errors import ExpertError, ExpertUnavailable
@@ -35,7 +36,6 @@ from experts.ranks import Ranks
 from experts.replicas import Reach, best_left, choose
 from experts.roster import Roster
 from experts.shares import Place, Share, join, split_by_place
-from experts.transport import TransportLimits
 from experts.worker import ExpertWorker
 from extraction.manifest import ExpertKey
 

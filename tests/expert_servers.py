@@ -11,13 +11,15 @@ from torch import Tensor
 from cluster.placement import split_experts
 from experts.budget import measure_experts
 from experts.call import ExpertCall
+from experts.channel import TransportLimits
 from experts.device_proof import prove_experts
 from experts.device_tier import RecordsAsStored, open_tiers
 from experts.devices import CPU
+from experts.handshake import ServiceInfo
 from experts.quantised import planned_form
 from experts.roster import Endpoint, Roster
+from experts.server import Compute, ExpertServer
 from experts.store import ExpertStore
-from experts.transport import Compute, ExpertServer, ServiceInfo, TransportLimits
 from experts.worker import DTYPES, ExpertWorker
 from extraction.manifest import ExpertKey
 from router.loading import stored_dtype

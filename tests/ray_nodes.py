@@ -21,8 +21,8 @@ from cluster.processes import started_patiently
 from cluster.ray_directory import RayDirectory
 from cluster.resources import NAMESPACE
 from cluster.service_spec import ServiceSpec
+from experts.channel import TransportLimits
 from experts.store import ExpertStore
-from experts.transport import TransportLimits
 from experts.worker import ExpertWorker
 from router.loading import LoadedEngine, stored_dtype
 from router.model_config import read_model_config

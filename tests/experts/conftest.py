@@ -59,7 +59,7 @@ def _lines_of(*names: str) -> Iterator[list[str]]:
 @pytest.fixture
 def warnings(caplog: pytest.LogCaptureFixture) -> Iterator[list[str]]:
     """What the data plane logs, as it comes."""
-    yield from _lines_of("experts.transport")
+    yield from _lines_of("experts.connection", "experts.server")
 
 
 @pytest.fixture

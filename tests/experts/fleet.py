@@ -12,11 +12,12 @@ import torch
 
 from experts.call import ExpertCall
 from experts.channel import TransportLimits
+from experts.handshake import ServiceInfo
 from experts.numerics import RowKernel, calibrate
 from experts.remote_directory import RemoteDirectory
 from experts.roster import Endpoint, Owners, Roster
+from experts.server import ExpertServer
 from experts.store import ExpertStore
-from experts.transport import ExpertServer, ServiceInfo
 from experts.worker import ExpertWorker
 from extraction.manifest import ExpertKey
 from tests.experts.wire_peers import QUICK, SECRET, endpoint_of

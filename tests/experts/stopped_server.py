@@ -8,8 +8,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from experts.server import ExpertServer
 from experts.store import ExpertStore
-from experts.transport import ExpertServer
 from tests.experts.fleet import LIMITS, info_of, make_worker
 from tests.experts.wire_peers import SECRET
 

@@ -13,11 +13,11 @@ import torch
 
 from experts.actor import ActorSpec, ExpertActor
 from experts.call import ExpertCall
+from experts.connection import ExpertConnection
 from experts.errors import DeviceUnavailable, WeightsUnavailable
 from experts.eviction import DEFAULT_EVICTION
 from experts.store import ExpertStore
 from experts.store_source import CacheSpec, StoreSource
-from experts.transport import ExpertConnection
 from extraction.manifest import group_of
 from tests.experts.weight_peers import PATIENCE_S, SECRET, sharing
 from tests.simulated_actors import SimulatedActor

@@ -18,8 +18,9 @@ from experts.channel import TransportLimits
 from experts.desk import USES_ROOM, Desk
 from experts.errors import PeerLost
 from experts.frame import HEADER_BYTES, Agreement, encode_call
+from experts.handshake import ServiceInfo
+from experts.server import ExpertServer
 from experts.store import ExpertStore
-from experts.transport import ExpertServer, ServiceInfo
 from experts.worker import ExpertWorker
 from tests.experts.conftest import NEEDS_PLANE
 from tests.experts.fleet import ALL_KEYS, KERNEL, LAYERS, WIDTH, call_of, info_of, make_worker

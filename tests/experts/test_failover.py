@@ -17,8 +17,8 @@ from experts.frame import Kind, encode_header
 from experts.handshake import encode_info
 from experts.remote_directory import DirectoryOptions
 from experts.roster import Owners, Roster
+from experts.server import Compute
 from experts.store import ExpertStore
-from experts.transport import Compute
 from experts.worker import ExpertWorker
 from tests.experts.fleet import (
     ALL_KEYS,

@@ -13,6 +13,7 @@ import torch
 
 from experts.call import ExpertCall
 from experts.channel import TransportLimits
+from experts.connection import ExpertConnection
 from experts.errors import (
     BudgetTooSmall,
     NotInGroup,
@@ -23,7 +24,7 @@ from experts.errors import (
 from experts.frame import (
     ErrorCode,
 )
-from experts.transport import ExpertConnection, ExpertServer
+from experts.server import ExpertServer
 from tests.experts.wire_peers import (
     INFO,
     MAX_ROWS,

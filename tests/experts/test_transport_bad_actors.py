@@ -11,6 +11,7 @@ import torch
 
 from experts.call import ExpertCall
 from experts.channel import Channel
+from experts.connection import ExpertConnection
 from experts.errors import (
     ConnectFailed,
     HandshakeRefused,
@@ -26,7 +27,6 @@ from experts.frame import (
     rows_header,
 )
 from experts.handshake import encode_info
-from experts.transport import ExpertConnection
 from tests.experts.wire_peers import (
     AGREED,
     INCARNATION,

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from experts.call import ExpertCall
+from experts.connection import ExpertConnection
 from experts.errors import (
     HandshakeRefused,
     LinkLost,
@@ -29,7 +30,7 @@ from experts.frame import (
     rows_header,
 )
 from experts.handshake import ROUTER, prove
-from experts.transport import ExpertConnection, ExpertServer
+from experts.server import ExpertServer
 from tests.experts.wire_peers import (
     AGREED,
     INCARNATION,

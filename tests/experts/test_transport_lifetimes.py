@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from experts.call import ExpertCall
+from experts.connection import ExpertConnection
 from experts.errors import (
     ConnectFailed,
     NotInGroup,
@@ -20,7 +21,7 @@ from experts.errors import (
 from experts.frame import (
     Header,
 )
-from experts.transport import ExpertConnection, ExpertServer
+from experts.server import ExpertServer
 from tests.experts.wire_peers import (
     INFO,
     QUICK,

@@ -154,9 +154,9 @@ def test_other_secret_is_refused_on_both_sides(tmp_path: Path, whole: ExpertStor
 
 
 def test_proof_for_the_data_plane_opens_no_weights(whole: ExpertStore) -> None:
+    from experts.connection import ExpertConnection
     from experts.errors import HandshakeRefused
     from experts.roster import Endpoint
-    from experts.transport import ExpertConnection
 
     with sharing(whole.root) as server, pytest.raises(HandshakeRefused):
         ExpertConnection(Endpoint("weights", "127.0.0.1", server.port, 0), secret=SECRET)

@@ -11,8 +11,8 @@ import torch
 from experts.asking import are_finite
 from experts.call import ExpertCall
 from experts.remote_directory import DirectoryOptions
+from experts.server import Compute
 from experts.store import ExpertStore
-from experts.transport import Compute
 from experts.worker import ExpertWorker
 from tests.experts.fleet import (
     NAMES,

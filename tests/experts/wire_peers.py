@@ -19,12 +19,13 @@ import torch
 
 from experts.call import ExpertCall
 from experts.channel import Channel, TransportLimits
+from experts.connection import ExpertConnection
 from experts.desk import Desk
 from experts.frame import HEADER_BYTES, Agreement, Header, Kind, decode_header, encode_call, encode_header
 from experts.handshake import ACTOR, ROUTER, ServiceInfo, encode_info, prove
 from experts.native_plane import plane
 from experts.roster import Endpoint
-from experts.transport import Compute, ExpertConnection, ExpertServer
+from experts.server import Compute, ExpertServer
 from extraction.manifest import ExpertKey
 
 SECRET = b"0123456789abcdef-the-cluster"

@@ -24,7 +24,7 @@ from experts.native_plane import plane
 from experts.native_products import chosen_level
 from experts.remote_directory import DirectoryOptions, RemoteDirectory
 from experts.roster import Roster
-from experts.transport import ExpertServer
+from experts.server import ExpertServer
 from router.kv_cache import KvPool
 from router.layer_run import RunTimes
 from router.loading import EngineOptions, LoadedEngine

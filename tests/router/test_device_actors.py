@@ -17,7 +17,7 @@ from experts import numerics
 from experts.numerics import RowKernel
 from experts.remote_directory import RemoteDirectory
 from experts.roster import Roster
-from experts.transport import ExpertServer
+from experts.server import ExpertServer
 from extraction.extract import extract
 from extraction.quantise import Quantization
 from extraction.quantised_parts import QuantisedParts

@@ -1,9 +1,9 @@
-"""Both ends of the data plane: `ExpertConnection` in a router, `ExpertServer` in an expert actor.
+"""A router's end of the data plane.
 
 A connection carries one call at a time, answered in order; calls with more rows than a frame may hold travel in
 parts. Heartbeats go both ways from threads of their own, so that a peer that hangs or is cut off is noticed while
 nobody computes. Whatever a peer sends that the wire format does not allow closes its connection, with one line in
-the log, and nothing else. Called by `experts.remote_directory` and `experts.actor`.
+the log, and nothing else. The other end is `experts.server`. Called by `experts.links` and `experts.asking`.
 """
 
 from __future__ import annotations
@@ -14,53 +14,29 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from experts.call import ExpertCall
 from experts.channel import Channel, TransportLimits, connect
-from experts.desk import Desk
-from experts.errors import (
-    BudgetTooSmall,
-    ConnectFailed,
-    ExpertError,
-    FrameFault,
-    HandshakeRefused,
-    LinkLost,
-    NotInGroup,
-    PeerLost,
-    RemoteExpertError,
-)
+from experts.errors import ConnectFailed, FrameFault, HandshakeRefused, LinkLost, PeerLost, RemoteExpertError
 from experts.frame import (
     MAX_DEADLINE_US,
-    Agreement,
-    ErrorCode,
     Header,
     Kind,
-    check_call,
     check_error,
     check_exact,
-    decode_call,
     encode_call,
-    encode_error,
-    encode_header,
-    map_bytes,
     rows_header,
     split_by_rows,
 )
-from experts.handshake import ServiceInfo, check_secret, encode_info, introduce
-from experts.listener import Greeting, Listener
+from experts.frame_parts import bytes_of, check_short, new_rows, short_frame
+from experts.handshake import check_secret, introduce
 from experts.native_plane import AgreementStructure, PeerStructure
 from experts.roster import Endpoint
 
-__all__ = ["ExpertConnection", "ExpertServer", "ServiceInfo", "TransportLimits"]
-
 logger = logging.getLogger(__name__)
-
-Compute = Callable[[ExpertCall], Tensor]
-"""Returns the call's (R, D) rows in its tokens' dtype. Raises ExpertError."""
 
 
 class ExpertConnection:
@@ -80,7 +56,7 @@ class ExpertConnection:
         except (LinkLost, FrameFault) as error:
             self._channel.close()
             raise HandshakeRefused(endpoint.name, str(error)) from error
-        self._heartbeat = _short_frame(Kind.HEARTBEAT, self._agreed)
+        self._heartbeat = short_frame(Kind.HEARTBEAT, self._agreed)
         self._agreement = AgreementStructure.of(self._agreed)
         self._reading = threading.RLock()
         """Held from `start` to `finish`, and by whoever else looks at what arrived."""
@@ -187,7 +163,7 @@ class ExpertConnection:
         """End the connection. A call that waits on another thread raises PeerLost there."""
         was_open, self._is_open = self._is_open, False
         if was_open:
-            self._channel.send_short(_short_frame(Kind.GOODBYE, self._agreed))
+            self._channel.send_short(short_frame(Kind.GOODBYE, self._agreed))
         self._channel.end("closed here")
         if self._reading.acquire(blocking=False):
             self._channel.close()
@@ -212,21 +188,21 @@ class ExpertConnection:
         self._sequence += 1
         self._num_rows_due = part.num_rows
         self._deadline_s = time.monotonic() + self._timeout_s
-        self._channel.send(head, _bytes_of(tokens_TD, self._agreed), deadline_s=self._deadline_s)
+        self._channel.send(head, bytes_of(tokens_TD, self._agreed), deadline_s=self._deadline_s)
 
     def _receive_rows(self) -> Tensor:
         expected = rows_header(self._agreed, self._sequence, self._num_rows_due)
         header = self._channel.receive_header(self._deadline_s, self._limits.silence_s)
         if header != expected:
             self._look_for(expected, header)
-        raw, rows_RD = _new_rows(self._num_rows_due, self._agreed)
+        raw, rows_RD = new_rows(self._num_rows_due, self._agreed)
         self._receive(raw)
         return rows_RD
 
     def _look_for(self, expected: Header, header: Header) -> None:
         """Past heartbeats. Raises RemoteExpertError where the actor answers with an error, FrameFault, LinkLost."""
         while header != expected:
-            _check_short(header, self._agreed)
+            check_short(header, self._agreed)
             if header.kind == Kind.ERROR:
                 raise self._remote_error(header)
             if header.kind != Kind.HEARTBEAT:
@@ -248,7 +224,7 @@ class ExpertConnection:
         if self._is_asked or not self._is_open:
             return
         while (header := self._channel.poll_header()) is not None:
-            _check_short(header, self._agreed)
+            check_short(header, self._agreed)
             if header.kind != Kind.HEARTBEAT:
                 raise FrameFault(f"frame of kind {header.kind} although nothing was asked")
         self._channel.expect_heard_within(self._limits.silence_s)
@@ -260,160 +236,9 @@ class ExpertConnection:
         return PeerLost(self.endpoint.name, str(error), kind)
 
 
-class ExpertServer:
-    """An actor's end: listens, lets in who knows the secret, computes calls, one thread a connection."""
-
-    def __init__(
-        self,
-        compute: Compute,
-        info: ServiceInfo,
-        *,
-        secret: bytes,
-        incarnation: int,
-        host: str = "127.0.0.1",
-        port: int = 0,
-        limits: TransportLimits | None = None,
-        desk: Desk | None = None,
-    ) -> None:
-        """Binds at once (port 0: a free one), lets peers in from `start` on.
-
-        desk: where calls may be computed instead; whose components and rows must be the info's.
-        Raises OSError; ValueError for the secret, or for an info that cannot be announced.
-        """
-        if desk is not None and (desk.components, desk.width, desk.dtype) != (
-            *(info.components, info.width, info.dtype),
-        ):
-            raise ValueError(f"a desk for {desk.components} does not serve {info.components}")
-        self._compute, self._desk = compute, desk
-        self._limits = limits or TransportLimits()
-        max_rows = self._limits.max_rows_per_frame
-        self._agreed = Agreement(incarnation, info.width, info.dtype, info.components, max_rows)
-        greeting = Greeting(
-            encode_info(info, max_rows),
-            incarnation,
-            heartbeat=_short_frame(Kind.HEARTBEAT, self._agreed),
-            goodbye=_short_frame(Kind.GOODBYE, self._agreed),
-        )
-        self._listener = Listener(
-            self._serve, greeting, secret=secret, host=host, port=port, limits=self._limits, log=logger
-        )
-
-    @property
-    def port(self) -> int:
-        return self._listener.port
-
-    @property
-    def num_connections(self) -> int:
-        """Connections that proved the secret."""
-        return self._listener.num_connections
-
-    def start(self) -> None:
-        self._listener.start()
-
-    def stop(self) -> None:
-        """Close the port and all connections; calls in progress are not answered."""
-        self._listener.stop()
-
-    def _serve(self, channel: Channel) -> None:
-        """Answer calls until the peer leaves."""
-        if self._desk is not None:
-            self._attend(channel, self._desk)
-            return
-        sequence = 0
-        maps = bytearray(self._agreed.max_map_bytes)
-        while True:
-            header = channel.receive_header(math.inf, self._limits.idle_timeout_s)
-            _check_short(header, self._agreed)
-            if header.kind == Kind.HEARTBEAT:
-                continue
-            sequence += 1
-            check_call(header, self._agreed, sequence)
-            deadline_s = time.monotonic() + header.deadline_us / 1e6
-            call = self._receive_call(channel, header, memoryview(maps), deadline_s)
-            self._answer(channel, call, sequence, deadline_s)
-
-    def _attend(self, channel: Channel, desk: Desk) -> None:
-        """The same where the C source answers most calls."""
-        attendance = desk.attend(channel, self._agreed, self._limits.silence_s)
-        channel.listen()
-        while True:
-            turn = attendance.serve()
-            if turn is None:
-                channel.expect_heard_within(self._limits.idle_timeout_s)
-                continue
-            if isinstance(turn, Header):
-                _check_short(turn, self._agreed)
-                check_call(turn, self._agreed, attendance.sequence + 1)
-                raise AssertionError("a frame that may begin a call was not taken for one")
-            self._answer(channel, *turn)
-            channel.listen()
-
-    def _receive_call(
-        self, channel: Channel, header: Header, maps: memoryview, deadline_s: float
-    ) -> ExpertCall:
-        maps = maps[: map_bytes(header)]
-        raw, tokens_TD = _new_rows(header.num_tokens, self._agreed)
-        channel.receive_body(maps, raw, deadline_s=deadline_s, silence_s=self._limits.silence_s)
-        return decode_call(header, maps, self._agreed, tokens_TD)
-
-    def _answer(self, channel: Channel, call: ExpertCall, sequence: int, deadline_s: float) -> None:
-        answer: tuple[bytes | memoryview, ...]
-        try:
-            rows_RD = self._compute(call).contiguous()
-            shape = call.num_rows, self._agreed.width
-            if rows_RD.shape != shape or rows_RD.dtype != self._agreed.dtype or not rows_RD.is_cpu:
-                raise ValueError(f"rows {tuple(rows_RD.shape)} in {rows_RD.dtype} for {shape}")
-            head = encode_header(rows_header(self._agreed, sequence, call.num_rows))
-            answer = head, _bytes_of(rows_RD, self._agreed)
-        except ExpertError as error:
-            logger.warning("request %s, layer %d: %s", call.request_id, call.layer, error)
-            answer = (encode_error(self._agreed, sequence, _code_of(error), str(error)),)
-        except Exception:  # a bug here must not end the actor; the router computes elsewhere
-            logger.exception("request %s, layer %d: the call failed", call.request_id, call.layer)
-            answer = (encode_error(self._agreed, sequence, ErrorCode.INTERNAL, "the call failed"),)
-        if time.monotonic() >= deadline_s:
-            raise LinkLost("a call was not done by its deadline")
-        channel.send(*answer, deadline_s=deadline_s)
-
-
 def _connect(endpoint: Endpoint, limits: TransportLimits) -> Channel:
     try:
         return connect(endpoint.host, endpoint.port, limits)
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConnectFailed(endpoint.name, endpoint.address, reason) from error
-
-
-def _short_frame(kind: Kind, agreed: Agreement) -> bytes:
-    return encode_header(Header(kind, incarnation=agreed.incarnation))
-
-
-def _check_short(header: Header, agreed: Agreement) -> None:
-    """Heartbeats must be exactly that; a goodbye raises LinkLost. Other frames are the caller's to check."""
-    if header.kind in (Kind.HEARTBEAT, Kind.GOODBYE):
-        check_exact(header, Header(header.kind, incarnation=agreed.incarnation))
-        if header.kind == Kind.GOODBYE:
-            raise LinkLost("the peer said goodbye", True)
-
-
-def _code_of(error: ExpertError) -> ErrorCode:
-    if isinstance(error, NotInGroup):
-        return ErrorCode.NOT_IN_GROUP
-    return ErrorCode.BUDGET_TOO_SMALL if isinstance(error, BudgetTooSmall) else ErrorCode.EXPERT
-
-
-def _new_rows(num_rows: int, agreed: Agreement) -> tuple[memoryview, Tensor]:
-    """Memory for rows, as flat bytes and as a (rows, D) tensor."""
-    rows_RD = torch.empty(num_rows, agreed.width, dtype=agreed.dtype)
-    return _memory_of(rows_RD, num_rows * agreed.row_bytes), rows_RD
-
-
-def _bytes_of(rows_RD: Tensor, agreed: Agreement) -> memoryview:
-    """The memory of contiguous rows on the CPU."""
-    return _memory_of(rows_RD, rows_RD.shape[0] * agreed.row_bytes)
-
-
-def _memory_of(tensor: Tensor, nbytes: int) -> memoryview:
-    """Good for as long as the tensor is. By its address: on this path, which runs between two waits, each call into
-    PyTorch costs several times what it costs in a loop."""
-    return memoryview((ctypes.c_char * nbytes).from_address(tensor.data_ptr())).cast("B")
