@@ -18,6 +18,7 @@ from gateway.routers.client import RouterHealth
 from gateway.text.chat_template import ChatTemplate
 from gateway.text.tokenizer import TextTokenizer
 from router.request import FinishReason, GenerationRequest, TokenEvent
+from router.speech.facts import CodecIds, SpeechDefaults, SpeechFacts, TurnIds
 
 MODEL = "stories"
 EOS = 0
@@ -39,6 +40,7 @@ class Step:
     hangs: bool = False
     is_mixed: bool = False
     is_resumable: bool = False
+    samples: bytes = b""
 
 
 @dataclass
@@ -46,6 +48,8 @@ class FakeRouter:
     """Plays the same script for every request and records what it was asked."""
 
     script: Sequence[Step] = ()
+    speech_script: Sequence[Step] = ()
+    """Of requests for speech."""
     is_ready: bool = True
     metrics_text: str | None = ROUTER_METRICS
     requests: list[GenerationRequest] = field(default_factory=list)
@@ -58,7 +62,7 @@ class FakeRouter:
         self.requests.append(request)
         is_done = False
         try:
-            for step in self.script:
+            for step in self.script if request.speech is None else self.speech_script:
                 if step.raises is not None:
                     raise step.raises
                 if step.hangs:
@@ -71,6 +75,7 @@ class FakeRouter:
                     step.finish_reason,
                     step.error,
                     is_mixed=step.is_mixed,
+                    samples=step.samples,
                 )
         finally:
             if not is_done:
@@ -205,6 +210,14 @@ class MortalRouter:
 def settings(**changes: object) -> GatewaySettings:
     facts = {"model_name": MODEL, "created": 1, "context_length": 64, "vocab_size": VOCAB_SIZE}
     return GatewaySettings(**{**facts, "eos_token_ids": (EOS,), **changes})  # type: ignore[arg-type]
+
+
+def speech_facts(max_frames: int = 8, **voices: int) -> SpeechFacts:
+    """voices: names and ids."""
+    turns = TurnIds(1, 2, 3, 4, 5, 6, frozenset(), frozenset({EOS}))
+    codec = CodecIds(64, pad=64, begin=65, end=66, no_thought=67, thought_begin=68, thought_end=69)
+    chosen = voices or {"chelsie": 70, "ethan": 71}
+    return SpeechFacts(chosen, turns, codec, 0, SpeechDefaults(max_frames=max_frames))
 
 
 def stories_tokenizer() -> TextTokenizer:
