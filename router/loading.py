@@ -90,6 +90,10 @@ class EngineOptions:
     """Whether and where trust is learned; None means that nobody watches."""
     has_media: bool = False
     """Whether images and sound are taken where the model does."""
+    has_speech: bool = False
+    """Whether answers are spoken where the model does."""
+    speech_budget_bytes: int | None = None
+    """Resident bytes of the talker's experts; None means no bound."""
     prefix_cache: bool = True
     """Whether keys and values of earlier requests are used again where a request begins alike (docs/serving.md)."""
 

@@ -16,7 +16,7 @@ from gateway.http.answer_room import AnswerRoom
 from gateway.http.jobs import ChoiceJob, Job
 from gateway.http.logprobs import LoggedToken, logged
 from gateway.http.metrics import GatewayMetrics
-from gateway.http.speech import SpeechEnd, SpokenForm, SpokenReply, speech_request
+from gateway.http.speech import SpeechEnd, SpokenReply, speech_request
 from gateway.http.spoken_answers import SpokenAnswers
 from gateway.http.stream import AnswerText
 from gateway.http.token_clock import TokenClock
@@ -24,7 +24,6 @@ from gateway.routers.client import RouterClient
 from gateway.text.tokenizer import TextTokenizer
 from router.request import GenerationRequest, TokenEvent
 from router.routing_choice import RoutingReport
-from router.speech.wish import NUM_CODES, SAMPLE_BYTES
 
 Ending = Literal["stop", "length"]
 
@@ -127,28 +126,15 @@ async def spoken_pieces(
     assert last is not None and last.finish_reason is not None
     end = SpeechEnd()
     if reply.ids:
-        async with aclosing(_sound(choice, job.speech, reply.ids, backend)) as sound:
-            async for samples, so_far in sound:
-                end = so_far
-                yield Piece(choice.index, samples=samples)
+        asked = speech_request(choice.request, job.speech, reply.ids)
+        async with aclosing(_events(asked, backend)) as events:
+            async for event in events:
+                end = end.after(event)
+                yield Piece(choice.index, samples=event.samples)
     owner = choice.request.owner
     backend.spoken.keep(choice.audio_id, owner, reply.text, job.speech.expires_at)
     reason = last.finish_reason if last.finish_reason == "length" else end.finish_reason
     yield replace(last, text="", tokens=(), finish_reason=reason, speech=end)
-
-
-async def _sound(
-    choice: ChoiceJob, form: SpokenForm, reply_ids: Sequence[int], backend: Backend
-) -> AsyncGenerator[tuple[bytes, SpeechEnd], None]:
-    """Samples as they come, and how much there is with them."""
-    asked = speech_request(choice.request, form, reply_ids)
-    num_codes = num_bytes = 0
-    async with aclosing(_events(asked, backend)) as events:
-        async for event in events:
-            num_codes += len(event.token_ids)
-            num_bytes += len(event.samples)
-            reason: Ending = "length" if event.finish_reason == "length" else "stop"
-            yield event.samples, SpeechEnd(num_codes // NUM_CODES, num_bytes // SAMPLE_BYTES, reason)
 
 
 async def _events(request: GenerationRequest, backend: Backend) -> AsyncGenerator[TokenEvent, None]:

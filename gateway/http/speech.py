@@ -11,9 +11,9 @@ from typing import Literal
 from gateway.errors import ApiError
 from gateway.http.openai_types import ChatRequest
 from gateway.http.speech_fields import AudioFormat, AudioOptions
-from router.request import GenerationRequest, SamplingParams
+from router.request import GenerationRequest, SamplingParams, TokenEvent
 from router.speech.facts import SpeechFacts
-from router.speech.wish import SAMPLE_BYTES, SAMPLE_RATE, SAMPLES_OF_FRAME, SpeechWish
+from router.speech.wish import NUM_CODES, SAMPLE_BYTES, SAMPLE_RATE, SAMPLES_OF_FRAME, SpeechWish
 
 KEPT_S = 3600
 """How long an answer's text is found by the id of its sound."""
@@ -107,6 +107,14 @@ class SpeechEnd:
     @property
     def seconds(self) -> float:
         return self.num_samples / SAMPLE_RATE
+
+    def after(self, event: TokenEvent) -> SpeechEnd:
+        """With what an event of the speech has told; each tells whole frames."""
+        return SpeechEnd(
+            self.num_frames + len(event.token_ids) // NUM_CODES,
+            self.num_samples + len(event.samples) // SAMPLE_BYTES,
+            "length" if event.finish_reason == "length" else "stop",
+        )
 
 
 class SpokenReply:
