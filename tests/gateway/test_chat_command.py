@@ -30,7 +30,7 @@ from gateway.text.tokenizer import TextTokenizer
 from router.loading import EngineOptions, LoadedEngine
 from tests.gateway.fake_router import FakeRouter, Step, app_over, script, stories_tokenizer
 from tests.gateway.media.files import image_file, picture, tones, wav_file
-from tests.omni import Published, request
+from tests.omni import AFTER_QUESTION, BEFORE_QUESTION, Published, request
 
 USER: list[Turn] = [{"role": "user", "content": "hello"}]
 
@@ -188,7 +188,7 @@ def test_chat_with_a_store_sees_and_hears(
         refused, _ = _chat(backend, f"/image {tmp_path / 'seen.png'}", "What?")
     assert omni.media is not None
     medium = MediaDecoder(omni.media.facts).image(content)
-    asked = request(omni, (*b"user: ",), medium, (*b"What? assistant: ",), max_tokens=6)
+    asked = request(omni, BEFORE_QUESTION, medium, (*b"What?", *AFTER_QUESTION), max_tokens=6)
     text = TextTokenizer.from_folder(omni_store).decode(published.greedy(asked))
     assert conversation.turns[1]["content"] == text
     assert "no image of a known format" in refused.notes[1]
