@@ -41,13 +41,17 @@ class CodecReader:
         """read: in float32."""
         self.tensor = read.tensor
         self._kernel, self._dtype = kernel, dtype
+        self.nbytes = 0
+        """Of all matrices; what else there is takes little."""
 
     @classmethod
     def of(cls, store: ExpertStore, kernel: RowKernel, dtype: torch.dtype) -> CodecReader:
         return cls(TowerReader(store, COMPONENT, kernel, torch.float32), kernel, dtype)
 
     def rounded(self, weight: Tensor) -> Tensor:
-        return weight.to(self._dtype).contiguous()
+        rounded = weight.to(self._dtype).contiguous()
+        self.nbytes += rounded.nbytes
+        return rounded
 
     def vectors(self, name: str, width: int, *parts: str) -> list[Tensor]:
         return [self.tensor(f"{name}.{part}", width) for part in parts]
@@ -76,7 +80,7 @@ class CodecReader:
     def ending(self, snake: str, convolution: str, channels: int) -> Ending:
         """Products in float32, since what they give is heard as it is."""
         weight_1CK = self.tensor(f"{convolution}.conv.weight", 1, channels, TAPS)
-        weight_OI = torch.zeros(ENDING_ROWS, TAPS * channels)
+        weight_OI = weight_1CK.new_zeros(ENDING_ROWS, TAPS * channels)
         weight_OI[0] = weight_1CK[0].t().flatten()
         bias_O = self.tensor(f"{convolution}.conv.bias", 1).repeat(ENDING_ROWS)
         matrix = Matrix(weight_OI, bias_O, self._kernel)

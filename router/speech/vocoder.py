@@ -15,6 +15,7 @@ from torch import Tensor
 from experts.numerics import RowKernel, calibrate
 from experts.store import ExpertStore
 from router.decoder_layer import LayerArithmetic
+from router.errors import SpeechFailed
 from router.kv_cache import KvPool, blocks_for
 from router.speech.codec_parts import StreamState
 from router.speech.codec_shape import CodecShape, read_codec_shape
@@ -62,6 +63,7 @@ class Vocoder:
         self._layers = list(read_layers(shape, read))
         self._norm_D = read.rounded(read.tensor("pre_transformer.norm.weight", config.hidden_size))
         self._parts = read_parts(shape, read)
+        self.nbytes = read.nbytes
 
     @classmethod
     def open(cls, store: ExpertStore, kernel: RowKernel, dtype: torch.dtype) -> Vocoder:
@@ -79,7 +81,7 @@ class Vocoder:
     def speak(self, stream: VoiceStream, frames: Sequence[Frame]) -> bytes:
         """The samples that these frames settle, as `router.request.TokenEvent` has them.
 
-        Raises IndexError for a code outside the codebook.
+        Raises IndexError for a code outside the codebook, SpeechFailed where a sample is no number.
         """
         pieces = [
             self.waveform(stream, torch.tensor(frames[first : first + FRAMES_AT_ONCE]))
@@ -133,5 +135,7 @@ def _batch(span: Span) -> StepBatch:
 
 
 def _as_bytes(samples: Tensor) -> bytes:
-    """16 bits each, little-endian."""
+    """16 bits each, little-endian. Raises SpeechFailed."""
+    if not torch.isfinite(samples).all():
+        raise SpeechFailed("the codec's decoder produced non-finite numbers")
     return (samples * LARGEST_SAMPLE).round_().to(torch.int16).numpy().astype("<i2").tobytes()
