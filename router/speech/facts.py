@@ -85,7 +85,7 @@ class SpeechFacts:
     turns: TurnIds
     codec: CodecIds
     accept_layer: int
-    """After so many of the text decoder's layers its hidden states stand for images and sounds; 0: its inputs do."""
+    """After so many of the text decoder's layers its hidden states stand for images and sounds."""
     defaults: SpeechDefaults
 
     @property
@@ -185,10 +185,10 @@ def _voices(talker: Mapping[str, Any], vocab_size: int) -> dict[str, int]:
 
 
 def _accept_layer(talker: Mapping[str, Any], thinker: Mapping[str, Any]) -> int:
-    """The last layer's states count as normed in the published program, so the last one is refused."""
-    layer, num_layers = talker.get("accept_hidden_layer", 18), read_size(thinker, "num_hidden_layers")
-    if type(layer) is not int or not 0 <= layer < num_layers:
-        raise ConfigInvalid("accept_hidden_layer", f"{layer!r} is none of 0 to {num_layers - 1}")
+    """The published program takes the last layer's states behind a norm, so the last one is refused."""
+    layer, num_layers = read_size(talker, "accept_hidden_layer", 18), read_size(thinker, "num_hidden_layers")
+    if layer >= num_layers:
+        raise ConfigInvalid("accept_hidden_layer", f"{layer} is not below {num_layers}")
     return layer
 
 
