@@ -53,7 +53,7 @@ class LocalChat:
         self._context_length = loaded.engine.max_tokens_per_sequence
         self._events: Events = queue.SimpleQueue()
         self._numbers = itertools.count(1)
-        self._thread = EngineThread(loaded.engine, self._events.put, loaded.media)
+        self._thread = EngineThread(loaded.engine, self._events.put, loaded.media, loaded.speech)
         self._decoder = MediaDecoder(loaded.media.facts) if loaded.media is not None else TEXT_ONLY
         self._thread.start()
 

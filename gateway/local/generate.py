@@ -199,7 +199,7 @@ def _speak(
     form: SpokenForm,
 ) -> SpokenAnswer:
     events: Events = queue.SimpleQueue()
-    thread = EngineThread(loaded.engine, events.put, loaded.media)
+    thread = EngineThread(loaded.engine, events.put, loaded.media, loaded.speech)
     silent = {*request.sampling.stop_token_ids, *tokenizer.special_tokens}
     thread.start()
     try:
