@@ -230,9 +230,9 @@ def load_engine(
     if options.has_media and read_media_facts(store.manifest, store.root).kinds:
         media = MediaEncoder(store, config, kernel, dtype)
     speech = None
-    if options.has_speech and (facts := read_speech_facts(store.manifest)) is not None:
+    if options.has_speech and (spoken := read_speech_facts(store.manifest)) is not None:
         own = SpeakerOptions(options.speech_budget_bytes)
-        speech = SpeechSource(store, facts, backbone.embeddings_VD, dtype, own, prove_row_invariance)
+        speech = SpeechSource(store, spoken, backbone.embeddings_VD, dtype, own, prove_row_invariance)
     loaded = LoadedEngine(
         engine, store, worker, directory, config, kernel, dtype, forms, trust, stand_ins, media, speech
     )

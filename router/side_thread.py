@@ -1,5 +1,7 @@
-"""A thread that computes beside the engine's, with half of the process's cores, so that running streams keep the others.
-Used by `router.media.encoding_thread` and `router.speech.speech_thread`."""
+"""A thread that computes beside the engine's, with half of the process's cores: running streams keep the others.
+
+Used by `router.media.encoding_thread` and `router.speech.speech_thread`.
+"""
 
 from __future__ import annotations
 

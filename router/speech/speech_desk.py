@@ -15,7 +15,7 @@ from router.speech.states import StatesCapture
 
 
 class SpeechDesk:
-    """A request is announced by `take`, goes through the engine if that says so, and is spoken; all under its own id."""
+    """`take` announces a request; it goes through the engine where that says so, and is spoken, under its own id."""
 
     def __init__(self, source: SpeechSource, sink: Callable[[Sequence[TokenEvent]], None]) -> None:
         """sink: called on the thread that speaks."""
@@ -50,7 +50,7 @@ class SpeechDesk:
         return (request, inputs) if entry is None else entry[1].request(request, inputs)
 
     def divert(self, events: Sequence[TokenEvent]) -> list[TokenEvent]:
-        """The engine's events without those of requests whose states it computed; what ends well there is spoken now."""
+        """The engine's events without those of requests whose states it computes; what ends well is spoken now."""
         return [event for event in events if not self._is_diverted(event)]
 
     def cancel(self, request_id: str) -> None:
