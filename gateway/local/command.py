@@ -159,12 +159,12 @@ def generate(
         on_text=show,
         on_plan=print_plan if is_asked else _keep_quiet,
     )
-    if speech is not None and result.spoken is not None:
-        result.spoken.save(speech)
     if as_json:
         typer.echo(json.dumps(result.as_json(), ensure_ascii=False))
     else:
         typer.echo("" if stream else _for_output(result.text))
+    if speech is not None and result.spoken is not None:
+        result.spoken.save(speech)
     if result.trace_failure is not None:
         raise result.trace_failure
 
