@@ -32,14 +32,18 @@ Frame = Sequence[int]
 """NUM_CODES codes."""
 
 
+def stream_blocks(shape: CodecShape) -> int:
+    """Of a stream's keys and values, written over in turn."""
+    return blocks_for(shape.window + FRAMES_AT_ONCE) + 1
+
+
 class VoiceStream:
     """What one speech has so far: the last rows of every layer, and the keys and values that are within the window."""
 
     def __init__(self, shape: CodecShape, dtype: torch.dtype) -> None:
         self.num_frames = 0
         self.state = StreamState()
-        self.num_blocks = blocks_for(shape.window + FRAMES_AT_ONCE) + 1
-        """Of keys and values, written over in turn."""
+        self.num_blocks = stream_blocks(shape)
         self.pool = KvPool(shape.decoder, self.num_blocks, dtype)
 
     def span(self, num_frames: int) -> Span:
