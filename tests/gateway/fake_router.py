@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from gateway.errors import RouterBusy, RouterLost, RouterUnavailable
 from gateway.http.app import build_app
 from gateway.http.settings import GatewaySettings
-from gateway.routers.client import RouterHealth
+from gateway.routers.client import RouterClient, RouterHealth
 from gateway.text.chat_template import ChatTemplate
 from gateway.text.tokenizer import TextTokenizer
 from router.request import FinishReason, GenerationRequest, TokenEvent
@@ -230,7 +230,7 @@ def script(token_ids: Sequence[int], finish_reason: FinishReason = "stop") -> li
     return [Step((token_id,)) for token_id in ids[:-1]] + [Step((ids[-1],), finish_reason)]
 
 
-def app_over(router: FakeRouter, **changes: object) -> FastAPI:
+def app_over(router: RouterClient, **changes: object) -> FastAPI:
     tokenizer = stories_tokenizer()
     return build_app(settings(**changes), tokenizer, ChatTemplate.from_folder(STORIES, tokenizer), router)
 

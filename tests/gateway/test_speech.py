@@ -7,17 +7,21 @@ import base64
 import io
 import json
 import wave
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import pytest
 
-from gateway.errors import ApiError, RouterBusy
+from gateway.errors import ApiError, RouterBusy, RouterLost
 from gateway.http.answer_room import AnswerRoom
 from gateway.http.openai_types import ChatRequest, CompletionRequest, Message, ignored_in, read_request
 from gateway.http.speech import SpokenReply
 from gateway.http.spoken_answers import MOST_KEPT, MOST_KEPT_CHARS, SpokenAnswers
 from gateway.http.stream import AnswerText
+from gateway.routers.client import RouterClient
+from gateway.routers.pool import PoolLimits, RouterPool
+from router.request import GenerationRequest, TokenEvent
 from router.speech.facts import SpeechFacts
 from router.speech.wish import NUM_CODES, SAMPLE_RATE
 from tests.gateway.fake_router import (
@@ -56,7 +60,7 @@ def router(text: list[Step] | None = None, sound: list[Step] | None = None) -> F
 
 
 def post(
-    fake: FakeRouter, *bodies: dict[str, Any], facts: SpeechFacts | None = FACTS, **changes: Any
+    fake: RouterClient, *bodies: dict[str, Any], facts: SpeechFacts | None = FACTS, **changes: Any
 ) -> list[httpx.Response]:
     async def run() -> list[httpx.Response]:
         async with http_client(app_over(fake, speech=facts, **changes)) as client:
@@ -277,6 +281,38 @@ def test_client_that_leaves_while_it_listens_cancels_the_speech() -> None:
 
     asyncio.run(asyncio.wait_for(run(), 10))
     assert fake.cancelled == [fake.requests[1].request_id]
+
+
+class SpeechThatIsLost(FakeRouter):
+    """Dies with its first speech, after a frame; the next one goes on behind what it is told."""
+
+    is_lost = False
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
+        if request.speech is not None and not self.is_lost:
+            self.is_lost = True
+            self.requests.append(request)
+            yield TokenEvent(request.request_id, CODES, samples=SOUND[:256])
+            raise RouterLost("it died")
+        async for event in super().generate(request):
+            yield event
+
+    def abandon(self) -> None:
+        raise AssertionError("nothing hangs here")
+
+
+def test_speech_outlives_its_router() -> None:
+    other = tuple(reversed(CODES))
+    rest = [Step(other, samples=SOUND[256:512]), Step((), "stop", samples=SOUND[512:])]
+    fake = SpeechThatIsLost(script(REPLY), rest)
+    pool = RouterPool({"router": fake}, PoolLimits(retry_s=0.01))
+    (response,) = post(pool, {**CHAT, **SPOKEN})
+    data = base64.b64decode(response.json()["choices"][0]["message"]["audio"]["data"])
+    assert read_wav(data)[1] == SOUND
+    assert response.json()["usage"]["completion_tokens_details"]["audio_tokens"] == 2
+    _, lost, resumed = fake.requests
+    assert resumed.generated_ids == CODES
+    assert (resumed.speech, resumed.sampling) == (lost.speech, lost.sampling)
 
 
 def test_official_client_reads_both_ways() -> None:
