@@ -23,11 +23,10 @@ from router.speech.codec_parts import (
     Stage,
     Upsampling,
 )
-from router.speech.codec_shape import TAPS, CodecShape
+from router.speech.codec_shape import DILATIONS, TAPS, CodecShape
 from router.weights import Layer
 
 COMPONENT = "code2wav"
-DILATIONS = (1, 3, 9)
 NORM_EPSILON = 1e-6
 ENDING_ROWS = 8
 """Of its matrix, all but one zeros: a matrix of one output takes a path of its own in a library."""
