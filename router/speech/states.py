@@ -8,6 +8,7 @@ those of its new turn alone. Called by `router.engine_thread`.
 from __future__ import annotations
 
 import hashlib
+import threading
 from array import array
 from collections import OrderedDict
 from dataclasses import replace
@@ -26,29 +27,34 @@ KEPT_BYTES = 64 << 20
 
 
 class KeptStates:
-    """What was captured last, by everything that decides its bits: whose it is, and the prompt up to there."""
+    """What was captured last, by everything that decides its bits: whose it is, and the prompt up to there. Any thread
+    may ask."""
 
     def __init__(self, most_bytes: int = KEPT_BYTES) -> None:
         self._most_bytes = most_bytes
         self._rows: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._lock = threading.Lock()
         self.nbytes = 0
 
     def find(self, name: bytes) -> Tensor | None:
-        rows_RD = self._rows.get(name)
-        if rows_RD is not None:
-            self._rows.move_to_end(name)
-        return rows_RD
+        with self._lock:
+            rows_RD = self._rows.get(name)
+            if rows_RD is not None:
+                self._rows.move_to_end(name)
+            return rows_RD
 
     def keep(self, name: bytes, rows_RD: Tensor) -> None:
-        self.nbytes += rows_RD.nbytes - (self._rows[name].nbytes if name in self._rows else 0)
-        self._rows[name] = rows_RD
-        while self.nbytes > self._most_bytes:
-            self.nbytes -= self._rows.popitem(last=False)[1].nbytes
+        with self._lock:
+            self.nbytes += rows_RD.nbytes - (self._rows[name].nbytes if name in self._rows else 0)
+            self._rows[name] = rows_RD
+            while self.nbytes > self._most_bytes:
+                self.nbytes -= self._rows.popitem(last=False)[1].nbytes
 
     def forget(self) -> None:
         """Something that was computed may be wrong."""
-        self._rows.clear()
-        self.nbytes = 0
+        with self._lock:
+            self._rows.clear()
+            self.nbytes = 0
 
 
 class StatesCapture:
