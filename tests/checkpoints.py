@@ -190,9 +190,7 @@ def _omni_config(text: dict[str, Any]) -> dict[str, Any]:
             "num_hidden_layers": 1,
             "num_attention_heads": 2,
             "num_key_value_heads": 2,
-            "decoder_dim": 16,
-            "upsample_rates": [2, 2],
-            "upsampling_ratios": [2],
+            "decoder_dim": 32,
             "sliding_window": 8,
         },
     }

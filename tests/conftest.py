@@ -97,7 +97,7 @@ def omni_store(omni_checkpoint: Path) -> Path:
 @pytest.fixture(scope="session")
 def omni(omni_store: Path) -> Iterator[LoadedEngine]:
     """It, loaded in float32."""
-    loaded = open_engine(omni_store, EngineOptions(dtype="float32", has_media=True))
+    loaded = open_engine(omni_store, EngineOptions(dtype="float32", has_media=True, has_speech=True))
     yield loaded
     loaded.close()
 
