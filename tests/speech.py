@@ -88,7 +88,7 @@ def new_capture(
 ) -> StatesCapture:
     facts = speech_facts(loaded)
     plan = check_speech(facts, request, loaded.config.vocab_size)
-    return StatesCapture(facts, request, plan, kept or KeptStates())
+    return StatesCapture(facts, request, plan, kept or KeptStates(lambda: 0))
 
 
 def compute_states(

@@ -11,6 +11,7 @@ import hashlib
 import threading
 from array import array
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 
@@ -30,8 +31,9 @@ class KeptStates:
     """What was captured last, by everything that decides its bits: whose it is, and the prompt up to there. Any thread
     may ask."""
 
-    def __init__(self, most_bytes: int = KEPT_BYTES) -> None:
-        self._most_bytes = most_bytes
+    def __init__(self, num_doubts: Callable[[], int], most_bytes: int = KEPT_BYTES) -> None:
+        """num_doubts: how often something was found to have been computed wrongly; what is older is not found again."""
+        self.num_doubts, self._most_bytes = num_doubts, most_bytes
         self._rows: OrderedDict[bytes, Tensor] = OrderedDict()
         self._lock = threading.Lock()
         self.nbytes = 0
@@ -50,12 +52,6 @@ class KeptStates:
             while self.nbytes > self._most_bytes:
                 self.nbytes -= self._rows.popitem(last=False)[1].nbytes
 
-    def forget(self) -> None:
-        """Something that was computed may be wrong."""
-        with self._lock:
-            self._rows.clear()
-            self.nbytes = 0
-
 
 class StatesCapture:
     """One speech's states: those that were kept, and the others as the engine computes them, in whatever pieces and
@@ -66,7 +62,8 @@ class StatesCapture:
     ) -> None:
         self._layer, self._speech, self._kept = facts.accept_layer - 1, speech, kept
         self._runs = _runs(prompt.media_indices)
-        self._names = [_name(speech, run.stop) for run in self._runs]
+        num_doubts = kept.num_doubts()
+        self._names = [_name(speech, run.stop, num_doubts) for run in self._runs]
         self._found = [kept.find(name) for name in self._names]
         self._missing = [run for run, rows in zip(self._runs, self._found, strict=True) if rows is None]
         self._captured: dict[int, Tensor] = {}
@@ -129,10 +126,10 @@ def _runs(indices: tuple[int, ...]) -> list[range]:
     return [range(indices[begin], indices[end - 1] + 1) for begin, end in bounds]
 
 
-def _name(speech: GenerationRequest, end: int) -> bytes:
+def _name(speech: GenerationRequest, end: int, num_doubts: int) -> bytes:
     """A state follows from the tokens up to it and from what those of media stand for."""
     seen = [placed for placed in speech.media if placed.first < end]
-    said = repr((speech.owner, end, [(placed.first, placed.medium.digest) for placed in seen]))
+    said = repr((num_doubts, speech.owner, end, [(placed.first, placed.medium.digest) for placed in seen]))
     return hashlib.sha256(said.encode() + array("q", speech.prompt_ids[:end]).tobytes()).digest()
 
 

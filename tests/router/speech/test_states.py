@@ -73,7 +73,7 @@ def test_states_behind_a_found_prefix_are_those_of_the_whole_prompt(loaded: Load
 
 
 def test_next_turn_needs_the_states_of_its_own_media_alone(loaded: LoadedEngine) -> None:
-    kept, engine = KeptStates(), _engine_with_prefixes(loaded)
+    kept, engine = KeptStates(lambda: 0), _engine_with_prefixes(loaded)
     first, second = (speech_request(loaded, *turns) for turns in (FIRST, SECOND))
     text = replace(second, request_id="t", speech=None, sampling=SamplingParams(max_tokens=2))
     capture = new_capture(loaded, first, kept)
@@ -89,7 +89,7 @@ def test_next_turn_needs_the_states_of_its_own_media_alone(loaded: LoadedEngine)
 
 
 def test_turn_without_media_of_its_own_needs_no_engine(loaded: LoadedEngine) -> None:
-    kept = KeptStates()
+    kept = KeptStates(lambda: 0)
     first, second = (
         speech_request(loaded, *turns) for turns in (FIRST, (*FIRST, answered("A cat."), asked(TEXT)))
     )
@@ -103,7 +103,7 @@ def test_turn_without_media_of_its_own_needs_no_engine(loaded: LoadedEngine) -> 
 
 
 def test_nobody_finds_what_differs_in_owner_text_or_medium(loaded: LoadedEngine) -> None:
-    kept = KeptStates()
+    kept = KeptStates(lambda: 0)
     request = speech_request(loaded, *FIRST)
     capture = new_capture(loaded, request, kept)
     compute_states(loaded, small_engine(loaded, 24), capture, request)
@@ -117,8 +117,20 @@ def test_nobody_finds_what_differs_in_owner_text_or_medium(loaded: LoadedEngine)
     )
     for other in others:
         assert new_capture(loaded, other, kept).is_needed
-    kept.forget()
+
+
+def test_what_was_kept_before_something_was_found_wrong_is_not_found(loaded: LoadedEngine) -> None:
+    """Not even where it was on its way at that time."""
+    num_doubts = 0
+    kept = KeptStates(lambda: num_doubts)
+    request = speech_request(loaded, *FIRST)
+    capture = new_capture(loaded, request, kept)
+    compute_states(loaded, small_engine(loaded, 24), capture, request)
+    num_doubts = 1
+    capture.keep()
     assert new_capture(loaded, request, kept).is_needed
+    num_doubts = 0
+    assert not new_capture(loaded, request, kept).is_needed
 
 
 def test_conversation_without_media_has_no_states(loaded: LoadedEngine) -> None:
@@ -128,7 +140,7 @@ def test_conversation_without_media_has_no_states(loaded: LoadedEngine) -> None:
 
 
 def test_oldest_states_go_first_where_there_is_no_room() -> None:
-    kept = KeptStates(most_bytes=3 * 64)
+    kept = KeptStates(lambda: 0, most_bytes=3 * 64)
     rows = torch.zeros(4, 4)
     for name in (b"a", b"b", b"c"):
         kept.keep(name, rows)
