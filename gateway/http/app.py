@@ -7,6 +7,7 @@ A request's way: `request_envelope` (id, headers) -> here (read, check) -> `jobs
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -15,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from gateway.errors import ApiError, ClientGone, GatewayError, RouterUnavailable, to_api_error
+from gateway.http.body_room import FREE_BYTES, BodyRoom, Hold, no_matter
 from gateway.http.completions import answer_events, whole_answer
 from gateway.http.connection import EventStream, run_while_connected
 from gateway.http.cross_origin import allow_cross_origin
@@ -70,10 +72,15 @@ def _add_generation_routes(
     backend: Backend,
     decoder: MediaDecoder,
 ) -> None:
+    bodies = BodyRoom()
+
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        checked, ignored = await _read(CompletionRequest, request, settings.limits)
-        job = await prepare_completion(checked, settings, backend.tokenizer, request.state.owner)
+        owner = request.state.owner
+        with bodies.entered(owner) as hold:
+            checked, ignored = await _read(CompletionRequest, request, settings.limits, hold)
+            preparing = prepare_completion(checked, settings, backend.tokenizer, owner)
+            job = await run_while_connected(request.receive, preparing)
         return await _answer(job, request, backend, ignored)
 
     @app.post("/v1/chat/completions")
@@ -83,18 +90,21 @@ def _add_generation_routes(
 
     async def prepared(request: Request) -> tuple[Job, dict[str, str]]:
         """Apart, so that the request with its encoded media is not held while the answer comes."""
-        checked, ignored = await _read(ChatRequest, request, settings.limits)
         owner = request.state.owner
-        job = await prepare_chat(
-            checked, settings, backend.tokenizer, template, decoder, backend.spoken, owner
-        )
-        return job, ignored
+        with bodies.entered(owner) as hold:
+            checked, ignored = await _read(ChatRequest, request, settings.limits, hold)
+            preparing = prepare_chat(
+                checked, settings, backend.tokenizer, template, decoder, backend.spoken, owner
+            )
+            return await run_while_connected(request.receive, preparing), ignored
 
 
 def _add_feedback_route(app: FastAPI, limits: RequestLimits, backend: Backend) -> None:
+    small = replace(limits, max_body_bytes=FREE_BYTES)
+
     @app.post("/v1/feedback")
     async def feedback(request: Request) -> JSONResponse:
-        checked = read_feedback(await _read_json(request, limits))
+        checked = read_feedback(await _read_json(request, small))
         if not await backend.client.feedback(checked.request_id, checked.score):
             message = f"There is no recent answer {checked.request_id!r}."
             raise ApiError(404, message, param="request_id", code="answer_not_found")
@@ -146,17 +156,17 @@ def _add_service_routes(app: FastAPI, backend: Backend) -> None:
 
 
 async def _read(
-    kind: type[RequestT], request: Request, limits: RequestLimits
+    kind: type[RequestT], request: Request, limits: RequestLimits, hold: Hold
 ) -> tuple[RequestT, dict[str, str]]:
     """The checked request, and the header that names fields without effect."""
-    body = await _read_json(request, limits)
+    body = await _read_json(request, limits, hold)
     checked = read_request(kind, body)
     return checked, ignored_header(ignored_in(kind, body))
 
 
-async def _read_json(request: Request, limits: RequestLimits) -> dict[str, Any]:
+async def _read_json(request: Request, limits: RequestLimits, hold: Hold = no_matter) -> dict[str, Any]:
     try:
-        content = await read_body(request.stream(), request.headers.get("content-length"), limits)
+        content = await read_body(request.stream(), request.headers.get("content-length"), limits, hold)
     except ClientDisconnect as error:
         raise ClientGone from error
     return parse_json(content, limits)

@@ -1,4 +1,5 @@
-"""Encodes the media of requests in a thread of its own, one request after another, beside the engine's.
+"""Encodes the media of requests in a thread of its own, one request after another, beside the engine's. Owners take
+turns.
 
 Called by `router.engine_thread`.
 """
@@ -6,7 +7,6 @@ Called by `router.engine_thread`.
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,6 +14,7 @@ from functools import partial
 
 from router.errors import MediaFailed, MediaUnwanted, RouterError
 from router.media.encoder import MediaEncoder
+from router.media.owner_queue import OwnerQueue
 from router.prompt_inputs import PromptInputs
 from router.request import GenerationRequest
 from router.side_thread import SideThread
@@ -42,7 +43,7 @@ class EncodingThread:
         self._encoder, self._on_encoded = encoder, on_encoded
         self._is_wanted, self._has_room = is_wanted, has_room
         self._is_stopping = threading.Event()
-        self._requests: queue.SimpleQueue[GenerationRequest | None] = queue.SimpleQueue()
+        self._requests = OwnerQueue[GenerationRequest]()
         self._thread = SideThread(self._run, "media")
 
     def start(self) -> None:
@@ -52,11 +53,11 @@ class EncodingThread:
     def stop(self) -> None:
         """End after the request in progress."""
         self._is_stopping.set()
-        self._requests.put(None)
+        self._requests.close()
         self._thread.join()
 
     def submit(self, request: GenerationRequest) -> None:
-        self._requests.put(request)
+        self._requests.put(request.owner, request)
 
     def _run(self) -> None:
         while self._serve(self._requests.get()):  # which holds no request while it waits for another
