@@ -493,7 +493,7 @@ def test_bodies_of_all_requests_are_bounded(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(http_app, "BodyRoom", partial(BodyRoom, 2 * 100_000))
 
     async def run() -> None:
-        app = app_over(FakeRouter())
+        app = app_over(FakeRouter(script(IDS)))
         refused = await _post(app, {**COMPLETION, "user": "x" * (FREE_BYTES + 100_000)})
         assert refused.status_code == 429 and "Retry-After" in refused.headers
         fitting = await _post(app, {**COMPLETION, "user": "x" * (FREE_BYTES + 90_000)})
