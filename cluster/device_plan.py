@@ -122,6 +122,7 @@ def _row(
         tier=DEVICE_TIER if is_on_card else TIER,
         stand_in_bytes=footprint.stand_in_bytes if is_router and not is_on_card else 0,
         media_bytes=footprint.media_bytes if is_router and not is_on_card else 0,
+        speech_bytes=footprint.speech_bytes if is_router and not is_on_card else 0,
     )
 
 
@@ -143,6 +144,7 @@ def _behind(
         tier=HOST_TIER,
         stand_in_bytes=footprint.stand_in_bytes if is_router else 0,
         media_bytes=footprint.media_bytes if is_router else 0,
+        speech_bytes=footprint.speech_bytes if is_router else 0,
     )
 
 
@@ -248,6 +250,7 @@ def _room(
         f"{SPARE_PERCENT}% left": _spare(node),
         "stand-ins": sum(row.stand_in_bytes for row in rows),
         "images and sound": sum(row.media_bytes for row in rows),
+        "speech": sum(row.speech_bytes for row in rows),
     }
     needs = {name: nbytes for name, nbytes in needs.items() if nbytes}
     room = node.memory.available_bytes - sum(needs.values())

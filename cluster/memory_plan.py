@@ -55,6 +55,8 @@ class ProcessMemory:
     """Mean outputs of experts, which are in nobody's budget."""
     media_bytes: int = 0
     """What sees and hears, which is in nobody's budget either."""
+    speech_bytes: int = 0
+    """What speaks, which has a budget of its own."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,8 @@ def plan_memory(
         needs["stand-ins"] = num_routers * footprint.stand_in_bytes
     if footprint.media_bytes:
         needs["images and sound"] = num_routers * footprint.media_bytes
+    if footprint.speech_bytes:
+        needs["speech"] = num_routers * footprint.speech_bytes
     experts = footprint.experts
     room = node.memory.available_bytes - sum(needs.values())
     if any(request.is_fit for request in requests) and room < experts.largest:
@@ -172,6 +176,7 @@ def plan_memory(
             node.name,
             stand_in_bytes=footprint.stand_in_bytes,
             media_bytes=footprint.media_bytes,
+            speech_bytes=footprint.speech_bytes,
         )
         for name, share in zip(router_names(num_routers), shares, strict=False)
     )

@@ -1,7 +1,7 @@
 """Runs an engine in a thread of its own and passes requests in and events out.
 
 Nothing of Torch runs on the caller's thread. `submit` and `cancel` may be called from any thread; the sink is
-called on the engine's thread and must return at once.
+called on the engine's thread, or on the one that speaks, and must return at once.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ from router.media.encoder import MediaEncoder
 from router.media.encoding_thread import EncodingThread
 from router.prompt_inputs import NO_INPUTS, PromptInputs
 from router.request import GenerationRequest, TokenEvent
+from router.speech.speech_desk import SpeechDesk
+from router.speech.speech_source import SpeechSource
+from router.speech.speech_thread import SpeechStatus
+from router.speech.states import StatesCapture
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +41,8 @@ class EngineHealth:
     seconds_since_step: float
     num_waiting: int
     num_running: int
+    speech_stalled_s: float = 0.0
+    """Since speeches last went on; 0 where there are none, or what speaks is being read."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +67,14 @@ class _Cancel:
 class EngineThread:
     """Owns an engine from `start` to `stop`."""
 
-    def __init__(self, engine: Engine, sink: Sink, encoder: MediaEncoder | None = None) -> None:
-        """encoder: of requests with media; without one they are refused."""
+    def __init__(
+        self,
+        engine: Engine,
+        sink: Sink,
+        encoder: MediaEncoder | None = None,
+        speech: SpeechSource | None = None,
+    ) -> None:
+        """encoder: of requests with media; without one they are refused, and those for speech without `speech`."""
         self.engine = engine
         self._sink = sink
         self._commands: queue.SimpleQueue[_Submit | _Encoded | _Cancel | None] = queue.SimpleQueue()
@@ -70,6 +82,10 @@ class EngineThread:
         self._encoding: EncodingThread | None = None
         if encoder is not None:
             self._encoding = EncodingThread(encoder, self._is_preparing, self._has_room, self._take_encoded)
+        self._speech: SpeechDesk | None = None
+        if speech is not None:
+            directory = engine.backbone.directory
+            self._speech = SpeechDesk(speech, self._emit_spoken, lambda: directory.num_quarantined)
         self._preparing: set[str] = set()
         """Open requests that wait for their media."""
         self._encoded: set[str] = set()
@@ -86,6 +102,8 @@ class EngineThread:
     def start(self) -> None:
         if self._encoding is not None:
             self._encoding.start()
+        if self._speech is not None:
+            self._speech.thread.start()
         self._thread.start()
 
     def stop(self) -> None:
@@ -97,6 +115,13 @@ class EngineThread:
         if self._encoding is not None:
             self._preparing.clear()
             self._encoding.stop()
+        if self._speech is not None:
+            self._speech.thread.stop()
+
+    @property
+    def speech(self) -> SpeechStatus | None:
+        """None where replies are not spoken."""
+        return None if self._speech is None else self._speech.thread.status()
 
     @property
     def num_open(self) -> int:
@@ -104,16 +129,15 @@ class EngineThread:
         return len(self._open)
 
     def submit(self, request: GenerationRequest, inputs: PromptInputs = NO_INPUTS) -> None:
-        """Queue a request; its events go to the sink. One with media joins the engine when these are encoded.
+        """Queue a request; its events go to the sink. One with media joins the engine when these are encoded, one for
+        speech is spoken beside it.
 
         Raises QueueFull, RequestTooLong, PromptInvalid or EngineStopped at once, on the caller's thread; ValueError for
         a used id.
         """
         if request.media and self._encoding is None:
             raise PromptInvalid("this router takes no images and no sound")
-        total = len(request.prompt_ids) + request.sampling.max_tokens
-        if total > self.engine.max_tokens_per_sequence:
-            raise RequestTooLong(total, self.engine.max_tokens_per_sequence)
+        capture = self._check(request)
         with self._admission:
             if self._failure is not None or not self._thread.is_alive():
                 raise EngineStopped(self._failure or "it was not started")
@@ -124,25 +148,42 @@ class EngineThread:
             if not self._open:
                 self._busy_since = time.monotonic()
             self._open.add(request.request_id)
+            if capture is not None and self._speech is not None and not self._speech.take(request, capture):
+                return
             if request.media and self._encoding is not None:
                 self._preparing.add(request.request_id)
                 self._encoding.submit(request)
             else:
                 self._commands.put(_Submit(request, inputs))
 
+    def _check(self, request: GenerationRequest) -> StatesCapture | None:
+        """On the caller's thread. A request for speech has bounds of its own."""
+        if request.speech is None:
+            total = len(request.prompt_ids) + request.sampling.max_tokens
+            if total > self.engine.max_tokens_per_sequence:
+                raise RequestTooLong(total, self.engine.max_tokens_per_sequence)
+            return None
+        if self._speech is None:
+            raise PromptInvalid("this router does not speak")
+        return self._speech.check(request)
+
     def cancel(self, request_id: str) -> None:
         """End a request before the next step; it gets a last event with reason "cancelled"."""
+        if self._speech is not None:  # a speech at once, whatever the engine is computing
+            self._speech.cancel(request_id)
         self._commands.put(_Cancel(request_id))
 
     def health(self) -> EngineHealth:
-        engine, num_preparing = self.engine, len(self._preparing)
+        engine, num_preparing, speech = self.engine, len(self._preparing), self._speech
+        num_elsewhere = num_preparing + (0 if speech is None else speech.num_spoken)
         since = max(engine.stats.last_step_at, self._busy_since)
         return EngineHealth(
             self._thread.is_alive() and self._failure is None,
-            self.num_open > num_preparing,
+            self.num_open > num_elsewhere,
             time.monotonic() - since,
             engine.num_waiting + num_preparing,
             engine.num_running,
+            0.0 if speech is None else speech.thread.stalled_s,
         )
 
     def _run(self) -> None:
@@ -179,10 +220,14 @@ class EngineThread:
             self._submit_encoded(command)
         elif self._end(command.request_id):
             self._emit([TokenEvent(command.request_id, (), "cancelled")])
+        elif self._speech is not None:  # its states may have been computed meanwhile
+            self._speech.cancel(command.request_id)
         return True
 
     def _submit_now(self, request: GenerationRequest, inputs: PromptInputs) -> None:
         try:
+            if self._speech is not None:
+                request, inputs = self._speech.asked(request, inputs)
             self.engine.submit(request, inputs)
         except (RouterError, ValueError) as error:
             self._emit([TokenEvent(request.request_id, (), "error", str(error))])
@@ -227,9 +272,20 @@ class EngineThread:
         with self._admission:
             self._failure = failure
             names = sorted(self._open)
+        if self._speech is not None:
+            for name in names:
+                self._speech.cancel(name)
         self._emit([TokenEvent(name, (), "error", "the engine failed", is_resumable=True) for name in names])
 
+    def _emit_spoken(self, events: Sequence[TokenEvent]) -> None:
+        """On the thread that speaks. Who was told of a failure of the engine hears no more."""
+        self._tell([event for event in events if event.request_id in self._open])
+
     def _emit(self, events: Sequence[TokenEvent]) -> None:
+        """On the engine's thread."""
+        self._tell(events if self._speech is None else self._speech.divert(events))
+
+    def _tell(self, events: Sequence[TokenEvent]) -> None:
         ended = [event.request_id for event in events if event.finish_reason is not None]
         if ended:
             with self._admission:

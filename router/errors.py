@@ -79,6 +79,17 @@ class MediaUnwanted(RouterError):
     """The request has gone before all of its media were encoded."""
 
 
+class SpeechFailed(RouterError):
+    """A reply could not be spoken, through no fault of the request."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return "the reply could not be spoken"
+
+
 class KvExhausted(RouterError):
     """More KV blocks were asked for than are free."""
 

@@ -28,6 +28,8 @@ from router.media.sizes import media_bytes
 from router.model_config import SHARED_GATE_ROWS, ModelConfig, read_model_config
 from router.output_means import means_bytes
 from router.sampling import TOGETHER_BYTES
+from router.speech.facts import TALKER, read_speech_facts
+from router.speech.sizes import speech_bytes
 
 FLOAT32_BYTES = 4
 LIBRARY_BYTES = 32 << 20
@@ -54,6 +56,8 @@ class Footprint:
     """Mean outputs of experts, where a request may ask for them."""
     media_bytes: int = 0
     """Of what sees and hears, in host memory, where images and sound are taken."""
+    speech_bytes: int = 0
+    """Of what speaks, its own experts included, in host memory, where replies are spoken."""
 
 
 def measure_footprint(store: ExpertStore, options: EngineOptions) -> Footprint:
@@ -86,6 +90,22 @@ def measure_footprint(store: ExpertStore, options: EngineOptions) -> Footprint:
         media_bytes=media_bytes({part.name: part.config for part in store.manifest.components}, dtype)
         if options.has_media and read_media_facts(store.manifest, store.root).kinds
         else 0,
+        speech_bytes=_speech_bytes(store, dtype, options)
+        if options.has_speech and read_speech_facts(store.manifest) is not None
+        else 0,
+    )
+
+
+def _speech_bytes(store: ExpertStore, dtype: torch.dtype, options: EngineOptions) -> int:
+    """Its experts are on the CPU whatever computes the text."""
+    component, budget = store.component(TALKER), options.speech_budget_bytes
+    config = read_model_config(component.config)
+    form = planned_form(store, dtype, {TALKER: config.hidden_size})
+    experts = measure_experts(store, store.expert_keys(TALKER), form).total
+    return (experts if budget is None else min(budget, experts)) + speech_bytes(
+        {part.name: part.config for part in store.manifest.components},
+        backbone_bytes(component, config, dtype, planned_linears(store.quantised, dtype)),
+        dtype,
     )
 
 

@@ -155,11 +155,15 @@ class KvRoom:
         self.pool.scrub(self.allocator.free(name))
 
     def _match(self, sequence: Sequence) -> tuple[int, ...]:
-        """Known blocks that its text begins with. Its last token is always computed, for its logits."""
+        """Known blocks that its text begins with. Its last token is always computed, for its logits, and so are those
+        whose hidden states somebody wants."""
         is_untouched = sequence.num_computed == 0 and sequence.swapped is None
         if not is_untouched or sequence.wants_prompt_logprobs or not self._is_shareable(sequence):
             return ()
-        num_blocks = shared_positions(len(sequence.tokens)) // BLOCK_POSITIONS
+        num_positions = shared_positions(len(sequence.tokens))
+        if sequence.inputs.on_capture is not None:
+            num_positions = min(num_positions, sequence.inputs.capture_from)
+        num_blocks = num_positions // BLOCK_POSITIONS
         return self.allocator.prefixes.match(self._keys(sequence, num_blocks)[:num_blocks])
 
     def _is_shareable(self, sequence: Sequence) -> bool:

@@ -39,6 +39,9 @@ from router.prefetch import Prefetcher
 from router.prefix_keys import PrefixScope
 from router.scoring import DEFAULT_PRESET, PRESETS, SnarcWeights
 from router.self_test import prove_row_invariance
+from router.speech.facts import read_speech_facts
+from router.speech.opening import SpeakerOptions
+from router.speech.speech_source import SpeechSource
 from router.steering import MoeShape, SteeredPolicy
 from router.trust_options import TrustOptions, open_local_ledger
 from router.trust_session import OpenKeeper, TrustSession
@@ -90,6 +93,10 @@ class EngineOptions:
     """Whether and where trust is learned; None means that nobody watches."""
     has_media: bool = False
     """Whether images and sound are taken where the model does."""
+    has_speech: bool = False
+    """Whether answers are spoken where the model does."""
+    speech_budget_bytes: int | None = None
+    """Resident bytes of the talker's experts; None means no bound."""
     prefix_cache: bool = True
     """Whether keys and values of earlier requests are used again where a request begins alike (docs/serving.md)."""
 
@@ -115,6 +122,8 @@ class LoadedEngine:
     """Of mean outputs, where they are kept."""
     media: MediaEncoder | None = None
     """Of images and sound, where the store has what the model sees or hears with."""
+    speech: SpeechSource | None = None
+    """Where what speaks is read when it is asked for, where the store has it."""
 
     @property
     def numerics_class(self) -> str:
@@ -220,8 +229,12 @@ def load_engine(
     media = None
     if options.has_media and read_media_facts(store.manifest, store.root).kinds:
         media = MediaEncoder(store, config, kernel, dtype)
+    speech = None
+    if options.has_speech and (spoken := read_speech_facts(store.manifest)) is not None:
+        own = SpeakerOptions(options.speech_budget_bytes)
+        speech = SpeechSource(store, spoken, backbone.embeddings_VD, dtype, own, prove_row_invariance)
     loaded = LoadedEngine(
-        engine, store, worker, directory, config, kernel, dtype, forms, trust, stand_ins, media
+        engine, store, worker, directory, config, kernel, dtype, forms, trust, stand_ins, media, speech
     )
     # Such keys are turned by an angle that depends on the whole prompt's length.
     if options.prefix_cache and not config.rope.depends_on_length:

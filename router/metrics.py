@@ -34,6 +34,7 @@ class _Collector:
         yield from self._experts()
         yield from self._trust()
         yield from self._media()
+        yield from self._speech()
 
     def _engine(self) -> Iterable[Metric]:
         engine = self._service.loaded.engine
@@ -134,6 +135,24 @@ class _Collector:
         yield _counter("media_encoded", "Images and sounds encoded.", stats.encoded)
         yield _counter("media_found", "Images and sounds found encoded.", stats.found)
         yield _counter("media_encoding_seconds", "Time spent encoding them.", stats.seconds)
+
+    def _speech(self) -> Iterable[Metric]:
+        """Nothing where replies are not spoken."""
+        status = self._service.engine_thread.speech
+        if status is None:
+            return
+        yield _gauge("speech_bytes", "What speaks, once it was asked for.", status.resident_bytes)
+        yield _gauge("speech_running", "Speeches that get frames.", status.running)
+        yield _gauge("speech_waiting", "Speeches that wait for that.", status.waiting)
+        yield _counter("speech_frames", "Frames of codes drawn.", status.frames)
+        yield _counter("speech_samples", "Samples made of them.", status.samples)
+        yield _counter("speech_failed", "Speeches ended by an error.", status.failed)
+        phases = CounterMetricFamily(
+            PREFIX + "speech_seconds", "Time of speaking by phase.", labels=["phase"]
+        )
+        for phase, seconds in status.seconds.items():
+            phases.add_metric([phase], seconds)
+        yield phases
 
 
 def _trouble(way: DirectoryStats) -> Iterable[Metric]:

@@ -36,7 +36,7 @@ class TokenHistory:
     def penalise(self, logits_V: Tensor, params: SamplingParams) -> None:
         """In place. logits_V: float64. Sources: Keskar et al. 2019 (CTRL) for the repetition penalty, OpenAI's
         API reference for the others."""
-        ids = torch.tensor(list(self._slots))
+        ids = torch.tensor(list(self._slots), dtype=torch.int64)
         counts = torch.tensor(self._counts, dtype=torch.float64)
         values = logits_V[ids]
         if params.repetition_penalty != 1.0:

@@ -55,6 +55,8 @@ class PromptInputs:
     capture_layers: tuple[int, ...] = ()
     on_capture: Callable[[int, int, Tensor], None] | None = None
     """Called with (layer, first index, (count, D) hidden states) for every computed piece."""
+    capture_from: int = 0
+    """Index of the first token whose states are wanted; keys and values of those before may be found computed."""
     media: tuple[MediaSpan, ...] | None = None
     """In order, where all of the above follows from them and the token ids; None where it does not."""
 

@@ -96,7 +96,7 @@ class RouterService:
         self._probed_at = float("-inf")
         self._num_probes = 0
         self._arrivals = Arrivals(self._loop, self._deliver)
-        self.engine_thread = EngineThread(loaded.engine, self._arrivals.put, loaded.media)
+        self.engine_thread = EngineThread(loaded.engine, self._arrivals.put, loaded.media, loaded.speech)
         self.engine_thread.start()
 
     @property
@@ -173,7 +173,8 @@ class RouterService:
     def is_stuck(self) -> bool:
         """Whether it has had work for so long without progress that nothing but a new process will help."""
         facts = self.engine_thread.health()
-        return facts.has_work and self._progressed_s(facts) > STUCK_AFTER_S
+        is_engine_stuck = facts.has_work and self._progressed_s(facts) > STUCK_AFTER_S
+        return is_engine_stuck or facts.speech_stalled_s > STUCK_AFTER_S
 
     def _progressed_s(self, facts: EngineHealth) -> float:
         """Seconds since a step or a layer was finished."""

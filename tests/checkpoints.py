@@ -49,16 +49,27 @@ OMNI_TOKENS = {
     404: "<|vision_start|>",
     405: "<|audio_end|>",
     406: "<|vision_end|>",
+    407: "<|im_start|>",
+    408: "<|im_end|>",
+    409: "<tts_pad>",
+    410: "<tts_text_bos>",
+    411: "<tts_text_eod>",
+    412: "<|system|>",
+    413: "<|user|>",
+    414: "<|assistant|>",
 }
+"""Roles are one token each, as the published program expects."""
 OMNI_TEMPLATE = """{%- for m in messages -%}
-{{ m.role }}: {% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}
+{{ '<|im_start|><|' + m.role + '|>\\n' }}{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}
 {%- if c.type == 'image' -%}<|vision_start|><|image_pad|><|vision_end|>
 {%- elif c.type == 'audio' -%}<|audio_start|><|audio_pad|><|audio_end|>
 {%- elif 'text' in c -%}{{ c.text }}{%- endif -%}
-{% endfor %}{% endif %}{{ ' ' }}
-{%- endfor %}{% if add_generation_prompt %}assistant: {% endif %}"""
+{% endfor %}{% endif %}{{ '<|im_end|>\\n' }}
+{%- endfor %}{% if add_generation_prompt %}{{ '<|im_start|><|assistant|>\\n' }}{% endif %}"""
 """The published one's places and kinds of parts, and less text."""
-TALKER_VOCAB = 64 + 1024
+CODES = 64
+VOICES = {"chelsie": 120, "ethan": 121, "aiden": 122}
+TALKER_VOCAB = CODES + 1024
 """Codes, and the control ids above them that the published program expects."""
 
 
@@ -133,9 +144,10 @@ def _omni_config(text: dict[str, Any]) -> dict[str, Any]:
         "num_experts_per_tok": 2,
         "norm_topk_prob": True,
     }
-    predictor = talker_text | {"vocab_size": 64, "num_code_groups": 4, "num_hidden_layers": 1}
+    predictor = talker_text | {"vocab_size": CODES, "num_code_groups": 16, "num_hidden_layers": 2}
     codec = ("pad", "bos", "eos_token", "nothink", "think_bos", "think_eos")
-    return {
+    turns = ("im_start", "im_end", "tts_pad", "tts_bos", "tts_eos", "system", "user", "assistant")
+    return {f"{name}_token_id": 407 + number for number, name in enumerate(turns)} | {
         "thinker_config": ids
         | {
             "text_config": {"rope_parameters": rope} | text,
@@ -165,22 +177,20 @@ def _omni_config(text: dict[str, Any]) -> dict[str, Any]:
             "text_config": talker_text,
             "code_predictor_config": predictor,
             "accept_hidden_layer": 1,
-            "num_code_groups": 4,
+            "num_code_groups": 16,
             "thinker_hidden_size": width,
             "spatial_merge_size": 2,
-            "speaker_id": {"chelsie": 120},
+            "speaker_id": VOICES,
         },
         "code2wav_config": {
-            "codebook_size": 64,
-            "num_quantizers": 4,
+            "codebook_size": CODES,
+            "num_quantizers": 16,
             "hidden_size": 16,
             "intermediate_size": 32,
             "num_hidden_layers": 1,
             "num_attention_heads": 2,
             "num_key_value_heads": 2,
-            "decoder_dim": 16,
-            "upsample_rates": [2, 2],
-            "upsampling_ratios": [2],
+            "decoder_dim": 32,
             "sliding_window": 8,
         },
     }

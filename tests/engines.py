@@ -55,7 +55,8 @@ def _prove(config: ModelConfig, dtype: torch.dtype, device: torch.device, level:
 _prove_experts_once = functools.cache(prove_experts)
 
 
-def _prove_once(config: ModelConfig, dtype: torch.dtype, device: torch.device = CPU) -> RowKernel:
+def prove_once(config: ModelConfig, dtype: torch.dtype, device: torch.device = CPU) -> RowKernel:
+    """`prove_row_invariance`, which takes time, once for each configuration."""
     return _prove(config, dtype, device, chosen_level(dtype))
 
 
@@ -67,7 +68,7 @@ def open_engine(
     """The KV cache is small, and the self-test runs once for each configuration: both take time at every start."""
     options = replace(options, kv_budget_bytes=KV_BUDGET_BYTES)
     with (
-        mock.patch.object(loading, "prove_row_invariance", _prove_once),
+        mock.patch.object(loading, "prove_row_invariance", prove_once),
         mock.patch.object(loading, "prove_experts", _prove_experts_once),
     ):
         return loading.load_engine(ExpertStore.open(root), options, connect)

@@ -17,6 +17,11 @@ from router.request import GenerationRequest, SamplingParams
 
 AUDIO, IMAGE, VIDEO, AUDIO_START, VISION_START, AUDIO_END, VISION_END = range(400, 407)
 """Token ids of `tests.checkpoints`; those that end a medium are no others than text to the model."""
+TURN_START, TURN_END, SYSTEM, USER, ASSISTANT = 407, 408, 412, 413, 414
+LINE_BREAK = 10
+BEFORE_QUESTION = (TURN_START, USER, LINE_BREAK)
+AFTER_QUESTION = (TURN_END, LINE_BREAK, TURN_START, ASSISTANT, LINE_BREAK)
+"""What the chat template writes around what a user says."""
 Part = Medium | Sequence[int]
 
 

@@ -7,6 +7,7 @@ A request's way: `request_envelope` (id, headers) -> here (read, check) -> `jobs
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -15,7 +16,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from gateway.errors import ApiError, ClientGone, GatewayError, RouterUnavailable, to_api_error
-from gateway.http.completions import Backend, answer_events, whole_answer
+from gateway.http.body_room import FREE_BYTES, BodyRoom, Hold, no_matter
+from gateway.http.completions import answer_events, whole_answer
 from gateway.http.connection import EventStream, run_while_connected
 from gateway.http.cross_origin import allow_cross_origin
 from gateway.http.field_policy import ignored_header
@@ -29,6 +31,7 @@ from gateway.http.openai_types import (
     read_feedback,
     read_request,
 )
+from gateway.http.pieces import Backend
 from gateway.http.request_envelope import RequestEnvelope
 from gateway.http.request_limits import parse_json, read_body
 from gateway.http.settings import GatewaySettings, RequestLimits
@@ -69,28 +72,39 @@ def _add_generation_routes(
     backend: Backend,
     decoder: MediaDecoder,
 ) -> None:
+    bodies = BodyRoom()
+
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        checked, ignored = await _read(CompletionRequest, request, settings.limits)
-        job = await prepare_completion(checked, settings, backend.tokenizer)
-        job = job.owned_by(request.state.owner)
+        owner = request.state.owner
+        with bodies.entered(owner) as hold:
+            checked, ignored = await _read(CompletionRequest, request, settings.limits, hold)
+            preparing = prepare_completion(checked, settings, backend.tokenizer, owner)
+            job = await run_while_connected(request.receive, preparing)
         return await _answer(job, request, backend, ignored)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         job, ignored = await prepared(request)
-        return await _answer(job.owned_by(request.state.owner), request, backend, ignored)
+        return await _answer(job, request, backend, ignored)
 
     async def prepared(request: Request) -> tuple[Job, dict[str, str]]:
         """Apart, so that the request with its encoded media is not held while the answer comes."""
-        checked, ignored = await _read(ChatRequest, request, settings.limits)
-        return await prepare_chat(checked, settings, backend.tokenizer, template, decoder), ignored
+        owner = request.state.owner
+        with bodies.entered(owner) as hold:
+            checked, ignored = await _read(ChatRequest, request, settings.limits, hold)
+            preparing = prepare_chat(
+                checked, settings, backend.tokenizer, template, decoder, backend.spoken, owner
+            )
+            return await run_while_connected(request.receive, preparing), ignored
 
 
 def _add_feedback_route(app: FastAPI, limits: RequestLimits, backend: Backend) -> None:
+    small = replace(limits, max_body_bytes=FREE_BYTES)
+
     @app.post("/v1/feedback")
     async def feedback(request: Request) -> JSONResponse:
-        checked = read_feedback(await _read_json(request, limits))
+        checked = read_feedback(await _read_json(request, small))
         if not await backend.client.feedback(checked.request_id, checked.score):
             message = f"There is no recent answer {checked.request_id!r}."
             raise ApiError(404, message, param="request_id", code="answer_not_found")
@@ -98,12 +112,12 @@ def _add_feedback_route(app: FastAPI, limits: RequestLimits, backend: Backend) -
 
 
 def _add_model_routes(app: FastAPI, settings: GatewaySettings) -> None:
-    modalities = ["text", *settings.media.kinds]
     facts = {
         "object": "model",
         "created": settings.created,
         "owned_by": "sage-moe",
-        "input_modalities": modalities,
+        "input_modalities": ["text", *settings.media.kinds],
+        "output_modalities": ["text"] if settings.speech is None else ["text", "audio"],
     }
     cards = {name: {"id": name, **facts} for name in settings.model_names}
 
@@ -142,17 +156,17 @@ def _add_service_routes(app: FastAPI, backend: Backend) -> None:
 
 
 async def _read(
-    kind: type[RequestT], request: Request, limits: RequestLimits
+    kind: type[RequestT], request: Request, limits: RequestLimits, hold: Hold
 ) -> tuple[RequestT, dict[str, str]]:
     """The checked request, and the header that names fields without effect."""
-    body = await _read_json(request, limits)
+    body = await _read_json(request, limits, hold)
     checked = read_request(kind, body)
     return checked, ignored_header(ignored_in(kind, body))
 
 
-async def _read_json(request: Request, limits: RequestLimits) -> dict[str, Any]:
+async def _read_json(request: Request, limits: RequestLimits, hold: Hold = no_matter) -> dict[str, Any]:
     try:
-        content = await read_body(request.stream(), request.headers.get("content-length"), limits)
+        content = await read_body(request.stream(), request.headers.get("content-length"), limits, hold)
     except ClientDisconnect as error:
         raise ClientGone from error
     return parse_json(content, limits)

@@ -12,6 +12,7 @@ from rich.table import Table
 from cluster.expert_names import name_experts
 from extraction.errors import one_line
 from gateway.service.memory_view import render_memory
+from router.speech.wish import SAMPLE_RATE
 
 NUM_DECISIONS = 5
 """That are shown; `--json` has more."""
@@ -57,6 +58,7 @@ def render_status(status: Mapping[str, Any]) -> RenderableType:
     plan = [render_memory(status["memory"], resident, _behind(status))] if status.get("memory") else []
     memory = f"backbone {mib(router['backbone_bytes'])}, KV cache {mib(router['kv_bytes'])}"
     memory += _prefixes(router.get("prefix_cache")) + _media(router.get("media"))
+    memory += _speech(router.get("speech"))
     fetching = [line for actor in status["actors"] if (line := _fetching(actor))]
     line = f"Requests: {requests['running']} running, {requests['waiting']} waiting; {memory}"
     if "capacity" in status:
@@ -92,6 +94,15 @@ def _media(stats: Mapping[str, Any] | None) -> str:
         return ""
     held = mib(stats["tower_bytes"] + stats["kept_bytes"])
     return f", images and sound {held} ({stats['encoded']:,} encoded, {stats['found']:,} found encoded)"
+
+
+def _speech(status: Mapping[str, Any] | None) -> str:
+    """What speaks; nothing where nothing has been spoken yet."""
+    if not status or not status["is_loaded"]:
+        return ""
+    speeches = f"{status['running']:,} running, {status['waiting']:,} waiting"
+    seconds = status["samples"] / SAMPLE_RATE
+    return f", speech {mib(status['resident_bytes'])} ({speeches}, {seconds:,.0f} s spoken)"
 
 
 def _cluster_lines(cluster: Mapping[str, Any]) -> list[str]:

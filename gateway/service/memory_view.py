@@ -39,7 +39,11 @@ def render_memory(
         now = () if resident is None else (_mib((held or {}).get(row["process"], 0)),)
         table.add_row(*texts, *map(_mib, sizes), _share(row["budget_bytes"], row["expert_bytes"]), *now)
     # Below the table, which would not fit a terminal with one column more.
-    kinds = {"stand-ins for experts": "stand_in_bytes", "images and sound": "media_bytes"}
+    kinds = {
+        "stand-ins for experts": "stand_in_bytes",
+        "images and sound": "media_bytes",
+        "speech": "speech_bytes",
+    }
     beside = [text for what, field in kinds.items() if (text := _beside(plan, what, field))]
     table.caption = f"Beside the budget, {'; '.join(beside)}" if beside else None
     table.caption_justify = "left"

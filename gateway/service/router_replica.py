@@ -223,7 +223,7 @@ class RouterDeployment:
         service = self._service
         loaded = service.loaded
         engine = loaded.engine
-        health = service.engine_thread.health()
+        health, speech = service.engine_thread.health(), service.engine_thread.speech
         cluster = await self._cluster()
         state = self._observe_capacity()
         return {
@@ -244,6 +244,7 @@ class RouterDeployment:
                 "steps": engine.stats.steps,
                 "trust": loaded.trust.status() if loaded.trust is not None else None,
                 "media": asdict(loaded.media.stats) if loaded.media is not None else None,
+                "speech": asdict(speech) if speech is not None else None,
                 "stand_ins": loaded.stand_ins.status() if loaded.stand_ins is not None else None,
             },
             "capacity": {

@@ -1,24 +1,23 @@
-"""Encodes the media of requests in a thread of its own, one request after another, beside the engine's.
+"""Encodes the media of requests in a thread of its own, one request after another, beside the engine's. Owners take
+turns.
 
-Of the process's cores it takes half, so that running streams keep the others. Called by `router.engine_thread`.
+Called by `router.engine_thread`.
 """
 
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
-import torch
-
-from experts.cores import num_cores
 from router.errors import MediaFailed, MediaUnwanted, RouterError
 from router.media.encoder import MediaEncoder
+from router.media.owner_queue import OwnerQueue
 from router.prompt_inputs import PromptInputs
 from router.request import GenerationRequest
+from router.side_thread import SideThread
 
 logger = logging.getLogger(__name__)
 
@@ -44,30 +43,23 @@ class EncodingThread:
         self._encoder, self._on_encoded = encoder, on_encoded
         self._is_wanted, self._has_room = is_wanted, has_room
         self._is_stopping = threading.Event()
-        self._has_set_threads = threading.Event()
-        self._requests: queue.SimpleQueue[GenerationRequest | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="media", daemon=True)
+        self._requests = OwnerQueue[GenerationRequest]()
+        self._thread = SideThread(self._run, "media")
 
     def start(self) -> None:
-        """Before threads that compute: a number of threads that one sets is also what others begin with."""
-        usual = torch.get_num_threads()
+        """Before threads that compute, as `SideThread.start`."""
         self._thread.start()
-        self._has_set_threads.wait()
-        torch.set_num_threads(usual)
 
     def stop(self) -> None:
         """End after the request in progress."""
         self._is_stopping.set()
-        self._requests.put(None)
+        self._requests.close()
         self._thread.join()
 
     def submit(self, request: GenerationRequest) -> None:
-        self._requests.put(request)
+        self._requests.put(request.owner, request)
 
     def _run(self) -> None:
-        torch.set_num_threads(max(1, num_cores() // 2))  # of this thread's own products
-        torch.get_num_threads()  # from here on it does not look at what others set
-        self._has_set_threads.set()
         while self._serve(self._requests.get()):  # which holds no request while it waits for another
             pass
 

@@ -19,7 +19,7 @@ from router.media.tower_parts import TowerReader
 from router.media.vision_tower import VisionTower, read_vision_shape
 
 
-class _Counter(TowerReader):
+class TensorCounter(TowerReader):
     """Gives tensors that have a shape and no memory."""
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -36,7 +36,7 @@ def media_bytes(configs: Mapping[str, Mapping[str, Any]], dtype: torch.dtype) ->
 
     configs: of a model's components, by name; one without towers takes nothing. Raises ConfigUnsupported.
     """
-    count = _Counter(dtype)
+    count = TensorCounter(dtype)
     if VISION in configs:
         VisionTower(read_vision_shape(configs[VISION]), count)
     if AUDIO in configs:

@@ -74,6 +74,7 @@ def _held(row: ProcessMemory) -> int:
         + row.budget_bytes
         + row.stand_in_bytes
         + row.media_bytes
+        + row.speech_bytes
     )
 
 

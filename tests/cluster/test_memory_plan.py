@@ -91,6 +91,18 @@ def test_what_sees_and_hears_is_every_router_s_and_no_part_of_the_budget() -> No
         plan_memory([FIT], footprint, [], _node(3505), BASE)
 
 
+def test_what_speaks_is_every_router_s_and_no_part_of_the_budget() -> None:
+    footprint = replace(FOOTPRINT, speech_bytes=70)
+    plan = plan_memory([FIT], footprint, [2000], _node(9000), BASE, num_routers=2)
+    without = plan_memory([FIT], FOOTPRINT, [2000], _node(9000), BASE, num_routers=2)
+    assert plan.budget_bytes == without.budget_bytes - 140
+    assert [process.speech_bytes for process in plan.processes] == [70, 70, 0]
+    with pytest.raises(
+        NodeTooSmall, match="speech 70; lower kv-budget, lower speech-budget, leave speech out, or"
+    ):
+        plan_memory([FIT], footprint, [], _node(3505), BASE)
+
+
 def test_named_budget_is_not_bound_by_what_seems_free() -> None:
     plan = plan_memory([BudgetRequest(share=Fraction(1, 4))], FOOTPRINT, [], _node(0), BASE)
     assert plan.budget_bytes == 1000
@@ -149,6 +161,7 @@ def test_plan_as_json_names_every_byte() -> None:
         "tier": "resident",
         "stand_in_bytes": 0,
         "media_bytes": 0,
+        "speech_bytes": 0,
     }
     assert (actor["base_bytes"], actor["buffer_bytes"], actor["budget_bytes"], actor["expert_bytes"]) == (
         *(700, 50),

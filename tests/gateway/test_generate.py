@@ -16,7 +16,7 @@ from gateway.media.decoder import MediaDecoder
 from router.loading import EngineOptions, LoadedEngine
 from tests.checkpoints import write_tiny
 from tests.gateway.media.files import image_file, picture, tones, wav_file
-from tests.omni import Published, request
+from tests.omni import AFTER_QUESTION, BEFORE_QUESTION, Published, request
 from tests.reference import load_published
 
 
@@ -59,7 +59,7 @@ def test_files_of_images_and_sound_come_before_the_prompt(
     assert omni.media is not None
     decoder = MediaDecoder(omni.media.facts)
     media = decoder.image(seen.read_bytes()), decoder.sound(heard.read_bytes())
-    asked = request(omni, (*b"user: ",), *media, (*b"What? assistant: ",), max_tokens=8)
+    asked = request(omni, BEFORE_QUESTION, *media, (*b"What?", *AFTER_QUESTION), max_tokens=8)
     assert answer.prompt_token_ids == asked.prompt_ids
     assert list(answer.token_ids) == published.greedy(asked)[: len(answer.token_ids)]
     assert answer.resident_bytes["media"] > 0

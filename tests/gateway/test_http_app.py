@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import httpx
@@ -16,6 +17,8 @@ from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.errors import RouterBusy, RouterUnavailable
+from gateway.http import app as http_app
+from gateway.http.body_room import FREE_BYTES, BodyRoom
 from gateway.http.settings import RequestLimits, SamplingDefaults
 from tests.gateway.fake_router import (
     MODEL,
@@ -460,6 +463,43 @@ def test_client_that_leaves_while_sending_its_body_is_no_error(caplog: pytest.Lo
 
     asyncio.run(run())
     assert not caplog.records
+
+
+def test_nothing_more_is_made_of_a_request_whose_client_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its images, for one, take long to decode."""
+
+    async def run() -> None:
+        preparing, ended = asyncio.Event(), asyncio.Event()
+
+        async def prepare(*_: object) -> None:
+            preparing.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                ended.set()
+
+        monkeypatch.setattr(http_app, "prepare_completion", prepare)
+        connection, app = _Connection(COMPLETION), app_over(FakeRouter())
+        task = asyncio.create_task(app(connection.scope, connection.receive, connection.send))
+        await asyncio.wait_for(preparing.wait(), 10.0)
+        connection.leave()
+        await asyncio.wait_for(task, 10.0)
+        assert ended.is_set() and not connection.sent
+
+    asyncio.run(run())
+
+
+def test_bodies_of_all_requests_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_app, "BodyRoom", partial(BodyRoom, 2 * 100_000))
+
+    async def run() -> None:
+        app = app_over(FakeRouter(script(IDS)))
+        refused = await _post(app, {**COMPLETION, "user": "x" * (FREE_BYTES + 100_000)})
+        assert refused.status_code == 429 and "Retry-After" in refused.headers
+        fitting = await _post(app, {**COMPLETION, "user": "x" * (FREE_BYTES + 90_000)})
+        assert fitting.status_code == 200, "what the other one held was given back"
+
+    asyncio.run(run())
 
 
 def test_stream_to_a_client_that_does_not_read_is_not_run_ahead() -> None:

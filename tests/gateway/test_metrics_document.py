@@ -19,6 +19,7 @@ from gateway.service.capacity_metrics import render_capacity
 from gateway.service.cluster_metrics import render_cluster
 from router.media.encoder import EncoderStats
 from router.metrics import render_metrics
+from router.speech.speech_thread import SpeechStatus
 
 DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "metrics.md"
 ALWAYS = {"le"}
@@ -63,7 +64,8 @@ def _router_text() -> str:
         trust=SimpleNamespace(status=lambda: trust),
         media=SimpleNamespace(stats=EncoderStats()),
     )
-    service: Any = SimpleNamespace(loaded=loaded)
+    speech = SpeechStatus(True, 1, 1, 0, 1, 1, 0, {"talker": 0.1})
+    service: Any = SimpleNamespace(loaded=loaded, engine_thread=SimpleNamespace(speech=speech))
     return render_metrics(service, [])
 
 

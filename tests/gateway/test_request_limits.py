@@ -13,7 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.errors import ApiError
-from gateway.http.request_limits import check_headers, parse_json, read_body
+from gateway.http.request_limits import (
+    LONG_STRING,
+    MARKS,
+    MOST_LONG_STRINGS,
+    check_headers,
+    parse_json,
+    read_body,
+    without_long_strings,
+)
 from gateway.http.settings import RequestLimits
 
 LIMITS = RequestLimits(max_body_bytes=100, max_header_bytes=200, max_json_depth=4, max_json_marks=50)
@@ -130,3 +138,31 @@ def test_any_bytes_give_an_object_or_a_refusal(body: bytes) -> None:
         assert isinstance(parse_json(body, LIMITS), dict)
     except ApiError as error:
         assert error.status == 400
+
+
+@given(
+    parts=st.lists(
+        st.sampled_from(
+            [
+                *(b'"', b"\\\\", b'\\"', b"[", b"]", b"{", b"}", b",", b"a", b'"a"', b'""'),
+                *(b"x" * (LONG_STRING + 1), b'"' + b"y" * (LONG_STRING + 1) + b'"'),
+            ]
+        ),
+        max_size=30,
+    )
+)
+def test_marks_are_the_same_without_the_content_of_long_strings(parts: list[bytes]) -> None:
+    """Of a string, that it is one."""
+
+    def marks(body: bytes | bytearray) -> list[bytes]:
+        return [bytes(match.group()[:1]) for match in MARKS.finditer(body)]
+
+    body = b"".join(parts)
+    assert marks(without_long_strings(body)) == marks(body)
+
+
+def test_content_of_long_strings_is_left_out() -> None:
+    body = b'{"a": "' + b"x" * (1 << 20) + b'", "b": ["' + b"y" * LONG_STRING + b'"]}'
+    assert without_long_strings(body) == b'{"a": "", "b": ["' + b"y" * LONG_STRING + b'"]}'
+    many = b'["' + b'", "'.join([b"z" * (LONG_STRING + 1)] * (MOST_LONG_STRINGS + 1)) + b'"]'
+    assert len(without_long_strings(many)) == LONG_STRING + 1 + 4 * MOST_LONG_STRINGS + 4

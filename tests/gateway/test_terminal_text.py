@@ -50,14 +50,22 @@ def test_status_says_what_is_learned_and_will_be_forgotten(is_kept: bool) -> Non
     router |= {"trust": {"is_kept": is_kept}, "stand_ins": {"is_kept": True}}
     router["prefix_cache"] = {"bytes": 2**20, "hit_tokens": 1234} if is_kept else None
     router["media"] = {"tower_bytes": 3 * 2**20 * is_kept, "kept_bytes": 2**20, "encoded": 2, "found": 1}
+    router["speech"] = {
+        "is_loaded": is_kept,
+        "resident_bytes": 5 * 2**20,
+        "running": 2,
+        "waiting": 1,
+        "samples": 96_000,
+    }
     status = {"model": "m", "router": router, "routers": [], "actors": [], "nodes": []}
     status |= {"requests": {"running": 0, "waiting": 0}}
-    console = Console(width=250, highlight=False)
+    console = Console(width=400, highlight=False)
     with console.capture() as capture:
         console.print(render_status(status))
     assert ("Trust is learned but not kept" in capture.get()) == (not is_kept)
     assert ("1.0 MiB of it kept for prompts that begin alike, 1,234 tokens found" in capture.get()) == is_kept
     assert ("images and sound 4.0 MiB (2 encoded, 1 found encoded)" in capture.get()) == is_kept
+    assert ("speech 5.0 MiB (2 running, 1 waiting, 4 s spoken)" in capture.get()) == is_kept
     assert "Stand-ins" not in capture.get()
 
 

@@ -34,6 +34,7 @@ class Sink:
 
     def __init__(self) -> None:
         self.tokens: dict[str, list[int]] = {}
+        self.samples: dict[str, bytes] = {}
         self.ends: dict[str, TokenEvent] = {}
         self._changed = threading.Condition()
 
@@ -42,6 +43,7 @@ class Sink:
             for event in events:
                 assert event.request_id not in self.ends, "an event after the end"
                 self.tokens.setdefault(event.request_id, []).extend(event.token_ids)
+                self.samples[event.request_id] = self.samples.get(event.request_id, b"") + event.samples
                 if event.finish_reason is not None:
                     self.ends[event.request_id] = event
             self._changed.notify_all()

@@ -17,9 +17,11 @@ from router.loading import EngineOptions, LoadedEngine
 from router.metrics import PREFIX, local_actor, render_metrics
 from router.request import GenerationRequest, SamplingParams
 from router.service import RouterService
+from router.speech.wish import SAMPLES_OF_FRAME
 from router.trust_options import TrustOptions
 from tests.engines import open_engine, run_to_end, small_engine
 from tests.expert_servers import PATIENT, SECRET, expert_servers
+from tests.speech import GREEDY, asked, speech_request
 
 ACTOR = {
     "name": "experts-0",
@@ -145,6 +147,32 @@ def test_trust_is_told_by_aspect_where_it_is_learned(tiny_store: Path, tmp_path:
     assert means == pytest.approx(aspect_means(table, loaded.trust.book.settings))
     assert means.keys() <= set(ASPECTS)
     assert means
+
+
+def test_speech_is_counted_where_replies_are_spoken(omni: LoadedEngine, families: dict[str, Metric]) -> None:
+    sampling = replace(GREEDY, max_tokens=9)
+
+    async def render() -> str:
+        service = RouterService(replace(omni, engine=small_engine(omni, 4)))
+        stream = service.events("g")
+        await anext(stream)
+        service.submit("g", speech_request(omni, asked(b"Hello?"), sampling=sampling))
+        async for events in stream:
+            if any(event.finish_reason for event in events):
+                break
+        await stream.aclose()
+        try:
+            return render_metrics(service, [])
+        finally:
+            service.engine_thread.stop()
+
+    told = {family.name: family for family in text_string_to_metric_families(asyncio.run(render()))}
+    assert _value(told, "speech_frames") == 9
+    assert _value(told, "speech_samples") == 9 * SAMPLES_OF_FRAME - 555
+    assert _value(told, "speech_running") == _value(told, "speech_failed") == 0
+    assert _value(told, "speech_seconds", phase="sound") > 0
+    assert _value(told, "speech_bytes") > 100_000
+    assert not any(name.startswith(PREFIX + "speech") for name in families)
 
 
 def test_trouble_with_actors_is_told_by_kind_even_before_there_was_any(families: dict[str, Metric]) -> None:

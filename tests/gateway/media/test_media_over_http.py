@@ -25,7 +25,7 @@ from router.loading import LoadedEngine
 from router.media.facts import NO_MEDIA, read_media_facts
 from router.media.items import Medium
 from tests.gateway.media.files import audio_part, image_file, image_part, picture, text_part, tones, wav_file
-from tests.omni import Part, Published, request
+from tests.omni import AFTER_QUESTION, BEFORE_QUESTION, Part, Published, request
 from tests.one_process import http_service
 
 PNG = image_file(picture(40, 61))
@@ -65,8 +65,7 @@ def chat(*parts: dict[str, Any], **fields: Any) -> dict[str, Any]:
 
 
 def expected(store: Path, omni: LoadedEngine, published: Published, *parts: Part) -> str:
-    around = (*b"user: ",), (*b" assistant: ",)
-    asked = request(omni, around[0], *parts, around[1])
+    asked = request(omni, BEFORE_QUESTION, *parts, AFTER_QUESTION)
     return TextTokenizer.from_folder(store).decode(published.greedy(asked))
 
 
@@ -90,7 +89,7 @@ def test_answer_is_that_of_transformers(
     parts = (*(meant[kind] for kind in kinds), (*TEXT.encode(),))
     answer = response.json()
     assert answer["choices"][0]["message"]["content"] == expected(omni_store, omni, published, *parts)
-    num_prompt = len(request(omni, (*b"user: ",), *parts, (*b" assistant: ",)).prompt_ids)
+    num_prompt = len(request(omni, BEFORE_QUESTION, *parts, AFTER_QUESTION).prompt_ids)
     assert answer["usage"]["prompt_tokens"] == num_prompt
 
 

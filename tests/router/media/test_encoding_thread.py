@@ -11,11 +11,11 @@ import torch
 
 from experts.errors import StoreDamaged
 from experts.numerics import computing_threads
+from router import side_thread
 from router.engine import Engine
 from router.engine_thread import MOST_WAITING_WITH_MEDIA, EngineThread
 from router.errors import PromptInvalid
 from router.loading import LoadedEngine
-from router.media import encoding_thread
 from router.media.encoder import MediaEncoder
 from router.prompt_inputs import PromptInputs
 from router.request import GenerationRequest, TokenEvent
@@ -101,7 +101,7 @@ def test_text_does_not_wait_for_media(
 def test_only_the_encoding_thread_computes_with_half_of_the_cores(
     omni: LoadedEngine, encoder: GatedEncoder, sink: Sink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encoding_thread, "num_cores", lambda: 6)
+    monkeypatch.setattr(side_thread, "num_cores", lambda: 6)
     engine = small_engine(omni, 16)
     seen: dict[str, int] = {}
     step, encode = engine.step, encoder.inputs_for

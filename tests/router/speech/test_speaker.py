@@ -1,0 +1,173 @@
+"""The speaker's books: who gets a frame, who waits, what is refused, and what one failure ends."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from experts.errors import ExpertError
+from router.errors import PromptInvalid, RequestTooLong
+from router.loading import LoadedEngine
+from router.request import SamplingParams
+from router.speech.speaker import EXPERT_FAILED, NOT_FINITE, SpeakerLimits
+from router.speech.wish import NUM_CODES, SpeechWish
+from tests.omni import TURN_END, image
+from tests.speech import GREEDY, Turn, asked, new_speaker, speak, speech_request
+
+QUESTION: tuple[Turn, ...] = (asked(tuple(b"Who are you?")),)
+
+
+def test_speeches_wait_for_their_turn_and_all_get_one(omni: LoadedEngine) -> None:
+    short = replace(GREEDY, max_tokens=3)
+    requests = [speech_request(omni, *QUESTION, name=f"s{n}", sampling=short) for n in range(5)]
+    speaker = new_speaker(omni, limits=SpeakerLimits(most_running=2))
+    for request in requests:
+        speaker.add(request)
+    assert speaker.num_waiting == 5
+    ended = []
+    while speaker.has_work:
+        events = speaker.step()
+        assert speaker.num_running <= 2
+        ended += [event.request_id for event in events if event.finish_reason]
+    assert ended == [request.request_id for request in requests]
+    assert speaker.stats.frames == 15
+
+
+def test_running_speech_gets_a_frame_in_each_step_beside_a_long_prompt(omni: LoadedEngine) -> None:
+    speaker = new_speaker(omni, limits=SpeakerLimits(prompt_rows=8))
+    speaker.add(speech_request(omni, *QUESTION, name="first"))
+    while not speaker.step():
+        pass
+    speaker.add(speech_request(omni, asked(tuple(range(32, 200))), name="second"))
+    for _ in range(12):
+        assert [event.request_id for event in speaker.step()] == ["first"]
+
+
+def test_removed_speech_gets_nothing_more_and_leaves_its_room(omni: LoadedEngine) -> None:
+    speaker = new_speaker(omni, limits=SpeakerLimits(most_running=1))
+    for name in ("first", "second"):
+        speaker.add(speech_request(omni, *QUESTION, name=name))
+    speaker.step()
+    assert speaker.remove("first")
+    assert not speaker.remove("first")
+    assert {event.request_id for event in speaker.step()} == {"second"}
+    assert speaker.remove("second")
+    assert speaker.allocator.num_used == 0
+    assert not speaker.has_work
+
+
+def test_speech_that_never_fits_is_refused(omni: LoadedEngine) -> None:
+    speaker = new_speaker(omni, num_blocks=2)
+    with pytest.raises(RequestTooLong, match="at most 128 fit"):
+        speaker.add(speech_request(omni, *QUESTION, sampling=replace(GREEDY, max_tokens=120)))
+    assert not speaker.has_work
+
+
+def test_what_a_request_cannot_ask_for_is_refused(omni: LoadedEngine) -> None:
+    speaker = new_speaker(omni)
+    request = speech_request(omni, *QUESTION)
+    for change, reason in (
+        ({"speech": SpeechWish((1, 2), "nobody")}, "no voice 'nobody', only aiden, chelsie, ethan"),
+        ({"speech": SpeechWish((1, 512), "ethan")}, "token id 512 is outside the vocabulary of 512"),
+        ({"speech": SpeechWish((TURN_END,), "ethan")}, "nothing to speak"),
+        ({"prompt_ids": (1, 2, 3)}, "no turn of the assistant"),
+        ({"generated_ids": (1,) * (NUM_CODES + 1)}, "no frames of 16 codes below 64"),
+        ({"generated_ids": (64,) * NUM_CODES}, "no frames of 16 codes below 64"),
+        ({"generated_ids": (1,) * NUM_CODES * 30}, "leaves nothing to speak"),
+    ):
+        with pytest.raises(PromptInvalid, match=reason):
+            speaker.add(replace(request, **change))
+    with pytest.raises(PromptInvalid, match="0 hidden states for 9 positions"):
+        speaker.add(speech_request(omni, asked(image(24, 24))))
+    speaker.add(request)
+    with pytest.raises(ValueError, match="in use"):
+        speaker.add(request)
+
+
+def test_numbers_that_are_not_finite_end_one_speech_alone(omni: LoadedEngine) -> None:
+    others = [speech_request(omni, *QUESTION, name=name) for name in ("first", "third")]
+    expected = speak(omni, new_speaker(omni), others)
+    seen = speech_request(omni, asked(image(8, 8), tuple(b"What?")), name="second")
+    speaker = new_speaker(omni)
+    speaker.add(others[0])
+    states = torch.full((1, omni.config.hidden_size), float("nan"))
+    speaker.add(seen, states)
+    speaker.add(others[1])
+    frames: dict[str, list[tuple[int, ...]]] = {"first": [], "third": []}
+    failures = []
+    while speaker.has_work:
+        for event in speaker.step():
+            if event.error is not None:
+                failures.append((event.request_id, event.error))
+            else:
+                frames[event.request_id].append(event.frame)
+    assert failures == [("second", NOT_FINITE)]
+    assert frames == expected.frames
+    assert not speaker.pool.keys.isnan().any()
+
+
+def test_speech_removed_before_its_first_frame_leaves_no_number_that_is_not_finite(
+    omni: LoadedEngine,
+) -> None:
+    speaker = new_speaker(omni, limits=SpeakerLimits(prompt_rows=12))
+    seen = speech_request(omni, asked(image(8, 8), tuple(b"What is this?")))
+    speaker.add(seen, torch.full((1, omni.config.hidden_size), float("nan")))
+    speaker.step()
+    assert speaker.pool.keys.isnan().any()
+    speaker.remove("s")
+    assert not speaker.pool.keys.isnan().any()
+
+
+def test_code_predictor_that_is_not_finite_leaves_nothing_behind(
+    omni: LoadedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its block of keys and values is the next speech's."""
+    request = speech_request(omni, *QUESTION)
+    speaker = new_speaker(omni)
+    expected = speak(omni, speaker, [request])
+    talk = speaker._talk
+
+    def poisoned(chunks):  # type: ignore[no-untyped-def]
+        done, logits_LV, hidden_LD = talk(chunks)
+        return done, logits_LV, hidden_LD * float("nan")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(speaker, "_talk", poisoned)
+        assert speak(omni, speaker, [request]).ends == {"s": NOT_FINITE}
+    assert speak(omni, speaker, [request]) == expected
+
+
+def test_expert_that_fails_ends_the_speeches_of_its_step(
+    omni: LoadedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speaker = new_speaker(omni)
+    speaker.add(speech_request(omni, *QUESTION))
+
+    class Failed(ExpertError):
+        pass
+
+    def fail(*_: object) -> None:
+        raise Failed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(speaker.parts.talker, "forward", fail)
+        (event,) = speaker.step()
+    assert (event.finish_reason, event.error) == ("error", EXPERT_FAILED)
+    assert speaker.allocator.num_used == 0
+    assert speak(omni, speaker, [speech_request(omni, *QUESTION)]).ends == {"s": "length"}
+
+
+def test_speech_that_ends_itself_stops_and_tells_no_frame(omni: LoadedEngine) -> None:
+    """A seed with which the code that ends a speech is drawn early: the penalty makes it likelier than it was."""
+    found = {}
+    for seed in range(60):
+        sampling = SamplingParams(max_tokens=40, temperature=1.9, seed=seed)
+        request = speech_request(omni, *QUESTION, name=f"s{seed}", sampling=sampling)
+        one = speak(omni, new_speaker(omni), [request]) if not found else None
+        if one is not None and one.ends[request.request_id] == "stop":
+            found = one.frames
+    assert found
+    (frames,) = found.values()
+    assert len(frames) < 40 and all(0 <= code < 64 for frame in frames for code in frame)

@@ -1,0 +1,149 @@
+"""Speeches hold the contract of docs/exactness.md: nothing but the request decides their codes.
+
+The reference is each speech alone, all experts in memory, its prompt in one piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from experts.numerics import computing_threads
+from router.loading import EngineOptions, LoadedEngine
+from router.request import GenerationRequest, SamplingParams
+from router.speech.speaker import SpeakerLimits
+from tests.engines import open_engine
+from tests.omni import image, sound
+from tests.speech import (
+    Speeches,
+    Turn,
+    answered,
+    asked,
+    new_speaker,
+    resumed,
+    speak,
+    speech_request,
+    told,
+)
+
+TEXT = tuple(range(32, 96))
+CONVERSATIONS: tuple[tuple[Turn, ...], ...] = (
+    (asked(TEXT),),
+    (told("Be short."), asked(TEXT, image(72, 72)), answered("So."), asked(TEXT * 2)),
+    (asked(sound(1.7)),),
+    (asked(sound(0.8, 1), image(16, 40, 1)), answered("Both."), asked(TEXT)),
+)
+JOIN_AT = (0, 3, 1, 7)
+VOICES = ("ethan", "chelsie", "aiden", "ethan")
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def loaded(omni_store: Path, request: pytest.FixtureRequest) -> Iterator[LoadedEngine]:
+    options = EngineOptions(dtype=str(request.param), has_media=True, prefix_cache=False)
+    loaded = open_engine(omni_store, options)
+    yield loaded
+    loaded.close()
+
+
+@pytest.fixture(scope="module")
+def requests(loaded: LoadedEngine) -> list[GenerationRequest]:
+    made = []
+    for number, turns in enumerate(CONVERSATIONS):
+        sampling = SamplingParams(
+            max_tokens=11 + number,
+            temperature=(0.9, 0.0)[number % 2],
+            top_k=50,
+            repetition_penalty=1.05,
+            seed=number,
+        )
+        made.append(
+            speech_request(loaded, *turns, name=f"s{number}", voice=VOICES[number], sampling=sampling)
+        )
+    return made
+
+
+@pytest.fixture(scope="module")
+def reference(loaded: LoadedEngine, requests: list[GenerationRequest]) -> Speeches:
+    return _alone(loaded, requests)
+
+
+def _alone(loaded: LoadedEngine, requests: Sequence[GenerationRequest]) -> Speeches:
+    whole = Speeches({}, {})
+    for request in requests:
+        one = speak(loaded, new_speaker(loaded, limits=SpeakerLimits(prompt_rows=4096)), [request])
+        whole.frames.update(one.frames)
+        whole.ends.update(one.ends)
+    return whole
+
+
+@pytest.mark.parametrize("prompt_rows", [1, 7, 64, 1000])
+@pytest.mark.parametrize("most_running", [1, 3, 8])
+def test_chunks_and_neighbours_change_no_code(
+    loaded: LoadedEngine,
+    requests: list[GenerationRequest],
+    reference: Speeches,
+    prompt_rows: int,
+    most_running: int,
+) -> None:
+    speaker = new_speaker(loaded, limits=SpeakerLimits(most_running, prompt_rows))
+    assert speak(loaded, speaker, requests, JOIN_AT) == reference
+
+
+@pytest.mark.parametrize("num_experts", [1, 3])
+def test_expert_budgets_change_no_code(
+    loaded: LoadedEngine, requests: list[GenerationRequest], reference: Speeches, num_experts: int
+) -> None:
+    expert_bytes = 3 * 20 * 48 * loaded.dtype.itemsize
+    speaker = new_speaker(loaded, budget_bytes=num_experts * expert_bytes)
+    assert speak(loaded, speaker, requests, JOIN_AT) == reference
+    assert speaker.parts.worker.num_resident <= num_experts
+    assert speaker.parts.worker.stats.misses > 20
+
+
+def test_preempted_speeches_change_no_code(loaded: LoadedEngine) -> None:
+    sampling = SamplingParams(max_tokens=80, temperature=0.0, repetition_penalty=1.05)
+    longer = [
+        speech_request(loaded, asked(TEXT[number:]), name=f"s{number}", voice=voice, sampling=sampling)
+        for number, voice in enumerate(VOICES)
+    ]
+    speaker = new_speaker(loaded, num_blocks=7)
+    assert speak(loaded, speaker, longer) == _alone(loaded, longer)
+    assert speaker.stats.preemptions > 0
+
+
+@pytest.mark.parametrize("num_told", range(1, 11))
+def test_resumed_speech_goes_on_with_the_same_frames(
+    loaded: LoadedEngine, requests: list[GenerationRequest], reference: Speeches, num_told: int
+) -> None:
+    again = [resumed(request, reference.of(request.request_id)[:num_told]) for request in requests]
+    found = speak(loaded, new_speaker(loaded), again, JOIN_AT)
+    assert found.ends == reference.ends
+    for name, frames in reference.frames.items():
+        assert found.of(name) == frames[num_told:]
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_threads_change_no_code(
+    loaded: LoadedEngine, requests: list[GenerationRequest], reference: Speeches, num_threads: int
+) -> None:
+    if loaded.kernel.product != "native":
+        pytest.skip("a library's products are proven for one number of threads")
+    with computing_threads(num_threads):
+        assert speak(loaded, new_speaker(loaded), requests, JOIN_AT) == reference
+
+
+def test_speeches_of_other_seeds_choices_voices_and_replies_differ(loaded: LoadedEngine) -> None:
+    sampling = SamplingParams(max_tokens=6, temperature=0.9, seed=1)
+    turns = CONVERSATIONS[0]
+    requests = [
+        speech_request(loaded, *turns, name="first", sampling=sampling),
+        speech_request(loaded, *turns, name="seed", sampling=replace(sampling, seed=2)),
+        speech_request(loaded, *turns, name="choice", sampling=replace(sampling, choice=1)),
+        speech_request(loaded, *turns, name="voice", sampling=sampling, voice="chelsie"),
+        speech_request(loaded, *turns, name="reply", sampling=sampling, reply=tuple(b"No, never.")),
+    ]
+    found = speak(loaded, new_speaker(loaded), requests)
+    assert len({tuple(frames) for frames in found.frames.values()}) == len(requests)
