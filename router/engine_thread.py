@@ -82,7 +82,10 @@ class EngineThread:
         self._encoding: EncodingThread | None = None
         if encoder is not None:
             self._encoding = EncodingThread(encoder, self._is_preparing, self._has_room, self._take_encoded)
-        self._speech = None if speech is None else SpeechDesk(speech, self._emit_spoken)
+        self._speech: SpeechDesk | None = None
+        if speech is not None:
+            directory = engine.backbone.directory
+            self._speech = SpeechDesk(speech, self._emit_spoken, lambda: directory.num_quarantined)
         self._preparing: set[str] = set()
         """Open requests that wait for their media."""
         self._encoded: set[str] = set()

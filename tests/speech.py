@@ -11,6 +11,7 @@ from unittest import mock
 import torch
 
 from router.batcher import BatchLimits
+from router.engine import Engine
 from router.loading import LoadedEngine
 from router.request import GenerationRequest, SamplingParams
 from router.speech.facts import SpeechFacts, read_speech_facts
@@ -18,7 +19,7 @@ from router.speech.inputs import check_speech
 from router.speech.opening import SpeakerOptions, open_speaker
 from router.speech.speaker import Speaker, SpeakerLimits, Spoken
 from router.speech.speech import Frame
-from router.speech.states import StatesCapture
+from router.speech.states import KeptStates, StatesCapture
 from router.speech.wish import NUM_CODES, SpeechWish
 from tests.engines import prove_once, small_engine
 from tests.omni import ASSISTANT, LINE_BREAK, SYSTEM, TURN_END, TURN_START, USER, Part, Published, prompt
@@ -82,19 +83,34 @@ def new_speaker(
     return speaker
 
 
+def new_capture(
+    loaded: LoadedEngine, request: GenerationRequest, kept: KeptStates | None = None
+) -> StatesCapture:
+    facts = speech_facts(loaded)
+    plan = check_speech(facts, request, loaded.config.vocab_size)
+    return StatesCapture(facts, request, plan, kept or KeptStates(lambda: 0))
+
+
+def compute_states(
+    loaded: LoadedEngine, engine: Engine, capture: StatesCapture, request: GenerationRequest
+) -> int:
+    """Returns how many rows the engine computed."""
+    assert loaded.media is not None
+    before = engine.stats.prompt_tokens
+    if capture.is_needed:
+        engine.submit(*capture.request(loaded.media.inputs_for(request)))
+    while engine.has_work:
+        engine.step()
+    return engine.stats.prompt_tokens - before
+
+
 def states_for(
     loaded: LoadedEngine, request: GenerationRequest, chunk: int | None = None
 ) -> torch.Tensor | None:
     """From an engine of its own. chunk: most rows of a step."""
-    facts = speech_facts(loaded)
-    capture = StatesCapture(facts, check_speech(facts, request, loaded.config.vocab_size))
-    if not capture.is_needed:
-        return None
-    assert loaded.media is not None
+    capture = new_capture(loaded, request)
     engine = small_engine(loaded, 24, None if chunk is None else BatchLimits(max_batch_tokens=chunk))
-    engine.submit(*capture.request(request, loaded.media.inputs_for(request)))
-    while engine.has_work:
-        engine.step()
+    compute_states(loaded, engine, capture, request)
     return capture.states()
 
 

@@ -93,21 +93,29 @@ def read_parts(
     if predictor_config.hidden_size != config.hidden_size:
         raise ConfigUnsupported("code_predictor_config.hidden_size", "is not the talker's")
     kernel = prove(config, dtype)
-    worker = ExpertWorker(
-        store, kernel, dtype, widths={TALKER: config.hidden_size}, budget_bytes=budget_bytes
-    )
+    widths = {TALKER: config.hidden_size}
+    worker = ExpertWorker(store, kernel, dtype, widths=widths, budget_bytes=budget_bytes)
     directory = LocalDirectory(worker)
     forms = prove_linears(store.quantised, config, kernel, dtype)
     talker = Backbone(store, TALKER, config, kernel, directory, dtype, forms)
+    text, hidden = _read_projections(store, thinker_VD.shape[1], config.hidden_size, kernel, dtype)
+    own = prove(predictor_config, dtype)
+    predictor = CodePredictor(store, predictor_config, own, directory, dtype, most_frames)
+    return SpeechParts(thinker_VD, talker, worker, text, hidden, predictor)
+
+
+def _read_projections(
+    store: ExpertStore, inputs: int, outputs: int, kernel: RowKernel, dtype: torch.dtype
+) -> tuple[Projection, Projection]:
+    """Of embeddings, and of hidden states. kernel: of the talker, whose shapes are others."""
     try:
         inner = read_size(store.component(TALKER).config, "intermediate_size", 2048)
     except ConfigInvalid as error:
         raise ConfigUnsupported(error.key, error.reason) from error
-    widths = thinker_VD.shape[1], inner, config.hidden_size
-    shapes = [(widths[1], widths[0]), (widths[2], widths[1])]
-    projecting = kernel if kernel.product == "native" else calibrate(shapes, dtype)
-    load = TensorLoader(store, TALKER, dtype, projecting)
-    text, hidden = (Projection(load, f"{name}_projection", widths, projecting) for name in ("text", "hidden"))
-    own = prove(predictor_config, dtype)
-    predictor = CodePredictor(store, predictor_config, own, directory, dtype, most_frames)
-    return SpeechParts(thinker_VD, talker, worker, text, hidden, predictor)
+    if kernel.product != "native":
+        kernel = calibrate([(inner, inputs), (outputs, inner)], dtype)
+    load, widths = TensorLoader(store, TALKER, dtype, kernel), (inputs, inner, outputs)
+    return (
+        Projection(load, "text_projection", widths, kernel),
+        Projection(load, "hidden_projection", widths, kernel),
+    )

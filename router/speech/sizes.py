@@ -20,6 +20,7 @@ from router.speech.codec_shape import TAPS, CodecShape, read_codec_shape
 from router.speech.codec_weights import CodecReader
 from router.speech.facts import CODE2WAV, CODE_PREDICTOR, TALKER
 from router.speech.opening import SpeakerOptions, speech_kv_blocks
+from router.speech.states import KEPT_BYTES
 from router.speech.vocoder import FRAMES_AT_ONCE, Vocoder, stream_blocks
 from router.speech.wish import NUM_CODES, SAMPLES_OF_FRAME
 
@@ -33,8 +34,10 @@ def speech_bytes(
     dtype: torch.dtype,
     options: SpeakerOptions | None = None,
 ) -> int:
-    """All but the talker's experts: weights, keys and values, and what is on its way. configs: of the components that
-    speak, by name. talker_bytes: of the talker's weights. Raises ConfigUnsupported."""
+    """All but the talker's experts: weights, keys and values, states of media, and what is on its way.
+
+    configs: of the components that speak, by name. talker_bytes: of the talker's weights. Raises ConfigUnsupported.
+    """
     options = options or SpeakerOptions()
     talker, predictor = (
         read_model_config(configs[TALKER]),
@@ -49,6 +52,7 @@ def speech_bytes(
         + _codec_bytes(shape, dtype)
         + most * stream_blocks(shape) * KvPool.block_bytes(shape.decoder, dtype)
         + _sound_bytes(shape, dtype)
+        + KEPT_BYTES
     )
 
 

@@ -128,9 +128,10 @@ class Speaker:
         """End a speech. Returns False when it is not known (any more)."""
         if self._waiting.pop(request_id, None) is not None:
             return True
-        if self._running.pop(request_id, None) is None:
+        speech = self._running.get(request_id)
+        if speech is None:
             return False
-        self.allocator.free(request_id)
+        self._free(speech)
         return True
 
     @torch.inference_mode()
@@ -188,9 +189,8 @@ class Speaker:
 
     def _preempt(self, speech: Speech) -> None:
         """Its frames are computed again when there is room: they follow from what is known."""
-        del self._running[speech.name]
-        self.allocator.free(speech.name)
-        speech.num_computed = 0
+        self._free(speech)
+        speech.begin_anew()
         self._waiting[speech.name] = speech
         self._waiting.move_to_end(speech.name, last=False)
         self.stats.preemptions += 1
@@ -198,9 +198,17 @@ class Speaker:
     def _talk(self, chunks: Sequence[tuple[Speech, int]]) -> tuple[list[Speech], Tensor, Tensor]:
         """One pass of the talker. Returns the speeches that a frame can be drawn for, and of each its logits and its
         last hidden state, normed."""
-        backbone = self.parts.talker
+        talker = self.parts.talker
+        done = [speech for speech, count in chunks if count == speech.num_missing]
+        output = talker.forward(self._batch(chunks), self.pool)
+        for speech, count in chunks:
+            self.stats.prompt_rows += speech.advance(count)
+        hidden_LD = output.scored_RD
+        return done, output.logits_LV, talker.arithmetic.norm(hidden_LD, talker.norm_D) if done else hidden_LD
+
+    def _batch(self, chunks: Sequence[tuple[Speech, int]]) -> StepBatch:
+        """Every row has inputs of its own in place of a token's embedding."""
         spans, rows, positions = [], [], []
-        done: list[Speech] = []
         last_rows: list[int] = []
         num_rows = 0
         for speech, count in chunks:
@@ -209,11 +217,9 @@ class Speaker:
             rows.append(self._inputs(speech, first, count))
             positions.append(speech.positions(first, count))
             num_rows += count
-            self.stats.prompt_rows += max(0, min(first + count, len(speech.prompt_PD)) - first)
             if count == speech.num_missing:
-                done.append(speech)
                 last_rows.append(num_rows - 1)
-        batch = StepBatch(
+        return StepBatch(
             tuple(spans),
             torch.zeros(num_rows, dtype=torch.int64),
             torch.cat(positions, dim=1),
@@ -222,13 +228,6 @@ class Speaker:
             trace=chunks[0][0].name[:64],
             scored_rows=tuple(last_rows),
         )
-        output = backbone.forward(batch, self.pool)
-        for speech, count in chunks:
-            speech.num_computed += count
-        hidden_LD = output.scored_RD
-        if done:
-            hidden_LD = backbone.arithmetic.norm(hidden_LD, backbone.norm_D)
-        return done, output.logits_LV, hidden_LD
 
     def _inputs(self, speech: Speech, first: int, count: int) -> Tensor:
         """(count, D) of the talker's positions from `first` on."""
@@ -295,9 +294,14 @@ class Speaker:
         return Spoken(speech.name, frame, "length")
 
     def _fail(self, speech: Speech, message: str) -> Spoken:
-        """Its blocks may hold numbers that are not finite."""
         logger.error("speech %s: %s", speech.name, message)
-        del self._running[speech.name]
-        self.pool.scrub(self.allocator.free(speech.name))
+        self._free(speech, must_scrub=True)
         self.stats.failed += 1
         return Spoken(speech.name, (), "error", message)
+
+    def _free(self, speech: Speech, *, must_scrub: bool = False) -> None:
+        """Take a running one's blocks; those that may hold numbers that are not finite are cleared."""
+        del self._running[speech.name]
+        freed = self.allocator.free(speech.name)
+        if must_scrub or not speech.has_drawn:
+            self.pool.scrub(freed)

@@ -27,6 +27,8 @@ class Speech:
         self.prompt_PD, self.trailing_ND = prompt_PD, trailing_ND
         self.frames: list[Frame] = frames_of(request.generated_ids)
         self.num_computed = 0
+        self.has_drawn = False
+        """Whether a frame was drawn from what is computed: then its keys and values are finite."""
         self.history = TokenHistory((), (frame[0] for frame in self.frames))
         self._positions_3P = positions_3P
         self._shift = 0 if positions_3P is None else int(positions_3P.max()) + 1 - len(prompt_PD)
@@ -49,7 +51,18 @@ class Speech:
         """Whether there are as many frames as were asked for at most."""
         return len(self.frames) >= self.request.sampling.max_tokens
 
+    def advance(self, count: int) -> int:
+        """So many positions more are computed. Returns how many of them were the prompt's."""
+        before = min(self.num_computed, len(self.prompt_PD))
+        self.num_computed += count
+        return min(self.num_computed, len(self.prompt_PD)) - before
+
+    def begin_anew(self) -> None:
+        """Its keys and values are gone; what is known stays."""
+        self.num_computed, self.has_drawn = 0, False
+
     def append(self, frame: Frame) -> None:
+        self.has_drawn = True
         self.frames.append(frame)
         self.history.add(frame[0])
 

@@ -11,16 +11,22 @@ from router.prompt_inputs import PromptInputs
 from router.request import GenerationRequest, TokenEvent
 from router.speech.speech_source import SpeechSource
 from router.speech.speech_thread import SpeechThread
-from router.speech.states import StatesCapture
+from router.speech.states import KeptStates, StatesCapture
 
 
 class SpeechDesk:
     """`take` announces a request; it goes through the engine where that says so, and is spoken, under its own id."""
 
-    def __init__(self, source: SpeechSource, sink: Callable[[Sequence[TokenEvent]], None]) -> None:
-        """sink: called on the thread that speaks."""
+    def __init__(
+        self,
+        source: SpeechSource,
+        sink: Callable[[Sequence[TokenEvent]], None],
+        num_doubts: Callable[[], int],
+    ) -> None:
+        """sink: called on the thread that speaks. num_doubts: see `KeptStates`."""
         self._source, self._sink = source, sink
         self.thread = SpeechThread(source, self._emit)
+        self._kept = KeptStates(num_doubts)
         self._captures: dict[str, tuple[GenerationRequest, StatesCapture]] = {}
         """Of requests whose states are not all computed yet."""
         self._spoken: set[str] = set()
@@ -32,14 +38,14 @@ class SpeechDesk:
 
     def check(self, request: GenerationRequest) -> StatesCapture:
         """Which states it needs. On any thread. Raises PromptInvalid."""
-        return StatesCapture(self._source.facts, self._source.check(request))
+        return StatesCapture(self._source.facts, request, self._source.check(request), self._kept)
 
     def take(self, request: GenerationRequest, capture: StatesCapture) -> bool:
         """Whether the engine has to compute states for it. On any thread."""
         if capture.is_needed:
             self._captures[request.request_id] = request, capture
         else:
-            self._speak(request, None)
+            self._speak(request, capture)
         return capture.is_needed
 
     def asked(
@@ -47,7 +53,7 @@ class SpeechDesk:
     ) -> tuple[GenerationRequest, PromptInputs]:
         """What the engine is to compute. inputs: of the request's whole prompt."""
         entry = self._captures.get(request.request_id)
-        return (request, inputs) if entry is None else entry[1].request(request, inputs)
+        return (request, inputs) if entry is None else entry[1].request(inputs)
 
     def divert(self, events: Sequence[TokenEvent]) -> list[TokenEvent]:
         """The engine's events without those of requests whose states it computes; what ends well is spoken now."""
@@ -67,12 +73,14 @@ class SpeechDesk:
         if event.finish_reason != "length":  # it failed, or was cancelled
             return False
         request, capture = entry
+        if not event.is_mixed:
+            capture.keep()
         self._speak(request, capture)
         return True
 
-    def _speak(self, request: GenerationRequest, capture: StatesCapture | None) -> None:
+    def _speak(self, request: GenerationRequest, capture: StatesCapture) -> None:
         self._spoken.add(request.request_id)
-        self.thread.submit(request, None if capture is None else capture.states())
+        self.thread.submit(request, capture.states())
 
     def _emit(self, events: Sequence[TokenEvent]) -> None:
         self._spoken.difference_update(

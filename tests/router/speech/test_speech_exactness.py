@@ -10,16 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from experts.numerics import computing_threads
 from router.loading import EngineOptions, LoadedEngine
-from router.prefix_keys import PrefixScope
 from router.request import GenerationRequest, SamplingParams
-from router.speech.inputs import check_speech
 from router.speech.speaker import SpeakerLimits
-from router.speech.states import StatesCapture
-from tests.engines import open_engine, run_to_end, small_engine
+from tests.engines import open_engine
 from tests.omni import image, sound
 from tests.speech import (
     Speeches,
@@ -29,9 +25,7 @@ from tests.speech import (
     new_speaker,
     resumed,
     speak,
-    speech_facts,
     speech_request,
-    states_for,
     told,
 )
 
@@ -139,37 +133,6 @@ def test_threads_change_no_code(
         pytest.skip("a library's products are proven for one number of threads")
     with computing_threads(num_threads):
         assert speak(loaded, new_speaker(loaded), requests, JOIN_AT) == reference
-
-
-@pytest.mark.parametrize("chunk", [4, 17, 64])
-def test_states_do_not_depend_on_how_the_prompt_is_cut(
-    loaded: LoadedEngine, requests: list[GenerationRequest], chunk: int
-) -> None:
-    for request in requests:
-        whole, cut = states_for(loaded, request), states_for(loaded, request, chunk)
-        assert (whole is None) == (cut is None)
-        if whole is not None and cut is not None:
-            assert torch.equal(whole, cut)
-
-
-def test_states_behind_a_found_prefix_are_those_of_the_whole_prompt(loaded: LoadedEngine) -> None:
-    """What stands before the first of them may be found computed; what they are made from may not."""
-    request = speech_request(loaded, told("x" * 150), asked(TEXT, image(72, 72)))
-    text = replace(request, request_id="t", speech=None, sampling=SamplingParams(max_tokens=2))
-    assert loaded.media is not None
-    inputs = loaded.media.inputs_for(request)
-    engine = small_engine(loaded, 24)
-    engine.kv.scope = PrefixScope("store", "class", 2)
-    run_to_end(engine, [text], encoder=loaded.media)
-    capture = StatesCapture(
-        speech_facts(loaded), check_speech(speech_facts(loaded), request, loaded.config.vocab_size)
-    )
-    engine.submit(*capture.request(request, inputs))
-    while engine.has_work:
-        engine.step()
-    assert engine.kv.num_hit_positions == request.media[0].first // 64 * 64 > 0
-    expected = states_for(loaded, request)
-    assert expected is not None and torch.equal(capture.states(), expected)
 
 
 def test_speeches_of_other_seeds_choices_voices_and_replies_differ(loaded: LoadedEngine) -> None:

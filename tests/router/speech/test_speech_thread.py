@@ -142,6 +142,21 @@ def test_speeches_are_what_they_are_without_threads_and_so_is_text_beside_them(
     assert thread.num_open == 0
 
 
+def test_next_turn_s_speech_asks_the_engine_for_nothing_that_it_knows(
+    omni: LoadedEngine, vocoder: Vocoder, thread: EngineThread, sink: Sink
+) -> None:
+    first = speech(omni, "image")
+    turns = (*CONVERSATIONS["image"], answered("A cat."), asked(TEXT))
+    second = speech_request(omni, *turns, name="next", sampling=replace(GREEDY, max_tokens=9))
+    thread.submit(first)
+    sink.wait_for_ends("image")
+    num_computed = thread.engine.stats.prompt_tokens
+    thread.submit(second)
+    sink.wait_for_ends("next")
+    assert got(sink, "next") == expected(omni, vocoder, second)
+    assert 0 < num_computed == thread.engine.stats.prompt_tokens
+
+
 def test_resumed_speech_with_an_image_goes_on(
     omni: LoadedEngine, vocoder: Vocoder, thread: EngineThread, sink: Sink
 ) -> None:
