@@ -18,7 +18,7 @@ from extraction.manifest import Manifest
 from router.errors import ConfigUnsupported
 from router.speech.wish import NUM_CODES
 
-TALKER, CODE_PREDICTOR, CODE2WAV = "talker", "code_predictor", "code2wav"
+THINKER, TALKER, CODE_PREDICTOR, CODE2WAV = "thinker", "talker", "code_predictor", "code2wav"
 """Components of a store that speaks."""
 NUM_CONTROL_IDS = 1024
 """The last of the talker's ids are no codes; of them only the one that ends a speech is ever drawn."""
@@ -97,7 +97,7 @@ class SpeechFacts:
 def read_speech_facts(manifest: Manifest) -> SpeechFacts | None:
     """None where the store lacks what speaks. Raises ConfigUnsupported."""
     parts = {component.name: component.config for component in manifest.components}
-    if not {TALKER, CODE_PREDICTOR, CODE2WAV} <= parts.keys():
+    if not {THINKER, TALKER, CODE_PREDICTOR, CODE2WAV} <= parts.keys():
         return None
     config = manifest.config
     talker = config.get("talker_config")
@@ -110,7 +110,7 @@ def read_speech_facts(manifest: Manifest) -> SpeechFacts | None:
             _voices(talker, codec.vocab_size),
             _turn_ids(config, thinker, manifest.generation_config),
             codec,
-            _accept_layer(talker, parts["thinker"]),
+            _accept_layer(talker, parts[THINKER]),
             _defaults(manifest.generation_config),
         )
     except ConfigInvalid as error:
