@@ -83,10 +83,11 @@ class NodeTooSmall(ClusterError):
 
     def __str__(self) -> str:
         needs = ", ".join(f"{name} {num_bytes}" for name, num_bytes in self.needs.items())
+        speech = "lower speech-budget, leave speech out, " if "speech" in self.needs else ""
         return (
             f"expert-budget: fit leaves {self.room_bytes} bytes on {self.node}, below one expert "
             f"({self.expert_bytes} bytes): of {self.available_bytes} available, {needs}; "
-            "lower kv-budget or name a size"
+            f"lower kv-budget, {speech}or name a size"
         )
 
 

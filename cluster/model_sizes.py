@@ -15,7 +15,8 @@ import torch
 from cluster.demand import Demand, uniform_demand
 from experts.numerics import RowKernel
 from experts.quantised import QuantisedForm, planned_product
-from extraction.layouts import layout_for
+from extraction.component_layout import ComponentLayout
+from extraction.layouts import Layout, layout_for
 from extraction.manifest import ROLES, SCALE_ROLES, ExpertKey, ExpertRecord, RecordPart
 from extraction.quantise import Quantization
 from extraction.quantised_parts import NOT_QUANTISED, QuantisedParts
@@ -27,6 +28,8 @@ from router.linears import planned_linears
 from router.media.facts import FAMILY
 from router.media.sizes import media_bytes
 from router.model_config import ModelConfig, read_model_config
+from router.speech.facts import PARTS_THAT_SPEAK, TALKER
+from router.speech.sizes import speech_bytes
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class ModelSizes:
     """Of the backbone that every token reads: all but the embeddings, of which it takes a row."""
     media_bytes: int = 0
     """Of what sees and hears."""
+    speech_bytes: int = 0
+    """Of what speaks, its own experts included."""
 
     @property
     def row_bytes(self) -> int:
@@ -100,11 +105,8 @@ def measure_model(
     layout = layout_for(config)
     component = layout.components[0]
     decoder = read_model_config(component.config)
-    plain = {
-        name: shape for name, shape in component.backbone_shapes.items() if quantised.of_tensor(name) is None
-    }
-    packed = packed_backbone_bytes(decoder, planned_linears(quantised, dtype))
-    backbone = packed + weight_bytes(plain, decoder, dtype)
+    backbone = _backbone_bytes(component, decoder, dtype, quantised)
+    configs = {part.name: part.config for part in layout.components}
     is_head = decoder.has_tied_head and quantised.head is None
     embeddings = 0 if is_head else decoder.vocab_size * decoder.hidden_size * dtype.itemsize
     return ModelSizes(
@@ -114,10 +116,27 @@ def measure_model(
         _expert_bytes(decoder, dtype, quantised.experts),
         backbone,
         backbone - embeddings,
-        media_bytes({part.name: part.config for part in layout.components}, dtype)
-        if layout.family == FAMILY
-        else 0,
+        media_bytes(configs, dtype) if layout.family == FAMILY else 0,
+        _speech_bytes(layout, dtype, quantised) if configs.keys() >= PARTS_THAT_SPEAK else 0,
     )
+
+
+def _backbone_bytes(
+    component: ComponentLayout, config: ModelConfig, dtype: torch.dtype, quantised: QuantisedParts
+) -> int:
+    shapes = component.backbone_shapes.items()
+    plain = {name: shape for name, shape in shapes if quantised.of_tensor(name) is None}
+    packed = packed_backbone_bytes(config, planned_linears(quantised, dtype))
+    return packed + weight_bytes(plain, config, dtype)
+
+
+def _speech_bytes(layout: Layout, dtype: torch.dtype, quantised: QuantisedParts) -> int:
+    talker = next(part for part in layout.components if part.name == TALKER)
+    config = read_model_config(talker.config)
+    num_experts = len(config.moe_layers) * config.num_experts
+    experts = num_experts * _expert_bytes(config, dtype, quantised.experts)
+    configs = {part.name: part.config for part in layout.components}
+    return experts + speech_bytes(configs, _backbone_bytes(talker, config, dtype, quantised), dtype)
 
 
 def _expert_bytes(config: ModelConfig, dtype: torch.dtype, quantization: Quantization | None) -> int:

@@ -36,6 +36,23 @@ HostBudgetOption = Annotated[
         help="The same for host memory behind a device; without one it is added to --expert-budget.",
     ),
 ]
+SpeechBudgetOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        metavar="SIZE|PERCENT",
+        help="Memory for the experts that speak: 1GiB, or 25% of them. \\[all of them]",
+    ),
+]
+VoiceOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(metavar="NAME", help="With --speech: who speaks; a name that is none lists them."),
+]
+SpeechFramesOption = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(
+        min=1, metavar="FRAMES", help="With --speech: most of an answer, 25 in two seconds. \\[the model's]"
+    ),
+]
 DeviceOption = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(
@@ -65,6 +82,13 @@ def read_memory(
 
     given = {"device": device, "expert-budget": expert_budget, "host-budget": host_budget}
     return choose_memory(merge_values(given, {}, ""), announce)
+
+
+def read_speech_budget(text: str | None) -> BudgetRequest | None:
+    """Raises OptionInvalid."""
+    from gateway.service.option_values import merge_values
+
+    return merge_values({"speech-budget": text}, {}, "").speech_budget
 
 
 def choose_memory(values: OptionValues, announce: Callable[[str], None]) -> ChosenMemory:

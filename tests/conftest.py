@@ -24,6 +24,7 @@ from router.loading import EngineOptions, LoadedEngine
 from tests.checkpoints import write_tiny, write_tiny_qwen3_moe
 from tests.engines import open_engine
 from tests.omni import Published
+from tests.speech import PublishedSpeech
 
 # What services learn in tests, and the token of their Ray, stay out of the user's folders.
 _own = Path(tempfile.mkdtemp(prefix="sage-moe-tests-"))
@@ -106,6 +107,12 @@ def omni(omni_store: Path) -> Iterator[LoadedEngine]:
 def published(omni_checkpoint: Path) -> Published:
     """The same as `transformers` computes it."""
     return Published.load(omni_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def published_speech(omni_checkpoint: Path) -> PublishedSpeech:
+    """The same with what speaks."""
+    return PublishedSpeech.load(omni_checkpoint)
 
 
 @pytest.fixture

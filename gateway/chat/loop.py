@@ -30,10 +30,12 @@ Turn = dict[str, Any]
 
 @dataclass(frozen=True)
 class Piece:
-    """Some of an answer's text, maybe none, and how many tokens the answer has so far, where that is known."""
+    """Some of an answer's text, maybe none, and how many tokens the answer has so far, where that is known; some of how
+    it sounds, where it is spoken."""
 
     text: str
     num_tokens: int | None = None
+    samples: bytes = b""
 
 
 class ChatBackend(Protocol):
@@ -44,6 +46,13 @@ class ChatBackend(Protocol):
 
     def stream(self, messages: list[Turn]) -> Generator[Piece, None, None]:
         """One answer. Closing the generator ends the work on it. Raises GatewayError."""
+
+
+class SoundKeeper(Protocol):
+    """Where answers that are spoken go."""
+
+    def save(self, samples: bytes) -> str:
+        """Of one answer. Returns what to tell."""
 
 
 class Terminal(Protocol):
@@ -111,8 +120,9 @@ def run_chat(
     terminal: Terminal,
     conversation: Conversation,
     clock: Callable[[], float] = time.perf_counter,
+    sounds: SoundKeeper | None = None,
 ) -> None:
-    """Until the input ends or the user quits."""
+    """Until the input ends or the user quits. sounds: of a backend whose answers are spoken."""
     while True:
         try:
             line = terminal.read_line()
@@ -126,7 +136,10 @@ def run_chat(
                 return
             _carry_out(line, backend.model, terminal, conversation)
         elif line.strip():
-            _answer(line[1:] if line.startswith("//") else line, backend, terminal, conversation, clock)
+            text = line[1:] if line.startswith("//") else line
+            samples = _answer(text, backend, terminal, conversation, clock)
+            if samples and sounds is not None:
+                terminal.note(sounds.save(samples))
 
 
 def _answer(
@@ -135,18 +148,20 @@ def _answer(
     terminal: Terminal,
     conversation: Conversation,
     clock: Callable[[], float],
-) -> None:
+) -> bytes:
     """Add the question and what comes of its answer. An answer that was stopped stays, as far as it came; a question
-    without any answer goes, so that it can be asked again."""
+    without any answer goes, so that it can be asked again. Returns what was heard of it."""
     conversation.ask(text)
     timing = AnswerClock(clock())
     pieces: list[str] = []
+    samples = bytearray()
     ending = ""
     try:
         with closing(backend.stream(conversation.messages())) as stream:
             for piece in stream:
                 timing.note(piece, clock())
                 pieces.append(piece.text)
+                samples += piece.samples
                 terminal.show(piece.text)
     except KeyboardInterrupt:
         ending = "stopped; "
@@ -159,6 +174,7 @@ def _answer(
     else:
         conversation.turns.pop()
     terminal.note(f"[{ending}{timing.summary()}]")
+    return bytes(samples)
 
 
 def _carry_out(line: str, model: str, terminal: Terminal, conversation: Conversation) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -94,9 +95,17 @@ def _piece(data: bytes) -> Piece:
     event = json.loads(data)
     if "error" in event:
         raise ChatFailed(str(event["error"]["message"]))
-    texts = [choice["delta"].get("content") or "" for choice in event["choices"]]
+    deltas = [choice["delta"] for choice in event["choices"]]
+    audio = [delta.get("audio") or {} for delta in deltas]
+    texts = [delta.get("content") or "" for delta in deltas] + [part.get("transcript", "") for part in audio]
+    samples = b"".join(base64.b64decode(part.get("data", ""), validate=True) for part in audio)
     usage = event.get("usage")
-    return Piece("".join(texts), int(usage["completion_tokens"]) if usage else None)
+    return Piece("".join(texts), _num_text_tokens(usage) if usage else None, samples)
+
+
+def _num_text_tokens(usage: dict[str, Any]) -> int:
+    details = usage.get("completion_tokens_details") or {}
+    return int(usage["completion_tokens"]) - int(details.get("audio_tokens") or 0)
 
 
 def _reason(response: httpx.Response) -> str:

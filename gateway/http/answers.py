@@ -7,12 +7,15 @@ else, where the routing was not the plain one, the last with a finish reason. `g
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from gateway.http.quality import describe_quality
+from gateway.http.speech import SpeechEnd, SpokenForm
+from gateway.media.wav_writing import wav_of
 from router.routing_choice import RoutingReport
 
 DONE_EVENT = b"data: [DONE]\n\n"
@@ -40,6 +43,8 @@ class ChoiceAnswer:
     text: str
     logprobs: Logprobs
     finish_reason: Literal["stop", "length"]
+    audio: dict[str, Any] | None = None
+    """As `whole_audio` shapes it, where the answer is spoken."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,10 @@ class Totals:
     """Whether experts of another numerics class took part in any answer."""
     num_cached_tokens: int | None = None
     """Of the prompts' tokens, those that were found computed; None where nobody tells."""
+    speech: tuple[SpeechEnd, ...] | None = None
+    """Of each answer, where they are spoken."""
+    first_sound_s: float = 0.0
+    """From the request's arrival to the first samples of any answer; 0 where there are none."""
 
 
 def plain_answer(head: AnswerHead, choices: Sequence[ChoiceAnswer], totals: Totals) -> dict[str, Any]:
@@ -69,14 +78,24 @@ def plain_answer(head: AnswerHead, choices: Sequence[ChoiceAnswer], totals: Tota
 
 def _plain_choice(head: AnswerHead, index: int, choice: ChoiceAnswer) -> dict[str, Any]:
     content: dict[str, Any] = {"text": choice.text}
-    if head.is_chat:
+    if choice.audio is not None:
+        content = {"message": {"role": "assistant", "content": None, "refusal": None, "audio": choice.audio}}
+    elif head.is_chat:
         content = {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
     return {"index": index, **content, "logprobs": choice.logprobs, "finish_reason": choice.finish_reason}
 
 
-def role_chunk(head: AnswerHead, index: int) -> dict[str, Any]:
+def whole_audio(audio_id: str, form: SpokenForm, text: str, samples: bytes) -> dict[str, Any]:
+    """What is heard of a plain answer, in place of its content."""
+    data = wav_of(samples) if form.format == "wav" else samples
+    sound = base64.b64encode(data).decode()
+    return {"id": audio_id, "data": sound, "expires_at": form.expires_at, "transcript": text}
+
+
+def role_chunk(head: AnswerHead, index: int, *, is_spoken: bool = False) -> dict[str, Any]:
     """The first chunk of an answer in a chat's stream."""
-    return _chunk(head, [_delta(index, {"role": "assistant", "content": ""}, None, None)])
+    content = {} if is_spoken else {"content": ""}
+    return _chunk(head, [_delta(index, {"role": "assistant", **content}, None, None)])
 
 
 def text_chunk(head: AnswerHead, index: int, text: str, logprobs: Logprobs) -> dict[str, Any]:
@@ -84,6 +103,18 @@ def text_chunk(head: AnswerHead, index: int, text: str, logprobs: Logprobs) -> d
     if head.is_chat:
         return _chunk(head, [_delta(index, {"content": text}, logprobs, None)])
     return _chunk(head, [{"index": index, "text": text, "logprobs": logprobs, "finish_reason": None}])
+
+
+def audio_chunk(
+    head: AnswerHead, index: int, audio: dict[str, Any], logprobs: Logprobs = None
+) -> dict[str, Any]:
+    """Some of a spoken answer: fields of its `audio`, of which `transcript` and `data` are to be joined."""
+    return _chunk(head, [_delta(index, {"audio": audio}, logprobs, None)])
+
+
+def sound_data(samples: bytes) -> str:
+    """Of a stream: samples without a head."""
+    return base64.b64encode(samples).decode()
 
 
 def end_chunk(head: AnswerHead, index: int, finish_reason: str) -> dict[str, Any]:
@@ -94,13 +125,18 @@ def end_chunk(head: AnswerHead, index: int, finish_reason: str) -> dict[str, Any
 
 
 def with_quality(
-    head: AnswerHead, chunk: dict[str, Any], reports: Sequence[RoutingReport], is_mixed: bool
+    head: AnswerHead,
+    chunk: dict[str, Any],
+    reports: Sequence[RoutingReport],
+    is_mixed: bool,
+    speech: Sequence[SpeechEnd] | None,
 ) -> dict[str, Any]:
-    """The last chunk with choices of a stream without usage: only this one can say that the answer is modified, or
-    explain it. A plain answer's is left as OpenAI has it."""
-    if not reports and head.quantization is None and not is_mixed:
+    """The last chunk with choices of a stream without usage: only this one can say that the answer is modified, explain
+    it, or tell how much was spoken. A plain answer's is left as OpenAI has it."""
+    if not reports and head.quantization is None and not is_mixed and speech is None:
         return chunk
-    return {**chunk, "sage": describe_quality(reports, head.quantization, is_mixed=is_mixed)}
+    quality = describe_quality(reports, head.quantization, is_mixed=is_mixed)
+    return {**chunk, "sage": quality | _speech(speech)}
 
 
 def usage_chunk(head: AnswerHead, totals: Totals) -> dict[str, Any]:
@@ -138,14 +174,33 @@ def _closing(head: AnswerHead, totals: Totals) -> dict[str, Any]:
     prompt, answer = totals.num_prompt_tokens, totals.num_answer_tokens
     timings = {"ttft_s": round(totals.ttft_s, 6), "tokens_per_s": round(totals.tokens_per_s, 3)}
     quality = describe_quality(totals.reports, head.quantization, is_mixed=totals.is_mixed)
+    details = {}
+    if totals.speech is not None:
+        num_frames = sum(end.num_frames for end in totals.speech)
+        answer += num_frames
+        details = {"completion_tokens_details": {"audio_tokens": num_frames}}
+        timings["first_sound_s"] = round(totals.first_sound_s, 6)
     usage: dict[str, Any] = {
         "prompt_tokens": prompt,
         "completion_tokens": answer,
         "total_tokens": prompt + answer,
+        **details,
     }
     if totals.num_cached_tokens is not None:
         usage["prompt_tokens_details"] = {"cached_tokens": totals.num_cached_tokens}
     return {
         "usage": usage,
-        "sage": {**quality, "timings": timings},
+        "sage": {**quality, **_speech(totals.speech), "timings": timings},
+    }
+
+
+def _speech(ends: Sequence[SpeechEnd] | None) -> dict[str, Any]:
+    """Of each answer how much was spoken, and whether to its end."""
+    if ends is None:
+        return {}
+    return {
+        "speech": [
+            {"frames": end.num_frames, "seconds": round(end.seconds, 3), "finish_reason": end.finish_reason}
+            for end in ends
+        ]
     }

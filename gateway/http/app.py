@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from gateway.errors import ApiError, ClientGone, GatewayError, RouterUnavailable, to_api_error
-from gateway.http.completions import Backend, answer_events, whole_answer
+from gateway.http.completions import answer_events, whole_answer
 from gateway.http.connection import EventStream, run_while_connected
 from gateway.http.cross_origin import allow_cross_origin
 from gateway.http.field_policy import ignored_header
@@ -29,6 +29,7 @@ from gateway.http.openai_types import (
     read_feedback,
     read_request,
 )
+from gateway.http.pieces import Backend
 from gateway.http.request_envelope import RequestEnvelope
 from gateway.http.request_limits import parse_json, read_body
 from gateway.http.settings import GatewaySettings, RequestLimits
@@ -72,19 +73,22 @@ def _add_generation_routes(
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         checked, ignored = await _read(CompletionRequest, request, settings.limits)
-        job = await prepare_completion(checked, settings, backend.tokenizer)
-        job = job.owned_by(request.state.owner)
+        job = await prepare_completion(checked, settings, backend.tokenizer, request.state.owner)
         return await _answer(job, request, backend, ignored)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         job, ignored = await prepared(request)
-        return await _answer(job.owned_by(request.state.owner), request, backend, ignored)
+        return await _answer(job, request, backend, ignored)
 
     async def prepared(request: Request) -> tuple[Job, dict[str, str]]:
         """Apart, so that the request with its encoded media is not held while the answer comes."""
         checked, ignored = await _read(ChatRequest, request, settings.limits)
-        return await prepare_chat(checked, settings, backend.tokenizer, template, decoder), ignored
+        owner = request.state.owner
+        job = await prepare_chat(
+            checked, settings, backend.tokenizer, template, decoder, backend.spoken, owner
+        )
+        return job, ignored
 
 
 def _add_feedback_route(app: FastAPI, limits: RequestLimits, backend: Backend) -> None:
@@ -98,12 +102,12 @@ def _add_feedback_route(app: FastAPI, limits: RequestLimits, backend: Backend) -
 
 
 def _add_model_routes(app: FastAPI, settings: GatewaySettings) -> None:
-    modalities = ["text", *settings.media.kinds]
     facts = {
         "object": "model",
         "created": settings.created,
         "owned_by": "sage-moe",
-        "input_modalities": modalities,
+        "input_modalities": ["text", *settings.media.kinds],
+        "output_modalities": ["text"] if settings.speech is None else ["text", "audio"],
     }
     cards = {name: {"id": name, **facts} for name in settings.model_names}
 

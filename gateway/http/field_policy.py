@@ -23,8 +23,6 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "functions": (None, []),
     "function_call": (None, "none", "auto"),
     "response_format": (None, {"type": "text"}),
-    "modalities": (None, ["text"]),
-    "audio": (None,),
     "prediction": (None,),
     "web_search_options": (None,),
     "reasoning_effort": (None,),
@@ -58,6 +56,8 @@ UNSUPPORTED_IN_COMPLETION: Mapping[str, tuple[object, ...]] = {
     "max_completion_tokens": (None,),
     "top_logprobs": (None,),
     "chat_template": (None,),
+    "modalities": (None, ["text"]),
+    "audio": (None,),
 }
 """Fields of chats."""
 UNSUPPORTED_IN_CHAT: Mapping[str, tuple[object, ...]] = {
@@ -69,7 +69,6 @@ UNSUPPORTED_IN_CHAT: Mapping[str, tuple[object, ...]] = {
 UNSUPPORTED_IN_MESSAGE: Mapping[str, tuple[object, ...]] = {
     "tool_calls": (None, []),
     "function_call": (None,),
-    "audio": (None,),
     "refusal": (None,),
 }
 HARMLESS = frozenset(

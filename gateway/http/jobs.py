@@ -17,6 +17,8 @@ from gateway.http.answers import AnswerHead
 from gateway.http.media import TEXT_ONLY, decode_media, placed_in
 from gateway.http.openai_types import ChatRequest, CompletionRequest, GenerationOptions
 from gateway.http.settings import GatewaySettings
+from gateway.http.speech import SpokenForm, choose_form, new_audio_id
+from gateway.http.spoken_answers import SpokenAnswers
 from gateway.media.decoder import MediaDecoder
 from gateway.text.chat_template import ChatTemplate
 from gateway.text.tokenizer import TextTokenizer
@@ -36,6 +38,8 @@ class ChoiceJob:
     request: GenerationRequest
     is_echoed: bool
     """Whether the prompt comes first."""
+    audio_id: str | None = None
+    """Names what is spoken, where the answer is."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +55,13 @@ class Job:
     has_usage_chunk: bool
     started_at: float
     """Of `time.perf_counter`, before the prompt was tokenised."""
+    speech: SpokenForm | None = None
+    """How the answers are spoken, where they are."""
 
-    def owned_by(self, owner: str) -> Job:
-        """The same for somebody, with whose requests alone it shares what is cached."""
-        choices = tuple(
-            replace(choice, request=replace(choice.request, owner=owner)) for choice in self.choices
-        )
-        return replace(self, choices=choices)
+    @property
+    def sound_bytes(self) -> int:
+        """That all answers together may take."""
+        return 0 if self.speech is None else len(self.choices) * self.speech.most_bytes
 
 
 def check_model(name: str, settings: GatewaySettings) -> None:
@@ -68,9 +72,12 @@ def check_model(name: str, settings: GatewaySettings) -> None:
 
 
 async def prepare_completion(
-    request: CompletionRequest, settings: GatewaySettings, tokenizer: TextTokenizer
+    request: CompletionRequest, settings: GatewaySettings, tokenizer: TextTokenizer, owner: str = ""
 ) -> Job:
-    """Raises ApiError when the model is another one or the request does not fit it."""
+    """owner: with whose requests alone it shares what is cached.
+
+    Raises ApiError when the model is another one or the request does not fit it.
+    """
     started_at = time.perf_counter()
     check_model(request.model, settings)
     _check_tokens(request, settings)
@@ -88,7 +95,7 @@ async def prepare_completion(
         max_tokens = min(settings.default_completion_tokens, room) if wanted is None else wanted
         _check_fit(prompt_ids, max_tokens, field, settings, is_prompt_all=wanted == 0)
         jobs.append((prompt_ids, max_tokens))
-    return _job(request, jobs, settings, started_at)
+    return _job(request, jobs, settings, started_at, owner)
 
 
 async def prepare_chat(
@@ -97,13 +104,20 @@ async def prepare_chat(
     tokenizer: TextTokenizer,
     template: ChatTemplate,
     decoder: MediaDecoder = TEXT_ONLY,
+    spoken: SpokenAnswers | None = None,
+    owner: str = "",
 ) -> Job:
-    """Raises ApiError when the model is another one or the request does not fit it."""
+    """spoken: earlier answers, of which the owner's may be named by the id of their sound.
+
+    Raises ApiError when the model is another one or the request does not fit it.
+    """
     started_at = time.perf_counter()
     check_model(request.model, settings)
     _check_tokens(request, settings)
-    media = await decode_media(request.messages, decoder, settings.context_length)
-    render = partial(template.render, request.messages, variant=request.chat_template)
+    speech = choose_form(request, settings.speech, int(time.time()))
+    messages = (spoken or SpokenAnswers()).resolved(request.messages, owner)
+    media = await decode_media(messages, decoder, settings.context_length)
+    render = partial(template.render, messages, variant=request.chat_template)
     text = await asyncio.to_thread(render)
     _refuse_certainly_longer(text, "messages", settings, tokenizer)
     prompt_ids = await asyncio.to_thread(tokenizer.encode_rendered, text)
@@ -112,7 +126,8 @@ async def prepare_chat(
     max_tokens = settings.context_length - len(prompt_ids) if wanted is None else wanted
     num_media = sum(decoder.facts.num_tokens(medium) for medium in media)
     _check_fit(prompt_ids, max_tokens, "messages", settings, num_media=num_media)
-    return _job(request, [(prompt_ids, max_tokens)], settings, started_at, placed)
+    prompts = [(prompt_ids, max_tokens)]
+    return _job(request, prompts, settings, started_at, owner, media=placed, speech=speech)
 
 
 def _job(
@@ -120,7 +135,10 @@ def _job(
     prompts: list[tuple[list[int], int]],
     settings: GatewaySettings,
     started_at: float,
+    owner: str,
+    *,
     media: tuple[PlacedMedium, ...] = (),
+    speech: SpokenForm | None = None,
 ) -> Job:
     """prompts: ids, and the most tokens of an answer to them. media: of the only one."""
     is_chat = isinstance(options, ChatRequest)
@@ -144,8 +162,10 @@ def _job(
                 routing=routing,
                 answer_id=answer_id,
                 media=media,
+                owner=owner,
             )
-            choices.append(ChoiceJob(len(choices), request, is_echoed))
+            audio_id = None if speech is None else new_audio_id()
+            choices.append(ChoiceJob(len(choices), request, is_echoed, audio_id))
     return Job(
         AnswerHead(
             answer_id,
@@ -161,6 +181,7 @@ def _job(
         bool(options.stream),
         options.stream_options is not None and bool(options.stream_options.include_usage),
         started_at,
+        speech,
     )
 
 

@@ -28,6 +28,12 @@ class GatewayMetrics:
             buckets=FIRST_TOKEN_BUCKETS_S,
             registry=registry,
         )
+        self.time_to_first_sound = Histogram(
+            PREFIX + "time_to_first_sound_seconds",
+            "From a request's arrival to the first samples of an answer that is spoken.",
+            buckets=FIRST_TOKEN_BUCKETS_S,
+            registry=registry,
+        )
         self.time_between_tokens = Histogram(
             PREFIX + "time_between_tokens_seconds",
             "Between an answer's tokens.",

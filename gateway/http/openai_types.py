@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from gateway.errors import ApiError
@@ -29,13 +29,17 @@ from gateway.http.openai_fields import (
     read_stop,
     read_stop_token_ids,
 )
+from gateway.http.speech_fields import AudioOptions, Modality, SpokenTurn
 from gateway.media.parts import Content, read_content
 from router.effort import EffortChoice
 from router.routing_choice import PolicyName
+from router.speech.facts import MOST_FRAMES
 
 MAX_MESSAGES = 4096
 MAX_COUNT = 2**31 - 1
 MAX_LOGPROBS = 20
+MOST_SPOKEN = 8
+"""Answers of one request: each may take 16 MB."""
 READ_BY_HAND = ("prompt", "stop", "stop_token_ids", "logit_bias", "content")
 """Kinds of errors whose text says what the field must be."""
 
@@ -53,13 +57,16 @@ class StreamOptions(Strict):
 
 
 class SageOptions(BaseModel):
-    """Our extensions: how the tokens are routed to experts. An unknown one is an error."""
+    """Our extensions: how the tokens are routed to experts, and how long speech may be. An unknown one is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     policy: PolicyName | None = Field(None, description="native or snarc")
     effort: EffortChoice | None = Field(None, description="wake, focus, crisis or auto")
     explain: bool | None = Field(None, description="true or false")
+    max_speech_frames: int | None = Field(
+        None, ge=1, le=MOST_FRAMES, description=f"a whole number from 1 to {MOST_FRAMES}; 25 are two seconds"
+    )
 
 
 class FeedbackRequest(BaseModel):
@@ -98,7 +105,8 @@ class GenerationOptions(Strict):
     stream_options: StreamOptions | None = Field(None, description="an object")
     sage: SageOptions | None = Field(
         None,
-        description="an object with policy (native or snarc), effort (wake, focus, crisis or auto), explain",
+        description="an object with policy (native or snarc), effort (wake, focus, crisis or auto), explain, "
+        "max_speech_frames",
     )
 
     @property
@@ -137,6 +145,18 @@ class Message(Strict):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[Content, PlainValidator(read_content)]
+    """Empty where `audio` stands in for it."""
+    audio: SpokenTurn | None = None
+    """By the assistant: an answer that was spoken, whose text `gateway.http.spoken_answers` knows."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spoken_without_content(cls, turn: Any) -> Any:
+        """OpenAI's clients send such answers back as they came, without a content."""
+        is_spoken = (
+            isinstance(turn, dict) and turn.get("role") == "assistant" and turn.get("audio") is not None
+        )
+        return {**turn, "content": ""} if is_spoken and turn.get("content") is None else turn
 
 
 class ChatRequest(GenerationOptions):
@@ -153,12 +173,23 @@ class ChatRequest(GenerationOptions):
     chat_template: str | None = Field(
         None, max_length=64, description="the name of one of the model's chat templates"
     )
+    modalities: list[Modality] | None = Field(
+        None, min_length=1, max_length=2, description='a list of "text" and "audio"'
+    )
+    audio: AudioOptions | None = Field(None, description="an object with voice and format (wav or pcm16)")
+
+    @property
+    def is_spoken(self) -> bool:
+        """Whether the answer is to be heard, too."""
+        return "audio" in (self.modalities or ())
 
     @property
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
+DESCRIBED: dict[str, type[BaseModel]] = {"sage": SageOptions, "audio": AudioOptions}
+"""Objects within a request whose fields say what they must be."""
 RequestT = TypeVar("RequestT", bound=GenerationOptions)
 
 
@@ -194,8 +225,14 @@ def read_request(kind: type[RequestT], body: dict[str, Any]) -> RequestT:
 
 def ignored_in(kind: type[GenerationOptions], body: dict[str, Any]) -> list[str]:
     """Names of fields of a checked body that have no effect, each once."""
-    options = body.get("stream_options") or {}
-    nested = [f"stream_options.{name}" for name in options if name not in StreamOptions.model_fields]
+    known_within: dict[str, type[BaseModel]] = {"stream_options": StreamOptions, "audio": AudioOptions}
+    nested = [
+        f"{field}.{name}"
+        for field, inner in known_within.items()
+        if field in kind.model_fields
+        for name in body.get(field) or ()
+        if name not in inner.model_fields
+    ]
     seen: dict[str, None] = {}
     if kind is ChatRequest:
         known = {*Message.model_fields, *UNSUPPORTED_IN_MESSAGE}
@@ -210,6 +247,8 @@ def _check_completion(request: CompletionRequest) -> None:
         _refuse_value("best_of", "must be equal to n: all answers are returned")
     if len(request.prompt) * request.num_choices > MAX_CHOICES:
         _refuse_value("n", f"prompts times n must be at most {MAX_CHOICES}")
+    if request.sage is not None and request.sage.max_speech_frames is not None:
+        raise ApiError(400, "A completion is not spoken, only a chat.", param="sage.max_speech_frames")
 
 
 def _check_chat(request: ChatRequest) -> None:
@@ -218,6 +257,24 @@ def _check_chat(request: ChatRequest) -> None:
         raise ApiError(400, message, param="max_completion_tokens")
     if request.top_logprobs is not None and not request.logprobs:
         raise ApiError(400, "top_logprobs is only allowed when logprobs is true.", param="top_logprobs")
+    for position, turn in enumerate(request.messages):
+        if turn.audio is not None and turn.role != "assistant":
+            param = f"messages.{position}.audio"
+            raise ApiError(400, f"{param} is only allowed in a message by the assistant.", param=param)
+    _check_speech(request)
+
+
+def _check_speech(request: ChatRequest) -> None:
+    frames = None if request.sage is None else request.sage.max_speech_frames
+    given = {"audio": request.audio, "sage.max_speech_frames": frames}
+    for param, value in given.items():
+        if value is not None and not request.is_spoken:
+            message = f'{param} is only allowed with modalities ["text", "audio"].'
+            raise ApiError(400, message, param=param)
+    if request.is_spoken and request.stream and request.audio is not None and request.audio.format == "wav":
+        _refuse_value("audio.format", "must be pcm16 when stream is true, since WAV begins with its length")
+    if request.is_spoken and request.num_choices > MOST_SPOKEN:
+        _refuse_value("n", f"must be at most {MOST_SPOKEN} where answers are spoken")
 
 
 def _refuse_value(param: str, wanted: str) -> None:
@@ -227,8 +284,8 @@ def _refuse_value(param: str, wanted: str) -> None:
 def _refusal(kind: type[BaseModel], error: ErrorDetails) -> ApiError:
     path = [str(part)[:64] for part in error["loc"]]
     param = ".".join(path)
-    owner: type[BaseModel] = SageOptions if path[0] == "sage" and len(path) > 1 else kind
-    field = owner.model_fields.get(path[-1] if owner is SageOptions else path[0])
+    owner = DESCRIBED.get(path[0], kind) if len(path) > 1 else kind
+    field = owner.model_fields.get(path[0] if owner is kind else path[-1])
     if error["type"] == "missing":
         return ApiError(
             400, f"Missing required field {param}.", param=param, code="missing_required_parameter"
@@ -237,7 +294,7 @@ def _refusal(kind: type[BaseModel], error: ErrorDetails) -> ApiError:
         wanted = f"is no field here; fields are {', '.join(owner.model_fields)}"
     elif error["type"] in READ_BY_HAND:
         wanted = error["msg"]
-    elif field is not None and field.description is not None and (len(path) == 1 or owner is SageOptions):
+    elif field is not None and field.description is not None and (len(path) == 1 or owner is not kind):
         wanted = f"must be {field.description}"
     else:
         wanted = error["msg"]

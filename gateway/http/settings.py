@@ -16,6 +16,7 @@ from gateway.errors import ModelFileInvalid
 from gateway.http.api_keys import NO_KEYS, KeyRing
 from gateway.http.routing_rules import NATIVE_ONLY, RoutingRules
 from router.media.facts import NO_MEDIA, MediaFacts
+from router.speech.facts import SpeechFacts
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -99,6 +100,8 @@ class GatewaySettings:
     routing: RoutingRules = NATIVE_ONLY
     media: MediaFacts = NO_MEDIA
     """What chats may hold beside text."""
+    speech: SpeechFacts | None = None
+    """What answers are spoken with, where they may be."""
 
     @property
     def model_names(self) -> tuple[str, ...]:

@@ -67,6 +67,11 @@ class AnswerText:
         """Tokens that were used: all up to the one that completed a stop string."""
 
     @property
+    def num_chars(self) -> int:
+        """Of the tokens' text so far, shown or not."""
+        return self._num_chars
+
+    @property
     def is_stopped(self) -> bool:
         """Whether a stop string has ended the answer; further tokens are not used."""
         return self._scanner.is_found

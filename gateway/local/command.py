@@ -13,8 +13,12 @@ from gateway.budget_options import (
     DeviceOption,
     ExpertBudgetOption,
     HostBudgetOption,
+    SpeechBudgetOption,
+    SpeechFramesOption,
+    VoiceOption,
     print_plan,
     read_memory,
+    read_speech_budget,
 )
 from gateway.command_line import StoreArgument, announce
 from gateway.local.study_options import MaskOption, ReplayOption, TraceOption
@@ -40,6 +44,13 @@ def generate(
         Optional[list[Path]],  # noqa: UP045
         typer.Option(metavar="FILE", help="A WAV file before --prompt; may be repeated."),
     ] = None,
+    speech: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FILE", help="Speak the answer to --prompt: a WAV file to write."),
+    ] = None,
+    voice: VoiceOption = None,
+    max_speech_frames: SpeechFramesOption = None,
+    speech_budget: SpeechBudgetOption = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 64,
     temperature: Annotated[
         Optional[float],  # noqa: UP045
@@ -81,7 +92,8 @@ def generate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Generate once in this process, without Ray. With --image or --audio the prompt is a turn of a conversation."""
+    """Generate once in this process, without Ray. With --image, --audio or --speech the prompt is a turn of a
+    conversation."""
     if stream and as_json:
         raise typer.BadParameter("choose one of --stream and --json")
     if explain and not as_json:
@@ -89,11 +101,17 @@ def generate(
     chosen_prompt = _chosen_prompt(prompt, prompt_ids)
     if (image or audio) and prompt is None:
         raise typer.BadParameter("--image and --audio go with --prompt")
+    if speech is not None and prompt is None:
+        raise typer.BadParameter("--speech goes with --prompt")
+    if speech is None and any(option is not None for option in (voice, max_speech_frames, speech_budget)):
+        raise typer.BadParameter("--voice, --max-speech-frames and --speech-budget go with --speech")
 
     from gateway.http.routing_rules import read_choice
     from gateway.local.generate import generate as run
     from gateway.local.media_prompt import MediaFiles
+    from gateway.local.speech import SpeechChoice
     from gateway.local.study import Study
+    from gateway.output_file import check_output
     from gateway.service.option_values import parse_eviction
     from gateway.service.state_folder import resolve_state_folder
     from gateway.stores.source import resolve_runnable
@@ -102,6 +120,8 @@ def generate(
     from router.scoring import DEFAULT_PRESET, read_weights
     from router.trust_options import TrustOptions
 
+    if speech is not None:
+        check_output(speech)
     study = Study(trace, mask_experts, replay_routing)
     routing = read_choice(policy, effort, is_explained=explain)
     weights = read_weights(DEFAULT_PRESET if snarc is None else snarc)
@@ -133,6 +153,9 @@ def generate(
         host_budgets=memory.host,
         study=study,
         files=MediaFiles(tuple(image or ()), tuple(audio or ())),
+        speech=None
+        if speech is None
+        else SpeechChoice(voice, max_speech_frames, read_speech_budget(speech_budget)),
         on_text=show,
         on_plan=print_plan if is_asked else _keep_quiet,
     )
@@ -140,6 +163,8 @@ def generate(
         typer.echo(json.dumps(result.as_json(), ensure_ascii=False))
     else:
         typer.echo("" if stream else _for_output(result.text))
+    if speech is not None and result.spoken is not None:
+        result.spoken.save(speech)
     if result.trace_failure is not None:
         raise result.trace_failure
 

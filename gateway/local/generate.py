@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -14,10 +15,14 @@ from experts.store import ExpertStore
 from gateway.errors import GenerationFailed
 from gateway.http.quality import MODIFIED, describe_quality
 from gateway.http.settings import read_eos_token_ids, read_sampling_defaults
+from gateway.http.speech import SpokenForm
+from gateway.local.engine_events import Events
 from gateway.local.media_prompt import MediaFiles, media_prompt
+from gateway.local.speech import SpeechChoice, SpokenAnswer, choose_speech, hear
 from gateway.local.study import NO_STUDY, Study, studied
-from gateway.service.memory import plan_engine
+from gateway.service.memory import plan_engine, with_speech_budget
 from gateway.text.tokenizer import TextTokenizer
+from router.engine_thread import EngineThread
 from router.errors import TraceFailed
 from router.loading import EngineOptions, LoadedEngine, load_engine
 from router.media.items import PlacedMedium
@@ -50,10 +55,13 @@ class Generation:
     """What of the weights is quantised; None where nothing is."""
     trace_failure: TraceFailed | None = None
     """Why there is no trace, though one was asked for and the answer came to its end."""
+    spoken: SpokenAnswer | None = None
+    """How it sounds, where that was asked for."""
 
     def as_json(self) -> dict[str, Any]:
         prompt, answer = len(self.prompt_token_ids), len(self.token_ids)
-        return {
+        speech = {} if self.spoken is None else {"speech": self.spoken.as_json()}
+        return speech | {
             "text": self.text,
             "token_ids": list(self.token_ids),
             "prompt_token_ids": list(self.prompt_token_ids),
@@ -88,6 +96,7 @@ def generate(
     host_budgets: tuple[BudgetRequest, ...] = (),
     study: Study = NO_STUDY,
     files: MediaFiles = NO_FILES,
+    speech: SpeechChoice | None = None,
     on_text: Callable[[str], None] = lambda text: None,
     on_plan: Callable[[MemoryPlan], None] = lambda plan: None,
 ) -> Generation:
@@ -96,16 +105,20 @@ def generate(
     sampling: fields of SamplingParams that were chosen; the checkpoint's recommendation fills in the others.
     budgets: of experts; resolved against this machine's memory and then told to `on_plan`. Without any, those of the
     options hold. host_budgets: of host memory behind a device. files: images and sound before a prompt of text, with
-    which they are a user's turn of a conversation.
+    which they are a user's turn of a conversation. speech: how the answer is spoken, where it is; its prompt is such a
+    turn, too.
     Raises OptionInvalid, GenerationFailed, what loading the engine raises, or what `studied` raises before the answer's
     end.
     """
     store = ExpertStore.open(root)
     tokenizer = TextTokenizer.from_folder(root)
     media: tuple[PlacedMedium, ...] = ()
-    if files and isinstance(prompt, str):
+    form = None if speech is None else choose_speech(store, speech)
+    if (files or form) and isinstance(prompt, str):
         prompt_ids, media = media_prompt(store, tokenizer, prompt, files)
-        options = replace(options, has_media=True)
+        options = replace(options, has_media=bool(files), has_speech=form is not None)
+        if speech is not None:
+            options = with_speech_budget(store, options, speech.budget)
     else:
         prompt_ids = tuple(tokenizer.encode(prompt)) if isinstance(prompt, str) else prompt
     manifest = store.manifest
@@ -122,6 +135,8 @@ def generate(
         policy = study.policy_beside(routing)
         with studied(loaded, study, policy):
             answer = _run(loaded, tokenizer, request, on_text, policy)
+        if form is not None:
+            answer = replace(answer, spoken=_speak(loaded, tokenizer, request, answer, form))
     except TraceFailed as error:
         if answer is None:
             raise
@@ -174,6 +189,23 @@ def _run(
         () if report is None else (report,),
         loaded.store.manifest.quantised.name,
     )
+
+
+def _speak(
+    loaded: LoadedEngine,
+    tokenizer: TextTokenizer,
+    request: GenerationRequest,
+    answer: Generation,
+    form: SpokenForm,
+) -> SpokenAnswer:
+    events: Events = queue.SimpleQueue()
+    thread = EngineThread(loaded.engine, events.put, loaded.media, loaded.speech)
+    silent = {*request.sampling.stop_token_ids, *tokenizer.special_tokens}
+    thread.start()
+    try:
+        return hear(thread, events, request, form, [t for t in answer.token_ids if t not in silent])
+    finally:
+        thread.stop()
 
 
 def resident_bytes(loaded: LoadedEngine) -> dict[str, int]:

@@ -31,6 +31,7 @@ def plan_on_cluster(model: PlannedModel, workload: Workload, choices: ServeChoic
     given: dict[str, object] = dict(serve_options(model, workload, kv_bytes, choices))
     for name in ("max-model-len", "max-num-seqs"):
         given[name] = int(str(given[name]))
+    given["speech"] = model.has_speech
     values = merge_values(given, {}, "")
     root = resolve_runnable(model.source, announce=lambda line: None)
     options = compose_options(values, root, model_name(model.source), NO_KEYS)

@@ -64,6 +64,9 @@ def plan(
         ),
     ] = None,
     dtype: Annotated[Optional[str], typer.Option(help="float32 or bfloat16; default: as stored.")] = None,  # noqa: UP045
+    speech: Annotated[
+        bool, typer.Option("--speech/--no-speech", help="Leave room for what speaks. [--speech]")
+    ] = True,
     quantize: QuantizeOption = None,
     quantize_backbone: BackboneOption = None,
     quantize_head: HeadOption = None,
@@ -84,6 +87,7 @@ def plan(
         raise OptionInvalid("--nodes", "describes machines, and --address asks them: give one of the two")
     quantised = read_quantised(quantize, quantize_backbone, quantize_head, group_size)
     model = read_model(source, dtype, quantised)
+    model = model if speech else model.silent()
     most = model.sizes.config.max_position_embeddings
     if context is not None and context > most:
         raise OptionInvalid("--context", f"must be at most the model's {most} tokens, not {context}")

@@ -49,11 +49,12 @@ class RouterMemory:
     process_bytes: int
     spare_bytes: int
     media_bytes: int = 0
+    speech_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
         parts = (self.backbone_bytes, self.kv_bytes, self.buffer_bytes, self.process_bytes, self.spare_bytes)
-        return sum(parts) + self.media_bytes
+        return sum(parts) + self.media_bytes + self.speech_bytes
 
 
 def router_memory(model: ModelSizes, workload: Workload, total_bytes: int) -> RouterMemory:
@@ -67,6 +68,7 @@ def router_memory(model: ModelSizes, workload: Workload, total_bytes: int) -> Ro
         SERVICE_BASE.router + SERVICE_BASE.others,
         total_bytes * SPARE_PERCENT // 100,
         model.media_bytes,
+        model.speech_bytes,
     )
 
 

@@ -241,6 +241,7 @@ def commands_for(
     options = serve_options(model, workload, kv_bytes, choices)
     words = ["sage-moe", "serve", source]
     words += [word for name, value in options.items() for word in (f"--{name}", value)]
+    words += [] if model.has_speech else ["--no-speech"]
     return (*commands, shlex.join(words))
 
 

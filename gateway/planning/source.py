@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,12 @@ class PlannedModel:
     quantised: QuantisedParts
     is_quantised: bool
     """Whether the store is already; if not, it has to be extracted that way first."""
+    has_speech: bool = True
+    """Whether it is to speak, where it can."""
+
+    def silent(self) -> PlannedModel:
+        """The same without what speaks."""
+        return replace(self, sizes=replace(self.sizes, speech_bytes=0), has_speech=False)
 
 
 def read_model(source: str, dtype: str | None, quantised: QuantisedParts) -> PlannedModel:

@@ -54,7 +54,8 @@ def render_plan(report: PlanReport) -> RenderableType:
 
 
 def _media(memory: RouterMemory) -> str:
-    return f"images and sound {format_size(memory.media_bytes)}, " if memory.media_bytes else ""
+    held = {"images and sound": memory.media_bytes, "speech": memory.speech_bytes}
+    return "".join(f"{what} {format_size(nbytes)}, " for what, nbytes in held.items() if nbytes)
 
 
 def _between_machines(report: PlanReport) -> list[str]:

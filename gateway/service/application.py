@@ -55,6 +55,7 @@ def gateway_spec(
         cors_origins=options.cors_origins,
         routing=options.routing,
         has_media=engine.has_media,
+        has_speech=engine.has_speech,
         resume_timeout_s=options.resume_timeout_s,
     )
 

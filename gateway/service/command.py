@@ -16,6 +16,7 @@ from gateway.budget_options import (
     DeviceOption,
     ExpertBudgetOption,
     HostBudgetOption,
+    SpeechBudgetOption,
     choose_memory,
     print_plan,
 )
@@ -175,6 +176,11 @@ def serve(
         Optional[bool],  # noqa: UP045
         typer.Option("--media/--no-media", help="Take images and sound where the model does. [--media]"),
     ] = None,
+    speech: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option("--speech/--no-speech", help="Speak answers where the model does. [--speech]"),
+    ] = None,
+    speech_budget: SpeechBudgetOption = None,
     state_dir: Annotated[
         Word, typer.Option(metavar="FOLDER", help="Where it is kept. [~/.local/state/sage-moe]")
     ] = None,
@@ -236,6 +242,8 @@ def serve(
         "trust": trust,
         "prefix-cache": prefix_cache,
         "media": media,
+        "speech": speech,
+        "speech-budget": speech_budget,
         "state-dir": state_dir,
     }
     if not dry_run and any(not key.startswith("@") for key in api_key or ()):

@@ -27,6 +27,7 @@ from gateway.routers.serve_router_client import ServeRouterClient
 from gateway.text.chat_template import ChatTemplate
 from gateway.text.tokenizer import TextTokenizer
 from router.media.facts import NO_MEDIA, read_media_facts
+from router.speech.facts import read_speech_facts
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class GatewaySpec:
     routing: RoutingRules = NATIVE_ONLY
     has_media: bool = True
     """Whether images and sound are taken where the model does."""
+    has_speech: bool = True
+    """Whether answers are spoken where the model does."""
     resume_timeout_s: float = 60.0
     """See `PoolLimits`."""
 
@@ -63,6 +66,7 @@ def build_gateway(spec: GatewaySpec, pool: RouterPool) -> FastAPI:
     settings = replace(
         GatewaySettings.from_manifest(manifest, *facts),
         media=media,
+        speech=read_speech_facts(manifest) if spec.has_speech else None,
         limits=MEDIA_LIMITS if media.kinds else RequestLimits(),
         model_aliases=spec.model_aliases,
         keys=spec.keys,

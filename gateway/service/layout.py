@@ -20,7 +20,7 @@ from experts.loader import check_copies
 from experts.store import ExpertStore
 from extraction.manifest import ExpertKey
 from gateway.errors import OptionInvalid
-from gateway.service.memory import cards_here, plan_service, plan_service_on_cards
+from gateway.service.memory import cards_here, plan_service, plan_service_on_cards, with_speech_budget
 from gateway.service.options import ServiceOptions
 from gateway.service.state_folder import resolve_state_folder
 from router.batcher import BatchLimits
@@ -123,8 +123,9 @@ def plan_scaling(
 
 
 def engine_options(options: ServiceOptions, dtype: str, num_threads: int) -> EngineOptions:
+    """Raises OptionInvalid for a budget of speech that is too small."""
     state_folder = str(resolve_state_folder(options.state_dir))
-    return EngineOptions(
+    engine = EngineOptions(
         dtype=dtype,
         device=options.device,
         kv_budget_bytes=options.kv_budget_bytes,
@@ -146,8 +147,13 @@ def engine_options(options: ServiceOptions, dtype: str, num_threads: int) -> Eng
         stand_ins=StandInOptions(state_folder) if "snarc" in options.routing.policies else None,
         trust=TrustOptions(state_folder) if options.is_trust_learned else None,
         has_media=options.has_media,
+        has_speech=options.has_speech,
         prefix_cache=options.has_prefix_cache,
     )
+    if options.speech_budget is None:
+        return engine
+    with closing(ExpertStore.open(options.store_root)) as store:
+        return with_speech_budget(store, engine, options.speech_budget)
 
 
 def store_copies(options: ServiceOptions) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ from cluster.memory_plan import (
     router_names,
 )
 from cluster.placement import split_experts
-from experts.budget import FIT, BudgetRequest, ExpertBytes, measure_experts
+from experts.budget import FIT, BudgetRequest, ExpertBytes, measure_experts, resolve_budget
 from experts.device_tier import RecordsAsStored
 from experts.devices import CPU, CUDA, read_cards, read_device_memory
 from experts.errors import BudgetTooSmall
@@ -36,6 +36,7 @@ from gateway.errors import OptionInvalid
 from router.footprint import measure_footprint
 from router.loading import EngineOptions, chosen_dtype
 from router.model_config import read_model_config
+from router.speech.facts import TALKER
 
 MIB = 1 << 20
 THIS_PROCESS = BaseMemory(router=0)
@@ -81,6 +82,23 @@ def plan_engine(
         return replace(options, expert_budget_bytes=budgets[0], host_budget_bytes=budgets[1]), plan
     plan = plan_memory(requests, footprint, (), this_node(), base)
     return replace(options, expert_budget_bytes=plan.budget_bytes), plan
+
+
+def with_speech_budget(
+    store: ExpertStore, options: EngineOptions, request: BudgetRequest | None
+) -> EngineOptions:
+    """Options with the budget of the experts that speak; `fit` and None mean all of them, as does a store that has
+    none. Raises OptionInvalid below one expert."""
+    keys = store.expert_keys(TALKER)
+    if request is None or not keys:
+        return options
+    width = read_model_config(store.component(TALKER).config).hidden_size
+    experts = measure_experts(store, keys, planned_form(store, chosen_dtype(store, options), {TALKER: width}))
+    try:
+        budget_bytes = resolve_budget((request,), experts, experts.total)
+    except BudgetTooSmall as error:
+        raise OptionInvalid("speech-budget", str(error)) from error
+    return replace(options, speech_budget_bytes=budget_bytes)
 
 
 def plan_on_device(

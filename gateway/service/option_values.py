@@ -181,6 +181,8 @@ class OptionValues(BaseModel):
     trust: bool = Field(True, description="true or false")
     prefix_cache: bool = Field(True, description="true or false")
     media: bool = Field(True, description="true or false")
+    speech: bool = Field(True, description="true or false")
+    speech_budget: Budget | None = Field(None, description=BUDGET_ADVICE.removeprefix("must be "))
     resume_timeout: int = _whole(0, 3600, 60)
     state_dir: Text | None = Field(None, description="a folder's name of 1 to 512 printable characters")
 

@@ -102,6 +102,10 @@ class ServiceOptions:
     """Whether keys and values of earlier requests are used again where one begins alike."""
     has_media: bool = True
     """Whether images and sound are taken where the model does."""
+    has_speech: bool = True
+    """Whether answers are spoken where the model does."""
+    speech_budget: BudgetRequest | None = None
+    """Of the experts that speak, in each router; None means all of them."""
     state_dir: str | None = None
     """Where what is learned is kept; None means the user's state folder."""
     actor_range: tuple[int, int] | None = None
@@ -120,6 +124,8 @@ class ServiceOptions:
             raise OptionInvalid("device", f"({self.device}) goes with one router, not {self.num_routers}")
         if self.device.type != "cpu" and self.ray_address is not None and self.num_actors:
             raise OptionInvalid("device", f"({self.device}) {LEAVE_ACTORS_OUT}")
+        if self.speech_budget is not None and not self.has_speech:
+            raise OptionInvalid("speech-budget", "goes with speech, which is off")
         if self.is_prefetching and self.is_placed:
             raise OptionInvalid("prefetch", "goes with no expert actors, which a cluster may get")
         if self.is_prefetching and self.num_actors:
@@ -182,6 +188,8 @@ class ServiceOptions:
             "trust": self.is_trust_learned,
             "prefix-cache": self.has_prefix_cache and self.trace_folder is None,
             "media": self.has_media,
+            "speech": self.has_speech,
+            "speech-budget": _shown_speech_budget(self.has_speech, self.speech_budget),
             "state-dir": str(resolve_state_folder(self.state_dir)),
         }
 
@@ -228,6 +236,8 @@ def compose_options(values: OptionValues, store_root: Path, store_name: str, key
         is_trust_learned=values.trust,
         has_prefix_cache=values.prefix_cache,
         has_media=values.media,
+        has_speech=values.speech,
+        speech_budget=values.speech_budget,
         state_dir=values.state_dir,
         actor_range=_actor_range(values),
         num_routers=values.routers,
@@ -323,6 +333,12 @@ def _store_cache(values: OptionValues) -> CacheSpec | None:
         reason = f"must be an absolute path, the same on every machine, not {values.store_cache[:MAX_SHOWN_CHARS]!r}"
         raise OptionInvalid("store-cache", reason)
     return CacheSpec(values.store_cache, values.store_cache_limit)
+
+
+def _shown_speech_budget(has_speech: bool, budget: BudgetRequest | None) -> str | None:
+    if not has_speech:
+        return None
+    return "all of them" if budget is None else format_budget(budget)
 
 
 def _shown_limit(cache: CacheSpec | None) -> str | None:

@@ -74,6 +74,10 @@ class TextTokenizer:
         encoded = self._tokenizer.encode_batch(text.split(SPLIT_MARK), add_special_tokens=False)
         return [token_id for piece in encoded for token_id in piece.ids]
 
+    def encode_plain(self, text: str) -> list[int]:
+        """Ids of a text in which nothing is a special token."""
+        return self.encode_rendered(self.defuse(text))
+
     def defuse(self, text: str) -> str:
         """Mark every special token that a text spells out, so that `encode_rendered` reads it as plain text.
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
+from fractions import Fraction
 from typing import Any
 
 from extraction.decoder_config import MAX_LAYERS, read_flag, read_size
@@ -18,6 +19,8 @@ EPSILON = 1e-5
 THETA = 10_000.0
 TAPS = 7
 """Rows that a convolution looks at."""
+DILATIONS = (1, 3, 9)
+"""How far these are apart, in the units that follow each other in a stage."""
 MOST_WINDOW = 4096
 """Frames; bounds what a hostile configuration can make us allocate for each speech."""
 
@@ -42,6 +45,21 @@ class CodecShape:
         assert self.decoder.sliding_window is not None
         return self.decoder.sliding_window
 
+    @property
+    def lookback(self) -> int:
+        """How many frames before one its samples depend on at most: through every layer's window, and through the
+        convolutions, whose rows follow each other ever faster."""
+        rate, frames = 1, Fraction(self.decoder.num_layers * (self.window - 1))
+        for ratio in self.upsampling_ratios:
+            rate *= ratio
+            frames += Fraction(TAPS - 1, rate)
+        frames += Fraction(TAPS - 1, rate)
+        for stage_rate in self.upsample_rates:
+            frames += Fraction(1, rate)
+            rate *= stage_rate
+            frames += Fraction((TAPS - 1) * sum(DILATIONS), rate)
+        return math.ceil(frames + Fraction(TAPS - 1, rate)) + 1
+
     def channels(self, stage: int) -> int:
         """Before the given one of `upsample_rates`, or after the last."""
         return self.decoder_dim >> stage
@@ -63,7 +81,7 @@ class CodecShape:
 
     def num_samples(self, num_frames: int) -> int:
         """How many samples so many frames settle: each stage that overlaps waits for one row more."""
-        rows = num_frames * prod(self.upsampling_ratios)
+        rows = num_frames * math.prod(self.upsampling_ratios)
         for rate in self.upsample_rates:
             rows = max(rows - 1, 0) * rate
         return rows
@@ -85,7 +103,7 @@ def read_codec_shape(config: Mapping[str, Any]) -> CodecShape:
         )
         if read_size(config, "num_quantizers", NUM_CODES) != NUM_CODES:
             raise ConfigInvalid("num_quantizers", f"only {NUM_CODES} codes a frame are spoken")
-        if prod((*ratios, *rates)) != SAMPLES_OF_FRAME:
+        if math.prod((*ratios, *rates)) != SAMPLES_OF_FRAME:
             raise ConfigInvalid("upsample_rates", f"only {SAMPLES_OF_FRAME} samples a frame are spoken")
         if not shape.num_samples(1):
             raise ConfigInvalid("upsampling_ratios", "give a frame no samples of its own")

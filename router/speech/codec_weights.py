@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -23,12 +24,11 @@ from router.speech.codec_parts import (
     Stage,
     Upsampling,
 )
-from router.speech.codec_shape import TAPS, CodecShape
+from router.speech.codec_shape import DILATIONS, TAPS, CodecShape
 from router.weights import Layer
 
 COMPONENT = "code2wav"
-DILATIONS = (1, 3, 9)
-NORM_EPSILON = 1e-6
+NORM_EPSILON, SNAKE_EPSILON = 1e-6, 1e-9
 ENDING_ROWS = 8
 """Of its matrix, all but one zeros: a matrix of one output takes a path of its own in a library."""
 
@@ -59,13 +59,19 @@ class CodecReader:
     def linear(self, name: str, outputs: int, inputs: int) -> Matrix:
         return self.matrix(self.tensor(f"{name}.weight", outputs, inputs), name, outputs)
 
-    def snake(self, name: str, channels: int) -> Snake:
-        return Snake.of(*self.vectors(name, channels, "alpha", "beta"))
+    def snake(self, name: str, channels: int, before: str | None = None) -> Snake:
+        """From the logarithms that a checkpoint has. before: the convolution whose bias it adds."""
+        alpha_C, beta_C = self.vectors(name, channels, "alpha", "beta")
+        bias_C = torch.zeros_like(alpha_C) if before is None else self.tensor(f"{before}.conv.bias", channels)
+        return Snake(bias_C, alpha_C.exp(), 1.0 / (beta_C.exp() + SNAKE_EPSILON), self._dtype, self._kernel)
 
-    def convolution(self, name: str, outputs: int, inputs: int, dilation: int = 1) -> Convolution:
+    def convolution(
+        self, name: str, outputs: int, inputs: int, dilation: int = 1, *, has_bias: bool = True
+    ) -> Convolution:
         weight_OCK = self.tensor(f"{name}.conv.weight", outputs, inputs, TAPS)
-        matrix = self.matrix(weight_OCK.transpose(1, 2).flatten(1), f"{name}.conv", outputs)
-        return Convolution(name, matrix, dilation)
+        bias_O = self.tensor(f"{name}.conv.bias", outputs) if has_bias else None
+        weight_OI = self.rounded(weight_OCK.transpose(1, 2).flatten(1))
+        return Convolution(name, Matrix(weight_OI, bias_O, self._kernel), dilation)
 
     def upsampling(self, name: str, inputs: int, outputs: int, rate: int, *, overlaps: bool) -> Upsampling:
         """A row's tap `rate + i` falls on the place of the next row's tap i."""
@@ -84,7 +90,8 @@ class CodecReader:
         weight_OI[0] = weight_1CK[0].t().flatten()
         bias_O = self.tensor(f"{convolution}.conv.bias", 1).repeat(ENDING_ROWS)
         matrix = Matrix(weight_OI, bias_O, self._kernel)
-        return Ending(self.snake(snake, channels), Convolution(convolution, matrix))
+        activation = replace(self.snake(snake, channels), dtype=torch.float32)
+        return Ending(activation, Convolution(convolution, matrix))
 
     def matrix(self, weight_OI: Tensor, name: str, outputs: int) -> Matrix:
         return Matrix(self.rounded(weight_OI), self.tensor(f"{name}.bias", outputs), self._kernel)
@@ -161,9 +168,11 @@ def _stage(name: str, inputs: int, outputs: int, rate: int, read: CodecReader) -
 
 
 def _unit(name: str, channels: int, dilation: int, read: CodecReader) -> ResidualUnit:
-    wide = read.convolution(f"{name}.conv1", channels, channels, dilation)
+    wide = read.convolution(f"{name}.conv1", channels, channels, dilation, has_bias=False)
     narrow_OC1 = read.tensor(f"{name}.conv2.conv.weight", channels, channels, 1)
     narrow = read.matrix(narrow_OC1[:, :, 0], f"{name}.conv2.conv", channels)
-    return ResidualUnit(
-        read.snake(f"{name}.act1", channels), wide, read.snake(f"{name}.act2", channels), narrow
+    first, second = (
+        read.snake(f"{name}.act1", channels),
+        read.snake(f"{name}.act2", channels, f"{name}.conv1"),
     )
+    return ResidualUnit(first, wide, second, narrow)

@@ -19,7 +19,8 @@ from router.errors import ConfigUnsupported
 from router.speech.wish import NUM_CODES
 
 THINKER, TALKER, CODE_PREDICTOR, CODE2WAV = "thinker", "talker", "code_predictor", "code2wav"
-"""Components of a store that speaks."""
+PARTS_THAT_SPEAK = frozenset((TALKER, CODE_PREDICTOR, CODE2WAV))
+"""Components of a store that does."""
 NUM_CONTROL_IDS = 1024
 """The last of the talker's ids are no codes; of them only the one that ends a speech is ever drawn."""
 MOST_FRAMES = 4096
@@ -97,7 +98,7 @@ class SpeechFacts:
 def read_speech_facts(manifest: Manifest) -> SpeechFacts | None:
     """None where the store lacks what speaks. Raises ConfigUnsupported."""
     parts = {component.name: component.config for component in manifest.components}
-    if not {THINKER, TALKER, CODE_PREDICTOR, CODE2WAV} <= parts.keys():
+    if not parts.keys() >= PARTS_THAT_SPEAK | {THINKER}:
         return None
     config = manifest.config
     talker = config.get("talker_config")

@@ -63,9 +63,9 @@ class SpeechEngine:
     def add(self, request: GenerationRequest, hidden_HD: Tensor | None) -> None:
         """Queue a speech; see `Speaker.add`. Raises PromptInvalid, RequestTooLong; ValueError for a used id."""
         self.speaker.add(request, hidden_HD)
-        told = frames_of(request.generated_ids)
-        self._utterances[request.request_id] = Utterance(request.request_id, told)
-        self._look(request.request_id)
+        name, told = request.request_id, frames_of(request.generated_ids)
+        self._utterances[name] = Utterance(name, told, self.vocoder.shape.lookback)
+        self._look(name)
 
     def remove(self, request_id: str) -> bool:
         """End a speech. Returns False when it is not known (any more)."""
@@ -87,6 +87,10 @@ class SpeechEngine:
         if utterance is not None and (event := self._sound(utterance)) is not None:
             events.append(event)
         return events
+
+    def load_more(self) -> bool:
+        """Read an expert that is not there yet, where the budget has room. False where there is nothing to read."""
+        return self.speaker.parts.worker.load_more()
 
     def close(self) -> None:
         self.speaker.close()
@@ -130,7 +134,7 @@ class SpeechEngine:
         if not piece.frames:
             return b""
         started = time.perf_counter()
-        utterance.stream = utterance.stream or self.vocoder.stream()
+        utterance.stream = utterance.stream or self.vocoder.stream(utterance.first)
         samples = self.vocoder.speak(utterance.stream, piece.frames)
         self.stats.samples += len(samples) // 2
         self.stats.seconds += time.perf_counter() - started

@@ -60,6 +60,8 @@ class SpeechThread:
         self._commands: queue.SimpleQueue[_Submit | _Cancel | None] = queue.SimpleQueue()
         self._thread = SideThread(self._run, "speech")
         self._is_loading = False
+        self._is_reading = True
+        """Whether there may be experts to read before anybody asks for them."""
         self._progressed_at = time.monotonic()
 
     def start(self) -> None:
@@ -111,12 +113,20 @@ class SpeechThread:
         self._close()
 
     def _drain(self) -> bool:
-        """Carry out waiting commands, and wait for one while there is no work. False where told to stop."""
+        """Carry out waiting commands; while there is no work, read what the next speech will need, then wait. False
+        where told to stop."""
         while True:
+            engine = self._engine
             try:
-                command = self._commands.get(block=self._engine is None or not self._engine.has_work)
+                command = self._commands.get(
+                    block=engine is None or not (engine.has_work or self._is_reading)
+                )
             except queue.Empty:
-                return True
+                assert engine is not None
+                if engine.has_work:
+                    return True
+                self._is_reading = engine.load_more()
+                continue
             if command is None:
                 return False
             self._carry_out(command)
@@ -143,7 +153,7 @@ class SpeechThread:
             self._sink([TokenEvent(request.request_id, (), "error", str(failed))])
 
     def _load(self) -> SpeechEngine:
-        self._is_loading = True
+        self._is_loading = self._is_reading = True
         started = time.monotonic()
         try:
             engine = self.source.open()

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from router.request import FinishReason
@@ -24,12 +24,14 @@ class Utterance:
     """Frames go in one by one, and out in pieces: the first alone, so that it is heard at once, then ever more of them,
     for which weights are read once."""
 
-    def __init__(self, name: str, told: Iterable[Frame] = ()) -> None:
-        """told: frames that the listener has had."""
+    def __init__(self, name: str, told: Sequence[Frame] = (), lookback: int = 0) -> None:
+        """told: frames that the listener has had, of which the last `lookback` are needed for those behind them."""
         self.name = name
+        self.first = max(0, len(told) - lookback)
+        """Where its stream begins."""
         self.stream: VoiceStream | None = None
         self.finish_reason: FinishReason | None = None
-        self._known = deque(told)
+        self._known = deque(told[self.first :])
         self._pending: deque[Frame] = deque()
         self._num_heard = 0
 

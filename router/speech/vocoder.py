@@ -40,8 +40,8 @@ def stream_blocks(shape: CodecShape) -> int:
 class VoiceStream:
     """What one speech has so far: the last rows of every layer, and the keys and values that are within the window."""
 
-    def __init__(self, shape: CodecShape, dtype: torch.dtype) -> None:
-        self.num_frames = 0
+    def __init__(self, shape: CodecShape, dtype: torch.dtype, first: int) -> None:
+        self.num_frames = first
         self.state = StreamState()
         self.num_blocks = stream_blocks(shape)
         self.pool = KvPool(shape.decoder, self.num_blocks, dtype)
@@ -78,8 +78,10 @@ class Vocoder:
             kernel = calibrate(shape.matrices(), dtype)
         return cls(shape, CodecReader.of(store, kernel, dtype), kernel, dtype)
 
-    def stream(self) -> VoiceStream:
-        return VoiceStream(self.shape, self._dtype)
+    def stream(self, first: int = 0) -> VoiceStream:
+        """Of a speech from its frame `first` on: what then comes of the first `CodecShape.lookback` frames is not how
+        the speech sounds, since it depends on frames before them, and all behind these is."""
+        return VoiceStream(self.shape, self._dtype, first)
 
     @torch.inference_mode()
     def speak(self, stream: VoiceStream, frames: Sequence[Frame]) -> bytes:

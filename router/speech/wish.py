@@ -8,6 +8,7 @@ NUM_CODES = 16
 """Codes of a frame, in every published model that speaks; a store with another number is refused."""
 SAMPLE_RATE = 24_000
 """Of what is spoken, in samples a second; one channel."""
+SAMPLE_BYTES = 2
 SAMPLES_OF_FRAME = 1920
 """A frame is 80 ms."""
 

@@ -97,7 +97,9 @@ def test_what_speaks_is_every_router_s_and_no_part_of_the_budget() -> None:
     without = plan_memory([FIT], FOOTPRINT, [2000], _node(9000), BASE, num_routers=2)
     assert plan.budget_bytes == without.budget_bytes - 140
     assert [process.speech_bytes for process in plan.processes] == [70, 70, 0]
-    with pytest.raises(NodeTooSmall, match="speech 70"):
+    with pytest.raises(
+        NodeTooSmall, match="speech 70; lower kv-budget, lower speech-budget, leave speech out, or"
+    ):
         plan_memory([FIT], footprint, [], _node(3505), BASE)
 
 

@@ -40,7 +40,7 @@ def test_configuration_tells_the_same_bytes_as_the_store(
 ) -> None:
     checkpoint = write_tiny(family, tmp_path / "checkpoint")
     extract(checkpoint, tmp_path / "store", quantised=parts, index_only=parts.name is None)
-    options = EngineOptions(dtype="float32", has_media=True)
+    options = EngineOptions(dtype="float32", has_media=True, has_speech=True)
     store = ExpertStore.open(tmp_path / "store")
     footprint = measure_footprint(store, options)
     keys = store.expert_keys(store.served.name)
@@ -54,7 +54,8 @@ def test_configuration_tells_the_same_bytes_as_the_store(
     assert model.router_buffers(options.limits, footprint.kv_bytes) == footprint.buffer_bytes
     assert model.actor_buffers(options.limits) == footprint.actor_buffer_bytes
     assert model.media_bytes == footprint.media_bytes
-    assert (model.media_bytes > 0) == (family == "qwen3_omni_moe")
+    assert model.speech_bytes == footprint.speech_bytes
+    assert (model.media_bytes > 0) == (model.speech_bytes > 0) == (family == "qwen3_omni_moe")
 
 
 def test_published_model_has_its_known_sizes() -> None:

@@ -14,10 +14,11 @@ from fastapi import FastAPI
 from gateway.errors import RouterBusy, RouterLost, RouterUnavailable
 from gateway.http.app import build_app
 from gateway.http.settings import GatewaySettings
-from gateway.routers.client import RouterHealth
+from gateway.routers.client import RouterClient, RouterHealth
 from gateway.text.chat_template import ChatTemplate
 from gateway.text.tokenizer import TextTokenizer
 from router.request import FinishReason, GenerationRequest, TokenEvent
+from router.speech.facts import CodecIds, SpeechDefaults, SpeechFacts, TurnIds
 
 MODEL = "stories"
 EOS = 0
@@ -39,6 +40,7 @@ class Step:
     hangs: bool = False
     is_mixed: bool = False
     is_resumable: bool = False
+    samples: bytes = b""
 
 
 @dataclass
@@ -46,6 +48,8 @@ class FakeRouter:
     """Plays the same script for every request and records what it was asked."""
 
     script: Sequence[Step] = ()
+    speech_script: Sequence[Step] = ()
+    """Of requests for speech."""
     is_ready: bool = True
     metrics_text: str | None = ROUTER_METRICS
     requests: list[GenerationRequest] = field(default_factory=list)
@@ -58,7 +62,7 @@ class FakeRouter:
         self.requests.append(request)
         is_done = False
         try:
-            for step in self.script:
+            for step in self.script if request.speech is None else self.speech_script:
                 if step.raises is not None:
                     raise step.raises
                 if step.hangs:
@@ -71,6 +75,7 @@ class FakeRouter:
                     step.finish_reason,
                     step.error,
                     is_mixed=step.is_mixed,
+                    samples=step.samples,
                 )
         finally:
             if not is_done:
@@ -207,6 +212,14 @@ def settings(**changes: object) -> GatewaySettings:
     return GatewaySettings(**{**facts, "eos_token_ids": (EOS,), **changes})  # type: ignore[arg-type]
 
 
+def speech_facts(max_frames: int = 8, **voices: int) -> SpeechFacts:
+    """voices: names and ids."""
+    turns = TurnIds(1, 2, 3, 4, 5, 6, frozenset(), frozenset({EOS}))
+    codec = CodecIds(64, pad=64, begin=65, end=66, no_thought=67, thought_begin=68, thought_end=69)
+    chosen = voices or {"chelsie": 70, "ethan": 71}
+    return SpeechFacts(chosen, turns, codec, 0, SpeechDefaults(max_frames=max_frames))
+
+
 def stories_tokenizer() -> TextTokenizer:
     return TextTokenizer.from_folder(STORIES)
 
@@ -217,7 +230,7 @@ def script(token_ids: Sequence[int], finish_reason: FinishReason = "stop") -> li
     return [Step((token_id,)) for token_id in ids[:-1]] + [Step((ids[-1],), finish_reason)]
 
 
-def app_over(router: FakeRouter, **changes: object) -> FastAPI:
+def app_over(router: RouterClient, **changes: object) -> FastAPI:
     tokenizer = stories_tokenizer()
     return build_app(settings(**changes), tokenizer, ChatTemplate.from_folder(STORIES, tokenizer), router)
 

@@ -20,15 +20,20 @@ from typing import Any
 import httpx
 import pytest
 
+from gateway.chat.command import speech_fields
 from gateway.chat.local import open_store
 from gateway.chat.loop import ChatBackend, Conversation, Piece, Turn, run_chat
 from gateway.chat.remote import RemoteChat, connect
+from gateway.chat.sound_folder import SoundFolder
 from gateway.errors import ChatFailed, GenerationFailed
 from gateway.http.api_keys import KeyRing
+from gateway.local.speech import SpeechChoice
 from gateway.media.decoder import MediaDecoder
+from gateway.media.wav_file import decode_wav
 from gateway.text.tokenizer import TextTokenizer
 from router.loading import EngineOptions, LoadedEngine
-from tests.gateway.fake_router import FakeRouter, Step, app_over, script, stories_tokenizer
+from router.speech.wish import NUM_CODES
+from tests.gateway.fake_router import FakeRouter, Step, app_over, script, speech_facts, stories_tokenizer
 from tests.gateway.media.files import image_file, picture, tones, wav_file
 from tests.omni import AFTER_QUESTION, BEFORE_QUESTION, Published, request
 
@@ -194,6 +199,38 @@ def test_chat_with_a_store_sees_and_hears(
     assert "no image of a known format" in refused.notes[1]
 
 
+def test_answers_that_are_heard_are_left_in_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "0041.wav").write_bytes(b"an earlier chat's")
+    folder = SoundFolder(tmp_path)
+    backend = ScriptedBackend(Piece("Good day", 2), Piece("", samples=b"ab"), Piece("", 2, b"cd"))
+    terminal = ScriptedTerminal("hello", "again")
+    run_chat(backend, terminal, Conversation(), sounds=folder)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["0041.wav", "0042.wav", "0043.wav"]
+    assert decode_wav((tmp_path / "0042.wav").read_bytes(), 1.0)[1] == 24_000
+    assert (tmp_path / "0042.wav").read_bytes().endswith(b"abcd")
+    assert terminal.notes[1] == f"[0.0 s of speech in {tmp_path / '0042.wav'}]"
+    assert backend.asked[1][1] == {"role": "assistant", "content": "Good day"}
+
+
+def test_speech_that_was_stopped_or_failed_is_left_as_far_as_it_came(tmp_path: Path) -> None:
+    for number, ending in enumerate((KeyboardInterrupt(), ChatFailed("busy")), 1):
+        backend = ScriptedBackend(Piece("Good day", 2), Piece("", samples=b"abcd"), ending)
+        terminal = ScriptedTerminal("hello")
+        conversation = Conversation()
+        run_chat(backend, terminal, conversation, sounds=SoundFolder(tmp_path))
+        assert (tmp_path / f"{number:04}.wav").read_bytes().endswith(b"abcd")
+        assert conversation.turns[1]["content"] == "Good day"
+
+
+def test_folder_that_cannot_be_written_to_ends_no_chat(tmp_path: Path) -> None:
+    folder = SoundFolder(tmp_path / "sounds")
+    (tmp_path / "sounds").rmdir()
+    terminal = ScriptedTerminal("hello", "again")
+    run_chat(ScriptedBackend(Piece("A", 1, b"ab")), terminal, Conversation(), sounds=folder)
+    assert "cannot be written" in terminal.notes[1]
+    assert len(terminal.notes) == 4
+
+
 def test_tokens_that_nobody_counted_are_not_made_up() -> None:
     terminal, _ = _chat(ScriptedBackend(Piece("a"), Piece("b")), "hello")
     assert terminal.notes == ["[tokens unknown, first after 100 ms]"]
@@ -230,6 +267,22 @@ def test_chat_with_a_service_sends_key_and_sampling_and_counts_its_tokens() -> N
     assert "".join(piece.text for piece in pieces) == "A king\u2028and a queen."
     assert pieces[-1].num_tokens == len(ids) + 1
     assert (router.requests[0].sampling.max_tokens, router.requests[0].sampling.seed) == (20, 3)
+
+
+def test_chat_with_a_service_hears_and_counts_the_text_alone() -> None:
+    ids = stories_tokenizer().encode("A king.")
+    codes = tuple(range(NUM_CODES))
+    router = FakeRouter(script(ids), [Step(codes, samples=b"ab"), Step((), "stop", samples=b"cd")])
+    fields = speech_fields(SpeechChoice("Chelsie", 5))
+    app = app_over(router, speech=speech_facts())
+    with connect("http://gateway", None, None, fields, _AppTransport(app)) as backend:
+        pieces = list(backend.stream(USER))
+    assert "".join(piece.text for piece in pieces) == "A king."
+    assert b"".join(piece.samples for piece in pieces) == b"abcd"
+    assert pieces[-1].num_tokens == len(ids) + 1
+    wish = router.requests[1].speech
+    assert wish is not None and wish.voice == "chelsie"
+    assert router.requests[1].sampling.max_tokens == 5
 
 
 def test_service_that_wants_another_key_says_so() -> None:

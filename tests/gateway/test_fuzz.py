@@ -7,15 +7,25 @@ import copy
 import json
 import random
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from gateway.text.chat_template import ChatTemplate
 from router.loading import EngineOptions
 from tests.engines import open_engine
-from tests.gateway.fake_router import FakeRouter, app_over, http_client, script, stories_tokenizer
+from tests.gateway.fake_router import (
+    FakeRouter,
+    Step,
+    app_over,
+    http_client,
+    script,
+    speech_facts,
+    stories_tokenizer,
+)
 from tests.gateway.test_chat_template import CHATML
 from tests.one_process import http_service
 
@@ -71,6 +81,16 @@ CHAT = {
     "top_logprobs": 2,
     "chat_template": "default",
 }
+SPOKEN_CHAT = {
+    **CHAT,
+    "messages": [
+        {"role": "assistant", "content": None, "audio": {"id": "audio_0", "transcript": "t", "data": ""}},
+        {"role": "user", "content": "u"},
+    ],
+    "modalities": ["text", "audio"],
+    "audio": {"voice": "ethan", "format": "pcm16"},
+}
+BASES = {"/v1/completions": COMPLETION, "/v1/chat/completions": CHAT}
 VALUES: list[Any] = [
     *(None, True, False, 0, 1, 2, -1, 3, 5, 20, 129, 4095, 4096, 2**31, 2**63, 2**64, -(2**63), 10**400),
     *(0.0, -0.0, 0.5, 1.0, 2.0, 2.0001, 1e-320, 1e308, -1e308, float("nan"), float("inf")),
@@ -79,6 +99,7 @@ VALUES: list[Any] = [
     *([1] * 39, [1] * 40, [1] * 41, ["a"] * 65, ["a"] * 200, {"5": 1}, {"5": 1000}, {"x": 1}, {"4096": 1}),
     *({"type": "json_object"}, [{"type": "function"}], {"include_usage": True}, {"effort": "wake"}),
     *([{"role": "user", "content": "a"}], [{"role": "user"}], [{"role": "tool", "content": "a"}]),
+    *(["text", "audio"], ["audio"], {"voice": "ethan", "format": "wav"}, {"max_speech_frames": 2}, "pcm16"),
     *([{"role": "user", "content": "a"}] * 200, [[[[[[[[1]]]]]]]], {"a": {"b": {"c": []}}}),
 ]
 
@@ -89,10 +110,10 @@ def _places(value: Any) -> list[tuple[Any, Any]]:
     return [place for key, item in items for place in ((value, key), *_places(item))]
 
 
-def _mutated(chance: random.Random) -> tuple[str, bytes]:
+def _mutated(chance: random.Random, bases: Mapping[str, dict[str, Any]]) -> tuple[str, bytes]:
     """A path and a body."""
-    path, base = chance.choice([("/v1/completions", COMPLETION), ("/v1/chat/completions", CHAT)])
-    kept = {"model", "prompt", "messages", "max_tokens"}
+    path, base = chance.choice([*bases.items()])
+    kept = {"model", "prompt", "messages", "max_tokens", "modalities"}
     body = {
         name: value for name, value in copy.deepcopy(base).items() if name in kept or chance.random() < 0.3
     }
@@ -136,21 +157,32 @@ def _check(sent: bytes, response: httpx.Response) -> str:
     return "refused"
 
 
-async def _send(client: httpx.AsyncClient, chance: random.Random, count: int, kinds: Counter[str]) -> None:
+async def _send(
+    client: httpx.AsyncClient,
+    chance: random.Random,
+    count: int,
+    kinds: Counter[str],
+    bases: Mapping[str, dict[str, Any]] = BASES,
+) -> None:
     async def send_one() -> None:
-        path, content = _mutated(chance)
+        path, content = _mutated(chance, bases)
         kinds[_check(content, await client.post(path, content=content))] += 1
 
     await asyncio.gather(*(send_one() for _ in range(count)))
 
 
-def test_damaged_requests_are_answered_or_refused() -> None:
+@pytest.mark.parametrize("chat", [CHAT, SPOKEN_CHAT], ids=["text", "spoken"])
+def test_damaged_requests_are_answered_or_refused(chat: dict[str, Any]) -> None:
+    bases = BASES | {"/v1/chat/completions": chat}
+
     async def run() -> Counter[str]:
         kinds: Counter[str] = Counter()
         chance = random.Random(21)
-        async with http_client(app_over(FakeRouter(script([500, 600], "length")))) as client:
+        sound = [Step(tuple(range(16)), samples=b"ab"), Step((), "stop", samples=b"cd")]
+        fake = FakeRouter(script([500, 600], "length"), sound)
+        async with http_client(app_over(fake, speech=speech_facts())) as client:
             for _ in range(0, NUM_SCRIPTED, AT_ONCE):
-                await _send(client, chance, AT_ONCE, kinds)
+                await _send(client, chance, AT_ONCE, kinds, bases)
         return kinds
 
     kinds = asyncio.run(run())

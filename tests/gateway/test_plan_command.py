@@ -68,6 +68,19 @@ def three(tmp_path: Path) -> Path:
     return path
 
 
+def test_parts_that_see_hear_and_speak_are_counted(
+    omni_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, stdout, stderr = _run(monkeypatch, "plan", str(omni_checkpoint))
+    assert code == 0, stderr
+    assert "images and sound" in stdout and "speech" in stdout
+    memory = _report(monkeypatch, str(omni_checkpoint))["router_memory"]
+    assert memory["media_bytes"] > 0 and memory["speech_bytes"] > 0
+    silent = _report(monkeypatch, str(omni_checkpoint), "--no-speech")
+    assert silent["router_memory"] == memory | {"speech_bytes": 0}
+    assert silent["commands"][0].endswith(" --no-speech")
+
+
 def test_bundled_model_fits_this_machine_and_is_started_by_the_printed_command(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

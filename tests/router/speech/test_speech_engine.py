@@ -17,7 +17,7 @@ from router.speech.speech import Frame, frames_of
 from router.speech.speech_engine import SpeechEngine
 from router.speech.utterance import Utterance
 from router.speech.vocoder import FRAMES_AT_ONCE, Vocoder, VoiceStream
-from router.speech.wish import NUM_CODES
+from router.speech.wish import NUM_CODES, SAMPLES_OF_FRAME
 from tests.speech import asked, new_speaker, resumed, speech_request
 
 DRAWN = SamplingParams(max_tokens=30, temperature=0.9, top_k=50, repetition_penalty=1.05)
@@ -113,6 +113,20 @@ def test_resumed_speech_tells_the_rest_and_nothing_again(
     assert rest.samples == whole.samples[2 * first :]
 
 
+def test_resumed_speech_makes_no_more_sound_again_than_the_rest_depends_on(
+    omni: LoadedEngine, engine: SpeechEngine
+) -> None:
+    lookback = engine.vocoder.shape.lookback
+    request = speech(omni, "s", 3, 2 * lookback)
+    engine.add(request, None)
+    whole = hear(engine)["s"]
+    begun = engine.stats.samples
+    engine.add(resumed(request, whole.frames[:-4]), None)
+    rest = hear(engine)["s"]
+    assert rest.samples == whole.samples[-2 * 4 * SAMPLES_OF_FRAME :]
+    assert engine.stats.samples - begun == engine.vocoder.shape.num_samples(lookback + 4)
+
+
 def test_who_comes_later_is_heard_before_the_others_are_done(
     omni: LoadedEngine, engine: SpeechEngine
 ) -> None:
@@ -127,7 +141,8 @@ def test_who_comes_later_is_heard_before_the_others_are_done(
 
 
 def test_what_was_told_goes_first_and_new_frames_in_growing_pieces() -> None:
-    utterance = Utterance("s", [(0,) * NUM_CODES] * 11)
+    utterance = Utterance("s", [(0,) * NUM_CODES] * 99, lookback=11)
+    assert utterance.first == 88
     assert utterance.take() == (((0,) * NUM_CODES,) * FRAMES_AT_ONCE, True)
     assert len(utterance.take().frames) == 3
     assert not utterance.is_ready and utterance.is_urgent

@@ -143,6 +143,22 @@ def test_pieces_give_the_same_bits_with_a_librarys_products(
     assert torch.equal(uneven, large)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_frames_behind_the_lookback_sound_alike_without_those_before_it(
+    small: Any, dtype: torch.dtype
+) -> None:
+    vocoder = vocoder_of(small, SMALL, dtype, kernel_of(dtype))
+    frames, lookback = codes(90, SMALL["codebook_size"]), vocoder.shape.lookback
+    whole = vocoder.speak(vocoder.stream(), frames)
+    assert 15 < lookback < 25
+    for first in (1, 63):
+        stream = vocoder.stream(first)
+        vocoder.speak(stream, frames[first : first + lookback])
+        rest = vocoder.speak(stream, frames[first + lookback :])
+        assert rest == whole[-len(rest) :]
+        assert len(rest) == 2 * SAMPLES_OF_FRAME * (90 - first - lookback)
+
+
 def test_number_of_threads_changes_no_bit(small: Any) -> None:
     vocoder = vocoder_of(small, SMALL, torch.bfloat16, kernel_of(torch.bfloat16))
     frames = codes(24, SMALL["codebook_size"])
@@ -201,3 +217,4 @@ def test_configuration_that_is_not_computed_is_refused(key: str, value: object) 
 def test_left_out_keys_are_those_of_the_published_model() -> None:
     shape = read_codec_shape({})
     assert (shape.decoder.num_layers, shape.window, shape.channels(4)) == (8, 72, 96)
+    assert 568 < shape.lookback < 580
