@@ -11,8 +11,10 @@ from typing import Literal
 from gateway.errors import ApiError
 from gateway.http.openai_types import ChatRequest
 from gateway.http.speech_fields import AudioFormat, AudioOptions
+from router.errors import PromptInvalid
 from router.request import GenerationRequest, SamplingParams, TokenEvent
 from router.speech.facts import SpeechFacts
+from router.speech.prompt import plan_prompt
 from router.speech.wish import NUM_CODES, SAMPLE_BYTES, SAMPLE_RATE, SAMPLES_OF_FRAME, SpeechWish
 
 KEPT_S = 3600
@@ -72,6 +74,16 @@ def code_sampling(facts: SpeechFacts, max_frames: int | None = None) -> Sampling
         top_p=usual.top_p,
         repetition_penalty=usual.repetition_penalty,
     )
+
+
+def check_turn(prompt_ids: Sequence[int], form: SpokenForm, facts: SpeechFacts) -> None:
+    """Whether an answer to this prompt could be spoken. Raises ApiError 400."""
+    anything = (facts.turns.speech_pad,)
+    try:
+        plan_prompt(facts, prompt_ids, SpeechWish(anything, form.voice))
+    except PromptInvalid as error:
+        message = f"messages cannot be answered in speech: {error.reason}."
+        raise ApiError(400, message, param="messages", code="invalid_value") from error
 
 
 def new_audio_id() -> str:

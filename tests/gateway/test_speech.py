@@ -372,6 +372,15 @@ def test_wishes_that_cannot_be_met_are_refused_by_field(
     assert reason in error["message"]
 
 
+def test_prompt_without_a_turn_to_speak_is_refused_before_it_is_answered() -> None:
+    fake = router()
+    (response,) = post(fake, {**CHAT, **SPOKEN, "messages": [{"role": "user", "content": "a"}]})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "messages"
+    assert "no turn of the assistant" in response.json()["error"]["message"]
+    assert not fake.requests
+
+
 def test_service_that_does_not_speak_says_so() -> None:
     error = refusal(SPOKEN, facts=None)
     assert error["param"] == "modalities" and error["code"] == "unsupported_parameter"
@@ -396,13 +405,14 @@ def test_fields_of_audio_without_effect_are_named() -> None:
 
 
 def test_models_say_whether_they_speak() -> None:
-    async def run(facts: SpeechFacts | None) -> list[str]:
+    async def run(facts: SpeechFacts | None) -> dict[str, Any]:
         async with http_client(app_over(FakeRouter(), speech=facts)) as client:
-            given: list[str] = (await client.get(f"/v1/models/{MODEL}")).json()["output_modalities"]
-            return given
+            card: dict[str, Any] = (await client.get(f"/v1/models/{MODEL}")).json()
+            return card
 
-    assert asyncio.run(run(FACTS)) == ["text", "audio"]
-    assert asyncio.run(run(None)) == ["text"]
+    speaking, silent = asyncio.run(run(FACTS)), asyncio.run(run(None))
+    assert (speaking["output_modalities"], speaking["voices"]) == (["text", "audio"], ["chelsie", "ethan"])
+    assert silent["output_modalities"] == ["text"] and "voices" not in silent
 
 
 def test_spoken_answer_stands_in_a_later_turn_by_its_id() -> None:
