@@ -269,6 +269,13 @@ def test_failed_speech_ends_the_request_and_not_silently() -> None:
     assert "[DONE]" not in lines
 
 
+@pytest.mark.parametrize("is_mixed", [True, False])
+def test_speech_by_experts_of_another_class_is_named(is_mixed: bool) -> None:
+    sound = [Step(CODES, samples=SOUND[:256], is_mixed=is_mixed), Step((), "stop")]
+    (response,) = post(router(sound=sound), {**CHAT, **SPOKEN})
+    assert ("numerics" in response.json()["sage"]) is is_mixed
+
+
 def test_client_that_leaves_while_it_listens_cancels_the_speech() -> None:
     fake = router(sound=[Step(CODES, samples=SOUND[:256]), Step(hangs=True)])
 
