@@ -64,7 +64,7 @@ def random_module() -> Any:
 
 def contenders(module: Any, dtype: torch.dtype) -> dict[str, Speak]:
     kernel = calibrate([(64, 64)], dtype)
-    vocoder = Vocoder(read_codec_shape({}), CodecReader(ModuleReader(module), kernel, dtype), kernel, dtype)
+    vocoder = Vocoder(read_codec_shape({}), CodecReader(ModuleReader(module), kernel, dtype))
     published = module.to(dtype)
 
     def stream(codes_TQ: Tensor, piece: int) -> None:
