@@ -32,8 +32,10 @@ NORM_EPSILON, SNAKE_EPSILON = 1e-6, 1e-9
 
 
 def codec_dtype(dtype: torch.dtype, *, is_native: bool) -> torch.dtype:
-    """In which products are computed. dtype: of the text's engine. Of the codec's many shapes a library has some at which
-    it sums a few rows in bfloat16 in another order than many."""
+    """In which products are computed. dtype: of the text's engine.
+
+    A library has shapes, among the codec's many, at which it sums a few bfloat16 rows in another order than many.
+    """
     return dtype if is_native else torch.float32
 
 
