@@ -11,7 +11,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -109,17 +109,20 @@ class Speaker:
 
     def add(self, request: GenerationRequest, hidden_HD: Tensor | None = None) -> None:
         """Queue a request for speech. hidden_HD: states of the text's decoder after `facts.accept_layer` layers at
-        `TalkerPrompt.media_indices`, in order; needed where there are any.
+        `TalkerPrompt.media_indices`, in order; needed where there are any. Behind a long prompt there may be room for
+        fewer frames than are asked for; such a speech ends by its length there.
 
-        Raises PromptInvalid or RequestTooLong; ValueError for a used id.
+        Raises PromptInvalid, RequestTooLong where there is no room for one; ValueError for a used id.
         """
         if request.request_id in self._waiting or request.request_id in self._running:
             raise ValueError(f"request id {request.request_id!r} is in use")
         prompt = check_speech(self.facts, request, self.parts.thinker_VD.shape[0])
         check_states(prompt, hidden_HD)
-        total = prompt.num_positions + request.sampling.max_tokens
-        if total > self.most_positions:
-            raise RequestTooLong(total, self.most_positions)
+        room = self.most_positions - prompt.num_positions
+        if room < 1:
+            raise RequestTooLong(prompt.num_positions + 1, self.most_positions)
+        sampling = replace(request.sampling, max_tokens=min(request.sampling.max_tokens, room))
+        request = replace(request, sampling=sampling)
         inputs = TalkerInputs(self.parts, prompt, request.prompt_ids, hidden_HD)
         speech = Speech(request, inputs, speech_positions(request, prompt, self._images))
         self._waiting[speech.name] = speech

@@ -11,12 +11,12 @@ from experts.errors import ExpertError
 from router.errors import PromptInvalid, RequestTooLong
 from router.loading import LoadedEngine
 from router.request import SamplingParams
-from router.speech.inputs import TEXT_ROWS
+from router.speech.inputs import TEXT_ROWS, check_speech
 from router.speech.projections import Projection
 from router.speech.speaker import EXPERT_FAILED, NOT_FINITE, SpeakerLimits
 from router.speech.wish import NUM_CODES, SpeechWish
 from tests.omni import TURN_END, image
-from tests.speech import GREEDY, Turn, asked, new_speaker, speak, speech_request
+from tests.speech import GREEDY, Turn, asked, new_speaker, speak, speech_facts, speech_request
 
 QUESTION: tuple[Turn, ...] = (asked(tuple(b"Who are you?")),)
 
@@ -83,10 +83,20 @@ def test_removed_speech_gets_nothing_more_and_leaves_its_room(omni: LoadedEngine
 
 
 def test_speech_that_never_fits_is_refused(omni: LoadedEngine) -> None:
-    speaker = new_speaker(omni, num_blocks=2)
-    with pytest.raises(RequestTooLong, match="at most 128 fit"):
-        speaker.add(speech_request(omni, *QUESTION, sampling=replace(GREEDY, max_tokens=120)))
+    speaker = new_speaker(omni, num_blocks=1)
+    with pytest.raises(RequestTooLong, match="at most 64 fit"):
+        speaker.add(speech_request(omni, asked((1,) * 60)))
     assert not speaker.has_work
+
+
+def test_speech_behind_a_long_prompt_ends_where_there_is_no_more_room(omni: LoadedEngine) -> None:
+    request = speech_request(omni, *QUESTION, sampling=replace(GREEDY, max_tokens=120))
+    whole = speak(omni, new_speaker(omni), [request])
+    cut = speak(omni, new_speaker(omni, num_blocks=2), [request])
+    room = 128 - check_speech(speech_facts(omni), request, omni.config.vocab_size).num_positions
+    assert 0 < room < len(whole.of())
+    assert cut.of() == whole.of()[:room]
+    assert cut.ends == {"s": "length"}
 
 
 def test_what_a_request_cannot_ask_for_is_refused(omni: LoadedEngine) -> None:
