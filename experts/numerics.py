@@ -49,6 +49,11 @@ MANY_ROWS = 512
 """A prompt's chunk. Libraries cut so many rows into blocks that few rows never see."""
 MANY_ROWS_OUTPUTS = 4096
 """Tested with many rows, of each matrix."""
+ROUNDED_RESULTS = 1 << 20
+"""Compared of a library's product whose results are rounded: another order of summation then shows in one of fifty
+thousand, or in fewer."""
+ROUNDED_INPUTS = 1 << 24
+"""Made for that at most: wide matrices of few outputs are compared in fewer results."""
 MAX_TESTED_OUTPUTS = 16384
 """A head of 152,064 outputs is tested on its first rows only, to keep the start short."""
 
@@ -215,11 +220,25 @@ def _is_invariant(kernel: RowKernel, x: Tensor, weight: Tensor) -> bool:
     part = weight[:MANY_ROWS_OUTPUTS]
     if kernel.product in ("native", "blocks") and not _is_close(reference, x, weight):
         return False
-    return gives_few_rows_their_bits(
-        lambda rows: kernel.linear(rows, weight), x, reference
-    ) and gives_many_rows_their_bits(
-        lambda rows: kernel.linear(rows, part), x, reference[:, :MANY_ROWS_OUTPUTS]
+    return (
+        gives_few_rows_their_bits(lambda rows: kernel.linear(rows, weight), x, reference)
+        and gives_many_rows_their_bits(
+            lambda rows: kernel.linear(rows, part), x, reference[:, :MANY_ROWS_OUTPUTS]
+        )
+        and (kernel.product != "mm" or x.dtype == torch.float32 or _keeps_rounded_bits(kernel, part))
     )
+
+
+def _keeps_rounded_bits(kernel: RowKernel, weight: Tensor) -> bool:
+    """Whether the fewest rows that are multiplied have what they have among all, in many numbers."""
+    generator = torch.Generator().manual_seed(1)
+    outputs, inputs = weight.shape
+    for _ in range(-(-min(ROUNDED_RESULTS // outputs, ROUNDED_INPUTS // inputs) // REFERENCE_ROWS)):
+        x = torch.randn(REFERENCE_ROWS, inputs, generator=generator).to(weight.dtype)
+        groups = [kernel.multiply(group, weight) for group in torch.split(x, kernel.row_multiple)]
+        if not torch.equal(torch.cat(groups), kernel.multiply(x, weight)):
+            return False
+    return True
 
 
 def _is_close(found: Tensor, x: Tensor, weight: Tensor) -> bool:

@@ -44,7 +44,7 @@ static const way narrow[KINDS] = { NARROW_WAYS };
 static const way wide[KINDS] = { [FLOAT32] = { THREE(FLOAT32), 3, 4, 0 }, NARROW_WAYS };
 static const block_way blocks = BLOCK_WAY;
 const level avx2_level = {
-    narrow, wide, avx2_silu_times, avx2_square_sum, avx2_scale, avx2_softmax, avx2_read_row, avx2_store_row, avx2_rotate, avx2_add_sums,
+    narrow, wide, avx2_silu_times, avx2_snake_row, avx2_square_sum, avx2_scale, avx2_softmax, avx2_read_row, avx2_store_row, avx2_rotate, avx2_add_sums,
     avx2_mix_rows, avx2_add_gated, avx2_find_largest, { &blocks, &blocks },
 };
 #endif

@@ -15,7 +15,7 @@
     [BFLOAT16] = { SIX(BFLOAT16), 6, 4, 32 }, [INT8] = { SIX(INT8), 6, 4, 0 }, [INT4] = { SIX(INT4), 3, 4, 32 }
 static const way narrow[KINDS] = { NARROW_WAYS };
 static const way wide[KINDS] = { [FLOAT32] = { SIX(FLOAT32), 6, 4, 0 }, NARROW_WAYS };
-#define ROW_WORK avx512_silu_times, avx512_square_sum, avx512_scale, avx512_softmax, avx512_read_row, avx512_store_row, avx512_rotate, \
+#define ROW_WORK avx512_silu_times, avx512_snake_row, avx512_square_sum, avx512_scale, avx512_softmax, avx512_read_row, avx512_store_row, avx512_rotate, \
                  avx512_add_sums, avx512_mix_rows, avx512_add_gated, avx512_find_largest
 static const block_way blocks = BLOCK_WAY;
 const level avx512_level = { narrow, wide, ROW_WORK, { &blocks, &blocks } };

@@ -47,6 +47,6 @@ static const way narrow[KINDS] = { NARROW_WAYS };
 static const way wide[KINDS] = { [FLOAT32] = { THREE(FLOAT32), 3, 4, 0 }, NARROW_WAYS };
 static const block_way blocks = BLOCK_WAY;
 const level portable_level = {
-    narrow, wide, portable_silu_times, portable_square_sum, portable_scale, portable_softmax, portable_read_row, portable_store_row, portable_rotate,
+    narrow, wide, portable_silu_times, portable_snake_row, portable_square_sum, portable_scale, portable_softmax, portable_read_row, portable_store_row, portable_rotate,
     portable_add_sums, portable_mix_rows, portable_add_gated, portable_find_largest, { &blocks, &blocks },
 };

@@ -59,6 +59,10 @@ typedef struct {
 /* silu(gate) * up. is_narrow: round each step to bfloat16, as the published models do. */
 typedef void activate(const float *gate, const float *up, float *out, int64_t count, int is_narrow);
 
+/* See lanes.h. */
+typedef void wave_row(
+    const float *x, const float *bias, const float *frequency, const float *magnitude, float *out, int64_t count);
+
 /* See rows.h. */
 typedef float sum_squares(const float *x, int64_t count);
 typedef void scale_row(float *x, const float *weight, float factor, int64_t count, int is_narrow);
@@ -103,6 +107,7 @@ typedef struct {
     const way *narrow;                 /* by kind, activations in bfloat16; none for float32 weights */
     const way *wide;                   /* activations in float32 */
     activate *silu_times;
+    wave_row *snake_row;
     sum_squares *square_sum;
     scale_row *scale;
     to_probabilities *softmax;

@@ -19,7 +19,7 @@ from gateway.errors import ChatFailed
 from gateway.http.media import TEXT_ONLY, decode_media, placed_in
 from gateway.http.openai_types import Message
 from gateway.http.settings import read_eos_token_ids, read_sampling_defaults
-from gateway.http.speech import SpokenForm, SpokenReply
+from gateway.http.speech import Delivery, SpokenReply
 from gateway.http.stream import AnswerText
 from gateway.local.engine_events import Events, events_of
 from gateway.local.speech import SpeechChoice, choose_speech, speak
@@ -43,13 +43,13 @@ class LocalChat:
         tokenizer: TextTokenizer,
         template: ChatTemplate,
         sampling: Mapping[str, Any],
-        form: SpokenForm | None = None,
+        delivery: Delivery | None = None,
     ) -> None:
-        """sampling: fields of SamplingParams; without a seed each answer gets a random one. form: how answers are
+        """sampling: fields of SamplingParams; without a seed each answer gets a random one. delivery: how answers are
         spoken, where they are."""
         self.model = model
         self._tokenizer, self._template, self._sampling = tokenizer, template, dict(sampling)
-        self._form = form
+        self._delivery = delivery
         self._context_length = loaded.engine.max_tokens_per_sequence
         self._events: Events = queue.SimpleQueue()
         self._numbers = itertools.count(1)
@@ -67,8 +67,8 @@ class LocalChat:
         silent = {*request.sampling.stop_token_ids, *self._tokenizer.special_tokens}
         reply = SpokenReply(silent, self._tokenizer.encode_plain)
         yield from self._text(request, reply)
-        if self._form is not None:
-            with closing(speak(self._thread, self._events, request, self._form, reply.ids)) as spoken:
+        if self._delivery is not None:
+            with closing(speak(self._thread, self._events, request, self._delivery, reply.ids)) as spoken:
                 yield from (Piece("", samples=samples) for samples, _ in spoken)
 
     def _text(self, request: GenerationRequest, reply: SpokenReply) -> Generator[Piece, None, None]:
@@ -117,7 +117,7 @@ def open_store(
 
     Raises what loading the engine raises, or OptionInvalid for speech that the store does not have."""
     store = ExpertStore.open(root)
-    form = None if speech is None else choose_speech(store, speech)
+    delivery = None if speech is None else choose_speech(store, speech)
     if speech is not None:
         options = with_speech_budget(store, replace(options, has_speech=True), speech.budget)
     tokenizer = TextTokenizer.from_folder(root)
@@ -128,7 +128,7 @@ def open_store(
     loaded = load_engine(store, options)
     eos = read_eos_token_ids(store.manifest, loaded.config.vocab_size)
     chosen = defaults | {"stop_token_ids": eos} | dict(sampling)
-    chat = LocalChat(model, loaded, tokenizer, template, chosen, form)
+    chat = LocalChat(model, loaded, tokenizer, template, chosen, delivery)
     try:
         yield chat
     finally:

@@ -112,13 +112,15 @@ def _add_feedback_route(app: FastAPI, limits: RequestLimits, backend: Backend) -
 
 
 def _add_model_routes(app: FastAPI, settings: GatewaySettings) -> None:
-    facts = {
+    facts: dict[str, Any] = {
         "object": "model",
         "created": settings.created,
         "owned_by": "sage-moe",
         "input_modalities": ["text", *settings.media.kinds],
         "output_modalities": ["text"] if settings.speech is None else ["text", "audio"],
     }
+    if settings.speech is not None:
+        facts["voices"] = list(settings.speech.voices)
     cards = {name: {"id": name, **facts} for name in settings.model_names}
 
     @app.get("/v1/models")

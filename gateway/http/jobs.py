@@ -17,7 +17,7 @@ from gateway.http.answers import AnswerHead
 from gateway.http.media import TEXT_ONLY, decode_media, placed_in
 from gateway.http.openai_types import ChatRequest, CompletionRequest, GenerationOptions
 from gateway.http.settings import GatewaySettings
-from gateway.http.speech import SpokenForm, choose_form, new_audio_id
+from gateway.http.speech import SpokenForm, check_turn, choose_form, new_audio_id
 from gateway.http.spoken_answers import SpokenAnswers
 from gateway.media.decoder import MediaDecoder
 from gateway.text.chat_template import ChatTemplate
@@ -122,6 +122,8 @@ async def prepare_chat(
     _refuse_certainly_longer(text, "messages", settings, tokenizer)
     prompt_ids = await asyncio.to_thread(tokenizer.encode_rendered, text)
     prompt_ids, placed = placed_in(prompt_ids, media, decoder)
+    if speech is not None and settings.speech is not None:
+        check_turn(prompt_ids, speech, settings.speech)
     wanted = request.max_completion_tokens or request.max_tokens
     max_tokens = settings.context_length - len(prompt_ids) if wanted is None else wanted
     num_media = sum(decoder.facts.num_tokens(medium) for medium in media)

@@ -124,17 +124,18 @@ async def spoken_pieces(
             last = piece
             yield Piece(piece.index, piece.text, piece.tokens)
     assert last is not None and last.finish_reason is not None
-    end = SpeechEnd()
+    end, is_mixed = SpeechEnd(), last.is_mixed
     if reply.ids:
-        asked = speech_request(choice.request, job.speech, reply.ids)
+        asked = speech_request(choice.request, job.speech.delivery, reply.ids)
         async with aclosing(_events(asked, backend)) as events:
             async for event in events:
                 end = end.after(event)
+                is_mixed |= event.is_mixed
                 yield Piece(choice.index, samples=event.samples)
     owner = choice.request.owner
     backend.spoken.keep(choice.audio_id, owner, reply.text, job.speech.expires_at)
     reason = last.finish_reason if last.finish_reason == "length" else end.finish_reason
-    yield replace(last, text="", tokens=(), finish_reason=reason, speech=end)
+    yield replace(last, text="", tokens=(), finish_reason=reason, is_mixed=is_mixed, speech=end)
 
 
 async def _events(request: GenerationRequest, backend: Backend) -> AsyncGenerator[TokenEvent, None]:

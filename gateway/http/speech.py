@@ -1,5 +1,8 @@
 """How the answers of a chat are spoken: what a request asks for, checked against what the service gives, and the
-request that a router gets for each. Pure. Called by `gateway.http.jobs` and `gateway.http.pieces`."""
+request that a router gets for each. Pure but for the ids that it makes up.
+
+Called by `gateway.http.jobs`, `gateway.http.pieces` and the commands.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,10 @@ from typing import Literal
 from gateway.errors import ApiError
 from gateway.http.openai_types import ChatRequest
 from gateway.http.speech_fields import AudioFormat, AudioOptions
+from router.errors import PromptInvalid
 from router.request import GenerationRequest, SamplingParams, TokenEvent
 from router.speech.facts import SpeechFacts
+from router.speech.prompt import plan_prompt
 from router.speech.wish import NUM_CODES, SAMPLE_BYTES, SAMPLE_RATE, SAMPLES_OF_FRAME, SpeechWish
 
 KEPT_S = 3600
@@ -20,20 +25,27 @@ KEPT_S = 3600
 
 
 @dataclass(frozen=True)
-class SpokenForm:
-    """How all answers of a job are spoken."""
+class Delivery:
+    """Who speaks, and how the codes are drawn."""
 
     voice: str
-    format: AudioFormat
     sampling: SamplingParams
-    """Of codes; seed and choice are the text's."""
+    """Seed and choice are the text's, whatever stands here."""
+
+
+@dataclass(frozen=True)
+class SpokenForm:
+    """How all answers of a job are spoken, and sent."""
+
+    delivery: Delivery
+    format: AudioFormat
     expires_at: int
     """Unix time in seconds."""
 
     @property
     def most_bytes(self) -> int:
         """Of one answer's samples."""
-        return self.sampling.max_tokens * SAMPLES_OF_FRAME * SAMPLE_BYTES
+        return self.delivery.sampling.max_tokens * SAMPLES_OF_FRAME * SAMPLE_BYTES
 
 
 def choose_form(request: ChatRequest, facts: SpeechFacts | None, created: int) -> SpokenForm | None:
@@ -44,34 +56,43 @@ def choose_form(request: ChatRequest, facts: SpeechFacts | None, created: int) -
         message = 'Speech is not given here: modalities must be ["text"].'
         raise ApiError(400, message, param="modalities", code="unsupported_parameter")
     asked = request.audio or AudioOptions(voice=None, format=None)
+    frames = None if request.sage is None else request.sage.max_speech_frames
     try:
-        voice = read_voice(facts, asked.voice)
+        delivery = choose_delivery(facts, asked.voice, frames)
     except ValueError as error:
         message = f"Invalid value for audio.voice: {error}."
         raise ApiError(400, message, param="audio.voice", code="invalid_value") from error
-    frames = None if request.sage is None else request.sage.max_speech_frames
     form: AudioFormat = asked.format or ("pcm16" if request.stream else "wav")
-    return SpokenForm(voice, form, code_sampling(facts, frames), created + KEPT_S)
+    return SpokenForm(delivery, form, created + KEPT_S)
 
 
-def read_voice(facts: SpeechFacts, name: str | None) -> str:
-    """None means the usual one. Raises ValueError that names all."""
-    voice = facts.default_voice if name is None else name.lower()
-    if voice not in facts.voices:
+def choose_delivery(facts: SpeechFacts, voice: str | None, max_frames: int | None) -> Delivery:
+    """As the checkpoint recommends. voice: None means its usual one. max_frames: fewer than it recommends.
+
+    Raises ValueError that names all voices.
+    """
+    name = facts.default_voice if voice is None else voice.lower()
+    if name not in facts.voices:
         raise ValueError(f"must be one of {', '.join(facts.voices)}")
-    return voice
-
-
-def code_sampling(facts: SpeechFacts, max_frames: int | None = None) -> SamplingParams:
-    """As the checkpoint recommends. max_frames: fewer than that."""
     usual = facts.defaults
-    return SamplingParams(
+    sampling = SamplingParams(
         max_tokens=usual.max_frames if max_frames is None else min(max_frames, usual.max_frames),
         temperature=usual.temperature,
         top_k=usual.top_k,
         top_p=usual.top_p,
         repetition_penalty=usual.repetition_penalty,
     )
+    return Delivery(name, sampling)
+
+
+def check_turn(prompt_ids: Sequence[int], form: SpokenForm, facts: SpeechFacts) -> None:
+    """Whether an answer to this prompt could be spoken. Raises ApiError 400."""
+    anything = (facts.turns.speech_pad,)
+    try:
+        plan_prompt(facts, prompt_ids, SpeechWish(anything, form.delivery.voice))
+    except PromptInvalid as error:
+        message = f"messages cannot be answered in speech: {error.reason}."
+        raise ApiError(400, message, param="messages", code="invalid_value") from error
 
 
 def new_audio_id() -> str:
@@ -80,10 +101,10 @@ def new_audio_id() -> str:
 
 
 def speech_request(
-    request: GenerationRequest, form: SpokenForm, reply_ids: Sequence[int]
+    request: GenerationRequest, delivery: Delivery, reply_ids: Sequence[int]
 ) -> GenerationRequest:
     """For the answer that `request` got. Native routing: what a request chooses is of its text."""
-    sampling = replace(form.sampling, seed=request.sampling.seed, choice=request.sampling.choice)
+    sampling = replace(delivery.sampling, seed=request.sampling.seed, choice=request.sampling.choice)
     return GenerationRequest(
         f"{request.request_id}-speech",
         request.prompt_ids,
@@ -91,7 +112,7 @@ def speech_request(
         answer_id=request.answer_id or request.request_id,
         media=request.media,
         owner=request.owner,
-        speech=SpeechWish(tuple(reply_ids), form.voice),
+        speech=SpeechWish(tuple(reply_ids), delivery.voice),
     )
 
 

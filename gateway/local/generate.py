@@ -15,7 +15,7 @@ from experts.store import ExpertStore
 from gateway.errors import GenerationFailed
 from gateway.http.quality import MODIFIED, describe_quality
 from gateway.http.settings import read_eos_token_ids, read_sampling_defaults
-from gateway.http.speech import SpokenForm
+from gateway.http.speech import Delivery
 from gateway.local.engine_events import Events
 from gateway.local.media_prompt import MediaFiles, media_prompt
 from gateway.local.speech import SpeechChoice, SpokenAnswer, choose_speech, hear
@@ -113,10 +113,10 @@ def generate(
     store = ExpertStore.open(root)
     tokenizer = TextTokenizer.from_folder(root)
     media: tuple[PlacedMedium, ...] = ()
-    form = None if speech is None else choose_speech(store, speech)
-    if (files or form) and isinstance(prompt, str):
+    delivery = None if speech is None else choose_speech(store, speech)
+    if (files or delivery) and isinstance(prompt, str):
         prompt_ids, media = media_prompt(store, tokenizer, prompt, files)
-        options = replace(options, has_media=bool(files), has_speech=form is not None)
+        options = replace(options, has_media=bool(files), has_speech=delivery is not None)
         if speech is not None:
             options = with_speech_budget(store, options, speech.budget)
     else:
@@ -135,8 +135,8 @@ def generate(
         policy = study.policy_beside(routing)
         with studied(loaded, study, policy):
             answer = _run(loaded, tokenizer, request, on_text, policy)
-        if form is not None:
-            answer = replace(answer, spoken=_speak(loaded, tokenizer, request, answer, form))
+        if delivery is not None:
+            answer = replace(answer, spoken=_speak(loaded, tokenizer, request, answer, delivery))
     except TraceFailed as error:
         if answer is None:
             raise
@@ -196,14 +196,14 @@ def _speak(
     tokenizer: TextTokenizer,
     request: GenerationRequest,
     answer: Generation,
-    form: SpokenForm,
+    delivery: Delivery,
 ) -> SpokenAnswer:
     events: Events = queue.SimpleQueue()
     thread = EngineThread(loaded.engine, events.put, loaded.media, loaded.speech)
     silent = {*request.sampling.stop_token_ids, *tokenizer.special_tokens}
     thread.start()
     try:
-        return hear(thread, events, request, form, [t for t in answer.token_ids if t not in silent])
+        return hear(thread, events, request, delivery, [t for t in answer.token_ids if t not in silent])
     finally:
         thread.stop()
 

@@ -15,7 +15,7 @@ from typing import Any
 from experts.budget import BudgetRequest
 from experts.store import ExpertStore
 from gateway.errors import GenerationFailed, OptionInvalid
-from gateway.http.speech import KEPT_S, SpeechEnd, SpokenForm, code_sampling, read_voice, speech_request
+from gateway.http.speech import Delivery, SpeechEnd, choose_delivery, speech_request
 from gateway.local.engine_events import Events, events_of
 from gateway.media.wav_writing import wav_of
 from gateway.output_file import write_output
@@ -57,23 +57,22 @@ class SpokenAnswer:
         }
 
 
-def choose_speech(store: ExpertStore, choice: SpeechChoice) -> SpokenForm:
+def choose_speech(store: ExpertStore, choice: SpeechChoice) -> Delivery:
     """Raises OptionInvalid, ConfigUnsupported."""
     facts = read_speech_facts(store.manifest)
     if facts is None:
         raise OptionInvalid("speech", "goes with a store that has a talker; this one has none")
     try:
-        voice = read_voice(facts, choice.voice)
+        return choose_delivery(facts, choice.voice, choice.max_frames)
     except ValueError as error:
         raise OptionInvalid("voice", f"{error}, not {str(choice.voice)[:64]!r}") from error
-    return SpokenForm(voice, "wav", code_sampling(facts, choice.max_frames), KEPT_S)
 
 
 def speak(
     thread: EngineThread,
     events: Events,
     request: GenerationRequest,
-    form: SpokenForm,
+    delivery: Delivery,
     reply_ids: Sequence[int],
 ) -> Generator[tuple[bytes, SpeechEnd], None, None]:
     """Samples as they come, and how much there is with them; none for a reply without tokens. request: the text's.
@@ -85,7 +84,7 @@ def speak(
         return
     end = SpeechEnd()
     try:
-        with closing(events_of(thread, events, speech_request(request, form, reply_ids))) as told:
+        with closing(events_of(thread, events, speech_request(request, delivery, reply_ids))) as told:
             for event in told:
                 end = end.after(event)
                 yield event.samples, end
@@ -97,13 +96,13 @@ def hear(
     thread: EngineThread,
     events: Events,
     request: GenerationRequest,
-    form: SpokenForm,
+    delivery: Delivery,
     reply_ids: Sequence[int],
 ) -> SpokenAnswer:
     """All of it; see `speak`."""
     started, first_s = time.perf_counter(), 0.0
     samples, end = bytearray(), SpeechEnd()
-    for piece, so_far in speak(thread, events, request, form, reply_ids):
+    for piece, so_far in speak(thread, events, request, delivery, reply_ids):
         first_s = first_s or (time.perf_counter() - started if piece else 0.0)
         samples += piece
         end = so_far

@@ -16,8 +16,7 @@ from torch import Tensor
 from experts.numerics import RowKernel
 from router.media.tower_parts import LayerNorm, gelu
 from router.speech.codec_shape import TAPS
-
-SNAKE_EPSILON = 1e-9
+from router.speech.native_snake import snake_rows
 
 
 @dataclass
@@ -50,13 +49,14 @@ class Part(Protocol):
 @dataclass(frozen=True)
 class Matrix:
     weight_OI: Tensor
-    bias_O: Tensor
-    """float32."""
+    bias_O: Tensor | None
+    """float32; None where it is added later."""
     kernel: RowKernel
 
     def __call__(self, x_RI: Tensor) -> Tensor:
-        """(R, O) float32."""
-        return self.kernel.linear(self.rounded(x_RI), self.weight_OI).float().add_(self.bias_O)
+        """(R, O): float32, or the product as it is rounded where there is no bias."""
+        product_RO = self.kernel.linear(self.rounded(x_RI), self.weight_OI)
+        return product_RO if self.bias_O is None else product_RO.float().add_(self.bias_O)
 
     def rounded(self, x_RI: Tensor) -> Tensor:
         return x_RI.to(self.weight_OI.dtype)
@@ -74,11 +74,16 @@ class Convolution:
     def __call__(self, x_TC: Tensor, state: StreamState) -> Tensor:
         back = (TAPS - 1) * self.dilation
         seen = state.extend(self.name, self.matrix.rounded(x_TC), back, is_padded=True)
-        out_TO = x_TC.new_empty(x_TC.shape[0], self.matrix.weight_OI.shape[0])
-        for phase in range(min(self.dilation, x_TC.shape[0])):
-            # Of every `dilation`-th row, those that a row looks at lie side by side.
-            near = seen[phase :: self.dilation].contiguous()
-            out_TO[phase :: self.dilation] = self.matrix(neighbours(near, TAPS))
+        if self.dilation == 1:
+            return self.matrix(neighbours(seen, TAPS))
+        # Of every `dilation`-th row, those that a row looks at lie side by side.
+        phases = [
+            self.matrix(neighbours(seen[phase :: self.dilation].contiguous(), TAPS))
+            for phase in range(min(self.dilation, x_TC.shape[0]))
+        ]
+        out_TO = phases[0].new_empty(x_TC.shape[0], phases[0].shape[1])
+        for phase, rows in enumerate(phases):
+            out_TO[phase :: self.dilation] = rows
         return out_TO
 
 
@@ -101,19 +106,22 @@ class Upsampling:
 
 @dataclass(frozen=True)
 class Snake:
-    """x + sin(x * frequency)^2 * magnitude."""
+    """y + sin(y * frequency)^2 * magnitude in float32, where y is what comes and a bias."""
 
+    bias_C: Tensor
     frequency_C: Tensor
     magnitude_C: Tensor
-
-    @classmethod
-    def of(cls, alpha_C: Tensor, beta_C: Tensor) -> Snake:
-        """From the logarithms that a checkpoint has, in float32."""
-        return cls(alpha_C.exp(), 1.0 / (beta_C.exp() + SNAKE_EPSILON))
+    dtype: torch.dtype
+    """To which what it gives is rounded: it is multiplied next."""
+    kernel: RowKernel
 
     def __call__(self, x_TC: Tensor) -> Tensor:
-        waves = (x_TC * self.frequency_C).sin_()
-        return waves.mul_(waves).mul_(self.magnitude_C).add_(x_TC)
+        if self.kernel.product == "native":
+            vectors = self.bias_C, self.frequency_C, self.magnitude_C
+            return snake_rows(self.kernel.level, x_TC, *vectors, self.dtype)
+        wide_TC = x_TC.float() + self.bias_C
+        waves = (wide_TC * self.frequency_C).sin_()
+        return waves.mul_(waves).mul_(self.magnitude_C).add_(wide_TC).to(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -121,6 +129,7 @@ class ResidualUnit:
     first: Snake
     wide: Convolution
     second: Snake
+    """With the bias of what comes before it."""
     narrow: Matrix
 
     def __call__(self, x_TC: Tensor, state: StreamState) -> Tensor:

@@ -21,6 +21,8 @@ TAPS = 7
 """Rows that a convolution looks at."""
 DILATIONS = (1, 3, 9)
 """How far these are apart, in the units that follow each other in a stage."""
+ENDING_ROWS = 8
+"""Of the last matrix, all but one zeros: a matrix of one output takes a path of its own in a library."""
 MOST_WINDOW = 4096
 """Frames; bounds what a hostile configuration can make us allocate for each speech."""
 
@@ -67,6 +69,7 @@ class CodecShape:
     def matrices(self) -> list[tuple[int, int]]:
         """(out, in) of every product, as they lie in memory."""
         width, first = self.decoder.hidden_size, self.channels(0)
+        last = self.channels(len(self.upsample_rates))
         found = [
             *self.decoder.backbone_matrices(),
             (first, TAPS * width),
@@ -77,7 +80,7 @@ class CodecShape:
         for stage, rate in enumerate(self.upsample_rates):
             inputs, outputs = self.channels(stage), self.channels(stage + 1)
             found += [(rate * outputs, 2 * inputs), (outputs, TAPS * outputs), (outputs, outputs)]
-        return found
+        return [*found, (ENDING_ROWS, TAPS * last)]
 
     def num_samples(self, num_frames: int) -> int:
         """How many samples so many frames settle: each stage that overlaps waits for one row more."""

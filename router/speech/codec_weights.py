@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from experts.ffn import ExpertWeights
 from experts.huge_pages import joined
-from experts.numerics import RowKernel
+from experts.numerics import RowKernel, calibrate
 from experts.store import ExpertStore
 from router.media.tower_parts import LayerNorm, TowerReader
 from router.speech.codec_parts import (
@@ -23,13 +24,19 @@ from router.speech.codec_parts import (
     Stage,
     Upsampling,
 )
-from router.speech.codec_shape import DILATIONS, TAPS, CodecShape
+from router.speech.codec_shape import DILATIONS, ENDING_ROWS, TAPS, CodecShape
 from router.weights import Layer
 
 COMPONENT = "code2wav"
-NORM_EPSILON = 1e-6
-ENDING_ROWS = 8
-"""Of its matrix, all but one zeros: a matrix of one output takes a path of its own in a library."""
+NORM_EPSILON, SNAKE_EPSILON = 1e-6, 1e-9
+
+
+def codec_dtype(dtype: torch.dtype, *, is_native: bool) -> torch.dtype:
+    """In which products are computed. dtype: of the text's engine.
+
+    A library has shapes, among the codec's many, at which it sums a few bfloat16 rows in another order than many.
+    """
+    return dtype if is_native else torch.float32
 
 
 class CodecReader:
@@ -39,16 +46,20 @@ class CodecReader:
     def __init__(self, read: TowerReader, kernel: RowKernel, dtype: torch.dtype) -> None:
         """read: in float32."""
         self.tensor = read.tensor
-        self._kernel, self._dtype = kernel, dtype
+        self.kernel, self.dtype = kernel, dtype
         self.nbytes = 0
         """Of all matrices; what else there is takes little."""
 
     @classmethod
-    def of(cls, store: ExpertStore, kernel: RowKernel, dtype: torch.dtype) -> CodecReader:
+    def of(cls, store: ExpertStore, shape: CodecShape, kernel: RowKernel, dtype: torch.dtype) -> CodecReader:
+        """kernel: of the decoder that answers text. Raises NotRowInvariant."""
+        if kernel.product != "native":  # a library's is proved by shape
+            dtype = codec_dtype(dtype, is_native=False)
+            kernel = calibrate(shape.matrices(), dtype)
         return cls(TowerReader(store, COMPONENT, kernel, torch.float32), kernel, dtype)
 
     def rounded(self, weight: Tensor) -> Tensor:
-        rounded = weight.to(self._dtype).contiguous()
+        rounded = weight.to(self.dtype).contiguous()
         self.nbytes += rounded.nbytes
         return rounded
 
@@ -58,13 +69,19 @@ class CodecReader:
     def linear(self, name: str, outputs: int, inputs: int) -> Matrix:
         return self.matrix(self.tensor(f"{name}.weight", outputs, inputs), name, outputs)
 
-    def snake(self, name: str, channels: int) -> Snake:
-        return Snake.of(*self.vectors(name, channels, "alpha", "beta"))
+    def snake(self, name: str, channels: int, before: str | None = None) -> Snake:
+        """From the logarithms that a checkpoint has. before: the convolution whose bias it adds."""
+        alpha_C, beta_C = self.vectors(name, channels, "alpha", "beta")
+        bias_C = torch.zeros_like(alpha_C) if before is None else self.tensor(f"{before}.conv.bias", channels)
+        return Snake(bias_C, alpha_C.exp(), 1.0 / (beta_C.exp() + SNAKE_EPSILON), self.dtype, self.kernel)
 
-    def convolution(self, name: str, outputs: int, inputs: int, dilation: int = 1) -> Convolution:
+    def convolution(
+        self, name: str, outputs: int, inputs: int, dilation: int = 1, *, has_bias: bool = True
+    ) -> Convolution:
         weight_OCK = self.tensor(f"{name}.conv.weight", outputs, inputs, TAPS)
-        matrix = self.matrix(weight_OCK.transpose(1, 2).flatten(1), f"{name}.conv", outputs)
-        return Convolution(name, matrix, dilation)
+        bias_O = self.tensor(f"{name}.conv.bias", outputs) if has_bias else None
+        weight_OI = self.rounded(weight_OCK.transpose(1, 2).flatten(1))
+        return Convolution(name, Matrix(weight_OI, bias_O, self.kernel), dilation)
 
     def upsampling(self, name: str, inputs: int, outputs: int, rate: int, *, overlaps: bool) -> Upsampling:
         """A row's tap `rate + i` falls on the place of the next row's tap i."""
@@ -74,7 +91,7 @@ class CodecReader:
         # The row before comes first, with its later taps.
         weight_OI = taps_ISRO.flip(1).permute(2, 3, 1, 0).reshape(rate * outputs, steps * inputs)
         bias_O = self.tensor(f"{name}.conv.bias", outputs).repeat(rate)
-        return Upsampling(name, Matrix(self.rounded(weight_OI), bias_O, self._kernel), rate, overlaps)
+        return Upsampling(name, Matrix(self.rounded(weight_OI), bias_O, self.kernel), rate, overlaps)
 
     def ending(self, snake: str, convolution: str, channels: int) -> Ending:
         """Products in float32, since what they give is heard as it is."""
@@ -82,11 +99,12 @@ class CodecReader:
         weight_OI = weight_1CK.new_zeros(ENDING_ROWS, TAPS * channels)
         weight_OI[0] = weight_1CK[0].t().flatten()
         bias_O = self.tensor(f"{convolution}.conv.bias", 1).repeat(ENDING_ROWS)
-        matrix = Matrix(weight_OI, bias_O, self._kernel)
-        return Ending(self.snake(snake, channels), Convolution(convolution, matrix))
+        matrix = Matrix(weight_OI, bias_O, self.kernel)
+        activation = replace(self.snake(snake, channels), dtype=torch.float32)
+        return Ending(activation, Convolution(convolution, matrix))
 
     def matrix(self, weight_OI: Tensor, name: str, outputs: int) -> Matrix:
-        return Matrix(self.rounded(weight_OI), self.tensor(f"{name}.bias", outputs), self._kernel)
+        return Matrix(self.rounded(weight_OI), self.tensor(f"{name}.bias", outputs), self.kernel)
 
 
 def read_parts(shape: CodecShape, read: CodecReader) -> list[Part]:
@@ -160,9 +178,11 @@ def _stage(name: str, inputs: int, outputs: int, rate: int, read: CodecReader) -
 
 
 def _unit(name: str, channels: int, dilation: int, read: CodecReader) -> ResidualUnit:
-    wide = read.convolution(f"{name}.conv1", channels, channels, dilation)
+    wide = read.convolution(f"{name}.conv1", channels, channels, dilation, has_bias=False)
     narrow_OC1 = read.tensor(f"{name}.conv2.conv.weight", channels, channels, 1)
     narrow = read.matrix(narrow_OC1[:, :, 0], f"{name}.conv2.conv", channels)
-    return ResidualUnit(
-        read.snake(f"{name}.act1", channels), wide, read.snake(f"{name}.act2", channels), narrow
+    first, second = (
+        read.snake(f"{name}.act1", channels),
+        read.snake(f"{name}.act2", channels, f"{name}.conv1"),
     )
+    return ResidualUnit(first, wide, second, narrow)

@@ -18,7 +18,7 @@ from extraction.manifest import Manifest
 from router.errors import ConfigUnsupported
 from router.speech.wish import NUM_CODES
 
-TALKER, CODE_PREDICTOR, CODE2WAV = "talker", "code_predictor", "code2wav"
+THINKER, TALKER, CODE_PREDICTOR, CODE2WAV = "thinker", "talker", "code_predictor", "code2wav"
 PARTS_THAT_SPEAK = frozenset((TALKER, CODE_PREDICTOR, CODE2WAV))
 """Components of a store that does."""
 NUM_CONTROL_IDS = 1024
@@ -98,7 +98,7 @@ class SpeechFacts:
 def read_speech_facts(manifest: Manifest) -> SpeechFacts | None:
     """None where the store lacks what speaks. Raises ConfigUnsupported."""
     parts = {component.name: component.config for component in manifest.components}
-    if not parts.keys() >= PARTS_THAT_SPEAK:
+    if not parts.keys() >= PARTS_THAT_SPEAK | {THINKER}:
         return None
     config = manifest.config
     talker = config.get("talker_config")
@@ -111,7 +111,7 @@ def read_speech_facts(manifest: Manifest) -> SpeechFacts | None:
             _voices(talker, codec.vocab_size),
             _turn_ids(config, thinker, manifest.generation_config),
             codec,
-            _accept_layer(talker, parts["thinker"]),
+            _accept_layer(talker, parts[THINKER]),
             _defaults(manifest.generation_config),
         )
     except ConfigInvalid as error:

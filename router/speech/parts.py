@@ -27,7 +27,6 @@ from router.self_test import prove_row_invariance
 from router.speech.code_predictor import CodePredictor, read_predictor_config
 from router.speech.facts import CODE_PREDICTOR, TALKER
 from router.speech.projections import Projection
-from router.speech.speech import Frame
 from router.weights import TensorLoader
 
 logger = logging.getLogger(__name__)
@@ -63,7 +62,7 @@ class SpeechParts:
         numbers = upload(torch.tensor(ids), self.thinker_VD.device)
         return self.text_projection(self.thinker_VD.index_select(0, numbers).cpu())
 
-    def embed_frames(self, frames: Sequence[Frame]) -> Tensor:
+    def embed_frames(self, frames: Sequence[Sequence[int]]) -> Tensor:
         """(F, D) sums of their codes' embeddings: in float32, code after code."""
         codes_FC = torch.tensor(frames)
         total_FD = self.talker.embeddings_VD.index_select(0, codes_FC[:, 0]).float()

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
+from experts.native_products import chosen_level
 from experts.numerics import RowKernel
 from router.kv_cache import KvPool
 from router.media.sizes import TensorCounter
 from router.model_config import ModelConfig, read_model_config
 from router.speech.code_predictor import read_predictor_config
 from router.speech.codec_shape import TAPS, CodecShape, read_codec_shape
-from router.speech.codec_weights import CodecReader
+from router.speech.codec_weights import CodecReader, codec_dtype
 from router.speech.facts import CODE2WAV, CODE_PREDICTOR, TALKER
 from router.speech.opening import SpeakerOptions, speech_kv_blocks
 from router.speech.states import KEPT_BYTES
@@ -44,14 +45,15 @@ def speech_bytes(
         read_predictor_config(configs[CODE_PREDICTOR]),
     )
     shape, most = read_codec_shape(configs[CODE2WAV]), options.limits.most_running
+    sound_dtype = codec_dtype(dtype, is_native=chosen_level(dtype) is not None)
     return (
         talker_bytes
         + speech_kv_blocks(talker, dtype, options) * KvPool.block_bytes(talker, dtype)
         + _predictor_bytes(predictor, dtype)
         + (most + 1) * KvPool.block_bytes(predictor, dtype)
-        + _codec_bytes(shape, dtype)
-        + most * stream_blocks(shape) * KvPool.block_bytes(shape.decoder, dtype)
-        + _sound_bytes(shape, dtype)
+        + _codec_bytes(shape, sound_dtype)
+        + most * stream_blocks(shape) * KvPool.block_bytes(shape.decoder, sound_dtype)
+        + _sound_bytes(shape, sound_dtype)
         + KEPT_BYTES
     )
 
@@ -63,9 +65,8 @@ def _predictor_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
 
 
 def _codec_bytes(shape: CodecShape, dtype: torch.dtype) -> int:
-    kernel = RowKernel(1)
-    read = CodecReader(TensorCounter(torch.float32), kernel, dtype)
-    return Vocoder(shape, read, kernel, dtype).nbytes
+    read = CodecReader(TensorCounter(torch.float32), RowKernel(1), dtype)
+    return Vocoder(shape, read).nbytes
 
 
 def _sound_bytes(shape: CodecShape, dtype: torch.dtype) -> int:

@@ -11,7 +11,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from router.prompt_inputs import InputRows
 from router.request import FinishReason, GenerationRequest
 from router.speech.drawing import draw_first, draw_other, is_finite
 from router.speech.facts import SpeechFacts
-from router.speech.inputs import PromptMaker
+from router.speech.inputs import TalkerInputs, check_speech, check_states, speech_positions
 from router.speech.parts import SpeechParts
 from router.speech.speech import Frame, Speech
 from router.speech.wish import NUM_CODES
@@ -85,7 +85,7 @@ class Speaker:
         self.limits = limits
         self.stats = SpeakerStats()
         self.allocator = BlockAllocator(pool.keys.shape[1])
-        self._maker = PromptMaker(facts, parts, images)
+        self._images = images
         self._waiting: OrderedDict[str, Speech] = OrderedDict()
         self._running: OrderedDict[str, Speech] = OrderedDict()
 
@@ -109,16 +109,22 @@ class Speaker:
 
     def add(self, request: GenerationRequest, hidden_HD: Tensor | None = None) -> None:
         """Queue a request for speech. hidden_HD: states of the text's decoder after `facts.accept_layer` layers at
-        `TalkerPrompt.media_indices`, in order; needed where there are any.
+        `TalkerPrompt.media_indices`, in order; needed where there are any. Behind a long prompt there may be room for
+        fewer frames than are asked for; such a speech ends by its length there.
 
-        Raises PromptInvalid or RequestTooLong; ValueError for a used id.
+        Raises PromptInvalid, RequestTooLong where there is no room for one; ValueError for a used id.
         """
         if request.request_id in self._waiting or request.request_id in self._running:
             raise ValueError(f"request id {request.request_id!r} is in use")
-        speech = self._maker.speech(request, hidden_HD)
-        total = len(speech.prompt_PD) + request.sampling.max_tokens
-        if total > self.most_positions:
-            raise RequestTooLong(total, self.most_positions)
+        prompt = check_speech(self.facts, request, self.parts.thinker_VD.shape[0])
+        check_states(prompt, hidden_HD)
+        room = self.most_positions - prompt.num_positions
+        if room < 1:
+            raise RequestTooLong(prompt.num_positions + 1, self.most_positions)
+        sampling = replace(request.sampling, max_tokens=min(request.sampling.max_tokens, room))
+        request = replace(request, sampling=sampling)
+        inputs = TalkerInputs(self.parts, prompt, request.prompt_ids, hidden_HD)
+        speech = Speech(request, inputs, speech_positions(request, prompt, self._images))
         self._waiting[speech.name] = speech
 
     def close(self) -> None:
@@ -231,13 +237,11 @@ class Speaker:
 
     def _inputs(self, speech: Speech, first: int, count: int) -> Tensor:
         """(count, D) of the talker's positions from `first` on."""
-        prompt_RD = speech.prompt_PD[first : first + count]
-        indices = speech.frames_at(first, count)
-        if not indices:
+        prompt_RD, numbers = speech.inputs.prompt(first, count), speech.frames_at(first, count)
+        if not numbers:
             return prompt_RD
-        frames = [speech.frames[index] for index in indices]
-        frames_FD = self.parts.embed_frames(frames) + speech.text_at(indices)
-        return torch.cat((prompt_RD, frames_FD))
+        frames = speech.frames[numbers.start : numbers.stop]
+        return torch.cat((prompt_RD, self.parts.embed_frames(frames) + speech.inputs.beside(numbers)))
 
     def _draw(self, done: Sequence[Speech], logits_LV: Tensor, hidden_LD: Tensor) -> list[Spoken]:
         """The next frame of each, or its end."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
 from router.penalties import TokenHistory
 from router.request import GenerationRequest
+from router.speech.inputs import TalkerInputs
 from router.speech.wish import NUM_CODES
 
 Frame = tuple[int, ...]
@@ -19,28 +18,31 @@ class Speech:
     """Owned by `router.speech.speaker`. A position of the talker is one of the prompt's, then one for each frame."""
 
     def __init__(
-        self, request: GenerationRequest, prompt_PD: Tensor, trailing_ND: Tensor, positions_3P: Tensor | None
+        self, request: GenerationRequest, inputs: TalkerInputs, positions_3P: Tensor | None = None
     ) -> None:
-        """prompt_PD: inputs of the prompt. trailing_ND: what is added to the frames' inputs; the last row stands for
-        all frames behind. positions_3P: int64; None means 0, 1, 2, ... in all three rows."""
-        self.request = request
-        self.prompt_PD, self.trailing_ND = prompt_PD, trailing_ND
+        """positions_3P: see `router.speech.inputs.speech_positions`."""
+        self.request, self.inputs = request, inputs
         self.frames: list[Frame] = frames_of(request.generated_ids)
         self.num_computed = 0
         self.has_drawn = False
         """Whether a frame was drawn from what is computed: then its keys and values are finite."""
         self.history = TokenHistory((), (frame[0] for frame in self.frames))
         self._positions_3P = positions_3P
-        self._shift = 0 if positions_3P is None else int(positions_3P.max()) + 1 - len(prompt_PD)
+        self._shift = 0 if positions_3P is None else int(positions_3P.max()) + 1 - inputs.num_positions
 
     @property
     def name(self) -> str:
         return self.request.request_id
 
     @property
+    def num_prompt(self) -> int:
+        """Positions before the first frame's."""
+        return self.inputs.num_positions
+
+    @property
     def num_known(self) -> int:
         """Positions whose input is known."""
-        return len(self.prompt_PD) + len(self.frames)
+        return self.num_prompt + len(self.frames)
 
     @property
     def num_missing(self) -> int:
@@ -53,9 +55,9 @@ class Speech:
 
     def advance(self, count: int) -> int:
         """So many positions more are computed. Returns how many of them were the prompt's."""
-        before = min(self.num_computed, len(self.prompt_PD))
+        before = min(self.num_computed, self.num_prompt)
         self.num_computed += count
-        return min(self.num_computed, len(self.prompt_PD)) - before
+        return min(self.num_computed, self.num_prompt) - before
 
     def begin_anew(self) -> None:
         """Its keys and values are gone; what is known stays."""
@@ -67,14 +69,9 @@ class Speech:
         self.history.add(frame[0])
 
     def frames_at(self, first: int, count: int) -> range:
-        """Indices of the frames among so many positions."""
-        num_prompt = len(self.prompt_PD)
-        return range(max(0, first - num_prompt), max(0, first + count - num_prompt))
-
-    def text_at(self, frames: Iterable[int]) -> Tensor:
-        """(F, D) what is added to these frames' inputs."""
-        last = len(self.trailing_ND) - 1
-        return self.trailing_ND[[min(frame, last) for frame in frames]]
+        """Numbers of the frames among so many positions."""
+        behind = first - self.num_prompt
+        return range(max(0, behind), max(0, behind + count))
 
     def positions(self, first: int, count: int) -> Tensor:
         """(3, count) rotary positions."""

@@ -56,6 +56,11 @@ class SpeechEngine:
         return parts.nbytes + parts.worker.resident_bytes + self.speaker.pool.nbytes + self.vocoder.nbytes
 
     @property
+    def progressed_at(self) -> float:
+        """When the talker last finished a layer, by the monotonic clock: experts may come from a slow disk."""
+        return self.speaker.parts.talker.progressed_at
+
+    @property
     def open_requests(self) -> list[str]:
         """Ids of all speeches that have not ended."""
         return list(self._utterances)

@@ -84,11 +84,11 @@ class SpeechThread:
 
     @property
     def stalled_s(self) -> float:
-        """Seconds since a step was done; 0 where there is nothing to do, or weights are being read."""
+        """Seconds since a step or a layer was done; 0 where there is nothing to do, or weights are being read."""
         engine = self._engine
         if engine is None or not engine.has_work or self._is_loading:
             return 0.0
-        return time.monotonic() - self._progressed_at
+        return time.monotonic() - max(self._progressed_at, engine.progressed_at)
 
     def status(self) -> SpeechStatus:
         """On any thread."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from experts.numerics import RowKernel, calibrate
+from experts.numerics import RowKernel
 from experts.store import ExpertStore
 from router.decoder_layer import LayerArithmetic
 from router.errors import SpeechFailed
@@ -56,14 +56,14 @@ class VoiceStream:
 class Vocoder:
     """The codec's weights, and the way through them."""
 
-    def __init__(self, shape: CodecShape, read: CodecReader, kernel: RowKernel, dtype: torch.dtype) -> None:
+    def __init__(self, shape: CodecShape, read: CodecReader) -> None:
         """Raises WeightMismatch, ConfigUnsupported, or what reading the store raises."""
         config = shape.decoder
-        self.shape, self._dtype = shape, dtype
+        self.shape, self._dtype = shape, read.dtype
         num_codes = NUM_CODES * shape.codebook_size
         self._embeddings = read.rounded(read.tensor("code_embedding.weight", num_codes, config.hidden_size))
         self._offsets = torch.arange(NUM_CODES) * shape.codebook_size
-        self._arithmetic = LayerArithmetic(config, kernel, dtype)
+        self._arithmetic = LayerArithmetic(config, read.kernel, read.dtype)
         self._layers = list(read_layers(shape, read))
         self._norm_D = read.rounded(read.tensor("pre_transformer.norm.weight", config.hidden_size))
         self._parts = read_parts(shape, read)
@@ -71,12 +71,12 @@ class Vocoder:
 
     @classmethod
     def open(cls, store: ExpertStore, kernel: RowKernel, dtype: torch.dtype) -> Vocoder:
-        """kernel: of the decoder that answers text. Raises WeightMismatch, ConfigUnsupported, NotRowInvariant, or what
-        reading the store raises."""
+        """kernel, dtype: of the decoder that answers text.
+
+        Raises WeightMismatch, ConfigUnsupported, NotRowInvariant, or what reading the store raises.
+        """
         shape = read_codec_shape(store.component(COMPONENT).config)
-        if kernel.product != "native":  # which a library's is proved for by shape
-            kernel = calibrate(shape.matrices(), dtype)
-        return cls(shape, CodecReader.of(store, kernel, dtype), kernel, dtype)
+        return cls(shape, CodecReader.of(store, shape, kernel, dtype))
 
     def stream(self, first: int = 0) -> VoiceStream:
         """Of a speech from its frame `first` on: what then comes of the first `CodecShape.lookback` frames is not how

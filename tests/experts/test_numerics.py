@@ -106,6 +106,25 @@ def test_calibration_takes_the_multiple_that_suits_every_shape(monkeypatch: pyte
 
 
 @pytest.mark.usefixtures("without_ours")
+def test_calibration_notices_another_order_of_summation_behind_rounded_results(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It shows in one result of tens of thousands: no other test of so small a matrix looks at as many."""
+    multiply = RowKernel.multiply
+
+    def rounded(
+        kernel: RowKernel, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        found = multiply(kernel, x, weight, out)
+        if x.shape[0] < 4:
+            found[(found.view(torch.int16) & 0x7FFF) == 0x4060] += 1  # 3.5 and -3.5
+        return found
+
+    monkeypatch.setattr(RowKernel, "multiply", rounded)
+    assert calibrate([(72, 48)], torch.bfloat16).row_multiple == 4
+
+
+@pytest.mark.usefixtures("without_ours")
 def test_calibration_takes_another_product_where_one_never_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     _spoil(monkeypatch, lambda kernel, x, weight: kernel.product == "onednn" and x.shape[0] < 64)
     assert calibrate([(16, 64)], torch.float32).product == "mm"

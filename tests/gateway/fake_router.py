@@ -213,8 +213,9 @@ def settings(**changes: object) -> GatewaySettings:
 
 
 def speech_facts(max_frames: int = 8, **voices: int) -> SpeechFacts:
-    """voices: names and ids."""
-    turns = TurnIds(1, 2, 3, 4, 5, 6, frozenset(), frozenset({EOS}))
+    """Of a model whose prompts have a turn of the assistant where they say "Once upon". voices: names and ids."""
+    turn_start, assistant = stories_tokenizer().encode("Once upon")
+    turns = TurnIds(turn_start, 2, assistant, 4, 5, 6, frozenset(), frozenset({EOS}))
     codec = CodecIds(64, pad=64, begin=65, end=66, no_thought=67, thought_begin=68, thought_end=69)
     chosen = voices or {"chelsie": 70, "ethan": 71}
     return SpeechFacts(chosen, turns, codec, 0, SpeechDefaults(max_frames=max_frames))

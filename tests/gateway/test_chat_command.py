@@ -276,7 +276,7 @@ def test_chat_with_a_service_hears_and_counts_the_text_alone() -> None:
     fields = speech_fields(SpeechChoice("Chelsie", 5))
     app = app_over(router, speech=speech_facts())
     with connect("http://gateway", None, None, fields, _AppTransport(app)) as backend:
-        pieces = list(backend.stream(USER))
+        pieces = list(backend.stream([{"role": "user", "content": "Once upon a time"}]))
     assert "".join(piece.text for piece in pieces) == "A king."
     assert b"".join(piece.samples for piece in pieces) == b"abcd"
     assert pieces[-1].num_tokens == len(ids) + 1

@@ -85,7 +85,7 @@ SPOKEN_CHAT = {
     **CHAT,
     "messages": [
         {"role": "assistant", "content": None, "audio": {"id": "audio_0", "transcript": "t", "data": ""}},
-        {"role": "user", "content": "u"},
+        {"role": "user", "content": "Once upon a time"},
     ],
     "modalities": ["text", "audio"],
     "audio": {"voice": "ethan", "format": "pcm16"},

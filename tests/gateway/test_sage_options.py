@@ -150,7 +150,7 @@ def test_service_default_applies_and_native_may_be_asked_for(ask: Ask) -> None:
         ({"policy": "fast"}, "sage.policy", "must be native or snarc."),
         ({"effort": "FOCUS"}, "sage.effort", "must be wake, focus, crisis or auto."),
         ({"explain": 1}, "sage.explain", "must be true or false."),
-        ({"k": 3}, "sage.k", "is no field here; fields are policy, effort, explain."),
+        ({"k": 3}, "sage.k", "is no field here; fields are policy, effort, explain, max_speech_frames."),
         ([], "sage", "must be an object with policy"),
     ],
 )

@@ -269,6 +269,13 @@ def test_failed_speech_ends_the_request_and_not_silently() -> None:
     assert "[DONE]" not in lines
 
 
+@pytest.mark.parametrize("is_mixed", [True, False])
+def test_speech_by_experts_of_another_class_is_named(is_mixed: bool) -> None:
+    sound = [Step(CODES, samples=SOUND[:256], is_mixed=is_mixed), Step((), "stop")]
+    (response,) = post(router(sound=sound), {**CHAT, **SPOKEN})
+    assert ("numerics" in response.json()["sage"]) is is_mixed
+
+
 def test_client_that_leaves_while_it_listens_cancels_the_speech() -> None:
     fake = router(sound=[Step(CODES, samples=SOUND[:256]), Step(hangs=True)])
 
@@ -372,6 +379,15 @@ def test_wishes_that_cannot_be_met_are_refused_by_field(
     assert reason in error["message"]
 
 
+def test_prompt_without_a_turn_to_speak_is_refused_before_it_is_answered() -> None:
+    fake = router()
+    (response,) = post(fake, {**CHAT, **SPOKEN, "messages": [{"role": "user", "content": "a"}]})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "messages"
+    assert "no turn of the assistant" in response.json()["error"]["message"]
+    assert not fake.requests
+
+
 def test_service_that_does_not_speak_says_so() -> None:
     error = refusal(SPOKEN, facts=None)
     assert error["param"] == "modalities" and error["code"] == "unsupported_parameter"
@@ -396,13 +412,14 @@ def test_fields_of_audio_without_effect_are_named() -> None:
 
 
 def test_models_say_whether_they_speak() -> None:
-    async def run(facts: SpeechFacts | None) -> list[str]:
+    async def run(facts: SpeechFacts | None) -> dict[str, Any]:
         async with http_client(app_over(FakeRouter(), speech=facts)) as client:
-            given: list[str] = (await client.get(f"/v1/models/{MODEL}")).json()["output_modalities"]
-            return given
+            card: dict[str, Any] = (await client.get(f"/v1/models/{MODEL}")).json()
+            return card
 
-    assert asyncio.run(run(FACTS)) == ["text", "audio"]
-    assert asyncio.run(run(None)) == ["text"]
+    speaking, silent = asyncio.run(run(FACTS)), asyncio.run(run(None))
+    assert (speaking["output_modalities"], speaking["voices"]) == (["text", "audio"], ["chelsie", "ethan"])
+    assert silent["output_modalities"] == ["text"] and "voices" not in silent
 
 
 def test_spoken_answer_stands_in_a_later_turn_by_its_id() -> None:

@@ -156,7 +156,7 @@ def test_router_and_actors_are_of_one_class_where_the_backbone_s_products_need_f
         )
 
     monkeypatch.setattr(numerics, "_is_invariant", is_sound)
-    monkeypatch.setattr(engines, "_prove_once", prove_row_invariance)
+    monkeypatch.setattr(engines, "prove_once", prove_row_invariance)
     options = EngineOptions(dtype=dtype, device=DEVICE)
     alone = _local(root, options)
     outcome, loaded = _run(root, options, num_actors=2, budgets=(2, 1))

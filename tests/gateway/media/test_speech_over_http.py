@@ -219,8 +219,8 @@ def test_generate_speaks_what_the_service_speaks(
     assert answer.spoken is not None
     assert (answer.text, answer.spoken.samples) == audio(response)
     told = answer.as_json()["speech"]
-    assert (told["frames"], told["finish_reason"]) == (NUM_FRAMES, "length")
-    assert told["first_sound_s"] > 0
+    assert told.items() >= response.json()["sage"]["speech"][0].items()
+    assert told["frames"] > 2 and told["first_sound_s"] > 0
     answer.spoken.save(tmp_path / "out.wav")
     samples, rate = decode_wav((tmp_path / "out.wav").read_bytes(), 10.0)
     assert rate == SAMPLE_RATE and len(samples) == len(answer.spoken.samples) // 2

@@ -11,7 +11,14 @@ from experts.store import ExpertStore
 from extraction.manifest import Component, Manifest
 from router.errors import ConfigUnsupported
 from router.loading import LoadedEngine
-from router.speech.facts import MOST_FRAMES, SpeechDefaults, SpeechFacts, read_speech_facts
+from router.speech.facts import (
+    MOST_FRAMES,
+    CodecIds,
+    SpeechDefaults,
+    SpeechFacts,
+    TurnIds,
+    read_speech_facts,
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +54,40 @@ def test_facts_are_those_of_the_checkpoint(manifest: Manifest) -> None:
     assert (facts.codec.num_codes, facts.codec.vocab_size, facts.codec.end) == (64, 1088, 102)
     assert facts.accept_layer == 1
     assert facts.defaults == SpeechDefaults(MOST_FRAMES, 0.9, 50, 1.0, 1.05)
+
+
+def test_published_ids_are_taken(manifest: Manifest) -> None:
+    """Of Qwen3-Omni-30B-A3B-Instruct, whose configuration names the talker's own ids and leaves the text's out."""
+    published = {
+        "talker_config": {
+            "accept_hidden_layer": 24,
+            "num_code_groups": 16,
+            "speaker_id": {"chelsie": 2301, "ethan": 2302, "aiden": 2303},
+            "codec_pad_id": 2148,
+            "codec_bos_id": 2149,
+            "codec_eos_token_id": 2150,
+            "codec_nothink_id": 2155,
+            "codec_think_bos_id": 2156,
+            "codec_think_eos_id": 2157,
+        },
+        "thinker_config": {"audio_token_id": 151675, "image_token_id": 151655, "video_token_id": 151656},
+    }
+    configs = {
+        "thinker": {"num_hidden_layers": 48},
+        "talker": {"vocab_size": 3072},
+        "code_predictor": {"vocab_size": 2048, "num_code_groups": 16},
+        "code2wav": {"codebook_size": 2048, "num_quantizers": 16},
+    }
+    parts = tuple(Component(name=name, config=config, tensors=()) for name, config in configs.items())
+    changed = {"config": published, "components": parts, "generation_config": {}}
+    facts = read_speech_facts(manifest.model_copy(update=changed))
+    assert facts is not None
+    assert facts.turns == TurnIds(
+        151644, 872, 77091, 151672, 151673, 151671, frozenset({151655, 151656, 151675}), frozenset({151645})
+    )
+    assert facts.codec == CodecIds(2048, 2148, 2149, 2150, 2155, 2156, 2157)
+    assert facts.accept_layer == 24
+    assert facts.defaults == SpeechDefaults(4096, 0.9, 50, 1.0, 1.05)
 
 
 def test_generation_config_has_the_talker_s_own_defaults(manifest: Manifest) -> None:

@@ -95,7 +95,7 @@ def test_several_speeches_are_each_what_they_are_alone(omni: LoadedEngine, engin
     beside = hear(engine)
     for name, heard in alone.items():
         assert (beside[name].frames, beside[name].samples) == (heard.frames, heard.samples)
-    assert len({heard.samples for heard in alone.values()}) == 4
+    assert len({heard.samples[:3000] for heard in alone.values()}) == 4
 
 
 @pytest.mark.parametrize("num_told", [1, 7, 8, 21, 29])
@@ -173,7 +173,8 @@ def test_speech_whose_sound_fails_ends_and_no_other_does(omni: LoadedEngine, voc
     engine.add(speech(omni, "a", 1), None)
     engine.add(speech(omni, "b", 2), None)
     found = {name: heard.end for name, heard in hear(engine).items()}
-    assert sorted(found.values(), key=str) == ["length", "the reply could not be spoken"]
+    failed, other = sorted(map(str, found.values()), key="the reply could not be spoken".__ne__)
+    assert failed == "the reply could not be spoken" and other in ("length", "stop")
     assert engine.stats.failed == 1 and not engine.speaker.has_work
     engine.close()
 

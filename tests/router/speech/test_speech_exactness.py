@@ -8,10 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from experts.numerics import computing_threads
+from extraction.extract import extract
+from extraction.quantise import Quantization
+from extraction.quantised_parts import QuantisedParts
 from router.loading import EngineOptions, LoadedEngine
 from router.request import GenerationRequest, SamplingParams
 from router.speech.speaker import SpeakerLimits
@@ -147,3 +151,21 @@ def test_speeches_of_other_seeds_choices_voices_and_replies_differ(loaded: Loade
     ]
     found = speak(loaded, new_speaker(loaded), requests)
     assert len({tuple(frames) for frames in found.frames.values()}) == len(requests)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_quantised_talker_speaks_alike_at_any_budget_and_beside_others(
+    omni_checkpoint: Path, tmp_path: Path, scheme: Literal["int8", "int4"]
+) -> None:
+    form = Quantization(scheme=scheme, group_size=32 if scheme == "int4" else None)
+    extract(omni_checkpoint, tmp_path / "store", quantised=QuantisedParts(form, form, form))
+    loaded = open_engine(tmp_path / "store", EngineOptions(dtype="float32", has_media=True))
+    sampling = SamplingParams(max_tokens=8, temperature=0.9, top_k=50, seed=1)
+    requests = [
+        speech_request(loaded, *turns, name=f"s{number}", sampling=sampling)
+        for number, turns in enumerate(CONVERSATIONS)
+    ]
+    speaker = new_speaker(loaded, budget_bytes=6000, limits=SpeakerLimits(prompt_rows=16))
+    assert speak(loaded, speaker, requests, JOIN_AT) == _alone(loaded, requests)
+    assert 0 < speaker.parts.worker.num_resident < 12
+    loaded.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from router.loading import LoadedEngine
 from router.speech.wish import SpeechWish
@@ -18,10 +19,12 @@ from tests.speech import (
     asked,
     new_speaker,
     speak,
+    speech_facts,
     speech_request,
     told,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore:Passing `repetition_penalty` with `inputs_embeds`")
 HELLO = tuple(b"Hello there, how are you?")
 NUM_REPLY = 11
 CONVERSATIONS: dict[str, tuple[Turn, ...]] = {
@@ -58,6 +61,27 @@ def test_reply_shorter_or_longer_than_its_speech_is_spoken_alike(
     omni: LoadedEngine, published_speech: PublishedSpeech, num_reply: int
 ) -> None:
     _assert_parity(omni, published_speech, CONVERSATIONS["text"], "aiden", num_reply)
+
+
+def test_speech_that_ends_itself_ends_as_in_transformers(
+    omni: LoadedEngine, published_speech: PublishedSpeech
+) -> None:
+    """With an id for the end that is likelier than a code which these weights would draw."""
+    end = speech_facts(omni).codec.end
+    request = speech_request(omni, *CONVERSATIONS["text"])
+    speaker = new_speaker(omni)
+    ours, theirs = speaker.parts.talker.head_VD, published_speech.model.talker.codec_head.weight.data
+    assert isinstance(ours, torch.Tensor)
+    before = theirs[end].clone()
+    _, endless = published_speech.greedy(request, NUM_REPLY)
+    code = endless[9][0]
+    ours[end], theirs[end] = 1.5 * ours[code], 1.5 * theirs[code]
+    reply, frames = published_speech.greedy(request, NUM_REPLY)
+    theirs[end] = before
+    found = speak(omni, speaker, [replace(request, speech=SpeechWish((*reply, TURN_END), "ethan"))])
+    assert 0 < len(frames) <= 9
+    assert found.of() == frames
+    assert found.ends == {"s": "stop"}
 
 
 def _assert_parity(

@@ -66,7 +66,7 @@ def published(options: dict[str, Any], spread: float) -> Any:
 
 
 def vocoder_of(module: Any, options: dict[str, Any], dtype: torch.dtype, kernel: RowKernel) -> Vocoder:
-    return Vocoder(read_codec_shape(options), CodecReader(FromModule(module), kernel, dtype), kernel, dtype)
+    return Vocoder(read_codec_shape(options), CodecReader(FromModule(module), kernel, dtype))
 
 
 def kernel_of(dtype: torch.dtype) -> RowKernel:
@@ -131,12 +131,13 @@ def test_any_pieces_give_the_same_bits(small: Any, cuts: str, dtype: torch.dtype
     assert len(set(whole)) > 100
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pieces_give_the_same_bits_with_a_librarys_products(
-    omni_store: Path, monkeypatch: pytest.MonkeyPatch
+    omni_store: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     monkeypatch.setenv(VARIABLE, TORCH)
     store = ExpertStore.open(omni_store)
-    vocoder = Vocoder.open(store, kernel_of(torch.float32), torch.float32)
+    vocoder = Vocoder.open(store, kernel_of(dtype), dtype)
     store.close()
     frames = codes(40, vocoder.shape.codebook_size)
     uneven, large = (spoken(vocoder, frames, CUTS[name]) for name in ("uneven", "in large pieces"))
