@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.checkpoint_writer import Row, write_shards
+from benchmarks.checkpoint_writer import PIECE_ELEMENTS, Row, write_random, write_shards
 from benchmarks.published import PUBLISHED
 from benchmarks.slice_probe import probe_routing
 from benchmarks.slice_routing import (
@@ -44,14 +44,11 @@ from extraction.extract import extract
 from extraction.layouts import layout_for
 from extraction.manifest import ROLES
 
-PIECE_ELEMENTS = 1 << 24
 SHARD_BYTES = 4_000_000_000
 SPARE_BYTES = 1 << 28
 """Free disk that must remain."""
 NEAR_UNIFORM = (0.6, 0.16)
 """The worst case for a cache: about what the bundled model does on texts that it has not seen."""
-BINADE_RMS = math.sqrt(7 / 3)
-"""Root mean square of values spread evenly over [1, 2)."""
 OUTPUT_GAIN = 0.25
 """Of the matrices that write to the hidden state: what the layers add stays small beside the embeddings."""
 
@@ -124,7 +121,7 @@ class _Weights:
             _write(out, torch.full(shape, value))
         else:
             gain = OUTPUT_GAIN if shape[-2] == self._decoder.hidden_size and "_proj" in name else 1.0
-            self._fill_random(out, math.prod(shape), gain * shape[-1] ** -0.5)
+            write_random(out, self._numpy, math.prod(shape), gain * shape[-1] ** -0.5)
 
     def _fill_rows(
         self,
@@ -135,16 +132,6 @@ class _Weights:
         step = max(1, PIECE_ELEMENTS // self._hidden.width)
         for first in range(0, num_rows, step):
             _write(out, make(first, min(step, num_rows - first), self._hidden, self._torch))
-
-    def _fill_random(self, out: BinaryIO, num_elements: int, rms: float) -> None:
-        """Bfloat16 values of random sign and mantissa with one exponent: many times faster than normal ones."""
-        exponent = round(math.log2(rms / BINADE_RMS)) + 127
-        for first in range(0, num_elements, PIECE_ELEMENTS):
-            count = min(PIECE_ELEMENTS, num_elements - first)
-            words = np.frombuffer(bytearray(self._numpy.bytes(2 * count)), dtype=np.uint16)
-            words &= 0x807F
-            words |= exponent << 7
-            out.write(words.data)
 
 
 def _write(out: BinaryIO, values: Tensor) -> None:
