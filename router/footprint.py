@@ -170,13 +170,16 @@ def actor_buffer_bytes(
 
 
 def _half_a_layer(config: ModelConfig, rows: int, item: int) -> int:
-    """What a half that pauses in the middle holds, the larger of the two; `experts/native/layer.c` cuts it. Packed rows
-    may be float32."""
+    """What a half that pauses in the middle holds, the largest of attention, experts with the one that every row passes,
+    and a layer without experts; `experts/native/layer.c` cuts it. Packed rows may be float32."""
     attention = config.q_width * (2 * FLOAT32_BYTES + item) + (config.q_width + 2 * config.kv_width) * item
-    widest = max(config.gated_widths(), default=0)
-    of_expert = widest * FLOAT32_BYTES + config.hidden_size * item + 3 * FLOAT32_BYTES * 2
+    packed, numbers = config.hidden_size * FLOAT32_BYTES, 3 * FLOAT32_BYTES * 2
+    of_expert = config.expert_width * FLOAT32_BYTES + config.hidden_size * item + numbers
     experts = config.num_experts * item + config.experts_per_token * of_expert
-    return rows * (config.hidden_size * FLOAT32_BYTES + max(attention, experts))
+    if config.shared_width is not None:
+        experts += packed + config.shared_width * FLOAT32_BYTES + (config.hidden_size + 1) * item
+    dense = (config.dense_width or 0) * FLOAT32_BYTES
+    return rows * (packed + max(attention, experts, dense))
 
 
 def _rows(limits: BatchLimits) -> int:
