@@ -55,7 +55,7 @@ def media_prompt(
     try:
         ids, placed = place_media(tokenizer.encode_rendered(template.render([message])), media, decoder.facts)
     except ApiError as error:
-        raise OptionInvalid("prompt", error.message) from error
+        raise OptionInvalid("prompt", f"cannot be made a turn of a chat: {error.message}") from error
     except MediumRefused as error:
         raise OptionInvalid("prompt", f"and its files {error.reason}") from error
     finally:
