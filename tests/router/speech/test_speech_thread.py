@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from experts.errors import StoreDamaged
+from router import engine_thread
 from router.engine_thread import EngineThread
 from router.errors import PromptInvalid
 from router.loading import LoadedEngine
@@ -22,7 +23,7 @@ from router.speech.vocoder import Vocoder
 from router.speech.wish import SpeechWish
 from tests.engines import run_to_end, small_engine
 from tests.omni import image, request, sound
-from tests.router.test_engine_thread import Sink
+from tests.router.test_engine_thread import LateClock, Sink
 from tests.speech import (
     GREEDY,
     REPLY,
@@ -248,6 +249,25 @@ def test_waiting_speech_is_no_work_of_the_engine_and_is_seen_to_stall(
     source.gate.set()
     sink.wait_for_ends("image")
     assert thread.health().speech_stalled_s == 0.0
+
+
+def test_text_that_comes_long_after_a_speech_began_does_not_look_stuck(
+    omni: LoadedEngine,
+    thread: EngineThread,
+    source: GatedSource,
+    sink: Sink,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source.gate.clear()
+    thread.submit(speech(omni))
+    wait_until(lambda: bool(source.opened))
+    monkeypatch.setattr(thread.engine, "step", list)
+    clock = LateClock()
+    clock.ahead_s = 3600.0
+    monkeypatch.setattr(engine_thread, "time", clock)
+    thread.submit(request(omni, TEXT, name="a"))
+    health = thread.health()
+    assert health.has_work and health.seconds_since_step < 30.0
 
 
 @pytest.mark.parametrize(
