@@ -16,7 +16,7 @@ from router.speech.projections import Projection
 from router.speech.speaker import EXPERT_FAILED, NOT_FINITE, SpeakerLimits
 from router.speech.wish import NUM_CODES, SpeechWish
 from tests.omni import TURN_END, image
-from tests.speech import GREEDY, Turn, asked, new_speaker, speak, speech_facts, speech_request
+from tests.speech import GREEDY, Turn, asked, new_speaker, resumed, speak, speech_facts, speech_request
 
 QUESTION: tuple[Turn, ...] = (asked(tuple(b"Who are you?")),)
 
@@ -86,6 +86,14 @@ def test_speech_that_never_fits_is_refused(omni: LoadedEngine) -> None:
     speaker = new_speaker(omni, num_blocks=1)
     with pytest.raises(RequestTooLong, match="at most 64 fit"):
         speaker.add(speech_request(omni, asked((1,) * 60)))
+    assert not speaker.has_work
+
+
+def test_speech_that_was_told_more_frames_than_fit_is_refused_and_holds_nobody_up(omni: LoadedEngine) -> None:
+    speaker = new_speaker(omni, num_blocks=1)
+    request = speech_request(omni, *QUESTION, sampling=replace(GREEDY, max_tokens=120))
+    with pytest.raises(RequestTooLong, match="at most 64 fit"):
+        speaker.add(resumed(request, [(0,) * NUM_CODES] * 64))
     assert not speaker.has_work
 
 
