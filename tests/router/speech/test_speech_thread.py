@@ -19,6 +19,7 @@ from router.request import GenerationRequest, TokenEvent
 from router.speech.speech import Frame, frames_of
 from router.speech.speech_engine import SpeechEngine
 from router.speech.speech_source import SpeechSource
+from router.speech.speech_thread import SpeechThread
 from router.speech.vocoder import Vocoder
 from router.speech.wish import SpeechWish
 from tests.engines import run_to_end, small_engine
@@ -311,6 +312,31 @@ def test_stopped_thread_lets_go_of_what_speaks(omni: LoadedEngine, source: Gated
     sink.wait(lambda sink: bool(sink.samples.get("text")))
     thread.stop()
     assert thread.speech is not None and not thread.speech.is_loaded
+
+
+def test_stopped_thread_reads_nothing_for_speeches_that_wait(
+    omni: LoadedEngine, source: GatedSource, sink: Sink
+) -> None:
+    begun = []
+
+    class SlowSource(GatedSource):
+        def open(self) -> SpeechEngine:
+            begun.append(1)
+            assert self.gate.wait(30), "the test never opened the gate"
+            raise StoreDamaged("/a/place", "is gone")
+
+    source.gate.clear()
+    thread = SpeechThread(SlowSource(**vars(source)), sink)
+    thread.start()
+    for name in ("a", "b"):
+        thread.submit(replace(speech(omni), request_id=name))
+    wait_until(lambda: bool(begun))
+    stopper = threading.Thread(target=thread.stop)
+    stopper.start()
+    wait_until(thread._is_stopping.is_set)
+    source.gate.set()
+    stopper.join(30)
+    assert not stopper.is_alive() and len(begun) == 1 and set(sink.ends) == {"a"}
 
 
 def wait_until(is_so: Callable[[], bool], timeout_s: float = 30.0) -> None:
