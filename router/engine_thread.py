@@ -145,7 +145,7 @@ class EngineThread:
                 raise ValueError(f"request id {request.request_id!r} is in use")
             if self.num_open >= self.engine.limits.max_open:
                 raise QueueFull(self.num_open, retry_after_s=1.0)
-            if not self._open:
+            if not self._is_asked:
                 self._busy_since = time.monotonic()
             self._open.add(request.request_id)
             if capture is not None and self._speech is not None and not self._speech.take(request, capture):
@@ -173,13 +173,19 @@ class EngineThread:
             self._speech.cancel(request_id)
         self._commands.put(_Cancel(request_id))
 
+    @property
+    def _is_asked(self) -> bool:
+        """Whether the engine itself has something to do, now or next."""
+        num_elsewhere = len(self._preparing) + (0 if self._speech is None else self._speech.num_spoken)
+        return self.num_open > num_elsewhere
+
     def health(self) -> EngineHealth:
         engine, num_preparing, speech = self.engine, len(self._preparing), self._speech
-        num_elsewhere = num_preparing + (0 if speech is None else speech.num_spoken)
+        is_asked = self._is_asked  # before it is looked since when
         since = max(engine.stats.last_step_at, self._busy_since)
         return EngineHealth(
             self._thread.is_alive() and self._failure is None,
-            self.num_open > num_elsewhere,
+            is_asked,
             time.monotonic() - since,
             engine.num_waiting + num_preparing,
             engine.num_running,
@@ -288,7 +294,9 @@ class EngineThread:
     def _tell(self, events: Sequence[TokenEvent]) -> None:
         ended = [event.request_id for event in events if event.finish_reason is not None]
         if ended:
-            with self._admission:
+            with self._admission:  # in this order: what is spoken is never taken for the engine's
                 self._open.difference_update(ended)
+                if self._speech is not None:
+                    self._speech.forget(ended)
         if events:
             self._sink(events)

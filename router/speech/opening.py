@@ -52,9 +52,14 @@ def open_speaker(
     if facts.turns.largest >= thinker_VD.shape[0]:
         raise ConfigUnsupported("tts_pad_token_id", "or another token of speech is outside the vocabulary")
     parts = read_parts(store, thinker_VD, dtype, options.budget_bytes, limits.most_running, prove)
-    num_blocks = speech_kv_blocks(parts.talker.config, dtype, options)
-    pool = KvPool(parts.talker.config, num_blocks, dtype)
-    return Speaker(facts, parts, pool, limits, read_media_facts(store.manifest, store.root).image)
+    try:
+        num_blocks = speech_kv_blocks(parts.talker.config, dtype, options)
+        pool = KvPool(parts.talker.config, num_blocks, dtype)
+        images = read_media_facts(store.manifest, store.root).image
+    except BaseException:
+        parts.close()
+        raise
+    return Speaker(facts, parts, pool, limits, images)
 
 
 def speech_kv_blocks(config: ModelConfig, dtype: torch.dtype, options: SpeakerOptions) -> int:

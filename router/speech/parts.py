@@ -94,12 +94,16 @@ def read_parts(
     kernel = prove(config, dtype)
     widths = {TALKER: config.hidden_size}
     worker = ExpertWorker(store, kernel, dtype, widths=widths, budget_bytes=budget_bytes)
-    directory = LocalDirectory(worker)
-    forms = prove_linears(store.quantised, config, kernel, dtype)
-    talker = Backbone(store, TALKER, config, kernel, directory, dtype, forms)
-    text, hidden = _read_projections(store, thinker_VD.shape[1], config.hidden_size, kernel, dtype)
-    own = prove(predictor_config, dtype)
-    predictor = CodePredictor(store, predictor_config, own, directory, dtype, most_frames)
+    try:
+        directory = LocalDirectory(worker)
+        forms = prove_linears(store.quantised, config, kernel, dtype)
+        talker = Backbone(store, TALKER, config, kernel, directory, dtype, forms)
+        text, hidden = _read_projections(store, thinker_VD.shape[1], config.hidden_size, kernel, dtype)
+        own = prove(predictor_config, dtype)
+        predictor = CodePredictor(store, predictor_config, own, directory, dtype, most_frames)
+    except BaseException:
+        worker.close()
+        raise
     return SpeechParts(thinker_VD, talker, worker, text, hidden, predictor)
 
 

@@ -119,8 +119,9 @@ class Speaker:
         prompt = check_speech(self.facts, request, self.parts.thinker_VD.shape[0])
         check_states(prompt, hidden_HD)
         room = self.most_positions - prompt.num_positions
-        if room < 1:
-            raise RequestTooLong(prompt.num_positions + 1, self.most_positions)
+        num_frames = len(request.generated_ids) // NUM_CODES
+        if room <= num_frames:  # it would wait for ever, and all behind it
+            raise RequestTooLong(prompt.num_positions + num_frames + 1, self.most_positions)
         sampling = replace(request.sampling, max_tokens=min(request.sampling.max_tokens, room))
         request = replace(request, sampling=sampling)
         inputs = TalkerInputs(self.parts, prompt, request.prompt_ids, hidden_HD)

@@ -5,7 +5,7 @@ Owns the thread that speaks. Used by `router.engine_thread`; unless said otherwi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from router.prompt_inputs import PromptInputs
 from router.request import GenerationRequest, TokenEvent
@@ -24,8 +24,8 @@ class SpeechDesk:
         num_doubts: Callable[[], int],
     ) -> None:
         """sink: called on the thread that speaks. num_doubts: see `KeptStates`."""
-        self._source, self._sink = source, sink
-        self.thread = SpeechThread(source, self._emit)
+        self._source = source
+        self.thread = SpeechThread(source, sink)
         self._kept = KeptStates(num_doubts)
         self._captures: dict[str, tuple[GenerationRequest, StatesCapture]] = {}
         """Of requests whose states are not all computed yet."""
@@ -63,6 +63,10 @@ class SpeechDesk:
         """End a speech; unknown ids are ignored. On any thread."""
         self.thread.cancel(request_id)
 
+    def forget(self, request_ids: Iterable[str]) -> None:
+        """These have ended; unknown ids are ignored. On any thread."""
+        self._spoken.difference_update(request_ids)
+
     def _is_diverted(self, event: TokenEvent) -> bool:
         entry = self._captures.get(event.request_id)
         if entry is None:
@@ -81,9 +85,3 @@ class SpeechDesk:
     def _speak(self, request: GenerationRequest, capture: StatesCapture) -> None:
         self._spoken.add(request.request_id)
         self.thread.submit(request, capture.states())
-
-    def _emit(self, events: Sequence[TokenEvent]) -> None:
-        self._spoken.difference_update(
-            event.request_id for event in events if event.finish_reason is not None
-        )
-        self._sink(events)

@@ -70,7 +70,6 @@ class SpeechEngine:
         self.speaker.add(request, hidden_HD)
         name, told = request.request_id, frames_of(request.generated_ids)
         self._utterances[name] = Utterance(name, told, self.vocoder.shape.lookback)
-        self._look(name)
 
     def remove(self, request_id: str) -> bool:
         """End a speech. Returns False when it is not known (any more)."""
@@ -81,7 +80,7 @@ class SpeechEngine:
     def step(self) -> list[TokenEvent]:
         """The next frame of each, and the next piece of who has waited longest for one, or has heard nothing yet."""
         events = []
-        for spoken in self.speaker.step():
+        for spoken in () if self._has_ended else self.speaker.step():
             if spoken.finish_reason == "error":
                 events.append(self._fail(spoken.request_id, spoken.error))
             else:
@@ -99,6 +98,12 @@ class SpeechEngine:
 
     def close(self) -> None:
         self.speaker.close()
+
+    @property
+    def _has_ended(self) -> bool:
+        """Whether all of some speech is drawn and not all is heard. Before others begin in its place it gives up its
+        stream, so that there are never more of these than speeches that get frames."""
+        return any(utterance.finish_reason is not None for utterance in self._utterances.values())
 
     def _take(self, spoken: Spoken) -> None:
         utterance = self._utterances[spoken.request_id]

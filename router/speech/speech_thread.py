@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ class SpeechThread:
         self._engine: SpeechEngine | None = None
         self._commands: queue.SimpleQueue[_Submit | _Cancel | None] = queue.SimpleQueue()
         self._thread = SideThread(self._run, "speech")
+        self._is_stopping = threading.Event()
         self._is_loading = False
         self._is_reading = True
         """Whether there may be experts to read before anybody asks for them."""
@@ -69,7 +71,8 @@ class SpeechThread:
         self._thread.start()
 
     def stop(self) -> None:
-        """End after the step in progress; speeches that are not done get no further event."""
+        """End after the step in progress, or what is being read; speeches that are not done get no further event."""
+        self._is_stopping.set()
         self._commands.put(None)
         self._thread.join()
 
@@ -127,7 +130,7 @@ class SpeechThread:
                     return True
                 self._is_reading = engine.load_more()
                 continue
-            if command is None:
+            if command is None or self._is_stopping.is_set():  # nothing is read for who waits in between
                 return False
             self._carry_out(command)
 

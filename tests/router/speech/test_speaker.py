@@ -8,15 +8,18 @@ import pytest
 import torch
 
 from experts.errors import ExpertError
-from router.errors import PromptInvalid, RequestTooLong
+from experts.worker import ExpertWorker
+from router.errors import ConfigUnsupported, PromptInvalid, RequestTooLong, WeightMismatch
 from router.loading import LoadedEngine
 from router.request import SamplingParams
 from router.speech.inputs import TEXT_ROWS, check_speech
+from router.speech.opening import SpeakerOptions, open_speaker
 from router.speech.projections import Projection
 from router.speech.speaker import EXPERT_FAILED, NOT_FINITE, SpeakerLimits
 from router.speech.wish import NUM_CODES, SpeechWish
+from tests.engines import prove_once
 from tests.omni import TURN_END, image
-from tests.speech import GREEDY, Turn, asked, new_speaker, speak, speech_facts, speech_request
+from tests.speech import GREEDY, Turn, asked, new_speaker, resumed, speak, speech_facts, speech_request
 
 QUESTION: tuple[Turn, ...] = (asked(tuple(b"Who are you?")),)
 
@@ -86,6 +89,14 @@ def test_speech_that_never_fits_is_refused(omni: LoadedEngine) -> None:
     speaker = new_speaker(omni, num_blocks=1)
     with pytest.raises(RequestTooLong, match="at most 64 fit"):
         speaker.add(speech_request(omni, asked((1,) * 60)))
+    assert not speaker.has_work
+
+
+def test_speech_that_was_told_more_frames_than_fit_is_refused_and_holds_nobody_up(omni: LoadedEngine) -> None:
+    speaker = new_speaker(omni, num_blocks=1)
+    request = speech_request(omni, *QUESTION, sampling=replace(GREEDY, max_tokens=120))
+    with pytest.raises(RequestTooLong, match="at most 64 fit"):
+        speaker.add(resumed(request, [(0,) * NUM_CODES] * 64))
     assert not speaker.has_work
 
 
@@ -202,3 +213,18 @@ def test_speech_that_ends_itself_stops_and_tells_no_frame(omni: LoadedEngine) ->
             break
     assert found.ends["s"] == "stop"
     assert len(found.of()) < 40 and all(0 <= code < 64 for frame in found.of() for code in frame)
+
+
+@pytest.mark.parametrize("width_off, kv_budget_bytes", [(1, 1 << 20), (0, 1)])
+def test_speaker_that_cannot_be_opened_lets_go_of_the_experts(
+    omni: LoadedEngine, monkeypatch: pytest.MonkeyPatch, width_off: int, kv_budget_bytes: int
+) -> None:
+    closed: list[ExpertWorker] = []
+    close = ExpertWorker.close
+    monkeypatch.setattr(ExpertWorker, "close", lambda worker: (closed.append(worker), close(worker)))
+    embeddings_VD = omni.engine.backbone.embeddings_VD
+    other_VD = embeddings_VD.new_zeros(len(embeddings_VD), embeddings_VD.shape[1] + width_off)
+    options = SpeakerOptions(kv_budget_bytes=kv_budget_bytes)
+    with pytest.raises((ConfigUnsupported, WeightMismatch)):
+        open_speaker(omni.store, speech_facts(omni), other_VD, omni.dtype, options, prove_once)
+    assert len(closed) == 1

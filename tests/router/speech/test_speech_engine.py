@@ -13,6 +13,7 @@ import pytest
 from router.errors import SpeechFailed
 from router.loading import LoadedEngine
 from router.request import GenerationRequest, SamplingParams, TokenEvent
+from router.speech.speaker import SpeakerLimits
 from router.speech.speech import Frame, frames_of
 from router.speech.speech_engine import SpeechEngine
 from router.speech.utterance import Utterance
@@ -138,6 +139,22 @@ def test_who_comes_later_is_heard_before_the_others_are_done(
     assert "late" in names
     ended = [name for _ in range(80) for name in ends(engine.step())]
     assert ended == ["late", "early"]
+
+
+@pytest.mark.parametrize("num_told", [0, 9])
+def test_only_speeches_that_get_frames_have_streams(
+    omni: LoadedEngine, vocoder: Vocoder, num_told: int
+) -> None:
+    """Of which the account of memory has no more."""
+    engine = SpeechEngine(new_speaker(omni, limits=SpeakerLimits(most_running=3)), vocoder)
+    for seed in range(20):
+        engine.add(resumed(speech(omni, f"s{seed}", seed, 20), [(0,) * NUM_CODES] * num_told), None)
+    most = 0
+    while engine.has_work:
+        engine.step()
+        most = max(most, sum(each.stream is not None for each in engine._utterances.values()))
+    assert most == 3
+    engine.close()
 
 
 def test_what_was_told_goes_first_and_new_frames_in_growing_pieces() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from experts.errors import StoreDamaged
+from router import engine_thread
 from router.engine_thread import EngineThread
 from router.errors import PromptInvalid
 from router.loading import LoadedEngine
@@ -18,11 +19,12 @@ from router.request import GenerationRequest, TokenEvent
 from router.speech.speech import Frame, frames_of
 from router.speech.speech_engine import SpeechEngine
 from router.speech.speech_source import SpeechSource
+from router.speech.speech_thread import SpeechThread
 from router.speech.vocoder import Vocoder
 from router.speech.wish import SpeechWish
 from tests.engines import run_to_end, small_engine
 from tests.omni import image, request, sound
-from tests.router.test_engine_thread import Sink
+from tests.router.test_engine_thread import LateClock, Sink
 from tests.speech import (
     GREEDY,
     REPLY,
@@ -250,6 +252,25 @@ def test_waiting_speech_is_no_work_of_the_engine_and_is_seen_to_stall(
     assert thread.health().speech_stalled_s == 0.0
 
 
+def test_text_that_comes_long_after_a_speech_began_does_not_look_stuck(
+    omni: LoadedEngine,
+    thread: EngineThread,
+    source: GatedSource,
+    sink: Sink,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source.gate.clear()
+    thread.submit(speech(omni))
+    wait_until(lambda: bool(source.opened))
+    monkeypatch.setattr(thread.engine, "step", list)
+    clock = LateClock()
+    clock.ahead_s = 3600.0
+    monkeypatch.setattr(engine_thread, "time", clock)
+    thread.submit(request(omni, TEXT, name="a"))
+    health = thread.health()
+    assert health.has_work and health.seconds_since_step < 30.0
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -291,6 +312,31 @@ def test_stopped_thread_lets_go_of_what_speaks(omni: LoadedEngine, source: Gated
     sink.wait(lambda sink: bool(sink.samples.get("text")))
     thread.stop()
     assert thread.speech is not None and not thread.speech.is_loaded
+
+
+def test_stopped_thread_reads_nothing_for_speeches_that_wait(
+    omni: LoadedEngine, source: GatedSource, sink: Sink
+) -> None:
+    begun = []
+
+    class SlowSource(GatedSource):
+        def open(self) -> SpeechEngine:
+            begun.append(1)
+            assert self.gate.wait(30), "the test never opened the gate"
+            raise StoreDamaged("/a/place", "is gone")
+
+    source.gate.clear()
+    thread = SpeechThread(SlowSource(**vars(source)), sink)
+    thread.start()
+    for name in ("a", "b"):
+        thread.submit(replace(speech(omni), request_id=name))
+    wait_until(lambda: bool(begun))
+    stopper = threading.Thread(target=thread.stop)
+    stopper.start()
+    wait_until(thread._is_stopping.is_set)
+    source.gate.set()
+    stopper.join(30)
+    assert not stopper.is_alive() and len(begun) == 1 and set(sink.ends) == {"a"}
 
 
 def wait_until(is_so: Callable[[], bool], timeout_s: float = 30.0) -> None:
