@@ -14,6 +14,8 @@ def check_output(path: Path) -> None:
     """Told before the work, not after it. Raises FileUnusable where the file could not be made."""
     if path.is_dir():
         raise FileUnusable(str(path), "is a folder")
+    if path.exists() and not path.is_file():  # a file would take its place
+        raise FileUnusable(str(path), "is a device or a pipe, not a file")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise FileUnusable(str(path), f"cannot be written: {path.parent} is no folder to write to")
 

@@ -116,7 +116,8 @@ class RouterService:
             reward = self.feedback.running.value
             request = replace(request, routing=replace(request.routing, reward=reward))
         self.engine_thread.submit(request)
-        self.feedback.note(request.answer_id or request.request_id, request.request_id)
+        if request.speech is None:  # a score is the text's, and counts once
+            self.feedback.note(request.answer_id or request.request_id, request.request_id)
         outbox.open_requests.add(request.request_id)
         self._outbox_of[request.request_id] = outbox
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-from gateway.errors import FileUnusable
 from gateway.media.wav_writing import wav_of
-from gateway.output_file import prepare_folder, write_output
+from gateway.output_file import prepare_folder
 from router.speech.wish import SAMPLE_BYTES, SAMPLE_RATE
 
 
 class SoundFolder:
-    """Files 0001.wav, 0002.wav and so on, after those that are there."""
+    """Files 0001.wav, 0002.wav and so on, after those that are there, none of which is written over."""
 
     def __init__(self, path: Path) -> None:
         """Raises FileUnusable."""
@@ -23,9 +22,13 @@ class SoundFolder:
 
     def save(self, samples: bytes) -> str:
         """See SoundKeeper.save."""
-        path = self._path / f"{next(self._numbers):04}.wav"
-        try:
-            write_output(path, wav_of(samples))
-        except FileUnusable as error:
-            return str(error)
-        return f"[{len(samples) / SAMPLE_BYTES / SAMPLE_RATE:.1f} s of speech in {path}]"
+        while True:
+            path = self._path / f"{next(self._numbers):04}.wav"
+            try:
+                with path.open("xb") as file:
+                    file.write(wav_of(samples))
+            except FileExistsError:  # another chat's in the same folder
+                continue
+            except OSError as error:
+                return f"{path} cannot be written: {error.strerror or error}"
+            return f"[{len(samples) / SAMPLE_BYTES / SAMPLE_RATE:.1f} s of speech in {path}]"

@@ -13,7 +13,7 @@ from gateway.http.openai_types import Message
 
 MOST_KEPT = 4096
 MOST_KEPT_CHARS = 8 << 20
-"""Of all texts; the oldest go first."""
+"""Of all texts; the oldest go first. Also of those that one request names."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,16 @@ class SpokenAnswers:
 
     def resolved(self, messages: Sequence[Message], owner: str) -> list[Message]:
         """The same, with a text in place of each id that stands for one: the kept one, else the transcript that the
-        client sent with it. Raises ApiError 400 where there is neither."""
-        return [self._resolve(number, message, owner) for number, message in enumerate(messages)]
+        client sent with it. Raises ApiError 400 where there is neither, or where short ids stand for too much text."""
+        resolved, num_chars = [], 0
+        for number, message in enumerate(messages):
+            turn = self._resolve(number, message, owner)
+            num_chars += 0 if turn is message else len(turn.content)
+            if num_chars > MOST_KEPT_CHARS:
+                reason = f"spoken answers come to more than {MOST_KEPT_CHARS} characters"
+                raise ApiError(400, f"messages: {reason}.", param="messages", code="context_length_exceeded")
+            resolved.append(turn)
+        return resolved
 
     def _resolve(self, number: int, message: Message, owner: str) -> Message:
         if message.audio is None or message.content:

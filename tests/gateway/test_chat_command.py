@@ -212,6 +212,12 @@ def test_answers_that_are_heard_are_left_in_a_folder(tmp_path: Path) -> None:
     assert backend.asked[1][1] == {"role": "assistant", "content": "Good day"}
 
 
+def test_chats_that_share_a_folder_write_over_nothing(tmp_path: Path) -> None:
+    one, other = SoundFolder(tmp_path), SoundFolder(tmp_path)
+    assert "0001.wav" in one.save(b"ab") and "0002.wav" in other.save(b"cd") and "0003.wav" in one.save(b"ef")
+    assert [file.read_bytes()[-2:] for file in sorted(tmp_path.iterdir())] == [b"ab", b"cd", b"ef"]
+
+
 def test_speech_that_was_stopped_or_failed_is_left_as_far_as_it_came(tmp_path: Path) -> None:
     for number, ending in enumerate((KeyboardInterrupt(), ChatFailed("busy")), 1):
         backend = ScriptedBackend(Piece("Good day", 2), Piece("", samples=b"abcd"), ending)

@@ -16,7 +16,7 @@ from gateway.errors import ApiError
 from gateway.http.request_limits import (
     LONG_STRING,
     MARKS,
-    MOST_LONG_STRINGS,
+    MOST_QUOTES,
     check_headers,
     parse_json,
     read_body,
@@ -164,5 +164,25 @@ def test_marks_are_the_same_without_the_content_of_long_strings(parts: list[byte
 def test_content_of_long_strings_is_left_out() -> None:
     body = b'{"a": "' + b"x" * (1 << 20) + b'", "b": ["' + b"y" * LONG_STRING + b'"]}'
     assert without_long_strings(body) == b'{"a": "", "b": ["' + b"y" * LONG_STRING + b'"]}'
-    many = b'["' + b'", "'.join([b"z" * (LONG_STRING + 1)] * (MOST_LONG_STRINGS + 1)) + b'"]'
-    assert len(without_long_strings(many)) == LONG_STRING + 1 + 4 * MOST_LONG_STRINGS + 4
+    num_looked_at = MOST_QUOTES // 2
+    many = b'["' + b'", "'.join([b"z" * (LONG_STRING + 1)] * (num_looked_at + 1)) + b'"]'
+    assert len(without_long_strings(many)) == LONG_STRING + 1 + 4 * num_looked_at + 4
+
+
+class _CountedFinds(bytearray):
+    """A body that tells how often it was searched."""
+
+    num_finds = 0
+
+    def find(self, *arguments: Any) -> int:
+        self.num_finds += 1
+        return super().find(*arguments)
+
+
+@pytest.mark.parametrize("content", [b'\\"', b"\\\\", b'\\\\\\"'], ids=["quotes", "backslashes", "both"])
+def test_escapes_in_a_string_are_not_looked_at_one_by_one(content: bytes) -> None:
+    body = _CountedFinds(b'{"a": "' + content * LONG_STRING + b'", "b": [1, 2]}')
+    shortened = without_long_strings(body)
+    assert body.num_finds <= MOST_QUOTES
+    assert [m.group()[:1] for m in MARKS.finditer(shortened)] == [m.group()[:1] for m in MARKS.finditer(body)]
+    assert parse_json(bytes(body), RequestLimits())["b"] == [1, 2]

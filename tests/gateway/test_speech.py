@@ -485,6 +485,16 @@ def test_content_goes_before_the_text_of_an_id() -> None:
     assert resolved.content == "mine"
 
 
+def test_short_ids_do_not_stand_for_endless_text() -> None:
+    kept = SpokenAnswers(lambda: 100.0)
+    kept.keep("a", "me", "x" * (MOST_KEPT_CHARS // 4), 200.0)
+    turn = Message.model_validate({"role": "assistant", "audio": {"id": "a"}})
+    assert len(kept.resolved([turn] * 4, "me")) == 4
+    with pytest.raises(ApiError) as caught:
+        kept.resolved([turn] * 5, "me")
+    assert (caught.value.status, caught.value.param) == (400, "messages")
+
+
 def test_room_for_sound_is_bounded_and_given_back() -> None:
     room = AnswerRoom(100)
     with room.taken(150), pytest.raises(RouterBusy), room.taken(1):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,12 @@ def test_speech_that_cannot_be_is_refused_before_the_work(
     monkeypatch.chdir(tmp_path)
     assert reason in refused("generate", omni_store, *arguments)
     assert not list(tmp_path.iterdir())
+
+
+def test_speech_takes_the_place_of_no_pipe(omni_store: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert "is a device or a pipe" in refused("generate", omni_store, *PROMPT, "--speech", tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_store_without_a_talker_speaks_nowhere(stories_store: Path, tmp_path: Path) -> None:

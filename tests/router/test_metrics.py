@@ -156,11 +156,13 @@ def test_speech_is_counted_where_replies_are_spoken(omni: LoadedEngine, families
         service = RouterService(replace(omni, engine=small_engine(omni, 4)))
         stream = service.events("g")
         await anext(stream)
-        service.submit("g", speech_request(omni, asked(b"Hello?"), sampling=sampling))
+        asked_for = speech_request(omni, asked(b"Hello?"), sampling=sampling)
+        service.submit("g", asked_for)
         async for events in stream:
             if any(event.finish_reason for event in events):
                 break
         await stream.aclose()
+        assert not service.feedback.give(asked_for.request_id, 1.0), "a score counts once, for the text"
         try:
             return render_metrics(service, [])
         finally:
