@@ -170,8 +170,8 @@ def actor_buffer_bytes(
 
 
 def _half_a_layer(config: ModelConfig, rows: int, item: int) -> int:
-    """What a half that pauses in the middle holds, the largest of attention, experts with the one that every row passes,
-    and a layer without experts; `experts/native/layer.c` cuts it. Packed rows may be float32."""
+    """What a half that pauses in the middle holds, the largest of attention, experts with the one that every row
+    passes, and a layer without experts; `experts/native/layer.c` cuts it. Packed rows may be float32."""
     attention = config.q_width * (2 * FLOAT32_BYTES + item) + (config.q_width + 2 * config.kv_width) * item
     packed, numbers = config.hidden_size * FLOAT32_BYTES, 3 * FLOAT32_BYTES * 2
     of_expert = config.expert_width * FLOAT32_BYTES + config.hidden_size * item + numbers

@@ -1,7 +1,9 @@
-"""How much memory the sound of open answers may take in this process, in all. Called by `gateway.http.completions`."""
+"""How much memory the sound of open answers may take in this process, in all, half of it one owner's. Called by
+`gateway.http.completions`."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,7 +11,7 @@ from gateway.errors import RouterBusy
 
 RETRY_AFTER_S = 2.0
 MOST_SPOKEN_BYTES = 1 << 30
-"""68 answers of the greatest length."""
+"""68 answers of the greatest length, 34 of one owner."""
 
 
 class AnswerRoom:
@@ -17,16 +19,26 @@ class AnswerRoom:
     in the middle."""
 
     def __init__(self, most_bytes: int = MOST_SPOKEN_BYTES) -> None:
-        self.num_bytes = 0
         self._most_bytes = most_bytes
+        self._taken: Counter[str] = Counter()
+
+    @property
+    def num_bytes(self) -> int:
+        return self._taken.total()
 
     @contextmanager
-    def taken(self, num_bytes: int) -> Iterator[None]:
-        """Raises RouterBusy where there would be more than the most; a single answer always fits."""
-        if num_bytes and self.num_bytes and self.num_bytes + num_bytes > self._most_bytes:
+    def taken(self, num_bytes: int, owner: str = "") -> Iterator[None]:
+        """Raises RouterBusy where there would be more than the most; a single answer of somebody's always fits."""
+        own, all_bytes = self._taken[owner], self.num_bytes
+        if num_bytes and (
+            (own and own + num_bytes > self._most_bytes // 2)
+            or (all_bytes and all_bytes + num_bytes > self._most_bytes)
+        ):
             raise RouterBusy(RETRY_AFTER_S)
-        self.num_bytes += num_bytes
+        self._taken[owner] += num_bytes
         try:
             yield
         finally:
-            self.num_bytes -= num_bytes
+            self._taken[owner] -= num_bytes
+            if not self._taken[owner]:
+                del self._taken[owner]

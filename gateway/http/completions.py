@@ -113,7 +113,7 @@ async def whole_answer(job: Job, backend: Backend) -> dict[str, Any]:
     """The plain answer. Raises RouterBusy, RouterUnavailable, GenerationFailed."""
     answers = [_Answer() for _ in job.choices]
     clocks, tally = _clocks(job, backend), _Tally(job)
-    with backend.room.taken(job.sound_bytes):
+    with backend.room.taken(job.sound_bytes, job.choices[0].request.owner):
         async with aclosing(_pieces(job, backend, clocks)) as pieces:
             async for piece in pieces:
                 answers[piece.index].add(piece)
@@ -127,7 +127,7 @@ async def answer_events(job: Job, backend: Backend) -> AsyncGenerator[bytes, Non
     router has taken a request and answered."""
     clocks, tally = _clocks(job, backend), _Tally(job)
     begun: set[int] = set()
-    with backend.room.taken(job.sound_bytes):
+    with backend.room.taken(job.sound_bytes, job.choices[0].request.owner):
         async with aclosing(_pieces(job, backend, clocks)) as pieces:
             async for piece in pieces:
                 tally.note(piece, backend.metrics)

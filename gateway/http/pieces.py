@@ -6,12 +6,13 @@ Closing a generator of this module closes the router's, which cancels the reques
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Literal, cast
 
-from gateway.errors import GenerationFailed, RouterUnavailable
+from gateway.errors import GenerationFailed, RouterBusy, RouterUnavailable
 from gateway.http.answer_room import AnswerRoom
 from gateway.http.jobs import ChoiceJob, Job
 from gateway.http.logprobs import LoggedToken, logged
@@ -26,6 +27,8 @@ from router.request import GenerationRequest, TokenEvent
 from router.routing_choice import RoutingReport
 
 Ending = Literal["stop", "length"]
+BUSY_PATIENCE_S = 60.0
+"""How long a text waits for a router with room for its speech."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ async def spoken_pieces(
     end, is_mixed = SpeechEnd(), last.is_mixed
     if reply.ids:
         asked = speech_request(choice.request, job.speech.delivery, reply.ids)
-        async with aclosing(_events(asked, backend)) as events:
+        async with aclosing(_speech_events(asked, backend)) as events:
             async for event in events:
                 end = end.after(event)
                 is_mixed |= event.is_mixed
@@ -136,6 +139,22 @@ async def spoken_pieces(
     backend.spoken.keep(choice.audio_id, owner, reply.text, job.speech.expires_at)
     reason = last.finish_reason if last.finish_reason == "length" else end.finish_reason
     yield replace(last, text="", tokens=(), finish_reason=reason, is_mixed=is_mixed, speech=end)
+
+
+async def _speech_events(request: GenerationRequest, backend: Backend) -> AsyncGenerator[TokenEvent, None]:
+    """As `_events`. Where routers are full it is asked for again: its text is computed, and would be lost."""
+    clock = asyncio.get_running_loop().time
+    until_s = clock() + BUSY_PATIENCE_S
+    while True:
+        try:
+            async with aclosing(_events(request, backend)) as events:
+                async for event in events:
+                    yield event
+            return
+        except RouterBusy as error:
+            if clock() >= until_s:
+                raise
+            await asyncio.sleep(error.retry_after_s)
 
 
 async def _events(request: GenerationRequest, backend: Backend) -> AsyncGenerator[TokenEvent, None]:

@@ -123,7 +123,9 @@ class ChatTemplate:
 
     def _plain_text(self, content: Content) -> str:
         if not isinstance(content, str):
-            raise _refusal("This model has no chat template, without which there are no places for parts of a message.")
+            raise _refusal(
+                "This model has no chat template, without which there are no places for parts of a message."
+            )
         return self._tokenizer.defuse(content)
 
     def _choose(self, variant: str | None) -> str:

@@ -21,7 +21,7 @@ from router.speech.codec_shape import TAPS, CodecShape, read_codec_shape
 from router.speech.codec_weights import CodecReader, codec_dtype
 from router.speech.facts import CODE2WAV, CODE_PREDICTOR, TALKER
 from router.speech.opening import SpeakerOptions, speech_kv_blocks
-from router.speech.states import KEPT_BYTES
+from router.speech.states import KEPT_BYTES, MOST_OPEN_BYTES
 from router.speech.vocoder import FRAMES_AT_ONCE, Vocoder, stream_blocks
 from router.speech.wish import NUM_CODES, SAMPLES_OF_FRAME
 
@@ -55,6 +55,7 @@ def speech_bytes(
         + most * stream_blocks(shape) * KvPool.block_bytes(shape.decoder, sound_dtype)
         + _sound_bytes(shape, sound_dtype)
         + KEPT_BYTES
+        + MOST_OPEN_BYTES
     )
 
 

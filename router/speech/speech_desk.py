@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+from router.errors import QueueFull
 from router.prompt_inputs import PromptInputs
 from router.request import GenerationRequest, TokenEvent
 from router.speech.speech_source import SpeechSource
 from router.speech.speech_thread import SpeechThread
-from router.speech.states import KeptStates, StatesCapture
+from router.speech.states import MOST_OPEN_BYTES, KeptStates, StatesCapture
+
+RETRY_AFTER_S = 2.0
 
 
 class SpeechDesk:
@@ -30,6 +33,8 @@ class SpeechDesk:
         self._captures: dict[str, tuple[GenerationRequest, StatesCapture]] = {}
         """Of requests whose states are not all computed yet."""
         self._spoken: set[str] = set()
+        self._state_bytes: dict[str, int] = {}
+        """Of open requests, what their states take or will take."""
 
     @property
     def num_spoken(self) -> int:
@@ -37,11 +42,17 @@ class SpeechDesk:
         return len(self._spoken)
 
     def check(self, request: GenerationRequest) -> StatesCapture:
-        """Which states it needs. On any thread. Raises PromptInvalid."""
-        return StatesCapture(self._source.facts, request, self._source.check(request), self._kept)
+        """Which states it needs. On any thread. Raises PromptInvalid; QueueFull where others have too many."""
+        capture = StatesCapture(self._source.facts, request, self._source.check(request), self._kept)
+        held, wanted = tuple(self._state_bytes.values()), self._bytes_of(capture)
+        if wanted and held and sum(held) + wanted > MOST_OPEN_BYTES:
+            raise QueueFull(len(held), RETRY_AFTER_S)
+        return capture
 
     def take(self, request: GenerationRequest, capture: StatesCapture) -> bool:
         """Whether the engine has to compute states for it. On any thread."""
+        if wanted := self._bytes_of(capture):
+            self._state_bytes[request.request_id] = wanted
         if capture.is_needed:
             self._captures[request.request_id] = request, capture
         else:
@@ -65,7 +76,14 @@ class SpeechDesk:
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """These have ended; unknown ids are ignored. On any thread."""
-        self._spoken.difference_update(request_ids)
+        ended = tuple(request_ids)
+        self._spoken.difference_update(ended)
+        for name in ended:
+            self._state_bytes.pop(name, None)
+
+    def _bytes_of(self, capture: StatesCapture) -> int:
+        source = self._source
+        return capture.num_states * source.thinker_VD.shape[1] * source.dtype.itemsize
 
     def _is_diverted(self, event: TokenEvent) -> bool:
         entry = self._captures.get(event.request_id)

@@ -27,6 +27,10 @@ KEPT_BYTES = 64 << 20
 """Of the published model's states those of twenty minutes of sound, or a dozen of the largest images."""
 
 
+MOST_OPEN_BYTES = 128 << 20
+"""Of open speeches' states, those that wait for their turn included; one always fits."""
+
+
 class KeptStates:
     """What was captured last, by everything that decides its bits: whose it is, and the prompt up to there. Any thread
     may ask."""
@@ -74,6 +78,10 @@ class StatesCapture:
         """Whether the engine has to compute some."""
         return bool(self._missing)
 
+    @property
+    def num_states(self) -> int:
+        return sum(map(len, self._runs))
+
     def request(self, inputs: PromptInputs) -> tuple[GenerationRequest, PromptInputs]:
         """What the engine is asked for, under the speech's own id. inputs: of the whole prompt, its media encoded."""
         speech, end = self._speech, self._missing[-1].stop
@@ -112,7 +120,8 @@ class StatesCapture:
             begin, end = max(run.start, first), min(run.stop, first + len(rows_RD))
             if begin < end:
                 if run.start not in self._captured:
-                    self._captured[run.start] = rows_RD.new_empty(len(run), rows_RD.shape[1])
+                    # The talker is on the CPU, wherever the text's decoder is.
+                    self._captured[run.start] = rows_RD.new_empty(len(run), rows_RD.shape[1], device="cpu")
                 part_RD = rows_RD[begin - first : end - first]
                 self._captured[run.start][begin - run.start : end - run.start] = part_RD
 

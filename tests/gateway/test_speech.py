@@ -499,9 +499,32 @@ def test_room_for_sound_is_bounded_and_given_back() -> None:
     room = AnswerRoom(100)
     with room.taken(150), pytest.raises(RouterBusy), room.taken(1):
         pass
-    with room.taken(60), room.taken(40), room.taken(0), pytest.raises(RouterBusy), room.taken(1):
+    with room.taken(60, "a"), room.taken(40, "b"), room.taken(0), pytest.raises(RouterBusy), room.taken(1):
         pass
+    with room.taken(30, "a"), room.taken(20, "a"), room.taken(50, "b"):
+        pass
+    with room.taken(30, "a"), pytest.raises(RouterBusy), room.taken(21, "a"):
+        pass  # half of it is for others
     assert room.num_bytes == 0
+
+
+def test_speech_waits_for_a_router_with_room_for_it() -> None:
+    """Its text is there already."""
+
+    class Full(FakeRouter):
+        num_refusals = 3
+
+        async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
+            if request.speech is not None and self.num_refusals:
+                self.num_refusals -= 1
+                raise RouterBusy(0.001)
+            async for event in super().generate(request):
+                yield event
+
+    full = Full(script(REPLY), speech_script())
+    (response,) = post(full, {**CHAT, **SPOKEN})
+    _, samples = read_wav(base64.b64decode(response.json()["choices"][0]["message"]["audio"]["data"]))
+    assert samples == SOUND and not full.num_refusals
 
 
 def test_answers_that_would_take_too_much_memory_are_put_off() -> None:
@@ -511,8 +534,8 @@ def test_answers_that_would_take_too_much_memory_are_put_off() -> None:
     async def run() -> tuple[httpx.Response, httpx.Response]:
         async with http_client(app_over(fake, speech=speech_facts(4096))) as client:
             path = "/v1/chat/completions"
-            asked = [asyncio.ensure_future(client.post(path, json=body)) for _ in range(8)]
-            while len(fake.requests) < 64:
+            asked = [asyncio.ensure_future(client.post(path, json=body)) for _ in range(4)]
+            while len(fake.requests) < 32:
                 await asyncio.sleep(0)
             refused = await client.post(path, json=body)
             for one in asked:

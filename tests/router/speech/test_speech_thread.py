@@ -13,10 +13,12 @@ import torch
 from experts.errors import StoreDamaged
 from router import engine_thread
 from router.engine_thread import EngineThread
-from router.errors import PromptInvalid
+from router.errors import PromptInvalid, QueueFull
 from router.loading import LoadedEngine
 from router.request import GenerationRequest, TokenEvent
+from router.speech import speech_desk
 from router.speech.speech import Frame, frames_of
+from router.speech.speech_desk import SpeechDesk
 from router.speech.speech_engine import SpeechEngine
 from router.speech.speech_source import SpeechSource
 from router.speech.speech_thread import SpeechThread
@@ -344,3 +346,21 @@ def wait_until(is_so: Callable[[], bool], timeout_s: float = 30.0) -> None:
     while not is_so():
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def test_states_of_open_speeches_are_bounded(
+    omni: LoadedEngine, source: SpeechSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that wait hold theirs too. One always fits, and text needs none."""
+    desk = SpeechDesk(source, lambda events: None, lambda: 0)
+    seen = speech_request(omni, *CONVERSATIONS["image"], name="a")
+    capture = desk.check(seen)
+    row_bytes = omni.config.hidden_size * omni.dtype.itemsize
+    monkeypatch.setattr(speech_desk, "MOST_OPEN_BYTES", capture.num_states * row_bytes)
+    assert desk.take(seen, capture)
+    other = replace(seen, request_id="b")
+    with pytest.raises(QueueFull):
+        desk.check(other)
+    assert desk.check(speech_request(omni, *CONVERSATIONS["text"], name="c")).num_states == 0
+    desk.forget(["a"])
+    assert desk.check(other).is_needed
