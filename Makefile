@@ -70,6 +70,8 @@ bench: bench-peers
 	$(BIN)/python -m benchmarks.bench_prefetch --rounds 3 --tokens 24 --keep
 	$(BIN)/python -m benchmarks.bench_rss --keep
 	$(BIN)/python -m benchmarks.bench_scoring --layers 4 --steps 30 --keep
+	$(BIN)/python -m benchmarks.bench_speech --folder .bench --budgets 0.25 --peer --keep
+	$(BIN)/python -m benchmarks.bench_vocoder --keep
 	$(BIN)/python -m benchmarks.bench_trust --layers 2 --keep
 	$(BIN)/python -m benchmarks.bench_trust_restart --keep
 	$(BIN)/python -m benchmarks.quality --keep
