@@ -97,8 +97,10 @@ def _piece(data: bytes) -> Piece:
         raise ChatFailed(str(event["error"]["message"]))
     deltas = [choice["delta"] for choice in event["choices"]]
     audio = [delta.get("audio") or {} for delta in deltas]
-    texts = [delta.get("content") or "" for delta in deltas] + [part.get("transcript", "") for part in audio]
-    samples = b"".join(base64.b64decode(part.get("data", ""), validate=True) for part in audio)
+    texts = [delta.get("content") or "" for delta in deltas] + [
+        part.get("transcript") or "" for part in audio
+    ]
+    samples = b"".join(base64.b64decode(part.get("data") or "", validate=True) for part in audio)
     usage = event.get("usage")
     return Piece("".join(texts), _num_text_tokens(usage) if usage else None, samples)
 

@@ -326,6 +326,17 @@ def test_answer_of_something_else_is_refused_in_one_line(content: bytes) -> None
     assert "\n" not in str(caught.value)
 
 
+def test_nothing_in_place_of_a_text_or_a_sound_is_none() -> None:
+    nothing: dict[str, object] = {"content": None, "audio": {"transcript": None, "data": None}}
+    deltas = ({"audio": None}, nothing, {"audio": {"transcript": "Hi", "data": None}})
+    lines = [f"data: {json.dumps({'choices': [{'delta': delta}]})}\n\n" for delta in deltas]
+    content = "".join((*lines, "data: [DONE]\n\n")).encode()
+    transport = httpx.MockTransport(lambda _request: httpx.Response(200, content=content))
+    with httpx.Client(transport=transport, base_url="http://gateway") as client:
+        pieces = list(RemoteChat(client, "m").stream(USER))
+    assert "".join(piece.text for piece in pieces) == "Hi" and not any(piece.samples for piece in pieces)
+
+
 def test_address_without_a_service_is_one_line(free_port: int) -> None:
     for url in (f"http://127.0.0.1:{free_port}", "http://[", "http://"):
         with pytest.raises(ChatFailed, match="no answer from the service"), connect(url, None, None, {}):
