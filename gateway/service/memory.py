@@ -87,11 +87,13 @@ def plan_engine(
 def with_speech_budget(
     store: ExpertStore, options: EngineOptions, request: BudgetRequest | None
 ) -> EngineOptions:
-    """Options with the budget of the experts that speak; `fit` and None mean all of them, as does a store that has
-    none. Raises OptionInvalid below one expert."""
+    """Options with the budget of the experts that speak; `fit` and None mean all of them. Raises OptionInvalid below
+    one expert, and for a budget of a store that has none."""
     keys = store.expert_keys(TALKER)
-    if request is None or not keys:
+    if request is None:
         return options
+    if not keys:
+        raise OptionInvalid("speech-budget", "goes with a store that has a talker; this one has none")
     width = read_model_config(store.component(TALKER).config).hidden_size
     experts = measure_experts(store, keys, planned_form(store, chosen_dtype(store, options), {TALKER: width}))
     try:

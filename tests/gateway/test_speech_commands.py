@@ -108,6 +108,12 @@ def test_chat_options_of_speech_go_together(omni_store: Path, tmp_path: Path) ->
     assert isinstance(run("chat", omni_store, "--speech", tmp_path / "file").exception, FileUnusable)
 
 
+def test_budget_of_a_store_that_does_not_speak_is_refused(tiny_store: Path) -> None:
+    spoken = ServiceOptions(tiny_store, "tiny", speech_budget=BudgetRequest(num_bytes=1 << 20))
+    with pytest.raises(OptionInvalid, match="speech-budget goes with a store that has a talker"):
+        engine_options(spoken, "float32", 1)
+
+
 def test_budget_counts_the_experts_that_speak(omni_store: Path) -> None:
     store = ExpertStore.open(omni_store)
     keys = store.expert_keys(TALKER)
