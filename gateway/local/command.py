@@ -165,8 +165,8 @@ def generate(
         typer.echo("" if stream else _for_output(result.text))
     if speech is not None and result.spoken is not None:
         result.spoken.save(speech)
-    if result.trace_failure is not None:
-        raise result.trace_failure
+    if result.failure is not None:
+        raise result.failure
 
 
 def _chosen_prompt(prompt: str | None, prompt_ids: str | None) -> str | tuple[int, ...]:

@@ -53,8 +53,8 @@ class Generation:
     """How it was routed, where not plainly."""
     quantization: str | None = None
     """What of the weights is quantised; None where nothing is."""
-    trace_failure: TraceFailed | None = None
-    """Why there is no trace, though one was asked for and the answer came to its end."""
+    failure: TraceFailed | GenerationFailed | None = None
+    """Why there is no trace, or no speech, though it was asked for and the text came to its end."""
     spoken: SpokenAnswer | None = None
     """How it sounds, where that was asked for."""
 
@@ -136,11 +136,11 @@ def generate(
         with studied(loaded, study, policy):
             answer = _run(loaded, tokenizer, request, on_text, policy)
         if delivery is not None:
-            answer = replace(answer, spoken=_speak(loaded, tokenizer, request, answer, delivery))
+            answer = _with_speech(loaded, tokenizer, request, answer, delivery)
     except TraceFailed as error:
         if answer is None:
             raise
-        return replace(answer, trace_failure=error)
+        return replace(answer, failure=error)
     finally:
         loaded.close()
     return answer
@@ -189,6 +189,20 @@ def _run(
         () if report is None else (report,),
         loaded.store.manifest.quantised.name,
     )
+
+
+def _with_speech(
+    loaded: LoadedEngine,
+    tokenizer: TextTokenizer,
+    request: GenerationRequest,
+    answer: Generation,
+    delivery: Delivery,
+) -> Generation:
+    """The answer with its speech, or with why there is none."""
+    try:
+        return replace(answer, spoken=_speak(loaded, tokenizer, request, answer, delivery))
+    except GenerationFailed as error:
+        return replace(answer, failure=error)
 
 
 def _speak(

@@ -16,7 +16,8 @@ from typer.testing import CliRunner, Result
 from experts.budget import BudgetRequest
 from experts.store import ExpertStore
 from gateway.cli import app
-from gateway.errors import FileUnusable, OptionInvalid
+from gateway.errors import FileUnusable, GenerationFailed, OptionInvalid
+from gateway.local import generate
 from gateway.local.speech import SpeechChoice, choose_speech
 from gateway.media.wav_file import decode_wav
 from gateway.routers.pool import RouterPool
@@ -54,6 +55,23 @@ def test_generate_writes_a_file_and_tells_how_long_it_is(omni_store: Path, tmp_p
     samples, rate = decode_wav(path.read_bytes(), 10.0)
     assert rate == SAMPLE_RATE
     assert round(len(samples) / rate, 3) == answer["speech"]["seconds"]
+
+
+def test_speech_that_fails_loses_no_text(
+    omni_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ("generate", omni_store, *PROMPT, "--dtype", "float32")
+    path = tmp_path / "out.wav"
+    expected = run(*asked, "--speech", path, "--max-speech-frames", "2").stdout
+
+    def fail(*_: object) -> None:
+        raise GenerationFailed("no sound")
+
+    monkeypatch.setattr(generate, "hear", fail)
+    path.unlink()
+    result = run(*asked, "--speech", path)
+    assert isinstance(result.exception, GenerationFailed)
+    assert result.stdout == expected and result.stdout.strip() and not path.exists()
 
 
 def test_budget_of_what_speaks_changes_no_sample(omni_store: Path, tmp_path: Path) -> None:
