@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from cluster.memory_plan import MemoryPlan
     from experts.budget import BudgetRequest
+    from gateway.local.speech import SpeechChoice
     from gateway.service.option_values import OptionValues
 
 ONE_MEMORY_NOTICE = (
@@ -84,11 +85,18 @@ def read_memory(
     return choose_memory(merge_values(given, {}, ""), announce)
 
 
-def read_speech_budget(text: str | None) -> BudgetRequest | None:
-    """Raises OptionInvalid."""
+def read_speech_choice(
+    is_spoken: bool, voice: str | None, max_frames: int | None, budget: str | None
+) -> SpeechChoice | None:
+    """What goes with `--speech`; None without it. Raises OptionInvalid, BadParameter."""
+    from gateway.local.speech import SpeechChoice
     from gateway.service.option_values import merge_values
 
-    return merge_values({"speech-budget": text}, {}, "").speech_budget
+    if is_spoken:
+        return SpeechChoice(voice, max_frames, merge_values({"speech-budget": budget}, {}, "").speech_budget)
+    if any(option is not None for option in (voice, max_frames, budget)):
+        raise typer.BadParameter("--voice, --max-speech-frames and --speech-budget go with --speech")
+    return None
 
 
 def choose_memory(values: OptionValues, announce: Callable[[str], None]) -> ChosenMemory:

@@ -18,7 +18,7 @@ from gateway.budget_options import (
     SpeechFramesOption,
     VoiceOption,
     read_memory,
-    read_speech_budget,
+    read_speech_choice,
 )
 from gateway.command_line import announce
 
@@ -70,14 +70,9 @@ def chat(
     from gateway.chat.loop import Conversation, run_chat
     from gateway.chat.sound_folder import SoundFolder
     from gateway.chat.view import PlainTerminal
-    from gateway.local.speech import SpeechChoice
 
-    if speech is None and any(option is not None for option in (voice, max_speech_frames, speech_budget)):
-        raise typer.BadParameter("--voice, --max-speech-frames and --speech-budget go with --speech")
-    wish = sounds = None
-    if speech is not None:
-        wish = SpeechChoice(voice, max_speech_frames, read_speech_budget(speech_budget))
-        sounds = SoundFolder(speech)
+    wish = read_speech_choice(speech is not None, voice, max_speech_frames, speech_budget)
+    sounds = None if speech is None else SoundFolder(speech)
     given = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     sampling = {name: value for name, value in given.items() if value is not None}
     terminal = PlainTerminal()

@@ -18,7 +18,7 @@ from gateway.budget_options import (
     VoiceOption,
     print_plan,
     read_memory,
-    read_speech_budget,
+    read_speech_choice,
 )
 from gateway.command_line import StoreArgument, announce
 from gateway.local.study_options import MaskOption, ReplayOption, TraceOption
@@ -103,13 +103,11 @@ def generate(
         raise typer.BadParameter("--image and --audio go with --prompt")
     if speech is not None and prompt is None:
         raise typer.BadParameter("--speech goes with --prompt")
-    if speech is None and any(option is not None for option in (voice, max_speech_frames, speech_budget)):
-        raise typer.BadParameter("--voice, --max-speech-frames and --speech-budget go with --speech")
+    wish = read_speech_choice(speech is not None, voice, max_speech_frames, speech_budget)
 
     from gateway.http.routing_rules import read_choice
     from gateway.local.generate import generate as run
     from gateway.local.media_prompt import MediaFiles
-    from gateway.local.speech import SpeechChoice
     from gateway.local.study import Study
     from gateway.output_file import check_output
     from gateway.service.option_values import parse_eviction
@@ -153,9 +151,7 @@ def generate(
         host_budgets=memory.host,
         study=study,
         files=MediaFiles(tuple(image or ()), tuple(audio or ())),
-        speech=None
-        if speech is None
-        else SpeechChoice(voice, max_speech_frames, read_speech_budget(speech_budget)),
+        speech=wish,
         on_text=show,
         on_plan=print_plan if is_asked else _keep_quiet,
     )
