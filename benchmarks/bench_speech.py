@@ -6,6 +6,7 @@ is spoken for so many frames of 80 ms. In turns:
 - one speech with one thread, as on a router of two cores, and with all;
 - several together, with all threads;
 - with parts of the talker's experts in memory (`--budgets`), read past the page cache;
+- quantised throughout (`--forms`), which is another model;
 - `transformers`' talker, code predictor and codec on the same checkpoint (`--peer`; takes 10 GB more).
 Reported: seconds of speech a second, milliseconds a frame by phase, and the time to the first samples.
 
@@ -38,6 +39,8 @@ from experts.cores import num_cores
 from experts.numerics import computing_threads
 from experts.store import ExpertStore
 from extraction.extract import extract
+from extraction.quantise import Quantization
+from extraction.quantised_parts import QuantisedParts
 from router.loading import EngineOptions, load_engine
 from router.request import GenerationRequest, SamplingParams
 from router.speech.speech_engine import SpeechEngine
@@ -141,6 +144,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=50, help="most of a speech; 25 are two seconds")
     parser.add_argument("--streams", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--budgets", type=float, nargs="*", default=[], help="shares of the talker's experts")
+    parser.add_argument("--forms", nargs="*", default=[], choices=("int8", "int4"), help="of all matrices")
     parser.add_argument("--rounds", type=int, default=3, help="counted ones")
     parser.add_argument("--peer", action="store_true", help="beside transformers")
     parser.add_argument("--quick", action="store_true", help="a small talker: does it run?")
@@ -148,14 +152,13 @@ def main() -> None:
     options = parser.parse_args()
     with ExitStack() as stack:
         folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="speech-")))
-        checkpoint, root = folder / "omni-speech", folder / "omni-speech-store"
+        checkpoint = folder / "omni-speech"
         if not checkpoint.exists():
             write_speaking_checkpoint(checkpoint, is_tiny=options.quick)
-        if not root.exists():
-            extract(checkpoint, root, index_only=True)
-        store = ExpertStore.open(root)
-        stack.callback(store.close)
-        runs = _runs(store, options, stack)
+        runs = _runs(_stored(checkpoint, None, stack), options, stack)
+        for form in options.forms:
+            engine = _opened(_stored(checkpoint, form, stack), None, stack)
+            runs[f"1 speech, {form}"] = partial(speak, engine, 1, options.frames, num_cores())
         if options.peer:
             runs["transformers"] = transformers_run(checkpoint, options.frames)
         results = measure(runs, options.rounds)
@@ -169,30 +172,44 @@ def main() -> None:
     finish("bench_speech", config, results, is_kept=options.keep)
 
 
+def _stored(checkpoint: Path, form: str | None, stack: ExitStack) -> ExpertStore:
+    """form: of every matrix that can be quantised; None indexes the checkpoint as it is."""
+    root = checkpoint.with_name("-".join(filter(None, (checkpoint.name, form, "store"))))
+    if not root.exists() and form is None:
+        extract(checkpoint, root, index_only=True)
+    elif not root.exists():
+        part = Quantization.model_validate({"scheme": form, "group_size": 32 if form == "int4" else None})
+        extract(checkpoint, root, quantised=QuantisedParts(part, part, part))
+    store = ExpertStore.open(root)
+    stack.callback(store.close)
+    return store
+
+
+def _opened(store: ExpertStore, budget_bytes: int | None, stack: ExitStack) -> SpeechEngine:
+    """With as much in memory as may be. budget_bytes: of the talker's experts; None takes all of them."""
+    choices = EngineOptions(has_speech=True, speech_budget_bytes=budget_bytes, kv_budget_bytes=1 << 26)
+    loaded = load_engine(store, choices)
+    stack.callback(loaded.worker.close)
+    assert loaded.speech is not None
+    engine = loaded.speech.open()
+    stack.callback(engine.close)
+    while engine.load_more():
+        pass
+    return engine
+
+
 def _runs(store: ExpertStore, options: argparse.Namespace, stack: ExitStack) -> dict[str, Run]:
     keys = store.expert_keys("talker")
     all_bytes = sum(store.record(key).nbytes for key in keys)
     runs: dict[str, Run] = {}
-
-    def opened(budget_bytes: int | None) -> SpeechEngine:
-        choices = EngineOptions(has_speech=True, speech_budget_bytes=budget_bytes, kv_budget_bytes=1 << 26)
-        loaded = load_engine(store, choices)
-        stack.callback(loaded.worker.close)
-        assert loaded.speech is not None
-        engine = loaded.speech.open()
-        stack.callback(engine.close)
-        while engine.load_more():
-            pass
-        return engine
-
     cores = num_cores()
-    whole = opened(None)
+    whole = _opened(store, None, stack)
     runs["1 speech, 1 thread"] = partial(speak, whole, 1, options.frames, 1)
     for streams in (1, *options.streams):
         name = f"{streams} speech{'es' if streams > 1 else ''}"
         runs[name] = partial(speak, whole, streams, options.frames, cores)
     for share in options.budgets:
-        part = opened(int(share * all_bytes))
+        part = _opened(store, int(share * all_bytes), stack)
         runs[f"1 speech, {share:.0%} of experts"] = partial(speak, part, 1, options.frames, cores)
     return runs
 

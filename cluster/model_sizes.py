@@ -136,7 +136,8 @@ def _speech_bytes(layout: Layout, dtype: torch.dtype, quantised: QuantisedParts)
     num_experts = len(config.moe_layers) * config.num_experts
     experts = num_experts * _expert_bytes(config, dtype, quantised.experts)
     configs = {part.name: part.config for part in layout.components}
-    return experts + speech_bytes(configs, _backbone_bytes(talker, config, dtype, quantised), dtype)
+    talker_bytes = _backbone_bytes(talker, config, dtype, quantised)
+    return experts + speech_bytes(configs, talker_bytes, dtype, planned_linears(quantised, dtype))
 
 
 def _expert_bytes(config: ModelConfig, dtype: torch.dtype, quantization: Quantization | None) -> int:

@@ -50,6 +50,7 @@ _ARGUMENTS: tuple[list[Any], ...] = (
     [*[_INT] * 2, _POINTER, *[_INT64] * 4, _INT, *[_POINTER] * 2, *_RUN],
     [*[_POINTER] * 2, *[_INT64] * 2, *[_POINTER] * 2, *_RUN],
     [*[_POINTER] * 8, *_RUN],
+    [*[_POINTER] * 4, *_RUN],
     [*[_INT] * 2, _POINTER, *[_INT64] * 2, _POINTER, _FLOAT, *[_POINTER] * 3, *_RUN],
     [_POINTER, _INT64, *_RUN],
     [*[_POINTER] * 2, _INT64, *[_POINTER] * 7, *_RUN],
@@ -69,6 +70,7 @@ _ARGUMENTS: tuple[list[Any], ...] = (
 _BEGINNING: tuple[list[Any], ...] = (
     [*[_POINTER] * 2, *[_INT64] * 2, *[_POINTER] * 2, ctypes.c_uint],
     [*[_POINTER] * 8, ctypes.c_uint],
+    [*[_POINTER] * 4, ctypes.c_uint],
     [*[_POINTER] * 4, ctypes.c_uint],
     [_POINTER] * 5,
 )
@@ -115,8 +117,9 @@ class Library:
     route: Callable[..., int]
     """Of `router.native_routing`."""
     attention_half: Callable[..., int]
-    """Of `router.native_step`, as is `experts_half`."""
+    """Of `router.native_step`, as are the next two."""
     experts_half: Callable[..., int]
+    dense_half: Callable[..., int]
     head: Callable[..., int]
     """Of `router.native_head`."""
     run_half: Callable[..., int]
@@ -142,6 +145,7 @@ class Library:
     """Of `router.speech.native_snake`."""
     begin_attention: Callable[..., int | None]
     begin_experts: Callable[..., int | None]
+    begin_dense: Callable[..., int | None]
     begin_dispatch: Callable[..., int | None]
     """Of `router.native_dispatch`, as is `begin_combine`."""
     begin_combine: Callable[..., int | None]
@@ -356,14 +360,15 @@ def library() -> Library | None:
         version, best = int(loaded.sage_version()), int(loaded.sage_level())
         functions = (
             *(loaded.sage_multiply, loaded.sage_attend, loaded.sage_norm, loaded.sage_route),
-            *(loaded.sage_attention_half, loaded.sage_experts_half, loaded.sage_head, loaded.sage_run_half),
+            *(loaded.sage_attention_half, loaded.sage_experts_half, loaded.sage_dense_half),
+            *(loaded.sage_head, loaded.sage_run_half),
             *(loaded.sage_run_layers, loaded.sage_dispatch, loaded.sage_combine),
             *(loaded.sage_reach_experts, loaded.sage_are_finite),
             *(loaded.sage_choose, loaded.sage_stand_in, loaded.sage_past_signals, loaded.sage_conflict),
             *(loaded.sage_ask_layers, loaded.sage_add_gated, loaded.sage_snake),
         )
         beginning = (
-            *(loaded.sage_begin_attention, loaded.sage_begin_experts),
+            *(loaded.sage_begin_attention, loaded.sage_begin_experts, loaded.sage_begin_dense),
             *(loaded.sage_begin_dispatch, loaded.sage_begin_combine),
         )
         end_half = loaded.sage_end_half

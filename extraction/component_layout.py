@@ -73,6 +73,8 @@ class ComponentLayout:
     """Published names of an expert's projections."""
     backbone_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """By canonical name. Not used where `decoder` is None."""
+    is_dense_decoder: bool = False
+    """Carried, but its matrices are named like a decoder's: what quantises those means them too."""
     carried_names: frozenset[str] = frozenset()
     """Canonical names that a component without a decoder must have; others are carried too."""
 

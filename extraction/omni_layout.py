@@ -47,6 +47,7 @@ def _speech(talker: Mapping[str, Any], code2wav: Mapping[str, Any]) -> list[Comp
             "code_predictor",
             predictor,
             ("talker.code_predictor.model.", "talker.code_predictor."),
+            is_dense_decoder=True,
             carried_names=code_predictor_names(predictor),
         ),
         ComponentLayout("code2wav", code2wav, ("code2wav.",), carried_names=code2wav_names(code2wav)),

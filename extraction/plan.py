@@ -93,8 +93,8 @@ class PlannedComponent:
     config: Mapping[str, Any]
     backbone: Mapping[str, SourceTensor]
     """By canonical name, sorted."""
-    is_decoder: bool = True
-    """False where tensors are carried as they are."""
+    has_linears: bool = True
+    """Which can be quantised; False where tensors are carried as they are."""
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,10 @@ def _components(layout: Layout, placed: Mapping[Place, SourceTensor]) -> tuple[P
             backbones[place.component][place.name] = tensor
     return tuple(
         PlannedComponent(
-            part.name, part.config, dict(sorted(backbones[part.name].items())), part.decoder is not None
+            part.name,
+            part.config,
+            dict(sorted(backbones[part.name].items())),
+            part.decoder is not None or part.is_dense_decoder,
         )
         for part in layout.components
     )

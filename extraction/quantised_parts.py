@@ -12,6 +12,8 @@ from extraction.quantise import Quantization
 
 EMBEDDING = "embed_tokens.weight"
 HEAD = "lm_head.weight"
+_HEAD = re.compile(r"lm_head(\.[0-9]+)?\.weight")
+"""The code predictor has one for each code that it draws."""
 _LINEAR = re.compile(
     r"layers\.[0-9]+\.(self_attn\.[qkvo]_proj|mlp\.(shared_expert\.)?(gate|up|down)_proj)\.weight"
 )
@@ -33,8 +35,8 @@ class QuantisedParts:
         return "+".join(prefix + part.name for prefix, part in named.items() if part is not None) or None
 
     def of_tensor(self, name: str) -> Quantization | None:
-        """Of a decoder's backbone tensor, by its canonical name."""
-        if name == HEAD:
+        """Of a decoder's backbone tensor, the code predictor's too, by its canonical name."""
+        if _HEAD.fullmatch(name):
             return self.head
         return self.backbone if _LINEAR.fullmatch(name) else None
 

@@ -141,12 +141,20 @@ def stored_tensors(
 
     A head that is the embedding becomes a tensor of its own where it is quantised: the embedding never is.
     """
-    if not component.is_decoder:
+    if not component.has_linears:
         return {name: (tensor, None) for name, tensor in component.backbone.items()}
     tensors = dict(component.backbone)
-    if quantised.head is not None and HEAD not in tensors:
+    if quantised.head is not None and HEAD not in tensors and EMBEDDING in tensors:
         tensors[HEAD] = tensors[EMBEDDING]
-    return {name: (tensor, quantised.of_tensor(name)) for name, tensor in sorted(tensors.items())}
+    return {
+        # Shapes of what is carried are as they are; who computes with one that is no matrix refuses it.
+        name: (tensor, quantised.of_tensor(name) if _is_matrix(tensor.shape) else None)
+        for name, tensor in sorted(tensors.items())
+    }
+
+
+def _is_matrix(shape: tuple[int, ...]) -> bool:
+    return len(shape) == 2 and min(shape) > 0
 
 
 def describe(

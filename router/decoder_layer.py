@@ -96,7 +96,7 @@ class LayerArithmetic:
         """Whether it can pause in the middle. A device's work has only been asked for when a call returns: no pause."""
         if half == "attention":
             return layer.native is not None
-        return layer.moe is not None and self.kernel.is_on_cpu
+        return layer.native is not None or (layer.moe is not None and self.kernel.is_on_cpu)
 
     def prepare(self, batch: StepBatch) -> StepInputs:
         cos, sin = self._rope.tables(batch.positions_3T, batch.lengths_T)
@@ -140,6 +140,8 @@ class LayerArithmetic:
         """The second half, residual included: (P, D) -> (P, D). until_ns: as of `attention`. Raises ExpertError."""
         if layer.moe is None:
             assert layer.dense is not None
+            if layer.native is not None and step.native is not None:
+                return step.native.dense(layer.native, hidden_PD, until_ns)
             normed_PD = self.norm(hidden_PD, layer.post_norm_D)
             segments = [(0, normed_PD.shape[0])]
             return hidden_PD + compute_segments(normed_PD, segments, [layer.dense], self.kernel)

@@ -102,10 +102,12 @@ def _speech_bytes(store: ExpertStore, dtype: torch.dtype, options: EngineOptions
     config = read_model_config(component.config)
     form = planned_form(store, dtype, {TALKER: config.hidden_size})
     experts = measure_experts(store, store.expert_keys(TALKER), form).total
+    forms = planned_linears(store.quantised, dtype)
     return (experts if budget is None else min(budget, experts)) + speech_bytes(
         {part.name: part.config for part in store.manifest.components},
-        backbone_bytes(component, config, dtype, planned_linears(store.quantised, dtype)),
+        backbone_bytes(component, config, dtype, forms),
         dtype,
+        forms,
     )
 
 

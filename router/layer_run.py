@@ -24,11 +24,11 @@ LONGEST_S = 0.5
 
 
 class PlainLayer(NamedTuple):
-    """A layer whose rows go to their own experts, all of which are here for good."""
+    """A layer whose rows go to their own experts, all of which are here for good, or that has none."""
 
     native: NativeLayer
-    moe: MoeBlock
-    table: ExpertTable
+    moe: MoeBlock | None
+    table: ExpertTable | None
 
 
 class LayerRun(NamedTuple):
@@ -83,23 +83,34 @@ def compute_run(
     run: LayerRun, hidden_TD: Tensor, step: StepInputs, pool: KvPool, clock: LayerClock | None
 ) -> RunOutput:
     """All layers of the run, residuals included; then says of each who was used, and what was asked for of it."""
-    native, batch = run.native, step.batch
+    native = run.native
     weights = [(layer.native, layer.table) for layer in run.layers]
     output = RunOutput(*native.layers(run.first, weights, hidden_TD, pool))
     for number, layer in enumerate(run.layers):
         native.look_at(number)
-        layer.moe.note_use(layer.table, native.used, batch.num_tokens)
-        if step.shown.has_choices:
-            batch.routing.watch_choices(layer.moe.layer, native.routing())
         if clock is not None:
             clock.attended(native)
-            clock.mixed(layer.moe.layer, native)
+        if layer.moe is not None and layer.table is not None:
+            _tell_use(layer.moe, layer.table, step, native, clock)
     return output
+
+
+def _tell_use(
+    moe: MoeBlock, table: ExpertTable, step: StepInputs, native: NativeStep, clock: LayerClock | None
+) -> None:
+    """Of the layer that is looked at."""
+    moe.note_use(table, native.used, step.batch.num_tokens)
+    if step.shown.has_choices:
+        step.batch.routing.watch_choices(moe.layer, native.routing())
+    if clock is not None:
+        clock.mixed(moe.layer, native)
 
 
 def _as_plain(layer: Layer, step: StepInputs) -> PlainLayer | None:
     moe = layer.moe
-    if layer.native is None or moe is None or not step.is_plain(moe.layer):
+    if layer.native is None:
         return None
-    table = moe.table()
+    if moe is None:
+        return PlainLayer(layer.native, None, None)
+    table = moe.table() if step.is_plain(moe.layer) else None
     return None if table is None else PlainLayer(layer.native, moe, table)

@@ -45,8 +45,10 @@ class LayerMatrices:
     qkv_OD: Weight
     output_DO: Weight
     gate_ED: Tensor | None
-    """None of a layer without experts, of which the first half alone is computed."""
+    """None of a layer without experts."""
     shared: SharedMatrices | None = None
+    dense: ExpertWeights | None = None
+    """Of a layer without experts."""
 
     @property
     def vectors(self) -> tuple[Tensor | None, ...]:
@@ -66,7 +68,7 @@ class NativeLayer:
         natives: tuple[NativeMatrix, ...],
         shared: GatedMatrices | None,
     ) -> None:
-        """Use `of`. natives: as C has them."""
+        """Use `of`. natives: as C has them. shared: what every row passes, in a layer without experts it alone."""
         self.matrices, self._natives, self._shared = matrices, natives, shared
         self._table: ExpertTable | None = None
         linears = [LinearStructure.of(native) for native in natives]
@@ -90,13 +92,14 @@ class NativeLayer:
         """None where it is not computed by our own products. Raises ValueError where shapes do not fit."""
         if kernel.product != "native" or dtype not in DTYPES:
             return None
-        shared = matrices.shared
+        shared, dense = matrices.shared, matrices.dense
         weights = (matrices.qkv_OD, matrices.output_DO, matrices.gate_ED)
         given = [weight for weight in weights if weight is not None]
         given += [] if shared is None else [shared.gate_1D]
         natives = [native for weight in given if (native := native_matrix(weight)) is not None]
-        gated = None if shared is None else shared.weights.native
-        if len(natives) < len(given) or (shared is not None and gated is None):
+        of_all = dense if shared is None else shared.weights
+        gated = None if of_all is None else of_all.native
+        if len(natives) < len(given) or (of_all is not None and gated is None):
             return None
         for matrix in (*natives, *(gated.matrices if gated is not None else ())):
             expect_rows_of(matrix, dtype)
@@ -104,8 +107,8 @@ class NativeLayer:
             [(native.outputs, native.inputs) for native in natives], _linear_shapes(matrices, config)
         )
         if gated is not None:
-            assert config.shared_width is not None
-            width, inner = config.hidden_size, config.shared_width
+            width, inner = config.hidden_size, config.dense_width if shared is None else config.shared_width
+            assert inner is not None
             _expect_shapes(
                 [(matrix.outputs, matrix.inputs) for matrix in gated.matrices],
                 [(2 * inner, width), (width, inner)],
@@ -158,6 +161,12 @@ def expect_rows_of(matrix: NativeMatrix, dtype: torch.dtype) -> None:
     """Raises ValueError where a matrix of floats is not multiplied with rows of that dtype."""
     if matrix.weights.dtype.is_floating_point and matrix.weights.dtype != dtype:
         raise ValueError(f"a matrix of {matrix.weights.dtype} for rows of {dtype}")
+
+
+def expect_dense(layer: NativeLayer) -> None:
+    """Raises ValueError for a layer with experts, or one whose matrices were not given."""
+    if layer.matrices.gate_ED is not None or layer.matrices.dense is None:
+        raise ValueError("no layer without experts")
 
 
 def native_matrix(weight: Weight) -> NativeMatrix | None:

@@ -23,7 +23,7 @@ from router.attention import BLOCK_POSITIONS
 from router.kv_cache import KvPool
 from router.model_config import ModelConfig
 from router.native_attention import Places, expect
-from router.native_layer import NativeLayer
+from router.native_layer import NativeLayer, expect_dense
 from router.native_structures import StepStructure
 from router.scoring import Routing
 
@@ -201,6 +201,24 @@ class NativeStep:
             self.experts_s = self._phases(EXPERTS_PHASES, 0, began_ns)
         return out_TD
 
+    def dense(self, layer: NativeLayer, hidden_TD: Tensor, until_ns: int | None = None) -> Tensor | None:
+        """hidden + projections(norm(hidden)) of a layer without experts, (T, D) in the model's dtype.
+
+        until_ns: as of `attention`. Raises ValueError where anything does not fit, MemoryError.
+        """
+        if self._open is not None:
+            return self._go_on(self._open, until_ns)
+        expect_dense(layer)
+        expect(hidden_TD, self.shape, self.dtype)
+        out_TD = torch.empty_like(hidden_TD)
+        arguments = self._address, layer.address, hidden_TD.data_ptr(), out_TD.data_ptr()
+        if until_ns is not None:
+            address = self.library.begin_dense(*arguments, torch.get_num_threads())
+            return self._go_on(OpenHalf(self.library, address, hidden_TD, out_TD), until_ns)
+        self._start_clocks(1)
+        self._check(self.library.dense_half(*arguments, self.library.run_in_threads, torch.get_num_threads()))
+        return out_TD
+
     def expect_closed(self) -> None:
         """That no half of a layer has begun: what it was given may not be changed."""
         assert self._open is None
@@ -208,14 +226,15 @@ class NativeStep:
     def layers(
         self,
         first: int,
-        layers: Sequence[tuple[NativeLayer, ExpertTable]],
+        layers: Sequence[tuple[NativeLayer, ExpertTable | None]],
         hidden_TD: Tensor,
         pool: KvPool,
     ) -> tuple[Tensor, float, float]:
         """Both halves of consecutive layers in one call: their last one's rows, and the seconds that the halves with
-        attention and those with experts took.
+        attention and the others took.
 
-        first: of the layers in the cache. `look_at` says of which one the rest is told. Raises ValueError where
+        layers: without experts where there is no table. first: of them in the cache. `look_at` says of which one the
+        rest is told. Raises ValueError where
         anything does not fit, MemoryError.
         """
         self.expect_closed()
@@ -224,7 +243,10 @@ class NativeStep:
         expect(hidden_TD, self.shape, self.dtype)
         placed = array("q")
         for index, (layer, table) in enumerate(layers, first):
-            layer.use(table, config.hidden_size, config.num_experts, self.dtype)
+            if table is None:
+                expect_dense(layer)
+            else:
+                layer.use(table, config.hidden_size, config.num_experts, self.dtype)
             placed.extend((layer.address, index, config.window(index) or 0))
         middle_TD, out_TD = torch.empty_like(hidden_TD), torch.empty_like(hidden_TD)
         spent_ns = array("q", (0, 0))

@@ -39,7 +39,7 @@ class Layer:
     moe: MoeBlock | None
     dense: ExpertWeights | None
     native: NativeLayer | None = None
-    """The same, where its halves are calls of our own; of a layer without experts the first one."""
+    """The same, where its halves are calls of our own."""
 
     @property
     def nbytes(self) -> int:
@@ -85,9 +85,15 @@ class TensorLoader:
 
     def head(self, config: ModelConfig, embeddings_VD: Tensor) -> Weight:
         """The embedding itself where the head is tied to it and not quantised."""
+        if config.has_tied_head and self._forms.head is None:
+            return embeddings_VD
+        return self.own_head(HEAD, config.vocab_size, config.hidden_size)
+
+    def own_head(self, name: str, outputs: int, inputs: int) -> Weight:
+        """One that is no embedding."""
         if self._forms.head is not None:
-            return self._packed(self._forms.head, {HEAD: config.vocab_size}, config.hidden_size)
-        return embeddings_VD if config.has_tied_head else self(HEAD, config.vocab_size, config.hidden_size)
+            return self._packed(self._forms.head, {name: outputs}, inputs)
+        return self(name, outputs, inputs)
 
     def _packed(self, form: LinearForm, rows: Mapping[str, int], inputs: int) -> PackedMatrix:
         matrices = []
@@ -163,6 +169,7 @@ def as_native(layer: Layer, config: ModelConfig, kernel: RowKernel) -> NativeLay
         layer.output_DO,
         None if moe is None else moe.gate_ED,
         None if shared is None else SharedMatrices(shared.gate_GD[:1], shared.weights),
+        layer.dense,
     )
     return NativeLayer.of(matrices, config, kernel, layer.post_norm_D.dtype)
 

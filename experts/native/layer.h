@@ -12,7 +12,7 @@ typedef struct {
 } linear;
 
 /* What a layer has. Norms and biases are in the rows' dtype; what it may lack is NULL: q_norm and k_norm, biases, and the
-   matrices of the expert that every row passes. */
+   matrices of the expert that every row passes. A layer without experts has no gates: every row passes that one alone. */
 typedef struct {
     const uint8_t *input_norm, *q_norm, *k_norm, *post_norm, *qkv_bias, *output_bias;
     linear qkv, output, gate, shared_gate;
@@ -81,6 +81,10 @@ int sage_attention_half(
 int sage_experts_half(
     const step *s, const layer *l, const void *hidden, void *out, int64_t *chosen, float *weights, int64_t *used,
     int64_t *num_used, run_in_threads *run, unsigned threads);
+
+/* See dense.c. */
+int sage_dense_half(
+    const step *s, const layer *l, const void *hidden, void *out, run_in_threads *run, unsigned threads);
 
 /* A call, and where its rows belong. */
 typedef struct {

@@ -12,9 +12,9 @@ typedef struct {
 } placed_layer;
 
 /* `count` layers of (tokens, width) rows in the model's dtype: from hidden to out; between the halves of a layer they are
-   in middle. By layer: chosen and weights (tokens, top_k), as sage_begin_experts leaves them, and used (num_experts + 1),
-   the experts in use, ascending, behind the room for all of them how many. spent_ns: of attention's halves, and of
-   experts'. Returns 0 or OUT_OF_MEMORY. */
+   in middle. By layer that has experts: chosen and weights (tokens, top_k), as sage_begin_experts leaves them, and used
+   (num_experts + 1), the experts in use, ascending, behind the room for all of them how many. spent_ns: of attention's
+   halves, and of the others. Returns 0 or OUT_OF_MEMORY. */
 int sage_run_layers(
     const step *s, const placed_layer *layers, int64_t count, const void *hidden, void *middle, void *out,
     int64_t *chosen, float *weights, int64_t *used, int64_t *spent_ns, run_in_threads *run, unsigned threads
@@ -31,7 +31,9 @@ int sage_run_layers(
         code = sage_attention_half(&half, p->layer, p->index, p->window, i ? out : hidden, middle, run, threads);
         const int64_t attended = now_ns();
         if (s->ended_ns) half.ended_ns += PHASES;
-        if (!code) code = sage_experts_half(
+        if (!code && !p->layer->gate.matrix.weights)
+            code = sage_dense_half(&half, p->layer, middle, out, run, threads);
+        else if (!code) code = sage_experts_half(
             &half, p->layer, middle, out, chosen + i * slots, weights + i * slots, used_here,
             used_here + s->num_experts, run, threads);
         const int64_t ended = now_ns();

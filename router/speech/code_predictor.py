@@ -14,12 +14,15 @@ from torch import Tensor
 
 from experts.directory import ExpertDirectory
 from experts.numerics import RowKernel
+from experts.packed_matrix import linear
 from experts.store import ExpertStore
 from extraction.decoder_config import read_flag, read_size
 from extraction.errors import ConfigInvalid
 from router.decoder_layer import LayerArithmetic
 from router.errors import ConfigUnsupported
 from router.kv_cache import KvPool
+from router.layer_run import compute_run, find_run
+from router.linears import FLOAT, LinearForms
 from router.model_config import ModelConfig
 from router.rope_config import read_rope
 from router.speech.facts import CODE_PREDICTOR
@@ -86,13 +89,15 @@ class CodePredictor:
         directory: ExpertDirectory,
         dtype: torch.dtype,
         most_frames: int,
+        forms: LinearForms = FLOAT,
     ) -> None:
-        """directory: is never asked, the decoder has no experts. most_frames: that are drawn together.
+        """directory: is never asked, the decoder has no experts. most_frames: that are drawn together. forms: of the
+        layers' matrices and the heads.
 
         Raises WeightMismatch, or what reading the store raises.
         """
         self.config, self._kernel = config, kernel
-        load = TensorLoader(store, CODE_PREDICTOR, dtype, kernel)
+        load = TensorLoader(store, CODE_PREDICTOR, dtype, kernel, forms)
         self._layers = [
             load_layer(load, index, CODE_PREDICTOR, config, kernel, directory)
             for index in range(config.num_layers)
@@ -101,7 +106,7 @@ class CodePredictor:
         others = range(NUM_CODES - 1)
         self.embeddings = [load(f"codec_embedding.{number}.weight", *sizes) for number in others]
         """Of codes 1 to 15, (V, D) each."""
-        self._heads = [load(f"lm_head.{number}.weight", *sizes) for number in others]
+        self._heads = [load.own_head(f"lm_head.{number}.weight", *sizes) for number in others]
         self._norm_D = load("norm.weight", config.hidden_size)
         self._arithmetic = LayerArithmetic(config, kernel, dtype)
         self._pool = KvPool(config, most_frames + 1, dtype)
@@ -121,7 +126,7 @@ class CodePredictor:
         for number, head_VD in enumerate(self._heads):
             count = len(inputs_TD) // len(frames)
             last_BD = self._forward(inputs_TD, first, count)[count - 1 :: count]
-            logits_BV = self._kernel.linear(self._arithmetic.norm(last_BD, self._norm_D), head_VD).float()
+            logits_BV = linear(self._kernel, self._arithmetic.norm(last_BD, self._norm_D), head_VD).float()
             for row, codes in enumerate(frames):
                 codes.append(draw_code(row, number + 1, logits_BV[row]))
             drawn = torch.tensor([codes[-1] for codes in frames])
@@ -141,6 +146,9 @@ class CodePredictor:
         ids = torch.zeros(num_rows, dtype=torch.int64)
         step = self._arithmetic.prepare(StepBatch(spans, ids, positions.expand(3, -1), ()))
         hidden_PD = self._arithmetic.pad(inputs_TD)
+        run = find_run(0, self._layers, step, len(self._layers))
+        if run is not None and len(run.layers) == len(self._layers):
+            return compute_run(run, hidden_PD, step, self._pool, None).hidden_TD
         for index, layer in enumerate(self._layers):
             attended_PD = self._arithmetic.attention(index, layer, hidden_PD, step, self._pool)
             assert attended_PD is not None

@@ -14,6 +14,7 @@ import torch
 from experts.native_products import chosen_level
 from experts.numerics import RowKernel
 from router.kv_cache import KvPool
+from router.linears import FLOAT, LinearForm, LinearForms
 from router.media.sizes import TensorCounter
 from router.model_config import ModelConfig, read_model_config
 from router.speech.code_predictor import read_predictor_config
@@ -33,11 +34,13 @@ def speech_bytes(
     configs: Mapping[str, Mapping[str, Any]],
     talker_bytes: int,
     dtype: torch.dtype,
+    forms: LinearForms = FLOAT,
     options: SpeakerOptions | None = None,
 ) -> int:
     """All but the talker's experts: weights, keys and values, states of media, and what is on its way.
 
-    configs: of the components that speak, by name. talker_bytes: of the talker's weights. Raises ConfigUnsupported.
+    configs: of the components that speak, by name. talker_bytes: of the talker's weights. forms: of the code
+    predictor's. Raises ConfigUnsupported.
     """
     options = options or SpeakerOptions()
     talker, predictor = (
@@ -49,7 +52,7 @@ def speech_bytes(
     return (
         talker_bytes
         + speech_kv_blocks(talker, dtype, options) * KvPool.block_bytes(talker, dtype)
-        + _predictor_bytes(predictor, dtype)
+        + _predictor_bytes(predictor, dtype, forms)
         + (most + 1) * KvPool.block_bytes(predictor, dtype)
         + _codec_bytes(shape, sound_dtype)
         + most * stream_blocks(shape) * KvPool.block_bytes(shape.decoder, sound_dtype)
@@ -59,10 +62,18 @@ def speech_bytes(
     )
 
 
-def _predictor_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+def _predictor_bytes(config: ModelConfig, dtype: torch.dtype, forms: LinearForms) -> int:
     """Its matrices, embeddings and heads; norms take little."""
-    matrices = sum(outputs * inputs for outputs, inputs in config.backbone_matrices())
-    return (matrices + 2 * (NUM_CODES - 1) * config.vocab_size * config.hidden_size) * dtype.itemsize
+    head, others = (config.vocab_size, config.hidden_size), NUM_CODES - 1
+    return (
+        sum(_weight_bytes(shape, dtype, forms.backbone) for shape in config.backbone_matrices())
+        + others * _weight_bytes(head, dtype, forms.head)
+        + others * _weight_bytes(head, dtype, None)
+    )
+
+
+def _weight_bytes(shape: tuple[int, int], dtype: torch.dtype, form: LinearForm | None) -> int:
+    return shape[0] * shape[1] * dtype.itemsize if form is None else form.loaded_bytes(shape)
 
 
 def _codec_bytes(shape: CodecShape, dtype: torch.dtype) -> int:

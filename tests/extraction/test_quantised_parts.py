@@ -26,7 +26,8 @@ INT4 = Quantization(scheme="int4", group_size=32)
 ALL_INT8 = QuantisedParts(INT8, INT8, INT8)
 MIXED = QuantisedParts(None, INT8, INT4)
 LINEAR = re.compile(r"\.(q|k|v|o|gate|up|down)_proj\.weight$")
-DECODERS = ("model", "thinker", "talker")
+HEAD = re.compile(r"lm_head(\.[0-9]+)?\.weight")
+DECODERS = ("model", "thinker", "talker", "code_predictor")
 
 
 def _entries(manifest: Manifest, component: str) -> dict[str, TensorEntry]:
@@ -61,7 +62,7 @@ def test_linear_layers_and_head_of_decoders_are_quantised_and_nothing_else(
         found = _entries(quantised, component.name)
         for entry in component.tensors:
             expected: str = entry.dtype
-            if component.name in DECODERS and entry.name == "lm_head.weight":
+            if component.name in DECODERS and HEAD.fullmatch(entry.name):
                 expected = "int4"
             elif (
                 component.name in DECODERS and entry.name.startswith("layers.") and LINEAR.search(entry.name)

@@ -237,19 +237,61 @@ def test_two_calls_have_the_bits_of_one_for_each_operation(
         assert torch.equal(other.keys, expected_pool.keys) and torch.equal(other.values, expected_pool.values)
 
 
+@pytest.mark.parametrize("level", LEVELS_HERE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layer_without_experts_has_the_bits_of_one_call_for_each_operation(dtype: torch.dtype) -> None:
-    """Its attention is one call; its dense half is none."""
-    weights = Random(replace(tiny_config(), dense_width=41), LEVELS_HERE[-1], dtype, seed=4)
-    width = weights.config.hidden_size
-    dense = ExpertWeights(weights.floats(2 * 41, width), weights.floats(width, 41))
-    layer = replace(weights.layer(None, None, has_table=True), moe=None, dense=dense)
+@pytest.mark.parametrize("form", [None, INT8, INT4])
+@pytest.mark.parametrize(("width", "inner"), [(48, 41), (52, 130)])
+def test_layer_without_experts_has_the_bits_of_one_call_for_each_operation(
+    level: str, dtype: torch.dtype, form: Quantization | None, width: int, inner: int
+) -> None:
+    weights = Random(replace(tiny_config(hidden_size=width), dense_width=inner), level, dtype, seed=4)
+    dense = ExpertWeights(weights.weight(2 * inner, width, form), weights.weight(width, inner, form))
+    layer = replace(weights.layer(form, None, has_table=True), moe=None, dense=dense)
     layer = replace(layer, native=as_native(layer, weights.config, weights.kernel))
     assert layer.native is not None
     expected, _ = _run(weights, replace(layer, native=None), STEPS)
-    for until_ns in (None, 1):
-        found, _ = _run(weights, layer, STEPS, until_ns)
-        assert all(map(torch.equal, found, expected))
+    before = torch.get_num_threads()
+    try:
+        for until_ns, threads in ((None, 1), (None, 3), (1, 1)):
+            torch.set_num_threads(threads)
+            found, _ = _run(weights, layer, STEPS, until_ns)
+            assert all(map(torch.equal, found, expected))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_layers_without_experts_and_with_them_go_in_one_call_with_the_same_bits() -> None:
+    config = replace(tiny_config(num_hidden_layers=3), dense_width=41)
+    weights = Random(config, LEVELS_HERE[-1], torch.bfloat16, seed=5)
+    dense = ExpertWeights(weights.floats(2 * 41, config.hidden_size), weights.floats(config.hidden_size, 41))
+    layers = [weights.layer(None, None, has_table=True) for _ in range(3)]
+    layers[1] = replace(layers[1], moe=None, dense=dense)
+    layers[1] = replace(layers[1], native=as_native(layers[1], config, weights.kernel))
+    arithmetic = LayerArithmetic(config, weights.kernel, torch.bfloat16)
+    batch = _batch([Span((3, 5), 0, 5), Span((2,), 0, 1)])
+    hidden = torch.randn(6, config.hidden_size, generator=torch.Generator().manual_seed(1)).bfloat16()
+    inputs, pool = arithmetic.prepare(batch), KvPool(config, NUM_BLOCKS, torch.bfloat16)
+    expected = hidden
+    for index, layer in enumerate(layers):
+        attended = arithmetic.attention(index, replace(layer, native=None), expected, inputs, pool)
+        assert attended is not None
+        mixed = arithmetic.feed_forward(replace(layer, native=None), attended, inputs)
+        assert mixed is not None
+        expected = mixed
+    native, other_pool = arithmetic.prepare(batch).native, KvPool(config, NUM_BLOCKS, torch.bfloat16)
+    assert native is not None
+    tables = [layer.moe and layer.moe.table() for layer in layers]
+    of_run = [(layer.native, table) for layer, table in zip(layers, tables, strict=True)]
+    found, _, _ = native.layers(0, [(one, table) for one, table in of_run if one], hidden, other_pool)
+    assert torch.equal(found, expected)
+    assert torch.equal(pool.keys, other_pool.keys) and torch.equal(pool.values, other_pool.values)
+    for index in (0, 2):
+        native.look_at(index)
+        assert native.used
+    with pytest.raises(ValueError, match="no layer without experts"):
+        native.layers(0, [(one, None) for one, _ in of_run if one], hidden, other_pool)
+    with pytest.raises(ValueError, match="no layer without experts"):
+        native.dense(layers[0].native, hidden)  # type: ignore[arg-type]
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -197,7 +197,7 @@ def test_prompts_of_every_choice_pause_beside_streams_and_keep_bits_counts_and_e
     expected = finish(loaded.engine, prompts)
     alone = {each.request_id: run_to_end(loaded.engine, [each]) for each in prompts}
     engine = loaded.engine
-    pause_prompts(engine, within_halves=False)
+    pause_prompts(engine)
     for each in streams:
         engine.submit(each)
     for _ in range(2):

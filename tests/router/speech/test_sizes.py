@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from extraction.extract import extract
+from extraction.quantise import Quantization
+from extraction.quantised_parts import QuantisedParts
 from router.footprint import measure_footprint
 from router.kv_cache import KvPool
 from router.loading import EngineOptions
@@ -64,11 +67,22 @@ def test_published_parts_have_their_known_sizes() -> None:
     assert listed * 0.99 < found - KEPT_BYTES - MOST_OPEN_BYTES < listed + (64 << 20)
 
 
+@pytest.fixture(scope="module")
+def int8_store(omni_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    int8 = Quantization(scheme="int8", group_size=None)
+    folder = tmp_path_factory.mktemp("int8-omni") / "store"
+    extract(omni_checkpoint, folder, quantised=QuantisedParts(int8, int8, int8))
+    return folder
+
+
+@pytest.mark.parametrize("store", ["omni_store", "int8_store"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("budget", [None, 20_000])
-def test_footprint_leaves_room_for_what_speaks(omni_store: Path, dtype: str, budget: int | None) -> None:
+def test_footprint_leaves_room_for_what_speaks(
+    store: str, dtype: str, budget: int | None, request: pytest.FixtureRequest
+) -> None:
     options = EngineOptions(dtype=dtype, has_speech=True, speech_budget_bytes=budget)
-    loaded = open_engine(omni_store, options)
+    loaded = open_engine(request.getfixturevalue(store), options)
     assert loaded.speech is not None
     engine = loaded.speech.open()
     while engine.speaker.parts.worker.load_more():

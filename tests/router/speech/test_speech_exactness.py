@@ -18,6 +18,7 @@ from extraction.quantise import Quantization
 from extraction.quantised_parts import QuantisedParts
 from router.loading import EngineOptions, LoadedEngine
 from router.request import GenerationRequest, SamplingParams
+from router.speech import code_predictor
 from router.speech.speaker import SpeakerLimits
 from tests.engines import open_engine
 from tests.omni import image, sound
@@ -153,9 +154,29 @@ def test_speeches_of_other_seeds_choices_voices_and_replies_differ(loaded: Loade
     assert len({tuple(frames) for frames in found.frames.values()}) == len(requests)
 
 
+def test_code_predictor_s_layers_in_one_call_draw_the_codes_of_layer_after_layer(
+    loaded: LoadedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling = SamplingParams(max_tokens=8, temperature=0.9, top_k=50, seed=1)
+    requests = [
+        speech_request(loaded, *turns, name=f"s{number}", sampling=sampling)
+        for number, turns in enumerate(CONVERSATIONS)
+    ]
+    expected = speak(loaded, new_speaker(loaded), requests, JOIN_AT)
+    num_runs = 0
+
+    def apart(*arguments: object) -> None:
+        nonlocal num_runs
+        num_runs += 1
+
+    monkeypatch.setattr(code_predictor, "find_run", apart)
+    assert speak(loaded, new_speaker(loaded), requests, JOIN_AT) == expected
+    assert num_runs
+
+
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 def test_quantised_talker_speaks_alike_at_any_budget_and_beside_others(
-    omni_checkpoint: Path, tmp_path: Path, scheme: Literal["int8", "int4"]
+    omni_checkpoint: Path, omni_store: Path, tmp_path: Path, scheme: Literal["int8", "int4"]
 ) -> None:
     form = Quantization(scheme=scheme, group_size=32 if scheme == "int4" else None)
     extract(omni_checkpoint, tmp_path / "store", quantised=QuantisedParts(form, form, form))
@@ -168,4 +189,6 @@ def test_quantised_talker_speaks_alike_at_any_budget_and_beside_others(
     speaker = new_speaker(loaded, budget_bytes=6000, limits=SpeakerLimits(prompt_rows=16))
     assert speak(loaded, speaker, requests, JOIN_AT) == _alone(loaded, requests)
     assert 0 < speaker.parts.worker.num_resident < 12
+    plain = new_speaker(open_engine(omni_store, EngineOptions(dtype="float32", has_media=True)))
+    assert speaker.parts.predictor.nbytes < plain.parts.predictor.nbytes
     loaded.close()
