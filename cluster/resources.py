@@ -35,6 +35,8 @@ NODE_LABEL = "ray.io/node-id"
 ONE_LOOP = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
 """For a replica: Serve would run its own code, ours and the calls that we make on three event loops, and wake one for
 what another has got. Ours blocks none, so that one is enough."""
+LIGHT_START = {"RAY_preload_python_modules": "cluster.worker_start"}
+"""For a Ray that is started for a service: what its processes import first."""
 HEALTH_CHECKS = {"health_check_period_s": 1.0, "health_check_timeout_s": 4.0}
 """Of Serve's replicas: requests wait for a router that is dead or hangs, and nobody else has the gateway's port."""
 NO_CPUS = 0.0
@@ -80,7 +82,7 @@ def service_environment() -> dict[str, str]:
     One for all: for a process with one of its own, Ray takes none of those that it has begun ahead, and imports itself
     twice. Whatever computes chooses its number of threads itself.
     """
-    return ray_environment() | process_environment(1) | ONE_LOOP
+    return ray_environment() | process_environment(1) | ONE_LOOP | LIGHT_START
 
 
 def process_environment(num_threads: int) -> dict[str, str]:
@@ -104,6 +106,10 @@ def ray_environment() -> dict[str, str]:
         # It would kill what Ray can start again, and so the router, before an expert actor, which others stand in for.
         "RAY_memory_monitor_refresh_ms": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        # For the same ten seconds, but by fiftieths: a node whose own object store is not there yet when it first looks,
+        # as on a busy machine, would else be up a whole second later.
+        "RAY_raylet_client_connect_timeout_milliseconds": "20",
+        "RAY_raylet_client_num_connect_attempts": "500",
         # Ray's own default, 15, lets whatever else runs on the machine go before every answer.
         "RAY_worker_niceness": "0",
         "OMP_WAIT_POLICY": "PASSIVE",
