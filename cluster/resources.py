@@ -106,8 +106,8 @@ def ray_environment() -> dict[str, str]:
         # It would kill what Ray can start again, and so the router, before an expert actor, which others stand in for.
         "RAY_memory_monitor_refresh_ms": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        # For the same ten seconds, but by fiftieths: a node whose own object store is not there yet when it first looks,
-        # as on a busy machine, would else be up a whole second later.
+        # For the same ten seconds, but by fiftieths: a node whose own object store is not there yet when it first
+        # looks, as on a busy machine, would else be up a whole second later.
         "RAY_raylet_client_connect_timeout_milliseconds": "20",
         "RAY_raylet_client_num_connect_attempts": "500",
         # Ray's own default, 15, lets whatever else runs on the machine go before every answer.
