@@ -1,9 +1,9 @@
 """How soon is a service ready after its command was typed, and which processes take how much CPU until then?
 
-Starts `sage-moe serve` with expert actors, waits until it says that it serves, and interrupts it, again and again, while
-the processes below the command are looked at. Ray counts as up when its node starts the first process that is to work
-for us. With `--beside` another checkout's command is started in turn, by the same interpreter; of the ratios between the
-two the machine's other work is no part.
+Starts `sage-moe serve` with expert actors, waits until it says that it serves, and interrupts it, again and again,
+while the processes below the command are looked at. Ray counts as up when its node starts the first process that is to
+work for us. With `--beside` another checkout's command is started in turn, by the same interpreter; of the ratios
+between the two the machine's other work is no part.
 
     python -m benchmarks.bench_start [STORE] [--actors 2] [--rounds 5] [--beside CHECKOUT] [--keep]
 """

@@ -14,8 +14,8 @@ COLLECTED_FROM = 50_000
 """New objects before Python looks for unused ones, in place of 700. A start makes a million that all stay, and looking
 through them a thousand times is an eighth of its work."""
 UNUSED = "pandas"
-"""Serve imports it where it is installed, which is a third of Serve's own import, to send data frames as JSON. No answer
-of ours is one, and nothing of a service needs it."""
+"""Serve imports it where it is installed, which is a third of Serve's own import, to send data frames as JSON. No
+answer of ours is one, and nothing of a service needs it."""
 
 
 def start_lightly() -> None:

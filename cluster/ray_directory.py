@@ -36,14 +36,12 @@ BEGIN_TIMEOUT_S, BEGIN_INTERVAL_S = 120.0, 0.05
 
 
 class RayDirectory:
-    """An `ExpertDirectory` over the expert actors of this Ray cluster."""
+    """An `ExpertDirectory` over the expert actors of this Ray cluster: to be asked after `begin`."""
 
     def __init__(self, local: ExpertWorker, audit_share: float = 0.0) -> None:
-        """Returns when the service's actors have been there once: before, this process would read experts that are
-        theirs. local: computes what no actor does. audit_share: see `DirectoryOptions`. Raises SupervisorMissing."""
+        """local: computes what no actor does. audit_share: see `DirectoryOptions`. Raises SupervisorMissing."""
         self._supervisor = find_supervisor()
         supervisor = self._supervisor
-        _wait_begun(supervisor)
         asked = [supervisor.secret.remote(), supervisor.spin_s.remote(), supervisor.roster.remote()]
         secret, spin_s, roster = ray.get(asked, timeout=ANSWER_TIMEOUT_S)
         self._wake = threading.Event()
@@ -66,6 +64,13 @@ class RayDirectory:
             on_bad=self._report_bad,
         )
         self._follower = threading.Thread(target=self._follow, name="roster", daemon=True)
+
+    def begin(self) -> None:
+        """Follow the roster from now on. Returns when the service's actors have been there once, and are known here:
+        before, this process would read experts that are theirs. Raises RayError."""
+        _wait_begun(self._supervisor)
+        while self._follow_roster():
+            pass
         self._follower.start()
 
     @property
@@ -112,7 +117,8 @@ class RayDirectory:
     def close(self) -> None:
         self._closing.set()
         self._wake.set()
-        self._follower.join()
+        if self._follower.ident is not None:
+            self._follower.join()
         self.remote.close()
 
     def status(self) -> dict[str, Any]:
