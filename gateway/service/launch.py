@@ -204,7 +204,7 @@ def _reach_ray(options: ServiceOptions) -> RunningRay | None:
 
     # Serve takes a second to import, in which Ray's processes start; who needs it waits for this import to end.
     Thread(target=_import_serve, daemon=True).start()
-    start_ray(options.num_cpus)
+    start_ray(options.num_cpus, is_for_service=True)
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import ray
 
 from cluster.light_start import COLLECTED_FROM, UNUSED, starting_lightly
 from cluster.processes import descendants, end_processes, quietly
-from cluster.resources import prepare_ray, service_environment, start_ray
+from cluster.resources import FIRST_IMPORTS, start_ray
 
 
 def loads(code: str) -> bool:
@@ -42,18 +43,17 @@ def test_what_is_there_already_stays() -> None:
 
 
 @pytest.mark.ray
-def test_every_process_of_a_service_starts_lightly(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in service_environment().items():
-        monkeypatch.setenv(name, value)
-    prepare_ray(service_environment())
-    start_ray(num_cpus=1)
+@pytest.mark.parametrize("is_for_service", [True, False])
+def test_every_process_of_a_service_starts_lightly_and_no_other(is_for_service: bool) -> None:
+    start_ray(num_cpus=1, is_for_service=is_for_service)
+    assert FIRST_IMPORTS not in os.environ, "what this process starts next may need what is spared"
 
     @ray.remote(num_cpus=0)
-    def spared() -> tuple[int, bool]:
-        return gc.get_threshold()[0], UNUSED in sys.modules
+    def is_spared() -> tuple[bool, bool]:
+        return gc.get_threshold()[0] == COLLECTED_FROM, UNUSED in sys.modules
 
     try:
-        assert ray.get(spared.remote()) == (COLLECTED_FROM, True)
+        assert ray.get(is_spared.remote()) == (is_for_service, is_for_service)
     finally:
         started = descendants()
         quietly(ray.shutdown)
