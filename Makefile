@@ -59,7 +59,7 @@ chaos: setup $(STORE)
 	$(BIN)/python -m pytest -m "chaos or slow"
 
 # Measures again what benchmarks/results keeps, and keeps it: two hours on an idle machine. bench-peers builds llama.cpp.
-bench: bench-peers
+bench: bench-peers $(STORE)
 	$(BIN)/python -m benchmarks.bench_transport --keep
 	$(BIN)/python -m benchmarks.bench_exactness --keep
 	$(BIN)/python -m benchmarks.bench_exactness --dtype float32 --layers 2 --keep
@@ -70,6 +70,7 @@ bench: bench-peers
 	$(BIN)/python -m benchmarks.bench_prefetch --rounds 3 --tokens 24 --keep
 	$(BIN)/python -m benchmarks.bench_rss --keep
 	$(BIN)/python -m benchmarks.bench_scoring --layers 4 --steps 30 --keep
+	$(BIN)/python -m benchmarks.bench_start --keep
 	$(BIN)/python -m benchmarks.bench_speech --folder .bench --budgets 0.25 --peer --keep
 	$(BIN)/python -m benchmarks.bench_vocoder --keep
 	$(BIN)/python -m benchmarks.bench_trust --layers 2 --keep

@@ -90,6 +90,8 @@ class Fleet:
         """Who can compute what is lost; see `Roster.fallbacks`. Replaced as a whole where it changes."""
         self.source_for: SourceFor | None = None
         """Where an actor's machine finds the store; None leaves it at the spec's."""
+        self.is_starting = False
+        """Whether the service has not had all its actors yet."""
         self.notes: deque[Note] = deque(maxlen=MAX_NOTES)
         self._told_of: tuple[object, ...] = ()
         self._incarnation = 0
@@ -204,6 +206,7 @@ class Fleet:
     def _create(self, action: Create, plan: ServicePlan, memory: Mapping[str, int], now_s: float) -> None:
         actor = action.wanted.plan
         spec = actor_spec(self._spec, plan, actor, action.name, self.next_incarnation())
+        spec = replace(spec, is_first=self.is_starting)
         if self.source_for is not None:
             spec = replace(spec, store_source=self.source_for(spec.group, action.node_id))
         is_counted = not self._spec.is_one_machine

@@ -36,14 +36,14 @@ BEGIN_TIMEOUT_S, BEGIN_INTERVAL_S = 120.0, 0.05
 
 
 class RayDirectory:
-    """An `ExpertDirectory` over the expert actors of this Ray cluster."""
+    """An `ExpertDirectory` over the expert actors of this Ray cluster: to be asked after `begin`."""
 
     def __init__(self, local: ExpertWorker, audit_share: float = 0.0) -> None:
-        """Returns when the service's actors have been there once: before, this process would read experts that are
-        theirs. local: computes what no actor does. audit_share: see `DirectoryOptions`. Raises SupervisorMissing."""
+        """local: computes what no actor does. audit_share: see `DirectoryOptions`. Raises SupervisorMissing
+        or RayError."""
         self._supervisor = find_supervisor()
         supervisor = self._supervisor
-        _wait_begun(supervisor)
+        _is_begun(supervisor)  # that it answers at all, which the others wait for less patiently
         asked = [supervisor.secret.remote(), supervisor.spin_s.remote(), supervisor.roster.remote()]
         secret, spin_s, roster = ray.get(asked, timeout=ANSWER_TIMEOUT_S)
         self._wake = threading.Event()
@@ -66,6 +66,14 @@ class RayDirectory:
             on_bad=self._report_bad,
         )
         self._follower = threading.Thread(target=self._follow, name="roster", daemon=True)
+
+    def begin(self) -> None:
+        """Follow the roster from now on. Returns when the service's actors have been there once, and are known here:
+        before, this process would read experts that are theirs. Raises RayError."""
+        while not _is_begun(self._supervisor):
+            time.sleep(BEGIN_INTERVAL_S)
+        while self._follow_roster():
+            pass
         self._follower.start()
 
     @property
@@ -112,7 +120,8 @@ class RayDirectory:
     def close(self) -> None:
         self._closing.set()
         self._wake.set()
-        self._follower.join()
+        if self._follower.ident is not None:
+            self._follower.join()
         self.remote.close()
 
     def status(self) -> dict[str, Any]:
@@ -179,15 +188,13 @@ class RayDirectory:
         return is_newer and not self._closing.is_set()
 
 
-def _wait_begun(supervisor: Any) -> None:
+def _is_begun(supervisor: Any) -> bool:
     """See `Supervisor.is_begun`. Raises RayError where nobody answers for so long."""
-    answered_at = time.monotonic()
+    give_up_at = time.monotonic() + BEGIN_TIMEOUT_S
     while True:
         try:
-            if ray.get(supervisor.is_begun.remote(), timeout=BEGIN_TIMEOUT_S):
-                return
-            answered_at = time.monotonic()
+            return bool(ray.get(supervisor.is_begun.remote(), timeout=BEGIN_TIMEOUT_S))
         except ray.exceptions.RayActorError:  # Ray restarts it
-            if time.monotonic() > answered_at + BEGIN_TIMEOUT_S:
+            if time.monotonic() > give_up_at:
                 raise
         time.sleep(BEGIN_INTERVAL_S)

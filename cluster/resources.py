@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,8 @@ NODE_LABEL = "ray.io/node-id"
 ONE_LOOP = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
 """For a replica: Serve would run its own code, ours and the calls that we make on three event loops, and wake one for
 what another has got. Ours blocks none, so that one is enough."""
+FIRST_IMPORTS, LIGHT_START = "RAY_preload_python_modules", "cluster.worker_start"
+"""What processes of a Ray that is started for a service import first."""
 HEALTH_CHECKS = {"health_check_period_s": 1.0, "health_check_timeout_s": 4.0}
 """Of Serve's replicas: requests wait for a router that is dead or hangs, and nobody else has the gateway's port."""
 NO_CPUS = 0.0
@@ -104,6 +107,10 @@ def ray_environment() -> dict[str, str]:
         # It would kill what Ray can start again, and so the router, before an expert actor, which others stand in for.
         "RAY_memory_monitor_refresh_ms": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        # For the same ten seconds, but by fiftieths: a node whose own object store is not there yet when it first
+        # looks, as on a busy machine, would else be up a whole second later.
+        "RAY_raylet_client_connect_timeout_milliseconds": "20",
+        "RAY_raylet_client_num_connect_attempts": "500",
         # Ray's own default, 15, lets whatever else runs on the machine go before every answer.
         "RAY_worker_niceness": "0",
         "OMP_WAIT_POLICY": "PASSIVE",
@@ -188,8 +195,12 @@ def prepare_ray(process_variables: Mapping[str, str] | None = None) -> None:
     os.environ.update({key: ours[key] for key in process_environment(1) if key in ours})
 
 
-def start_ray(num_cpus: int | None = None) -> None:
-    """Start a Ray for this process, on loopback, also beside another; `cluster.joining` joins one that runs already."""
+def start_ray(num_cpus: int | None = None, *, is_for_service: bool = False) -> None:
+    """Start a Ray for this process, on loopback, also beside another; `cluster.joining` joins one that runs already.
+
+    is_for_service: whether nothing but a service will run there, which needs less than others; see
+    `cluster.light_start`.
+    """
     import logging
 
     prepare_ray()
@@ -207,4 +218,18 @@ def start_ray(num_cpus: int | None = None) -> None:
             configure_logging=True,
         )
 
-    started_patiently(start)
+    with _first_imports() if is_for_service else nullcontext():
+        started_patiently(start)
+
+
+@contextmanager
+def _first_imports() -> Iterator[None]:
+    """For the Ray that is started inside, and no other: a batch's, which would inherit it, needs what is spared."""
+    if FIRST_IMPORTS in os.environ:  # as everywhere, what a user has set stays
+        yield
+        return
+    os.environ[FIRST_IMPORTS] = LIGHT_START
+    try:
+        yield
+    finally:
+        del os.environ[FIRST_IMPORTS]

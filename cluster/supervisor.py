@@ -260,6 +260,7 @@ class Supervisor:
             self._rooms, self._cut_off = self._usable(memory), cut_off
             self._follow_nodes(memory, now_s)
             self._look_after_disks(now_s)
+            self._fleet.is_starting = not self._record.is_begun
             self._fleet.act(self._target(), self._record.plan, memory, now_s)
             if not self._record.is_begun and self._missing() is None:
                 self._keep(replace(self._record, is_begun=True))

@@ -23,6 +23,7 @@ from experts.cores import num_cores, useful_threads
 from experts.errors import ExpertError
 from experts.eviction import Eviction
 from experts.group_trust import GroupTrust, Scores
+from experts.polite_import import import_politely
 from experts.roster import Endpoint
 from experts.store_source import CacheSpec, StoreSource
 from extraction.manifest import ExpertKey
@@ -72,6 +73,8 @@ class ActorSpec:
     """What computes; `cuda` is the card that Ray has given to the process. The budget is then of its memory."""
     host_budget_bytes: int | None = None
     """Of experts in host memory behind another device than the CPU; None means no bound."""
+    is_first: bool = False
+    """Whether its service is starting: the router, which has more to import, then goes first."""
 
     def fingerprint(self) -> str:
         """Equal for specs that compute the same rows for an expert of both groups, whenever, wherever and within
@@ -90,6 +93,10 @@ class ExpertActor:
     """One expert group behind a data-plane server."""
 
     def __init__(self, spec: ActorSpec) -> None:
+        if spec.is_first:
+            import_politely(
+                "experts.worker", "experts.server", "experts.weight_server", "experts.device_proof"
+            )
         # Not above: the supervisor imports this class to create actors, and starts a second sooner without PyTorch.
         import torch
 

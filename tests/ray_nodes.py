@@ -101,7 +101,9 @@ def patient_directory(worker: ExpertWorker) -> RayDirectory:
     patient = partial(TransportLimits, heartbeat_misses=PATIENT_MISSES)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cluster.ray_directory.TransportLimits", patient)
-        return RayDirectory(worker)
+        directory = RayDirectory(worker)
+    directory.begin()
+    return directory
 
 
 def wait_settled(supervisor: Any) -> None:

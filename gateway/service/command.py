@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from cluster.light_start import starting_lightly
 from gateway.budget_options import (
     DeviceOption,
     ExpertBudgetOption,
@@ -248,7 +249,9 @@ def serve(
     }
     if not dry_run and any(not key.startswith("@") for key in api_key or ()):
         _move_keys_out_of_sight(api_key or ())
-    options = _gather(store, given, config)
+    with starting_lightly():  # nearly all of it is imports
+        options = _gather(store, given, config)
+        import gateway.service.launch  # noqa: F401
     if dry_run:
         _print_plan(options, as_json)
     else:

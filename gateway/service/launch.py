@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from importlib import import_module
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from cluster.addresses import LOOPBACK, is_local_only
 from cluster.errors import ClusterError, ClusterRefused, HeadLost, SupervisorMissing
+from cluster.light_start import starting_lightly
 from cluster.memory_plan import MemoryPlan, router_names, unmatched
 from cluster.processes import descendants, end_processes, quietly
 from cluster.resources import (
@@ -203,9 +203,14 @@ def _reach_ray(options: ServiceOptions) -> RunningRay | None:
     import ray  # noqa: F401  # here, for two threads must not begin it at once
 
     # Serve takes a second to import, in which Ray's processes start; who needs it waits for this import to end.
-    Thread(target=import_module, args=("gateway.service.serve_instance",), daemon=True).start()
-    start_ray(options.num_cpus)
+    Thread(target=_import_serve, daemon=True).start()
+    start_ray(options.num_cpus, is_for_service=True)
     return None
+
+
+def _import_serve() -> None:
+    with starting_lightly():
+        import gateway.service.serve_instance  # noqa: F401
 
 
 def _take_cluster(options: ServiceOptions, address: BindAddress, stack: ExitStack) -> str:

@@ -124,7 +124,10 @@ class RouterDeployment:
             return self._directory
 
         keeper = SupervisedTrust if spec.has_supervisor else open_local_ledger
-        return load_engine(store, spec.engine_of(self._index), connect, keeper)
+        loaded = load_engine(store, spec.engine_of(self._index), connect, keeper)
+        if self._directory is not None:
+            self._directory.begin()  # last: actors start meanwhile
+        return loaded
 
     def __del__(self) -> None:
         """Called by Serve when the replica stops in an orderly way; a failure is in the log already."""

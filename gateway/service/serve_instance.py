@@ -17,7 +17,8 @@ from cluster.processes import quietly
 from gateway.errors import DeploymentFailed, ServeTaken
 from gateway.service.application import APP_NAME
 
-LOOK_S = 0.05
+LOOK_S = 0.1
+"""Every look costs Serve and the command a hundredth of a second of CPU, which what starts meanwhile needs."""
 FAILED = ApplicationStatus.DEPLOY_FAILED.value
 """Of applications and of deployments."""
 

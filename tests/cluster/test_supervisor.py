@@ -101,7 +101,6 @@ def service(stories_store: Path) -> Iterator[Running]:
         supervisor = start_supervisor(service_spec(stories_store, plan, is_local_only=False))
         try:
             assert not ray.get(supervisor.is_begun.remote(), timeout=WAIT_S), "actors take seconds to start"
-            ray.get(supervisor.wait_ready.remote(), timeout=WAIT_S)
             directories: list[RayDirectory] = []
 
             def connect(worker: Any) -> RayDirectory:
@@ -109,6 +108,7 @@ def service(stories_store: Path) -> Iterator[Running]:
                 return directories[0]
 
             loaded = open_engine(stories_store, EngineOptions(), connect)
+            assert ray.get(supervisor.is_begun.remote(), timeout=WAIT_S), "a router waits for them"
             yield Running(cluster, supervisor, plan, nodes, loaded, directories[0], expected)
             loaded.close()
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,6 +19,7 @@ from experts.errors import DeviceUnavailable, WeightsUnavailable
 from experts.eviction import DEFAULT_EVICTION
 from experts.store import ExpertStore
 from experts.store_source import CacheSpec, StoreSource
+from experts.worker import ExpertWorker
 from extraction.manifest import group_of
 from tests.experts.weight_peers import PATIENCE_S, SECRET, sharing
 from tests.simulated_actors import SimulatedActor
@@ -85,6 +87,19 @@ def test_actor_without_the_store_computes_the_same_bits(tmp_path: Path, whole: E
             status = actor.status()["store"]
             assert (status["is_cache"], status["records_done"], status["records_total"]) == (True, 8, 8)
             assert torch.equal(_rows(actor), expected)
+
+
+def test_actor_answers_while_its_group_is_still_to_be_read(
+    whole: ExpertStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long that takes: a service is ready before."""
+    may_read = threading.Event()
+    monkeypatch.setattr(ExpertWorker, "load_all", lambda worker: may_read.wait(PATIENCE_S))
+    with _acting(_spec(whole, str(whole.root))) as actor:
+        assert not any(actor.resident().values()), "it has said where it listens before anything was read"
+        _rows(actor)
+        assert actor.resident()["model", 2] == {1, 3, 5}
+        may_read.set()
 
 
 def test_actor_keeps_further_records_and_gives_them_to_its_peers(tmp_path: Path, whole: ExpertStore) -> None:

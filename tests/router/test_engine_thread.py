@@ -294,3 +294,19 @@ def test_idle_engine_reads_the_experts_that_will_stay(tiny_store: Path, sink: Si
     sink.wait_for_ends("q")
     thread.stop()
     loaded.close()
+
+
+def test_engine_answers_while_its_experts_are_still_to_be_read(
+    tiny_store: Path, sink: Sink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However large the store: a service is ready before."""
+    loaded = open_engine(tiny_store, EngineOptions(dtype="float32"))
+    assert loaded.worker.num_resident == 0
+    monkeypatch.setattr(loaded.directory, "load_more", lambda: False)
+    thread = EngineThread(loaded.engine, sink)
+    thread.start()
+    thread.submit(GenerationRequest("q", (1,), SamplingParams(max_tokens=1)))
+    sink.wait_for_ends("q")
+    assert 0 < loaded.worker.num_resident < len(loaded.config.moe_layers) * loaded.config.num_experts
+    thread.stop()
+    loaded.close()
