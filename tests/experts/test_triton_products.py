@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from experts import triton_products
 from experts.devices import CPU
 from experts.triton_products import coded_matrix, float_matrix, why_not_there
 
@@ -31,9 +32,36 @@ def test_interpreted_kernel_passes_its_tests() -> None:
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
+def test_triton_is_imported_by_no_process_that_does_not_need_it() -> None:
+    told = "import sys, experts.worker, router.loading; assert 'triton' not in sys.modules"
+    subprocess.run([sys.executable, "-c", told], check=True, timeout=TIMEOUT_S)
+
+
 def test_kernel_is_not_tried_where_it_cannot_run() -> None:
     assert why_not_there(CPU, torch.bfloat16) == "not on cpu"
     assert why_not_there(torch.device("privateuseone", 0), torch.bfloat16) is not None
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "version", "reason"),
+    [
+        ((8, 0), torch.bfloat16, "3.7.1", None),
+        ((9, 0), torch.float32, "3.7.1", "not for torch.float32"),
+        ((7, 5), torch.bfloat16, "3.7.1", "compute capability is below 8.0"),
+        ((9, 0), torch.bfloat16, "", "Triton is not installed"),
+    ],
+)
+def test_kernel_is_tried_on_cards_that_have_its_instruction(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    version: str,
+    reason: str | None,
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(triton_products, "triton_version", lambda: version)
+    assert why_not_there(torch.device("cuda", 0), dtype) == reason
 
 
 def test_matrices_that_do_not_lie_as_in_a_store_are_refused() -> None:
