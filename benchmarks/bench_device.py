@@ -1,8 +1,9 @@
 """How far does a GPU get: decoding beside `transformers`, experts' products beside the card, two tiers beside the link?
 
 - `link`: copies of one expert and of many, from pinned host memory.
-- `experts`: one layer's experts, as grouped and as single products: of few tokens against the card's measured memory
-  bandwidth (goal 0.5), of a prompt against its measured matmul rate (goal 0.4).
+- `experts`: one layer's experts, by every product that is sound there (our own kernel, PyTorch's grouped matmul, one by
+  one), and as int8 and int4 codes: of few tokens against the card's measured memory bandwidth (goal 0.5), of a prompt
+  against its measured matmul rate (goal 0.4).
 - `decode`: a slice of 16 layers, one stream and eight, beside `transformers` on the same card (goal 2.0), in turns.
 - `tiers`: the same slice, in bfloat16 and in int4, with 10% of the experts on the card and all in host memory: of the
   bound, which is what the bytes that were copied take at the link's rate, or what the step takes with all experts
@@ -19,7 +20,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,12 @@ from benchmarks.peer_models import PeerModel
 from benchmarks.peer_run import Contender
 from benchmarks.peer_sage import KV_BUDGET_BYTES, SageContender
 from benchmarks.report import finish, spread
-from experts.device_proof import prove_experts
+from experts.device_proof import prove_experts, sound_groupings
 from experts.devices import settle_arithmetic, why_no_cuda
+from experts.numerics import RowKernel
 from experts.store import ExpertStore
 from experts.transfers import open_transfers
+from extraction.quantise import Quantization
 from router.loading import EngineOptions
 from router.model_config import read_model_config
 
@@ -44,6 +47,7 @@ GOALS = {"bandwidth_share": 0.5, "matmul_share": 0.4, "decode_ratio": 2.0, "tier
 NEEDS = "bench_device needs an NVIDIA GPU and a CUDA build of PyTorch (docs/memory.md)"
 PROMPT_TOKENS = 64
 FORMS = ("bf16", "int4")
+CODES = (Quantization(scheme="int8", group_size=None), Quantization(scheme="int4", group_size=32))
 RESIDENT = Fraction(1, 10)
 
 
@@ -80,20 +84,26 @@ def measure_link(device: torch.device, shape: ExpertShape, sizes: Sizes) -> dict
 def measure_experts(
     device: torch.device, shape: ExpertShape, model: PeerModel, sizes: Sizes
 ) -> dict[str, Any]:
-    """By product: seconds, and what they are of the card's own rates."""
-    config = _config(model)
-    kernel = prove_experts(config.hidden_size, config.expert_width, torch.bfloat16, device)
+    """By product, each that is sound here: seconds, and what they are of the card's own rates."""
+    config, dtype = _config(model), torch.bfloat16
+    widths = config.hidden_size, config.expert_width
+    kernel = prove_experts(*widths, dtype, device)
     memory = rates.memory_bytes_s(device, sizes.buffer_bytes, sizes.repeats)
     matmul = rates.matmul_flops(device, sizes.matmul_size, sizes.repeats)
     found: dict[str, Any] = {"kernel": kernel.name, "memory_bytes_s": memory, "matmul_flops": matmul}
-    for way in dict.fromkeys((kernel, rates.one_by_one(kernel))):
-        name = "grouped" if way.is_grouped else "one by one"
+    ways: list[tuple[str, RowKernel, Quantization | None]] = [
+        (grouping or "one by one", replace(kernel, grouping=grouping), None)
+        for grouping in sound_groupings(*widths, kernel, dtype)
+    ]
+    ways += [(form.name, kernel, form) for form in CODES]
+    for name, way, form in ways:
+        layers = [rates.make_experts(way, shape, form) for _ in range(sizes.copies)]
         for num_tokens in (*sizes.few_tokens, sizes.prompt_tokens):
-            took_s = rates.experts_s(way, shape, num_tokens, sizes.copies, sizes.repeats)
+            took_s = rates.experts_s(way, shape, layers, num_tokens, sizes.repeats)
             call = rates.spread_call(shape, torch.empty(num_tokens, shape.width))
             found[f"{name}, {num_tokens} tokens"] = {
                 "seconds": took_s,
-                "bandwidth_share": rates.touched_bytes(shape, call) / took_s / memory,
+                "bandwidth_share": rates.touched_bytes(call, layers[0]) / took_s / memory,
                 "matmul_share": call.num_rows * shape.flops_per_row / took_s / matmul,
             }
     return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from time import perf_counter
 
 import torch
@@ -17,7 +17,10 @@ from experts.call import ExpertCall
 from experts.ffn import ExpertWeights, compute_experts
 from experts.grouped import view_stack
 from experts.numerics import RowKernel
+from experts.packed_matrix import CanonicalMatrix
+from experts.quantised import choose_product, packed_for
 from experts.transfers import Transfers
+from extraction.quantise import Quantization
 
 WARM_UP = 3
 
@@ -80,28 +83,47 @@ def link_bytes_s(transfers: Transfers, nbytes: int, repeats: int) -> float:
     return nbytes / took_s
 
 
-def experts_s(kernel: RowKernel, shape: ExpertShape, num_tokens: int, copies: int, repeats: int) -> float:
-    """Of one layer's experts for so many tokens that choose evenly, in bfloat16; the experts of a call were not used
-    by the last `copies` - 1 calls, so that caches do not have them."""
-    device, dtype = kernel.device, torch.bfloat16
-    layers: list[list[ExpertWeights]] = []
-    for _ in range(copies):
-        records = torch.empty(shape.num_experts, shape.bytes_each, dtype=torch.uint8, device=device)
+def make_experts(
+    kernel: RowKernel, shape: ExpertShape, quantization: Quantization | None = None
+) -> list[ExpertWeights]:
+    """One layer's, of random numbers: in bfloat16 side by side, or as codes that are multiplied by what is proven."""
+    dtype = torch.bfloat16
+    if quantization is None:
+        records = torch.empty(shape.num_experts, shape.bytes_each, dtype=torch.uint8, device=kernel.device)
         records.view(dtype).normal_(0.0, shape.width**-0.5)
         stack = view_stack(records, dtype, shape.width)
-        layers.append(
-            [
-                ExpertWeights(gate_up, down, stack=stack, place=place)
-                for place, (gate_up, down) in enumerate(zip(stack.gate_up_EFD, stack.down_EDF, strict=True))
-            ]
-        )
-    tokens_TD = torch.randn(num_tokens, shape.width, dtype=dtype, device=device)
+        pairs = enumerate(zip(stack.gate_up_EFD, stack.down_EDF, strict=True))
+        return [ExpertWeights(gate_up, down, stack=stack, place=place) for place, (gate_up, down) in pairs]
+    shapes = [(2 * shape.inner, shape.width), (shape.width, shape.inner)]
+    product = choose_product(shapes, quantization, dtype, kernel)
+    experts = []
+    for _ in range(shape.num_experts):
+        matrices = []
+        for size in shapes:
+            codes = torch.randint(256, quantization.code_shape(size), dtype=torch.uint8)
+            scales = torch.full(quantization.scale_shape(size), 1e-3, dtype=torch.bfloat16)
+            matrix = CanonicalMatrix(codes, scales, size[1], quantization).on(kernel.device)
+            matrices.append(packed_for(product, matrix, dtype, kernel))
+        experts.append(ExpertWeights(*matrices))
+    return experts
+
+
+def experts_s(
+    kernel: RowKernel,
+    shape: ExpertShape,
+    layers: Sequence[list[ExpertWeights]],
+    num_tokens: int,
+    repeats: int,
+) -> float:
+    """Of one layer's experts for so many tokens that choose evenly; layers take turns, so that the experts of a call
+    were not used by the last ones, and caches do not have them."""
+    tokens_TD = torch.randn(num_tokens, shape.width, dtype=torch.bfloat16, device=kernel.device)
     call = spread_call(shape, tokens_TD)
     with torch.inference_mode():
         return median_s(
-            device,
+            kernel.device,
             lambda number: compute_experts(
-                call, [layers[number % copies][expert] for expert in call.experts], kernel
+                call, [layers[number % len(layers)][expert] for expert in call.experts], kernel
             ),
             repeats,
         )
@@ -118,13 +140,9 @@ def spread_call(shape: ExpertShape, tokens_TD: torch.Tensor) -> ExpertCall:
     return ExpertCall("model", 0, experts, counts, tuple(t for e in experts for t in rows[e]), tokens_TD)
 
 
-def one_by_one(kernel: RowKernel) -> RowKernel:
-    return replace(kernel, is_grouped=False)
-
-
-def touched_bytes(shape: ExpertShape, call: ExpertCall) -> int:
+def touched_bytes(call: ExpertCall, experts: Sequence[ExpertWeights]) -> int:
     """Of the weights that a call reads once."""
-    return len(call.experts) * shape.bytes_each
+    return sum(experts[expert].nbytes for expert in call.experts)
 
 
 def shares(values: Sequence[float], bound: float) -> list[float]:

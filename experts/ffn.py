@@ -1,8 +1,8 @@
 """The expert's arithmetic: gated projections of the rows that a call brings, for one or many experts.
 
-Pure functions over tensors. Our own products take a whole call at once (`experts.native_products`). With a library's,
-rows of one expert are computed together and padded to the row kernel's multiple, so that a row's bits do not depend on
-how many rows came with it. Called by `experts.worker`, and by
+Pure functions over tensors. Our own products take a whole call at once (`experts.native_products`, on a device
+`experts.triton_products`). With a library's, rows of one expert are computed together and padded to the row kernel's
+multiple, so that a row's bits do not depend on how many rows came with it. Called by `experts.worker`, and by
 `router.backbone` for dense layers.
 """
 
@@ -21,6 +21,9 @@ from experts.grouped import ExpertStack, compute_groups
 from experts.native_products import GatedMatrices, compute_gated, float_matrix, gated_matrices
 from experts.numerics import RowKernel, swiglu
 from experts.packed_matrix import PackedMatrix, Weight, multiply
+from experts.triton_products import TiledExpert
+from experts.triton_products import compute_gated as compute_tiled
+from experts.triton_products import float_matrix as tiled_matrix
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,16 @@ class ExpertWeights:
         gate_up, down = matrices
         return None if gate_up is None or down is None else gated_matrices(gate_up, down)
 
+    @cached_property
+    def tiled(self) -> TiledExpert | None:
+        """For our kernel of a device; None where the matrices are packed for another. Raises ValueError."""
+        matrices = [
+            matrix.tiled if isinstance(matrix, PackedMatrix) else tiled_matrix(matrix)
+            for matrix in (self.gate_up_FD, self.down_DF)
+        ]
+        gate_up, down = matrices
+        return None if gate_up is None or down is None else TiledExpert(gate_up, down)
+
 
 def view_expert(record: Tensor, dtype: torch.dtype, width: int) -> ExpertWeights:
     """See an expert record (uint8, gate | up | down, each [out, in] row-major) as matrices; copies nothing.
@@ -79,6 +92,8 @@ def compute_experts(call: ExpertCall, weights: Sequence[ExpertWeights], kernel: 
     """
     if (experts := _native(weights, kernel)) is not None:
         return compute_gated(kernel.level, call.tokens_TD, experts, call.counts, call.token_of_R)
+    if (tiled := _tiled(weights, kernel)) is not None:
+        return compute_tiled(call.tokens_TD, call.counts, call.token_of_R, tiled)
     segments = _segments(call.counts, kernel)
     source: list[int] = []
     wanted: list[int] = []
@@ -91,7 +106,7 @@ def compute_experts(call: ExpertCall, weights: Sequence[ExpertWeights], kernel: 
         first += count
     device = call.tokens_TD.device
     x_PD = call.tokens_TD.index_select(0, upload(torch.tensor(source), device))
-    if kernel.is_grouped and isinstance(weights[0].down_DF, Tensor):
+    if kernel.grouping == "grouped" and isinstance(weights[0].down_DF, Tensor):
         y_PD = _compute_grouped(x_PD, segments, weights)
     else:
         y_PD = compute_segments(x_PD, segments, weights, kernel)
@@ -141,6 +156,13 @@ def _native(weights: Sequence[ExpertWeights], kernel: RowKernel) -> list[GatedMa
     if kernel.product != "native" or weights[0].native is None:
         return None
     return [native for expert in weights if (native := expert.native) is not None]
+
+
+def _tiled(weights: Sequence[ExpertWeights], kernel: RowKernel) -> list[TiledExpert] | None:
+    """The same for our kernel of a device."""
+    if kernel.grouping != "triton" or weights[0].tiled is None:
+        return None
+    return [tiled for expert in weights if (tiled := expert.tiled) is not None]
 
 
 def _segments(counts: Sequence[int], kernel: RowKernel) -> list[tuple[int, int]]:

@@ -1,7 +1,7 @@
 """Experts that lie side by side on a device, and the products of all of a call in one: PyTorch's grouped matmul.
 
 A row's bits must not depend on which other experts are asked for, nor on whether they lie side by side;
-`experts.device_proof` proves that of this device before the kernel is used (`RowKernel.is_grouped`). Called by
+`experts.device_proof` proves that of this device before the kernel is used (`RowKernel.grouping`). Called by
 `experts.ffn`.
 """
 

@@ -25,10 +25,15 @@ from experts.devices import CPU, arithmetic_name, library_name
 from experts.errors import NotRowInvariant
 from experts.native_products import VERSION, chosen_level, float_matrix
 from experts.native_products import multiply as multiply_natively
+from experts.triton_products import product_name
 
 Product = Literal["native", "onednn", "mm", "blocks"]
 Norm = Literal["", "fused", "halves"]
 """How a device computes the mean of a norm: by PyTorch's own kernel for it, or by adding halves; see `router.norms`."""
+
+Grouping = Literal["", "grouped", "triton"]
+"""How a device multiplies the experts of a call: one by one, by PyTorch's grouped matmul (`experts.grouped`), or by
+our own kernel (`experts.triton_products`)."""
 
 CANDIDATES: Mapping[torch.dtype, Sequence[tuple[Product, int]]] = {
     torch.float32: [("onednn", n) for n in (2, 4, 8, 16, 32)] + [("mm", n) for n in (8, 16, 32)],
@@ -73,8 +78,8 @@ class RowKernel:
     device: torch.device = CPU
     norm: Norm = ""
     """Of a device."""
-    is_grouped: bool = False
-    """Whether a device multiplies experts by PyTorch's grouped matmul; see `experts.grouped`."""
+    grouping: Grouping = ""
+    """Of experts, on a device."""
     is_on_cpu: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -84,7 +89,8 @@ class RowKernel:
     def name(self) -> str:
         """In the name of the numerics class of experts, which have no norm."""
         if self.product == "blocks":
-            return f"blocks{self.row_multiple}{'-grouped' if self.is_grouped else ''}-1"
+            grouping = product_name() if self.grouping == "triton" else self.grouping
+            return "-".join(part for part in (f"blocks{self.row_multiple}", grouping, "1") if part)
         return f"native-{self.level}-{VERSION}" if self.product == "native" else f"{self.product}-1"
 
     @property

@@ -1,6 +1,7 @@
 """A quantised matrix as the kernel of this machine wants it, and the product with it.
 
-`native` takes codes and scales as they lie in the store (`experts.native_products`). `pack` is PyTorch's kernels for
+`native` takes codes and scales as they lie in the store (`experts.native_products`), `triton` the same on a device
+(`experts.triton_products`). `pack` is PyTorch's kernels for
 8-bit and 4-bit weights; `dequantise` is the plain way, slow for few rows, by which the others are checked and which
 stands in where they fail. What `pack` makes belongs to one instruction set and one version of PyTorch: it is made at
 load and never leaves the process. A matrix must not be taken on trust: `experts.quantised` proves a product before it
@@ -21,9 +22,12 @@ from experts.huge_pages import joined
 from experts.native_products import NativeMatrix, coded_matrix
 from experts.native_products import multiply as multiply_natively
 from experts.numerics import RowKernel
+from experts.triton_products import TiledMatrix
+from experts.triton_products import coded_matrix as tiled_matrix
+from experts.triton_products import multiply as multiply_tiled
 from extraction.quantise import INT4_LIMIT, Quantization
 
-PackedProduct = Literal["native", "pack", "dequantise"]
+PackedProduct = Literal["native", "triton", "pack", "dequantise"]
 
 INT8_MULTIPLES = (4, 16)
 """Outputs and inputs; the kernel for 8-bit weights reads beyond the end of others."""
@@ -88,6 +92,8 @@ class PackedMatrix:
     """With which the matrix is multiplied, dequantised or natively; None where codes are packed."""
     native: NativeMatrix | None = None
     """Where it is multiplied natively."""
+    tiled: TiledMatrix | None = None
+    """Where it is multiplied by our kernel of a device."""
 
     @property
     def nbytes(self) -> int:
@@ -98,6 +104,8 @@ class PackedMatrix:
         outputs, inputs = self.shape
         if self.kernel is not None and self.native is not None:
             return multiply_natively(self.kernel.level, x_PI, self.native, out_PO)
+        if self.tiled is not None:
+            return multiply_tiled(x_PI, self.tiled, out_PO)
         if self.kernel is not None:
             return self._multiply_dequantised(self.kernel, x_PI, out_PO)
         missing = padded_shape(self.shape, self.quantization)[1] - inputs
@@ -165,6 +173,12 @@ def take_as_it_is(matrix: CanonicalMatrix, kernel: RowKernel) -> PackedMatrix:
     """For our own products, which the kernel must be of. Copies nothing."""
     native = coded_matrix(matrix.codes, matrix.scales, matrix.inputs, matrix.quantization.group_size)
     return PackedMatrix(matrix.shape, matrix.quantization, matrix.codes, matrix.scales, kernel, native)
+
+
+def take_for_device(matrix: CanonicalMatrix, kernel: RowKernel) -> PackedMatrix:
+    """For our kernel of a device. Copies nothing."""
+    tiled = tiled_matrix(matrix.codes, matrix.scales, matrix.inputs, matrix.quantization.group_size)
+    return PackedMatrix(matrix.shape, matrix.quantization, matrix.codes, matrix.scales, kernel, tiled=tiled)
 
 
 def padded_shape(shape: tuple[int, int], quantization: Quantization) -> tuple[int, int]:

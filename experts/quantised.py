@@ -16,6 +16,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from experts.device_proof import GROUPS, are_tiles_sound
 from experts.devices import CPU
 from experts.errors import NotRowInvariant, StoreDamaged
 from experts.ffn import ExpertWeights, view_expert
@@ -40,8 +41,10 @@ from experts.packed_matrix import (
     packed_scale_bytes,
     padded_shape,
     take_as_it_is,
+    take_for_device,
 )
 from experts.store import TORCH_DTYPES, ExpertStore
+from experts.triton_products import failures, product_name, why_not_there
 from extraction.manifest import ExpertRecord
 from extraction.quantise import INT8_LIMIT, SCALE_BYTES, Quantization
 
@@ -157,7 +160,7 @@ class QuantisedForm:
         return ExpertWeights(gate_up, down)
 
     def _takes_it_as_it_is(self, shapes: Sequence[tuple[int, int]]) -> bool:
-        is_able = self.product == "native" or not self.kernel.is_on_cpu
+        is_able = self.product in ("native", "triton") or not self.kernel.is_on_cpu
         return is_able and self._has_aligned_scales(shapes)
 
     def _has_aligned_scales(self, shapes: Sequence[tuple[int, int]]) -> bool:
@@ -172,7 +175,7 @@ class QuantisedForm:
 def product_suffix(quantization: Quantization, product: PackedProduct) -> str:
     """In the name of a numerics class."""
     version = VERSION if product == "native" else 1
-    return f"/{quantization.name}/{product}-{version}"
+    return f"/{quantization.name}/{product_name() if product == 'triton' else product}-{version}"
 
 
 def expert_form(
@@ -182,11 +185,15 @@ def expert_form(
     quantization = store.quantization
     if quantization is None:
         return FloatForm(dtype, widths)
-    shapes = set()
-    for component, width in widths.items():
-        for key in store.expert_keys(component)[:1]:  # all are of one size
-            shapes.update(expert_shapes(store.record(key), quantization, width))
-    product = choose_product(sorted(shapes), quantization, dtype, kernel)
+    experts = [
+        expert_shapes(store.record(key), quantization, width)
+        for component, width in widths.items()
+        for key in store.expert_keys(component)[:1]  # all are of one size
+    ]
+    shapes = sorted({shape for expert in experts for shape in expert})
+    product = choose_product(shapes, quantization, dtype, kernel)
+    if product == "triton" and not all(_is_grouping_proven(e, quantization, dtype, kernel) for e in experts):
+        product = choose_product(shapes, quantization, dtype, kernel, is_tiled=False)
     return QuantisedForm(quantization, dtype, widths, kernel, product)
 
 
@@ -227,13 +234,18 @@ def expert_shapes(record: ExpertRecord, quantization: Quantization, width: int) 
 
 
 def choose_product(
-    shapes: list[tuple[int, int]], quantization: Quantization, dtype: torch.dtype, kernel: RowKernel
+    shapes: list[tuple[int, int]],
+    quantization: Quantization,
+    dtype: torch.dtype,
+    kernel: RowKernel,
+    *,
+    is_tiled: bool = True,
 ) -> PackedProduct:
-    """The fastest product that passes for all shapes. Raises NotRowInvariant when none does."""
-    products: list[PackedProduct] = ["pack", "dequantise"] if kernel.is_on_cpu else ["dequantise"]
-    if kernel.product == "native":
-        products.insert(0, "native")
-    for product in products:
+    """The fastest product that passes for all shapes. is_tiled: whether a device's may be our own kernel.
+
+    Raises NotRowInvariant when none passes, torch.OutOfMemoryError.
+    """
+    for product in _candidates(dtype, kernel, is_tiled):
         failure = next(
             (shape for shape in shapes if not _is_proven(product, shape, quantization, dtype, kernel)), None
         )
@@ -243,6 +255,13 @@ def choose_product(
             "%s %s for matrices of %s does not pass its test here", quantization.name, product, failure
         )
     raise NotRowInvariant(f"{quantization.name} products", str(dtype))
+
+
+def _candidates(dtype: torch.dtype, kernel: RowKernel, is_tiled: bool) -> list[PackedProduct]:
+    if kernel.is_on_cpu:
+        return ["native", "pack", "dequantise"] if kernel.product == "native" else ["pack", "dequantise"]
+    is_tiled = is_tiled and why_not_there(kernel.device, dtype) is None
+    return ["triton", "dequantise"] if is_tiled else ["dequantise"]
 
 
 def _is_proven(
@@ -262,7 +281,9 @@ def _is_proven(
         part = packed_for(product, matrix.rows(0, MANY_ROWS_OUTPUTS), dtype, kernel)
         with one_thread():
             reference = packed.multiply(x)
-    except (AttributeError, NotImplementedError, RuntimeError) as error:
+    except torch.OutOfMemoryError:
+        raise  # a moment's, which must not decide between two classes
+    except failures() as error:
         logger.warning("%s %s: %s", quantization.name, product, str(error).split("\n")[0])
         return False
     return (
@@ -272,6 +293,20 @@ def _is_proven(
             lambda rows: linear(kernel, rows, part), x, reference[:, :MANY_ROWS_OUTPUTS]
         )
     )
+
+
+def _is_grouping_proven(
+    shapes: Sequence[tuple[int, int]], quantization: Quantization, dtype: torch.dtype, kernel: RowKernel
+) -> bool:
+    """Whether experts of these shapes keep a row's bits where a device computes all of a call at once."""
+    if kernel.grouping != "triton":
+        return True
+    generator = torch.Generator().manual_seed(5)
+    experts = []
+    for _ in range(GROUPS):
+        matrices = (_random_matrix(shape, quantization, generator).on(kernel.device) for shape in shapes)
+        experts.append(ExpertWeights(*(take_for_device(matrix, kernel) for matrix in matrices)))
+    return are_tiles_sound(experts, kernel, dtype)
 
 
 def _error_ratio(found: Tensor, x: Tensor, matrix: CanonicalMatrix) -> float:
@@ -291,6 +326,8 @@ def packed_for(
     """The matrix as the product wants it."""
     if product == "native":
         return take_as_it_is(matrix, kernel)
+    if product == "triton":
+        return take_for_device(matrix, kernel)
     return pack(matrix, dtype) if product == "pack" else keep(matrix, kernel)
 
 

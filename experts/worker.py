@@ -108,7 +108,7 @@ class ExpertWorker:
         if tiers is None:
             self.cache = ExpertCache(store, form, self._keys, options, guests)
         else:
-            tiers = replace(tiers, is_stacked=kernel.is_grouped)
+            tiers = replace(tiers, is_stacked=kernel.grouping == "grouped")
             self.cache = TieredCache(store, form, self._keys, options, tiers, guests)
         self._used: defaultdict[tuple[str, int], set[int]] = defaultdict(set)
         """Numbers of the experts that were asked for, by layer."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from experts.call import ExpertCall
-from experts.device_proof import is_grouping_sound
+from experts.device_proof import sound_groupings
 from experts.device_tier import TieredCache, TierOptions
 from experts.devices import CPU
 from experts.ffn import compute_experts, view_expert
@@ -22,7 +22,7 @@ from experts.worker import ExpertWorker
 WIDTH, EXPERT_WIDTH, NUM_EXPERTS = 64, 24, 8
 EXPERT_BYTES = 3 * WIDTH * EXPERT_WIDTH * 4
 BLOCKS = RowKernel(64, "blocks", norm="halves")
-GROUPED = replace(BLOCKS, is_grouped=True)
+GROUPED = replace(BLOCKS, grouping="grouped")
 
 
 def _call(layer: int = 0) -> ExpertCall:
@@ -93,7 +93,7 @@ def test_a_device_that_is_full_decides_no_class(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr("experts.grouped.grouped_mm", grouped_mm)
 
     fail(RuntimeError)
-    assert not is_grouping_sound(WIDTH, EXPERT_WIDTH, BLOCKS, torch.float32)
+    assert next(sound_groupings(WIDTH, EXPERT_WIDTH, BLOCKS, torch.float32)) == ""
     fail(torch.OutOfMemoryError)
     with pytest.raises(torch.OutOfMemoryError):
-        is_grouping_sound(WIDTH, EXPERT_WIDTH, BLOCKS, torch.float32)
+        next(sound_groupings(WIDTH, EXPERT_WIDTH, BLOCKS, torch.float32))
