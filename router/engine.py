@@ -19,7 +19,7 @@ from torch import Tensor
 from experts.errors import ExpertError
 from router.backbone import Backbone
 from router.batcher import BatchLimits, Chunk, SequenceFacts, StepPlan, admission_positions, plan_step
-from router.drawing import draw, draw_unfiltered
+from router.drawing import draw, draw_together
 from router.errors import PromptInvalid, QueueFull, RequestTooLong
 from router.kv_cache import KvPool, blocks_for
 from router.kv_room import KvRoom
@@ -379,11 +379,12 @@ class Engine:
             num_prompt = len(sequence.request.prompt_ids)
             self.stats.prompt_tokens += max(0, min(rows.end, num_prompt) - rows.chunk.first)
         finishing = [rows.sequence for rows in step.rows if rows.is_last]
-        drawn = draw_unfiltered(finishing, output.logits_LV)
-        for row, (sequence, best) in enumerate(zip(finishing, output.best_L, strict=True)):
+        drawn = draw_together(finishing, output.logits_LV, output.best_L)
+        logits = output.logits_LV.unbind()
+        for sequence, logits_V, best, token in zip(finishing, logits, output.best_L, drawn, strict=True):
             if self._is_running(sequence):
                 events.append(
-                    self._advance(sequence, output.logits_LV[row], best, drawn.get(row))
+                    self._advance(sequence, logits_V, best, token)
                     if best >= 0
                     else self._fail_non_finite(sequence)
                 )
