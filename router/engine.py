@@ -12,7 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -211,7 +211,7 @@ class Engine:
             num_shared = self.allocator.num_shared(sequence.name) if is_scarce else 0
             facts = sequence.facts(num_blocks, num_shared)
             if self._passes and self._passes.of(sequence) is not None:
-                facts = replace(facts, is_in_pass=True)
+                facts = facts._replace(is_in_pass=True)
             running.append(facts)
         waiting = self._waiting_facts(parents, held)
         most_paused = None
@@ -373,11 +373,12 @@ class Engine:
         for phase, seconds in output.phase_seconds.items():
             self._add_phase(phase, seconds)
         for rows in living:
-            sequence = rows.sequence
+            sequence, first, end = rows.sequence, rows.chunk.first, rows.end
             sequence.is_mixed = sequence.is_mixed or step.is_mixed  # whose rows they were is not told
-            sequence.num_computed = rows.end
+            sequence.num_computed = end
             num_prompt = len(sequence.request.prompt_ids)
-            self.stats.prompt_tokens += max(0, min(rows.end, num_prompt) - rows.chunk.first)
+            if first < num_prompt:
+                self.stats.prompt_tokens += min(end, num_prompt) - first
         finishing = [rows.sequence for rows in step.rows if rows.is_last]
         drawn = draw_together(finishing, output.logits_LV, output.best_L)
         logits = output.logits_LV.unbind()

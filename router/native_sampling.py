@@ -17,8 +17,14 @@ from experts.native_products import LEVELS, library_for
 from router.native_attention import expect
 from router.request import SamplingParams
 
+MOST_SHARPNESS = 1e300
 _DRAWING = struct.Struct("@Qq4d")
 """`drawing` of sampling.c."""
+
+
+def sharpness_of(params: SamplingParams) -> float:
+    """By which differences between logits are multiplied. Finite however small the temperature, so that 0 stays 0."""
+    return min(1.0 / params.temperature, MOST_SHARPNESS)
 
 
 def draw_rows(
@@ -41,7 +47,7 @@ def draw_rows(
     rows = b"".join(
         [
             _DRAWING.pack(
-                first + row * row_bytes, each.top_k, each.temperature, each.top_p, each.min_p, uniform
+                first + row * row_bytes, each.top_k, sharpness_of(each), each.top_p, each.min_p, uniform
             )
             for row, (each, uniform) in enumerate(zip(params, uniforms_S, strict=True))
         ]

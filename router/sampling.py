@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from experts.native_products import chosen_level
-from router.native_sampling import draw_rows
+from router.native_sampling import draw_rows, sharpness_of
 from router.request import SamplingParams
 
 WEIGHT_BITS = 42
@@ -28,7 +28,8 @@ ID_BITS = 20
 LOWEST = -40.0
 """Of exponents: those below have no weight."""
 LN2_HIGH, LN2_LOW = 0.6931471803691238, 1.9082149292705877e-10
-DEGREE = 11
+_TERMS = [1.0 / math.factorial(degree) for degree in range(12)]
+"""Of the exponential's series."""
 TOGETHER_BYTES = 2 << 20
 """Of weights that PyTorch computes together: more would leave the caches between two operations."""
 PREFILTER = 1024
@@ -68,7 +69,7 @@ def draw_rows_in_torch(
     most = max(1, TOGETHER_BYTES // (8 * logits_SV.shape[1]))
     for first in range(0, len(params), most):
         some = params[first : first + most]
-        weights_SV = weigh(logits_SV[first : first + most], [each.temperature for each in some])
+        weights_SV = weigh(logits_SV[first : first + most], [sharpness_of(each) for each in some])
         for weights_V, each, uniform in zip(weights_SV, some, uniforms_S[first : first + most], strict=True):
             if each.has_filters:
                 keys = _keep(weights_V, each)
@@ -78,17 +79,15 @@ def draw_rows_in_torch(
     return tokens
 
 
-def weigh(logits_SV: Tensor, temperatures: Sequence[float]) -> Tensor:
+def weigh(logits_SV: Tensor, sharpness_S: Sequence[float]) -> Tensor:
     """(S, V) int64 weights. What is no number has none."""
     wide_SV = logits_SV.double()
     largest_S1 = wide_SV.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).amax(1, keepdim=True)
-    exponents_SV = (wide_SV - largest_S1) / torch.tensor(temperatures, dtype=torch.float64).unsqueeze(1)
+    exponents_SV = (wide_SV - largest_S1) * torch.tensor(sharpness_S, dtype=torch.float64).unsqueeze(1)
     exponents_SV = torch.where(exponents_SV > LOWEST, exponents_SV, LOWEST)
     n_SV = (exponents_SV * math.log2(math.e)).round_()
     rest_SV = exponents_SV.sub_(n_SV * LN2_HIGH).sub_(n_SV * LN2_LOW)
-    power_SV = torch.full_like(rest_SV, 1 / math.factorial(DEGREE))
-    for degree in range(DEGREE - 1, -1, -1):
-        power_SV.mul_(rest_SV).add_(1 / math.factorial(degree))
+    power_SV = _exponential(rest_SV)
     scale_SV = ((n_SV.long() + (1023 + WEIGHT_BITS)) << 52).view(torch.float64)  # 2^(WEIGHT_BITS + n)
     return power_SV.mul_(scale_SV).round_().long()
 
@@ -97,6 +96,17 @@ def uniform_noise(seed: int, choice: int, position: int) -> float:
     """A number in [0, 1) with 53 random bits, from a hash of the three."""
     digest = hashlib.blake2b(struct.pack("<QQQ", seed, choice, position), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+def _exponential(r: Tensor) -> Tensor:
+    """e^r for |r| <= ln(2) / 2, to 2^-47, in the tree of draws.h."""
+    r2 = r * r
+    r4 = r2 * r2
+
+    def four_terms(first: int) -> Tensor:
+        return (r * _TERMS[first + 1] + _TERMS[first]) + (r * _TERMS[first + 3] + _TERMS[first + 2]) * r2
+
+    return (four_terms(0) + four_terms(4) * r4) + four_terms(8) * (r4 * r4)
 
 
 @functools.cache

@@ -89,7 +89,7 @@ typedef int64_t find(const float *x, int64_t count);
 /* See draws.h. */
 typedef double largest_logit(int is_wide, const uint8_t *logits, int64_t count);
 typedef int64_t weigh_row(
-    int is_wide, const uint8_t *logits, int64_t count, double largest, double temperature, int64_t *weights);
+    int is_wide, const uint8_t *logits, int64_t count, double largest, double sharpness, int64_t *weights);
 
 /* Some query rows and one block of what they attend to; see blocks.h. */
 typedef struct {

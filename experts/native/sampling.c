@@ -12,7 +12,8 @@
 typedef struct {
     const uint8_t *logits;
     int64_t top_k;                    /* 0: all */
-    double temperature, top_p, min_p; /* 1 and 0: no bound */
+    double sharpness;                 /* 1 / temperature; finite */
+    double top_p, min_p;              /* 1 and 0: no bound */
     double uniform;                   /* in [0, 1) */
 } drawing;
 
@@ -39,13 +40,13 @@ static int64_t draw_any(const draws *d, const drawing *row, int64_t *sums) {
     const double largest = d->level->largest_logit(d->is_wide, row->logits, d->vocab_size);
     for (int64_t i = 0; i < d->vocab_size; i += TOKENS_SUMMED)
         total += sums[i / TOKENS_SUMMED] = d->level->weigh(
-            d->is_wide, row->logits + i * item, MIN(TOKENS_SUMMED, d->vocab_size - i), largest, row->temperature, weights);
+            d->is_wide, row->logits + i * item, MIN(TOKENS_SUMMED, d->vocab_size - i), largest, row->sharpness, weights);
     int64_t unit = unit_of(row->uniform, total), block = 0, token = 0;
     if (unit < 0) return 0;
     while (unit >= sums[block]) unit -= sums[block++];
     const int64_t first = block * TOKENS_SUMMED;
     d->level->weigh(
-        d->is_wide, row->logits + first * item, MIN(TOKENS_SUMMED, d->vocab_size - first), largest, row->temperature,
+        d->is_wide, row->logits + first * item, MIN(TOKENS_SUMMED, d->vocab_size - first), largest, row->sharpness,
         weights);
     while (unit >= weights[token]) unit -= weights[token++];
     return first + token;
@@ -94,7 +95,7 @@ static int64_t gather(const drawing *row, int64_t *weights, int64_t vocab_size, 
 /* weights: room for all tokens, and a multiple of 8. */
 static int64_t draw_filtered(const draws *d, const drawing *row, int64_t *weights) {
     const double largest = d->level->largest_logit(d->is_wide, row->logits, d->vocab_size);
-    int64_t total = d->level->weigh(d->is_wide, row->logits, d->vocab_size, largest, row->temperature, weights);
+    int64_t total = d->level->weigh(d->is_wide, row->logits, d->vocab_size, largest, row->sharpness, weights);
     if (!total) return 0;
     const int64_t num_keys = gather(row, weights, d->vocab_size, total), last = num_keys - 1;
     int64_t num_popped = 0, num_kept = 0, kept = 0;

@@ -80,9 +80,9 @@ def test_tokens_of_a_large_vocabulary_are_those_of_pytorch(level: str, num_threa
 
 def test_weights_are_those_of_the_softmax_to_the_nearest_unit() -> None:
     logits_SV = torch.randn(3, 5000, generator=torch.Generator().manual_seed(1)) * 5
-    exponents_SV = (logits_SV.double() - logits_SV.double().amax(1, keepdim=True)) / 0.7
+    exponents_SV = (logits_SV.double() - logits_SV.double().amax(1, keepdim=True)) * (1 / 0.7)
     exact_SV = exponents_SV.exp() * 2.0**WEIGHT_BITS
-    weights_SV = weigh(logits_SV, [0.7] * 3)
+    weights_SV = weigh(logits_SV, [1 / 0.7] * 3)
     assert weights_SV.amax(1).tolist() == [1 << WEIGHT_BITS] * 3
     assert ((weights_SV.double() - exact_SV).abs() <= 0.5 + exact_SV * 2.0**-46).all()
 
