@@ -31,6 +31,7 @@ from experts.store import ExpertStore
 from gateway.stores.source import resolve_store
 from router.decoder_layer import LayerArithmetic
 from router.loading import EngineOptions, LoadedEngine, load_engine
+from router.native_head import NativeHead
 from router.native_step import NativeStep
 from router.request import GenerationRequest, SamplingParams
 
@@ -45,6 +46,7 @@ TIMED: tuple[tuple[Any, str], ...] = (
     (experts.ffn, "compute_segments"),
     (LayerArithmetic, "norm"),
     (RowKernel, "linear"),
+    (NativeHead, "logits"),
 )
 
 

@@ -65,6 +65,7 @@ _ARGUMENTS: tuple[list[Any], ...] = (
     [*[_POINTER] * 2, _INT64, *[_POINTER] * 9, *_RUN],
     [*[_INT] * 2, *[_POINTER] * 2, *[_INT64] * 3, _POINTER],
     [*[_INT] * 3, _POINTER, *[_INT64] * 2, *[_POINTER] * 4, *_RUN],
+    [*[_INT] * 2, _POINTER, *[_INT64] * 2, _POINTER, *_RUN],
 )
 """Of the library's functions that return a code; the C source says what they are."""
 _BEGINNING: tuple[list[Any], ...] = (
@@ -143,6 +144,8 @@ class Library:
     """Of `router.shared_expert`."""
     snake: Callable[..., int]
     """Of `router.speech.native_snake`."""
+    draw: Callable[..., int]
+    """Of `router.native_sampling`."""
     begin_attention: Callable[..., int | None]
     begin_experts: Callable[..., int | None]
     begin_dense: Callable[..., int | None]
@@ -366,6 +369,7 @@ def library() -> Library | None:
             *(loaded.sage_reach_experts, loaded.sage_are_finite),
             *(loaded.sage_choose, loaded.sage_stand_in, loaded.sage_past_signals, loaded.sage_conflict),
             *(loaded.sage_ask_layers, loaded.sage_add_gated, loaded.sage_snake),
+            loaded.sage_draw,
         )
         beginning = (
             *(loaded.sage_begin_attention, loaded.sage_begin_experts, loaded.sage_begin_dense),

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+from router.attention import BLOCK_POSITIONS
 from router.kv_cache import blocks_for
 
 
@@ -40,8 +42,7 @@ class BatchLimits:
         return self.max_running + self.max_waiting
 
 
-@dataclass(frozen=True)
-class SequenceFacts:
+class SequenceFacts(NamedTuple):
     """What the batcher knows of a sequence."""
 
     name: str
@@ -128,7 +129,11 @@ def _preempt(
     kept = list(running)
     preempted: list[SequenceFacts] = []
     while True:
-        growth = sum(max(0, blocks_for(facts.num_tokens) - facts.num_blocks) for facts in kept)
+        growth = sum(
+            blocks_for(facts.num_tokens) - facts.num_blocks
+            for facts in kept
+            if facts.num_tokens > facts.num_blocks * BLOCK_POSITIONS
+        )
         if growth <= num_free or len(kept) <= 1:
             return kept, preempted, num_free - growth
         youngest = kept.pop()
@@ -140,9 +145,15 @@ def _share_out(
     sequences: Sequence[SequenceFacts], most: int, most_paused: int | None
 ) -> tuple[list[Chunk], list[Chunk]]:
     """Returns (rows computed at once, rows of a new pass that pauses), at most `most` each."""
-    streams = [_chunk(facts, 1) for facts in sequences if facts.num_missing == 1 and not facts.is_in_pass]
+    streams: list[Chunk] = []
+    prompts: list[SequenceFacts] = []
+    for facts in sequences:
+        num_missing = 0 if facts.is_in_pass else facts.num_missing
+        if num_missing == 1:
+            streams.append(Chunk(facts.name, facts.num_computed, 1))
+        elif num_missing:
+            prompts.append(facts)
     del streams[most:]
-    prompts = [facts for facts in sequences if facts.num_missing > 1 and not facts.is_in_pass]
     if most_paused is None:
         return [*streams, *_share_prompts(prompts, most - len(streams))], []
     if any(facts.is_in_pass for facts in sequences):

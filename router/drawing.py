@@ -6,7 +6,7 @@ from collections.abc import Sequence as SequenceOf
 
 from torch import Tensor
 
-from router.sampling import rows_together, sample, sample_unfiltered
+from router.sampling import sample, sample_rows
 from router.sequence import Sequence
 
 
@@ -19,22 +19,25 @@ def draw(sequence: Sequence, logits_V: Tensor, best: int) -> int:
     return sample(drawable_V, sampling, sequence.num_generated)
 
 
-def draw_unfiltered(finishing: SequenceOf[Sequence], logits_LV: Tensor) -> dict[int, int]:
-    """Row -> token, of the rows of which any token may be drawn from the logits as they are: several at once."""
-    most = rows_together(logits_LV.shape[1])
-    rows = [
-        row
-        for row, sequence in enumerate(finishing)
-        if (sampling := sequence.request.sampling).temperature
-        and not (sampling.has_filters or sampling.has_adjustments)
-    ]
-    if min(len(rows), most) < 2:
-        return {}
-    drawn: dict[int, int] = {}
-    for first in range(0, len(rows), most):
-        some = rows[first : first + most]
-        params = [finishing[row].request.sampling for row in some]
-        positions = [finishing[row].num_generated for row in some]
-        chosen_SV = logits_LV if len(some) == len(finishing) else logits_LV[some]
-        drawn.update(zip(some, sample_unfiltered(chosen_SV, params, positions), strict=True))
+def draw_together(
+    finishing: SequenceOf[Sequence], logits_LV: Tensor, best_L: SequenceOf[int]
+) -> list[int | None]:
+    """The next token of each row that it is drawn from as it is, all of them at once; None where logits are changed
+    first. best_L: the likeliest tokens, where logits are finite."""
+    drawn: list[int | None] = [None] * len(finishing)
+    rows, params, positions = [], [], []
+    for row, (sequence, best) in enumerate(zip(finishing, best_L, strict=True)):
+        sampling = sequence.request.sampling
+        if sampling.has_adjustments or not sampling.max_tokens:
+            continue
+        if sampling.temperature and best >= 0:
+            rows.append(row)
+            params.append(sampling)
+            positions.append(sequence.num_generated)
+        else:
+            drawn[row] = best
+    if rows:
+        chosen_SV = logits_LV if len(rows) == len(finishing) else logits_LV[rows]
+        for row, token in zip(rows, sample_rows(chosen_SV, params, positions), strict=True):
+            drawn[row] = token
     return drawn

@@ -12,14 +12,14 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from experts.errors import ExpertError
 from router.backbone import Backbone
 from router.batcher import BatchLimits, Chunk, SequenceFacts, StepPlan, admission_positions, plan_step
-from router.drawing import draw, draw_unfiltered
+from router.drawing import draw, draw_together
 from router.errors import PromptInvalid, QueueFull, RequestTooLong
 from router.kv_cache import KvPool, blocks_for
 from router.kv_room import KvRoom
@@ -211,7 +211,7 @@ class Engine:
             num_shared = self.allocator.num_shared(sequence.name) if is_scarce else 0
             facts = sequence.facts(num_blocks, num_shared)
             if self._passes and self._passes.of(sequence) is not None:
-                facts = replace(facts, is_in_pass=True)
+                facts = facts._replace(is_in_pass=True)
             running.append(facts)
         waiting = self._waiting_facts(parents, held)
         most_paused = None
@@ -373,17 +373,19 @@ class Engine:
         for phase, seconds in output.phase_seconds.items():
             self._add_phase(phase, seconds)
         for rows in living:
-            sequence = rows.sequence
+            sequence, first, end = rows.sequence, rows.chunk.first, rows.end
             sequence.is_mixed = sequence.is_mixed or step.is_mixed  # whose rows they were is not told
-            sequence.num_computed = rows.end
+            sequence.num_computed = end
             num_prompt = len(sequence.request.prompt_ids)
-            self.stats.prompt_tokens += max(0, min(rows.end, num_prompt) - rows.chunk.first)
+            if first < num_prompt:
+                self.stats.prompt_tokens += min(end, num_prompt) - first
         finishing = [rows.sequence for rows in step.rows if rows.is_last]
-        drawn = draw_unfiltered(finishing, output.logits_LV)
-        for row, (sequence, best) in enumerate(zip(finishing, output.best_L, strict=True)):
+        drawn = draw_together(finishing, output.logits_LV, output.best_L)
+        logits = output.logits_LV.unbind()
+        for sequence, logits_V, best, token in zip(finishing, logits, output.best_L, drawn, strict=True):
             if self._is_running(sequence):
                 events.append(
-                    self._advance(sequence, output.logits_LV[row], best, drawn.get(row))
+                    self._advance(sequence, logits_V, best, token)
                     if best >= 0
                     else self._fail_non_finite(sequence)
                 )

@@ -75,8 +75,9 @@ class BlockAllocator:
 
     def extend(self, sequence: str, num_positions: int) -> None:
         """Grow a sequence to cover this many positions. Raises KvExhausted and then changes nothing."""
-        if missing := self.missing(sequence, num_positions):
-            self._tables[sequence].extend(self._take(missing))
+        table = self._tables[sequence]
+        if num_positions > len(table) * BLOCK_POSITIONS:
+            table.extend(self._take(blocks_for(num_positions) - len(table)))
 
     def num_held(self, blocks: Sequence[int]) -> int:
         """How many of these blocks somebody holds, so that one more holder takes no room."""
@@ -110,10 +111,12 @@ class BlockAllocator:
         Raises KvExhausted and then changes nothing.
         """
         table = self._tables[sequence]
-        covered = range(first // BLOCK_POSITIONS, blocks_for(last))
-        shared = [index for index in covered if self._holders[table[index]] > 1]
-        own = [table[index] for index in covered if self._holders[table[index]] == 1]
-        assert not any(map(self.prefixes.knows, own)), "a known block would be written to"
+        shared = []
+        for index in range(first // BLOCK_POSITIONS, blocks_for(last)):
+            if self._holders[table[index]] > 1:
+                shared.append(index)
+            else:
+                assert not self.prefixes.knows(table[index]), "a known block would be written to"
         if not shared:
             return []
         copies = []

@@ -101,7 +101,8 @@ class KvRoom:
     def grow(self, name: str, first: int, end: int) -> None:
         """Let a sequence write positions first..end-1."""
         self.allocator.extend(name, end)
-        self.pool.copy(self.allocator.unshare(name, first, end))
+        if copies := self.allocator.unshare(name, first, end):
+            self.pool.copy(copies)
 
     def swap_out(self, sequence: Sequence) -> None:
         """Take a sequence's blocks, bit for bit to host memory where that has room; else it is computed again."""

@@ -41,19 +41,29 @@ class Places:
         blocks, offsets, numbers, tables = (array("q") for _ in range(4))
         row = most_blocks = 0
         for span in spans:
-            needed = blocks_for(span.first + span.count)
+            end = span.first + span.count
+            needed = blocks_for(end)
             if span.first < 0 or span.count < 1 or needed > len(span.table) or min(span.table) < 0:
                 raise ValueError(f"{span.count} rows from position {span.first} in blocks {span.table}")
-            end = span.first + span.count
-            for index in range(span.first // BLOCK_POSITIONS, needed):
-                begin = index * BLOCK_POSITIONS
-                inside = range(max(span.first - begin, 0), min(end - begin, BLOCK_POSITIONS))
-                blocks.extend(array("q", (span.table[index],)) * len(inside))
-                offsets.extend(inside)
+            if span.count == 1:  # of a stream, beside many others
+                blocks.append(span.table[needed - 1])
+                offsets.append(span.first % BLOCK_POSITIONS)
+            else:
+                _add_places(span, blocks, offsets)
             numbers.extend((row, span.count, len(tables), span.first))
             tables.extend(span.table[:needed])
             row, most_blocks = row + span.count, max(most_blocks, needed)
         return cls(row, len(spans), most_blocks, max(tables, default=0), blocks, offsets, numbers, tables)
+
+
+def _add_places(span: Span, blocks: array[int], offsets: array[int]) -> None:
+    """Block by block."""
+    end = span.first + span.count
+    for index in range(span.first // BLOCK_POSITIONS, blocks_for(end)):
+        begin = index * BLOCK_POSITIONS
+        inside = range(max(span.first - begin, 0), min(end - begin, BLOCK_POSITIONS))
+        blocks.extend(array("q", (span.table[index],)) * len(inside))
+        offsets.extend(inside)
 
 
 @dataclass(frozen=True)

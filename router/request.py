@@ -98,8 +98,7 @@ class GenerationRequest:
     """Asks for a reply to be spoken in place of a text."""
 
 
-@dataclass(frozen=True)
-class TokenEvent:
+class TokenEvent(NamedTuple):
     """Progress of one request: the tokens since the last event, and the end if this is it."""
 
     request_id: str

@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +25,7 @@ from router.step_batch import Span, StepBatch
 from router.step_routing import PromptProbe, RoutingPolicy, RoutingWatcher, SpanOwner, StepRouting
 
 
-@dataclass(frozen=True)
-class PassRows:
+class PassRows(NamedTuple):
     """One sequence's rows of a pass."""
 
     sequence: Sequence
@@ -130,21 +130,25 @@ def _batch(
     probed_rows: list[int] = []
     embeddings: list[InputRows] = []
     injections: dict[int, tuple[InputRows, ...]] = {}
+    capture_layers: set[int] = set()
     for part, table in zip(rows, tables, strict=True):
         sequence, first, count = part.sequence, part.chunk.first, part.chunk.count
-        shift = len(ids) - first
+        end, shift = first + count, len(ids) - first
         spans.append(Span(table, first, count))
-        ids.extend(sequence.tokens[first : part.end])
+        ids.extend(sequence.tokens[first:end])
         if backbone.config.rope.depends_on_length:
             lengths.append(sequence.text_lengths(first, count))
-        scored_rows.extend(shift + position for position in part.unscored)
-        probed_rows.extend(shift + position for position in part.probed)
+        if sequence.wants_prompt_logprobs:
+            scored_rows.extend(shift + position for position in part.unscored)
+        if part.probed:
+            probed_rows.extend(shift + position for position in part.probed)
         if sequence.inputs is not NO_INPUTS:
-            embeddings += rows_within(sequence.inputs.embeddings, first, part.end, shift)
+            capture_layers.update(sequence.inputs.capture_layers)
+            embeddings += rows_within(sequence.inputs.embeddings, first, end, shift)
             for layer, added in sequence.inputs.injections.items():
-                if runs := tuple(rows_within(added, first, part.end, shift)):
+                if runs := tuple(rows_within(added, first, end, shift)):
                     injections[layer] = injections.get(layer, ()) + runs
-        if part.is_last:
+        if end == len(sequence.tokens):
             logit_rows.append(len(ids) - 1)
     return StepBatch(
         tuple(spans),
@@ -153,7 +157,7 @@ def _batch(
         tuple(logit_rows),
         tuple(embeddings),
         injections,
-        tuple(sorted({layer for part in rows for layer in part.sequence.inputs.capture_layers})),
+        tuple(sorted(capture_layers)),
         rows[0].chunk.name[:64],
         torch.cat(lengths) if lengths else None,
         (*scored_rows, *probed_rows),
@@ -166,7 +170,8 @@ def _positions(rows: SequenceOf[PassRows]) -> Tensor:
     if all(part.sequence.inputs.positions_3P is None for part in rows):
         positions = array("q")
         for part in rows:
-            positions.extend(range(part.chunk.first, part.end))
+            first, count = part.chunk.first, part.chunk.count
+            positions.extend((first,) if count == 1 else range(first, first + count))
         return torch.frombuffer(positions, dtype=torch.int64).expand(3, -1)
     parts = [part.sequence.positions(part.chunk.first, part.chunk.count) for part in rows]
     if all(part_3T.stride(0) == 0 for part_3T in parts):

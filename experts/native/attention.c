@@ -175,14 +175,15 @@ static void ask_for_block(const attention *a, int64_t at) {
     ask_for(a->values + at, bytes);
 }
 
-static void attend_run(const attention *a, const run *p, const piece_memory *m) {
+/* soon: the place of the block that is needed after the run's last one. */
+static void attend_run(const attention *a, const run *p, const piece_memory *m, int64_t soon) {
     const int64_t item = a->is_narrow ? 2 : 4, width = a->width, stride = padded_width(a);
     for (int64_t r = 0; r < p->rows; r++) m->largest[r] = -INFINITY, m->totals[r] = 0;
     memset(m->out, 0, (size_t)(p->rows * stride) * sizeof(float));
     const int64_t begin = begin_of(a, end_of(a, p, 0)), end = end_of(a, p, p->rows - 1);
     for (int64_t b = begin / BLOCK; b * BLOCK < end; b++) {
         const int64_t at = place_of_block(a, p, b);
-        ask_for_block(a, (b + 1) * BLOCK < end ? place_of_block(a, p, b + 1) : at + BLOCK * width * item);
+        ask_for_block(a, (b + 1) * BLOCK < end ? place_of_block(a, p, b + 1) : soon);
         const int64_t from = within_block(begin, b), to = within_block(end, b);
         if (a->way->pack_keys) {
             a->way->pack_keys(a->is_narrow, a->keys + at, width, from, to, m->keys);
@@ -201,7 +202,7 @@ static int64_t runs_of(const attention *a, const span *s) {
     return (s->count * (a->heads / a->kv_heads) + ROWS_OF_A_PIECE - 1) / ROWS_OF_A_PIECE;
 }
 
-void attend_piece(const attention *a, int64_t piece, float *memory) {
+static run run_of(const attention *a, int64_t piece) {
     int64_t index = 0;
     for (int64_t end = a->num_spans; end - index > 1;) { /* the last span that begins at or before the piece */
         const int64_t middle = (index + end) / 2;
@@ -212,8 +213,13 @@ void attend_piece(const attention *a, int64_t piece, float *memory) {
     const int64_t inside = piece - a->span_pieces[index], runs = runs_of(a, s);
     run p = {.span = s, .kv = inside / runs, .first = inside % runs * ROWS_OF_A_PIECE};
     p.rows = MIN(s->count * (a->heads / a->kv_heads) - p.first, ROWS_OF_A_PIECE);
+    return p;
+}
+
+void attend_piece(const attention *a, int64_t piece, float *memory) {
+    const run p = run_of(a, piece), next = run_of(a, MIN(piece + 1, a->span_pieces[a->num_spans] - 1));
     const piece_memory m = cut_memory(a, memory);
-    attend_run(a, &p, &m);
+    attend_run(a, &p, &m, place_of_block(a, &next, begin_of(a, end_of(a, &next, 0)) / BLOCK));
 }
 
 void plan_attention(attention *a, int64_t *span_pieces) {

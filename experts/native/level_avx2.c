@@ -35,6 +35,7 @@ INLINE TARGET void avx2_store_sums(const __m256 sums[OUTPUTS], float *out) {
 
 #include "lanes.h"
 #include "rows.h"
+#include "draws.h"
 #include "blocks.h"
 
 #define THREE(kind) { avx2_tile_##kind##_1, avx2_tile_##kind##_2, avx2_tile_##kind##_3 }
@@ -45,6 +46,6 @@ static const way wide[KINDS] = { [FLOAT32] = { THREE(FLOAT32), 3, 4, 0 }, NARROW
 static const block_way blocks = BLOCK_WAY;
 const level avx2_level = {
     narrow, wide, avx2_silu_times, avx2_snake_row, avx2_square_sum, avx2_scale, avx2_softmax, avx2_read_row, avx2_store_row, avx2_rotate, avx2_add_sums,
-    avx2_mix_rows, avx2_add_gated, avx2_find_largest, { &blocks, &blocks },
+    avx2_mix_rows, avx2_add_gated, avx2_find_largest, avx2_largest_logit, avx2_weigh_row, { &blocks, &blocks },
 };
 #endif

@@ -38,6 +38,7 @@ INLINE void portable_store_sums(const lanes sums[OUTPUTS], float *out) {
 
 #include "lanes.h"
 #include "rows.h"
+#include "draws.h"
 #include "blocks.h"
 
 #define THREE(kind) { portable_tile_##kind##_1, portable_tile_##kind##_2, portable_tile_##kind##_3 }
@@ -48,5 +49,5 @@ static const way wide[KINDS] = { [FLOAT32] = { THREE(FLOAT32), 3, 4, 0 }, NARROW
 static const block_way blocks = BLOCK_WAY;
 const level portable_level = {
     narrow, wide, portable_silu_times, portable_snake_row, portable_square_sum, portable_scale, portable_softmax, portable_read_row, portable_store_row, portable_rotate,
-    portable_add_sums, portable_mix_rows, portable_add_gated, portable_find_largest, { &blocks, &blocks },
+    portable_add_sums, portable_mix_rows, portable_add_gated, portable_find_largest, portable_largest_logit, portable_weigh_row, { &blocks, &blocks },
 };

@@ -25,6 +25,16 @@
 #define NARROW_POWER_3 0.055906426161527634f
 #define NARROW_POWER_4 0.009582852944731712f
 
+/* Of weights of which tokens are drawn; see draws.h. */
+#define WEIGHT_BITS 42
+#define ONE (INT64_C(1) << WEIGHT_BITS)
+#define LOG2_E 1.4426950408889634
+#define LN2_HIGH 0.6931471803691238 /* its last bits are 0, so that small multiples are exact */
+#define LN2_LOW 1.9082149292705877e-10
+#define ROUNDER 6755399441055744.0  /* 1.5 * 2^52: behind it doubles are whole numbers */
+#define UNITS 4503599627370496.0    /* 2^52 */
+#define UNITS_AS_BITS INT64_C(0x4330000000000000)
+
 enum kind { FLOAT32, BFLOAT16, INT8, INT4, KINDS };
 
 /* Some rows of x times some rows of a matrix. */
@@ -76,6 +86,11 @@ typedef void mix(
 typedef void add_scaled(const uint8_t *row, float gate, float *sums, int64_t count, int is_narrow);
 typedef int64_t find(const float *x, int64_t count);
 
+/* See draws.h. */
+typedef double largest_logit(int is_wide, const uint8_t *logits, int64_t count);
+typedef int64_t weigh_row(
+    int is_wide, const uint8_t *logits, int64_t count, double largest, double sharpness, int64_t *weights);
+
 /* Some query rows and one block of what they attend to; see blocks.h. */
 typedef struct {
     const uint8_t *q[MOST_ROWS];
@@ -118,6 +133,8 @@ typedef struct {
     mix *mix_rows;
     add_scaled *add_gated;
     find *find_largest;
+    largest_logit *largest_logit;
+    weigh_row *weigh;
     const block_way *blocks[2];        /* for a cache in float32, and in bfloat16 */
 } level;
 

@@ -69,7 +69,7 @@ class ResumableRequest:
             self._num_fruitless = 0
         self._token_ids += event.token_ids
         routing = None if event.routing is None else self._own_report(event.routing)
-        return replace(event, request_id=self.request.request_id, routing=routing)
+        return event._replace(request_id=self.request.request_id, routing=routing)
 
     def lose(self) -> None:
         """The router that had taken it is lost."""

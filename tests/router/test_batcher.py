@@ -91,7 +91,7 @@ def test_prompts_without_streams_have_whole_steps() -> None:
 
 
 def test_short_prompts_overtake_an_open_pass_whole_and_shortest_first() -> None:
-    in_pass = replace(_prompt("p", 100, 8, 2), is_in_pass=True)
+    in_pass = _prompt("p", 100, 8, 2)._replace(is_in_pass=True)
     prompts = [_prompt("longest", 90, 0, 2), _prompt("long", 13, 0, 1), _prompt("short", 9, 0, 1)]
     for streams in ((), (_decoding("d"),)):
         plan = plan_step([in_pass, *streams, *prompts], [], 9, replace(LIMITS, max_running=9), MOST_PAUSED)

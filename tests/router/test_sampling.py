@@ -12,9 +12,20 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+import router.sampling
+from experts.native_products import chosen_level
 from experts.numerics import computing_threads
 from router.request import SamplingParams
-from router.sampling import PREFILTER, sample, sample_unfiltered, uniform_noise
+from router.sampling import PREFILTER, sample, sample_rows, uniform_noise
+
+
+@pytest.fixture(params=["native", "torch"], autouse=True)
+def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything here holds of both ways to draw."""
+    level = chosen_level(torch.float32) if request.param == "native" else None
+    if request.param == "native" and level is None:
+        pytest.skip("this process has PyTorch's products")
+    monkeypatch.setattr(router.sampling, "_level", lambda: level)
 
 
 def _logits(size: int = 50, seed: int = 0) -> torch.Tensor:
@@ -49,7 +60,8 @@ def test_frequencies_follow_the_softmax() -> None:
 
 
 def _drawn_alone(logits_V: torch.Tensor, params: SamplingParams, position: int) -> int:
-    """One row, operation by operation: what a seed has always given."""
+    """The distribution's definition, in floating point: where a number falls between two tokens, it may be rounded to
+    the other one, which takes a number in some 10^12."""
     wide = logits_V.double()
     cumulative = torch.softmax((wide - wide.max()) / params.temperature, dim=-1).cumsum(0)
     uniform = uniform_noise(params.seed, params.choice, position)
@@ -69,9 +81,9 @@ def test_rows_drawn_together_get_the_tokens_that_they_get_alone(
     with computing_threads(num_threads):
         for first in range(0, 40, 4):
             positions = range(first, first + num_rows)
-            together = sample_unfiltered(logits_SV, params, positions)
-            alone = map(_drawn_alone, logits_SV, params, positions)
-            assert together == list(alone)
+            together = sample_rows(logits_SV, params, positions)
+            assert together == list(map(sample, logits_SV, params, positions))
+            assert together == list(map(_drawn_alone, logits_SV, params, positions))
 
 
 def _support(params: SamplingParams, logits: torch.Tensor, draws: int = 3000) -> set[int]:
@@ -161,6 +173,18 @@ def test_nucleus_is_the_same_on_both_sides_of_the_prefilter(size: int, top_p: fl
     params = SamplingParams(top_p=top_p, seed=4)
     for position in range(200):
         assert sample(logits[:size], params, position) == sample(logits, params, position)
+
+
+def test_lower_one_of_equal_tokens_is_kept() -> None:
+    logits = torch.zeros(3000)
+    logits[2000:] = 1.0
+    assert _support(SamplingParams(top_k=3, seed=2), logits, 100) == {2000, 2001, 2002}
+    assert _support(SamplingParams(top_p=1e-4, seed=2), logits, 20) == {2000}
+
+
+def test_vocabulary_with_more_tokens_than_weights_can_be_summed_of_is_refused() -> None:
+    with pytest.raises(ValueError, match="1048576"):
+        sample(torch.zeros(1 << 20), SamplingParams(), 0)
 
 
 def test_number_of_threads_changes_no_token() -> None:
