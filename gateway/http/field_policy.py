@@ -22,7 +22,6 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "tool_choice": (None, "none", "auto"),
     "functions": (None, []),
     "function_call": (None, "none", "auto"),
-    "response_format": (None, {"type": "text"}),
     "prediction": (None,),
     "web_search_options": (None,),
     "reasoning_effort": (None,),

@@ -29,6 +29,7 @@ from gateway.http.openai_fields import (
     read_stop,
     read_stop_token_ids,
 )
+from gateway.http.response_format import JsonForm, read_response_format
 from gateway.http.speech_fields import AudioOptions, Modality, SpokenTurn
 from gateway.media.parts import Content, read_content
 from router.effort import EffortChoice
@@ -40,7 +41,7 @@ MAX_COUNT = 2**31 - 1
 MAX_LOGPROBS = 20
 MOST_SPOKEN = 8
 """Answers of one request: each may take 16 MB."""
-READ_BY_HAND = ("prompt", "stop", "stop_token_ids", "logit_bias", "content")
+READ_BY_HAND = ("prompt", "stop", "stop_token_ids", "logit_bias", "content", "response_format")
 """Kinds of errors whose text says what the field must be."""
 
 
@@ -101,6 +102,7 @@ class GenerationOptions(Strict):
     stop: Annotated[tuple[str, ...], PlainValidator(read_stop)] = ()
     stop_token_ids: Annotated[tuple[int, ...], PlainValidator(read_stop_token_ids)] = ()
     ignore_eos: bool | None = Field(None, description="true or false")
+    response_format: Annotated[JsonForm | None, PlainValidator(read_response_format)] = None
     stream: bool | None = Field(None, description="true or false")
     stream_options: StreamOptions | None = Field(None, description="an object")
     sage: SageOptions | None = Field(
@@ -273,6 +275,8 @@ def _check_speech(request: ChatRequest) -> None:
             raise ApiError(400, message, param=param)
     if request.is_spoken and request.stream and request.audio is not None and request.audio.format == "wav":
         _refuse_value("audio.format", "must be pcm16 when stream is true, since WAV begins with its length")
+    if request.is_spoken and request.response_format is not None:
+        _refuse_value("response_format", "must be text where answers are spoken")
     if request.is_spoken and request.num_choices > MOST_SPOKEN:
         _refuse_value("n", f"must be at most {MOST_SPOKEN} where answers are spoken")
 

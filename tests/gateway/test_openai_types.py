@@ -155,7 +155,6 @@ def test_values_at_the_edge_and_harmless_fields_are_accepted(field: str, value: 
     [
         ("tools", [{"type": "function"}]),
         ("tool_choice", "required"),
-        ("response_format", {"type": "json_object"}),
         ("functions", [{}]),
     ],
 )
