@@ -297,9 +297,10 @@ class LimitBroken(GatewayError):
 class GrammarRefused(GatewayError):
     """A grammar that a request brings, or a schema that it is made of, cannot be followed."""
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+    def __init__(self, reason: str, part: str | None = None) -> None:
+        """part: the name of the one to blame, where several were brought."""
+        super().__init__(reason, part)
+        self.reason, self.part = reason, part
 
     def __str__(self) -> str:
         return self.reason

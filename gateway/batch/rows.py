@@ -25,7 +25,7 @@ from gateway.text.tokenizer import TextTokenizer
 MAX_ID_CHARS = 512
 CHAT_URL = "/v1/chat/completions"
 COMPLETION_URL = "/v1/completions"
-NOT_IN_A_ROW = ("stream", "logprobs", "top_logprobs", "echo")
+NOT_IN_A_ROW = ("stream", "logprobs", "top_logprobs", "echo", "tools")
 """Fields whose answers have no column."""
 LINE_FIELDS = frozenset({"custom_id", "method", "url", "body"})
 

@@ -20,6 +20,7 @@ from gateway.http.response_format import NO_GRAMMAR, CheckedGrammar, check_form
 from gateway.http.settings import GatewaySettings
 from gateway.http.speech import SpokenForm, check_turn, choose_form, new_audio_id
 from gateway.http.spoken_answers import SpokenAnswers
+from gateway.http.tool_calls import Calling, calling_of, check_tools
 from gateway.media.decoder import MediaDecoder
 from gateway.text.chat_template import ChatTemplate
 from gateway.text.grammar_check import GrammarChecker
@@ -59,6 +60,8 @@ class Job:
     """Of `time.perf_counter`, before the prompt was tokenised."""
     speech: SpokenForm | None = None
     """How the answers are spoken, where they are."""
+    calling: Calling | None = None
+    """Which tools the answers may call, where any."""
     unenforced: tuple[str, ...] = ()
     """Fields of the request whose values the answers may not follow."""
 
@@ -127,7 +130,8 @@ async def prepare_chat(
     speech = choose_form(request, settings.speech, int(time.time()))
     messages = (spoken or SpokenAnswers()).resolved(request.messages, owner)
     media = await decode_media(messages, decoder, settings.context_length)
-    render = partial(template.render, messages, variant=request.chat_template)
+    tools = request.offered_tools
+    render = partial(template.render, messages, variant=request.chat_template, tools=tools)
     text = await asyncio.to_thread(render)
     _refuse_certainly_longer(text, "messages", settings, tokenizer)
     prompt_ids = await asyncio.to_thread(tokenizer.encode_rendered, text)
@@ -139,8 +143,22 @@ async def prepare_chat(
     num_media = sum(decoder.facts.num_tokens(medium) for medium in media)
     _check_fit(prompt_ids, max_tokens, "messages", settings, num_media=num_media)
     prompts = [(prompt_ids, max_tokens)]
-    grammar = await check_form(request.response_format, grammars)
-    return _job(request, prompts, settings, started_at, owner, grammar=grammar, media=placed, speech=speech)
+    calling = calling_of(request)
+    if calling is None:
+        grammar = await check_form(request.response_format, grammars)
+    else:
+        grammar = await check_tools(calling, grammars)
+    return _job(
+        request,
+        prompts,
+        settings,
+        started_at,
+        owner,
+        grammar=grammar,
+        calling=calling,
+        media=placed,
+        speech=speech,
+    )
 
 
 def _job(
@@ -153,6 +171,7 @@ def _job(
     grammar: CheckedGrammar = NO_GRAMMAR,
     media: tuple[PlacedMedium, ...] = (),
     speech: SpokenForm | None = None,
+    calling: Calling | None = None,
 ) -> Job:
     """prompts: ids, and the most tokens of an answer to them. media: of the only one."""
     is_chat = isinstance(options, ChatRequest)
@@ -191,11 +210,12 @@ def _job(
         ),
         tuple(choices),
         sum(len(prompt_ids) for prompt_ids, _ in prompts),
-        options.stop,
+        options.stop if calling is None else (*options.stop, *calling.stops),
         bool(options.stream),
         options.stream_options is not None and bool(options.stream_options.include_usage),
         started_at,
         speech,
+        calling,
         grammar.unenforced,
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 
 from gateway.errors import GrammarRefused, LimitBroken
@@ -28,8 +29,9 @@ class GrammarChecker:
         """Warnings of grammars that can be followed, by digest."""
         self._lock = threading.Lock()
 
-    def check(self, grammar: str) -> tuple[str, ...]:
-        """What of it will not be enforced, in the words of `llguidance`. grammar: text for it.
+    def check(self, grammar: str, parts: Mapping[str, str] | None = None) -> tuple[str, ...]:
+        """What of it will not be enforced, in the words of `llguidance`. grammar: text for it. parts: grammars of which
+        it is made, by the name that an error is to give.
 
         Raises GrammarRefused with what is wrong, PreparationBusy where other requests' grammars took the time.
         """
@@ -39,11 +41,11 @@ class GrammarChecker:
         if known is not None:
             return known
         try:
-            found = self.confined.ask({"grammar": grammar})
+            found = self.confined.ask({"grammar": grammar, "parts": dict(parts or {})})
         except LimitBroken as error:
             raise GrammarRefused("it takes too much time or memory to compile") from error
         if "error" in found:
-            raise GrammarRefused(found["error"])
+            raise GrammarRefused(found["error"], found.get("part"))
         warnings = tuple(found["warnings"])
         with self._lock:
             self._known[digest] = warnings

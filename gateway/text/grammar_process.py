@@ -31,7 +31,18 @@ class _Bytes:
 def prepare(setup: dict[str, Any]) -> tuple[dict[str, Any], Callable[[dict[str, Any]], dict[str, Any]]]:
     """setup: the limits, as `LLParserLimits` knows them."""
     limits, vocabulary = LLParserLimits(**setup["limits"]), LLTokenizer(TokenizerWrapper(_Bytes()))
-    return {}, lambda asked: check(asked["grammar"], vocabulary, limits)
+
+    def answer(asked: dict[str, Any]) -> dict[str, Any]:
+        found = check(asked["grammar"], vocabulary, limits)
+        if "error" not in found:
+            return found
+        for name, part in asked["parts"].items():
+            of_part = check(part, vocabulary, limits)
+            if "error" in of_part:
+                return {**of_part, "part": name}
+        return found
+
+    return {}, answer
 
 
 def check(grammar: str, vocabulary: LLTokenizer, limits: LLParserLimits) -> dict[str, Any]:
