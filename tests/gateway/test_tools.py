@@ -13,6 +13,7 @@ import httpx
 import jsonschema
 import openai
 import pytest
+import torch
 from fastapi import FastAPI
 
 from gateway.http.app import build_app
@@ -243,8 +244,6 @@ def test_strict_function_binds_a_call_that_the_model_begins(
     assert grammar is not None and loaded.engine.grammars is not None
     begun = TOKENIZER.encode('Well <tool_call>\n{"name": "wea')
     state = loaded.engine.grammars.begin(grammar, (0,), begun)
-    import torch
-
     allowed = torch.isfinite(state.allowed_only(torch.zeros(4096)))
     assert all("ther".startswith(TOKENIZER.decode([int(t)])[:4]) for t in allowed.nonzero().flatten())
 
