@@ -283,8 +283,31 @@ class TemplateStuck(GatewayError):
         return f"the chat template was not rendered: {self.reason}"
 
 
-class RendererBusy(GatewayError):
-    """Other conversations took the time in which a chat template was to be rendered."""
+class LimitBroken(GatewayError):
+    """Work in a process of its own was not done within its limits of time and memory."""
+
+    def __init__(self, limits: str) -> None:
+        super().__init__(limits)
+        self.limits = limits
+
+    def __str__(self) -> str:
+        return f"it broke a limit of {self.limits}"
+
+
+class GrammarRefused(GatewayError):
+    """A grammar that a request brings, or a schema that it is made of, cannot be followed."""
+
+    def __init__(self, reason: str, part: str | None = None) -> None:
+        """part: the name of the one to blame, where several were brought."""
+        super().__init__(reason, part)
+        self.reason, self.part = reason, part
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+class PreparationBusy(GatewayError):
+    """Other requests took the time in which one was to be prepared."""
 
 
 class ExtraMissing(GatewayError):
@@ -360,8 +383,8 @@ def to_api_error(error: GatewayError) -> ApiError:
     if isinstance(error, RouterBusy):
         message = "The service has too many requests waiting. Please try again later."
         return ApiError(429, message, "rate_limit_error", None, "queue_full", error.retry_after_s)
-    if isinstance(error, RendererBusy):
-        message = "Too many conversations are being prepared. Please try again later."
+    if isinstance(error, PreparationBusy):
+        message = "Too many requests are being prepared. Please try again later."
         return ApiError(503, message, "server_error", None, "unavailable", 1.0)
     if isinstance(error, RouterUnavailable):
         message = "The model is not available at the moment. Please try again later."

@@ -20,7 +20,8 @@ from experts.errors import ExpertError
 from router.backbone import Backbone
 from router.batcher import BatchLimits, Chunk, SequenceFacts, StepPlan, admission_positions, plan_step
 from router.drawing import draw, draw_together
-from router.errors import PromptInvalid, QueueFull, RequestTooLong
+from router.errors import GrammarFailed, PromptInvalid, QueueFull, RequestTooLong
+from router.grammar import Grammars, GrammarState
 from router.kv_cache import KvPool, blocks_for
 from router.kv_room import KvRoom
 from router.logprobs import prompt_logprobs, token_logprob
@@ -78,6 +79,8 @@ class Engine:
         """Of a policy that takes requests with a choice of routing; without one they are refused."""
         self.watchers: tuple[RoutingWatcher, ...] = ()
         self.probe: PromptProbe | None = None
+        self.grammars: Grammars | None = None
+        """Of the model's vocabulary; without them requests with a grammar are refused."""
         self._num_quarantined = 0
         self._waiting: OrderedDict[str, Sequence] = OrderedDict()
         self._running: OrderedDict[str, Sequence] = OrderedDict()
@@ -118,8 +121,16 @@ class Engine:
         capacity = (self.allocator.num_blocks - 1) * self.pool.keys.shape[3]
         return min(self.backbone.config.max_position_embeddings, capacity)
 
-    def submit(self, request: GenerationRequest, inputs: PromptInputs = NO_INPUTS) -> None:
-        """Queue a request. Raises QueueFull, RequestTooLong or PromptInvalid; ValueError for a used id."""
+    def submit(
+        self,
+        request: GenerationRequest,
+        inputs: PromptInputs = NO_INPUTS,
+        grammar: GrammarState | None = None,
+    ) -> None:
+        """Queue a request. grammar: the state that `begin_grammar` gives, which is asked for it where it is missing.
+
+        Raises QueueFull, RequestTooLong, PromptInvalid or GrammarFailed; ValueError for a used id.
+        """
         if request.request_id in self._waiting or request.request_id in self._running:
             raise ValueError(f"request id {request.request_id!r} is in use")
         config = self.backbone.config
@@ -131,10 +142,19 @@ class Engine:
         num_open = len(self._waiting) + len(self._running)
         if num_open >= self.limits.max_open:
             raise QueueFull(num_open, retry_after_s=1.0)
-        sequence = Sequence(request, inputs)
+        sequence = Sequence(request, inputs, grammar or self.begin_grammar(request))
         if sequence.max_total > self.max_tokens_per_sequence:
             raise RequestTooLong(sequence.max_total, self.max_tokens_per_sequence)
         self._waiting[sequence.name] = sequence
+
+    def begin_grammar(self, request: GenerationRequest) -> GrammarState | None:
+        """Of a request that has one. May take long, and be called on any thread. Raises GrammarFailed."""
+        sampling = request.sampling
+        if sampling.grammar is None:
+            return None
+        if self.grammars is None:
+            raise GrammarFailed("this router follows none")
+        return self.grammars.begin(sampling.grammar, sampling.stop_token_ids, request.generated_ids)
 
     def _check_group(self, request: GenerationRequest, inputs: PromptInputs) -> None:
         """Sharing with another prompt would answer a question that nobody asked."""
@@ -430,8 +450,11 @@ class Engine:
                 is_mixed=sequence.is_mixed,
                 num_cached=num_cached,
             )
-        token = draw(sequence, logits_V, best) if drawn is None else drawn
-        sequence.append(token)
+        try:
+            token = draw(sequence, logits_V, best) if drawn is None else drawn
+            sequence.append(token)
+        except GrammarFailed as error:
+            return self._fail(sequence, str(error))
         self.stats.generated_tokens += 1
         if is_first:
             self.kv.keep_prefix(sequence)

@@ -11,10 +11,19 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from router.engine import Engine
-from router.errors import EngineStopped, PromptInvalid, QueueFull, RequestTooLong, RouterError
+from router.errors import (
+    EngineStopped,
+    GrammarFailed,
+    PromptInvalid,
+    QueueFull,
+    RequestTooLong,
+    RouterError,
+)
+from router.grammar import GrammarState
 from router.media.encoder import MediaEncoder
 from router.media.encoding_thread import EncodingThread
 from router.prompt_inputs import NO_INPUTS, PromptInputs
@@ -52,11 +61,12 @@ class _Submit:
 
 
 @dataclass(frozen=True)
-class _Encoded:
-    """A request whose media were encoded, or why they were not."""
+class _Prepared:
+    """A request whose media were encoded and whose grammar was compiled, or why they were not."""
 
     request: GenerationRequest
     outcome: PromptInputs | RouterError
+    grammar: GrammarState | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +87,7 @@ class EngineThread:
         """encoder: of requests with media; without one they are refused, and those for speech without `speech`."""
         self.engine = engine
         self._sink = sink
-        self._commands: queue.SimpleQueue[_Submit | _Encoded | _Cancel | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[_Submit | _Prepared | _Cancel | None] = queue.SimpleQueue()
         engine.is_called = lambda: not self._commands.empty()
         self._encoding: EncodingThread | None = None
         if encoder is not None:
@@ -86,8 +96,10 @@ class EngineThread:
         if speech is not None:
             directory = engine.backbone.directory
             self._speech = SpeechDesk(speech, self._emit_spoken, lambda: directory.num_quarantined)
+        self._grammars = ThreadPoolExecutor(1, "grammars")
+        """Compiles them, one after another."""
         self._preparing: set[str] = set()
-        """Open requests that wait for their media."""
+        """Open requests that wait for their media or their grammar."""
         self._encoded: set[str] = set()
         """Of these, those that the engine's thread will find next."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -112,9 +124,10 @@ class EngineThread:
             self._failure = self._failure or "it was shut down"
         self._commands.put(None)
         self._thread.join()
+        self._preparing.clear()
         if self._encoding is not None:
-            self._preparing.clear()
             self._encoding.stop()
+        self._grammars.shutdown(cancel_futures=True)
         if self._speech is not None:
             self._speech.thread.stop()
 
@@ -129,8 +142,8 @@ class EngineThread:
         return len(self._open)
 
     def submit(self, request: GenerationRequest, inputs: PromptInputs = NO_INPUTS) -> None:
-        """Queue a request; its events go to the sink. One with media joins the engine when these are encoded, one for
-        speech is spoken beside it.
+        """Queue a request; its events go to the sink. One with media or a grammar joins the engine when these are
+        encoded and compiled, one for speech is spoken beside it.
 
         Raises QueueFull, RequestTooLong, PromptInvalid or EngineStopped at once, on the caller's thread; ValueError for
         a used id.
@@ -153,6 +166,9 @@ class EngineThread:
             if request.media and self._encoding is not None:
                 self._preparing.add(request.request_id)
                 self._encoding.submit(request)
+            elif request.sampling.grammar is not None:
+                self._preparing.add(request.request_id)
+                self._grammars.submit(self._compile, request, inputs)
             else:
                 self._commands.put(_Submit(request, inputs))
 
@@ -216,29 +232,31 @@ class EngineThread:
             if not goes_on:
                 return False
 
-    def _carry_out(self, command: _Submit | _Encoded | _Cancel | None) -> bool:
+    def _carry_out(self, command: _Submit | _Prepared | _Cancel | None) -> bool:
         """False where it was the last. Apart, so that no request is held while there is no other."""
         if command is None:
             return False
         if isinstance(command, _Submit):
             self._submit_now(command.request, command.inputs)
-        elif isinstance(command, _Encoded):
-            self._submit_encoded(command)
+        elif isinstance(command, _Prepared):
+            self._submit_prepared(command)
         elif self._end(command.request_id):
             self._emit([TokenEvent(command.request_id, (), "cancelled")])
         elif self._speech is not None:  # its states may have been computed meanwhile
             self._speech.cancel(command.request_id)
         return True
 
-    def _submit_now(self, request: GenerationRequest, inputs: PromptInputs) -> None:
+    def _submit_now(
+        self, request: GenerationRequest, inputs: PromptInputs, grammar: GrammarState | None = None
+    ) -> None:
         try:
             if self._speech is not None:
                 request, inputs = self._speech.asked(request, inputs)
-            self.engine.submit(request, inputs)
+            self.engine.submit(request, inputs, grammar)
         except (RouterError, ValueError) as error:
             self._emit([TokenEvent(request.request_id, (), "error", str(error))])
 
-    def _submit_encoded(self, command: _Encoded) -> None:
+    def _submit_prepared(self, command: _Prepared) -> None:
         name = command.request.request_id
         if name in self._preparing:  # it was not cancelled meanwhile
             if not self.engine.has_work:
@@ -247,7 +265,7 @@ class EngineThread:
             if isinstance(command.outcome, RouterError):
                 self._emit([TokenEvent(name, (), "error", str(command.outcome))])
             else:
-                self._submit_now(command.request, command.outcome)
+                self._submit_now(command.request, command.outcome, command.grammar)
         self._encoded.discard(name)
 
     def _end(self, name: str) -> bool:
@@ -271,7 +289,25 @@ class EngineThread:
     def _take_encoded(self, request: GenerationRequest, outcome: PromptInputs | RouterError) -> None:
         """On the encoding thread."""
         self._encoded.add(request.request_id)
-        self._commands.put(_Encoded(request, outcome))
+        if isinstance(outcome, PromptInputs) and request.sampling.grammar is not None:
+            self._grammars.submit(self._compile, request, outcome)
+        else:
+            self._commands.put(_Prepared(request, outcome))
+
+    def _compile(self, request: GenerationRequest, inputs: PromptInputs) -> None:
+        """On the thread for grammars."""
+        outcome: PromptInputs | RouterError = GrammarFailed("it cannot be compiled")
+        grammar = None
+        try:
+            if request.request_id in self._preparing:
+                grammar = self.engine.begin_grammar(request)
+                outcome = inputs
+        except RouterError as error:
+            outcome = error
+        except Exception:  # whatever it is, it ends one request
+            logger.exception("request %s: its grammar cannot be compiled", request.request_id)
+        finally:
+            self._commands.put(_Prepared(request, outcome, grammar))
 
     def _fail_all(self, failure: str) -> None:
         """Refuse all work from now on, and tell every open request, those still in the command queue too."""

@@ -90,6 +90,17 @@ class SpeechFailed(RouterError):
         return "the reply could not be spoken"
 
 
+class GrammarFailed(RouterError):
+    """A grammar cannot be compiled or followed within its limits."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"the answer's grammar cannot be followed: {self.reason}"
+
+
 class KvExhausted(RouterError):
     """More KV blocks were asked for than are free."""
 

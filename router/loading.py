@@ -28,6 +28,7 @@ from router.effort import EffortChoice
 from router.engine import Engine
 from router.errors import ConfigUnsupported
 from router.expert_facts import FactSource
+from router.grammar import Grammars
 from router.kv_cache import KvPool, blocks_for
 from router.linears import FLOAT, LinearForms, prove_linears
 from router.means_keeper import MeansKeeper, StandInOptions, keep_means
@@ -209,6 +210,7 @@ def load_engine(
     pool = KvPool(config, num_kv_blocks(config, dtype, options), dtype, options.device)
     limits = options.limits.with_most_rows(kernel.most_rows)
     engine = Engine(backbone, pool, limits, swap_budget_bytes=options.kv_budget_bytes)
+    engine.grammars = Grammars(store.root, config.vocab_size)
     stand_ins = None
     if config.moe_layers:
         shape = MoeShape(

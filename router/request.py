@@ -40,6 +40,9 @@ class SamplingParams:
     """Taken from a token's logit as often as the answer so far has it."""
     logit_bias: tuple[tuple[int, float], ...] = ()
     """(token id, what is added to its logit); every id once."""
+    grammar: str | None = None
+    """That the answer's text follows, as text for `llguidance` (`router.grammar`): other tokens are not drawn, those of
+    `stop_token_ids` only where the text may end, and generation ends with reason "stop" where nothing can follow."""
 
     @property
     def has_filters(self) -> bool:
@@ -49,7 +52,8 @@ class SamplingParams:
     @property
     def has_adjustments(self) -> bool:
         """Whether logits are changed before the token is drawn from them."""
-        return self.has_penalties or bool(self.logit_bias) or self.min_tokens > 0
+        has_bounds = self.min_tokens > 0 or self.grammar is not None
+        return self.has_penalties or bool(self.logit_bias) or has_bounds
 
     @property
     def has_penalties(self) -> bool:

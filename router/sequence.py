@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from router.batcher import SequenceFacts
+from router.errors import GrammarFailed
+from router.grammar import GrammarState
 from router.penalties import TokenHistory, adjusted
 from router.prompt_groups import Member
 from router.prompt_inputs import NO_INPUTS, PromptInputs
@@ -15,9 +17,16 @@ from router.request import FinishReason, GenerationRequest, TokenLogprob
 class Sequence:
     """A request's state. Owned by the engine's thread."""
 
-    def __init__(self, request: GenerationRequest, inputs: PromptInputs = NO_INPUTS) -> None:
+    def __init__(
+        self,
+        request: GenerationRequest,
+        inputs: PromptInputs = NO_INPUTS,
+        grammar: GrammarState | None = None,
+    ) -> None:
+        """grammar: that has taken `request.generated_ids`, where the request has one."""
         self.request = request
         self.inputs = inputs
+        self.grammar = grammar
         self.tokens = [*request.prompt_ids, *request.generated_ids]
         self.num_computed = 0
         self.is_mixed = False
@@ -104,18 +113,26 @@ class Sequence:
         return range(max(first, known - 1), min(first + count, len(self.request.prompt_ids) - 1))
 
     def drawable(self, logits_V: Tensor) -> Tensor:
-        """The logits that the next token is drawn from: those given, or float64 ones with the request's penalties
-        and biases."""
+        """The logits that the next token is drawn from: those given, or float64 ones with the request's grammar,
+        penalties and biases. Raises GrammarFailed where these leave no token."""
         sampling = self.request.sampling
         if not sampling.has_adjustments:
             return logits_V
+        if self.grammar is not None:
+            logits_V = self.grammar.allowed_only(logits_V)
         if self._history is None and sampling.has_penalties:
             num_prompt = len(self.request.prompt_ids)
             self._history = TokenHistory(self.tokens[:num_prompt], self.tokens[num_prompt:])
-        return adjusted(logits_V, sampling, self._history, self.num_generated)
+        adjusted_V = adjusted(logits_V, sampling, self._history, self.num_generated)
+        if self.grammar is not None and not bool(adjusted_V.max() > float("-inf")):
+            raise GrammarFailed("min_tokens holds back every token that it allows")
+        return adjusted_V
 
     def append(self, token: int) -> None:
+        """Raises GrammarFailed."""
         self.tokens.append(token)
+        if self.grammar is not None:
+            self.grammar.take(token)
         if self._history is not None:
             self._history.add(token)
 
@@ -135,7 +152,8 @@ class Sequence:
 
     def finish_after(self, token: int) -> FinishReason | None:
         """Why the sequence ends once `token` was appended, if it does."""
-        if token in self.request.sampling.stop_token_ids:
+        is_complete = self.grammar is not None and self.grammar.is_complete
+        if is_complete or token in self.request.sampling.stop_token_ids:
             return "stop"
         if self.num_generated >= self.request.sampling.max_tokens:
             return "length"

@@ -109,6 +109,7 @@ def small_engine(
     swap_budget_bytes = num_swap_blocks * KvPool.block_bytes(loaded.config, loaded.dtype)
     engine = RecordingEngine(loaded.engine.backbone, pool, limits, swap_budget_bytes=swap_budget_bytes)
     engine.outcome = Outcome()
+    engine.grammars = loaded.engine.grammars
     return engine
 
 

@@ -19,12 +19,13 @@ from gateway.http.openai_types import ChatRequest, CompletionRequest, read_reque
 from gateway.http.request_limits import parse_json
 from gateway.http.settings import GatewaySettings
 from gateway.text.chat_template import ChatTemplate
+from gateway.text.grammar_check import GrammarChecker
 from gateway.text.tokenizer import TextTokenizer
 
 MAX_ID_CHARS = 512
 CHAT_URL = "/v1/chat/completions"
 COMPLETION_URL = "/v1/completions"
-NOT_IN_A_ROW = ("stream", "logprobs", "top_logprobs", "echo")
+NOT_IN_A_ROW = ("stream", "logprobs", "top_logprobs", "echo", "tools")
 """Fields whose answers have no column."""
 LINE_FIELDS = frozenset({"custom_id", "method", "url", "body"})
 
@@ -70,10 +71,12 @@ class RowPreparer:
     ) -> None:
         self._settings, self._tokenizer, self._template = settings, tokenizer, template
         self._defaults = defaults
+        self._grammars = GrammarChecker()
         self._runner = asyncio.Runner()
 
     def close(self) -> None:
         self._runner.close()
+        self._grammars.close()
 
     def prepare(self, row: RawRow) -> PreparedRow:
         """The job of a row; never raises for what a row holds."""
@@ -97,9 +100,12 @@ class RowPreparer:
     def _job(self, body: dict[str, Any], is_chat: bool) -> Job:
         if is_chat:
             chat = read_request(ChatRequest, body)
-            return self._runner.run(prepare_chat(chat, self._settings, self._tokenizer, self._template))
+            preparing = prepare_chat(chat, self._settings, self._tokenizer, self._template, self._grammars)
+            return self._runner.run(preparing)
         completion = read_request(CompletionRequest, body)
-        return self._runner.run(prepare_completion(completion, self._settings, self._tokenizer))
+        return self._runner.run(
+            prepare_completion(completion, self._settings, self._tokenizer, self._grammars)
+        )
 
 
 def read_id(fields: Mapping[str, Any]) -> str | None:

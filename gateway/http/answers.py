@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from gateway.http.quality import describe_quality
 from gateway.http.speech import SpeechEnd, SpokenForm
+from gateway.http.tool_fields import ToolCall
 from gateway.media.wav_writing import wav_of
 from router.routing_choice import RoutingReport
 
@@ -42,9 +43,11 @@ class ChoiceAnswer:
 
     text: str
     logprobs: Logprobs
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
     audio: dict[str, Any] | None = None
     """As `whole_audio` shapes it, where the answer is spoken."""
+    calls: tuple[ToolCall, ...] = ()
+    """Of tools."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,10 @@ def _plain_choice(head: AnswerHead, index: int, choice: ChoiceAnswer) -> dict[st
     if choice.audio is not None:
         content = {"message": {"role": "assistant", "content": None, "refusal": None, "audio": choice.audio}}
     elif head.is_chat:
-        content = {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
+        text = None if choice.calls and not choice.text else choice.text
+        content = {"message": {"role": "assistant", "content": text, "refusal": None}}
+        if choice.calls:
+            content["message"]["tool_calls"] = [call.as_json() for call in choice.calls]
     return {"index": index, **content, "logprobs": choice.logprobs, "finish_reason": choice.finish_reason}
 
 
@@ -103,6 +109,15 @@ def text_chunk(head: AnswerHead, index: int, text: str, logprobs: Logprobs) -> d
     if head.is_chat:
         return _chunk(head, [_delta(index, {"content": text}, logprobs, None)])
     return _chunk(head, [{"index": index, "text": text, "logprobs": logprobs, "finish_reason": None}])
+
+
+def call_chunks(head: AnswerHead, index: int, number: int, call: ToolCall) -> Iterator[dict[str, Any]]:
+    """A call of a tool: what it is, then its arguments. number: of the answer's calls, from 0."""
+    whole = call.as_json()
+    arguments = whole["function"]["arguments"]
+    whole["function"]["arguments"] = ""
+    for part in ({"index": number, **whole}, {"index": number, "function": {"arguments": arguments}}):
+        yield _chunk(head, [_delta(index, {"tool_calls": [part]}, None, None)])
 
 
 def audio_chunk(

@@ -38,6 +38,7 @@ from gateway.http.settings import GatewaySettings, RequestLimits
 from gateway.media.decoder import MediaDecoder
 from gateway.routers.client import RouterClient
 from gateway.text.chat_template import ChatTemplate
+from gateway.text.grammar_check import GrammarChecker
 from gateway.text.tokenizer import TextTokenizer
 
 __all__ = ["GatewaySettings", "build_app"]
@@ -72,14 +73,14 @@ def _add_generation_routes(
     backend: Backend,
     decoder: MediaDecoder,
 ) -> None:
-    bodies = BodyRoom()
+    bodies, grammars = BodyRoom(), GrammarChecker()
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         owner = request.state.owner
         with bodies.entered(owner) as hold:
             checked, ignored = await _read(CompletionRequest, request, settings.limits, hold)
-            preparing = prepare_completion(checked, settings, backend.tokenizer, owner)
+            preparing = prepare_completion(checked, settings, backend.tokenizer, grammars, owner)
             job = await run_while_connected(request.receive, preparing)
         return await _answer(job, request, backend, ignored)
 
@@ -88,13 +89,13 @@ def _add_generation_routes(
         job, ignored = await prepared(request)
         return await _answer(job, request, backend, ignored)
 
-    async def prepared(request: Request) -> tuple[Job, dict[str, str]]:
+    async def prepared(request: Request) -> tuple[Job, list[str]]:
         """Apart, so that the request with its encoded media is not held while the answer comes."""
         owner = request.state.owner
         with bodies.entered(owner) as hold:
             checked, ignored = await _read(ChatRequest, request, settings.limits, hold)
             preparing = prepare_chat(
-                checked, settings, backend.tokenizer, template, decoder, backend.spoken, owner
+                checked, settings, backend.tokenizer, template, grammars, decoder, backend.spoken, owner
             )
             return await run_while_connected(request.receive, preparing), ignored
 
@@ -159,11 +160,11 @@ def _add_service_routes(app: FastAPI, backend: Backend) -> None:
 
 async def _read(
     kind: type[RequestT], request: Request, limits: RequestLimits, hold: Hold
-) -> tuple[RequestT, dict[str, str]]:
-    """The checked request, and the header that names fields without effect."""
+) -> tuple[RequestT, list[str]]:
+    """The checked request, and the names of fields without effect."""
     body = await _read_json(request, limits, hold)
     checked = read_request(kind, body)
-    return checked, ignored_header(ignored_in(kind, body))
+    return checked, ignored_in(kind, body)
 
 
 async def _read_json(request: Request, limits: RequestLimits, hold: Hold = no_matter) -> dict[str, Any]:
@@ -174,7 +175,8 @@ async def _read_json(request: Request, limits: RequestLimits, hold: Hold = no_ma
     return parse_json(content, limits)
 
 
-async def _answer(job: Job, request: Request, backend: Backend, headers: dict[str, str]) -> Response:
+async def _answer(job: Job, request: Request, backend: Backend, ignored: list[str]) -> Response:
+    headers = ignored_header([*ignored, *job.unenforced])
     request_id: str = request.state.request_id
     logger.debug("request %s is generation %s", request_id, job.head.answer_id)
     if job.is_streamed:

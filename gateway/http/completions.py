@@ -7,6 +7,7 @@ Called by `gateway.http.app`.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from gateway.http.answers import (
     Logprobs,
     Totals,
     audio_chunk,
+    call_chunks,
     encode_event,
     end_chunk,
     plain_answer,
@@ -32,9 +34,10 @@ from gateway.http.jobs import ChoiceJob, Job
 from gateway.http.logprobs import LoggedToken, chat_logprobs, completion_logprobs
 from gateway.http.merge import merged
 from gateway.http.metrics import GatewayMetrics
-from gateway.http.pieces import Backend, Ending, Piece, spoken_pieces, text_pieces
+from gateway.http.pieces import Backend, Ending, Piece, called_pieces, spoken_pieces, text_pieces
 from gateway.http.speech import SpeechEnd
 from gateway.http.token_clock import TokenClock, join_clocks
+from gateway.http.tool_fields import ToolCall
 from router.routing_choice import RoutingReport
 
 MOST_PIECE_BYTES = 96_000
@@ -47,12 +50,14 @@ class _Answer:
 
     texts: list[str] = field(default_factory=list)
     tokens: list[LoggedToken] = field(default_factory=list)
+    calls: list[ToolCall] = field(default_factory=list)
     samples: bytearray = field(default_factory=bytearray)
     finish_reason: Ending = "length"
 
     def add(self, piece: Piece) -> None:
         self.texts.append(piece.text)
         self.tokens.extend(piece.tokens)
+        self.calls.extend(piece.calls)
         self.samples += piece.samples
         self.finish_reason = piece.finish_reason or self.finish_reason
 
@@ -127,6 +132,7 @@ async def answer_events(job: Job, backend: Backend) -> AsyncGenerator[bytes, Non
     router has taken a request and answered."""
     clocks, tally = _clocks(job, backend), _Tally(job)
     begun: set[int] = set()
+    num_calls: Counter[int] = Counter()
     with backend.room.taken(job.sound_bytes, job.choices[0].request.owner):
         async with aclosing(_pieces(job, backend, clocks)) as pieces:
             async for piece in pieces:
@@ -136,6 +142,10 @@ async def answer_events(job: Job, backend: Backend) -> AsyncGenerator[bytes, Non
                     yield encode_event(role_chunk(job.head, piece.index, is_spoken=job.speech is not None))
                 for chunk in _chunks(job, piece, backend):
                     yield encode_event(chunk)
+                for call in piece.calls:
+                    for chunk in call_chunks(job.head, piece.index, num_calls[piece.index], call):
+                        yield encode_event(chunk)
+                    num_calls[piece.index] += 1
                 if piece.finish_reason is not None:
                     end = end_chunk(job.head, piece.index, piece.finish_reason)
                     if tally.is_last and not job.has_usage_chunk:
@@ -151,7 +161,8 @@ def _choice(job: Job, choice: ChoiceJob, answer: _Answer, backend: Backend) -> C
     audio = None
     if job.speech is not None and choice.audio_id is not None:
         audio = whole_audio(choice.audio_id, job.speech, text, bytes(answer.samples))
-    return ChoiceAnswer(text, _logprobs(job, backend, answer.tokens), answer.finish_reason, audio)
+    logprobs = _logprobs(job, backend, answer.tokens)
+    return ChoiceAnswer(text, logprobs, answer.finish_reason, audio, tuple(answer.calls))
 
 
 def _chunks(job: Job, piece: Piece, backend: Backend) -> Iterator[dict[str, Any]]:
@@ -184,5 +195,14 @@ def _logprobs(job: Job, backend: Backend, tokens: Sequence[LoggedToken]) -> Logp
 def _pieces(job: Job, backend: Backend, clocks: Sequence[TokenClock]) -> AsyncGenerator[Piece, None]:
     """Of all answers, as they come."""
     backend.metrics.prompt_tokens.inc(job.num_prompt_tokens)
-    pieces = text_pieces if job.speech is None else spoken_pieces
-    return merged([pieces(job, choice, backend, clocks[choice.index]) for choice in job.choices])
+    return merged([_pieces_of(job, choice, backend, clocks[choice.index]) for choice in job.choices])
+
+
+def _pieces_of(
+    job: Job, choice: ChoiceJob, backend: Backend, clock: TokenClock
+) -> AsyncGenerator[Piece, None]:
+    if job.speech is not None:
+        return spoken_pieces(job, choice, backend, clock)
+    if job.calling is not None:
+        return called_pieces(job, choice, backend, clock)
+    return text_pieces(job, choice, backend, clock)

@@ -18,11 +18,8 @@ MAX_NAMED = 16
 SAFE_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
     "functions": (None, []),
     "function_call": (None, "none", "auto"),
-    "response_format": (None, {"type": "text"}),
     "prediction": (None,),
     "web_search_options": (None,),
     "reasoning_effort": (None,),
@@ -58,6 +55,8 @@ UNSUPPORTED_IN_COMPLETION: Mapping[str, tuple[object, ...]] = {
     "chat_template": (None,),
     "modalities": (None, ["text"]),
     "audio": (None,),
+    "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
 }
 """Fields of chats."""
 UNSUPPORTED_IN_CHAT: Mapping[str, tuple[object, ...]] = {
@@ -67,7 +66,6 @@ UNSUPPORTED_IN_CHAT: Mapping[str, tuple[object, ...]] = {
 }
 """Fields of completions."""
 UNSUPPORTED_IN_MESSAGE: Mapping[str, tuple[object, ...]] = {
-    "tool_calls": (None, []),
     "function_call": (None,),
     "refusal": (None,),
 }

@@ -16,11 +16,14 @@ from gateway.errors import ApiError
 from gateway.http.answers import AnswerHead
 from gateway.http.media import TEXT_ONLY, decode_media, placed_in
 from gateway.http.openai_types import ChatRequest, CompletionRequest, GenerationOptions
+from gateway.http.response_format import NO_GRAMMAR, CheckedGrammar, check_form
 from gateway.http.settings import GatewaySettings
 from gateway.http.speech import SpokenForm, check_turn, choose_form, new_audio_id
 from gateway.http.spoken_answers import SpokenAnswers
+from gateway.http.tool_calls import Calling, calling_of, check_tools
 from gateway.media.decoder import MediaDecoder
 from gateway.text.chat_template import ChatTemplate
+from gateway.text.grammar_check import GrammarChecker
 from gateway.text.tokenizer import TextTokenizer
 from router.media.items import PlacedMedium
 from router.request import GenerationRequest, SamplingParams
@@ -57,6 +60,10 @@ class Job:
     """Of `time.perf_counter`, before the prompt was tokenised."""
     speech: SpokenForm | None = None
     """How the answers are spoken, where they are."""
+    calling: Calling | None = None
+    """Which tools the answers may call, where any."""
+    unenforced: tuple[str, ...] = ()
+    """Fields of the request whose values the answers may not follow."""
 
     @property
     def sound_bytes(self) -> int:
@@ -72,7 +79,11 @@ def check_model(name: str, settings: GatewaySettings) -> None:
 
 
 async def prepare_completion(
-    request: CompletionRequest, settings: GatewaySettings, tokenizer: TextTokenizer, owner: str = ""
+    request: CompletionRequest,
+    settings: GatewaySettings,
+    tokenizer: TextTokenizer,
+    grammars: GrammarChecker,
+    owner: str = "",
 ) -> Job:
     """owner: with whose requests alone it shares what is cached.
 
@@ -95,7 +106,8 @@ async def prepare_completion(
         max_tokens = min(settings.default_completion_tokens, room) if wanted is None else wanted
         _check_fit(prompt_ids, max_tokens, field, settings, is_prompt_all=wanted == 0)
         jobs.append((prompt_ids, max_tokens))
-    return _job(request, jobs, settings, started_at, owner)
+    grammar = await check_form(request.response_format, grammars)
+    return _job(request, jobs, settings, started_at, owner, grammar=grammar)
 
 
 async def prepare_chat(
@@ -103,6 +115,7 @@ async def prepare_chat(
     settings: GatewaySettings,
     tokenizer: TextTokenizer,
     template: ChatTemplate,
+    grammars: GrammarChecker,
     decoder: MediaDecoder = TEXT_ONLY,
     spoken: SpokenAnswers | None = None,
     owner: str = "",
@@ -117,7 +130,8 @@ async def prepare_chat(
     speech = choose_form(request, settings.speech, int(time.time()))
     messages = (spoken or SpokenAnswers()).resolved(request.messages, owner)
     media = await decode_media(messages, decoder, settings.context_length)
-    render = partial(template.render, messages, variant=request.chat_template)
+    tools = request.offered_tools
+    render = partial(template.render, messages, variant=request.chat_template, tools=tools)
     text = await asyncio.to_thread(render)
     _refuse_certainly_longer(text, "messages", settings, tokenizer)
     prompt_ids = await asyncio.to_thread(tokenizer.encode_rendered, text)
@@ -129,7 +143,22 @@ async def prepare_chat(
     num_media = sum(decoder.facts.num_tokens(medium) for medium in media)
     _check_fit(prompt_ids, max_tokens, "messages", settings, num_media=num_media)
     prompts = [(prompt_ids, max_tokens)]
-    return _job(request, prompts, settings, started_at, owner, media=placed, speech=speech)
+    calling = calling_of(request)
+    if calling is None:
+        grammar = await check_form(request.response_format, grammars)
+    else:
+        grammar = await check_tools(calling, grammars)
+    return _job(
+        request,
+        prompts,
+        settings,
+        started_at,
+        owner,
+        grammar=grammar,
+        calling=calling,
+        media=placed,
+        speech=speech,
+    )
 
 
 def _job(
@@ -139,8 +168,10 @@ def _job(
     started_at: float,
     owner: str,
     *,
+    grammar: CheckedGrammar = NO_GRAMMAR,
     media: tuple[PlacedMedium, ...] = (),
     speech: SpokenForm | None = None,
+    calling: Calling | None = None,
 ) -> Job:
     """prompts: ids, and the most tokens of an answer to them. media: of the only one."""
     is_chat = isinstance(options, ChatRequest)
@@ -152,7 +183,7 @@ def _job(
     num_answers = len(prompts) * options.num_choices
     choices: list[ChoiceJob] = []
     for position, (prompt_ids, max_tokens) in enumerate(prompts):
-        sampling = _sampling(options, max_tokens, seed, settings)
+        sampling = replace(_sampling(options, max_tokens, seed, settings), grammar=grammar.text)
         for choice in range(options.num_choices):
             request = GenerationRequest(
                 answer_id if num_answers == 1 else f"{answer_id}-{len(choices)}",
@@ -179,11 +210,13 @@ def _job(
         ),
         tuple(choices),
         sum(len(prompt_ids) for prompt_ids, _ in prompts),
-        options.stop,
+        options.stop if calling is None else (*options.stop, *calling.stops),
         bool(options.stream),
         options.stream_options is not None and bool(options.stream_options.include_usage),
         started_at,
         speech,
+        calling,
+        grammar.unenforced,
     )
 
 

@@ -29,7 +29,17 @@ from gateway.http.openai_fields import (
     read_stop,
     read_stop_token_ids,
 )
+from gateway.http.response_format import JsonForm, read_response_format
 from gateway.http.speech_fields import AudioOptions, Modality, SpokenTurn
+from gateway.http.tool_fields import (
+    MAX_ID_CHARS,
+    Tool,
+    ToolCall,
+    ToolChoice,
+    read_tool_calls,
+    read_tool_choice,
+    read_tools,
+)
 from gateway.media.parts import Content, read_content
 from router.effort import EffortChoice
 from router.routing_choice import PolicyName
@@ -40,7 +50,7 @@ MAX_COUNT = 2**31 - 1
 MAX_LOGPROBS = 20
 MOST_SPOKEN = 8
 """Answers of one request: each may take 16 MB."""
-READ_BY_HAND = ("prompt", "stop", "stop_token_ids", "logit_bias", "content")
+READ_BY_HAND = ("prompt", "stop", "stop_token_ids", "logit_bias", "content", "response_format", "tools")
 """Kinds of errors whose text says what the field must be."""
 
 
@@ -101,6 +111,7 @@ class GenerationOptions(Strict):
     stop: Annotated[tuple[str, ...], PlainValidator(read_stop)] = ()
     stop_token_ids: Annotated[tuple[int, ...], PlainValidator(read_stop_token_ids)] = ()
     ignore_eos: bool | None = Field(None, description="true or false")
+    response_format: Annotated[JsonForm | None, PlainValidator(read_response_format)] = None
     stream: bool | None = Field(None, description="true or false")
     stream_options: StreamOptions | None = Field(None, description="an object")
     sage: SageOptions | None = Field(
@@ -143,20 +154,24 @@ class CompletionRequest(GenerationOptions):
 class Message(Strict):
     """One turn of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[Content, PlainValidator(read_content)]
-    """Empty where `audio` stands in for it."""
+    """Empty where `audio` or `tool_calls` stand in for it."""
     audio: SpokenTurn | None = None
     """By the assistant: an answer that was spoken, whose text `gateway.http.spoken_answers` knows."""
 
+    tool_calls: Annotated[tuple[ToolCall, ...], PlainValidator(read_tool_calls)] = ()
+    """By the assistant."""
+    tool_call_id: str | None = Field(None, min_length=1, max_length=MAX_ID_CHARS)
+    """Of the call whose result a message by a tool is."""
+
     @model_validator(mode="before")
     @classmethod
-    def _spoken_without_content(cls, turn: Any) -> Any:
+    def _without_content(cls, turn: Any) -> Any:
         """OpenAI's clients send such answers back as they came, without a content."""
-        is_spoken = (
-            isinstance(turn, dict) and turn.get("role") == "assistant" and turn.get("audio") is not None
-        )
-        return {**turn, "content": ""} if is_spoken and turn.get("content") is None else turn
+        if not isinstance(turn, dict) or turn.get("role") != "assistant" or turn.get("content") is not None:
+            return turn
+        return {**turn, "content": ""} if turn.get("audio") is not None or turn.get("tool_calls") else turn
 
 
 class ChatRequest(GenerationOptions):
@@ -177,6 +192,14 @@ class ChatRequest(GenerationOptions):
         None, min_length=1, max_length=2, description='a list of "text" and "audio"'
     )
     audio: AudioOptions | None = Field(None, description="an object with voice and format (wav or pcm16)")
+    tools: Annotated[tuple[Tool, ...], PlainValidator(read_tools)] = ()
+    tool_choice: Annotated[ToolChoice | None, PlainValidator(read_tool_choice)] = None
+    parallel_tool_calls: bool | None = Field(None, description="true or false")
+
+    @property
+    def offered_tools(self) -> tuple[Tool, ...]:
+        """Those that the model is to know."""
+        return () if self.tool_choice == ToolChoice("none") else self.tools
 
     @property
     def is_spoken(self) -> bool:
@@ -261,7 +284,31 @@ def _check_chat(request: ChatRequest) -> None:
         if turn.audio is not None and turn.role != "assistant":
             param = f"messages.{position}.audio"
             raise ApiError(400, f"{param} is only allowed in a message by the assistant.", param=param)
+    _check_tools(request)
     _check_speech(request)
+
+
+def _check_tools(request: ChatRequest) -> None:
+    """Choice and offer fit each other, and messages by tools the calls before them."""
+    choice = request.tool_choice
+    if choice is not None and choice.mode == "required" and not request.tools:
+        raise ApiError(400, "tool_choice is only allowed with tools.", param="tool_choice")
+    if choice is not None and choice.name not in (None, *(tool.name for tool in request.tools)):
+        _refuse_value("tool_choice", "must name one of tools")
+    if request.offered_tools and request.response_format is not None:
+        _refuse_value("response_format", "must be text where tools may be called")
+    known: set[str] = set()
+    for position, turn in enumerate(request.messages):
+        where = f"messages.{position}"
+        if turn.tool_calls and turn.role != "assistant":
+            message = f"{where}.tool_calls is only allowed in a message by the assistant."
+            raise ApiError(400, message, param=f"{where}.tool_calls")
+        known |= {call.id for call in turn.tool_calls}
+        if (turn.role == "tool") != (turn.tool_call_id is not None):
+            message = f"{where}.tool_call_id goes with the role tool, which needs one."
+            raise ApiError(400, message, param=f"{where}.tool_call_id")
+        if turn.tool_call_id is not None and turn.tool_call_id not in known:
+            _refuse_value(f"{where}.tool_call_id", "must be the id of a call in a message before")
 
 
 def _check_speech(request: ChatRequest) -> None:
@@ -273,6 +320,10 @@ def _check_speech(request: ChatRequest) -> None:
             raise ApiError(400, message, param=param)
     if request.is_spoken and request.stream and request.audio is not None and request.audio.format == "wav":
         _refuse_value("audio.format", "must be pcm16 when stream is true, since WAV begins with its length")
+    if request.is_spoken and request.response_format is not None:
+        _refuse_value("response_format", "must be text where answers are spoken")
+    if request.is_spoken and request.offered_tools:
+        _refuse_value("tools", "must not be offered where answers are spoken")
     if request.is_spoken and request.num_choices > MOST_SPOKEN:
         _refuse_value("n", f"must be at most {MOST_SPOKEN} where answers are spoken")
 

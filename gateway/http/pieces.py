@@ -21,12 +21,14 @@ from gateway.http.speech import SpeechEnd, SpokenReply, speech_request
 from gateway.http.spoken_answers import SpokenAnswers
 from gateway.http.stream import AnswerText
 from gateway.http.token_clock import TokenClock
+from gateway.http.tool_fields import ToolCall
+from gateway.http.tool_parser import ToolParser, new_call_id
 from gateway.routers.client import RouterClient
 from gateway.text.tokenizer import TextTokenizer
 from router.request import GenerationRequest, TokenEvent
 from router.routing_choice import RoutingReport
 
-Ending = Literal["stop", "length"]
+Ending = Literal["stop", "length", "tool_calls"]
 BUSY_PATIENCE_S = 60.0
 """How long a text waits for a router with room for its speech."""
 
@@ -60,6 +62,8 @@ class Piece:
     """See TokenEvent.is_mixed; of the whole answer, in its last piece."""
     num_cached: int = 0
     """Of the prompt's tokens, those that the first answer to it found computed; in the last piece."""
+    calls: tuple[ToolCall, ...] = ()
+    """Of tools, that came to their end."""
     samples: bytes = b""
     """Of what is spoken; see `router.speech.wish`."""
     speech: SpeechEnd | None = None
@@ -113,6 +117,23 @@ async def text_pieces(
     yield Piece(
         choice.index, shown + rest, tokens, reason, text.num_tokens, routing, is_mixed, num_cached or 0
     )
+
+
+async def called_pieces(
+    job: Job, choice: ChoiceJob, backend: Backend, clock: TokenClock
+) -> AsyncGenerator[Piece, None]:
+    """Of one answer that may call tools: its text without the calls, and these."""
+    assert job.calling is not None
+    parser = ToolParser(job.calling.names, new_call_id)
+    async with aclosing(text_pieces(job, choice, backend, clock)) as pieces:
+        async for piece in pieces:
+            text, calls = parser.push(piece.text)
+            reason = piece.finish_reason
+            if reason is not None:
+                rest, last_calls = parser.end()
+                text, calls = text + rest, (*calls, *last_calls)
+                reason = "tool_calls" if reason == "stop" and parser.num_calls else reason
+            yield replace(piece, text=text, calls=calls, finish_reason=reason)
 
 
 async def spoken_pieces(

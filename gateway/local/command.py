@@ -57,6 +57,10 @@ def generate(
         typer.Option(min=0.0, max=2.0, help="0 is greedy; default: the checkpoint's."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Seed of the sampling noise.")] = 0,
+    json_schema: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FILE", help="Answer with JSON that follows this schema."),
+    ] = None,
     dtype: DtypeOption = None,
     trace: TraceOption = None,
     mask_experts: MaskOption = None,
@@ -103,10 +107,13 @@ def generate(
         raise typer.BadParameter("--image and --audio go with --prompt")
     if speech is not None and prompt is None:
         raise typer.BadParameter("--speech goes with --prompt")
+    if speech is not None and json_schema is not None:
+        raise typer.BadParameter("choose one of --speech and --json-schema")
     wish = read_speech_choice(speech is not None, voice, max_speech_frames, speech_budget)
 
     from gateway.http.routing_rules import read_choice
     from gateway.local.generate import generate as run
+    from gateway.local.json_schema import read_grammar
     from gateway.local.media_prompt import MediaFiles
     from gateway.local.study import Study
     from gateway.output_file import check_output
@@ -139,6 +146,8 @@ def generate(
     sampling: dict[str, Any] = {"max_tokens": max_tokens, "seed": seed}
     if temperature is not None:
         sampling["temperature"] = temperature
+    if json_schema is not None:
+        sampling["grammar"] = read_grammar(json_schema)
     show = _write_at_once if stream else _keep_quiet
     is_asked = expert_budget is not None or host_budget is not None or memory.device.type != "cpu"
     result = run(

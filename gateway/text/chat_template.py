@@ -14,11 +14,15 @@ before rendering: they reach the model as ordinary characters, so no message can
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from gateway.errors import ApiError, ModelFileInvalid, TemplateStuck
 from gateway.http.openai_types import Message
+from gateway.http.tool_fields import Tool
+from gateway.http.tool_grammar import CLOSE, OPEN
 from gateway.media.parts import Content, ImagePart, TextPart
 from gateway.stores.model_files import read_small_file, read_small_json
 from gateway.text.template_renderer import RenderLimits, TemplateRenderer
@@ -31,6 +35,9 @@ TEMPLATE_FOLDER = "additional_chat_templates"
 TEMPLATE_JSON_FILE = "chat_template.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 DEFAULT_NAME = "default"
+TOOLS_NAME = "tool_use"
+"""Of the template for conversations with tools, where there is one of its own."""
+NAMES_TOOLS = re.compile(r"\btools\b")
 MAX_TEMPLATES = 32
 MAX_TEMPLATE_BYTES = 1024 * 1024
 MAX_CONFIG_BYTES = 64 * 1024 * 1024
@@ -53,6 +60,7 @@ class ChatTemplate:
         self._tokenizer, self._token_texts = tokenizer, dict(token_texts)
         named = {DEFAULT_NAME: sources} if isinstance(sources, str) else dict(sources or {})
         self.names = tuple(named)
+        self._sources = named
         self._renderer = TemplateRenderer(named, limits) if named else None
         if self._renderer is not None:
             try:
@@ -73,21 +81,31 @@ class ChatTemplate:
         return cls(_find_sources(path, config), tokenizer, texts)
 
     def render(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, variant: str | None = None
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        variant: str | None = None,
+        tools: Sequence[Tool] = (),
     ) -> str:
         """Text for `TextTokenizer.encode_rendered`. Raises ApiError 400 when the template refuses.
 
-        variant: the name of one of several templates; None means the default.
+        variant: the name of one of several templates; None means the default, or the one for tools. tools: that the
+        model is to know.
         """
-        name = self._choose(variant)
+        has_tools = bool(tools) or any(m.role == "tool" or m.tool_calls for m in messages)
+        is_own = has_tools and variant is None and TOOLS_NAME in self.names
+        name = TOOLS_NAME if is_own else self._choose(variant)
+        if has_tools:
+            self._check_tools(name, "tools" if tools else "messages")
         if self._renderer is None:
             return PLAIN_SEPARATOR.join(self._plain_text(m.content) for m in messages)
-        turns = [{"role": _role(m.role), "content": self._content(m.content)} for m in messages]
+        turns = [self._turn(message) for message in messages]
         variables = {
             **self._token_texts,
             "messages": turns,
             "add_generation_prompt": add_generation_prompt,
-            "tools": None,
+            "tools": [self._described(tool) for tool in tools] or None,
             "documents": None,
         }
         try:
@@ -108,6 +126,43 @@ class ChatTemplate:
         """End the rendering process, if there is one."""
         if self._renderer is not None:
             self._renderer.close()
+
+    def _turn(self, message: Message) -> dict[str, Any]:
+        """As templates know it: with calls whose arguments are values, not text."""
+        turn: dict[str, Any] = {"role": _role(message.role), "content": self._content(message.content)}
+        if message.tool_calls:
+            turn["tool_calls"] = [
+                {
+                    "type": "function",
+                    "id": self._tokenizer.defuse(call.id),
+                    "function": {"name": call.name, "arguments": self._defused(call.arguments)},
+                }
+                for call in message.tool_calls
+            ]
+        if message.tool_call_id is not None:
+            turn["tool_call_id"] = self._tokenizer.defuse(message.tool_call_id)
+        return turn
+
+    def _described(self, tool: Tool) -> dict[str, Any]:
+        return {"type": "function", "function": self._defused(tool.function)}
+
+    def _defused(self, value: Any) -> Any:
+        """JSON in which no text spells out a special token; its depth was bounded when it was read."""
+        if isinstance(value, str):
+            return self._tokenizer.defuse(value)
+        if isinstance(value, Mapping):
+            return {self._tokenizer.defuse(key): self._defused(item) for key, item in value.items()}
+        return [self._defused(item) for item in value] if isinstance(value, list) else value
+
+    def _check_tools(self, name: str, param: str) -> None:
+        """Raises ApiError 400 where the model was not taught tools, or writes calls in another way than is read."""
+        source = self._sources.get(name, "")
+        if not NAMES_TOOLS.search(source):
+            message = "This model takes no tools: its chat template has no place for them."
+            raise ApiError(400, message, param=param, code="unsupported_parameter")
+        if OPEN not in source or {OPEN, CLOSE} & set(self._tokenizer.special_tokens.values()):
+            message = f"This model takes no tools here: it does not write calls in {OPEN} as text."
+            raise ApiError(400, message, param=param, code="unsupported_parameter")
 
     def _content(self, content: Content) -> str | list[dict[str, str]]:
         """As templates know it: media by their kind, for which they leave a place. Between parts most put nothing."""

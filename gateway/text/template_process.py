@@ -1,22 +1,14 @@
-"""The process that renders chat templates: run as a script, with a socket as its standard input.
+"""What renders chat templates, in `gateway.text.confined_process`.
 
 A template comes with the model, so nothing of it runs in a process that matters, and here it runs in Jinja's immutable
 sandbox: it reaches no Python attributes. Compiling counts as running, since Jinja evaluates constant expressions then.
-The kernel ends this process when a request takes too long (an alarm nobody catches, which also ends it after its parent
-has gone) and refuses memory beyond a limit. Imports nothing of ours: it is started with an empty environment and path.
-
-A message either way is 8 bytes of length and JSON. First come the limits and the templates' sources by name; the answer
-is a list of those that cannot be compiled. Then requests, each answered by its text or by why there is none.
+Imports nothing of ours.
 """
 
 from __future__ import annotations
 
 import json
-import resource
-import signal
-import socket
-import struct
-import sys
+from collections.abc import Callable
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -26,7 +18,6 @@ from jinja2 import nodes
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-LENGTH = struct.Struct("<Q")
 MAX_SHOWN_CHARS = 500
 
 
@@ -104,48 +95,8 @@ def render(template: jinja2.Template, variables: dict[str, Any], max_chars: int)
         return {"problem": "failed"}
 
 
-def main() -> None:
-    """Serve until the other end of standard input closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
-    peer = socket.socket(fileno=sys.stdin.fileno())
-    setup = _receive(peer)
-    resource.setrlimit(resource.RLIMIT_AS, (setup["max_memory_bytes"],) * 2)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    signal.setitimer(signal.ITIMER_REAL, setup["timeout_s"])
+def prepare(setup: dict[str, Any]) -> tuple[dict[str, str], Callable[[dict[str, Any]], dict[str, str]]]:
+    """setup: templates by name, and the most characters of a rendered text. Returns the templates that cannot be
+    compiled with why, and what answers a template's name and its variables."""
     templates, failures = compile_all(setup["templates"])
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    _send(peer, failures)
-    while True:
-        request = _receive(peer)
-        signal.setitimer(signal.ITIMER_REAL, setup["timeout_s"])
-        answer = render(templates[request["name"]], request["variables"], setup["max_chars"])
-        _send(peer, answer)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-def _receive(peer: socket.socket) -> dict[str, Any]:
-    (length,) = LENGTH.unpack(_receive_exactly(peer, LENGTH.size))
-    value: dict[str, Any] = json.loads(_receive_exactly(peer, length))
-    return value
-
-
-def _receive_exactly(peer: socket.socket, length: int) -> bytes:
-    content = bytearray()
-    while len(content) < length:
-        piece = peer.recv(min(1 << 20, length - len(content)))
-        if not piece:
-            sys.exit(0)
-        content += piece
-    return bytes(content)
-
-
-def _send(peer: socket.socket, value: dict[str, str]) -> None:
-    content = json.dumps(value).encode()
-    peer.sendall(LENGTH.pack(len(content)) + content)
-
-
-if __name__ == "__main__":
-    main()
+    return failures, lambda asked: render(templates[asked["name"]], asked["variables"], setup["max_chars"])

@@ -153,9 +153,7 @@ def test_values_at_the_edge_and_harmless_fields_are_accepted(field: str, value: 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("tools", [{"type": "function"}]),
-        ("tool_choice", "required"),
-        ("response_format", {"type": "json_object"}),
+        ("reasoning_effort", "high"),
         ("functions", [{}]),
     ],
 )
@@ -195,7 +193,8 @@ def test_stream_options_without_stream_are_refused() -> None:
         ([{"role": "user"}], "messages.0.content"),
         ([{"role": "user", "content": None}], "messages.0.content"),
         ([{"content": "hi"}], "messages.0.role"),
-        ([{"role": "tool", "content": "hi"}], "messages.0.role"),
+        ([{"role": "function", "content": "hi"}], "messages.0.role"),
+        ([{"role": "tool", "content": "hi"}], "messages.0.tool_call_id"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "messages.0.content"),
         ([{"role": "user", "content": [{"type": "text"}]}], "messages.0.content"),
         ([{"role": "user", "content": ["hi"]}], "messages.0.content"),

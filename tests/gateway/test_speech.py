@@ -368,7 +368,7 @@ def test_official_client_reads_both_ways() -> None:
         ({**SPOKEN, "audio": ["wav"]}, "audio", "an object with voice and format"),
         ({**SPOKEN, "stream": True}, "audio.format", "must be pcm16"),
         ({**SPOKEN, "n": 9}, "n", "at most 8"),
-        ({**SPOKEN, "tools": [{"type": "function"}]}, "tools", "not supported"),
+        ({**SPOKEN, "tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "spoken"),
     ],
 )
 def test_wishes_that_cannot_be_met_are_refused_by_field(

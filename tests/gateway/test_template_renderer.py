@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from gateway.errors import RendererBusy, TemplateStuck, to_api_error
-from gateway.text.template_process import LENGTH
+from gateway.errors import PreparationBusy, TemplateStuck, to_api_error
+from gateway.text.confined_process import LENGTH
 from gateway.text.template_renderer import RenderLimits, TemplateRenderer
 
 LIMITS = RenderLimits(timeout_s=0.8, max_memory_bytes=256 * 1024 * 1024, max_chars=100_000)
@@ -43,8 +43,8 @@ def start() -> Iterator[Start]:
 
 
 def _process_id(renderer: TemplateRenderer) -> int:
-    assert renderer._process is not None
-    return renderer._process.pid
+    assert renderer.confined.process is not None
+    return renderer.confined.process.pid
 
 
 def _is_alive(pid: int) -> bool:
@@ -91,7 +91,7 @@ def test_constant_expression_is_not_evaluated_outside_either(hostile: str) -> No
 def test_process_ends_itself_when_nobody_waits_for_it(start: Start) -> None:
     """As after the death of the gateway in the middle of a rendering."""
     renderer = start(loop=LOOP)
-    process, peer = renderer._process, renderer._peer
+    process, peer = renderer.confined.process, renderer.confined.peer
     assert process is not None and peer is not None
     request = json.dumps({"name": "loop", "variables": {}}).encode()
     peer.sendall(LENGTH.pack(len(request)) + request)
@@ -130,7 +130,7 @@ def test_texts_of_any_kind_come_back_as_they_were(start: Start) -> None:
 
 def test_threads_share_one_process(start: Start) -> None:
     renderer = start(a="{{ x }}")
-    renderer.limits = replace(LIMITS, timeout_s=60.0)  # each waits for the others
+    renderer.confined.limits = replace(LIMITS.confinement, timeout_s=60.0)  # each waits for the others
     answers: dict[int, Any] = {}
     threads = [
         threading.Thread(target=lambda i=i: answers.update({i: renderer.render("a", {"x": i})}))
@@ -147,7 +147,7 @@ def test_threads_share_one_process(start: Start) -> None:
 
 def test_rendering_behind_a_slow_one_is_told_to_come_again(start: Start) -> None:
     renderer = start(loop=LOOP, kind="a")
-    with renderer._lock, pytest.raises(RendererBusy) as caught:
+    with renderer.confined.lock, pytest.raises(PreparationBusy) as caught:
         renderer.render("kind", {})
     assert to_api_error(caught.value).status == 503
     assert renderer.render("kind", {}) == {"text": "a"}

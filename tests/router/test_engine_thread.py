@@ -5,15 +5,18 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from gateway.http.response_format import JsonForm
 from router import engine_thread
 from router.batcher import BatchLimits
 from router.engine_thread import EngineThread
 from router.errors import EngineStopped, QueueFull, RequestTooLong
+from router.grammar import Grammars, GrammarState
 from router.loading import EngineOptions, LoadedEngine
 from router.request import GenerationRequest, SamplingParams, TokenEvent
 from tests.engines import GatedEngine, open_engine, run_to_end, small_engine
@@ -310,3 +313,61 @@ def test_engine_answers_while_its_experts_are_still_to_be_read(
     assert 0 < loaded.worker.num_resident < len(loaded.config.moe_layers) * loaded.config.num_experts
     thread.stop()
     loaded.close()
+
+
+def _constrained(name: str, grammar: str | None = None) -> GenerationRequest:
+    sampling = SamplingParams(8, seed=3, grammar=grammar or JsonForm({"enum": ["red", "green"]}).grammar)
+    return replace(_request(name), sampling=sampling)
+
+
+def test_grammar_is_compiled_beside_the_engines_thread(
+    loaded: LoadedEngine, engine: GatedEngine, thread: EngineThread, sink: Sink
+) -> None:
+    """While that computes, and without holding up others; one that cannot be compiled ends its request alone."""
+    engine.grammars = gate = GatedGrammars(loaded.store.root, 512)
+    thread.submit(_constrained("a"))
+    thread.submit(_constrained("bad", "{}"))
+    thread.submit(_constrained("gone"))
+    assert gate.entered.wait(TIMEOUT_S)
+    thread.submit(_request("plain"))
+    sink.wait_for_ends("plain")
+    thread.cancel("gone")
+    sink.wait_for_ends("gone")
+    gate.opened.set()
+    sink.wait_for_ends("a", "bad")
+    assert sink.ends["gone"].finish_reason == "cancelled"
+    assert "cannot be followed" in (sink.ends["bad"].error or "")
+    assert bytes(sink.tokens["a"]) in (b'"red"', b'"green"')
+    assert gate.threads == {"grammars_0"}
+    assert thread.num_open == 0
+
+
+class GatedGrammars(Grammars):
+    """Waits before it compiles, and notes on which threads it is asked to."""
+
+    def __init__(self, folder: Path, vocab_size: int) -> None:
+        super().__init__(folder, vocab_size)
+        self.entered, self.opened = threading.Event(), threading.Event()
+        self.threads: set[str] = set()
+
+    def begin(self, text: str, stop_ids: Sequence[int], taken: Iterable[int] = ()) -> GrammarState:
+        self.threads.add(threading.current_thread().name)
+        self.entered.set()
+        assert self.opened.wait(TIMEOUT_S)
+        return super().begin(text, stop_ids, taken)
+
+
+def test_failure_within_a_compilation_ends_its_request(
+    loaded: LoadedEngine, engine: GatedEngine, thread: EngineThread, sink: Sink
+) -> None:
+    engine.grammars = BrokenGrammars(loaded.store.root, 512)
+    thread.submit(_constrained("a"))
+    sink.wait_for_ends("a")
+    assert sink.ends["a"].finish_reason == "error"
+
+
+class BrokenGrammars(Grammars):
+    """Fails as nothing is expected to."""
+
+    def begin(self, text: str, stop_ids: Sequence[int], taken: Iterable[int] = ()) -> GrammarState:
+        raise ZeroDivisionError
