@@ -158,7 +158,8 @@ def main() -> None:
         runs = _runs(_stored(checkpoint, None, stack), options, stack)
         for form in options.forms:
             engine = _opened(_stored(checkpoint, form, stack), None, stack)
-            runs[f"1 speech, {form}"] = partial(speak, engine, 1, options.frames, num_cores())
+            for name, threads in (("", num_cores()), (", 1 thread", 1)):
+                runs[f"1 speech, {form}{name}"] = partial(speak, engine, 1, options.frames, threads)
         if options.peer:
             runs["transformers"] = transformers_run(checkpoint, options.frames)
         results = measure(runs, options.rounds)
