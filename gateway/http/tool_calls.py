@@ -28,8 +28,8 @@ class Calling:
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """An answer that may have one call ends with it."""
-        return () if self.is_parallel else (CLOSE,)
+        """An answer that may have one call ends with it, by its grammar where it must have one."""
+        return () if self.is_parallel or self.choice.mode == "required" else (CLOSE,)
 
 
 def calling_of(request: ChatRequest) -> Calling | None:
