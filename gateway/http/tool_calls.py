@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass
 
 from gateway.errors import ApiError, GrammarRefused
@@ -41,13 +40,13 @@ def calling_of(request: ChatRequest) -> Calling | None:
     return Calling(request.offered_tools, choice, is_parallel)
 
 
-async def check_tools(calling: Calling, grammars: GrammarChecker) -> CheckedGrammar:
+async def check_tools(calling: Calling, grammars: GrammarChecker, owner: str) -> CheckedGrammar:
     """Raises ApiError 400 that names the function whose schema cannot be followed, PreparationBusy."""
     text = tool_grammar(calling.tools, calling.choice, is_parallel=calling.is_parallel)
     if text is None:
         return NO_GRAMMAR
     try:
-        warnings = await asyncio.to_thread(grammars.check, text, schema_grammars(calling.tools))
+        warnings = await grammars.check_in_turn(owner, text, schema_grammars(calling.tools))
     except GrammarRefused as error:
         named = "tools" if error.part is None else f"function '{error.part}'"
         message = f"Invalid schema for {named}: {in_words(error.reason)}."
