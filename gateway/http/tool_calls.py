@@ -8,7 +8,7 @@ from gateway.errors import ApiError, GrammarRefused
 from gateway.http.openai_types import ChatRequest
 from gateway.http.response_format import NO_GRAMMAR, CheckedGrammar, in_words, keywords_of
 from gateway.http.tool_fields import Tool, ToolChoice
-from gateway.http.tool_grammar import CLOSE, schema_grammars, tool_grammar
+from gateway.http.tool_grammar import CLOSE, has_grammar, schema_grammars, tool_grammar
 from gateway.text.grammar_check import GrammarChecker
 
 
@@ -27,8 +27,8 @@ class Calling:
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """An answer that may have one call ends with it, by its grammar where it must have one."""
-        return () if self.is_parallel or self.choice.mode == "required" else (CLOSE,)
+        """An answer that may have one call ends with it, by its grammar where it has one."""
+        return () if self.is_parallel or has_grammar(self.tools, self.choice) else (CLOSE,)
 
 
 def calling_of(request: ChatRequest) -> Calling | None:

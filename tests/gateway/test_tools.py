@@ -265,6 +265,30 @@ def test_strict_function_binds_a_call_that_the_model_begins(
     assert all("ther".startswith(TOKENIZER.decode([int(t)])[:4]) for t in allowed.nonzero().flatten())
 
 
+def test_strict_call_that_is_to_be_the_only_one_ends_the_answer(
+    template: ChatTemplate, loaded: LoadedEngine
+) -> None:
+    """Not the mark that a string of it holds."""
+    router = _said("x")
+    parameters = {
+        "type": "object",
+        "properties": {"words": {"const": "</tool_call>"}},
+        "required": ["words"],
+        "additionalProperties": False,
+    }
+    tool = {"type": "function", "function": {"name": "say", "parameters": parameters, "strict": True}}
+    body = BODY | {"tools": [tool], "parallel_tool_calls": False}
+    assert _post(_app(template, router), body).status_code == 200
+    grammar = router.requests[0].sampling.grammar
+    assert grammar is not None and loaded.engine.grammars is not None
+    call = _written("say", words="</tool_call>")
+    for text, is_complete in ((f"Well {call}", True), (f"Well {call[:-1]}", False), ("Well", False)):
+        assert loaded.engine.grammars.begin(grammar, (0,), TOKENIZER.encode(text)).is_complete == is_complete
+    (choice,) = _post(_app(template, _said(f"Well {call}")), body).json()["choices"]
+    (written,) = choice["message"]["tool_calls"]
+    assert json.loads(written["function"]["arguments"]) == {"words": "</tool_call>"}
+
+
 def test_choice_none_offers_nothing(template: ChatTemplate) -> None:
     router = _said(_written("weather", city="Rome"))
     (choice,) = _post(_app(template, router), BODY | {"tool_choice": "none"}).json()["choices"]
