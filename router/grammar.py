@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,8 +26,6 @@ if TYPE_CHECKING:  # imported where the first grammar comes: few services see on
 TOKENIZER_FILE = "tokenizer.json"
 LARGE = 1e30
 """Its square is an infinity of float32."""
-MOST_KEPT = 16
-"""Compiled grammars: choices of a request have the same, and requests of one program often do."""
 
 
 class GrammarState:
@@ -86,34 +83,27 @@ class Grammars:
         self._lock = threading.Lock()
         self._vocabulary: LLTokenizer | None = None
         self._end_id = 0
-        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
-        """Before their first token."""
 
     def begin(self, text: str, stop_ids: Sequence[int], taken: Iterable[int] = ()) -> GrammarState:
         """The state after tokens that the answer has already. Raises GrammarFailed."""
-        with self._lock:
-            matcher = self._compile(text)
-        state = GrammarState(matcher, self._end_id, self._vocab_size, stop_ids)
+        state = GrammarState(self._compile(text), self._end_id, self._vocab_size, stop_ids)
         for token in taken:
             state.take(token)
         return state
 
     def _compile(self, text: str) -> LLMatcher:
+        """Anew for each answer: copies of a matcher share what they have built of its automaton, and its limits, so
+        that whether one answer meets them would depend on others."""
         from llguidance import LLMatcher, LLParserLimits
 
-        matcher = self._compiled.get(text)
-        if matcher is None:
+        with self._lock:
             if self._vocabulary is None:
                 self._vocabulary = self._read_vocabulary()
-            limits = LLParserLimits(**GRAMMAR_LIMITS)
-            matcher = LLMatcher(self._vocabulary, text, log_level=0, limits=limits)
-            if matcher.is_error():
-                raise GrammarFailed(_first_line(matcher.get_error()))
-            self._compiled[text] = matcher
-            if len(self._compiled) > MOST_KEPT:
-                self._compiled.popitem(last=False)
-        self._compiled.move_to_end(text)
-        return matcher.deep_copy()
+        limits = LLParserLimits(**GRAMMAR_LIMITS)
+        matcher = LLMatcher(self._vocabulary, text, log_level=0, limits=limits)
+        if matcher.is_error():
+            raise GrammarFailed(_first_line(matcher.get_error()))
+        return matcher
 
     def _read_vocabulary(self) -> LLTokenizer:
         """Takes a second for 150,000 tokens."""

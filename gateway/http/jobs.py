@@ -106,7 +106,7 @@ async def prepare_completion(
         max_tokens = min(settings.default_completion_tokens, room) if wanted is None else wanted
         _check_fit(prompt_ids, max_tokens, field, settings, is_prompt_all=wanted == 0)
         jobs.append((prompt_ids, max_tokens))
-    grammar = await check_form(request.response_format, grammars)
+    grammar = await check_form(request.response_format, grammars, owner)
     return _job(request, jobs, settings, started_at, owner, grammar=grammar)
 
 
@@ -145,9 +145,9 @@ async def prepare_chat(
     prompts = [(prompt_ids, max_tokens)]
     calling = calling_of(request)
     if calling is None:
-        grammar = await check_form(request.response_format, grammars)
+        grammar = await check_form(request.response_format, grammars, owner)
     else:
-        grammar = await check_tools(calling, grammars)
+        grammar = await check_tools(calling, grammars, owner)
     return _job(
         request,
         prompts,

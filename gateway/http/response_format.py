@@ -5,7 +5,6 @@ Called by `gateway.http.openai_types` for the field, and by `gateway.http.jobs` 
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -99,12 +98,14 @@ def wrong_with(schema: object) -> str | None:
     return None
 
 
-async def check_form(form: JsonForm | None, grammars: GrammarChecker) -> CheckedGrammar:
+async def check_form(form: JsonForm | None, grammars: GrammarChecker, owner: str) -> CheckedGrammar:
     """Raises ApiError 400 that says what of the schema cannot be followed, PreparationBusy."""
     if form is None:
         return NO_GRAMMAR
+    if form.schema is ANY_OBJECT:  # ours, which need not wait
+        return CheckedGrammar(form.grammar)
     try:
-        warnings = await asyncio.to_thread(grammars.check, form.grammar)
+        warnings = await grammars.check_in_turn(owner, form.grammar)
     except GrammarRefused as error:
         named = "response_format" if form.name is None else f"response_format '{form.name}'"
         message = f"Invalid schema for {named}: {in_words(error.reason)}."

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass
 
 from gateway.errors import ApiError, GrammarRefused
 from gateway.http.openai_types import ChatRequest
 from gateway.http.response_format import NO_GRAMMAR, CheckedGrammar, in_words, keywords_of
 from gateway.http.tool_fields import Tool, ToolChoice
-from gateway.http.tool_grammar import CLOSE, schema_grammars, tool_grammar
+from gateway.http.tool_grammar import CLOSE, has_grammar, schema_grammars, tool_grammar
 from gateway.text.grammar_check import GrammarChecker
 
 
@@ -28,8 +27,8 @@ class Calling:
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """An answer that may have one call ends with it."""
-        return () if self.is_parallel else (CLOSE,)
+        """An answer that may have one call ends with it, by its grammar where it has one."""
+        return () if self.is_parallel or has_grammar(self.tools, self.choice) else (CLOSE,)
 
 
 def calling_of(request: ChatRequest) -> Calling | None:
@@ -41,13 +40,13 @@ def calling_of(request: ChatRequest) -> Calling | None:
     return Calling(request.offered_tools, choice, is_parallel)
 
 
-async def check_tools(calling: Calling, grammars: GrammarChecker) -> CheckedGrammar:
+async def check_tools(calling: Calling, grammars: GrammarChecker, owner: str) -> CheckedGrammar:
     """Raises ApiError 400 that names the function whose schema cannot be followed, PreparationBusy."""
     text = tool_grammar(calling.tools, calling.choice, is_parallel=calling.is_parallel)
     if text is None:
         return NO_GRAMMAR
     try:
-        warnings = await asyncio.to_thread(grammars.check, text, schema_grammars(calling.tools))
+        warnings = await grammars.check_in_turn(owner, text, schema_grammars(calling.tools))
     except GrammarRefused as error:
         named = "tools" if error.part is None else f"function '{error.part}'"
         message = f"Invalid schema for {named}: {in_words(error.reason)}."

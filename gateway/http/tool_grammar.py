@@ -17,12 +17,17 @@ MOST_TOGETHER = 16
 """Calls in one answer that is to have some."""
 
 
+def has_grammar(tools: Sequence[Tool], choice: ToolChoice) -> bool:
+    """Whether it is not left to the model what it writes."""
+    return choice.mode == "required" or (choice.mode == "auto" and any(tool.is_strict for tool in tools))
+
+
 def tool_grammar(tools: Sequence[Tool], choice: ToolChoice, *, is_parallel: bool) -> str | None:
     """As text for `llguidance`; None where the model may write what it likes.
 
     With "auto" and a strict function the model decides whether text comes before a call, and not what the call may be.
     """
-    if choice.mode == "none" or (choice.mode == "auto" and not any(tool.is_strict for tool in tools)):
+    if not has_grammar(tools, choice):
         return None
     chosen = [tool for tool in tools if choice.name in (None, tool.name)]
     most = MOST_TOGETHER if is_parallel and choice.name is None else 1
@@ -31,7 +36,7 @@ def tool_grammar(tools: Sequence[Tool], choice: ToolChoice, *, is_parallel: bool
         start = [f"start: call{more}", f'call: "{OPEN}" body']
     else:
         start = [
-            f"start: (begun body){{0,{most}}} TEXT",
+            f"start: (begun body){{0,{most}}} TEXT" if most > 1 else "start: begun body | TEXT",
             f'begun[lazy]: TEXT "{OPEN}"',
             r"TEXT: /(.|\n)*/",
         ]

@@ -7,15 +7,19 @@ the model wrote is lost.
 from __future__ import annotations
 
 import json
+import re
 import uuid
 from collections.abc import Callable, Iterable
-from typing import Any
 
+from gateway.errors import ApiError
+from gateway.http.request_limits import parse_json
 from gateway.http.stream import overlap
-from gateway.http.tool_fields import MAX_CALLS, ToolCall
+from gateway.http.tool_fields import LIMITS, MAX_CALLS, ToolCall
 from gateway.http.tool_grammar import CLOSE, OPEN
 
 MAX_CALL_CHARS = 1 << 20
+STRING = re.compile(r'"(?:[^"\\\n]|\\.?)*+["\n]')
+"""Of JSON, which has no line end in a string: there ends one that a model forgot to close."""
 
 
 def new_call_id() -> str:
@@ -31,8 +35,12 @@ class ToolParser:
         self._names, self._new_id = frozenset(names), new_id
         self._held = ""
         """What may be white space before a call, the beginning of one, or all of one that is not complete."""
-        self._is_open = False
-        """Whether `_held` begins with the mark that opens a call."""
+        self._begin: int | None = None
+        """Where in `_held` a call is open: what precedes its mark is white space."""
+        self._seen = 0
+        """How far `_held` was searched for the call's end."""
+        self._read_to, self._is_in_string = 0, False
+        """How far the call was looked through for strings, and whether one is open there."""
         self._is_after_call = False
         """Whether nothing was shown since the last call."""
         self.num_calls = 0
@@ -44,18 +52,19 @@ class ToolParser:
         shown: list[str] = []
         calls: list[ToolCall] = []
         while True:
-            if not self._is_open:
+            if self._begin is None:
                 at = self._held.find(OPEN)
                 if at < 0:
                     break
-                shown.append(self._without_gap(self._held[:at].rstrip()))
-                self._held, self._is_open = self._held[at:], True
-            end = self._held.find(CLOSE)
+                before = self._held[:at].rstrip()
+                shown.append(self._without_gap(before))
+                self._held, self._begin = self._held[len(before) :], at - len(before)
+                self._seen = self._read_to = self._begin
+                self._is_in_string = False
+            end = self._find_end()
             if end < 0:
                 break
-            body, self._is_open = self._held[len(OPEN) : end], False
-            self._take(body, shown, calls, self._held[: end + len(CLOSE)])
-            self._held = self._held[end + len(CLOSE) :]
+            self._take(end, shown, calls)
         shown.append(self._let_go())
         return "".join(shown), tuple(calls)
 
@@ -63,38 +72,58 @@ class ToolParser:
         """The rest, once all text was pushed: a call without its last mark is one."""
         shown: list[str] = []
         calls: list[ToolCall] = []
-        if self._is_open:
-            self._take(self._held[len(OPEN) :], shown, calls, self._held)
+        if self._begin is not None:
+            self._take(len(self._held), shown, calls)
         elif self._held.strip() or not self.num_calls:
             shown.append(self._without_gap(self._held))
-        self._held, self._is_open = "", False
+        self._held = ""
         return "".join(shown), tuple(calls)
 
-    def _take(self, body: str, shown: list[str], calls: list[ToolCall], whole: str) -> None:
-        call = self._read(body)
-        if call is None or self.num_calls == MAX_CALLS:
-            shown.append(whole)
-            self._is_after_call = False
+    def _find_end(self) -> int:
+        """Where the mark stands that ends the open call, below 0 where it has not come. In a string it is text."""
+        while (end := self._held.find(CLOSE, self._seen)) >= 0:
+            quote = '"' if self._is_in_string else ""
+            self._is_in_string = '"' in STRING.sub("", quote + self._held[self._read_to : end])
+            self._read_to = end
+            if not self._is_in_string:
+                return end
+            self._seen = end + 1
+        self._seen = max(self._seen, len(self._held) - len(CLOSE) + 1)
+        return -1
+
+    def _take(self, end: int, shown: list[str], calls: list[ToolCall]) -> None:
+        """Of what is held, all that the mark at `end` closes. Where a mark that opened it was but mentioned, the call
+        begins with the last one."""
+        whole, self._held = self._held[: end + len(CLOSE)], self._held[end + len(CLOSE) :]
+        begin, last = self._begin or 0, whole.rfind(OPEN, 0, end)
+        self._begin = None
+        call = None
+        if self.num_calls < MAX_CALLS:
+            call = self._read(whole[begin + len(OPEN) : end])
+            if call is None and last > begin and (call := self._read(whole[last + len(OPEN) : end])):
+                shown.append(self._without_gap(whole[:last].rstrip()))
+        if call is None:
+            shown.append(self._without_gap(whole))
         else:
             self.num_calls += 1
             self._is_after_call = True
             calls.append(call)
 
     def _read(self, body: str) -> ToolCall | None:
+        """None where it is no call, or one that could not be sent on, or back, as JSON."""
         try:
-            value: Any = json.loads(body) if len(body) <= MAX_CALL_CHARS else None
-        except (ValueError, RecursionError):
+            value = parse_json(body.encode(), LIMITS) if len(body) <= MAX_CALL_CHARS else {}
+            name, arguments = value.get("name"), value.get("arguments")
+            json.dumps(arguments, allow_nan=False)
+        except (ApiError, ValueError):
             return None
-        name, arguments = (
-            (value.get("name"), value.get("arguments")) if isinstance(value, dict) else (None, None)
-        )
-        if name not in self._names or not isinstance(arguments, dict):
+        if not isinstance(name, str) or name not in self._names or not isinstance(arguments, dict):
             return None
         return ToolCall(self._new_id(), name, arguments)
 
     def _let_go(self) -> str:
         """What of the text cannot belong to a call."""
-        if self._is_open:
+        if self._begin is not None:
             return ""
         kept = self._held[: len(self._held) - overlap(self._held, OPEN)].rstrip()
         self._held = self._held[len(kept) :]

@@ -62,7 +62,8 @@ class ConfinedProcess:
         if not self.lock.acquire(timeout=self.limits.timeout_s):
             raise PreparationBusy
         try:
-            if self.process is None:
+            if self.process is None or self.process.poll() is not None:
+                self.close()  # ended by somebody else: no message is to blame
                 self._start()
             return self._exchange(dict(message), self.limits.timeout_s + GRACE_S)
         finally:

@@ -6,18 +6,24 @@ Called by `gateway.http.response_format` and `sage-moe generate` before a router
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
 from pathlib import Path
+from weakref import WeakValueDictionary
 
-from gateway.errors import GrammarRefused, LimitBroken
+from gateway.errors import GrammarRefused, LimitBroken, PreparationBusy
 from gateway.text.confined import ConfinedProcess, Confinement
 from router.grammar_limits import GRAMMAR_LIMITS
 
 TASK = Path(__file__).with_name("grammar_process.py")
 MOST_KNOWN = 256
+WAIT_S = 8.0
+"""For grammars that came before: a few owners' that each take all the time that one may."""
 
 
 class GrammarChecker:
@@ -28,6 +34,29 @@ class GrammarChecker:
         self._known: OrderedDict[bytes, tuple[str, ...]] = OrderedDict()
         """Warnings of grammars that can be followed, by digest."""
         self._lock = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, "grammars")
+        """Of its own: those of the event loop prepare everybody's prompts."""
+        self._turn = asyncio.Lock()
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        """By owner."""
+
+    async def check_in_turn(
+        self, owner: str, grammar: str, parts: Mapping[str, str] | None = None
+    ) -> tuple[str, ...]:
+        """`check` beside an event loop. Of one owner's grammars one at a time waits for those of others."""
+        known = self._find(_digest(grammar))
+        if known is not None:
+            return known
+        own_turn = self._turns.setdefault(owner, asyncio.Lock())
+        async with AsyncExitStack() as held:
+            try:
+                async with asyncio.timeout(WAIT_S):
+                    await held.enter_async_context(own_turn)
+                    await held.enter_async_context(self._turn)
+            except TimeoutError as error:
+                raise PreparationBusy from error
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._thread, self.check, grammar, parts)
 
     def check(self, grammar: str, parts: Mapping[str, str] | None = None) -> tuple[str, ...]:
         """What of it will not be enforced, in the words of `llguidance`. grammar: text for it. parts: grammars of which
@@ -35,9 +64,8 @@ class GrammarChecker:
 
         Raises GrammarRefused with what is wrong, PreparationBusy where other requests' grammars took the time.
         """
-        digest = hashlib.sha256(grammar.encode()).digest()
-        with self._lock:
-            known = self._known.get(digest)
+        digest = _digest(grammar)
+        known = self._find(digest)
         if known is not None:
             return known
         try:
@@ -56,3 +84,13 @@ class GrammarChecker:
     def close(self) -> None:
         """End the process. Another grammar would start it again."""
         self.confined.close()
+
+    def _find(self, digest: bytes) -> tuple[str, ...] | None:
+        with self._lock:
+            if digest in self._known:
+                self._known.move_to_end(digest)
+            return self._known.get(digest)
+
+
+def _digest(grammar: str) -> bytes:
+    return hashlib.sha256(grammar.encode()).digest()

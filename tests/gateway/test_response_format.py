@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,12 @@ from fastapi import FastAPI
 
 from gateway.errors import OptionInvalid
 from gateway.http.app import build_app
+from gateway.http.response_format import JsonForm
 from gateway.local.generate import generate
 from gateway.local.json_schema import read_grammar
 from gateway.routers.pool import PoolLimits, RouterPool
+from gateway.text.confined import Confinement
+from gateway.text.grammar_check import GrammarChecker
 from router.loading import EngineOptions, LoadedEngine
 from tests.engines import open_engine, small_engine
 from tests.gateway.fake_router import MODEL, FakeRouter, app_over, http_client, script, settings
@@ -285,6 +289,35 @@ def test_event_loop_goes_on_while_a_hostile_schema_is_looked_at() -> None:
             return num_served
 
     assert asyncio.run(run()) > 10
+
+
+def test_hostile_schemas_hold_up_neither_prompts_nor_another_owners_schema() -> None:
+    async def run() -> None:
+        checker = GrammarChecker(Confinement(timeout_s=0.5))
+        with closing(checker):
+            alternatives = _hostile()["patterns that multiply"]["allOf"]
+            hostile = [JsonForm({"allOf": [*alternatives, {"pattern": f".*{i}"}]}).grammar for i in range(40)]
+            asked = [asyncio.create_task(checker.check_in_turn("hostile", each)) for each in hostile]
+            await asyncio.sleep(0.1)
+            started = time.monotonic()
+            assert await checker.check_in_turn("other", JsonForm(SCHEMA).grammar) == ()
+            await asyncio.to_thread(int)
+            assert time.monotonic() - started < 5.0
+            assert not asked[-1].done()
+            for task in asked:
+                task.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
+
+    asyncio.run(run())
+
+
+def test_process_that_somebody_ended_is_no_schemas_fault() -> None:
+    with closing(GrammarChecker()) as checker:
+        checker.check(JsonForm(SCHEMA).grammar)
+        assert checker.confined.process is not None
+        checker.confined.process.kill()
+        checker.confined.process.wait()
+        assert checker.check(JsonForm({**SCHEMA, "title": "other"}).grammar) == ()
 
 
 def test_spoken_answers_are_no_json() -> None:

@@ -159,6 +159,11 @@ def test_official_client_gets_a_stream_of_calls(template: ChatTemplate) -> None:
         '<tool_call>\n{"name": "weather", "arguments": [1]}\n</tool_call> and more',
         "<tool_call>\nnot JSON\n</tool_call>",
         '<tool_call>\n{"name": "weather", "argu',
+        'Hello \n<tool_call>\n{"name": ["weather"], "arguments": {}}\n</tool_call>',
+        '<tool_call>\n{"name": "weather", "arguments": {"city": NaN}}\n</tool_call>',
+        '<tool_call>\n{"name": "weather", "arguments": {"days": 1e999}}\n</tool_call>',
+        '<tool_call>\n{"name": "weather", "arguments": {"city": "\\ud83d"}}\n</tool_call>',
+        f'<tool_call>\n{{"name": "weather", "arguments": {{"city": {"[" * 40}{"]" * 40}}}}}\n</tool_call>',
     ],
 )
 def test_what_is_no_call_stays_text(template: ChatTemplate, text: str) -> None:
@@ -168,7 +173,8 @@ def test_what_is_no_call_stays_text(template: ChatTemplate, text: str) -> None:
 
 
 def test_text_and_calls_do_not_depend_on_how_the_text_came() -> None:
-    text = f"a <b>\n {_written('f', x='</tool_call')}\n\n{_written('f')} tail  "
+    closing = 'a \\" </tool_call> b'
+    text = f"a <b>\n {_written('f', x='</tool_call')}\n\n{_written('f', x=closing)}{_written('f')} tail  "
 
     def parsed(pieces: Sequence[str]) -> tuple[str, list[str]]:
         parser = ToolParser(["f"], lambda: "id")
@@ -178,9 +184,20 @@ def test_text_and_calls_do_not_depend_on_how_the_text_came() -> None:
         ]
 
     whole = parsed([text])
-    assert whole == ("a <b>tail", ["{'x': '</tool_call'}", "{}"])
+    assert whole == ("a <b>tail", [str({"x": "</tool_call"}), str({"x": closing}), "{}"])
     for size in (1, 2, 3, 7, 30):
         assert parsed([text[at : at + size] for at in range(0, len(text), size)]) == whole
+
+
+@pytest.mark.parametrize(
+    "mention", ["I use <tool_call> now.", 'a <tool_call> 5" wide </tool_call>', "<tool_call>\n{}"]
+)
+def test_call_after_a_mark_that_was_but_mentioned_is_a_call(template: ChatTemplate, mention: str) -> None:
+    router = _said(f"{mention}\n{_written('weather', city='Rome')}")
+    (choice,) = _post(_app(template, router), BODY).json()["choices"]
+    (call,) = choice["message"]["tool_calls"]
+    assert json.loads(call["function"]["arguments"]) == {"city": "Rome"}
+    assert choice["message"]["content"] == mention
 
 
 def test_one_call_is_all_where_calls_are_not_to_be_parallel(template: ChatTemplate) -> None:
@@ -246,6 +263,30 @@ def test_strict_function_binds_a_call_that_the_model_begins(
     state = loaded.engine.grammars.begin(grammar, (0,), begun)
     allowed = torch.isfinite(state.allowed_only(torch.zeros(4096)))
     assert all("ther".startswith(TOKENIZER.decode([int(t)])[:4]) for t in allowed.nonzero().flatten())
+
+
+def test_strict_call_that_is_to_be_the_only_one_ends_the_answer(
+    template: ChatTemplate, loaded: LoadedEngine
+) -> None:
+    """Not the mark that a string of it holds."""
+    router = _said("x")
+    parameters = {
+        "type": "object",
+        "properties": {"words": {"const": "</tool_call>"}},
+        "required": ["words"],
+        "additionalProperties": False,
+    }
+    tool = {"type": "function", "function": {"name": "say", "parameters": parameters, "strict": True}}
+    body = BODY | {"tools": [tool], "parallel_tool_calls": False}
+    assert _post(_app(template, router), body).status_code == 200
+    grammar = router.requests[0].sampling.grammar
+    assert grammar is not None and loaded.engine.grammars is not None
+    call = _written("say", words="</tool_call>")
+    for text, is_complete in ((f"Well {call}", True), (f"Well {call[:-1]}", False), ("Well", False)):
+        assert loaded.engine.grammars.begin(grammar, (0,), TOKENIZER.encode(text)).is_complete == is_complete
+    (choice,) = _post(_app(template, _said(f"Well {call}")), body).json()["choices"]
+    (written,) = choice["message"]["tool_calls"]
+    assert json.loads(written["function"]["arguments"]) == {"words": "</tool_call>"}
 
 
 def test_choice_none_offers_nothing(template: ChatTemplate) -> None:

@@ -20,6 +20,7 @@ from router.grammar import Grammars
 from router.loading import EngineOptions, LoadedEngine
 from router.request import GenerationRequest, SamplingParams
 from tests.engines import Outcome, assert_same_bits, open_engine, run_to_end, small_engine
+from tests.gateway.fake_router import STORIES
 
 NODE: dict[str, Any] = {
     "type": "object",
@@ -216,3 +217,22 @@ def test_tokenizer_without_control_tokens_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"added_tokens": []}')
     with pytest.raises(GrammarFailed, match="tokenizer"):
         Grammars(tmp_path, 16).begin(JsonForm({}).grammar, ())
+
+
+def test_answer_that_grew_too_complex_leaves_no_trace_in_others() -> None:
+    grammars, tokenizer = Grammars(STORIES, 4096), TextTokenizer.from_folder(STORIES)
+    grammar = JsonForm({"type": "string", "maxLength": 20_000}).grammar
+    (quote,), letter = tokenizer.encode_plain('"'), tokenizer.encode_plain("aa")[-1]
+
+    def taken_until_it_fails() -> int:
+        state = grammars.begin(grammar, (), [quote])
+        for number in range(4_000):
+            try:
+                state.take(letter)
+            except GrammarFailed:
+                return number
+        return -1
+
+    first = taken_until_it_fails()
+    assert first > 100
+    assert taken_until_it_fails() == first
