@@ -13,7 +13,7 @@ GRAMMAR_LIMITS: dict[str, Any] = {
     "step_lexer_fuel": 100_000,  # of one mask: 7 ms
     "step_max_items": 20_000,  # of one mask: 1 ms
     "max_items_in_row": 1_000,
-    "max_lexer_states": 20_000,  # of one answer: up to 2 kB each
+    "max_lexer_states": 60_000,  # of one answer: 11 MB are 20,000 of a long string
     "max_grammar_size": 200_000,
     "precompute_large_lexemes": False,
     "verbose_errors": False,

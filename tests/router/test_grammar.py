@@ -17,6 +17,7 @@ from gateway.text.tokenizer import TextTokenizer
 from router.batcher import BatchLimits
 from router.errors import GrammarFailed
 from router.grammar import Grammars
+from router.grammar_limits import GRAMMAR_LIMITS
 from router.loading import EngineOptions, LoadedEngine
 from router.request import GenerationRequest, SamplingParams
 from tests.engines import Outcome, assert_same_bits, open_engine, run_to_end, small_engine
@@ -219,7 +220,8 @@ def test_tokenizer_without_control_tokens_is_refused(tmp_path: Path) -> None:
         Grammars(tmp_path, 16).begin(JsonForm({}).grammar, ())
 
 
-def test_answer_that_grew_too_complex_leaves_no_trace_in_others() -> None:
+def test_answer_that_grew_too_complex_leaves_no_trace_in_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(GRAMMAR_LIMITS, "max_lexer_states", 20_000)
     grammars, tokenizer = Grammars(STORIES, 4096), TextTokenizer.from_folder(STORIES)
     grammar = JsonForm({"type": "string", "maxLength": 20_000}).grammar
     (quote,), letter = tokenizer.encode_plain('"'), tokenizer.encode_plain("aa")[-1]
