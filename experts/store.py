@@ -212,8 +212,8 @@ class ExpertStore:
         """
         entry = self._entry(component, name)
         if entry.dtype != quantization.scheme:
-            reason = f"has tensor {name!r} as {entry.dtype}, the manifest says {quantization.name}"
-            raise StoreDamaged(entry.file, reason)
+            told = f"has tensor {name!r} as {entry.dtype}, the manifest says {quantization.name}"
+            raise StoreDamaged(entry.file, f"{told}: extract the checkpoint again")
         outputs, inputs = entry.shape
         sizes = (quantization.code_bytes(entry.shape), quantization.scale_bytes(entry.shape))
         codes, scales = self._read_entry(component, entry, sizes)

@@ -63,6 +63,8 @@ class Backbone:
         self.prefetcher: Prefetcher | None = None
         """Hints each layer's successor's experts; None hints nothing."""
         self.run_times = RunTimes()
+        self.asked_times = RunTimes()
+        """The same of layers whose experts are asked for: beside a layer without experts they may take long."""
         self.progressed_at = time.monotonic()
         """When a layer was last finished; a step of a large model may take long without being stuck."""
 
@@ -217,7 +219,7 @@ class ForwardPass:
         return run or find_asked_run(self._num_done, backbone.layers, self._inputs, most)
 
     def _compute_asked(self, run: AskedRun, pool: KvPool) -> None:
-        run_times, num_tokens = self._backbone.run_times, self.batch.num_tokens
+        run_times, num_tokens = self._backbone.asked_times, self.batch.num_tokens
         for times in run.compute(self._hidden_PD, pool, run_times.most_layers(num_tokens)):
             self._phases["attention"] += times.attention_s
             self._phases["experts"] += times.experts_s

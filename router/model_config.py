@@ -27,6 +27,9 @@ from router.rope_config import RopeConfig, context_of, read_rope
 SHARED_GATE_ROWS = 8
 """A matrix of one output takes a path of its own in every library; zero rows make it an ordinary one."""
 
+MOST_TOKENS = (1 << 20) - 1
+"""Of a vocabulary: among so many `router.sampling` draws."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -153,6 +156,8 @@ def read_model_config(config: Mapping[str, Any]) -> ModelConfig:
 
 
 def _check_computed(config: Mapping[str, Any], decoder: DecoderShape) -> None:
+    if decoder.vocab_size > MOST_TOKENS:
+        raise ConfigUnsupported("vocab_size", f"{decoder.vocab_size} is more than {MOST_TOKENS}")
     if decoder.num_heads % decoder.num_kv_heads:
         raise ConfigUnsupported(
             "num_key_value_heads", f"{decoder.num_kv_heads} does not divide {decoder.num_heads} heads"

@@ -18,6 +18,7 @@ from experts.hash_log import LOG_NAME
 from experts.store import ExpertStore
 from extraction.extract import extract
 from extraction.manifest import MANIFEST_NAME, ExpertKey
+from extraction.quantise import Quantization
 
 KEY = ExpertKey("model", 2, 5)
 
@@ -98,6 +99,16 @@ def test_altered_backbone_tensor_is_refused_by_name(copied: Path) -> None:
     _flip(copied / entry.file, entry.offset)
     with pytest.raises(StoreDamaged, match=entry.name):
         ExpertStore.open(copied).read_tensor("model", entry.name)
+
+
+def test_matrix_that_is_not_quantised_as_the_manifest_says_is_refused_with_the_way_out(
+    tiny_store: Path,
+) -> None:
+    int8 = Quantization(scheme="int8", group_size=None)
+    with pytest.raises(
+        StoreDamaged, match="as float32, the manifest says int8: extract the checkpoint again"
+    ):
+        ExpertStore.open(tiny_store).read_quantised("model", "lm_head.weight", int8)
 
 
 def test_altered_tokenizer_is_refused(copied: Path) -> None:

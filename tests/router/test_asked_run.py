@@ -161,6 +161,23 @@ def test_step_that_failed_in_the_middle_is_computed_again_with_the_same_bits(loa
     _assert_same((outputs, pool, None), expected)
 
 
+def test_layers_that_ask_are_no_longer_in_one_call_for_a_quick_one_without_experts(tiny_store: Path) -> None:
+    loaded = open_engine(tiny_store, EngineOptions(dtype="float32"), AskedDirectory)
+    backbone, compute, most_layers = loaded.engine.backbone, AskedRun.compute, list[int]()
+
+    def noted(run: AskedRun, hidden_TD: Tensor, pool: KvPool, most: int) -> object:
+        most_layers.append(most)
+        return compute(run, hidden_TD, pool, most)
+
+    expected = _forward(loaded, [_batch(STEPS[1], routing=StepRouting(watchers=(Everything(),)))])
+    backbone.run_times.note(1, 1, 1e-6)
+    with mock.patch.object(AskedRun, "compute", noted), mock.patch.object(backbone.asked_times, "note"):
+        found = _forward(loaded, [_batch(STEPS[1])])
+    _assert_same(found, expected)
+    assert found[2] == [[range(1, 2)]] and most_layers == [1, 1], "what they take is not known"
+    loaded.close()
+
+
 def test_pass_that_pauses_wherever_it_can_has_the_same_bits(loaded: LoadedEngine) -> None:
     """In gate and sort, between any two experts, and in their sum."""
     expected = _forward(loaded, [_batch(spans) for spans in STEPS])

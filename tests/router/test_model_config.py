@@ -38,6 +38,7 @@ def test_dense_layers_are_found_by_list_and_by_step() -> None:
         ("num_experts_per_tok", 9),
         ("decoder_sparse_step", 0),
         ("num_hidden_layers", 1 << 30),
+        ("vocab_size", 1 << 20),
     ],
 )
 def test_what_is_not_computed_is_refused_by_name(key: str, value: object) -> None:
