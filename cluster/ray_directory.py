@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from torch import Tensor
@@ -34,6 +34,8 @@ ANSWER_TIMEOUT_S = 10.0
 BEGIN_TIMEOUT_S, BEGIN_INTERVAL_S = 120.0, 0.05
 """For a supervisor that has only been asked for, as routers and actors start side by side, or is being restarted."""
 
+Answer = TypeVar("Answer")
+
 
 class RayDirectory:
     """An `ExpertDirectory` over the expert actors of this Ray cluster: to be asked after `begin`."""
@@ -44,8 +46,10 @@ class RayDirectory:
         self._supervisor = find_supervisor()
         supervisor = self._supervisor
         _is_begun(supervisor)  # that it answers at all, which the others wait for less patiently
-        asked = [supervisor.secret.remote(), supervisor.spin_s.remote(), supervisor.roster.remote()]
-        secret, spin_s, roster = ray.get(asked, timeout=ANSWER_TIMEOUT_S)
+        questions = supervisor.secret, supervisor.spin_s, supervisor.roster
+        secret, spin_s, roster = _patiently(
+            lambda: ray.get([question.remote() for question in questions], timeout=ANSWER_TIMEOUT_S)
+        )
         self._wake = threading.Event()
         self._closing = threading.Event()
         self._lost: set[str] = set()
@@ -72,7 +76,7 @@ class RayDirectory:
         before, this process would read experts that are theirs. Raises RayError."""
         while not _is_begun(self._supervisor):
             time.sleep(BEGIN_INTERVAL_S)
-        while self._follow_roster():
+        while _patiently(self._follow_roster):
             pass
         self._follower.start()
 
@@ -190,11 +194,16 @@ class RayDirectory:
 
 def _is_begun(supervisor: Any) -> bool:
     """See `Supervisor.is_begun`. Raises RayError where nobody answers for so long."""
+    return _patiently(lambda: bool(ray.get(supervisor.is_begun.remote(), timeout=BEGIN_TIMEOUT_S)))
+
+
+def _patiently(ask: Callable[[], Answer]) -> Answer:
+    """The supervisor's answer, also where it dies meanwhile: Ray restarts it. Raises RayError where it does not."""
     give_up_at = time.monotonic() + BEGIN_TIMEOUT_S
     while True:
         try:
-            return bool(ray.get(supervisor.is_begun.remote(), timeout=BEGIN_TIMEOUT_S))
-        except ray.exceptions.RayActorError:  # Ray restarts it
+            return ask()
+        except ray.exceptions.RayActorError:
             if time.monotonic() > give_up_at:
                 raise
         time.sleep(BEGIN_INTERVAL_S)

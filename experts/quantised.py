@@ -211,7 +211,7 @@ def planned_form(
 def planned_product(dtype: torch.dtype, device: torch.device = CPU) -> PackedProduct:
     """The product that this machine nearly always finds, for planning only."""
     if device.type != "cpu":
-        return "dequantise"
+        return "dequantise"  # which takes the memory that our own kernel takes
     return "pack" if chosen_level(dtype) is None else "native"
 
 

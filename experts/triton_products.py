@@ -92,10 +92,12 @@ def why_not_there(device: torch.device, dtype: torch.dtype) -> str | None:
 
 @functools.cache
 def triton_version() -> str:
-    """Empty where there is none; its compiler decides the kernel's bits."""
+    """Empty where there is none that can be imported; its compiler decides the kernel's bits."""
     try:
         import triton
-    except ImportError:
+    except (ImportError, AttributeError, OSError, RuntimeError, TypeError, ValueError) as error:
+        if not isinstance(error, ModuleNotFoundError):
+            logger.warning("Triton cannot be imported: %s: %s", type(error).__name__, error)
         return ""
     return str(triton.__version__)
 
@@ -106,8 +108,12 @@ def product_name() -> str:
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """What a product raises that cannot be made or started here: Triton calls an assembler and a C compiler."""
-    known = (SubprocessError, OSError, RuntimeError, AttributeError, TypeError, ValueError)
+    """What a product raises that cannot be made or started here: Triton calls an assembler and a C compiler, imports
+    what that has made, and asserts that it finds the driver's library."""
+    known = (
+        *(SubprocessError, OSError, ImportError, AssertionError),
+        *(RuntimeError, AttributeError, TypeError, ValueError),
+    )
     if not triton_version():
         return known
     from triton.errors import TritonError

@@ -258,7 +258,10 @@ class DeploymentFailed(GatewayError):
         raised = [
             line for line in lines if re.match(r"[\w.]*(Error|Exception|[a-z]\w*\.errors\.\w+): ", line)
         ]
-        return f"the service could not be deployed: {(raised or lines or ['no reason given'])[-1]}"
+        reason = (raised or lines or ["no reason given"])[-1]
+        if reason == "ActorDiedError()":  # nothing was raised: its process was ended
+            reason = "a router or the gateway was killed while it started"
+        return f"the service could not be deployed: {reason}"
 
 
 class ModelFileInvalid(GatewayError):

@@ -10,7 +10,7 @@ import sys
 import pytest
 import ray
 
-from cluster.light_start import COLLECTED_FROM, UNUSED, starting_lightly
+from cluster.light_start import COLLECTED_FROM, SPARING, UNUSED, starting_lightly
 from cluster.processes import descendants, end_processes, quietly
 from cluster.resources import FIRST_IMPORTS, start_ray
 
@@ -26,13 +26,18 @@ def test_serve_starts_without_what_it_does_not_need() -> None:
     assert not loads("import cluster.worker_start; from ray import serve")
 
 
+def test_others_find_what_serve_is_spared() -> None:
+    """Ray Data among them, by which a batch computes on a service's Ray."""
+    assert loads("import cluster.worker_start; from ray import serve; import ray.data")
+
+
 def test_everything_is_as_before_afterwards() -> None:
-    thresholds, module = gc.get_threshold(), sys.modules.get(UNUSED)
+    thresholds, finders = gc.get_threshold(), tuple(sys.meta_path)
     with pytest.raises(ZeroDivisionError), starting_lightly():
-        assert gc.get_threshold()[0] == COLLECTED_FROM
+        assert gc.get_threshold()[0] == COLLECTED_FROM and SPARING in sys.meta_path
         raise ZeroDivisionError
     assert gc.get_threshold() == thresholds
-    assert sys.modules.get(UNUSED) is module
+    assert tuple(sys.meta_path) == finders
 
 
 def test_what_is_there_already_stays() -> None:
@@ -50,7 +55,9 @@ def test_every_process_of_a_service_starts_lightly_and_no_other(is_for_service: 
 
     @ray.remote(num_cpus=0)
     def is_spared() -> tuple[bool, bool]:
-        return gc.get_threshold()[0] == COLLECTED_FROM, UNUSED in sys.modules
+        from ray import serve  # noqa: F401
+
+        return gc.get_threshold()[0] == COLLECTED_FROM, UNUSED not in sys.modules
 
     try:
         assert ray.get(is_spared.remote()) == (is_for_service, is_for_service)

@@ -1,16 +1,19 @@
-"""What a router tells a supervisor that is being restarted."""
+"""What a router tells a supervisor that is being restarted, and asks it."""
 
 from __future__ import annotations
 
 from collections import deque
 from contextlib import suppress
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 
 from cluster import ray_directory
 from cluster.ray_directory import RayDirectory
+from experts.roster import Roster
 
 BAD = [("experts-0", 1, "NaN"), ("experts-1", 2, "NaN")]
 
@@ -28,7 +31,7 @@ def _directory(
             raise taken
         return taken
 
-    monkeypatch.setattr(ray_directory, "ray", SimpleNamespace(get=get))
+    monkeypatch.setattr(ray_directory, "ray", SimpleNamespace(get=get, exceptions=ray.exceptions))
     directory = RayDirectory.__new__(RayDirectory)
     directory._bad = deque(BAD)
     directory._supervisor = SimpleNamespace(
@@ -55,3 +58,24 @@ def test_wrong_rows_are_reported_again_where_the_supervisor_did_not_take_it_in(
     assert list(directory._bad) == BAD
     directory._report_all_bad()
     assert told == [BAD[0], *BAD] and not directory._bad
+
+
+def test_a_supervisor_that_dies_while_a_router_begins_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    newer = Roster(2, {}, {})
+    died = ray.exceptions.ActorDiedError()
+    directory, _ = _directory(monkeypatch, died, False, True, died, newer, died, newer)
+    monkeypatch.setattr(ray_directory, "BEGIN_INTERVAL_S", 0.0)
+    carried_out: list[Roster] = []
+    started = Event()
+    directory._name, directory._share, directory._roster, directory._closing = (
+        "",
+        None,
+        Roster(1, {}, {}),
+        Event(),
+    )
+    directory.remote = SimpleNamespace(update=carried_out.append)  # type: ignore[assignment]
+    directory._follower = SimpleNamespace(start=started.set)  # type: ignore[assignment]
+    question = SimpleNamespace(remote=lambda *_: None)
+    directory._supervisor = SimpleNamespace(is_begun=question, roster=question)
+    directory.begin()
+    assert carried_out == [newer, newer] and started.is_set()

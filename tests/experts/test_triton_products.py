@@ -12,7 +12,7 @@ import torch
 
 from experts import triton_products
 from experts.devices import CPU
-from experts.triton_products import coded_matrix, float_matrix, why_not_there
+from experts.triton_products import coded_matrix, failures, float_matrix, triton_version, why_not_there
 
 pytest.importorskip("triton", reason="needs Triton: the extra `gpu`")
 INTERPRETED = Path(__file__).with_name("interpreted_triton.py")
@@ -62,6 +62,35 @@ def test_kernel_is_tried_on_cards_that_have_its_instruction(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(triton_products, "triton_version", lambda: version)
     assert why_not_there(torch.device("cuda", 0), dtype) == reason
+
+
+@pytest.mark.parametrize("error", [ImportError, AttributeError, RuntimeError])
+def test_triton_that_cannot_be_imported_is_as_none(
+    error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "triton.py").write_text(f"raise {error.__name__}('not for this machine')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
+    triton_version.cache_clear()
+    try:
+        assert triton_version() == ""
+    finally:
+        triton_version.cache_clear()
+
+
+def test_a_machine_without_the_driver_s_library_fails_in_a_known_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that other products stand in where Triton looks for it in vain."""
+    from triton.backends.nvidia import driver
+
+    driver.libcuda_dirs.cache_clear()
+    monkeypatch.setattr(driver.subprocess, "check_output", lambda *_: b"")
+    monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
+    monkeypatch.delenv("TRITON_LIBCUDA_PATH", raising=False)
+    try:
+        with pytest.raises(failures(), match="libcuda"):
+            driver.libcuda_dirs()
+    finally:
+        driver.libcuda_dirs.cache_clear()
 
 
 def test_matrices_that_do_not_lie_as_in_a_store_are_refused() -> None:

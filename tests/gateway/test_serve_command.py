@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 from experts.errors import ExpertError
 from gateway.cli import app
-from gateway.errors import GatewayError
+from gateway.errors import DeploymentFailed, GatewayError
 from gateway.service.command import _in_few_lines
 
 KEY, SECOND = "sk-canary-3141592653", "sk-canary-2718281828"
@@ -245,3 +245,8 @@ def _files_with(word: bytes, folder: Path) -> list[Path]:
 def test_dry_run_names_experts_in_few_words_where_people_read_it() -> None:
     found = {"router_experts": {"model/0": [0, 1, 2, 4]}, "actors": [], "keep": ["native"], "port": 8000}
     assert _in_few_lines(found) == found | {"router_experts": {"model/0": "0-2, 4"}}
+
+
+def test_a_replica_that_was_killed_while_it_started_is_told_of_in_words() -> None:
+    reason = "The deployment failed to start 1 times in a row. See controller logs. Error:\nActorDiedError()"
+    assert "was killed while it started" in str(DeploymentFailed(reason))
