@@ -11,8 +11,9 @@ import threading
 from contextlib import suppress
 from importlib import import_module
 
-NICENESS = 10
-"""A tenth of a core where somebody else wants it, a whole one where nobody does."""
+NICENESS = 4
+"""Three tenths of a core where one other wants it, a whole one where nobody does: the router waits for expert actors
+in the end, and on a machine that others keep busy much less would be too little."""
 
 
 def import_politely(*modules: str) -> None:
