@@ -43,6 +43,7 @@ class ToolParser:
         """How far the call was looked through for strings, and whether one is open there."""
         self._is_after_call = False
         """Whether nothing was shown since the last call."""
+        self._has_shown = False
         self.num_calls = 0
 
     def push(self, text: str) -> tuple[str, tuple[ToolCall, ...]]:
@@ -130,8 +131,12 @@ class ToolParser:
         return self._without_gap(kept)
 
     def _without_gap(self, text: str) -> str:
-        """Text without the white space that stands between it and a call before it."""
+        """Text without the white space that stands between it and a call before it; where that stood between two pieces
+        of text, they keep a line's end between them."""
         if self._is_after_call:
             text = text.lstrip()
             self._is_after_call = not text
+            if text and self._has_shown:
+                text = "\n" + text
+        self._has_shown = self._has_shown or bool(text)
         return text

@@ -184,7 +184,7 @@ def test_text_and_calls_do_not_depend_on_how_the_text_came() -> None:
         ]
 
     whole = parsed([text])
-    assert whole == ("a <b>tail", [str({"x": "</tool_call"}), str({"x": closing}), "{}"])
+    assert whole == ("a <b>\ntail", [str({"x": "</tool_call"}), str({"x": closing}), "{}"])
     for size in (1, 2, 3, 7, 30):
         assert parsed([text[at : at + size] for at in range(0, len(text), size)]) == whole
 
