@@ -11,19 +11,18 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from router.engine import Engine
 from router.errors import (
     EngineStopped,
-    GrammarFailed,
     PromptInvalid,
     QueueFull,
     RequestTooLong,
     RouterError,
 )
 from router.grammar import GrammarState
+from router.grammar_thread import GrammarThread
 from router.media.encoder import MediaEncoder
 from router.media.encoding_thread import EncodingThread
 from router.prompt_inputs import NO_INPUTS, PromptInputs
@@ -96,8 +95,9 @@ class EngineThread:
         if speech is not None:
             directory = engine.backbone.directory
             self._speech = SpeechDesk(speech, self._emit_spoken, lambda: directory.num_quarantined)
-        self._grammars = ThreadPoolExecutor(1, "grammars")
-        """Compiles them, one after another."""
+        self._grammars = GrammarThread(
+            lambda request: self.engine.begin_grammar(request), self._is_preparing, self._take_compiled
+        )
         self._preparing: set[str] = set()
         """Open requests that wait for their media or their grammar."""
         self._encoded: set[str] = set()
@@ -116,6 +116,7 @@ class EngineThread:
             self._encoding.start()
         if self._speech is not None:
             self._speech.thread.start()
+        self._grammars.start()
         self._thread.start()
 
     def stop(self) -> None:
@@ -127,7 +128,7 @@ class EngineThread:
         self._preparing.clear()
         if self._encoding is not None:
             self._encoding.stop()
-        self._grammars.shutdown(cancel_futures=True)
+        self._grammars.stop()
         if self._speech is not None:
             self._speech.thread.stop()
 
@@ -168,7 +169,7 @@ class EngineThread:
                 self._encoding.submit(request)
             elif request.sampling.grammar is not None:
                 self._preparing.add(request.request_id)
-                self._grammars.submit(self._compile, request, inputs)
+                self._grammars.submit(request, inputs)
             else:
                 self._commands.put(_Submit(request, inputs))
 
@@ -276,7 +277,7 @@ class EngineThread:
         return self.engine.cancel(name)
 
     def _is_preparing(self, name: str) -> bool:
-        """On the encoding thread."""
+        """On the threads that encode and compile."""
         return name in self._preparing
 
     def _has_room(self) -> bool:
@@ -290,24 +291,15 @@ class EngineThread:
         """On the encoding thread."""
         self._encoded.add(request.request_id)
         if isinstance(outcome, PromptInputs) and request.sampling.grammar is not None:
-            self._grammars.submit(self._compile, request, outcome)
+            self._grammars.submit(request, outcome)
         else:
             self._commands.put(_Prepared(request, outcome))
 
-    def _compile(self, request: GenerationRequest, inputs: PromptInputs) -> None:
+    def _take_compiled(
+        self, request: GenerationRequest, outcome: PromptInputs | RouterError, grammar: GrammarState | None
+    ) -> None:
         """On the thread for grammars."""
-        outcome: PromptInputs | RouterError = GrammarFailed("it cannot be compiled")
-        grammar = None
-        try:
-            if request.request_id in self._preparing:
-                grammar = self.engine.begin_grammar(request)
-                outcome = inputs
-        except RouterError as error:
-            outcome = error
-        except Exception:  # whatever it is, it ends one request
-            logger.exception("request %s: its grammar cannot be compiled", request.request_id)
-        finally:
-            self._commands.put(_Prepared(request, outcome, grammar))
+        self._commands.put(_Prepared(request, outcome, grammar))
 
     def _fail_all(self, failure: str) -> None:
         """Refuse all work from now on, and tell every open request, those still in the command queue too."""

@@ -14,7 +14,7 @@ from functools import partial
 
 from router.errors import MediaFailed, MediaUnwanted, RouterError
 from router.media.encoder import MediaEncoder
-from router.media.owner_queue import OwnerQueue
+from router.owner_queue import OwnerQueue
 from router.prompt_inputs import PromptInputs
 from router.request import GenerationRequest
 from router.side_thread import SideThread

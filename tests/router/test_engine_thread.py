@@ -338,8 +338,22 @@ def test_grammar_is_compiled_beside_the_engines_thread(
     assert sink.ends["gone"].finish_reason == "cancelled"
     assert "cannot be followed" in (sink.ends["bad"].error or "")
     assert bytes(sink.tokens["a"]) in (b'"red"', b'"green"')
-    assert gate.threads == {"grammars_0"}
+    assert gate.threads == {"grammars"}
     assert thread.num_open == 0
+
+
+def test_owners_take_turns_at_having_grammars_compiled(
+    loaded: LoadedEngine, engine: GatedEngine, thread: EngineThread, sink: Sink
+) -> None:
+    engine.grammars = gate = GatedGrammars(loaded.store.root, 512)
+    grammars = [JsonForm({"enum": [f"{number}"]}).grammar for number in range(5)]
+    for number, grammar in enumerate(grammars):
+        owner = "few" if number == 4 else "many"
+        thread.submit(replace(_constrained(f"r{number}", grammar), owner=owner))
+        assert gate.entered.wait(TIMEOUT_S)
+    gate.opened.set()
+    sink.wait_for_ends(*(f"r{number}" for number in range(5)))
+    assert gate.begun == [grammars[number] for number in (0, 1, 4, 2, 3)]
 
 
 class GatedGrammars(Grammars):
@@ -349,9 +363,11 @@ class GatedGrammars(Grammars):
         super().__init__(folder, vocab_size)
         self.entered, self.opened = threading.Event(), threading.Event()
         self.threads: set[str] = set()
+        self.begun: list[str] = []
 
     def begin(self, text: str, stop_ids: Sequence[int], taken: Iterable[int] = ()) -> GrammarState:
         self.threads.add(threading.current_thread().name)
+        self.begun.append(text)
         self.entered.set()
         assert self.opened.wait(TIMEOUT_S)
         return super().begin(text, stop_ids, taken)

@@ -1,6 +1,6 @@
 """A queue in which owners take turns: who has asked for much waits longer than who asks for little.
 
-Used by `router.media.encoding_thread`.
+Used by `router.media.encoding_thread` and `router.grammar_thread`.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from router.media.owner_queue import OwnerQueue
+from router.owner_queue import OwnerQueue
 
 
 def test_owners_take_turns_and_each_ones_items_keep_their_order() -> None:
