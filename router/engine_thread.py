@@ -95,9 +95,7 @@ class EngineThread:
         if speech is not None:
             directory = engine.backbone.directory
             self._speech = SpeechDesk(speech, self._emit_spoken, lambda: directory.num_quarantined)
-        self._grammars = GrammarThread(
-            lambda request: self.engine.begin_grammar(request), self._is_preparing, self._take_compiled
-        )
+        self._grammars = GrammarThread(engine.begin_grammar, self._is_preparing, self._take_compiled)
         self._preparing: set[str] = set()
         """Open requests that wait for their media or their grammar."""
         self._encoded: set[str] = set()

@@ -234,8 +234,7 @@ class NativeStep:
         attention and the others took.
 
         layers: without experts where there is no table. first: of them in the cache. `look_at` says of which one the
-        rest is told. Raises ValueError where
-        anything does not fit, MemoryError.
+        rest is told. Raises ValueError where anything does not fit, MemoryError.
         """
         self.expect_closed()
         config = self.config

@@ -100,8 +100,8 @@ def read_parts(
         talker = Backbone(store, TALKER, config, kernel, directory, dtype, forms)
         text, hidden = _read_projections(store, thinker_VD.shape[1], config.hidden_size, kernel, dtype)
         own = prove(predictor_config, dtype)
-        forms = prove_linears(store.quantised, predictor_config, own, dtype)
-        predictor = CodePredictor(store, predictor_config, own, directory, dtype, most_frames, forms)
+        own_forms = prove_linears(store.quantised, predictor_config, own, dtype)
+        predictor = CodePredictor(store, predictor_config, own, directory, dtype, most_frames, own_forms)
     except BaseException:
         worker.close()
         raise
