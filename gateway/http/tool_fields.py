@@ -95,10 +95,10 @@ def _read_tool(value: object, where: str) -> Tool:
     parameters = function.get("parameters")
     if parameters is not None and (wrong := wrong_with(parameters)) is not None:
         raise _refusal("tools", f"{where} has parameters that {wrong}")
-    schema = NO_PARAMETERS if parameters is None else {"type": "object", **parameters}
+    schema = {"type": "object", **(NO_PARAMETERS if parameters is None else parameters)}
     if schema["type"] != "object":
         raise _refusal("tools", f'{where} must have parameters whose type is "object"')
-    shown = {"name": name, "description": description, "parameters": parameters or NO_PARAMETERS}
+    shown = {"name": name, "description": description, "parameters": schema}
     return Tool(name, {key: item for key, item in shown.items() if item is not None}, schema, bool(strict))
 
 
